@@ -1,0 +1,175 @@
+//! Measures the CUDA engine's operations at the shapes of a 7B layer and prints a table.
+//!
+//! Each figure is the median of repeated runs between two synchronisations of the device, on
+//! random values. Run it alone on the card.
+
+use std::time::Instant;
+
+use burn::tensor::{DType, Distribution, Int, Tensor, TensorData, backend::Backend};
+use gptq_kernels::cuda::{
+    Cuda, Device, Settings, SolveOptions, ZeroOffset, causal_attention, device_count, embedding,
+    gram_add, gram_zeros, linear, missing_library, rms_norm, rotary, solve, swiglu,
+};
+
+const WINDOW: usize = 4096;
+const HIDDEN: usize = 4096;
+const WIDE: usize = 11008;
+const HEADS: usize = 32;
+const HEAD: usize = 128;
+/// Windows per call, and in all.
+const CHUNK: usize = 4;
+const WINDOWS: usize = 128;
+
+fn random<const D: usize>(shape: [usize; D], deviation: f64, device: &Device) -> Tensor<Cuda, D> {
+    let distribution = Distribution::Normal(0.0, deviation);
+    Tensor::random(shape, distribution, (device, DType::F16))
+}
+
+/// The median seconds of `run`, after one that is not counted; its result is kept until the
+/// device is done.
+fn seconds<T>(device: &Device, repeats: usize, mut run: impl FnMut() -> T) -> f64 {
+    let mut once = || {
+        Cuda::sync(device).expect("the device answers");
+        let start = Instant::now();
+        let kept = run();
+        Cuda::sync(device).expect("the device answers");
+        drop(kept);
+        start.elapsed().as_secs_f64()
+    };
+    let cold = once();
+    if cold > 1.0 {
+        println!("  (first run {cold:.2} s)");
+    }
+    let mut times: Vec<f64> = (0..repeats).map(|_| once()).collect();
+    times.sort_by(f64::total_cmp);
+    times[repeats / 2]
+}
+
+fn row(name: &str, time: f64, amount: f64, unit: &str) {
+    println!(
+        "| {name} | {:.3} ms | {:.0} {unit} |",
+        time * 1e3,
+        amount / time
+    );
+}
+
+fn main() {
+    if device_count() == 0 || missing_library().is_some() {
+        println!("skipped: no CUDA device");
+        return;
+    }
+    let device = Device::new(0);
+    let tokens = CHUNK * WINDOW;
+    let mut forward = 0.0;
+    println!("| operation | median | rate |\n|---|---|---|");
+
+    let mut grams = Vec::new();
+    for (inside, outs) in [(HIDDEN, &[HIDDEN, WIDE][..]), (WIDE, &[HIDDEN][..])] {
+        let x = random([tokens, inside], 1.0, &device);
+        for &out in outs {
+            let w = random([out, inside], 0.02, &device);
+            let time = seconds(&device, 20, || linear(x.clone(), w.clone()).unwrap());
+            let work = 2.0 * (tokens * inside * out) as f64;
+            row(&format!("linear [{tokens}, {inside}] -> {out}"), time, work / 1e12, "TFLOP/s");
+            let layers = if inside == WIDE {
+                1.0
+            } else if out == WIDE {
+                2.0
+            } else {
+                4.0
+            };
+            forward += layers * time;
+        }
+        let mut gram = Some(gram_zeros(inside, &device).unwrap());
+        let time = seconds(&device, 20, || {
+            gram = Some(gram_add(gram.take().unwrap(), x.clone()).unwrap());
+        });
+        let work = 2.0 * (tokens * inside * inside) as f64;
+        let name = format!("gram [{tokens}, {inside}], as if full");
+        row(&name, time, work / 1e12, "TFLOP/s");
+        forward += if inside == WIDE { time } else { 3.0 * time };
+        grams.push(gram.take().unwrap());
+    }
+
+    let shape = [CHUNK, WINDOW, HEADS, HEAD];
+    let [q, k, v] = [0; 3].map(|_| random(shape, 1.0, &device));
+    let time = seconds(&device, 10, || {
+        causal_attention(q.clone(), k.clone(), v.clone()).unwrap()
+    });
+    let work = 2.0 * (CHUNK * HEADS * WINDOW * WINDOW * HEAD) as f64;
+    row("causal attention [4, 4096, 32, 128]", time, work / 1e12, "TFLOP/s");
+    forward += time;
+
+    let gigabytes = |elements: usize| (elements * 2) as f64 / 1e9;
+    let x = random([tokens, HIDDEN], 1.0, &device);
+    let weight = random([HIDDEN], 1.0, &device);
+    let time = seconds(&device, 20, || rms_norm(x.clone(), weight.clone(), 1e-5).unwrap());
+    row("rms_norm [16384, 4096]", time, gigabytes(2 * tokens * HIDDEN), "GB/s");
+    forward += 2.0 * time;
+    let table = Tensor::<Cuda, 2>::random(
+        [WINDOW, HEAD / 2],
+        Distribution::Uniform(-1.0, 1.0),
+        (&device, DType::F32),
+    );
+    let time = seconds(&device, 20, || {
+        rotary(q.clone(), table.clone(), table.clone()).unwrap()
+    });
+    row("rotary [4, 4096, 32, 128]", time, gigabytes(2 * tokens * HIDDEN), "GB/s");
+    forward += 2.0 * time;
+    let gate = random([tokens, WIDE], 1.0, &device);
+    let up = random([tokens, WIDE], 1.0, &device);
+    let time = seconds(&device, 20, || swiglu(gate.clone(), up.clone()).unwrap());
+    row("swiglu [16384, 11008]", time, gigabytes(3 * tokens * WIDE), "GB/s");
+    forward += time;
+    let time = seconds(&device, 20, || x.clone() + q.clone().reshape([tokens, HIDDEN]));
+    row("residual (Burn) [16384, 4096]", time, gigabytes(3 * tokens * HIDDEN), "GB/s");
+    forward += 2.0 * time;
+    let ids: Vec<i32> = (0..tokens as i32).map(|at| at * 7919 % 32_000).collect();
+    let ids = Tensor::<Cuda, 1, Int>::from_data(
+        TensorData::new(ids, [tokens]),
+        (&device, DType::I32),
+    );
+    let words = random([32_000, HIDDEN], 1.0, &device);
+    let time = seconds(&device, 20, || embedding(ids.clone(), words.clone()).unwrap());
+    row("embedding [16384, 4096]", time, gigabytes(2 * tokens * HIDDEN), "GB/s");
+    drop((gate, up, words, q, k, v));
+
+    let mut solving = 0.0;
+    for (subset, gram, layers, times) in [
+        ("q, k, v", 0, &[HIDDEN, HIDDEN, HIDDEN][..], 1.0),
+        ("o", 0, &[HIDDEN][..], 1.0),
+        ("gate, up", 0, &[WIDE, WIDE][..], 1.0),
+        ("down", 1, &[HIDDEN][..], 1.0),
+    ] {
+        let gram: &Tensor<Cuda, 2> = &grams[gram];
+        let inside = gram.dims()[0];
+        let settings = Settings {
+            bits: 4,
+            group_size: Some(128),
+            symmetric: true,
+            static_groups: false,
+        };
+        let layers: Vec<_> = layers
+            .iter()
+            .map(|&out| (random([out, inside], 0.02, &device), settings))
+            .collect();
+        let options = SolveOptions {
+            tokens,
+            activation_order: true,
+            damping: 0.1,
+            zero_offset: ZeroOffset::MinusOne,
+        };
+        let mut errors = [0.0; 2];
+        let time = seconds(&device, 3, || {
+            let solution = solve(gram.clone(), &layers, options).unwrap();
+            errors = [solution.layers[0].relative_error, solution.layers[0].rtn_error];
+        });
+        println!(
+            "| solve {subset} ({inside} columns) | {:.1} ms | errors {errors:.5?} |",
+            time * 1e3
+        );
+        solving += times * time;
+    }
+    println!("| layer, {WINDOWS} windows: forward and Gram | {:.0} ms | |", forward * 1e3 * (WINDOWS / CHUNK) as f64);
+    println!("| layer: solving | {:.0} ms | |", solving * 1e3);
+}

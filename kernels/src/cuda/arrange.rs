@@ -1,0 +1,165 @@
+//! Weights into the sweep's order and layout, and back as f16.
+//!
+//! The sweep works column by column on `[in, rows]`, in its own column order; checkpoints and
+//! the forward pass hold f16 `[out, in]` in the original order. Both ways go through a tile in
+//! shared memory, so that reads and writes are contiguous.
+
+use burn::tensor::DType;
+use cubecl::prelude::*;
+use half::f16;
+
+use super::{
+    buffer::{self, Buffer, array},
+    sweep::Swept,
+};
+
+const TILE: usize = 32;
+const STRIPES: usize = 8;
+
+/// `out[position[c], offset + r] = weight[r, c]`, zero for dead columns.
+#[cube(launch_unchecked)]
+fn columns_kernel(
+    weight: &Array<f16>,
+    position: &Array<u32>,
+    diagonal: &Array<f32>,
+    out: &mut Array<f32>,
+    rows: u32,
+    columns: u32,
+    all_rows: u32,
+    offset: u32,
+) {
+    let mut tile = SharedMemory::<f32>::new(TILE * (TILE + 1));
+    let x = UNIT_POS_X as usize;
+    let y = UNIT_POS_Y as usize;
+    let rows = rows as usize;
+    let columns = columns as usize;
+    let row0 = CUBE_POS_Y as usize * TILE;
+    let column0 = CUBE_POS_X as usize * TILE;
+    #[unroll]
+    for stripe in 0..TILE / STRIPES {
+        let r = stripe * STRIPES + y;
+        if row0 + r < rows && column0 + x < columns {
+            let mut value = f32::cast_from(weight[(row0 + r) * columns + column0 + x]);
+            if diagonal[column0 + x] == 0.0 {
+                value = f32::new(0.0);
+            }
+            tile[r * (TILE + 1) + x] = value;
+        }
+    }
+    sync_cube();
+    #[unroll]
+    for stripe in 0..TILE / STRIPES {
+        let c = stripe * STRIPES + y;
+        if row0 + x < rows && column0 + c < columns {
+            let at = position[column0 + c] as usize * all_rows as usize;
+            out[at + offset as usize + row0 + x] = tile[x * (TILE + 1) + c];
+        }
+    }
+}
+
+/// `out[r, c] = scale (code - zero)` of position `position[c]`, row `offset + r`.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn dequantise_kernel(
+    codes: &Array<u8>,
+    scales: &Array<f32>,
+    zeros: &Array<f32>,
+    group_of: &Array<u32>,
+    position: &Array<u32>,
+    out: &mut Array<f16>,
+    rows: u32,
+    columns: u32,
+    all_rows: u32,
+    offset: u32,
+) {
+    let mut tile = SharedMemory::<f32>::new(TILE * (TILE + 1));
+    let x = UNIT_POS_X as usize;
+    let y = UNIT_POS_Y as usize;
+    let rows = rows as usize;
+    let columns = columns as usize;
+    let all_rows = all_rows as usize;
+    let row0 = CUBE_POS_Y as usize * TILE;
+    let column0 = CUBE_POS_X as usize * TILE;
+    #[unroll]
+    for stripe in 0..TILE / STRIPES {
+        let c = stripe * STRIPES + y;
+        if row0 + x < rows && column0 + c < columns {
+            let at = position[column0 + c] as usize;
+            let row = offset as usize + row0 + x;
+            let group = group_of[at] as usize * all_rows + row;
+            let code = f32::cast_from(codes[at * all_rows + row]);
+            tile[x * (TILE + 1) + c] = scales[group] * (code - zeros[group]);
+        }
+    }
+    sync_cube();
+    #[unroll]
+    for stripe in 0..TILE / STRIPES {
+        let r = stripe * STRIPES + y;
+        if row0 + r < rows && column0 + x < columns {
+            out[(row0 + r) * columns + column0 + x] = f16::cast_from(tile[r * (TILE + 1) + x]);
+        }
+    }
+}
+
+fn tiles(rows: usize, columns: usize) -> (CubeCount, CubeDim) {
+    (
+        CubeCount::new_2d(columns.div_ceil(TILE) as u32, rows.div_ceil(TILE) as u32),
+        CubeDim::new_2d(TILE as u32, STRIPES as u32),
+    )
+}
+
+/// Writes the layer `weight`, f16 `[out, in]`, to rows `offset..` of `out`, f32
+/// `[in, all_rows]`, in the sweep's column order, with zeros where `diagonal` is zero.
+pub(crate) fn into_columns(
+    weight: &Buffer,
+    position: &Buffer,
+    diagonal: &Buffer,
+    out: &Buffer,
+    offset: usize,
+) {
+    let [rows, columns] = [weight.meta.shape()[0], weight.meta.shape()[1]];
+    let (count, dim) = tiles(rows, columns);
+    // SAFETY: indices stay inside the shapes; `offset + rows <= all_rows`.
+    unsafe {
+        columns_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+            &out.client,
+            count,
+            dim,
+            array(weight),
+            array(position),
+            array(diagonal),
+            array(out),
+            rows as u32,
+            columns as u32,
+            out.meta.shape()[1] as u32,
+            offset as u32,
+        );
+    }
+}
+
+/// The dequantised weights of the layer in rows `offset..offset + rows`: f16 `[rows, in]` in
+/// the original column order.
+pub(crate) fn dequantise(swept: &Swept, position: &Buffer, offset: usize, rows: usize) -> Buffer {
+    let columns = position.meta.shape()[0];
+    let out = buffer::empty(&swept.codes, [rows, columns], DType::F16);
+    let (count, dim) = tiles(rows, columns);
+    // SAFETY: indices stay inside the shapes; `offset + rows <= swept.rows`.
+    unsafe {
+        dequantise_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+            &out.client,
+            count,
+            dim,
+            array(&swept.codes),
+            array(&swept.scales),
+            array(&swept.zeros),
+            array(&swept.group_of),
+            array(position),
+            array(&out),
+            rows as u32,
+            columns as u32,
+            swept.rows as u32,
+            offset as u32,
+        );
+    }
+    out
+}

@@ -1,0 +1,136 @@
+//! Row-major matrix products through `cublasGemmEx`.
+//!
+//! cuBLAS is column-major: a row-major `C = A·B` is its `Cᵀ = Bᵀ·Aᵀ`, so the operands change
+//! places and keep their transposition. f16 products accumulate in f32; f32 products are true
+//! f32 (`CUBLAS_COMPUTE_32F` in the default math mode uses no TF32).
+
+use std::ffi::{c_int, c_void};
+
+use cudarc::cublas::{
+    result::gemm_ex,
+    sys::{cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType},
+};
+
+use super::{error::Error, stream::Libraries};
+
+/// An element type of a matrix product.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Element {
+    F16,
+    Bf16,
+    F32,
+}
+
+impl Element {
+    fn cuda(self) -> cudaDataType {
+        match self {
+            Self::F16 => cudaDataType::CUDA_R_16F,
+            Self::Bf16 => cudaDataType::CUDA_R_16BF,
+            Self::F32 => cudaDataType::CUDA_R_32F,
+        }
+    }
+
+    pub(crate) fn size(self) -> u64 {
+        match self {
+            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+/// A row-major matrix in device memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix {
+    /// The address of the first element.
+    pub(crate) pointer: u64,
+    /// Elements from one row to the next.
+    pub(crate) stride: usize,
+    /// Whether the transpose of what is stored takes part.
+    pub(crate) transposed: bool,
+    /// The type of its elements.
+    pub(crate) element: Element,
+}
+
+impl Matrix {
+    /// A matrix whose first element is number `offset` from `pointer`.
+    pub(crate) fn at(pointer: u64, offset: usize, stride: usize, element: Element) -> Self {
+        Self {
+            pointer: pointer + offset as u64 * element.size(),
+            stride,
+            transposed: false,
+            element,
+        }
+    }
+
+    /// The same memory, taking part as its transpose.
+    pub(crate) fn t(self) -> Self {
+        Self {
+            transposed: !self.transposed,
+            ..self
+        }
+    }
+
+    fn operation(self) -> cublasOperation_t {
+        if self.transposed {
+            cublasOperation_t::CUBLAS_OP_T
+        } else {
+            cublasOperation_t::CUBLAS_OP_N
+        }
+    }
+}
+
+/// `C[m, n] = A[m, k] · B[k, n] + beta · C`, all row-major.
+///
+/// # Safety
+///
+/// The pointers are device memory that holds the matrices given by their strides and `[m, n,
+/// k]`, and `c` overlaps neither input.
+pub(crate) unsafe fn product(
+    libraries: &Libraries,
+    [m, n, k]: [usize; 3],
+    a: Matrix,
+    b: Matrix,
+    beta: f32,
+    c: Matrix,
+) -> Result<(), Error> {
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let alpha = 1.0_f32;
+    // SAFETY: the caller vouches for the matrices; alpha and beta are host memory, which
+    // cuBLAS reads before it returns.
+    unsafe {
+        gemm_ex(
+            libraries.cublas,
+            b.operation(),
+            a.operation(),
+            dimension(n)?,
+            dimension(m)?,
+            dimension(k)?,
+            (&raw const alpha).cast(),
+            b.pointer as *const c_void,
+            b.element.cuda(),
+            dimension(b.stride)?,
+            a.pointer as *const c_void,
+            a.element.cuda(),
+            dimension(a.stride)?,
+            (&raw const beta).cast(),
+            c.pointer as *mut c_void,
+            c.element.cuda(),
+            dimension(c.stride)?,
+            cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+    }
+    .map_err(|source| Error::Cublas {
+        operation: "cublasGemmEx",
+        source,
+    })
+}
+
+fn dimension(value: usize) -> Result<c_int, Error> {
+    c_int::try_from(value).map_err(|_| Error::Shape {
+        operation: "cublasGemmEx",
+        reason: format!("a dimension of {value} does not fit cuBLAS's 32 bits"),
+    })
+}

@@ -1,0 +1,146 @@
+//! Burn tensors as checked, contiguous device buffers, and back.
+//!
+//! Burn's CUDA runtime may pad the rows of a matrix, and its default dtype belongs to the
+//! device, not to the backend's type parameter. A raw pointer goes to a library only after the
+//! dtype, the layout and the byte length have been checked here.
+
+use burn::tensor::{DType, Int, Shape, Tensor, TensorPrimitive};
+use burn_cubecl::{kernel::into_contiguous, tensor::CubeTensor};
+use cubecl::{
+    client::ComputeClient,
+    cuda::{CudaDevice, CudaRuntime},
+    prelude::*,
+};
+
+use super::{Cuda, error::Error};
+
+/// A tensor on the device, as Burn holds it.
+pub(crate) type Buffer = CubeTensor<CudaRuntime>;
+
+/// Indices in kernels are 32 bits wide: no buffer may have more elements than that.
+const MAX_ELEMENTS: usize = u32::MAX as usize;
+
+/// A float tensor as a contiguous buffer of the given dtype.
+///
+/// # Errors
+///
+/// Another dtype, more than 2^32 - 1 elements, or a buffer shorter than its shape.
+pub(crate) fn float<const D: usize>(
+    operation: &'static str,
+    name: &'static str,
+    tensor: Tensor<Cuda, D>,
+    dtype: DType,
+) -> Result<Buffer, Error> {
+    checked(operation, name, tensor.into_primitive().tensor(), dtype)
+}
+
+/// An integer tensor as a contiguous buffer of the given dtype. Errors as [`float`].
+pub(crate) fn int<const D: usize>(
+    operation: &'static str,
+    name: &'static str,
+    tensor: Tensor<Cuda, D, Int>,
+    dtype: DType,
+) -> Result<Buffer, Error> {
+    checked(operation, name, tensor.into_primitive(), dtype)
+}
+
+fn checked(
+    operation: &'static str,
+    name: &'static str,
+    buffer: Buffer,
+    dtype: DType,
+) -> Result<Buffer, Error> {
+    if buffer.dtype != dtype {
+        return Err(Error::Dtype {
+            operation,
+            tensor: name,
+            expected: dtype,
+            found: buffer.dtype,
+        });
+    }
+    let buffer = into_contiguous(buffer);
+    let elements = buffer.meta.shape().num_elements();
+    let bytes = elements * dtype.size();
+    if elements > MAX_ELEMENTS || (buffer.handle.size_in_used() as usize) < bytes {
+        return Err(Error::Shape {
+            operation,
+            reason: format!(
+                "{name} has {elements} elements in {} bytes: too many, or fewer bytes than its \
+                 shape needs",
+                buffer.handle.size_in_used()
+            ),
+        });
+    }
+    Ok(buffer)
+}
+
+/// A new contiguous buffer with undefined contents.
+pub(crate) fn empty<const D: usize>(like: &Buffer, shape: [usize; D], dtype: DType) -> Buffer {
+    empty_on(&like.client, &like.device, shape, dtype)
+}
+
+/// A new contiguous buffer with undefined contents, on a device.
+pub(crate) fn empty_on<const D: usize>(
+    client: &ComputeClient<CudaRuntime>,
+    device: &CudaDevice,
+    shape: [usize; D],
+    dtype: DType,
+) -> Buffer {
+    let bytes = shape.iter().product::<usize>() * dtype.size();
+    let buffer = CubeTensor::new_contiguous(
+        client.clone(),
+        device.clone(),
+        Shape::from(shape),
+        client.empty(bytes.max(16)),
+        dtype,
+    );
+    #[cfg(test)]
+    super::testing::poison(&buffer);
+    buffer
+}
+
+/// A new contiguous buffer with these values.
+pub(crate) fn upload<T: CubeElement>(like: &Buffer, values: &[T], dtype: DType) -> Buffer {
+    debug_assert_eq!(size_of::<T>(), dtype.size());
+    CubeTensor::new_contiguous(
+        like.client.clone(),
+        like.device.clone(),
+        Shape::from([values.len()]),
+        like.client.create_from_slice(T::as_bytes(values)),
+        dtype,
+    )
+}
+
+/// The buffer's values, read back; waits for the device.
+pub(crate) fn download<T: CubeElement>(buffer: &Buffer) -> Result<Vec<T>, Error> {
+    let elements = buffer.meta.shape().num_elements();
+    let bytes = buffer
+        .client
+        .read_one(buffer.handle.clone())
+        .map_err(|error| Error::Runtime(error.to_string()))?;
+    Ok(T::from_bytes(&bytes[..elements * size_of::<T>()]).to_vec())
+}
+
+/// The buffer as a Burn float tensor.
+pub(crate) fn into_float<const D: usize>(buffer: Buffer) -> Tensor<Cuda, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(buffer))
+}
+
+/// The buffer as a Burn integer tensor.
+pub(crate) fn into_int<const D: usize>(buffer: Buffer) -> Tensor<Cuda, D, Int> {
+    Tensor::from_primitive(buffer)
+}
+
+/// The buffer as a kernel's array argument.
+pub(crate) fn array(buffer: &Buffer) -> ArrayArg<CudaRuntime> {
+    buffer.clone().into_array_arg()
+}
+
+/// The widest vector, in elements, that divides `length` and takes at most 16 bytes.
+pub(crate) fn vector_size(length: usize, dtype: DType) -> usize {
+    let widest = 16 / dtype.size();
+    (0..)
+        .map(|shift| widest >> shift)
+        .find(|&size| length.is_multiple_of(size))
+        .unwrap_or(1)
+}

@@ -1,0 +1,65 @@
+//! The embedding table's rows for a list of token ids.
+
+use burn::tensor::{DType, Int, Tensor};
+use cubecl::prelude::*;
+use half::f16;
+
+use super::{
+    Cuda,
+    buffer::{self, array},
+    error::Error,
+};
+
+const UNITS: u32 = 128;
+
+/// One cube per token.
+#[cube(launch_unchecked)]
+fn embedding_kernel<N: Size>(
+    ids: &Array<u32>,
+    table: &Array<Vector<f16, N>>,
+    out: &mut Array<Vector<f16, N>>,
+    vectors: u32,
+) {
+    let vectors = vectors as usize;
+    let token = CUBE_POS_X as usize;
+    let from = ids[token] as usize * vectors;
+    let mut at = UNIT_POS as usize;
+    while at < vectors {
+        out[token * vectors + at] = table[from + at];
+        at += UNITS as usize;
+    }
+}
+
+/// Row `ids[t]` of `table` f16 `[vocabulary, hidden]` for each `t` of `ids` i32 `[tokens]`:
+/// f16 `[tokens, hidden]`. The caller has checked that every id is in the vocabulary.
+///
+/// # Errors
+///
+/// Other dtypes.
+pub fn embedding(
+    ids: Tensor<Cuda, 1, Int>,
+    table: Tensor<Cuda, 2>,
+) -> Result<Tensor<Cuda, 2>, Error> {
+    let [tokens] = ids.dims();
+    let [_, hidden] = table.dims();
+    let ids = buffer::int("embedding", "ids", ids, DType::I32)?;
+    let table = buffer::float("embedding", "table", table, DType::F16)?;
+    let out = buffer::empty(&table, [tokens, hidden], DType::F16);
+    let lanes = buffer::vector_size(hidden, DType::F16);
+    if tokens > 0 {
+        // SAFETY: one cube per token; the ids are rows of the table.
+        unsafe {
+            embedding_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+                &out.client,
+                CubeCount::new_1d(tokens as u32),
+                CubeDim::new_1d(UNITS),
+                lanes,
+                array(&ids),
+                array(&table),
+                array(&out),
+                (hidden / lanes) as u32,
+            );
+        }
+    }
+    Ok(buffer::into_float(out))
+}

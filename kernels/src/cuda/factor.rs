@@ -1,0 +1,371 @@
+//! The factor that GPTQ sweeps with: one Cholesky of the damped, reordered Gram matrix.
+//!
+//! With the columns in the order of the sweep, `J` the reversal and `H` the damped Gram
+//! matrix, `J·H·J = L·Lᵀ` (cuSOLVER, f32) gives `M = J·L·J`, upper, with `H = M·Mᵀ`, and the
+//! factor `U` of `H⁻¹ = UᵀU` is `M⁻¹`. In memory `M` is `L` read backwards, so the reversal
+//! costs one pass. Of `U` only the diagonal blocks are formed.
+//!
+//! Dead columns (zero on the diagonal) get the diagonal `tokens / 2`, which is 1 in
+//! `H = (2 / tokens) XᵀX`. Damping adds a fraction of the mean diagonal, dead columns
+//! included. When the factorisation fails, the fraction is doubled until it exceeds
+//! [`MAX_DAMPING`].
+
+use std::ops::Range;
+
+use burn::tensor::DType;
+use cubecl::prelude::*;
+use cudarc::cusolver::{result::CusolverError, sys as cusolver};
+
+use super::{
+    buffer::{self, Buffer, array},
+    error::Error,
+    stream::on_stream,
+};
+
+/// The largest damping tried, as a fraction of the mean diagonal.
+pub const MAX_DAMPING: f64 = 1.0;
+/// The first damping tried after none at all failed.
+const FIRST_DAMPING: f64 = 1e-3;
+/// The most columns that one sweep takes.
+pub(crate) const PANEL: usize = 128;
+const UNITS: u32 = 256;
+
+/// `diagonal[i] = gram[i, i]`.
+#[cube(launch_unchecked)]
+fn diagonal_kernel(gram: &Array<f32>, diagonal: &mut Array<f32>, n: u32) {
+    if ABSOLUTE_POS < n as usize {
+        diagonal[ABSOLUTE_POS] = gram[ABSOLUTE_POS * (n as usize + 1)];
+    }
+}
+
+/// The lower triangle of `J·H·J`: element `(i, j)` is the Gram matrix's at the columns that
+/// come `i`-th and `j`-th from the end of the sweep, its diagonal replaced.
+#[cube(launch_unchecked)]
+fn arrange_kernel(
+    gram: &Array<f32>,
+    order: &Array<u32>,
+    diagonal: &Array<f32>,
+    out: &mut Array<f32>,
+    n: u32,
+) {
+    let i = CUBE_POS_Y;
+    let j = CUBE_POS_X * UNITS + UNIT_POS;
+    if j <= i {
+        let a = order[(n - 1 - i) as usize];
+        let b = order[(n - 1 - j) as usize];
+        let row = a.min(b);
+        let column = a.max(b);
+        let mut value = gram[row as usize * n as usize + column as usize];
+        if i == j {
+            value = diagonal[a as usize];
+        }
+        out[i as usize * n as usize + j as usize] = value;
+    }
+}
+
+/// Reverses the whole array in place.
+#[cube(launch_unchecked)]
+fn reverse_kernel(values: &mut Array<f32>, length: u32) {
+    let first = ABSOLUTE_POS;
+    if first < (length / 2) as usize {
+        let last = length as usize - 1 - first;
+        let a = values[first];
+        let b = values[last];
+        values[first] = b;
+        values[last] = a;
+    }
+}
+
+/// The inverses of `m`'s diagonal blocks, each padded with the identity to `PANEL` square:
+/// one cube per block, one unit per column, back substitution.
+#[cube(launch_unchecked)]
+fn invert_kernel(m: &Array<f32>, starts: &Array<u32>, out: &mut Array<f32>, n: u32) {
+    let n = n as usize;
+    let block = CUBE_POS_X as usize;
+    let start = starts[block] as usize;
+    let width = starts[block + 1] as usize - start;
+    let column = UNIT_POS as usize;
+    let mut x = SharedMemory::<f32>::new(PANEL * PANEL);
+    for i in 0..PANEL {
+        let mut unit = f32::new(0.0);
+        if i == column {
+            unit = f32::new(1.0);
+        }
+        x[i * PANEL + column] = unit;
+    }
+    if column < width {
+        let mut step = 0;
+        while step < width {
+            let i = width - 1 - step;
+            let row = (start + i) * n + start;
+            let mut sum = x[i * PANEL + column];
+            let mut k = i + 1;
+            while k < width {
+                sum -= m[row + k] * x[k * PANEL + column];
+                k += 1;
+            }
+            x[i * PANEL + column] = sum / m[row + i];
+            step += 1;
+        }
+    }
+    for i in 0..PANEL {
+        out[(block * PANEL + i) * PANEL + column] = x[i * PANEL + column];
+    }
+}
+
+/// The order of the columns and what the diagonal says about them.
+pub(crate) struct Columns {
+    /// The Gram matrix's diagonal, by original column.
+    pub(crate) diagonal: Vec<f32>,
+    /// The original column at each position of the sweep.
+    pub(crate) order: Vec<u32>,
+    /// The position of each original column.
+    pub(crate) position: Vec<u32>,
+    /// How many columns are dead.
+    pub(crate) dead: usize,
+}
+
+/// A factored Gram matrix.
+pub(crate) struct Factor {
+    /// `M`, f32 row-major `[n, n]` in the sweep's order, of which only the upper triangle is
+    /// defined.
+    pub(crate) m: Buffer,
+    /// The columns' order.
+    pub(crate) columns: Columns,
+    /// The damping used, as a fraction of the mean diagonal.
+    pub(crate) damping: f64,
+}
+
+/// Factors a Gram matrix, f32 `[n, n]`, of which the upper triangle is read.
+///
+/// # Errors
+///
+/// A diagonal that is not finite, or no factor up to [`MAX_DAMPING`].
+pub(crate) fn factor(
+    gram: &Buffer,
+    tokens: usize,
+    activation_order: bool,
+    damping: f64,
+) -> Result<Factor, Error> {
+    let n = gram.meta.shape()[0];
+    let columns = sorted(diagonal(gram)?, activation_order);
+    let unit = tokens as f64 / 2.0;
+    let alive: Vec<f64> = columns
+        .diagonal
+        .iter()
+        .map(|&value| if value == 0.0 { unit } else { f64::from(value) })
+        .collect();
+    let mean = alive.iter().sum::<f64>() / n as f64;
+    let order = buffer::upload(gram, &columns.order, DType::U32);
+    let m = buffer::empty(gram, [n, n], DType::F32);
+    let mut fraction = damping;
+    loop {
+        let diagonal: Vec<f32> = alive
+            .iter()
+            .map(|value| (value + fraction * mean) as f32)
+            .collect();
+        arrange(gram, &order, &diagonal, &m);
+        let pivot = cholesky(&m)?;
+        if pivot == 0 {
+            break;
+        }
+        if pivot < 0 || fraction * 2.0 > MAX_DAMPING {
+            return Err(Error::NotPositiveDefinite {
+                damping: fraction,
+                pivot,
+            });
+        }
+        fraction = (fraction * 2.0).max(FIRST_DAMPING);
+    }
+    reverse(&m);
+    Ok(Factor {
+        m,
+        columns,
+        damping: fraction,
+    })
+}
+
+/// The diagonal of a Gram matrix, read back.
+///
+/// # Errors
+///
+/// A value that is not finite.
+pub(crate) fn diagonal(gram: &Buffer) -> Result<Vec<f32>, Error> {
+    let n = gram.meta.shape()[0];
+    let out = buffer::empty(gram, [n], DType::F32);
+    // SAFETY: the index stays below `n * n`, the Gram matrix's length, and `n`.
+    unsafe {
+        diagonal_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+            &out.client,
+            CubeCount::new_1d((n as u32).div_ceil(UNITS)),
+            CubeDim::new_1d(UNITS),
+            array(gram),
+            array(&out),
+            n as u32,
+        );
+    }
+    let diagonal: Vec<f32> = buffer::download(&out)?;
+    if let Some(column) = diagonal.iter().position(|value| !value.is_finite()) {
+        return Err(Error::NotFinite { column });
+    }
+    Ok(diagonal)
+}
+
+/// The columns by descending diagonal, ties by index; or as they are.
+fn sorted(diagonal: Vec<f32>, activation_order: bool) -> Columns {
+    let mut order: Vec<u32> = (0..diagonal.len() as u32).collect();
+    if activation_order {
+        order.sort_by(|&a, &b| diagonal[b as usize].total_cmp(&diagonal[a as usize]));
+    }
+    let mut position = vec![0; order.len()];
+    for (at, &column) in order.iter().enumerate() {
+        position[column as usize] = at as u32;
+    }
+    Columns {
+        dead: diagonal.iter().filter(|&&value| value == 0.0).count(),
+        diagonal,
+        order,
+        position,
+    }
+}
+
+fn arrange(gram: &Buffer, order: &Buffer, diagonal: &[f32], out: &Buffer) {
+    let n = gram.meta.shape()[0] as u32;
+    let diagonal = buffer::upload(gram, diagonal, DType::F32);
+    // SAFETY: `j <= i < n`, and the order holds columns below `n`.
+    unsafe {
+        arrange_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+            &out.client,
+            CubeCount::new_2d(n.div_ceil(UNITS), n),
+            CubeDim::new_1d(UNITS),
+            array(gram),
+            array(order),
+            array(&diagonal),
+            array(out),
+            n,
+        );
+    }
+}
+
+fn reverse(values: &Buffer) {
+    let length = values.meta.shape().num_elements() as u32;
+    // SAFETY: both ends stay below the length.
+    unsafe {
+        reverse_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+            &values.client,
+            CubeCount::new_1d((length / 2).div_ceil(UNITS).max(1)),
+            CubeDim::new_1d(UNITS),
+            array(values),
+            length,
+        );
+    }
+}
+
+/// Factors the row-major lower triangle in place; the first failing pivot, or 0.
+fn cholesky(a: &Buffer) -> Result<i32, Error> {
+    let n = a.meta.shape()[0] as i32;
+    // Row-major lower is cuSOLVER's column-major upper.
+    let fill = cusolver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+    let status = |operation| {
+        move |status: cusolver::cusolverStatus_t| {
+            status
+                .result()
+                .map_err(|source: CusolverError| Error::Cusolver { operation, source })
+        }
+    };
+    let length = on_stream(&[a], |libraries, pointers| {
+        let mut length = 0;
+        // SAFETY: `a` is n by n; the length is written before the call returns.
+        let code = unsafe {
+            cusolver::cusolverDnSpotrf_bufferSize(
+                libraries.cusolver,
+                fill,
+                n,
+                pointers[0] as *mut f32,
+                n,
+                &raw mut length,
+            )
+        };
+        status("cusolverDnSpotrf_bufferSize")(code)?;
+        Ok(length)
+    })?;
+    let workspace = buffer::empty(a, [length.max(1) as usize], DType::F32);
+    let info = buffer::empty(a, [1], DType::I32);
+    on_stream(&[a, &workspace, &info], |libraries, pointers| {
+        // SAFETY: `a` is n by n, the workspace as long as cuSOLVER asked, and info one integer.
+        let code = unsafe {
+            cusolver::cusolverDnSpotrf(
+                libraries.cusolver,
+                fill,
+                n,
+                pointers[0] as *mut f32,
+                n,
+                pointers[1] as *mut f32,
+                length,
+                pointers[2] as *mut i32,
+            )
+        };
+        status("cusolverDnSpotrf")(code)
+    })?;
+    Ok(buffer::download::<i32>(&info)?[0])
+}
+
+/// The column panels of the sweep: at most [`PANEL`] wide, cut at the groups' boundaries, and
+/// of whole groups where these are narrower.
+pub(crate) fn panels(in_features: usize, group: usize) -> Vec<Range<usize>> {
+    let mut panels = Vec::new();
+    let stretch = if group <= PANEL {
+        group * (PANEL / group)
+    } else {
+        group
+    };
+    for outer in (0..in_features).step_by(stretch) {
+        let end = in_features.min(outer + stretch);
+        panels.extend((outer..end).step_by(PANEL).map(|at| at..end.min(at + PANEL)));
+    }
+    panels
+}
+
+/// The inverses of `m`'s diagonal blocks, f32 `[panels, PANEL, PANEL]`, padded with the
+/// identity.
+pub(crate) fn block_inverses(factor: &Factor, panels: &[Range<usize>]) -> Buffer {
+    let n = factor.columns.order.len() as u32;
+    let mut starts: Vec<u32> = panels.iter().map(|panel| panel.start as u32).collect();
+    starts.push(n);
+    let starts = buffer::upload(&factor.m, &starts, DType::U32);
+    let out = buffer::empty(&factor.m, [panels.len(), PANEL, PANEL], DType::F32);
+    // SAFETY: the blocks lie on m's diagonal; shared and output indices stay below PANEL².
+    unsafe {
+        invert_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+            &out.client,
+            CubeCount::new_1d(panels.len() as u32),
+            CubeDim::new_1d(PANEL as u32),
+            array(&factor.m),
+            array(&starts),
+            array(&out),
+            n,
+        );
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_sorted_by_descending_diagonal_with_ties_by_index() {
+        let columns = sorted(vec![1.0, 3.0, 0.0, 3.0], true);
+        assert_eq!(columns.order, [1, 3, 0, 2]);
+        assert_eq!(columns.position, [2, 0, 3, 1]);
+        assert_eq!(columns.dead, 1);
+    }
+
+    #[test]
+    fn panels_hold_whole_groups_or_cut_one_at_its_boundary() {
+        assert_eq!(panels(300, 300), [0..128, 128..256, 256..300]);
+        assert_eq!(panels(200, 96), [0..96, 96..192, 192..200]);
+        assert_eq!(panels(256, 32), [0..128, 128..256]);
+        assert_eq!(panels(384, 192), [0..128, 128..192, 192..320, 320..384]);
+    }
+}

@@ -1,0 +1,90 @@
+//! The Gram matrix of a linear layer's input, `G += XᵀX`, half of it.
+//!
+//! Row panels of the upper half: `G[s..e, s..] += X[:, s..e]ᵀ · X[:, s..]`, f16 inputs, f32
+//! accumulation (a product of two f16 is exact in f32). With panels of `w` columns this does
+//! `(1 + w / in) / 2` of the full product's arithmetic. Tokens are taken in chunks, so that a
+//! tensor core's running sum stays short; the sum of chunks is an f32 addition in memory.
+
+use burn::tensor::{DType, Tensor};
+use cubecl::{cuda::CudaRuntime, prelude::*};
+use cudarc::driver::result::memset_d8_async;
+
+use super::{
+    Cuda, Device,
+    blas::{Element, Matrix, product},
+    buffer,
+    error::Error,
+    stream::on_stream,
+};
+
+/// Columns per panel: wide enough for cuBLAS's large tiles.
+const PANEL: usize = 1024;
+/// Tokens per product: each reads and writes G once.
+const CHUNK: usize = 16_384;
+
+/// A Gram matrix of zeros, f32 `[in_features, in_features]`, in the layout that
+/// [`gram_add`] updates in place.
+///
+/// # Errors
+///
+/// Device memory that runs out.
+pub fn gram_zeros(in_features: usize, device: &Device) -> Result<Tensor<Cuda, 2>, Error> {
+    let client = CudaRuntime::client(device);
+    let gram = buffer::empty_on(&client, device, [in_features, in_features], DType::F32);
+    let bytes = in_features * in_features * 4;
+    on_stream(&[&gram], |libraries, pointers| {
+        // SAFETY: the buffer was made with this many bytes.
+        unsafe { memset_d8_async(pointers[0], 0, bytes, libraries.stream) }.map_err(|source| {
+            Error::Driver {
+                operation: "cuMemsetD8Async",
+                source,
+            }
+        })
+    })?;
+    Ok(buffer::into_float(gram))
+}
+
+/// `G += XᵀX` for `gram` f32 `[in, in]` and `x` f16 `[tokens, in]`.
+///
+/// Only the upper triangle (row <= column) of the result is valid; of what lies below, some
+/// is stale. In place when nothing else holds `gram`.
+///
+/// # Errors
+///
+/// Other dtypes, shapes that do not fit, or a cuBLAS failure.
+pub fn gram_add(gram: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor<Cuda, 2>, Error> {
+    let [rows, columns] = gram.dims();
+    let [tokens, in_features] = x.dims();
+    if rows != columns || columns != in_features {
+        return Err(Error::Shape {
+            operation: "gram_add",
+            reason: format!("gram [{rows}, {columns}] and x [{tokens}, {in_features}]"),
+        });
+    }
+    let gram = buffer::float("gram_add", "gram", gram, DType::F32)?;
+    let gram = if gram.can_mut() { gram } else { gram.copy() };
+    let x = buffer::float("gram_add", "x", x, DType::F16)?;
+    on_stream(&[&gram, &x], |libraries, pointers| {
+        for first in (0..tokens).step_by(CHUNK) {
+            let length = CHUNK.min(tokens - first);
+            for start in (0..in_features).step_by(PANEL) {
+                let width = PANEL.min(in_features - start);
+                let rest = in_features - start;
+                let offset = first * in_features + start;
+                let x = Matrix::at(pointers[1], offset, in_features, Element::F16);
+                let g = Matrix::at(
+                    pointers[0],
+                    start * in_features + start,
+                    in_features,
+                    Element::F32,
+                );
+                // SAFETY: rows `first..first + length` and columns `start..` of x, and the
+                // block `start.., start..` of gram, lie inside their checked buffers, which
+                // are distinct: gram is uniquely held.
+                unsafe { product(libraries, [width, rest, length], x.t(), x, 1.0, g)? };
+            }
+        }
+        Ok(())
+    })?;
+    Ok(buffer::into_float(gram))
+}

@@ -1,0 +1,95 @@
+//! Which of CUDA's shared libraries this machine has, found out without a panic.
+//!
+//! The libraries are opened at run time, so that one binary runs on machines with and
+//! without a GPU. cudarc panics when it first calls into a library that is not there:
+//! [`missing_library`] and [`device_count`] look first.
+
+use cudarc::{cublas, cusolver, driver, nvrtc};
+
+/// A shared library that the CUDA engine needs and this machine lacks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{library} is missing: install {package}")]
+pub struct MissingLibrary {
+    /// The library's name, as the loader spells it.
+    pub library: &'static str,
+    /// The packages that hold it.
+    pub package: &'static str,
+}
+
+/// The first library of those the CUDA engine needs that cannot be opened, or `None`.
+///
+/// Looks for the driver first, then NVRTC, the toolkit's headers (the runtime under Burn
+/// compiles its kernels against them), cuBLAS and cuSOLVER.
+pub fn missing_library() -> Option<MissingLibrary> {
+    // SAFETY: each check opens the library and closes it again; their initialisers have no
+    // preconditions.
+    let present = unsafe {
+        [
+            driver::sys::is_culib_present(),
+            nvrtc::sys::is_culib_present(),
+            headers_present(),
+            cublas::sys::is_culib_present(),
+            cusolver::sys::is_culib_present(),
+        ]
+    };
+    let needed = [
+        (
+            "libcuda.so.1",
+            "NVIDIA's driver (Debian: libcuda1; NVIDIA: cuda-drivers)",
+        ),
+        (
+            "libnvrtc.so",
+            "NVRTC (NVIDIA: cuda-nvrtc-13-0 or -12-x; PyPI: nvidia-cuda-nvrtc)",
+        ),
+        (
+            "cuda_runtime.h",
+            "the toolkit's headers (NVIDIA: cuda-cudart-dev-13-0 or -12-x; Debian: \
+             nvidia-cuda-dev) and set CUDA_PATH if they are not under /usr/local/cuda",
+        ),
+        (
+            "libcublas.so",
+            "cuBLAS (NVIDIA: libcublas-13-0 or -12-x; PyPI: nvidia-cublas)",
+        ),
+        (
+            "libcusolver.so",
+            "cuSOLVER (NVIDIA: libcusolver-13-0 or -12-x; PyPI: nvidia-cusolver)",
+        ),
+    ];
+    needed
+        .into_iter()
+        .zip(present)
+        .find(|(_, present)| !present)
+        .map(|((library, package), _)| MissingLibrary { library, package })
+}
+
+/// How many CUDA devices there are; 0 without a driver.
+pub fn device_count() -> usize {
+    // SAFETY: opens the driver's library and closes it again.
+    if !unsafe { driver::sys::is_culib_present() } || driver::result::init().is_err() {
+        return 0;
+    }
+    driver::result::device::get_count().map_or(0, |count| usize::try_from(count).unwrap_or(0))
+}
+
+fn headers_present() -> bool {
+    cubecl::cuda::install::cuda_path()
+        .is_some_and(|path| path.join("include/cuda_runtime.h").exists())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_without_a_driver_has_no_devices_and_no_panic() {
+        // SAFETY: see `device_count`.
+        let driver = unsafe { driver::sys::is_culib_present() };
+        if !driver {
+            assert_eq!(device_count(), 0);
+            assert_eq!(missing_library().map(|it| it.library), Some("libcuda.so.1"));
+        }
+        if device_count() > 0 {
+            assert_eq!(missing_library(), None);
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! The CUDA engine's device operations.
+//!
+//! Dense products go to cuBLAS and factorisations to cuSOLVER, on Burn's own device memory
+//! and on the stream that Burn's kernels run on; what no library has is a kernel here, one
+//! file per operation. Activations and weights are f16, sums f32; the Gram matrix, its factor
+//! and everything that decides a code are f32 throughout.
+//!
+//! Make device tensors on the thread that computes with them: CubeCL gives each thread its
+//! own stream, and a buffer that is freed on one stream while another still reads it is
+//! reused too early.
+
+mod library;
+mod error;
+
+mod blas;
+mod buffer;
+mod stream;
+
+mod gram;
+mod linear;
+
+mod arrange;
+mod factor;
+mod groups;
+mod pack;
+mod relative_error;
+mod settings;
+mod solve;
+mod sweep;
+
+mod embedding;
+mod norm;
+mod rotary;
+mod swiglu;
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use embedding::embedding;
+pub use error::Error;
+pub use factor::MAX_DAMPING;
+pub use gram::{gram_add, gram_zeros};
+pub use library::{MissingLibrary, device_count, missing_library};
+pub use linear::linear;
+pub use norm::rms_norm;
+pub use pack::{Packed, dequantise};
+pub use relative_error::relative_error;
+pub use rotary::rotary;
+pub use settings::{Settings, ZeroOffset};
+pub use solve::{Solution, SolveOptions, Solved, solve};
+pub use swiglu::swiglu;
+
+/// The backend of every tensor here: f16 floats and i32 integers by default, no fusion, no
+/// autotuning.
+pub type Cuda = burn_cuda::Cuda<half::f16, i32>;
+
+/// A CUDA device, by ordinal.
+pub type Device = burn_cuda::CudaDevice;

@@ -1,0 +1,97 @@
+//! RMSNorm as Llama's reference has it: normalised in f32, rounded to f16, then scaled in f16.
+//!
+//! `y = w * f16(x / sqrt(mean(x²) + eps))`, one cube per token.
+
+use burn::tensor::{DType, Tensor};
+use cubecl::prelude::*;
+use half::f16;
+
+use super::{Cuda, buffer, error::Error};
+
+const UNITS: u32 = 256;
+const PLANES: usize = 8;
+
+#[cube(launch_unchecked)]
+fn rms_norm_kernel<N: Size>(
+    x: &Array<Vector<f16, N>>,
+    weight: &Array<Vector<f16, N>>,
+    out: &mut Array<Vector<f16, N>>,
+    vectors: u32,
+    hidden: f32,
+    eps: f32,
+) {
+    let lanes = x.vector_size();
+    let vectors = vectors as usize;
+    let start = CUBE_POS_X as usize * vectors;
+    let mut sum = f32::new(0.0);
+    let mut at = UNIT_POS as usize;
+    while at < vectors {
+        let v = Vector::<f32, N>::cast_from(x[start + at]);
+        #[unroll]
+        for lane in 0..lanes {
+            sum += v[lane] * v[lane];
+        }
+        at += CUBE_DIM as usize;
+    }
+    let sum = plane_sum(sum);
+    let mut partial = SharedMemory::<f32>::new(PLANES);
+    if UNIT_POS_PLANE == 0 {
+        partial[(UNIT_POS / PLANE_DIM) as usize] = sum;
+    }
+    sync_cube();
+    let mut total = f32::new(0.0);
+    #[unroll]
+    for plane in 0..PLANES {
+        total += partial[plane];
+    }
+    let factor = Vector::<f32, N>::new(1.0 / (total / hidden + eps).sqrt());
+    let mut at = UNIT_POS as usize;
+    while at < vectors {
+        let v = Vector::<f32, N>::cast_from(x[start + at]) * factor;
+        out[start + at] = Vector::<f16, N>::cast_from(v) * weight[at];
+        at += CUBE_DIM as usize;
+    }
+}
+
+/// RMSNorm of each row of `x` f16 `[tokens, hidden]` with `weight` f16 `[hidden]`: f16
+/// `[tokens, hidden]`.
+///
+/// # Errors
+///
+/// Other dtypes, or shapes that do not fit.
+pub fn rms_norm(
+    x: Tensor<Cuda, 2>,
+    weight: Tensor<Cuda, 1>,
+    eps: f64,
+) -> Result<Tensor<Cuda, 2>, Error> {
+    let [tokens, hidden] = x.dims();
+    if weight.dims() != [hidden] {
+        return Err(Error::Shape {
+            operation: "rms_norm",
+            reason: format!("x [{tokens}, {hidden}] and weight {:?}", weight.dims()),
+        });
+    }
+    let x = buffer::float("rms_norm", "x", x, DType::F16)?;
+    let weight = buffer::float("rms_norm", "weight", weight, DType::F16)?;
+    let out = buffer::empty(&x, [tokens, hidden], DType::F16);
+    if tokens > 0 {
+        let lanes = buffer::vector_size(hidden, DType::F16);
+        // SAFETY: one cube per row; every index is below `tokens * hidden` elements of x and
+        // out, or `hidden` of weight, which their shapes hold.
+        unsafe {
+            rms_norm_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+                &out.client,
+                CubeCount::new_1d(tokens as u32),
+                CubeDim::new_1d(UNITS),
+                lanes,
+                buffer::array(&x),
+                buffer::array(&weight),
+                buffer::array(&out),
+                (hidden / lanes) as u32,
+                hidden as f32,
+                eps as f32,
+            );
+        }
+    }
+    Ok(buffer::into_float(out))
+}

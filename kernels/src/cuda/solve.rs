@@ -1,0 +1,360 @@
+//! GPTQ for all linear layers that share an input: one factorisation, one sweep per setting.
+//!
+//! Left-looking, in panels of at most 128 columns. Before panel `b`, with `D = W - Q` of the
+//! columns swept so far,
+//!
+//! `W_b += D[:, <b] · M[<b, b] · inv(M_bb)`,
+//!
+//! two true-f32 products (`M` as in the factor); the part of the first that comes from before
+//! the current stretch of [`STRETCH`] columns is taken for the whole stretch at once, where
+//! cuBLAS has more to do in parallel. Group parameters are those of the weights at this point,
+//! before the panel's own sweep. A group wider than a panel gets its parameters from the same
+//! formula with the whole group as the block, solved as a triangular system.
+
+use std::ops::Range;
+
+use burn::tensor::{DType, Tensor};
+use cudarc::cublas::sys as cublas;
+
+use super::{
+    Cuda,
+    arrange::{dequantise, into_columns},
+    blas::{Element, Matrix, product},
+    buffer::{self, Buffer},
+    error::Error,
+    factor::{Factor, PANEL, block_inverses, factor, panels},
+    groups::{Source, parameters, round_to_nearest},
+    pack::{Packed, pack},
+    relative_error::{Correlation, Measurement},
+    settings::{Settings, ZeroOffset},
+    stream::on_stream,
+    sweep::{Swept, sweep},
+};
+
+/// Columns whose errors from before them are taken together.
+const STRETCH: usize = 8 * PANEL;
+
+/// A quantised linear layer.
+#[derive(Debug, Clone)]
+pub struct Solved {
+    /// The checkpoint's tensors.
+    pub packed: Packed,
+    /// What they stand for, f16 `[out, in]`.
+    pub weight: Tensor<Cuda, 2>,
+    /// `‖(W - Ŵ)X‖² / ‖WX‖²`, from the undamped Gram matrix.
+    pub relative_error: f64,
+    /// The same for rounding to nearest in the same groups.
+    pub rtn_error: f64,
+}
+
+/// What [`solve`] returns.
+#[derive(Debug, Clone)]
+pub struct Solution {
+    /// The layers, in the order given.
+    pub layers: Vec<Solved>,
+    /// The damping used, as a fraction of the mean diagonal.
+    pub damping: f64,
+    /// Input columns that are always zero.
+    pub dead_columns: usize,
+}
+
+/// How a subset's layers are solved together.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SolveOptions {
+    /// Tokens accumulated in the Gram matrix; they only set a dead column's diagonal.
+    pub tokens: usize,
+    /// Whether columns are swept by descending diagonal.
+    pub activation_order: bool,
+    /// The damping to begin with, as a fraction of the mean diagonal.
+    pub damping: f64,
+    /// What is stored for a zero point.
+    pub zero_offset: ZeroOffset,
+}
+
+/// Quantises linear layers that share an input.
+///
+/// `gram` is f32 `[in, in]`, of which the upper triangle is read; each layer's weight is f16
+/// `[out, in]`. Waits for the device: twice for the factor, once for the errors.
+///
+/// # Errors
+///
+/// Dtypes, shapes or settings that do not fit, an asymmetric layer with
+/// [`ZeroOffset::MinusOne`], a Gram matrix without a factor, or a library's failure.
+pub fn solve(
+    gram: Tensor<Cuda, 2>,
+    layers: &[(Tensor<Cuda, 2>, Settings)],
+    options: SolveOptions,
+) -> Result<Solution, Error> {
+    let n = gram.dims()[0];
+    check(gram.dims(), layers, options)?;
+    let gram = buffer::float("solve", "gram", gram, DType::F32)?;
+    let weights = layers
+        .iter()
+        .map(|(weight, _)| buffer::float("solve", "weight", weight.clone(), DType::F16))
+        .collect::<Result<Vec<_>, _>>()?;
+    let factor = factor(
+        &gram,
+        options.tokens,
+        options.activation_order,
+        options.damping,
+    )?;
+    let position = buffer::upload(&gram, &factor.columns.position, DType::U32);
+    let diagonal = buffer::upload(&gram, &factor.columns.diagonal, DType::F32);
+    let correlation = Correlation::new(&gram, &factor.columns.diagonal);
+    drop(gram);
+
+    let mut measurement = Measurement::new(&position, layers.len());
+    let mut order = Vec::with_capacity(layers.len());
+    let mut solved = Vec::with_capacity(layers.len());
+    for (first, &(_, settings)) in layers.iter().enumerate() {
+        if order.contains(&first) {
+            continue;
+        }
+        let members: Vec<usize> = (first..layers.len())
+            .filter(|&at| layers[at].1 == settings)
+            .collect();
+        let rows = members.iter().map(|&at| weights[at].meta.shape()[0]).sum();
+        let all = buffer::empty(&position, [n, rows], DType::F32);
+        let mut offset = 0;
+        for &at in &members {
+            into_columns(&weights[at], &position, &diagonal, &all, offset);
+            offset += weights[at].meta.shape()[0];
+        }
+        let (swept, g_idx) = sweep_all(&factor, &position, all, settings)?;
+        let mut offset = 0;
+        for at in members {
+            let rows = weights[at].meta.shape()[0];
+            let weight = dequantise(&swept, &position, offset, rows);
+            let nearest = round_to_nearest(&weights[at], settings);
+            measurement.add(&correlation, &weights[at], [&weight, &nearest])?;
+            let g_idx = buffer::upload(&position, &g_idx, DType::I32);
+            let span = [offset, rows];
+            let packed = pack(&swept, &position, g_idx, span, settings, options.zero_offset);
+            solved.push((packed, buffer::into_float(weight)));
+            order.push(at);
+            offset += rows;
+        }
+    }
+    let mut finished: Vec<_> = order
+        .into_iter()
+        .zip(solved)
+        .zip(measurement.read()?)
+        .map(|((at, (packed, weight)), [relative_error, rtn_error])| {
+            let layer = Solved {
+                packed,
+                weight,
+                relative_error,
+                rtn_error,
+            };
+            (at, layer)
+        })
+        .collect();
+    finished.sort_by_key(|&(at, _)| at);
+    Ok(Solution {
+        layers: finished.into_iter().map(|(_, layer)| layer).collect(),
+        damping: factor.damping,
+        dead_columns: factor.columns.dead,
+    })
+}
+
+fn check(
+    [n, columns]: [usize; 2],
+    layers: &[(Tensor<Cuda, 2>, Settings)],
+    options: SolveOptions,
+) -> Result<(), Error> {
+    let refuse = |reason| {
+        Err(Error::Shape {
+            operation: "solve",
+            reason,
+        })
+    };
+    if n != columns || n == 0 || !n.is_multiple_of(32) {
+        return refuse(format!(
+            "a Gram matrix [{n}, {columns}]: not square, or not of a multiple of 32 columns"
+        ));
+    }
+    for (weight, settings) in layers {
+        let [out, inside] = weight.dims();
+        if inside != n || !out.is_multiple_of(32) {
+            return refuse(format!(
+                "a weight [{out}, {inside}] with {n} input columns, or not of a multiple of 32 \
+                 rows"
+            ));
+        }
+        if !matches!(settings.bits, 2 | 3 | 4 | 8) || settings.group_size == Some(0) {
+            return refuse(format!("{settings:?}"));
+        }
+        if !settings.symmetric && options.zero_offset == ZeroOffset::MinusOne {
+            return Err(Error::AsymmetricNeedsV2);
+        }
+    }
+    Ok(())
+}
+
+/// Sweeps all columns; the buffers swept and the group of each original column.
+fn sweep_all(
+    factor: &Factor,
+    position: &Buffer,
+    weight: Buffer,
+    settings: Settings,
+) -> Result<(Swept, Vec<i32>), Error> {
+    let [n, rows] = [weight.meta.shape()[0], weight.meta.shape()[1]];
+    let group = settings.group_columns(n);
+    let groups = settings.groups(n);
+    let by_original = settings.static_groups;
+    let group_of: Vec<u32> = (0..n)
+        .map(|at| {
+            let column = if by_original {
+                factor.columns.order[at] as usize
+            } else {
+                at
+            };
+            (column / group) as u32
+        })
+        .collect();
+    let g_idx = factor
+        .columns
+        .position
+        .iter()
+        .map(|&at| group_of[at as usize] as i32)
+        .collect();
+    let swept = Swept {
+        codes: buffer::empty(&weight, [n, rows], DType::U8),
+        scales: buffer::empty(&weight, [groups, rows], DType::F32),
+        zeros: buffer::empty(&weight, [groups, rows], DType::F32),
+        group_of: buffer::upload(&weight, &group_of, DType::U32),
+        weight,
+        rows,
+    };
+    if by_original {
+        parameters(&swept, Source::Original(position), 0..n, group, settings);
+    }
+    let panels = panels(n, if by_original { PANEL } else { group });
+    let inverses = block_inverses(factor, &panels);
+    let raw = buffer::empty(&swept.weight, [n.min(STRETCH), rows], DType::F32);
+    let update = buffer::empty(&swept.weight, [PANEL, rows], DType::F32);
+    let mut stretch = 0..0;
+    for (block, panel) in panels.iter().enumerate() {
+        if panel.end > stretch.end {
+            let end = panels[block..]
+                .iter()
+                .map(|it| it.end)
+                .take_while(|&end| end - panel.start <= STRETCH)
+                .last()
+                .unwrap_or(panel.end);
+            stretch = panel.start..end;
+            carry(factor, &swept, 0..stretch.start, &stretch, (&raw, 0), 0.0)?;
+        }
+        if !by_original && group > PANEL && panel.start.is_multiple_of(group) {
+            let whole = panel.start..n.min(panel.start + group);
+            wide_group(factor, &swept, &whole, settings)?;
+        }
+        let update = (panel.start > 0).then_some(&update);
+        if let Some(update) = update {
+            let at = panel.start - stretch.start;
+            let inside = stretch.start..panel.start;
+            carry(factor, &swept, inside, panel, (&raw, at), 1.0)?;
+            apply_inverse(&inverses, block, &raw, at, panel.len(), update)?;
+        }
+        if !by_original && group <= PANEL {
+            let source = Source::Positions(update);
+            parameters(&swept, source, panel.clone(), group, settings);
+        }
+        sweep(&swept, update, &inverses, block, panel, settings);
+    }
+    Ok((swept, g_idx))
+}
+
+/// `into[at..] = M[from, columns]ᵀ · D[from] + beta · into[at..]`, f32 `[columns, rows]`.
+fn carry(
+    factor: &Factor,
+    swept: &Swept,
+    from: Range<usize>,
+    columns: &Range<usize>,
+    (into, at): (&Buffer, usize),
+    beta: f32,
+) -> Result<(), Error> {
+    if from.is_empty() {
+        return Ok(());
+    }
+    let n = factor.columns.order.len();
+    let rows = swept.rows;
+    on_stream(&[&factor.m, &swept.weight, into], |libraries, pointers| {
+        let m = Matrix::at(pointers[0], from.start * n + columns.start, n, Element::F32);
+        let d = Matrix::at(pointers[1], from.start * rows, rows, Element::F32);
+        let out = Matrix::at(pointers[2], at * rows, rows, Element::F32);
+        let dimensions = [columns.len(), rows, from.len()];
+        // SAFETY: `from` and `columns` lie inside M and D, and `at + columns.len()` rows
+        // inside `into`.
+        unsafe { product(libraries, dimensions, m.t(), d, beta, out) }
+    })
+}
+
+/// `update = inv(M_bb)ᵀ · raw[at..at + width]`, f32 `[width, rows]`.
+fn apply_inverse(
+    inverses: &Buffer,
+    block: usize,
+    raw: &Buffer,
+    at: usize,
+    width: usize,
+    update: &Buffer,
+) -> Result<(), Error> {
+    let rows = raw.meta.shape()[1];
+    on_stream(&[inverses, raw, update], |libraries, pointers| {
+        let inverse = Matrix::at(pointers[0], block * PANEL * PANEL, PANEL, Element::F32);
+        let raw = Matrix::at(pointers[1], at * rows, rows, Element::F32);
+        let out = Matrix::at(pointers[2], 0, rows, Element::F32);
+        // SAFETY: the block's leading `width` square, `width` rows of raw and of update.
+        unsafe { product(libraries, [width, rows, width], inverse.t(), raw, 0.0, out) }
+    })
+}
+
+/// The parameters of one group wider than a panel.
+fn wide_group(
+    factor: &Factor,
+    swept: &Swept,
+    group: &Range<usize>,
+    settings: Settings,
+) -> Result<(), Error> {
+    if group.start == 0 {
+        let source = Source::Positions(None);
+        parameters(swept, source, group.clone(), group.len(), settings);
+        return Ok(());
+    }
+    let n = factor.columns.order.len();
+    let rows = swept.rows;
+    let update = buffer::empty(&swept.weight, [group.len(), rows], DType::F32);
+    carry(factor, swept, 0..group.start, group, (&update, 0), 0.0)?;
+    on_stream(&[&factor.m, &update], |libraries, pointers| {
+        let m = Matrix::at(pointers[0], group.start * (n + 1), n, Element::F32);
+        let one = 1.0_f32;
+        // X · M_gg = T: column-major, T is the update's `[rows, group]`, and M's row-major
+        // upper triangle a lower one, to be transposed.
+        // SAFETY: the group's square lies inside M, and the update is `[group, rows]`.
+        unsafe {
+            cublas::cublasStrsm_v2(
+                libraries.cublas,
+                cublas::cublasSideMode_t::CUBLAS_SIDE_RIGHT,
+                cublas::cublasFillMode_t::CUBLAS_FILL_MODE_LOWER,
+                cublas::cublasOperation_t::CUBLAS_OP_T,
+                cublas::cublasDiagType_t::CUBLAS_DIAG_NON_UNIT,
+                rows as i32,
+                group.len() as i32,
+                &raw const one,
+                m.pointer as *const f32,
+                n as i32,
+                pointers[1] as *mut f32,
+                rows as i32,
+            )
+        }
+        .result()
+        .map_err(|source| Error::Cublas {
+            operation: "cublasStrsm",
+            source,
+        })
+    })?;
+    let source = Source::Positions(Some(&update));
+    let columns = settings.group_columns(n);
+    parameters(swept, source, group.clone(), columns, settings);
+    Ok(())
+}

@@ -1,0 +1,163 @@
+//! One panel of GPTQ's column sweep, a launch for all rows, one row per unit.
+//!
+//! Weights, codes and group parameters are stored column by column, `[in, rows]`, so that the
+//! units of a plane read and write neighbours. The panel's columns come as
+//! `W + T`, where `T` carries the errors of the panels before; then, for each column `j`,
+//!
+//! `q = clamp(round(w_j / scale) + zero)`, `err = (w_j - scale (q - zero)) / U_jj`,
+//! `w_k -= err U_jk` for the columns `k > j` of the panel,
+//!
+//! rounding halves to even (DESIGN of AutoGPTQ's inner loop). Thirty-two columns at a time are
+//! held in registers; the errors of the panel's earlier columns come from shared memory. The
+//! weights are overwritten by `W - Q`, which the later panels' products read.
+
+use std::ops::Range;
+
+use cubecl::prelude::*;
+
+use super::{
+    buffer::{Buffer, array},
+    factor::PANEL,
+    settings::Settings,
+};
+
+const UNITS: usize = 64;
+/// Columns held in registers.
+const HELD: usize = 32;
+
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn sweep_kernel(
+    weight: &mut Array<f32>,
+    update: &Array<f32>,
+    inverse: &Array<f32>,
+    scales: &Array<f32>,
+    zeros: &Array<f32>,
+    group_of: &Array<u32>,
+    codes: &mut Array<u8>,
+    block: u32,
+    start: u32,
+    width: u32,
+    rows: u32,
+    max_code: f32,
+    #[comptime] updated: bool,
+) {
+    let mut u = SharedMemory::<f32>::new(PANEL * PANEL);
+    let mut errors = SharedMemory::<f32>::new(PANEL * UNITS);
+    let unit = UNIT_POS as usize;
+    let base = block as usize * PANEL * PANEL;
+    #[unroll(false)]
+    for at in 0..PANEL * PANEL / UNITS {
+        u[at * UNITS + unit] = inverse[base + at * UNITS + unit];
+    }
+    sync_cube();
+
+    let rows = rows as usize;
+    let start = start as usize;
+    let width = width as usize;
+    let row = CUBE_POS_X as usize * UNITS + unit;
+    if row < rows {
+        let mut first = 0;
+        while first < width {
+            let mut w = Array::<f32>::new(HELD);
+            let mut scale = Array::<f32>::new(HELD);
+            let mut zero = Array::<f32>::new(HELD);
+            #[unroll]
+            for c in 0..HELD {
+                let column = first + c;
+                w[c] = f32::new(0.0);
+                scale[c] = f32::new(1.0);
+                zero[c] = f32::new(0.0);
+                if column < width {
+                    let group = group_of[start + column] as usize * rows + row;
+                    scale[c] = scales[group];
+                    zero[c] = zeros[group];
+                    if comptime!(updated) {
+                        w[c] = weight[(start + column) * rows + row] + update[column * rows + row];
+                    } else {
+                        w[c] = weight[(start + column) * rows + row];
+                    }
+                }
+            }
+            let mut j = 0;
+            while j < first {
+                let err = errors[j * UNITS + unit];
+                #[unroll]
+                for c in 0..HELD {
+                    w[c] -= err * u[j * PANEL + first + c];
+                }
+                j += 1;
+            }
+            #[unroll]
+            for c in 0..HELD {
+                let column = first + c;
+                let code = ((w[c] / scale[c]).round() + zero[c])
+                    .max(f32::new(0.0))
+                    .min(max_code);
+                let q = scale[c] * (code - zero[c]);
+                let err = (w[c] - q) / u[column * PANEL + column];
+                errors[column * UNITS + unit] = err;
+                #[unroll]
+                for k in c + 1..HELD {
+                    w[k] -= err * u[column * PANEL + first + k];
+                }
+                if column < width {
+                    let at = (start + column) * rows + row;
+                    codes[at] = u8::cast_from(code);
+                    weight[at] = weight[at] - q;
+                }
+            }
+            first += HELD;
+        }
+    }
+}
+
+/// The buffers of a sweep, all column by column: `[in, rows]`, parameters `[groups, rows]`.
+pub(crate) struct Swept {
+    /// f32 weights in the sweep's order; `W - Q` in the panels already swept.
+    pub(crate) weight: Buffer,
+    /// u8 codes in the sweep's order.
+    pub(crate) codes: Buffer,
+    /// f32 scales, already rounded to f16.
+    pub(crate) scales: Buffer,
+    /// f32 zero points.
+    pub(crate) zeros: Buffer,
+    /// u32 group of each position of the sweep.
+    pub(crate) group_of: Buffer,
+    /// Rows of all layers together.
+    pub(crate) rows: usize,
+}
+
+/// Sweeps one panel; `update` is f32 `[panel, rows]`, `None` for the first panel.
+pub(crate) fn sweep(
+    swept: &Swept,
+    update: Option<&Buffer>,
+    inverses: &Buffer,
+    block: usize,
+    panel: &Range<usize>,
+    settings: Settings,
+) {
+    let rows = swept.rows as u32;
+    // SAFETY: columns stay inside the panel, rows below `rows`, shared indices below PANEL²
+    // and PANEL * UNITS; without an update its argument is not read.
+    unsafe {
+        sweep_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+            &swept.weight.client,
+            CubeCount::new_1d(rows.div_ceil(UNITS as u32)),
+            CubeDim::new_1d(UNITS as u32),
+            array(&swept.weight),
+            array(update.unwrap_or(&swept.scales)),
+            array(inverses),
+            array(&swept.scales),
+            array(&swept.zeros),
+            array(&swept.group_of),
+            array(&swept.codes),
+            block as u32,
+            panel.start as u32,
+            panel.len() as u32,
+            rows,
+            settings.max_code(),
+            update.is_some(),
+        );
+    }
+}

@@ -1,0 +1,66 @@
+//! The gate of Llama's feed-forward block, `silu(gate) * up`, in f32, rounded to f16 once.
+
+use burn::tensor::{DType, Tensor};
+use cubecl::prelude::*;
+use half::f16;
+
+use super::{
+    Cuda,
+    buffer::{self, array},
+    error::Error,
+};
+
+const UNITS: u32 = 256;
+
+#[cube(launch_unchecked)]
+fn swiglu_kernel<N: Size>(
+    gate: &Array<Vector<f16, N>>,
+    up: &Array<Vector<f16, N>>,
+    out: &mut Array<Vector<f16, N>>,
+    vectors: u32,
+) {
+    let at = ABSOLUTE_POS;
+    if at < vectors as usize {
+        let g = Vector::<f32, N>::cast_from(gate[at]);
+        let u = Vector::<f32, N>::cast_from(up[at]);
+        let one = Vector::<f32, N>::new(1.0);
+        out[at] = Vector::<f16, N>::cast_from(g / (one + (-g).exp()) * u);
+    }
+}
+
+/// `silu(gate) * up`, all f16 `[tokens, intermediate]`.
+///
+/// # Errors
+///
+/// Other dtypes, or shapes that differ.
+pub fn swiglu(gate: Tensor<Cuda, 2>, up: Tensor<Cuda, 2>) -> Result<Tensor<Cuda, 2>, Error> {
+    let shape = gate.dims();
+    if up.dims() != shape {
+        return Err(Error::Shape {
+            operation: "swiglu",
+            reason: format!("gate {shape:?}, up {:?}", up.dims()),
+        });
+    }
+    let gate = buffer::float("swiglu", "gate", gate, DType::F16)?;
+    let up = buffer::float("swiglu", "up", up, DType::F16)?;
+    let out = buffer::empty(&gate, shape, DType::F16);
+    let elements = shape[0] * shape[1];
+    let lanes = buffer::vector_size(elements, DType::F16);
+    if elements > 0 {
+        let vectors = (elements / lanes) as u32;
+        // SAFETY: indices stay below the number of vectors in all three.
+        unsafe {
+            swiglu_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+                &out.client,
+                CubeCount::new_1d(vectors.div_ceil(UNITS)),
+                CubeDim::new_1d(UNITS),
+                lanes,
+                array(&gate),
+                array(&up),
+                array(&out),
+                vectors,
+            );
+        }
+    }
+    Ok(buffer::into_float(out))
+}

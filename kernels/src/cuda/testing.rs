@@ -1,0 +1,110 @@
+//! What the device tests share: seeded inputs, poisoned outputs, skipping without a device.
+
+use burn::tensor::{DType, Tensor, TensorData};
+use cudarc::driver;
+use half::f16;
+
+use super::{
+    Cuda, Device,
+    buffer::Buffer,
+    error::Error,
+    library::{device_count, missing_library},
+    stream::on_stream,
+};
+
+/// The first device, or `None` with a line that says so.
+pub(crate) fn device() -> Option<Device> {
+    if device_count() == 0 || missing_library().is_some() {
+        println!("skipped: no CUDA device");
+        return None;
+    }
+    Some(Device::new(0))
+}
+
+/// Fills a new buffer with 0xff, NaN in every float type, so that an element that a kernel
+/// leaves unwritten shows.
+pub(crate) fn poison(buffer: &Buffer) {
+    let bytes = buffer.handle.size_in_used() as usize;
+    on_stream(&[buffer], |libraries, pointers| {
+        // SAFETY: the buffer has this many bytes.
+        unsafe { driver::result::memset_d8_async(pointers[0], 0xff, bytes, libraries.stream) }
+            .map_err(|source| Error::Driver {
+                operation: "cuMemsetD8Async",
+                source,
+            })
+    })
+    .unwrap();
+}
+
+/// A small seeded generator (SplitMix64).
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in [0, 1).
+    pub(crate) fn uniform(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    /// Standard normal.
+    pub(crate) fn normal(&mut self) -> f64 {
+        let radius = (-2.0 * (1.0 - self.uniform()).ln()).sqrt();
+        radius * (std::f64::consts::TAU * self.uniform()).cos()
+    }
+
+    /// Normal values of this standard deviation, rounded to f16.
+    pub(crate) fn halves(&mut self, count: usize, deviation: f64) -> Vec<f16> {
+        (0..count)
+            .map(|_| f16::from_f64(self.normal() * deviation))
+            .collect()
+    }
+}
+
+/// f16 values as a tensor on the device.
+pub(crate) fn tensor<const D: usize>(
+    values: &[f16],
+    shape: [usize; D],
+    device: &Device,
+) -> Tensor<Cuda, D> {
+    Tensor::from_data(
+        TensorData::new(values.to_vec(), shape),
+        (device, DType::F16),
+    )
+}
+
+/// f32 values as a tensor on the device.
+pub(crate) fn tensor_f32<const D: usize>(
+    values: &[f32],
+    shape: [usize; D],
+    device: &Device,
+) -> Tensor<Cuda, D> {
+    Tensor::from_data(
+        TensorData::new(values.to_vec(), shape),
+        (device, DType::F32),
+    )
+}
+
+/// A float tensor's values.
+pub(crate) fn values<const D: usize>(tensor: Tensor<Cuda, D>) -> Vec<f64> {
+    tensor.into_data().iter::<f64>().collect()
+}
+
+/// `‖found - expected‖ / ‖expected‖`; NaN where anything is.
+pub(crate) fn distance(found: &[f64], expected: &[f64]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
+    let difference = square(&mut found.iter().zip(expected).map(|(a, b)| a - b));
+    let norm = square(&mut expected.iter().copied());
+    if norm == 0.0 {
+        difference.sqrt()
+    } else {
+        (difference / norm).sqrt()
+    }
+}

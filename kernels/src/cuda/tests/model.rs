@@ -1,0 +1,116 @@
+//! The operations of the forward pass.
+
+use burn::tensor::{DType, Tensor, TensorData};
+
+use crate::cuda::{
+    Cuda, embedding, rms_norm, rotary, swiglu,
+    testing::{Random, device, distance, tensor, tensor_f32, values},
+};
+
+/// One rounding to f16.
+const HALF: f64 = 1.0 / 2048.0;
+
+#[test]
+fn rms_norm_normalises_each_row_and_scales_it() {
+    let Some(device) = device() else { return };
+    let mut random = Random(10);
+    for (tokens, hidden) in [(1, 1), (3, 31), (5, 127), (2, 240), (7, 4096)] {
+        let x = random.halves(tokens * hidden, 3.0);
+        let w = random.halves(hidden, 1.0);
+        let found = rms_norm(
+            tensor(&x, [tokens, hidden], &device),
+            tensor(&w, [hidden], &device),
+            1e-5,
+        );
+        let expected: Vec<f64> = x
+            .chunks_exact(hidden)
+            .flat_map(|row| {
+                let square: f64 = row.iter().map(|v| v.to_f64().powi(2)).sum();
+                let factor = 1.0 / (square / hidden as f64 + 1e-5).sqrt();
+                row.iter()
+                    .zip(&w)
+                    .map(|(v, w)| v.to_f64() * factor * w.to_f64())
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        // Rounded to f16 twice: before and after the weight.
+        let found = distance(&values(found.unwrap()), &expected);
+        assert!(found < 2.0 * HALF, "{tokens} x {hidden}: {found}");
+    }
+}
+
+#[test]
+fn rotary_rotates_each_pair_by_its_position() {
+    let Some(device) = device() else { return };
+    let mut random = Random(11);
+    for [windows, seq, heads, dim] in [[1, 1, 1, 2], [2, 31, 3, 64], [1, 127, 2, 128]] {
+        let half = dim / 2;
+        let x = random.halves(windows * seq * heads * dim, 1.0);
+        let angle = |s: usize, d: usize| s as f64 * 1e4_f64.powf(-(d as f64) / half as f64);
+        let table = |f: fn(f64) -> f64| -> Vec<f32> {
+            (0..seq * half)
+                .map(|at| f(angle(at / half, at % half)) as f32)
+                .collect()
+        };
+        let found = rotary(
+            tensor(&x, [windows, seq, heads, dim], &device),
+            tensor_f32(&table(f64::cos), [seq, half], &device),
+            tensor_f32(&table(f64::sin), [seq, half], &device),
+        );
+        let expected: Vec<f64> = (0..x.len())
+            .map(|at| {
+                let (head, d) = (at / dim, at % dim);
+                let angle = angle(head / heads % seq, d % half);
+                let other = x[head * dim + (d + half) % dim].to_f64();
+                let sign = if d < half { -1.0 } else { 1.0 };
+                x[at].to_f64() * angle.cos() + sign * other * angle.sin()
+            })
+            .collect();
+        let found = distance(&values(found.unwrap()), &expected);
+        assert!(found < HALF, "{windows} {seq} {heads} {dim}: {found}");
+    }
+}
+
+#[test]
+fn swiglu_is_silu_of_the_gate_times_up() {
+    let Some(device) = device() else { return };
+    let mut random = Random(12);
+    for (tokens, width) in [(1, 1), (31, 127), (3, 240)] {
+        let gate = random.halves(tokens * width, 4.0);
+        let up = random.halves(tokens * width, 1.0);
+        let found = swiglu(
+            tensor(&gate, [tokens, width], &device),
+            tensor(&up, [tokens, width], &device),
+        );
+        let expected: Vec<f64> = gate
+            .iter()
+            .zip(&up)
+            .map(|(g, u)| g.to_f64() / (1.0 + (-g.to_f64()).exp()) * u.to_f64())
+            .collect();
+        let found = distance(&values(found.unwrap()), &expected);
+        assert!(found < HALF, "{tokens} x {width}: {found}");
+    }
+}
+
+#[test]
+fn embedding_gathers_rows() {
+    let Some(device) = device() else { return };
+    let mut random = Random(13);
+    for (tokens, vocabulary, hidden) in [(1, 1, 1), (31, 40, 127), (7, 100, 240)] {
+        let table = random.halves(vocabulary * hidden, 1.0);
+        let ids: Vec<i32> = (0..tokens)
+            .map(|_| (random.next() % vocabulary as u64) as i32)
+            .collect();
+        let found = embedding(
+            Tensor::from_data(TensorData::new(ids.clone(), [tokens]), (&device, DType::I32)),
+            tensor::<2>(&table, [vocabulary, hidden], &device),
+        );
+        let expected: Vec<f64> = ids
+            .iter()
+            .flat_map(|&id| &table[id as usize * hidden..][..hidden])
+            .map(|v| v.to_f64())
+            .collect();
+        let found: Tensor<Cuda, 2> = found.unwrap();
+        assert_eq!(values(found), expected);
+    }
+}
