@@ -1,7 +1,7 @@
 //! Measures the CUDA engine's operations at the shapes of a 7B layer and prints a table.
 //!
 //! Each figure is the median of repeated runs between two synchronisations of the device, on
-//! random values. Run it alone on the card.
+//! random values. Run it alone on the card. With arguments `solve` or `forward`, only those.
 
 use std::time::Instant;
 
@@ -59,16 +59,28 @@ fn main() {
         return;
     }
     let device = Device::new(0);
+    let only = std::env::args().nth(1);
+    let wanted = |part: &str| only.as_deref().is_none_or(|only| only == part);
+    println!("| operation | median | rate |\n|---|---|---|");
+    if wanted("forward") {
+        let time = forward(&device) * (WINDOWS / CHUNK) as f64;
+        println!("| layer, {WINDOWS} windows: forward and Gram | {:.0} ms | |", time * 1e3);
+    }
+    if wanted("solve") {
+        println!("| layer: solving | {:.0} ms | |", solving(&device) * 1e3);
+    }
+}
+
+/// Seconds for the forward pass and the Gram matrices of a chunk of windows.
+fn forward(device: &Device) -> f64 {
     let tokens = CHUNK * WINDOW;
     let mut forward = 0.0;
-    println!("| operation | median | rate |\n|---|---|---|");
 
-    let mut grams = Vec::new();
     for (inside, outs) in [(HIDDEN, &[HIDDEN, WIDE][..]), (WIDE, &[HIDDEN][..])] {
-        let x = random([tokens, inside], 1.0, &device);
+        let x = random([tokens, inside], 1.0, device);
         for &out in outs {
-            let w = random([out, inside], 0.02, &device);
-            let time = seconds(&device, 20, || linear(x.clone(), w.clone()).unwrap());
+            let w = random([out, inside], 0.02, device);
+            let time = seconds(device, 20, || linear(x.clone(), w.clone()).unwrap());
             let work = 2.0 * (tokens * inside * out) as f64;
             row(&format!("linear [{tokens}, {inside}] -> {out}"), time, work / 1e12, "TFLOP/s");
             let layers = if inside == WIDE {
@@ -80,20 +92,19 @@ fn main() {
             };
             forward += layers * time;
         }
-        let mut gram = Some(gram_zeros(inside, &device).unwrap());
-        let time = seconds(&device, 20, || {
+        let mut gram = Some(gram_zeros(inside, device).unwrap());
+        let time = seconds(device, 20, || {
             gram = Some(gram_add(gram.take().unwrap(), x.clone()).unwrap());
         });
         let work = 2.0 * (tokens * inside * inside) as f64;
         let name = format!("gram [{tokens}, {inside}], as if full");
         row(&name, time, work / 1e12, "TFLOP/s");
         forward += if inside == WIDE { time } else { 3.0 * time };
-        grams.push(gram.take().unwrap());
     }
 
     let shape = [CHUNK, WINDOW, HEADS, HEAD];
-    let [q, k, v] = [0; 3].map(|_| random(shape, 1.0, &device));
-    let time = seconds(&device, 10, || {
+    let [q, k, v] = [0; 3].map(|_| random(shape, 1.0, device));
+    let time = seconds(device, 10, || {
         causal_attention(q.clone(), k.clone(), v.clone()).unwrap()
     });
     let work = 2.0 * (CHUNK * HEADS * WINDOW * WINDOW * HEAD) as f64;
@@ -101,57 +112,61 @@ fn main() {
     forward += time;
 
     let gigabytes = |elements: usize| (elements * 2) as f64 / 1e9;
-    let x = random([tokens, HIDDEN], 1.0, &device);
-    let weight = random([HIDDEN], 1.0, &device);
-    let time = seconds(&device, 20, || rms_norm(x.clone(), weight.clone(), 1e-5).unwrap());
+    let x = random([tokens, HIDDEN], 1.0, device);
+    let weight = random([HIDDEN], 1.0, device);
+    let time = seconds(device, 20, || rms_norm(x.clone(), weight.clone(), 1e-5).unwrap());
     row("rms_norm [16384, 4096]", time, gigabytes(2 * tokens * HIDDEN), "GB/s");
     forward += 2.0 * time;
     let table = Tensor::<Cuda, 2>::random(
         [WINDOW, HEAD / 2],
         Distribution::Uniform(-1.0, 1.0),
-        (&device, DType::F32),
+        (device, DType::F32),
     );
-    let time = seconds(&device, 20, || {
+    let time = seconds(device, 20, || {
         rotary(q.clone(), table.clone(), table.clone()).unwrap()
     });
     row("rotary [4, 4096, 32, 128]", time, gigabytes(2 * tokens * HIDDEN), "GB/s");
     forward += 2.0 * time;
-    let gate = random([tokens, WIDE], 1.0, &device);
-    let up = random([tokens, WIDE], 1.0, &device);
-    let time = seconds(&device, 20, || swiglu(gate.clone(), up.clone()).unwrap());
+    let gate = random([tokens, WIDE], 1.0, device);
+    let up = random([tokens, WIDE], 1.0, device);
+    let time = seconds(device, 20, || swiglu(gate.clone(), up.clone()).unwrap());
     row("swiglu [16384, 11008]", time, gigabytes(3 * tokens * WIDE), "GB/s");
     forward += time;
-    let time = seconds(&device, 20, || x.clone() + q.clone().reshape([tokens, HIDDEN]));
+    let time = seconds(device, 20, || x.clone() + q.clone().reshape([tokens, HIDDEN]));
     row("residual (Burn) [16384, 4096]", time, gigabytes(3 * tokens * HIDDEN), "GB/s");
     forward += 2.0 * time;
     let ids: Vec<i32> = (0..tokens as i32).map(|at| at * 7919 % 32_000).collect();
     let ids = Tensor::<Cuda, 1, Int>::from_data(
         TensorData::new(ids, [tokens]),
-        (&device, DType::I32),
+        (device, DType::I32),
     );
-    let words = random([32_000, HIDDEN], 1.0, &device);
-    let time = seconds(&device, 20, || embedding(ids.clone(), words.clone()).unwrap());
+    let words = random([32_000, HIDDEN], 1.0, device);
+    let time = seconds(device, 20, || embedding(ids.clone(), words.clone()).unwrap());
     row("embedding [16384, 4096]", time, gigabytes(2 * tokens * HIDDEN), "GB/s");
-    drop((gate, up, words, q, k, v));
+    forward
+}
 
+/// Seconds for solving all linear layers of a decoder layer.
+fn solving(device: &Device) -> f64 {
+    let tokens = CHUNK * WINDOW;
     let mut solving = 0.0;
-    for (subset, gram, layers, times) in [
-        ("q, k, v", 0, &[HIDDEN, HIDDEN, HIDDEN][..], 1.0),
-        ("o", 0, &[HIDDEN][..], 1.0),
-        ("gate, up", 0, &[WIDE, WIDE][..], 1.0),
-        ("down", 1, &[HIDDEN][..], 1.0),
+    for (subset, inside, outs) in [
+        ("q, k, v", HIDDEN, &[HIDDEN, HIDDEN, HIDDEN][..]),
+        ("o", HIDDEN, &[HIDDEN][..]),
+        ("gate, up", HIDDEN, &[WIDE, WIDE][..]),
+        ("down", WIDE, &[HIDDEN][..]),
     ] {
-        let gram: &Tensor<Cuda, 2> = &grams[gram];
-        let inside = gram.dims()[0];
+        let x = random([tokens, inside], 1.0, device);
+        let gram = gram_add(gram_zeros(inside, device).unwrap(), x).unwrap();
         let settings = Settings {
             bits: 4,
             group_size: Some(128),
             symmetric: true,
             static_groups: false,
         };
-        let layers: Vec<_> = layers
+        let layers: Vec<_> = outs
             .iter()
-            .map(|&out| (random([out, inside], 0.02, &device), settings))
+            .map(|&out| (random([out, inside], 0.02, device), settings))
             .collect();
         let options = SolveOptions {
             tokens,
@@ -160,7 +175,7 @@ fn main() {
             zero_offset: ZeroOffset::MinusOne,
         };
         let mut errors = [0.0; 2];
-        let time = seconds(&device, 3, || {
+        let time = seconds(device, 3, || {
             let solution = solve(gram.clone(), &layers, options).unwrap();
             errors = [solution.layers[0].relative_error, solution.layers[0].rtn_error];
         });
@@ -168,8 +183,7 @@ fn main() {
             "| solve {subset} ({inside} columns) | {:.1} ms | errors {errors:.5?} |",
             time * 1e3
         );
-        solving += times * time;
+        solving += time;
     }
-    println!("| layer, {WINDOWS} windows: forward and Gram | {:.0} ms | |", forward * 1e3 * (WINDOWS / CHUNK) as f64);
-    println!("| layer: solving | {:.0} ms | |", solving * 1e3);
+    solving
 }

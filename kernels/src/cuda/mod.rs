@@ -28,6 +28,7 @@ mod settings;
 mod solve;
 mod sweep;
 
+mod attention;
 mod embedding;
 mod norm;
 mod rotary;
@@ -38,6 +39,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
+pub use attention::causal_attention;
 pub use embedding::embedding;
 pub use error::Error;
 pub use factor::MAX_DAMPING;

@@ -17,7 +17,7 @@ use super::{
     blas::{Element, Matrix, product},
     buffer::{self, Buffer, array},
     error::Error,
-    stream::on_stream,
+    stream::{Failures, on_stream_later},
 };
 
 const UNITS: usize = 256;
@@ -125,9 +125,9 @@ impl Correlation {
         &self,
         a: &Buffer,
         b: Option<&Buffer>,
-        sums: &Buffer,
-        slot: usize,
-    ) -> Result<(), Error> {
+        (sums, slot): (&Buffer, usize),
+        failures: &Failures,
+    ) {
         let [rows, n] = [a.meta.shape()[0], a.meta.shape()[1]];
         let scaled = buffer::empty(a, [rows, n], DType::BF16);
         let image = buffer::empty(a, [rows, n], DType::F32);
@@ -146,13 +146,14 @@ impl Correlation {
                 b.is_some(),
             );
         }
-        on_stream(&[&scaled, &self.matrix, &image], |libraries, pointers| {
+        let buffers = [&scaled, &self.matrix, &image];
+        on_stream_later(&buffers, failures, move |libraries, pointers| {
             let scaled = Matrix::at(pointers[0], 0, n, Element::Bf16);
             let matrix = Matrix::at(pointers[1], 0, n, Element::Bf16);
             let image = Matrix::at(pointers[2], 0, n, Element::F32);
             // SAFETY: three distinct contiguous buffers of these shapes.
             unsafe { product(libraries, [rows, n, n], scaled, matrix, 0.0, image) }
-        })?;
+        });
         // SAFETY: indices stay below `rows * n`, and the slot's partial sums inside `sums`.
         unsafe {
             dot_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
@@ -166,7 +167,6 @@ impl Correlation {
                 slot as u32,
             );
         }
-        Ok(())
     }
 }
 
@@ -174,6 +174,7 @@ impl Correlation {
 pub(crate) struct Measurement {
     sums: Buffer,
     used: usize,
+    failures: Failures,
 }
 
 impl Measurement {
@@ -182,6 +183,7 @@ impl Measurement {
         Self {
             sums: buffer::empty(like, [count * 3 * CUBES], DType::F32),
             used: 0,
+            failures: Failures::default(),
         }
     }
 
@@ -190,18 +192,22 @@ impl Measurement {
         &mut self,
         correlation: &Correlation,
         weight: &Buffer,
-        [first, second]: [&Buffer; 2],
-    ) -> Result<(), Error> {
+        approximations: [&Buffer; 2],
+    ) {
         let slot = self.used * 3;
         self.used += 1;
-        correlation.energy(weight, None, &self.sums, slot)?;
-        correlation.energy(weight, Some(first), &self.sums, slot + 1)?;
-        correlation.energy(weight, Some(second), &self.sums, slot + 2)
+        let failures = &self.failures;
+        correlation.energy(weight, None, (&self.sums, slot), failures);
+        for (at, approximation) in approximations.into_iter().enumerate() {
+            let into = (&self.sums, slot + 1 + at);
+            correlation.energy(weight, Some(approximation), into, failures);
+        }
     }
 
     /// The relative errors, one pair per layer; waits for the device.
     pub(crate) fn read(self) -> Result<Vec<[f64; 2]>, Error> {
         let sums: Vec<f32> = buffer::download(&self.sums)?;
+        self.failures.check()?;
         let sum = |values: &[f32]| values.iter().copied().map(f64::from).sum::<f64>();
         let ratio = |part: f64, whole: f64| if whole == 0.0 { 0.0 } else { part / whole };
         Ok(sums
@@ -248,6 +254,6 @@ pub fn relative_error(
     let diagonal = super::factor::diagonal(&gram)?;
     let correlation = Correlation::new(&gram, &diagonal);
     let mut measurement = Measurement::new(&gram, 1);
-    measurement.add(&correlation, &weight, [&approximation, &approximation])?;
+    measurement.add(&correlation, &weight, [&approximation, &approximation]);
     Ok(measurement.read()?[0][0])
 }

@@ -27,7 +27,7 @@ use super::{
     pack::{Packed, pack},
     relative_error::{Correlation, Measurement},
     settings::{Settings, ZeroOffset},
-    stream::on_stream,
+    stream::{Failures, on_stream_later},
     sweep::{Swept, sweep},
 };
 
@@ -103,6 +103,7 @@ pub fn solve(
     let correlation = Correlation::new(&gram, &factor.columns.diagonal);
     drop(gram);
 
+    let failures = Failures::default();
     let mut measurement = Measurement::new(&position, layers.len());
     let mut order = Vec::with_capacity(layers.len());
     let mut solved = Vec::with_capacity(layers.len());
@@ -120,13 +121,13 @@ pub fn solve(
             into_columns(&weights[at], &position, &diagonal, &all, offset);
             offset += weights[at].meta.shape()[0];
         }
-        let (swept, g_idx) = sweep_all(&factor, &position, all, settings)?;
+        let (swept, g_idx) = sweep_all(&factor, &position, all, settings, &failures);
         let mut offset = 0;
         for at in members {
             let rows = weights[at].meta.shape()[0];
             let weight = dequantise(&swept, &position, offset, rows);
             let nearest = round_to_nearest(&weights[at], settings);
-            measurement.add(&correlation, &weights[at], [&weight, &nearest])?;
+            measurement.add(&correlation, &weights[at], [&weight, &nearest]);
             let g_idx = buffer::upload(&position, &g_idx, DType::I32);
             let span = [offset, rows];
             let packed = pack(&swept, &position, g_idx, span, settings, options.zero_offset);
@@ -135,10 +136,12 @@ pub fn solve(
             offset += rows;
         }
     }
+    let errors = measurement.read()?;
+    failures.check()?;
     let mut finished: Vec<_> = order
         .into_iter()
         .zip(solved)
-        .zip(measurement.read()?)
+        .zip(errors)
         .map(|((at, (packed, weight)), [relative_error, rtn_error])| {
             let layer = Solved {
                 packed,
@@ -197,7 +200,8 @@ fn sweep_all(
     position: &Buffer,
     weight: Buffer,
     settings: Settings,
-) -> Result<(Swept, Vec<i32>), Error> {
+    failures: &Failures,
+) -> (Swept, Vec<i32>) {
     let [n, rows] = [weight.meta.shape()[0], weight.meta.shape()[1]];
     let group = settings.group_columns(n);
     let groups = settings.groups(n);
@@ -243,18 +247,23 @@ fn sweep_all(
                 .last()
                 .unwrap_or(panel.end);
             stretch = panel.start..end;
-            carry(factor, &swept, 0..stretch.start, &stretch, (&raw, 0), 0.0)?;
+            let before = 0..stretch.start;
+            let into = (&raw, 0);
+            carry(factor, &swept, before, stretch.clone(), into, 0.0, failures);
         }
         if !by_original && group > PANEL && panel.start.is_multiple_of(group) {
             let whole = panel.start..n.min(panel.start + group);
-            wide_group(factor, &swept, &whole, settings)?;
+            wide_group(factor, &swept, whole, settings, failures);
         }
         let update = (panel.start > 0).then_some(&update);
         if let Some(update) = update {
             let at = panel.start - stretch.start;
             let inside = stretch.start..panel.start;
-            carry(factor, &swept, inside, panel, (&raw, at), 1.0)?;
-            apply_inverse(&inverses, block, &raw, at, panel.len(), update)?;
+            // Nothing lies before the first stretch, so nothing was written for it.
+            let beta = if stretch.start == 0 { 0.0 } else { 1.0 };
+            let into = (&raw, at);
+            carry(factor, &swept, inside, panel.clone(), into, beta, failures);
+            apply_inverse(&inverses, block, into, panel.len(), update, failures);
         }
         if !by_original && group <= PANEL {
             let source = Source::Positions(update);
@@ -262,7 +271,7 @@ fn sweep_all(
         }
         sweep(&swept, update, &inverses, block, panel, settings);
     }
-    Ok((swept, g_idx))
+    (swept, g_idx)
 }
 
 /// `into[at..] = M[from, columns]ᵀ · D[from] + beta · into[at..]`, f32 `[columns, rows]`.
@@ -270,16 +279,18 @@ fn carry(
     factor: &Factor,
     swept: &Swept,
     from: Range<usize>,
-    columns: &Range<usize>,
+    columns: Range<usize>,
     (into, at): (&Buffer, usize),
     beta: f32,
-) -> Result<(), Error> {
+    failures: &Failures,
+) {
     if from.is_empty() {
-        return Ok(());
+        return;
     }
     let n = factor.columns.order.len();
     let rows = swept.rows;
-    on_stream(&[&factor.m, &swept.weight, into], |libraries, pointers| {
+    let buffers = [&factor.m, &swept.weight, into];
+    on_stream_later(&buffers, failures, move |libraries, pointers| {
         let m = Matrix::at(pointers[0], from.start * n + columns.start, n, Element::F32);
         let d = Matrix::at(pointers[1], from.start * rows, rows, Element::F32);
         let out = Matrix::at(pointers[2], at * rows, rows, Element::F32);
@@ -287,46 +298,50 @@ fn carry(
         // SAFETY: `from` and `columns` lie inside M and D, and `at + columns.len()` rows
         // inside `into`.
         unsafe { product(libraries, dimensions, m.t(), d, beta, out) }
-    })
+    });
 }
 
 /// `update = inv(M_bb)ᵀ · raw[at..at + width]`, f32 `[width, rows]`.
 fn apply_inverse(
     inverses: &Buffer,
     block: usize,
-    raw: &Buffer,
-    at: usize,
+    (raw, at): (&Buffer, usize),
     width: usize,
     update: &Buffer,
-) -> Result<(), Error> {
+    failures: &Failures,
+) {
     let rows = raw.meta.shape()[1];
-    on_stream(&[inverses, raw, update], |libraries, pointers| {
+    let buffers = [inverses, raw, update];
+    on_stream_later(&buffers, failures, move |libraries, pointers| {
         let inverse = Matrix::at(pointers[0], block * PANEL * PANEL, PANEL, Element::F32);
         let raw = Matrix::at(pointers[1], at * rows, rows, Element::F32);
         let out = Matrix::at(pointers[2], 0, rows, Element::F32);
         // SAFETY: the block's leading `width` square, `width` rows of raw and of update.
         unsafe { product(libraries, [width, rows, width], inverse.t(), raw, 0.0, out) }
-    })
+    });
 }
 
 /// The parameters of one group wider than a panel.
 fn wide_group(
     factor: &Factor,
     swept: &Swept,
-    group: &Range<usize>,
+    group: Range<usize>,
     settings: Settings,
-) -> Result<(), Error> {
+    failures: &Failures,
+) {
     if group.start == 0 {
-        let source = Source::Positions(None);
-        parameters(swept, source, group.clone(), group.len(), settings);
-        return Ok(());
+        let columns = group.len();
+        parameters(swept, Source::Positions(None), group, columns, settings);
+        return;
     }
     let n = factor.columns.order.len();
     let rows = swept.rows;
     let update = buffer::empty(&swept.weight, [group.len(), rows], DType::F32);
-    carry(factor, swept, 0..group.start, group, (&update, 0), 0.0)?;
-    on_stream(&[&factor.m, &update], |libraries, pointers| {
-        let m = Matrix::at(pointers[0], group.start * (n + 1), n, Element::F32);
+    let from = 0..group.start;
+    carry(factor, swept, from, group.clone(), (&update, 0), 0.0, failures);
+    let (start, width) = (group.start, group.len());
+    on_stream_later(&[&factor.m, &update], failures, move |libraries, pointers| {
+        let m = Matrix::at(pointers[0], start * (n + 1), n, Element::F32);
         let one = 1.0_f32;
         // X · M_gg = T: column-major, T is the update's `[rows, group]`, and M's row-major
         // upper triangle a lower one, to be transposed.
@@ -339,7 +354,7 @@ fn wide_group(
                 cublas::cublasOperation_t::CUBLAS_OP_T,
                 cublas::cublasDiagType_t::CUBLAS_DIAG_NON_UNIT,
                 rows as i32,
-                group.len() as i32,
+                width as i32,
                 &raw const one,
                 m.pointer as *const f32,
                 n as i32,
@@ -352,9 +367,7 @@ fn wide_group(
             operation: "cublasStrsm",
             source,
         })
-    })?;
+    });
     let source = Source::Positions(Some(&update));
-    let columns = settings.group_columns(n);
-    parameters(swept, source, group.clone(), columns, settings);
-    Ok(())
+    parameters(swept, source, group, settings.group_columns(n), settings);
 }

@@ -12,14 +12,20 @@
 //! output, once per stream; the version is pinned, and a test races the two sides against
 //! each other.
 
-use std::{cell::RefCell, collections::HashMap, rc::Rc};
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    rc::Rc,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use cubecl::{
     config::{CubeClRuntimeConfig, RuntimeConfig},
     device::Device as _,
     device_handle::DeviceHandle,
     prelude::*,
-    server::ComputeServer,
+    cuda::CudaDevice,
+    server::{Binding, ComputeServer},
     stream_id::StreamId,
 };
 use cudarc::{cublas, cusolver, driver::sys::CUstream};
@@ -58,26 +64,80 @@ pub(crate) fn on_stream<T: Send>(
     buffers: &[&Buffer],
     call: impl FnOnce(&Libraries, &[u64]) -> Result<T, Error> + Send,
 ) -> Result<T, Error> {
-    let device = buffers[0].device.clone();
-    let stream = StreamId::current();
-    let bindings: Vec<_> = buffers
-        .iter()
-        .map(|buffer| buffer.handle.clone().binding())
-        .collect();
-    DeviceHandle::<Server>::new(device.to_id())
-        .submit_blocking(move |server| {
-            let mut resources = Vec::with_capacity(bindings.len());
-            for binding in bindings {
-                let resource = server
-                    .get_resource(binding, stream)
-                    .map_err(|error| Error::Runtime(error.to_string()))?;
-                resources.push(resource);
-            }
-            let pointers: Vec<u64> = resources.iter().map(|it| it.resource().ptr).collect();
-            let libraries = libraries(server, device.index, stream)?;
-            call(&libraries, &pointers)
-        })
+    let target = Target::new(buffers);
+    DeviceHandle::<Server>::new(target.device.to_id())
+        .submit_blocking(move |server| target.run(server, call))
         .map_err(|error| Error::Runtime(format!("{error:?}")))?
+}
+
+/// The first error of the calls that were submitted without waiting for them.
+#[derive(Clone, Default)]
+pub(crate) struct Failures(Arc<Mutex<Option<Error>>>);
+
+impl Failures {
+    /// The error, if there is one by now. Complete once the device thread has been waited for,
+    /// by [`on_stream`] or by reading a buffer back.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        match self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+}
+
+/// As [`on_stream`], in the same order, without waiting for the device thread: a round trip
+/// to it takes longer than a small product. An error goes to `failures`.
+pub(crate) fn on_stream_later(
+    buffers: &[&Buffer],
+    failures: &Failures,
+    call: impl FnOnce(&Libraries, &[u64]) -> Result<(), Error> + Send + 'static,
+) {
+    let target = Target::new(buffers);
+    let failures = failures.clone();
+    DeviceHandle::<Server>::new(target.device.to_id()).submit(move |server| {
+        if let Err(error) = target.run(server, call) {
+            let mut first = failures.0.lock().unwrap_or_else(PoisonError::into_inner);
+            first.get_or_insert(error);
+        }
+    });
+}
+
+/// The buffers of a call and the stream that it belongs to.
+struct Target {
+    device: CudaDevice,
+    stream: StreamId,
+    bindings: Vec<Binding>,
+}
+
+impl Target {
+    fn new(buffers: &[&Buffer]) -> Self {
+        Self {
+            device: buffers[0].device.clone(),
+            stream: StreamId::current(),
+            bindings: buffers
+                .iter()
+                .map(|buffer| buffer.handle.clone().binding())
+                .collect(),
+        }
+    }
+
+    /// Runs on the device thread.
+    fn run<T>(
+        self,
+        server: &mut Server,
+        call: impl FnOnce(&Libraries, &[u64]) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let mut resources = Vec::with_capacity(self.bindings.len());
+        for binding in self.bindings {
+            let resource = server
+                .get_resource(binding, self.stream)
+                .map_err(|error| Error::Runtime(error.to_string()))?;
+            resources.push(resource);
+        }
+        let pointers: Vec<u64> = resources.iter().map(|it| it.resource().ptr).collect();
+        let libraries = libraries(server, self.device.index, self.stream)?;
+        call(&libraries, &pointers)
+    }
 }
 
 /// The handles for a stream, made at first use. Runs on the device thread.

@@ -24,7 +24,9 @@ fn swiglu_kernel<N: Size>(
         let g = Vector::<f32, N>::cast_from(gate[at]);
         let u = Vector::<f32, N>::cast_from(up[at]);
         let one = Vector::<f32, N>::new(1.0);
-        out[at] = Vector::<f16, N>::cast_from(g / (one + (-g).exp()) * u);
+        // CubeCL 0.10 negates a CUDA vector with an operator that does not exist.
+        let minus = Vector::<f32, N>::new(-1.0);
+        out[at] = Vector::<f16, N>::cast_from(g / (one + (g * minus).exp()) * u);
     }
 }
 

@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Tensor, TensorData};
 
 use crate::cuda::{
-    Cuda, embedding, rms_norm, rotary, swiglu,
+    Cuda, causal_attention, embedding, rms_norm, rotary, swiglu,
     testing::{Random, device, distance, tensor, tensor_f32, values},
 };
 
@@ -112,5 +112,70 @@ fn embedding_gathers_rows() {
             .collect();
         let found: Tensor<Cuda, 2> = found.unwrap();
         assert_eq!(values(found), expected);
+    }
+}
+
+/// Softmax attention of one query row in f64.
+fn attend(q: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> Vec<f64> {
+    let scale = (q.len() as f64).sqrt().recip();
+    let scores: Vec<f64> = keys
+        .iter()
+        .map(|k| scale * q.iter().zip(*k).map(|(a, b)| a * b).sum::<f64>())
+        .collect();
+    let high = scores.iter().copied().fold(f64::MIN, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|s| (s - high).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    (0..q.len())
+        .map(|d| weights.iter().zip(values).map(|(w, v)| w * v[d]).sum::<f64>() / total)
+        .collect()
+}
+
+#[test]
+fn attention_is_the_causal_softmax_with_grouped_heads() {
+    let Some(device) = device() else { return };
+    let mut random = Random(14);
+    for [windows, seq, heads, kv_heads, dim] in [
+        [1, 1, 1, 1, 16],
+        [2, 31, 4, 2, 64],
+        [1, 127, 3, 1, 128],
+        [2, 240, 2, 2, 80],
+        [1, 300, 6, 2, 32],
+        [1, 129, 1, 1, 256],
+    ] {
+        let mut halves = |count, deviation| random.halves(count, deviation);
+        // Sharp and flat rows: scores with a standard deviation of about 4.
+        let q = halves(windows * seq * heads * dim, 2.0);
+        let k = halves(windows * seq * kv_heads * dim, 2.0);
+        let v = halves(windows * seq * kv_heads * dim, 1.0);
+        let found = causal_attention(
+            tensor(&q, [windows, seq, heads, dim], &device),
+            tensor(&k, [windows, seq, kv_heads, dim], &device),
+            tensor(&v, [windows, seq, kv_heads, dim], &device),
+        );
+        let wide = |values: &[half::f16]| values.iter().map(|v| v.to_f64()).collect::<Vec<_>>();
+        let (q, k, v) = (wide(&q), wide(&k), wide(&v));
+        let mut expected = Vec::new();
+        for at in 0..windows * seq * heads {
+            let (head, position, window) = (at % heads, at / heads % seq, at / heads / seq);
+            let group = head / (heads / kv_heads);
+            let rows = |values: &'_ Vec<f64>| -> Vec<Vec<f64>> {
+                (0..=position)
+                    .map(|s| {
+                        let start = ((window * seq + s) * kv_heads + group) * dim;
+                        values[start..start + dim].to_vec()
+                    })
+                    .collect()
+            };
+            let (keys, vals) = (rows(&k), rows(&v));
+            let keys: Vec<&[f64]> = keys.iter().map(Vec::as_slice).collect();
+            let vals: Vec<&[f64]> = vals.iter().map(Vec::as_slice).collect();
+            expected.extend(attend(&q[at * dim..][..dim], &keys, &vals));
+        }
+        // Probabilities and output are each rounded to f16 once.
+        let found = distance(&values(found.unwrap()), &expected);
+        assert!(
+            found < 2.0 * HALF,
+            "{windows} {seq} {heads}/{kv_heads} {dim}: {found}"
+        );
     }
 }

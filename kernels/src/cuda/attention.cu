@@ -1,0 +1,222 @@
+// Causal attention, FlashAttention-2's loop on mma.sync (sm_80 and later).
+//
+// One block takes ROWS = 16 * TILES * WARPS query rows of one head of one window; each warp
+// 16 * TILES of them. Keys and values come in tiles of KEYS through two shared-memory stages
+// (cp.async); scores, running maximum, running sum and output stay in registers. Rows in
+// shared memory are padded by 16 bytes, so that ldmatrix meets no bank twice.
+//
+// Defined by the host: HEAD_DIM (a multiple of 16), WARPS, TILES, KEYS.
+
+#include <cuda_fp16.h>
+
+constexpr int STRIDE = HEAD_DIM + 8;
+constexpr int ROWS = 16 * TILES * WARPS;
+constexpr int THREADS = 32 * WARPS;
+constexpr int DEPTH = HEAD_DIM / 16;  // 16-wide steps over the head
+constexpr int KEY_STEPS = KEYS / 16;
+
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void copy16(__half* to, const __half* from, bool valid) {
+    int bytes = valid ? 16 : 0;  // the rest is filled with zeros
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes));
+}
+
+__device__ __forceinline__ void load4(unsigned (&r)[4], const __half* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(p)));
+}
+
+__device__ __forceinline__ void load4_transposed(unsigned (&r)[4], const __half* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(p)));
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                         unsigned b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float power2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ unsigned pack(float low, float high) {
+    __half2 h = __floats2half2_rn(low, high);
+    return *reinterpret_cast<unsigned*>(&h);
+}
+
+// Copies rows first .. first + COUNT of one head into shared memory, zeros past the window.
+template <int COUNT>
+__device__ __forceinline__ void fetch(__half* to, const __half* from, int first, int seq,
+                                      size_t pitch) {
+    constexpr int PIECES = HEAD_DIM / 8;
+    for (int at = threadIdx.x; at < COUNT * PIECES; at += THREADS) {
+        int row = at / PIECES, piece = at % PIECES;
+        bool valid = first + row < seq;
+        const __half* source = from + (valid ? first + row : 0) * pitch + piece * 8;
+        copy16(to + row * STRIDE + piece * 8, source, valid);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    causal_attention(const __half* __restrict__ q, const __half* __restrict__ k,
+                     const __half* __restrict__ v, __half* __restrict__ out, int seq, int heads,
+                     int kv_heads, float scale_log2) {
+    extern __shared__ __align__(16) __half shared[];
+    __half* sq = shared;
+    __half* sk = sq + ROWS * STRIDE;
+    __half* sv = sk + 2 * KEYS * STRIDE;
+
+    const int head = blockIdx.y, window = blockIdx.z;
+    const int kv_head = head / (heads / kv_heads);
+    // The last rows see the most keys: they start first.
+    const int first_row = (gridDim.x - 1 - blockIdx.x) * ROWS;
+    const size_t q_pitch = size_t(heads) * HEAD_DIM, kv_pitch = size_t(kv_heads) * HEAD_DIM;
+    q += size_t(window) * seq * q_pitch + size_t(head) * HEAD_DIM;
+    out += size_t(window) * seq * q_pitch + size_t(head) * HEAD_DIM;
+    k += size_t(window) * seq * kv_pitch + size_t(kv_head) * HEAD_DIM;
+    v += size_t(window) * seq * kv_pitch + size_t(kv_head) * HEAD_DIM;
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp_row = warp * 16 * TILES;
+    const int key_end = min(seq, first_row + ROWS);
+    const int tiles = (key_end + KEYS - 1) / KEYS;
+
+    fetch<ROWS>(sq, q, first_row, seq, q_pitch);
+    fetch<KEYS>(sk, k, 0, seq, kv_pitch);
+    fetch<KEYS>(sv, v, 0, seq, kv_pitch);
+    asm volatile("cp.async.commit_group;");
+
+    float o[TILES][2 * DEPTH][4] = {};
+    float largest[TILES][2], sum[TILES][2] = {};
+#pragma unroll
+    for (int m = 0; m < TILES; m++) largest[m][0] = largest[m][1] = -1e30f;
+
+    for (int tile = 0; tile < tiles; tile++) {
+        const int first_key = tile * KEYS;
+        const int stage = tile % 2;
+        if (tile + 1 < tiles) {
+            const int next = (stage ^ 1) * KEYS * STRIDE;
+            fetch<KEYS>(sk + next, k, first_key + KEYS, seq, kv_pitch);
+            fetch<KEYS>(sv + next, v, first_key + KEYS, seq, kv_pitch);
+        }
+        asm volatile("cp.async.commit_group;");
+        asm volatile("cp.async.wait_group 1;");
+        __syncthreads();
+        const __half* tk = sk + stage * KEYS * STRIDE;
+        const __half* tv = sv + stage * KEYS * STRIDE;
+
+        float s[TILES][2 * KEY_STEPS][4] = {};
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            unsigned a[TILES][4];
+#pragma unroll
+            for (int m = 0; m < TILES; m++)
+                load4(a[m], sq + (warp_row + m * 16 + lane % 16) * STRIDE + d * 16 + lane / 16 * 8);
+#pragma unroll
+            for (int n = 0; n < KEY_STEPS; n++) {
+                unsigned b[4];
+                const int row = n * 16 + lane % 8 + lane / 16 * 8;
+                load4(b, tk + row * STRIDE + d * 16 + lane / 8 % 2 * 8);
+#pragma unroll
+                for (int m = 0; m < TILES; m++) {
+                    multiply(s[m][2 * n], a[m], b[0], b[1]);
+                    multiply(s[m][2 * n + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+            const int row = first_row + warp_row + m * 16 + lane / 4;
+            if (first_key + KEYS > first_row + warp_row + m * 16 || first_key + KEYS > seq) {
+#pragma unroll
+                for (int n = 0; n < 2 * KEY_STEPS; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int key = first_key + n * 8 + lane % 4 * 2 + e % 2;
+                        if (key > row + e / 2 * 8 || key >= seq) s[m][n][e] = -1e30f;
+                    }
+            }
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float high = largest[m][h];
+#pragma unroll
+                for (int n = 0; n < 2 * KEY_STEPS; n++)
+                    high = fmaxf(high, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+                high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+                high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
+                const float shrink = power2((largest[m][h] - high) * scale_log2);
+                largest[m][h] = high;
+                const float base = high * scale_log2;
+                float part = 0.0f;
+#pragma unroll
+                for (int n = 0; n < 2 * KEY_STEPS; n++)
+#pragma unroll
+                    for (int e = 2 * h; e < 2 * h + 2; e++) {
+                        s[m][n][e] = power2(s[m][n][e] * scale_log2 - base);
+                        part += s[m][n][e];
+                    }
+                sum[m][h] = sum[m][h] * shrink + part;
+#pragma unroll
+                for (int n = 0; n < 2 * DEPTH; n++) {
+                    o[m][n][2 * h] *= shrink;
+                    o[m][n][2 * h + 1] *= shrink;
+                }
+            }
+        }
+
+#pragma unroll
+        for (int n = 0; n < KEY_STEPS; n++) {
+            unsigned a[TILES][4];
+#pragma unroll
+            for (int m = 0; m < TILES; m++) {
+                a[m][0] = pack(s[m][2 * n][0], s[m][2 * n][1]);
+                a[m][1] = pack(s[m][2 * n][2], s[m][2 * n][3]);
+                a[m][2] = pack(s[m][2 * n + 1][0], s[m][2 * n + 1][1]);
+                a[m][3] = pack(s[m][2 * n + 1][2], s[m][2 * n + 1][3]);
+            }
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) {
+                unsigned b[4];
+                load4_transposed(b, tv + (n * 16 + lane % 16) * STRIDE + d * 16 + lane / 16 * 8);
+#pragma unroll
+                for (int m = 0; m < TILES; m++) {
+                    multiply(o[m][2 * d], a[m], b[0], b[1]);
+                    multiply(o[m][2 * d + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+        __syncthreads();
+    }
+
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float total = sum[m][h];
+            total += __shfl_xor_sync(~0u, total, 1);
+            total += __shfl_xor_sync(~0u, total, 2);
+            const float scale = 1.0f / total;
+            const int row = first_row + warp_row + m * 16 + lane / 4 + h * 8;
+            if (row < seq) {
+                __half* to = out + row * q_pitch + lane % 4 * 2;
+#pragma unroll
+                for (int n = 0; n < 2 * DEPTH; n++)
+                    *reinterpret_cast<__half2*>(to + n * 8) =
+                        __floats2half2_rn(o[m][n][2 * h] * scale, o[m][n][2 * h + 1] * scale);
+            }
+        }
+}
