@@ -2,8 +2,9 @@
 //!
 //! With the columns in the order of the sweep, `J` the reversal and `H` the damped Gram
 //! matrix, `J·H·J = L·Lᵀ` (cuSOLVER, f32) gives `M = J·L·J`, upper, with `H = M·Mᵀ`, and the
-//! factor `U` of `H⁻¹ = UᵀU` is `M⁻¹`. In memory `M` is `L` read backwards, so the reversal
-//! costs one pass. Of `U` only the diagonal blocks are formed.
+//! factor `U` of `H⁻¹ = UᵀU` is `M⁻¹`. cuSOLVER writes `L` column-major, and `L` read backwards
+//! is `M`, column-major: the reversal costs one pass, and `Mᵀ` is what lies there row-major.
+//! Of `U` only the diagonal blocks are formed.
 //!
 //! Dead columns (zero on the diagonal) get the diagonal `tokens / 2`, which is 1 in
 //! `H = (2 / tokens) XᵀX`. Damping adds a fraction of the mean diagonal, dead columns
@@ -38,7 +39,7 @@ fn diagonal_kernel(gram: &Array<f32>, diagonal: &mut Array<f32>, n: u32) {
     }
 }
 
-/// The lower triangle of `J·H·J`: element `(i, j)` is the Gram matrix's at the columns that
+/// The upper triangle of `J·H·J`: element `(i, j)` is the Gram matrix's at the columns that
 /// come `i`-th and `j`-th from the end of the sweep, its diagonal replaced.
 #[cube(launch_unchecked)]
 fn arrange_kernel(
@@ -50,7 +51,7 @@ fn arrange_kernel(
 ) {
     let i = CUBE_POS_Y;
     let j = CUBE_POS_X * UNITS + UNIT_POS;
-    if j <= i {
+    if j >= i && j < n {
         let a = order[(n - 1 - i) as usize];
         let b = order[(n - 1 - j) as usize];
         let row = a.min(b);
@@ -76,7 +77,7 @@ fn reverse_kernel(values: &mut Array<f32>, length: u32) {
     }
 }
 
-/// The inverses of `m`'s diagonal blocks, each padded with the identity to `PANEL` square:
+/// The inverses of the diagonal blocks of the matrix whose transpose `m` is, each padded with the identity to `PANEL` square:
 /// one cube per block, one unit per column, back substitution.
 #[cube(launch_unchecked)]
 fn invert_kernel(m: &Array<f32>, starts: &Array<u32>, out: &mut Array<f32>, n: u32) {
@@ -97,14 +98,14 @@ fn invert_kernel(m: &Array<f32>, starts: &Array<u32>, out: &mut Array<f32>, n: u
         let mut step = 0;
         while step < width {
             let i = width - 1 - step;
-            let row = (start + i) * n + start;
+            let corner = start * n + start + i;
             let mut sum = x[i * PANEL + column];
             let mut k = i + 1;
             while k < width {
-                sum -= m[row + k] * x[k * PANEL + column];
+                sum -= m[corner + k * n] * x[k * PANEL + column];
                 k += 1;
             }
-            x[i * PANEL + column] = sum / m[row + i];
+            x[i * PANEL + column] = sum / m[corner + i * n];
             step += 1;
         }
     }
@@ -127,7 +128,7 @@ pub(crate) struct Columns {
 
 /// A factored Gram matrix.
 pub(crate) struct Factor {
-    /// `M`, f32 row-major `[n, n]` in the sweep's order, of which only the upper triangle is
+    /// `Mᵀ`, f32 row-major `[n, n]` in the sweep's order, of which only the lower triangle is
     /// defined.
     pub(crate) m: Buffer,
     /// The columns' order.
@@ -232,7 +233,7 @@ fn sorted(diagonal: Vec<f32>, activation_order: bool) -> Columns {
 fn arrange(gram: &Buffer, order: &Buffer, diagonal: &[f32], out: &Buffer) {
     let n = gram.meta.shape()[0] as u32;
     let diagonal = buffer::upload(gram, diagonal, DType::F32);
-    // SAFETY: `j <= i < n`, and the order holds columns below `n`.
+    // SAFETY: `i <= j < n`, and the order holds columns below `n`.
     unsafe {
         arrange_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
             &out.client,
@@ -261,11 +262,11 @@ fn reverse(values: &Buffer) {
     }
 }
 
-/// Factors the row-major lower triangle in place; the first failing pivot, or 0.
+/// Factors the row-major upper triangle in place; the first failing pivot, or 0.
 fn cholesky(a: &Buffer) -> Result<i32, Error> {
     let n = a.meta.shape()[0] as i32;
-    // Row-major lower is cuSOLVER's column-major upper.
-    let fill = cusolver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+    // Row-major upper is cuSOLVER's column-major lower, its faster side.
+    let fill = cusolver::cublasFillMode_t::CUBLAS_FILL_MODE_LOWER;
     let status = |operation| {
         move |status: cusolver::cusolverStatus_t| {
             status
@@ -326,7 +327,7 @@ pub(crate) fn panels(in_features: usize, group: usize) -> Vec<Range<usize>> {
     panels
 }
 
-/// The inverses of `m`'s diagonal blocks, f32 `[panels, PANEL, PANEL]`, padded with the
+/// The inverses of `M`'s diagonal blocks, f32 `[panels, PANEL, PANEL]`, padded with the
 /// identity.
 pub(crate) fn block_inverses(factor: &Factor, panels: &[Range<usize>]) -> Buffer {
     let n = factor.columns.order.len() as u32;

@@ -18,7 +18,9 @@ use super::{
     sweep::Swept,
 };
 
-const UNITS: usize = 128;
+const UNITS: usize = 64;
+/// Columns read before the first of them is used.
+const AHEAD: usize = 8;
 const PLANE: usize = 32;
 /// The smallest positive f16, `2^-24`.
 const TINY: f32 = 5.960_464_5e-8;
@@ -84,17 +86,27 @@ fn parameters_kernel(
         let mut high = f32::new(0.0);
         let mut column = first;
         while column < last {
-            let mut at = column;
-            if comptime!(gathered) {
-                at = position[column] as usize;
+            let mut held = Array::<f32>::new(AHEAD);
+            #[unroll]
+            for i in 0..AHEAD {
+                // Past the group's end its last column is read again: no minimum or maximum
+                // changes.
+                let here = (column + i).min(last - 1);
+                let mut at = here;
+                if comptime!(gathered) {
+                    at = position[here] as usize;
+                }
+                held[i] = weight[at * rows + row];
+                if comptime!(updated) {
+                    held[i] += update[(here - start as usize) * rows + row];
+                }
             }
-            let mut w = weight[at * rows + row];
-            if comptime!(updated) {
-                w += update[(column - start as usize) * rows + row];
+            #[unroll]
+            for i in 0..AHEAD {
+                low = low.min(held[i]);
+                high = high.max(held[i]);
             }
-            low = low.min(w);
-            high = high.max(w);
-            column += 1;
+            column += AHEAD;
         }
         let group = first / group_columns as usize;
         let scale = scale_of(low, high, max_code, symmetric);

@@ -291,13 +291,13 @@ fn carry(
     let rows = swept.rows;
     let buffers = [&factor.m, &swept.weight, into];
     on_stream_later(&buffers, failures, move |libraries, pointers| {
-        let m = Matrix::at(pointers[0], from.start * n + columns.start, n, Element::F32);
+        let m = Matrix::at(pointers[0], columns.start * n + from.start, n, Element::F32);
         let d = Matrix::at(pointers[1], from.start * rows, rows, Element::F32);
         let out = Matrix::at(pointers[2], at * rows, rows, Element::F32);
         let dimensions = [columns.len(), rows, from.len()];
         // SAFETY: `from` and `columns` lie inside M and D, and `at + columns.len()` rows
         // inside `into`.
-        unsafe { product(libraries, dimensions, m.t(), d, beta, out) }
+        unsafe { product(libraries, dimensions, m, d, beta, out) }
     });
 }
 
@@ -343,15 +343,14 @@ fn wide_group(
     on_stream_later(&[&factor.m, &update], failures, move |libraries, pointers| {
         let m = Matrix::at(pointers[0], start * (n + 1), n, Element::F32);
         let one = 1.0_f32;
-        // X · M_gg = T: column-major, T is the update's `[rows, group]`, and M's row-major
-        // upper triangle a lower one, to be transposed.
+        // X · M_gg = T: column-major, T is the update's `[rows, group]`, and M is stored so.
         // SAFETY: the group's square lies inside M, and the update is `[group, rows]`.
         unsafe {
             cublas::cublasStrsm_v2(
                 libraries.cublas,
                 cublas::cublasSideMode_t::CUBLAS_SIDE_RIGHT,
-                cublas::cublasFillMode_t::CUBLAS_FILL_MODE_LOWER,
-                cublas::cublasOperation_t::CUBLAS_OP_T,
+                cublas::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER,
+                cublas::cublasOperation_t::CUBLAS_OP_N,
                 cublas::cublasDiagType_t::CUBLAS_DIAG_NON_UNIT,
                 rows as i32,
                 width as i32,

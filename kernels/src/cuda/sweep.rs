@@ -7,7 +7,7 @@
 //! `q = clamp(round(w_j / scale) + zero)`, `err = (w_j - scale (q - zero)) / U_jj`,
 //! `w_k -= err U_jk` for the columns `k > j` of the panel,
 //!
-//! rounding halves to even (DESIGN of AutoGPTQ's inner loop). Thirty-two columns at a time are
+//! rounding halves to even (the inner loop of AutoGPTQ's `fasterquant`). Thirty-two columns at a time are
 //! held in registers; the errors of the panel's earlier columns come from shared memory. The
 //! weights are overwritten by `W - Q`, which the later panels' products read.
 
@@ -24,13 +24,25 @@ use super::{
 const UNITS: usize = 64;
 /// Columns held in registers.
 const HELD: usize = 32;
+/// Values per shared-memory access.
+const QUAD: usize = 4;
+
+/// `w / scale`, correctly rounded, from the correctly rounded reciprocal: one Newton step on
+/// the quotient (Markstein). A true division costs several times as long, and a bare product
+/// would break the ties that symmetric scales make common.
+#[cube]
+fn divide(w: f32, scale: f32, reciprocal: f32) -> f32 {
+    let quotient = w * reciprocal;
+    let remainder = fma(-quotient, scale, w);
+    fma(remainder, reciprocal, quotient)
+}
 
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn sweep_kernel(
     weight: &mut Array<f32>,
     update: &Array<f32>,
-    inverse: &Array<f32>,
+    inverse: &Array<Vector<f32, Const<4>>>,
     scales: &Array<f32>,
     zeros: &Array<f32>,
     group_of: &Array<u32>,
@@ -42,13 +54,29 @@ fn sweep_kernel(
     max_code: f32,
     #[comptime] updated: bool,
 ) {
-    let mut u = SharedMemory::<f32>::new(PANEL * PANEL);
+    let mut u = SharedMemory::<Vector<f32, Const<4>>>::new(PANEL * PANEL / QUAD);
+    let mut diagonal = SharedMemory::<f32>::new(PANEL);
     let mut errors = SharedMemory::<f32>::new(PANEL * UNITS);
     let unit = UNIT_POS as usize;
-    let base = block as usize * PANEL * PANEL;
-    #[unroll(false)]
-    for at in 0..PANEL * PANEL / UNITS {
-        u[at * UNITS + unit] = inverse[base + at * UNITS + unit];
+    let base = block as usize * PANEL * PANEL / QUAD;
+    #[unroll]
+    for turn in 0..PANEL * PANEL / QUAD / UNITS {
+        let at = turn * UNITS + unit;
+        u[at] = inverse[base + at];
+    }
+    sync_cube();
+    #[unroll]
+    for half in 0..PANEL / UNITS {
+        let column = half * UNITS + unit;
+        let quad = u[(column * PANEL + column) / QUAD];
+        let mut value = quad[0];
+        #[unroll]
+        for lane in 1..QUAD {
+            if column % QUAD == lane {
+                value = quad[lane];
+            }
+        }
+        diagonal[column] = 1.0 / value;
     }
     sync_cube();
 
@@ -60,51 +88,68 @@ fn sweep_kernel(
         let mut first = 0;
         while first < width {
             let mut w = Array::<f32>::new(HELD);
+            let mut original = Array::<f32>::new(HELD);
             let mut scale = Array::<f32>::new(HELD);
             let mut zero = Array::<f32>::new(HELD);
             #[unroll]
             for c in 0..HELD {
                 let column = first + c;
                 w[c] = f32::new(0.0);
+                original[c] = f32::new(0.0);
                 scale[c] = f32::new(1.0);
                 zero[c] = f32::new(0.0);
                 if column < width {
                     let group = group_of[start + column] as usize * rows + row;
                     scale[c] = scales[group];
                     zero[c] = zeros[group];
+                    original[c] = weight[(start + column) * rows + row];
                     if comptime!(updated) {
-                        w[c] = weight[(start + column) * rows + row] + update[column * rows + row];
-                    } else {
-                        w[c] = weight[(start + column) * rows + row];
+                        w[c] = update[column * rows + row];
                     }
                 }
+            }
+            #[unroll]
+            for c in 0..HELD {
+                w[c] += original[c];
             }
             let mut j = 0;
             while j < first {
                 let err = errors[j * UNITS + unit];
                 #[unroll]
-                for c in 0..HELD {
-                    w[c] -= err * u[j * PANEL + first + c];
+                for quad in 0..HELD / QUAD {
+                    let factors = u[(j * PANEL + first) / QUAD + quad];
+                    #[unroll]
+                    for lane in 0..QUAD {
+                        w[quad * QUAD + lane] -= err * factors[lane];
+                    }
                 }
                 j += 1;
             }
             #[unroll]
             for c in 0..HELD {
                 let column = first + c;
-                let code = ((w[c] / scale[c]).round() + zero[c])
+                let code = (divide(w[c], scale[c], 1.0 / scale[c]).round() + zero[c])
                     .max(f32::new(0.0))
                     .min(max_code);
                 let q = scale[c] * (code - zero[c]);
-                let err = (w[c] - q) / u[column * PANEL + column];
-                errors[column * UNITS + unit] = err;
+                let err = (w[c] - q) * diagonal[column];
                 #[unroll]
-                for k in c + 1..HELD {
-                    w[k] -= err * u[column * PANEL + first + k];
+                for quad in 0..HELD / QUAD {
+                    if comptime!(quad * QUAD + 3 > c) {
+                        let factors = u[(column * PANEL + first) / QUAD + quad];
+                        #[unroll]
+                        for lane in 0..QUAD {
+                            if comptime!(quad * QUAD + lane > c) {
+                                w[quad * QUAD + lane] -= err * factors[lane];
+                            }
+                        }
+                    }
                 }
+                errors[column * UNITS + unit] = err;
                 if column < width {
                     let at = (start + column) * rows + row;
                     codes[at] = u8::cast_from(code);
-                    weight[at] = weight[at] - q;
+                    weight[at] = original[c] - q;
                 }
             }
             first += HELD;
