@@ -64,7 +64,10 @@ fn main() {
     println!("| operation | median | rate |\n|---|---|---|");
     if wanted("forward") {
         let time = forward(&device) * (WINDOWS / CHUNK) as f64;
-        println!("| layer, {WINDOWS} windows: forward and Gram | {:.0} ms | |", time * 1e3);
+        println!(
+            "| layer, {WINDOWS} windows: forward and Gram | {:.0} ms | |",
+            time * 1e3
+        );
     }
     if wanted("solve") {
         println!("| layer: solving | {:.0} ms | |", solving(&device) * 1e3);
@@ -82,7 +85,12 @@ fn forward(device: &Device) -> f64 {
             let w = random([out, inside], 0.02, device);
             let time = seconds(device, 20, || linear(x.clone(), w.clone()).unwrap());
             let work = 2.0 * (tokens * inside * out) as f64;
-            row(&format!("linear [{tokens}, {inside}] -> {out}"), time, work / 1e12, "TFLOP/s");
+            row(
+                &format!("linear [{tokens}, {inside}] -> {out}"),
+                time,
+                work / 1e12,
+                "TFLOP/s",
+            );
             let layers = if inside == WIDE {
                 1.0
             } else if out == WIDE {
@@ -108,14 +116,26 @@ fn forward(device: &Device) -> f64 {
         causal_attention(q.clone(), k.clone(), v.clone()).unwrap()
     });
     let work = 2.0 * (CHUNK * HEADS * WINDOW * WINDOW * HEAD) as f64;
-    row("causal attention [4, 4096, 32, 128]", time, work / 1e12, "TFLOP/s");
+    row(
+        "causal attention [4, 4096, 32, 128]",
+        time,
+        work / 1e12,
+        "TFLOP/s",
+    );
     forward += time;
 
     let gigabytes = |elements: usize| (elements * 2) as f64 / 1e9;
     let x = random([tokens, HIDDEN], 1.0, device);
     let weight = random([HIDDEN], 1.0, device);
-    let time = seconds(device, 20, || rms_norm(x.clone(), weight.clone(), 1e-5).unwrap());
-    row("rms_norm [16384, 4096]", time, gigabytes(2 * tokens * HIDDEN), "GB/s");
+    let time = seconds(device, 20, || {
+        rms_norm(x.clone(), weight.clone(), 1e-5).unwrap()
+    });
+    row(
+        "rms_norm [16384, 4096]",
+        time,
+        gigabytes(2 * tokens * HIDDEN),
+        "GB/s",
+    );
     forward += 2.0 * time;
     let table = Tensor::<Cuda, 2>::random(
         [WINDOW, HEAD / 2],
@@ -125,24 +145,46 @@ fn forward(device: &Device) -> f64 {
     let time = seconds(device, 20, || {
         rotary(q.clone(), table.clone(), table.clone()).unwrap()
     });
-    row("rotary [4, 4096, 32, 128]", time, gigabytes(2 * tokens * HIDDEN), "GB/s");
+    row(
+        "rotary [4, 4096, 32, 128]",
+        time,
+        gigabytes(2 * tokens * HIDDEN),
+        "GB/s",
+    );
     forward += 2.0 * time;
     let gate = random([tokens, WIDE], 1.0, device);
     let up = random([tokens, WIDE], 1.0, device);
     let time = seconds(device, 20, || swiglu(gate.clone(), up.clone()).unwrap());
-    row("swiglu [16384, 11008]", time, gigabytes(3 * tokens * WIDE), "GB/s");
+    row(
+        "swiglu [16384, 11008]",
+        time,
+        gigabytes(3 * tokens * WIDE),
+        "GB/s",
+    );
     forward += time;
-    let time = seconds(device, 20, || x.clone() + q.clone().reshape([tokens, HIDDEN]));
-    row("residual (Burn) [16384, 4096]", time, gigabytes(3 * tokens * HIDDEN), "GB/s");
+    let time = seconds(device, 20, || {
+        x.clone() + q.clone().reshape([tokens, HIDDEN])
+    });
+    row(
+        "residual (Burn) [16384, 4096]",
+        time,
+        gigabytes(3 * tokens * HIDDEN),
+        "GB/s",
+    );
     forward += 2.0 * time;
     let ids: Vec<i32> = (0..tokens as i32).map(|at| at * 7919 % 32_000).collect();
-    let ids = Tensor::<Cuda, 1, Int>::from_data(
-        TensorData::new(ids, [tokens]),
-        (device, DType::I32),
-    );
+    let ids =
+        Tensor::<Cuda, 1, Int>::from_data(TensorData::new(ids, [tokens]), (device, DType::I32));
     let words = random([32_000, HIDDEN], 1.0, device);
-    let time = seconds(device, 20, || embedding(ids.clone(), words.clone()).unwrap());
-    row("embedding [16384, 4096]", time, gigabytes(2 * tokens * HIDDEN), "GB/s");
+    let time = seconds(device, 20, || {
+        embedding(ids.clone(), words.clone()).unwrap()
+    });
+    row(
+        "embedding [16384, 4096]",
+        time,
+        gigabytes(2 * tokens * HIDDEN),
+        "GB/s",
+    );
     forward
 }
 
@@ -177,7 +219,10 @@ fn solving(device: &Device) -> f64 {
         let mut errors = [0.0; 2];
         let time = seconds(device, 3, || {
             let solution = solve(gram.clone(), &layers, options).unwrap();
-            errors = [solution.layers[0].relative_error, solution.layers[0].rtn_error];
+            errors = [
+                solution.layers[0].relative_error,
+                solution.layers[0].rtn_error,
+            ];
         });
         println!(
             "| solve {subset} ({inside} columns) | {:.1} ms | errors {errors:.5?} |",

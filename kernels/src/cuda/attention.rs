@@ -17,11 +17,7 @@ use cudarc::{
     nvrtc::result as nvrtc,
 };
 
-use super::{
-    Cuda, buffer,
-    error::Error,
-    stream::on_stream,
-};
+use super::{Cuda, buffer, error::Error, stream::on_stream};
 
 const SOURCE: &str = include_str!("attention.cu");
 const NAME: &str = "causal_attention";
@@ -109,7 +105,7 @@ fn refused(operation: &'static str) -> impl Fn(DriverError) -> Error {
 
 /// The kernel for a head dimension, compiled at first use. Runs on the device thread.
 fn kernel(device: usize, head_dim: usize) -> Result<Kernel, Error> {
-    if let Some(&kernel) = KERNELS.with_borrow(|all| all.get(&(device, head_dim)).cloned()).as_ref() {
+    if let Some(kernel) = KERNELS.with_borrow(|all| all.get(&(device, head_dim)).copied()) {
         return Ok(kernel);
     }
     let attribute = |which| {

@@ -322,7 +322,11 @@ pub(crate) fn panels(in_features: usize, group: usize) -> Vec<Range<usize>> {
     };
     for outer in (0..in_features).step_by(stretch) {
         let end = in_features.min(outer + stretch);
-        panels.extend((outer..end).step_by(PANEL).map(|at| at..end.min(at + PANEL)));
+        panels.extend(
+            (outer..end)
+                .step_by(PANEL)
+                .map(|at| at..end.min(at + PANEL)),
+        );
     }
     panels
 }

@@ -40,13 +40,7 @@ fn scale_of(low: f32, high: f32, max_code: f32, #[comptime] symmetric: bool) -> 
 
 /// The zero point of a range with this scale.
 #[cube]
-fn zero_of(
-    low: f32,
-    high: f32,
-    scale: f32,
-    max_code: f32,
-    #[comptime] symmetric: bool,
-) -> f32 {
+fn zero_of(low: f32, high: f32, scale: f32, max_code: f32, #[comptime] symmetric: bool) -> f32 {
     let mut low = low;
     if low == 0.0 && high == 0.0 {
         low = f32::new(-1.0);

@@ -9,8 +9,8 @@
 //! own stream, and a buffer that is freed on one stream while another still reads it is
 //! reused too early.
 
-mod library;
 mod error;
+mod library;
 
 mod blas;
 mod buffer;

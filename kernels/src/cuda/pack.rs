@@ -185,9 +185,7 @@ pub(crate) fn pack(
     let qzeros = new([groups, rows / RUN * bits], DType::I32);
     let scales = new([groups, rows], DType::F16);
     let client = &swept.codes.client;
-    let cubes = |units: usize, y: usize| {
-        CubeCount::new_2d(units.div_ceil(UNITS) as u32, y as u32)
-    };
+    let cubes = |units: usize, y: usize| CubeCount::new_2d(units.div_ceil(UNITS) as u32, y as u32);
     let dim = CubeDim::new_1d(UNITS as u32);
     // SAFETY: rows stay below `offset + rows <= all_rows`, runs below the packed shapes.
     unsafe {

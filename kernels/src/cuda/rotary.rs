@@ -60,7 +60,12 @@ pub fn rotary(
     if head_dim % 2 != 0 || cos.dims() != [seq, half] || sin.dims() != [seq, half] {
         return Err(Error::Shape {
             operation: "rotary",
-            reason: format!("x {:?}, cos {:?}, sin {:?}", x.dims(), cos.dims(), sin.dims()),
+            reason: format!(
+                "x {:?}, cos {:?}, sin {:?}",
+                x.dims(),
+                cos.dims(),
+                sin.dims()
+            ),
         });
     }
     let x = buffer::float("rotary", "x", x, DType::F16)?;

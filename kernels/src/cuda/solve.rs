@@ -130,7 +130,14 @@ pub fn solve(
             measurement.add(&correlation, &weights[at], [&weight, &nearest]);
             let g_idx = buffer::upload(&position, &g_idx, DType::I32);
             let span = [offset, rows];
-            let packed = pack(&swept, &position, g_idx, span, settings, options.zero_offset);
+            let packed = pack(
+                &swept,
+                &position,
+                g_idx,
+                span,
+                settings,
+                options.zero_offset,
+            );
             solved.push((packed, buffer::into_float(weight)));
             order.push(at);
             offset += rows;
@@ -338,35 +345,47 @@ fn wide_group(
     let rows = swept.rows;
     let update = buffer::empty(&swept.weight, [group.len(), rows], DType::F32);
     let from = 0..group.start;
-    carry(factor, swept, from, group.clone(), (&update, 0), 0.0, failures);
+    carry(
+        factor,
+        swept,
+        from,
+        group.clone(),
+        (&update, 0),
+        0.0,
+        failures,
+    );
     let (start, width) = (group.start, group.len());
-    on_stream_later(&[&factor.m, &update], failures, move |libraries, pointers| {
-        let m = Matrix::at(pointers[0], start * (n + 1), n, Element::F32);
-        let one = 1.0_f32;
-        // X · M_gg = T: column-major, T is the update's `[rows, group]`, and M is stored so.
-        // SAFETY: the group's square lies inside M, and the update is `[group, rows]`.
-        unsafe {
-            cublas::cublasStrsm_v2(
-                libraries.cublas,
-                cublas::cublasSideMode_t::CUBLAS_SIDE_RIGHT,
-                cublas::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER,
-                cublas::cublasOperation_t::CUBLAS_OP_N,
-                cublas::cublasDiagType_t::CUBLAS_DIAG_NON_UNIT,
-                rows as i32,
-                width as i32,
-                &raw const one,
-                m.pointer as *const f32,
-                n as i32,
-                pointers[1] as *mut f32,
-                rows as i32,
-            )
-        }
-        .result()
-        .map_err(|source| Error::Cublas {
-            operation: "cublasStrsm",
-            source,
-        })
-    });
+    on_stream_later(
+        &[&factor.m, &update],
+        failures,
+        move |libraries, pointers| {
+            let m = Matrix::at(pointers[0], start * (n + 1), n, Element::F32);
+            let one = 1.0_f32;
+            // X · M_gg = T: column-major, T is the update's `[rows, group]`, and M is stored so.
+            // SAFETY: the group's square lies inside M, and the update is `[group, rows]`.
+            unsafe {
+                cublas::cublasStrsm_v2(
+                    libraries.cublas,
+                    cublas::cublasSideMode_t::CUBLAS_SIDE_RIGHT,
+                    cublas::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER,
+                    cublas::cublasOperation_t::CUBLAS_OP_N,
+                    cublas::cublasDiagType_t::CUBLAS_DIAG_NON_UNIT,
+                    rows as i32,
+                    width as i32,
+                    &raw const one,
+                    m.pointer as *const f32,
+                    n as i32,
+                    pointers[1] as *mut f32,
+                    rows as i32,
+                )
+            }
+            .result()
+            .map_err(|source| Error::Cublas {
+                operation: "cublasStrsm",
+                source,
+            })
+        },
+    );
     let source = Source::Positions(Some(&update));
     parameters(swept, source, group, settings.group_columns(n), settings);
 }

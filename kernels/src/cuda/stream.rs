@@ -21,20 +21,16 @@ use std::{
 
 use cubecl::{
     config::{CubeClRuntimeConfig, RuntimeConfig},
+    cuda::CudaDevice,
     device::Device as _,
     device_handle::DeviceHandle,
     prelude::*,
-    cuda::CudaDevice,
     server::{Binding, ComputeServer},
     stream_id::StreamId,
 };
 use cudarc::{cublas, cusolver, driver::sys::CUstream};
 
-use super::{
-    buffer::Buffer,
-    error::Error,
-    library::missing_library,
-};
+use super::{buffer::Buffer, error::Error, library::missing_library};
 
 type Server = <cubecl::cuda::CudaRuntime as Runtime>::Server;
 

@@ -52,7 +52,7 @@ fn sweep_kernel(
     width: u32,
     rows: u32,
     max_code: f32,
-    #[comptime] updated: bool,
+    updated: u32,
 ) {
     let mut u = SharedMemory::<Vector<f32, Const<4>>>::new(PANEL * PANEL / QUAD);
     let mut diagonal = SharedMemory::<f32>::new(PANEL);
@@ -103,7 +103,8 @@ fn sweep_kernel(
                     scale[c] = scales[group];
                     zero[c] = zeros[group];
                     original[c] = weight[(start + column) * rows + row];
-                    if comptime!(updated) {
+                    // Not a comptime switch: this kernel takes long to compile.
+                    if updated == 1 {
                         w[c] = update[column * rows + row];
                     }
                 }
@@ -202,7 +203,7 @@ pub(crate) fn sweep(
             panel.len() as u32,
             rows,
             settings.max_code(),
-            update.is_some(),
+            u32::from(update.is_some()),
         );
     }
 }

@@ -4,7 +4,7 @@
 //! CUDA device each test prints that it was skipped and passes.
 
 mod model;
+mod ordering;
 mod products;
 mod reference;
 mod solving;
-mod ordering;

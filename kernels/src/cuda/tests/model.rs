@@ -102,7 +102,10 @@ fn embedding_gathers_rows() {
             .map(|_| (random.next() % vocabulary as u64) as i32)
             .collect();
         let found = embedding(
-            Tensor::from_data(TensorData::new(ids.clone(), [tokens]), (&device, DType::I32)),
+            Tensor::from_data(
+                TensorData::new(ids.clone(), [tokens]),
+                (&device, DType::I32),
+            ),
             tensor::<2>(&table, [vocabulary, hidden], &device),
         );
         let expected: Vec<f64> = ids
@@ -126,7 +129,14 @@ fn attend(q: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> Vec<f64> {
     let weights: Vec<f64> = scores.iter().map(|s| (s - high).exp()).collect();
     let total: f64 = weights.iter().sum();
     (0..q.len())
-        .map(|d| weights.iter().zip(values).map(|(w, v)| w * v[d]).sum::<f64>() / total)
+        .map(|d| {
+            weights
+                .iter()
+                .zip(values)
+                .map(|(w, v)| w * v[d])
+                .sum::<f64>()
+                / total
+        })
         .collect()
 }
 

@@ -1,11 +1,34 @@
 //! Library calls and Burn's kernels, raced against each other.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor, backend::Backend};
+use cudarc::{
+    cublas::result as cublas,
+    driver::result::stream::{self, StreamKind},
+};
 
 use crate::cuda::{
-    Cuda, linear, swiglu,
-    testing::{Random, device, tensor, values},
+    Cuda,
+    blas::{Element, Matrix, product},
+    buffer, linear,
+    stream::{Libraries, on_stream},
+    swiglu,
+    testing::{Random, device, tensor},
 };
+
+/// A product of this side cubed takes an H100 about 0.2 ms, several times as long as
+/// submitting the next operation.
+const SIDE: usize = 4096;
+
+fn inputs(seed: u64, device: &crate::cuda::Device) -> [Tensor<Cuda, 2>; 2] {
+    let mut random = Random(seed);
+    [1.0, 0.02].map(|deviation| {
+        let row = random.halves(SIDE + 64, deviation);
+        let values: Vec<_> = (0..SIDE * SIDE)
+            .map(|at| row[(at * 31 + at / SIDE * 7) % row.len()])
+            .collect();
+        tensor(&values, [SIDE, SIDE], device)
+    })
+}
 
 /// Library, kernel, library, Burn's own kernel, in turns; each reads what the one before wrote.
 fn chain(
@@ -17,7 +40,6 @@ fn chain(
     let device = x.device();
     let settle = || {
         if wait {
-            use burn::tensor::backend::Backend;
             Cuda::sync(&device).unwrap();
         }
     };
@@ -34,37 +56,76 @@ fn chain(
     x
 }
 
-/// A product of 2048³ keeps the device busy far longer than its submission takes: were the
-/// two sides on streams without an order, a kernel would start on an output that is still NaN.
 #[test]
 fn library_calls_and_kernels_run_in_the_order_they_were_submitted() {
     let Some(device) = device() else { return };
-    let n = 2048;
-    let mut random = Random(4);
-    let x = tensor(&random.halves(n * n, 1.0), [n, n], &device);
-    let w = tensor(&random.halves(n * n, 0.02), [n, n], &device);
-    let expected = values(chain(x.clone(), &w, 6, true));
-    for _ in 0..5 {
-        let found = values(chain(x.clone(), &w, 6, false));
+    let [x, w] = inputs(4, &device);
+    let expected = chain(x.clone(), &w, 4, true).into_data();
+    assert!(expected.iter::<f32>().any(|v| v != 0.0 && v.is_finite()));
+    for _ in 0..3 {
+        let found = chain(x.clone(), &w, 4, false).into_data();
         assert!(found == expected, "the unsynchronised chain differs");
     }
-    assert!(expected.iter().all(|v| v.is_finite()));
+}
+
+/// The control to the test above: on a stream of its own a product's output is read before it
+/// is written.
+#[test]
+fn a_library_call_on_another_stream_is_overtaken() {
+    let Some(device) = device() else { return };
+    let [x, w] = inputs(6, &device);
+    let [x, w] = [x, w].map(|it| buffer::float("test", "input", it, DType::F16).unwrap());
+    let y = buffer::empty(&x, [SIDE, SIDE], DType::F16);
+    let handles = on_stream(&[&x], |_, _| {
+        let stream = stream::create(StreamKind::NonBlocking).unwrap();
+        let handle = cublas::create_handle().unwrap();
+        // SAFETY: both were just made.
+        unsafe { cublas::set_stream(handle, stream.cast()) }.unwrap();
+        Ok([stream as usize, handle as usize])
+    })
+    .unwrap();
+    Cuda::sync(&device).unwrap();
+    on_stream(&[&x, &w, &y], |libraries, pointers| {
+        let apart = Libraries {
+            stream: handles[0] as _,
+            cublas: handles[1] as _,
+            cusolver: libraries.cusolver,
+            device: libraries.device,
+        };
+        let [x, w, y] = [0, 1, 2].map(|at| Matrix::at(pointers[at], 0, SIDE, Element::F16));
+        for _ in 0..4 {
+            // SAFETY: three distinct buffers of this side.
+            unsafe { product(&apart, [SIDE; 3], x, w.t(), 0.0, y)? };
+        }
+        Ok(())
+    })
+    .unwrap();
+    let early = buffer::into_float::<2>(y.clone()).add_scalar(0.0);
+    Cuda::sync(&device).unwrap();
+    on_stream(&[&x], |_, _| {
+        // SAFETY: the stream was made above.
+        unsafe { stream::synchronize(handles[0] as _) }.unwrap();
+        Ok(())
+    })
+    .unwrap();
+    let late = buffer::into_float::<2>(y).into_data();
+    assert!(late.iter::<f32>().all(f32::is_finite));
+    assert!(early.into_data() != late, "the product was not overtaken");
 }
 
 /// Another thread has another stream: the buffer's use there waits for its making here.
 #[test]
 fn a_buffer_made_on_another_thread_is_waited_for() {
     let Some(device) = device() else { return };
-    let n = 2048;
-    let mut random = Random(5);
-    let x = tensor(&random.halves(n * n, 1.0), [n, n], &device);
-    let w = tensor(&random.halves(n * n, 0.02), [n, n], &device);
-    let expected = values(linear(linear(x.clone(), w.clone()).unwrap(), w.clone()).unwrap());
-    for _ in 0..5 {
+    let [x, w] = inputs(5, &device);
+    let expected = linear(linear(x.clone(), w.clone()).unwrap(), w.clone())
+        .unwrap()
+        .into_data();
+    for _ in 0..3 {
         let (x, w2) = (x.clone(), w.clone());
         let y = std::thread::spawn(move || linear(x, w2).unwrap())
             .join()
             .unwrap();
-        assert!(values(linear(y, w.clone()).unwrap()) == expected);
+        assert!(linear(y, w.clone()).unwrap().into_data() == expected);
     }
 }

@@ -57,7 +57,10 @@ fn a_linear_layer_is_x_times_w_transposed() {
             .collect();
         // The output is rounded to f16: at most 2^-11 of each element.
         let found = distance(&values(y.unwrap()), &expected);
-        assert!(found < 2.0_f64.powi(-11), "{tokens} x {inside} x {out}: {found}");
+        assert!(
+            found < 2.0_f64.powi(-11),
+            "{tokens} x {inside} x {out}: {found}"
+        );
     }
 }
 
@@ -101,5 +104,8 @@ fn the_relative_error_is_that_of_the_outputs() {
     let lost = energy(&|at| w[at].to_f64() - near[at].to_f64());
     let expected = lost / energy(&|at| w[at].to_f64());
     // bf16 operands: 2^-9 per element at random signs.
-    assert!((found / expected - 1.0).abs() < 2e-3, "{found} for {expected}");
+    assert!(
+        (found / expected - 1.0).abs() < 2e-3,
+        "{found} for {expected}"
+    );
 }

@@ -117,7 +117,13 @@ pub(super) fn solve(
     }
     for row in 0..rows {
         let original: Vec<f64> = (0..n)
-            .map(|c| if dead[c] { 0.0 } else { weight[row * n + c].to_f64() })
+            .map(|c| {
+                if dead[c] {
+                    0.0
+                } else {
+                    weight[row * n + c].to_f64()
+                }
+            })
             .collect();
         let mut w: Vec<f64> = order.iter().map(|&c| original[c]).collect();
         let mut known = vec![(1.0, 0.0); n.div_ceil(size)];

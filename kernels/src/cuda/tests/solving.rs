@@ -75,8 +75,7 @@ fn compare(n: usize, rows: [usize; 2], settings: Settings, activation_order: boo
     let gram = reference::gram(&x, n);
     for (layer, weight) in solution.layers.into_iter().zip(&weights) {
         let rows = weight.len() / n;
-        let expected =
-            reference::solve(&gram, n, weight, settings, tokens, activation_order, 0.1);
+        let expected = reference::solve(&gram, n, weight, settings, tokens, activation_order, 0.1);
         let words: Vec<i64> = layer.packed.qweight.clone().into_data().iter().collect();
         let found = codes(&words, rows, n, settings.bits as usize);
         let equal = |at: usize| found[at] == expected.codes[at];
@@ -85,7 +84,9 @@ fn compare(n: usize, rows: [usize; 2], settings: Settings, activation_order: boo
             .order
             .chunks(32)
             .map(|columns| {
-                let pairs = columns.iter().flat_map(|c| (0..rows).map(move |r| r * n + c));
+                let pairs = columns
+                    .iter()
+                    .flat_map(|c| (0..rows).map(move |r| r * n + c));
                 pairs.filter(|&at| !equal(at)).count()
             })
             .collect();
@@ -108,7 +109,10 @@ fn compare(n: usize, rows: [usize; 2], settings: Settings, activation_order: boo
 
         let dense = values(layer.weight);
         let unpacked = dequantise(&layer.packed, settings.bits, zero_offset).unwrap();
-        assert!(values(unpacked) == dense, "{label}: packed and dense differ");
+        assert!(
+            values(unpacked) == dense,
+            "{label}: packed and dense differ"
+        );
 
         let w: Vec<f64> = weight.iter().map(|v| v.to_f64()).collect();
         let lost = |approximation: &[f64]| -> f64 {
@@ -189,7 +193,12 @@ fn a_failing_factorisation_raises_the_damping_and_says_so() {
         damping: 0.01,
         zero_offset: ZeroOffset::MinusOne,
     };
-    let solution = solve(tensor_f32(&gram, [n, n], &device), &[layer.clone()], options).unwrap();
+    let solution = solve(
+        tensor_f32(&gram, [n, n], &device),
+        std::slice::from_ref(&layer),
+        options,
+    )
+    .unwrap();
     assert!(solution.damping > 0.02 && solution.damping <= 0.04);
 
     let hopeless: Vec<f32> = gram
