@@ -12,7 +12,7 @@ use crate::cuda::{
     buffer, linear,
     stream::{Libraries, on_stream},
     swiglu,
-    testing::{Random, device, tensor},
+    testing::{Random, device, poison, tensor},
 };
 
 /// A product of this side cubed takes an H100 about 0.2 ms, several times as long as
@@ -84,30 +84,41 @@ fn a_library_call_on_another_stream_is_overtaken() {
         Ok([stream as usize, handle as usize])
     })
     .unwrap();
-    Cuda::sync(&device).unwrap();
-    on_stream(&[&x, &w, &y], |libraries, pointers| {
-        let apart = Libraries {
-            stream: handles[0] as _,
-            cublas: handles[1] as _,
-            cusolver: libraries.cusolver,
-            device: libraries.device,
-        };
-        let [x, w, y] = [0, 1, 2].map(|at| Matrix::at(pointers[at], 0, SIDE, Element::F16));
-        for _ in 0..4 {
-            // SAFETY: three distinct buffers of this side.
-            unsafe { product(&apart, [SIDE; 3], x, w.t(), 0.0, y)? };
-        }
-        Ok(())
-    })
-    .unwrap();
+    let unordered = |products: usize| {
+        on_stream(&[&x, &w, &y], |libraries, pointers| {
+            let apart = Libraries {
+                stream: handles[0] as _,
+                cublas: handles[1] as _,
+                cusolver: libraries.cusolver,
+                device: libraries.device,
+            };
+            let [x, w, y] = [0, 1, 2].map(|at| Matrix::at(pointers[at], 0, SIDE, Element::F16));
+            for _ in 0..products {
+                // SAFETY: three distinct buffers of this side.
+                unsafe { product(&apart, [SIDE; 3], x, w.t(), 0.0, y)? };
+            }
+            Ok(())
+        })
+        .unwrap();
+    };
+    let settle = || {
+        Cuda::sync(&device).unwrap();
+        on_stream(&[&x], |_, _| {
+            // SAFETY: the stream was made above.
+            unsafe { stream::synchronize(handles[0] as _) }.unwrap();
+            Ok(())
+        })
+        .unwrap();
+    };
+    // Loads the product's kernel and compiles the sum's, both slower than the race.
+    unordered(1);
+    drop(buffer::into_float::<2>(y.clone()).add_scalar(0.0));
+    settle();
+    poison(&y);
+    settle();
+    unordered(1);
     let early = buffer::into_float::<2>(y.clone()).add_scalar(0.0);
-    Cuda::sync(&device).unwrap();
-    on_stream(&[&x], |_, _| {
-        // SAFETY: the stream was made above.
-        unsafe { stream::synchronize(handles[0] as _) }.unwrap();
-        Ok(())
-    })
-    .unwrap();
+    settle();
     let late = buffer::into_float::<2>(y).into_data();
     assert!(late.iter::<f32>().all(f32::is_finite));
     assert!(early.into_data() != late, "the product was not overtaken");
