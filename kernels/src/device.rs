@@ -34,6 +34,15 @@ pub enum Device {
     Cuda(usize),
 }
 
+/// Something to do on whichever backend a [`Device`] names.
+pub trait Work {
+    /// What comes back.
+    type Output;
+
+    /// Does it on one backend.
+    fn run<B: Engine>(self, device: B::Device) -> Self::Output;
+}
+
 /// Why a device cannot be used.
 #[derive(Debug, Error, PartialEq)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
@@ -63,6 +72,16 @@ impl Device {
                 Ok(count) => Err(DeviceError::NoSuchIndex { index, count }),
                 Err(reason) => Err(DeviceError::NoCuda { reason }),
             },
+        }
+    }
+}
+
+impl Device {
+    /// Does `work` on this device's backend; `Auto` is the CPU here, so [`Device::resolve`] first.
+    pub fn run<W: Work>(self, work: W) -> W::Output {
+        match self {
+            Device::Auto | Device::Cpu => work.run::<Cpu>(Default::default()),
+            Device::Cuda(index) => work.run::<Cuda>(burn_cuda::CudaDevice::new(index)),
         }
     }
 }

@@ -9,6 +9,6 @@ mod device;
 mod engine;
 mod host_solve;
 
-pub use device::{Cpu, Cuda, Device, DeviceError};
+pub use device::{Cpu, Cuda, Device, DeviceError, Work};
 pub use engine::Engine;
 pub use host_solve::{Hessian, Request, Solved, Subset};
