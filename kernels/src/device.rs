@@ -16,6 +16,7 @@ pub type Cuda = burn_cuda::Cuda<f16, i32>;
 
 impl Engine for Cpu {
     const COMPUTE: DType = DType::F32;
+    const LANES: usize = 4;
 }
 
 impl Engine for Cuda {

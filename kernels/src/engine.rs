@@ -3,8 +3,20 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, activation::sigmoid};
 use gptq_solver::SolverError;
+use rayon::prelude::*;
 
 use crate::{Hessian, Request, Subset, attention, host_solve};
+
+/// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
+pub fn map_lanes<B: Engine, T: Send, R: Send>(
+    items: Vec<T>,
+    f: impl Fn(T) -> R + Sync + Send,
+) -> Vec<R> {
+    match B::LANES {
+        1 => items.into_iter().map(f).collect(),
+        _ => items.into_par_iter().with_max_len(1).map(f).collect(),
+    }
+}
 
 /// Columns of a Gram panel in the default [`Engine::gram_add`].
 const GRAM_PANEL: usize = 128;
@@ -14,6 +26,10 @@ const GRAM_PANEL: usize = 128;
 pub trait Engine: Backend {
     /// Element type of weights and activations in the forward pass.
     const COMPUTE: DType;
+
+    /// How many chunks of windows are worth running at the same time: more than 1 where single
+    /// operations leave cores idle. A constant, so that sums do not depend on the machine's cores.
+    const LANES: usize = 1;
 
     /// `x [tokens, in] · wᵀ`, `w [out, in]`, giving `[tokens, out]`.
     fn matmul_nt(x: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {

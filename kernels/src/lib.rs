@@ -10,5 +10,5 @@ mod engine;
 mod host_solve;
 
 pub use device::{Cpu, Cuda, Device, DeviceError, Work};
-pub use engine::Engine;
+pub use engine::{Engine, map_lanes};
 pub use host_solve::{Hessian, Request, Solved, Subset};

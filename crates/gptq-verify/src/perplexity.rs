@@ -1,7 +1,7 @@
 //! Perplexity: `exp` of the mean negative log-likelihood of every token of every window but the
 //! window's first.
 
-use gptq_kernels::Engine;
+use gptq_kernels::{Engine, map_lanes};
 use gptq_model::Model;
 
 use crate::VerifyError;
@@ -22,7 +22,7 @@ pub(crate) fn perplexity<B: Engine>(
     let mut flows = model.embed(windows, per_chunk, B::COMPUTE)?;
     for layer in 0..model.config().layers {
         let block = model.block(layer)?;
-        flows = flows.into_iter().map(|flow| block.forward(flow)).collect();
+        flows = map_lanes::<B, _, _>(flows, |flow| block.forward(flow));
     }
     let head = model.head()?;
     let (mut total, mut count) = (0.0, 0usize);
