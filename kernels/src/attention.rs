@@ -21,7 +21,10 @@ pub(crate) fn causal_attention<B: Engine>(
     let [windows, seq, heads, dim] = q.dims();
     let kv_heads = k.dims()[2];
     assert_eq!(k.dims(), v.dims(), "keys and values pair up");
-    assert!(heads.is_multiple_of(kv_heads), "whole groups of query heads");
+    assert!(
+        heads.is_multiple_of(kv_heads),
+        "whole groups of query heads"
+    );
     let shared = heads / kv_heads;
     let device = q.device();
     let dtype = q.dtype();
@@ -42,7 +45,10 @@ pub(crate) fn causal_attention<B: Engine>(
         let scores = q
             .clone()
             .slice([0..windows * kv_heads, 0..shared, start..end])
-            .matmul(k.clone().slice([0..windows * kv_heads, 0..1, 0..dim, 0..end]));
+            .matmul(
+                k.clone()
+                    .slice([0..windows * kv_heads, 0..1, 0..dim, 0..end]),
+            );
         // Key j is hidden from query i when j > start + i.
         let hidden = Tensor::<B, 2, Bool>::tril_mask([end - start, end], start as i64, &device);
         let scores = scores

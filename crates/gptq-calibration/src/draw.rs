@@ -117,7 +117,10 @@ impl Calibration {
     }
 }
 
-fn starts(settings: &CalibrationSettings, available: usize) -> Result<Vec<usize>, CalibrationError> {
+fn starts(
+    settings: &CalibrationSettings,
+    available: usize,
+) -> Result<Vec<usize>, CalibrationError> {
     let CalibrationSettings {
         samples, seq_len, ..
     } = *settings;
@@ -212,7 +215,10 @@ mod tests {
         let drawn = Calibration::draw(&settings(Sampling::Concatenate), &tokenizer).unwrap();
         assert_eq!(drawn.windows.len(), 4);
         assert_eq!(drawn.windows[0][0], 1, "the tokenizer's own <s> leads");
-        assert!(drawn.windows.concat().contains(&2), "documents end with </s>");
+        assert!(
+            drawn.windows.concat().contains(&2),
+            "documents end with </s>"
+        );
         assert_eq!(drawn.manifest.unique_tokens, 4 * 512);
         assert_eq!(drawn.manifest.row_count, 50);
     }
@@ -221,7 +227,10 @@ mod tests {
     fn a_seed_gives_the_same_windows_and_another_seed_others() {
         let tokenizer = tokenizer();
         let draw = |seed| {
-            let settings = CalibrationSettings { seed, ..settings(Sampling::RandomWindows) };
+            let settings = CalibrationSettings {
+                seed,
+                ..settings(Sampling::RandomWindows)
+            };
             Calibration::draw(&settings, &tokenizer).unwrap().windows
         };
         assert_eq!(draw(3), draw(3));
@@ -232,17 +241,33 @@ mod tests {
     #[test]
     fn too_little_text_says_what_would_fit() {
         let tokenizer = tokenizer();
-        let settings = CalibrationSettings { samples: 1000, ..settings(Sampling::Concatenate) };
+        let settings = CalibrationSettings {
+            samples: 1000,
+            ..settings(Sampling::Concatenate)
+        };
         let error = Calibration::draw(&settings, &tokenizer).unwrap_err();
-        let CalibrationError::TooLittleText { available, needed, fit, fit_len, .. } = error else {
+        let CalibrationError::TooLittleText {
+            available,
+            needed,
+            fit,
+            fit_len,
+            ..
+        } = error
+        else {
             panic!("{error}");
         };
         assert_eq!(needed, 512_000);
         assert_eq!((fit, fit_len), (available / 512, available / 1000));
-        let rows = CalibrationSettings { rows: "5000:".parse().unwrap(), ..settings };
+        let rows = CalibrationSettings {
+            rows: "5000:".parse().unwrap(),
+            ..settings
+        };
         assert!(matches!(
             Calibration::draw(&rows, &tokenizer),
-            Err(CalibrationError::NoRows { available: 1000, .. })
+            Err(CalibrationError::NoRows {
+                available: 1000,
+                ..
+            })
         ));
     }
 

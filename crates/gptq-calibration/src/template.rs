@@ -58,7 +58,9 @@ impl Template {
             parts.push(Part::Literal(literal));
         }
         if !parts.iter().any(|p| matches!(p, Part::Column(_))) {
-            return Err(error("it names no column, so every row would read the same"));
+            return Err(error(
+                "it names no column, so every row would read the same",
+            ));
         }
         Ok(Template {
             text: text.into(),
@@ -72,18 +74,24 @@ impl Template {
     }
 
     /// Fills in the columns of row number `index`. Errors where one is missing or not text.
-    pub fn render(&self, index: usize, row: &Map<String, Value>) -> Result<String, CalibrationError> {
+    pub fn render(
+        &self,
+        index: usize,
+        row: &Map<String, Value>,
+    ) -> Result<String, CalibrationError> {
         let mut document = String::new();
         for part in &self.parts {
             document += match part {
                 Part::Literal(text) => text,
-                Part::Column(column) => row.get(column).and_then(Value::as_str).ok_or_else(|| {
-                    CalibrationError::Column {
-                        row: index,
-                        column: column.clone(),
-                        columns: row.keys().cloned().collect(),
-                    }
-                })?,
+                Part::Column(column) => {
+                    row.get(column).and_then(Value::as_str).ok_or_else(|| {
+                        CalibrationError::Column {
+                            row: index,
+                            column: column.clone(),
+                            columns: row.keys().cloned().collect(),
+                        }
+                    })?
+                }
             };
         }
         Ok(document)
@@ -102,8 +110,15 @@ mod tests {
         let row = json!({"a": "one", "b": "two", "c": 3});
         let row = row.as_object().unwrap();
         assert_eq!(template.render(0, row).unwrap(), "one\n{x} two");
-        let error = Template::parse("{c}").unwrap().render(7, row).unwrap_err().to_string();
-        assert!(error.contains("row 7") && error.contains("\"c\"") && error.contains("a, b, c"), "{error}");
+        let error = Template::parse("{c}")
+            .unwrap()
+            .render(7, row)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("row 7") && error.contains("\"c\"") && error.contains("a, b, c"),
+            "{error}"
+        );
     }
 
     #[test]

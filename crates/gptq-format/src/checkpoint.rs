@@ -9,9 +9,7 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
-use crate::{
-    FormatError, PackedLinear, QuantizeConfig, read_json,
-};
+use crate::{FormatError, PackedLinear, QuantizeConfig, read_json};
 
 /// A mapped checkpoint directory.
 pub struct Checkpoint {
@@ -154,11 +152,7 @@ impl Checkpoint {
         })
     }
 
-    fn shaped<'a>(
-        &'a self,
-        name: &'a str,
-        shape: &[usize],
-    ) -> Result<TensorView<'a>, FormatError> {
+    fn shaped<'a>(&'a self, name: &'a str, shape: &[usize]) -> Result<TensorView<'a>, FormatError> {
         let view = self.view(name)?;
         if view.shape != shape {
             return Err(FormatError::Shape {
@@ -294,7 +288,9 @@ fn read_weight_map(index: &Path) -> Result<BTreeMap<String, String>, FormatError
             Some(file) if Path::new(file).file_name() == Some(file.as_ref()) => {
                 Ok((name.clone(), file.to_owned()))
             }
-            _ => Err(malformed(format!("{name} points to {file}, not to a file name"))),
+            _ => Err(malformed(format!(
+                "{name} points to {file}, not to a file name"
+            ))),
         })
         .collect()
 }
@@ -326,17 +322,33 @@ mod tests {
             write(&dir.path().join(file), &[(name, Dtype::F32, vec![2], data)]);
         }
         let index = dir.path().join("model.safetensors.index.json");
-        fs::write(&index, r#"{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}"#).unwrap();
+        fs::write(
+            &index,
+            r#"{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}"#,
+        )
+        .unwrap();
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["x", "y"]);
         assert_eq!(checkpoint.f16("y", &[2]).unwrap()[1].to_f32(), -2.5);
-        assert!(matches!(checkpoint.f16("y", &[1, 2]), Err(FormatError::Shape { .. })));
-        assert!(matches!(checkpoint.i32("y", &[2]), Err(FormatError::Dtype { .. })));
+        assert!(matches!(
+            checkpoint.f16("y", &[1, 2]),
+            Err(FormatError::Shape { .. })
+        ));
+        assert!(matches!(
+            checkpoint.i32("y", &[2]),
+            Err(FormatError::Dtype { .. })
+        ));
 
         fs::write(&index, r#"{"weight_map": {"z": "a.safetensors"}}"#).unwrap();
-        assert!(matches!(Checkpoint::open(dir.path()), Err(FormatError::MissingTensor { .. })));
+        assert!(matches!(
+            Checkpoint::open(dir.path()),
+            Err(FormatError::MissingTensor { .. })
+        ));
         fs::write(&index, r#"{"weight_map": {"x": "../a.safetensors"}}"#).unwrap();
-        assert!(matches!(Checkpoint::open(dir.path()), Err(FormatError::Malformed { .. })));
+        assert!(matches!(
+            Checkpoint::open(dir.path()),
+            Err(FormatError::Malformed { .. })
+        ));
     }
 
     #[test]
@@ -353,11 +365,19 @@ mod tests {
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         assert!(matches!(
             checkpoint.f16("big", &[3]),
-            Err(FormatError::Overflow { first: 1, count: 2, .. })
+            Err(FormatError::Overflow {
+                first: 1,
+                count: 2,
+                ..
+            })
         ));
         assert!(matches!(
             checkpoint.f16("nan", &[2]),
-            Err(FormatError::NonFinite { first: 0, count: 1, .. })
+            Err(FormatError::NonFinite {
+                first: 0,
+                count: 1,
+                ..
+            })
         ));
     }
 
@@ -369,7 +389,9 @@ mod tests {
         let whole = fs::read(&file).unwrap();
         for keep in [0, 4, 20, whole.len() - 1] {
             fs::write(&file, &whole[..keep]).unwrap();
-            let error = Checkpoint::open(dir.path()).err().expect("a truncated file was taken");
+            let error = Checkpoint::open(dir.path())
+                .err()
+                .expect("a truncated file was taken");
             assert!(error.to_string().contains("model.safetensors"), "{error}");
         }
     }

@@ -94,7 +94,10 @@ fn judge(client: Client, linear: &LinearShape, sym: bool, mixed: bool) -> Result
     )?;
     let exllama = || {
         need(bits == Bits::Four, "4 bits only")?;
-        need(group_size.divides(in_features), "groups must divide the inputs")
+        need(
+            group_size.divides(in_features),
+            "groups must divide the inputs",
+        )
     };
     let one_setting = || need(!mixed, "does not read per-module settings");
     match client {
@@ -106,10 +109,7 @@ fn judge(client: Client, linear: &LinearShape, sym: bool, mixed: bool) -> Result
             .and_then(|()| need(sym, "symmetric only"))
             .and_then(|()| exllama()),
         Client::VllmMarlin => {
-            need(
-                matches!(bits, Bits::Four | Bits::Eight),
-                "4 or 8 bits only",
-            )?;
+            need(matches!(bits, Bits::Four | Bits::Eight), "4 or 8 bits only")?;
             need(sym, "symmetric only")?;
             need(
                 matches!(
@@ -146,7 +146,10 @@ mod tests {
 
     #[test]
     fn four_bit_branches_load_everywhere_and_eight_bit_not_in_exllama() {
-        assert_eq!(loaders(Bits::Four, GroupSize::Columns(128), true), Client::ALL);
+        assert_eq!(
+            loaders(Bits::Four, GroupSize::Columns(128), true),
+            Client::ALL
+        );
         assert!(!loaders(Bits::Eight, GroupSize::Row, true).contains(&Client::ExLlama));
         assert!(loaders(Bits::Eight, GroupSize::Row, true).contains(&Client::VllmMarlin));
         assert!(!loaders(Bits::Three, GroupSize::Columns(128), true).contains(&Client::VllmMarlin));

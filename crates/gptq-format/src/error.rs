@@ -89,7 +89,9 @@ pub enum FormatError {
          move it away", dir.display()
     )]
     Occupied { dir: PathBuf },
-    #[error("tensor {name} was not in the writer's plan, or was written twice, or has a wrong length")]
+    #[error(
+        "tensor {name} was not in the writer's plan, or was written twice, or has a wrong length"
+    )]
     UnplannedWrite { name: String },
     #[error("{missing} planned tensor(s) were never written, the first is {first}")]
     Unwritten { missing: usize, first: String },

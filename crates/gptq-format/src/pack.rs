@@ -12,7 +12,10 @@ use crate::Bits;
 /// `rows` must be a multiple of 32 (asserted), so that every width fills whole words.
 pub fn pack_down(codes: &[u8], rows: usize, cols: usize, bits: Bits) -> Vec<u32> {
     assert_eq!(codes.len(), rows * cols);
-    assert!(rows.is_multiple_of(32), "{rows} rows do not fill whole words");
+    assert!(
+        rows.is_multiple_of(32),
+        "{rows} rows do not fill whole words"
+    );
     let b = bits.get();
     let mut words = vec![0u32; rows * b / 32 * cols];
     for (r, row) in codes.chunks_exact(cols.max(1)).enumerate() {
@@ -34,7 +37,10 @@ pub fn pack_down(codes: &[u8], rows: usize, cols: usize, bits: Bits) -> Vec<u32>
 /// Inverse of [`pack_down`]: words `[rows * bits / 32, cols]` to codes `[rows, cols]`.
 pub fn unpack_down(words: &[u32], rows: usize, cols: usize, bits: Bits) -> Vec<u8> {
     let b = bits.get();
-    assert!(rows.is_multiple_of(32), "{rows} rows do not fill whole words");
+    assert!(
+        rows.is_multiple_of(32),
+        "{rows} rows do not fill whole words"
+    );
     assert_eq!(words.len(), rows * b / 32 * cols);
     let mask = u32::from(bits.max_code());
     let mut codes = vec![0u8; rows * cols];

@@ -4,7 +4,9 @@
 
 use half::f16;
 
-use crate::{Bits, CheckpointFormat, FormatError, pack_across, pack_down, unpack_across, unpack_down};
+use crate::{
+    Bits, CheckpointFormat, FormatError, pack_across, pack_down, unpack_across, unpack_down,
+};
 
 /// A quantised linear, one byte per code.
 #[derive(Clone, Debug, PartialEq)]
@@ -114,7 +116,12 @@ impl PackedLinear {
             bits: self.bits,
             in_features: self.in_features,
             out_features: self.out_features,
-            codes: unpack_down(&self.qweight, self.in_features, self.out_features, self.bits),
+            codes: unpack_down(
+                &self.qweight,
+                self.in_features,
+                self.out_features,
+                self.bits,
+            ),
             scales: self.scales.clone(),
             zeros,
             g_idx: self.g_idx.clone(),
@@ -132,7 +139,9 @@ mod tests {
             in_features: 32,
             out_features: 32,
             codes: (0..32 * 32).map(|i| (i * 7 % 16) as u8).collect(),
-            scales: (0..64).map(|i| f16::from_f32(0.01 + i as f32 / 64.0)).collect(),
+            scales: (0..64)
+                .map(|i| f16::from_f32(0.01 + i as f32 / 64.0))
+                .collect(),
             zeros: vec![zero; 64],
             g_idx: (0..32).map(|i| i % 2).collect(),
         }

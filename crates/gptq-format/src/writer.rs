@@ -210,6 +210,9 @@ mod tests {
         assert!(writer.write("a.scales", &[0; 5]).is_err());
         writer.write("b.g_idx", &[0; 16]).unwrap();
         assert!(writer.write("b.g_idx", &[0; 16]).is_err());
-        assert!(matches!(writer.finish(), Err(FormatError::Unwritten { .. })));
+        assert!(matches!(
+            writer.finish(),
+            Err(FormatError::Unwritten { .. })
+        ));
     }
 }

@@ -113,7 +113,10 @@ impl ModelConfig {
             ));
         }
         if raw.hidden_act != "silu" {
-            return Err(format!("hidden_act {:?} is not supported, only silu", raw.hidden_act));
+            return Err(format!(
+                "hidden_act {:?} is not supported, only silu",
+                raw.hidden_act
+            ));
         }
         let scaling = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
         if let Some(kind) = scaling.and_then(|rope| rope.rope_type.as_deref())
@@ -223,7 +226,11 @@ mod tests {
             ("model_type", json!("gpt2"), "known are: llama"),
             ("hidden_act", json!("gelu"), "gelu"),
             ("rope_scaling", json!({"rope_type": "yarn"}), "yarn"),
-            ("rope_scaling", json!({"type": "linear", "factor": 2.0}), "linear"),
+            (
+                "rope_scaling",
+                json!({"type": "linear", "factor": 2.0}),
+                "linear",
+            ),
             ("num_key_value_heads", json!(5), "multiple"),
             ("num_attention_heads", json!(0), "num_attention_heads"),
             ("hidden_size", json!("wide"), "invalid type"),

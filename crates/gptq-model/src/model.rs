@@ -55,10 +55,18 @@ impl<B: Engine> Model<B> {
         keep: DType,
     ) -> Result<Vec<Flow<B>>, ModelError> {
         let vocabulary = self.config.vocabulary;
-        if let Some(&id) = windows.iter().flatten().find(|&&id| id as usize >= vocabulary) {
+        if let Some(&id) = windows
+            .iter()
+            .flatten()
+            .find(|&&id| id as usize >= vocabulary)
+        {
             return Err(ModelError::TokenOutOfRange { id, vocabulary });
         }
-        let table = self.matrix("model.embed_tokens.weight", vocabulary, self.config.hidden_size)?;
+        let table = self.matrix(
+            "model.embed_tokens.weight",
+            vocabulary,
+            self.config.hidden_size,
+        )?;
         let flows = windows.chunks(chunk).map(|windows| {
             let ids: Vec<i32> = windows.iter().flatten().map(|&id| id as i32).collect();
             let n = ids.len();
@@ -78,7 +86,10 @@ impl<B: Engine> Model<B> {
     /// Block `layer`, in compute dtype.
     pub fn block(&self, layer: usize) -> Result<Block<B>, ModelError> {
         let norm = |name: &str| {
-            self.vector(&format!("model.layers.{layer}.{name}.weight"), self.config.hidden_size)
+            self.vector(
+                &format!("model.layers.{layer}.{name}.weight"),
+                self.config.hidden_size,
+            )
         };
         Ok(Block {
             config: self.config.clone(),

@@ -35,7 +35,12 @@ impl BranchWriter {
 
     /// Writes a quantised linear's four tensors.
     pub(crate) fn write(&mut self, module: &str, linear: &PackedLinear) -> Result<(), FormatError> {
-        let words = |values: &[u32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let words = |values: &[u32]| {
+            values
+                .iter()
+                .flat_map(|v| v.to_le_bytes())
+                .collect::<Vec<u8>>()
+        };
         let scales: Vec<u8> = linear.scales.iter().flat_map(|v| v.to_le_bytes()).collect();
         let g_idx: Vec<u8> = linear.g_idx.iter().flat_map(|v| v.to_le_bytes()).collect();
         for (suffix, bytes) in [

@@ -17,7 +17,7 @@ mod stream;
 pub use error::PipelineError;
 pub use memory::Memory;
 pub use overrides::RecipeOverrides;
-pub use plan::{BranchPlan, Plan, Propagation};
+pub use plan::{BranchPlan, Plan, Preset, Propagation};
 pub use recipe::{Recipe, RecipeError};
 pub use report::{BranchReport, LinearReport, Summary};
 pub use run::{Event, quantise};

@@ -51,7 +51,11 @@ impl Memory {
         Memory {
             device: states + (2 * block + table + transients) * 2 + 4 * widest * widest * 4,
             host: on_host,
-            cpu: states + (2 * block).max(table) * 4 + transients * 4 + 4 * widest * widest * 8 + on_host,
+            cpu: states
+                + (2 * block).max(table) * 4
+                + transients * 4
+                + 4 * widest * widest * 8
+                + on_host,
         }
     }
 }

@@ -35,7 +35,11 @@ impl Recipe {
             .iter()
             .map(|branch| branch.get_ref().name.get_ref().as_str())
             .collect();
-        if let Some(unknown) = overrides.branches.iter().find(|b| !names.contains(&b.as_str())) {
+        if let Some(unknown) = overrides
+            .branches
+            .iter()
+            .find(|b| !names.contains(&b.as_str()))
+        {
             return Err(RecipeError::Unreadable {
                 path: self.path.clone(),
                 reason: format!("no branch {unknown:?}; it has: {}", names.join(", ")),

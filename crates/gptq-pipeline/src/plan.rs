@@ -10,6 +10,7 @@ use gptq_format::{
 use gptq_model::{ModelConfig, Projection};
 use gptq_solver::Settings;
 use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::recipe::{Branch, Override, Propagate};
@@ -25,6 +26,17 @@ pub enum Propagation {
     Quantised,
     /// The dense model's, shared by all branches.
     Dense,
+}
+
+/// How codes and scales are found; the format is the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Preset {
+    /// Exactly AutoGPTQ's method: every scale just spans its group.
+    Autogptq,
+    /// Each scale searched for the least error, weighted by what the solver pays for it.
+    #[default]
+    Standard,
 }
 
 /// A valid run.
@@ -73,6 +85,8 @@ pub struct BranchPlan {
     pub damp_percent: f64,
     /// Later linears of a block see the error of earlier ones.
     pub true_sequential: bool,
+    /// How codes and scales are found.
+    pub preset: Preset,
     overrides: Vec<ModuleOverride>,
 }
 
@@ -102,7 +116,10 @@ impl Plan {
         }
         if let Some(revision) = &recipe.file.model.revision {
             return Err(recipe
-                .refuse(revision, "a revision means nothing for a local directory; remove it")
+                .refuse(
+                    revision,
+                    "a revision means nothing for a local directory; remove it",
+                )
                 .into());
         }
         let config = ModelConfig::read(&dir.join("config.json"))?;
@@ -151,10 +168,7 @@ impl Plan {
                 .as_ref()
                 .map(|size| parse_size(size.get_ref()).map_err(|why| recipe.refuse(size, why)))
                 .transpose()?,
-            evaluation: file
-                .evaluation
-                .as_ref()
-                .map(|e| (e.text.clone(), e.window)),
+            evaluation: file.evaluation.as_ref().map(|e| (e.text.clone(), e.window)),
             branches,
             warnings,
             recipe: recipe.text.clone(),
@@ -180,7 +194,8 @@ impl Plan {
 /// A directory's last component, or a Hub id as it is: never a path of this machine.
 fn public_name(source: &str) -> String {
     let path = Path::new(source);
-    let is_hub_id = !path.exists() && source.matches('/').count() == 1 && !source.starts_with(['.', '/']);
+    let is_hub_id =
+        !path.exists() && source.matches('/').count() == 1 && !source.starts_with(['.', '/']);
     match path.file_name() {
         Some(name) if !is_hub_id => name.to_string_lossy().into_owned(),
         _ => source.to_owned(),
@@ -189,16 +204,21 @@ fn public_name(source: &str) -> String {
 
 fn calibration(recipe: &Recipe) -> Result<CalibrationSettings, RecipeError> {
     let file = &recipe.file.calibration;
-    let rows: RowRange = file
-        .rows
-        .get_ref()
-        .parse()
-        .map_err(|e: gptq_calibration::CalibrationError| recipe.refuse(&file.rows, e.to_string()))?;
+    let rows: RowRange =
+        file.rows
+            .get_ref()
+            .parse()
+            .map_err(|e: gptq_calibration::CalibrationError| {
+                recipe.refuse(&file.rows, e.to_string())
+            })?;
     let template = Template::parse(file.template.get_ref())
         .map_err(|e| recipe.refuse(&file.template, e.to_string()))?;
     let at_least = |value: &Spanned<usize>, least: usize, name: &str| match *value.get_ref() {
         v if v >= least && v <= 1 << 24 => Ok(v),
-        v => Err(recipe.refuse(value, format!("{name} = {v} is not between {least} and 2^24"))),
+        v => Err(recipe.refuse(
+            value,
+            format!("{name} = {v} is not between {least} and 2^24"),
+        )),
     };
     Ok(CalibrationSettings {
         source: file.source.get_ref().clone(),
@@ -214,7 +234,9 @@ fn calibration(recipe: &Recipe) -> Result<CalibrationSettings, RecipeError> {
 /// `"4GB"`, `"512MiB"`, `"1000000"` in bytes.
 fn parse_size(text: &str) -> Result<u64, String> {
     let error = || format!("{text:?} is not a size like \"4GB\" or \"512MiB\"");
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let factor: u64 = match unit.trim() {
         "" | "B" => 1,
@@ -244,7 +266,10 @@ impl BranchPlan {
 
         let bits = branch.bits.as_ref().or(defaults.bits.as_ref());
         let bits = bits.ok_or_else(|| {
-            recipe.refuse(place, "bits is set neither here nor in [defaults]; valid are 2, 3, 4, 8")
+            recipe.refuse(
+                place,
+                "bits is set neither here nor in [defaults]; valid are 2, 3, 4, 8",
+            )
         })?;
         let default_group = Spanned::new(branch.name.span(), GroupSize::Columns(128));
         let group_size = branch
@@ -252,7 +277,10 @@ impl BranchPlan {
             .as_ref()
             .or(defaults.group_size.as_ref())
             .unwrap_or(&default_group);
-        let damp = branch.damp_percent.as_ref().or(defaults.damp_percent.as_ref());
+        let damp = branch
+            .damp_percent
+            .as_ref()
+            .or(defaults.damp_percent.as_ref());
         let damp_percent = match damp {
             None => 0.1,
             Some(damp) if (0.0..=1.0).contains(damp.get_ref()) => *damp.get_ref(),
@@ -276,6 +304,7 @@ impl BranchPlan {
                 .true_sequential
                 .or(defaults.true_sequential)
                 .unwrap_or(true),
+            preset: branch.preset.or(defaults.preset).unwrap_or_default(),
             overrides: Vec::new(),
         };
         for own in &branch.overrides {
@@ -290,11 +319,16 @@ impl BranchPlan {
             }
             // An override's own group size was checked when it was added.
             if !settings.group_size.divides(n_in) {
-                return Err(recipe.refuse(group_size, group_reason(settings.group_size, &module, n_in)));
+                return Err(
+                    recipe.refuse(group_size, group_reason(settings.group_size, &module, n_in))
+                );
             }
         }
         if plan.quantised_modules(config).is_empty() {
-            return Err(recipe.refuse(place, "its overrides skip every linear; nothing is left to quantise"));
+            return Err(recipe.refuse(
+                place,
+                "its overrides skip every linear; nothing is left to quantise",
+            ));
         }
         Ok(plan)
     }
@@ -318,9 +352,15 @@ impl BranchPlan {
             return Err(recipe.refuse(&own.pattern, reason));
         }
         if own.skip && (own.bits.is_some() || own.group_size.is_some()) {
-            return Err(recipe.refuse(&own.pattern, "skip = true leaves no use for bits or group_size; keep one"));
+            return Err(recipe.refuse(
+                &own.pattern,
+                "skip = true leaves no use for bits or group_size; keep one",
+            ));
         }
-        let group_size = own.group_size.as_ref().map_or(self.group_size, |g| *g.get_ref());
+        let group_size = own
+            .group_size
+            .as_ref()
+            .map_or(self.group_size, |g| *g.get_ref());
         if !own.skip {
             for (module, n_in) in &matched {
                 if !group_size.divides(*n_in) {
@@ -352,6 +392,7 @@ impl BranchPlan {
             group_size,
             sym: self.sym,
             static_groups: self.static_groups,
+            scale_search: self.preset == Preset::Standard,
             f16_scales: true,
         })
     }
@@ -419,10 +460,18 @@ impl BranchPlan {
             });
         };
         let hidden = config.hidden_size;
-        add("model.embed_tokens.weight".into(), Dtype::F16, &[config.vocabulary, hidden]);
+        add(
+            "model.embed_tokens.weight".into(),
+            Dtype::F16,
+            &[config.vocabulary, hidden],
+        );
         for layer in 0..config.layers {
             for norm in ["input_layernorm", "post_attention_layernorm"] {
-                add(format!("model.layers.{layer}.{norm}.weight"), Dtype::F16, &[hidden]);
+                add(
+                    format!("model.layers.{layer}.{norm}.weight"),
+                    Dtype::F16,
+                    &[hidden],
+                );
             }
             for projection in Projection::ALL {
                 let module = projection.module(layer);
@@ -430,8 +479,16 @@ impl BranchPlan {
                 match self.module(&module) {
                     Some(settings) => {
                         let (b, groups) = (settings.bits.get(), settings.group_size.groups(n_in));
-                        add(format!("{module}.qweight"), Dtype::I32, &[n_in * b / 32, n_out]);
-                        add(format!("{module}.qzeros"), Dtype::I32, &[groups, n_out * b / 32]);
+                        add(
+                            format!("{module}.qweight"),
+                            Dtype::I32,
+                            &[n_in * b / 32, n_out],
+                        );
+                        add(
+                            format!("{module}.qzeros"),
+                            Dtype::I32,
+                            &[groups, n_out * b / 32],
+                        );
                         add(format!("{module}.scales"), Dtype::F16, &[groups, n_out]);
                         add(format!("{module}.g_idx"), Dtype::I32, &[n_in]);
                     }
@@ -444,7 +501,11 @@ impl BranchPlan {
         }
         add("model.norm.weight".into(), Dtype::F16, &[hidden]);
         if !config.tied_embeddings {
-            add("lm_head.weight".into(), Dtype::F16, &[config.vocabulary, hidden]);
+            add(
+                "lm_head.weight".into(),
+                Dtype::F16,
+                &[config.vocabulary, hidden],
+            );
         }
         specs
     }
@@ -521,12 +582,18 @@ fn check_name(name: &str) -> Result<(), String> {
                  \"..\" and not ending in '.', .lock, .partial or .old";
     let fits = name.len() <= MAX_NAME
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
         && !name.contains("..")
-        && ![".", ".lock", ".partial", ".old"].iter().any(|end| name.ends_with(end));
+        && ![".", ".lock", ".partial", ".old"]
+            .iter()
+            .any(|end| name.ends_with(end));
     match fits {
         true => Ok(()),
-        false => Err(format!("branch name {name:?} is not safe as a directory and revision; {valid}")),
+        false => Err(format!(
+            "branch name {name:?} is not safe as a directory and revision; {valid}"
+        )),
     }
 }
 

@@ -10,6 +10,8 @@ use serde::Deserialize;
 use thiserror::Error;
 use toml::Spanned;
 
+use crate::Preset;
+
 /// A recipe and the text it came from.
 #[derive(Clone, Debug)]
 pub struct Recipe {
@@ -64,7 +66,10 @@ pub(crate) struct Model {
     pub source: Spanned<String>,
     pub revision: Option<Spanned<String>>,
     #[serde(default)]
-    #[expect(dead_code, reason = "f16 is the only type so far; parsing refuses any other")]
+    #[expect(
+        dead_code,
+        reason = "f16 is the only type so far; parsing refuses any other"
+    )]
     pub dtype: Dtype,
 }
 
@@ -120,6 +125,7 @@ pub(crate) struct Settings {
     pub sym: Option<bool>,
     pub damp_percent: Option<Spanned<f64>>,
     pub true_sequential: Option<bool>,
+    pub preset: Option<Preset>,
 }
 
 /// One branch. Its settings are spelled out rather than flattened from [`Settings`]: serde cannot
@@ -135,6 +141,7 @@ pub(crate) struct Branch {
     pub sym: Option<bool>,
     pub damp_percent: Option<Spanned<f64>>,
     pub true_sequential: Option<bool>,
+    pub preset: Option<Preset>,
     #[serde(default, rename = "override")]
     pub overrides: Vec<Override>,
 }
@@ -195,7 +202,12 @@ impl Recipe {
             }),
             Err(error) => {
                 let at = error.span().map_or(0, |span| span.start);
-                Err(invalid(path, &text, at, error.message().replace('\n', "; ")))
+                Err(invalid(
+                    path,
+                    &text,
+                    at,
+                    error.message().replace('\n', "; "),
+                ))
             }
         }
     }

@@ -8,6 +8,8 @@ use gptq_calibration::Manifest;
 use gptq_format::{Bits, FormatError, GroupSize, QuantizeConfig, write_json};
 use serde::{Deserialize, Serialize};
 
+use crate::Preset;
+
 /// One linear's numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinearReport {
@@ -46,6 +48,8 @@ pub struct BranchReport {
     pub branch: String,
     /// Its settings as readers see them.
     pub quantize_config: QuantizeConfig,
+    /// How codes and scales were found.
+    pub preset: Preset,
     /// "quantised" or "dense": the hidden states the Hessians came from.
     pub propagation: String,
     /// What it was calibrated on.
@@ -80,7 +84,11 @@ impl BranchReport {
         let sum = |f: fn(&LinearReport) -> f64| self.linears.iter().map(f).sum::<f64>();
         Summary {
             mean_error: sum(|l| l.relative_error) / n,
-            worst_error: self.linears.iter().map(|l| l.relative_error).fold(0.0, f64::max),
+            worst_error: self
+                .linears
+                .iter()
+                .map(|l| l.relative_error)
+                .fold(0.0, f64::max),
             mean_ratio: sum(|l| l.ratio) / n,
         }
     }

@@ -89,7 +89,11 @@ impl Work for Quantise<'_> {
         for branch in &plan.branches {
             let writer = BranchWriter::create(plan, branch, run.model.checkpoint())?;
             let linears = Vec::new();
-            run.outputs.push(Output { writer, linears, seconds: 0.0 });
+            run.outputs.push(Output {
+                writer,
+                linears,
+                seconds: 0.0,
+            });
         }
         run.announce();
         run.blocks(flows)?;
@@ -219,7 +223,10 @@ impl<B: Engine> Run<'_, B> {
         for &projection in stage.projections() {
             if let Some(own) = settings.module(&projection.module(layer)) {
                 let weight = block.linear(projection).weight.clone();
-                requests.push(Request { weight, settings: own });
+                requests.push(Request {
+                    weight,
+                    settings: own,
+                });
                 projections.push((projection, own));
             }
         }
@@ -284,6 +291,7 @@ impl<B: Engine> Run<'_, B> {
                 model: plan.model_name.clone(),
                 branch: branch.name.clone(),
                 quantize_config: branch.quantize_config(&plan.model_name),
+                preset: branch.preset,
                 propagation: match plan.propagation {
                     Propagation::Quantised => "quantised".to_owned(),
                     Propagation::Dense => "dense".to_owned(),

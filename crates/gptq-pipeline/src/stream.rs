@@ -47,7 +47,9 @@ impl<B: Engine> Stream<B> {
     pub(crate) fn advance(self, block: &Block<B>, stages: &[Stage]) -> Self {
         let flows = map_lanes::<B, _, _>(self.flows, |flow| {
             let start = flow.cast(B::COMPUTE);
-            let end = stages.iter().fold(start, |flow, &stage| block.advance(stage, flow));
+            let end = stages
+                .iter()
+                .fold(start, |flow, &stage| block.advance(stage, flow));
             end.cast(KEEP)
         });
         Stream {

@@ -83,6 +83,26 @@ impl<T: Real> Factor<T> {
         }
     }
 
+    /// What a squared rounding error of the column solved `k`-th costs.
+    ///
+    /// GPTQ's loss is the sum over columns of `(w_j - q_j)² / U_jj²`, taken when column `j` is
+    /// rounded, and `1 / U_jj = M_jj`.
+    pub(crate) fn cost(&self, k: usize) -> T {
+        match self.upper.is_empty() {
+            true => T::one(),
+            false => self.upper[(k, k)] * self.upper[(k, k)],
+        }
+    }
+
+    /// [`Factor::cost`] of every original column.
+    pub(crate) fn costs_by_column(&self) -> Vec<T> {
+        let mut costs = vec![T::zero(); self.order.len()];
+        for (k, &column) in self.order.iter().enumerate() {
+            costs[column] = self.cost(k);
+        }
+        costs
+    }
+
     /// `P_b` above and `U_bb` on the diagonal blocks of width `panel`, all in one matrix; zero below.
     pub(crate) fn panels(&self, panel: usize) -> DMatrix<T> {
         let n = self.upper.nrows();

@@ -17,6 +17,9 @@ pub struct Settings {
     /// they are runs of columns in solving order, with parameters from the weights as updated by
     /// the panels before.
     pub static_groups: bool,
+    /// Search each group's scale for the least rounding error, weighted by what an error in a column
+    /// costs; otherwise the grid just spans the group, as AutoGPTQ's does.
+    pub scale_search: bool,
     /// Round each scale to f16 before it is used. Readers multiply by the f16 value, so this is
     /// always on but for comparisons with AutoGPTQ, which rounds afterwards.
     pub f16_scales: bool,

@@ -50,7 +50,11 @@ impl<T: Real> Solution<T> {
             in_features: self.codes.ncols(),
             out_features: self.codes.nrows(),
             codes: self.codes.as_slice().to_vec(),
-            scales: self.scales.iter().map(|s| f16::from_f64(s.exact())).collect(),
+            scales: self
+                .scales
+                .iter()
+                .map(|s| f16::from_f64(s.exact()))
+                .collect(),
             zeros: self.zeros.as_slice().to_vec(),
             g_idx: self.g_idx.iter().map(|&g| g as i32).collect(),
         }
@@ -62,7 +66,8 @@ pub fn solve<T: Real>(w: &DMatrix<T>, factor: &Factor<T>, settings: &Settings) -
     solve_in_blocks(w, factor, settings, BLOCK)
 }
 
-/// Round to nearest: each group's grid from the weights, each weight to its nearest code.
+/// Round to nearest: each group's plain grid, each weight to its nearest code. The baseline of every
+/// report, so it never searches scales.
 pub fn round_to_nearest<T: Real>(w: &DMatrix<T>, settings: &Settings) -> Solution<T> {
     let n = w.ncols();
     // With a diagonal Hessian no error is passed on, and GPTQ is round to nearest.
@@ -72,7 +77,11 @@ pub fn round_to_nearest<T: Real>(w: &DMatrix<T>, settings: &Settings) -> Solutio
         dead: Vec::new(),
         damping: 0.0,
     };
-    sweep(w, &factor, settings, None, BLOCK)
+    let plain = Settings {
+        scale_search: false,
+        ..*settings
+    };
+    sweep(w, &factor, &plain, None, BLOCK)
 }
 
 fn solve_in_blocks<T: Real>(
@@ -119,7 +128,7 @@ fn sweep<T: Real>(
             for &j in &factor.dead {
                 w.column_mut(j).fill(T::zero());
             }
-            strip(w, &factor.order, &g_idx, settings, panels, panel)
+            strip(w, factor, &g_idx, settings, panels, panel)
         })
         .collect();
 
@@ -133,7 +142,10 @@ fn sweep<T: Real>(
     for (&start, strip) in starts.iter().zip(&strips) {
         let rows = strip.codes.nrows();
         solution.codes.rows_mut(start, rows).copy_from(&strip.codes);
-        solution.scales.rows_mut(start, rows).copy_from(&strip.scales);
+        solution
+            .scales
+            .rows_mut(start, rows)
+            .copy_from(&strip.scales);
         solution.zeros.rows_mut(start, rows).copy_from(&strip.zeros);
     }
     solution
@@ -141,7 +153,7 @@ fn sweep<T: Real>(
 
 fn strip<T: Real>(
     original: DMatrix<T>,
-    order: &[usize],
+    factor: &Factor<T>,
     g_idx: &[usize],
     settings: &Settings,
     panels: Option<&DMatrix<T>>,
@@ -153,11 +165,14 @@ fn strip<T: Real>(
     // Groups whose grid comes from the weights as they are before the sweep.
     let fixed = settings.static_groups || groups == 1;
     let mut grids: Vec<Grid<T>> = Vec::with_capacity(rows * groups); // [groups, rows]
+    let order = &factor.order;
     if fixed {
+        let costs = factor.costs_by_column();
         for g in 0..groups {
             let columns = g * group..((g + 1) * group).min(n_in);
             grids.extend((0..rows).map(|r| {
-                Grid::fit(columns.clone().map(|c| original[(r, c)]), settings)
+                let weights = columns.clone().map(|c| (original[(r, c)], costs[c]));
+                Grid::fit(weights, settings)
             }));
         }
     }
@@ -178,7 +193,10 @@ fn strip<T: Real>(
             for first in (start..end).step_by(group) {
                 let columns = first..(first + group).min(n_in);
                 grids.extend((0..rows).map(|r| {
-                    Grid::fit(columns.clone().map(|c| w[(r, c)]), settings)
+                    Grid::fit(
+                        columns.clone().map(|k| (w[(r, k)], factor.cost(k))),
+                        settings,
+                    )
                 }));
             }
         }
@@ -196,9 +214,7 @@ fn strip<T: Real>(
                 let scale = T::one() / panels[(j, j)];
                 for k in j + 1..end {
                     let factor = panels[(j, k)] * scale;
-                    later
-                        .column_mut(k - j - 1)
-                        .axpy(-factor, &column, T::one());
+                    later.column_mut(k - j - 1).axpy(-factor, &column, T::one());
                 }
             }
         }

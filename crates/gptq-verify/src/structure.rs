@@ -33,7 +33,10 @@ pub(crate) fn check(
         Ok::<_, VerifyError>(())
     };
     let hidden = config.hidden_size;
-    dense("model.embed_tokens.weight".into(), &[config.vocabulary, hidden])?;
+    dense(
+        "model.embed_tokens.weight".into(),
+        &[config.vocabulary, hidden],
+    )?;
     dense("model.norm.weight".into(), &[hidden])?;
     if !config.tied_embeddings {
         dense("lm_head.weight".into(), &[config.vocabulary, hidden])?;

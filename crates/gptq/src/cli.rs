@@ -8,7 +8,11 @@ use gptq_pipeline::{Plan, Recipe, RecipeOverrides};
 
 /// Turn a Llama-family checkpoint into GPTQ branches, from one config file.
 #[derive(Parser)]
-#[command(version, about, after_help = "Example:\n  gptq quantize configs/tiny.toml")]
+#[command(
+    version,
+    about,
+    after_help = "Example:\n  gptq quantize configs/tiny.toml"
+)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -17,13 +21,19 @@ pub(crate) struct Cli {
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Produce every branch of a recipe
-    #[command(after_help = "Example:\n  gptq quantize configs/tiny.toml --branch main --perplexity eval.json")]
+    #[command(
+        after_help = "Example:\n  gptq quantize configs/tiny.toml --branch main --perplexity eval.json"
+    )]
     Quantize(QuantizeArgs),
     /// Show what a recipe would produce: sizes, memory, and who can load each branch
-    #[command(after_help = "Example:\n  gptq plan configs/meditron-7b.toml --model-config config.json")]
+    #[command(
+        after_help = "Example:\n  gptq plan configs/meditron-7b.toml --model-config config.json"
+    )]
     Plan(PlanArgs),
     /// Reopen a branch, check every tensor, run it, and measure its perplexity
-    #[command(after_help = "Example:\n  gptq verify out/medi-tiny-GPTQ/main --text eval.json --window 1024")]
+    #[command(
+        after_help = "Example:\n  gptq verify out/medi-tiny-GPTQ/main --text eval.json --window 1024"
+    )]
     Verify(VerifyArgs),
 }
 

@@ -41,9 +41,17 @@ pub(crate) fn print(plan: &Plan) {
         size::binary(memory.cpu)
     );
     let mut rows = vec![
-        ["branch", "bits", "group", "act order", "damp", "size", "loads in"]
-            .map(String::from)
-            .to_vec(),
+        [
+            "branch",
+            "bits",
+            "group",
+            "act order",
+            "damp",
+            "size",
+            "loads in",
+        ]
+        .map(String::from)
+        .to_vec(),
     ];
     for branch in &plan.branches {
         let support = branch.clients(config);

@@ -61,9 +61,16 @@ impl<'a> Progress<'a> {
     }
 
     fn start_bars(&self, linears: &[usize]) -> Vec<ProgressBar> {
-        let width = self.plan.branches.iter().map(|b| b.name.len()).max().unwrap_or(0);
-        let style = ProgressStyle::with_template("{prefix} {bar:30} {pos:>4}/{len:<4} {elapsed:>4} {msg}")
-            .expect("the template is a constant");
+        let width = self
+            .plan
+            .branches
+            .iter()
+            .map(|b| b.name.len())
+            .max()
+            .unwrap_or(0);
+        let style =
+            ProgressStyle::with_template("{prefix} {bar:30} {pos:>4}/{len:<4} {elapsed:>4} {msg}")
+                .expect("the template is a constant");
         let branches = self.plan.branches.iter().zip(linears);
         branches
             .map(|(branch, &n)| {
@@ -81,7 +88,10 @@ impl<'a> Progress<'a> {
         let plan = &self.plan.branches[branch];
         let modules = plan.quantised_modules(&self.plan.config);
         let prefix = format!("model.layers.{}.", report.layer);
-        let expected = modules.iter().filter(|(m, ..)| m.starts_with(&prefix)).count();
+        let expected = modules
+            .iter()
+            .filter(|(m, ..)| m.starts_with(&prefix))
+            .count();
         let errors = self.layer.entry(branch).or_default();
         errors.push(report.relative_error);
         if errors.len() == expected {

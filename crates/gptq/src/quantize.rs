@@ -24,7 +24,12 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     if let Some((text, window)) = evaluation {
         let evaluation = Evaluation { text, window };
         for branch in &plan.branches {
-            let verdict = verify(&plan.branch_dir(branch), Some(&evaluation), None, args.device)?;
+            let verdict = verify(
+                &plan.branch_dir(branch),
+                Some(&evaluation),
+                None,
+                args.device,
+            )?;
             perplexities.extend(verdict.perplexity);
         }
     }
@@ -35,7 +40,14 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
 
 /// A row per branch; a perplexity column if there is one for each.
 fn summary(reports: &[BranchReport], perplexities: &[f64]) -> String {
-    let mut heading = vec!["branch", "size", "mean error", "worst error", "of rtn", "seconds"];
+    let mut heading = vec![
+        "branch",
+        "size",
+        "mean error",
+        "worst error",
+        "of rtn",
+        "seconds",
+    ];
     if !perplexities.is_empty() {
         heading.push("perplexity");
     }

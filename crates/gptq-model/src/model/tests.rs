@@ -13,12 +13,17 @@ use super::*;
 use crate::Stage;
 
 fn root(path: &str) -> PathBuf {
-    [env!("CARGO_MANIFEST_DIR"), "../../tests", path].iter().collect()
+    [env!("CARGO_MANIFEST_DIR"), "../../tests", path]
+        .iter()
+        .collect()
 }
 
 fn logits(dir: &Path, windows: &[Vec<u32>]) -> Vec<f32> {
     let model = Model::<Cpu>::open(dir, &Default::default()).unwrap();
-    let mut flow = model.embed(windows, windows.len(), DType::F32).unwrap().remove(0);
+    let mut flow = model
+        .embed(windows, windows.len(), DType::F32)
+        .unwrap()
+        .remove(0);
     for layer in 0..model.config().layers {
         flow = model.block(layer).unwrap().forward(flow);
     }
@@ -31,13 +36,22 @@ fn golden() -> (Vec<Vec<u32>>, Vec<usize>, Vec<f32>) {
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let ints = |name: &str| -> Vec<u32> {
         let data = file.tensor(name).unwrap().data().to_vec();
-        data.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect()
+        data.as_chunks()
+            .0
+            .iter()
+            .map(|b| u32::from_le_bytes(*b))
+            .collect()
     };
     let expected = file.tensor("logits").unwrap().data().to_vec();
     (
         ints("input_ids").chunks(256).map(<[u32]>::to_vec).collect(),
         ints("positions").into_iter().map(|p| p as usize).collect(),
-        expected.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        expected
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect(),
     )
 }
 
@@ -69,7 +83,10 @@ fn the_tap_shows_what_the_linears_receive() {
         x.clone().matmul(block.linear(p).weight.clone().transpose())
     };
     let close = |a: Tensor<Cpu, 2>, b: Tensor<Cpu, 2>| {
-        let (size, error) = (b.clone().abs().max().into_scalar(), (a - b).abs().max().into_scalar());
+        let (size, error) = (
+            b.clone().abs().max().into_scalar(),
+            (a - b).abs().max().into_scalar(),
+        );
         assert!(error <= 1e-5 * size, "{error} of {size}");
     };
 
@@ -82,7 +99,10 @@ fn the_tap_shows_what_the_linears_receive() {
     close(x.clone().slice([0..1]), Tensor::cat(heads.to_vec(), 1));
 
     let after_o = block.advance(Stage::AttentionOut, after_qkv.clone());
-    close(after_o.residual.clone() - after_qkv.residual, product(Projection::O, &x));
+    close(
+        after_o.residual.clone() - after_qkv.residual,
+        product(Projection::O, &x),
+    );
 
     let x = block.input(Stage::GateUp, &after_o);
     let after_gate = block.advance(Stage::GateUp, after_o.clone());
@@ -91,7 +111,10 @@ fn the_tap_shows_what_the_linears_receive() {
     close(x.clone(), burn::tensor::activation::silu(gate) * up);
 
     let after = block.advance(Stage::Down, after_gate);
-    close(after.residual.clone() - after_o.residual, product(Projection::Down, &x));
+    close(
+        after.residual.clone() - after_o.residual,
+        product(Projection::Down, &x),
+    );
     close(after.residual, block.forward(before).residual);
 }
 
@@ -121,7 +144,11 @@ impl Variant {
         let specs: Vec<TensorSpec> = self
             .tensors
             .iter()
-            .map(|(name, (shape, _))| TensorSpec { name: name.clone(), dtype: Dtype::F16, shape: shape.clone() })
+            .map(|(name, (shape, _))| TensorSpec {
+                name: name.clone(),
+                dtype: Dtype::F16,
+                shape: shape.clone(),
+            })
             .collect();
         let mut writer = ShardedWriter::create(dir.path(), &specs, shard_size).unwrap();
         for (name, (_, bytes)) in &self.tensors {
@@ -159,7 +186,11 @@ fn grouped_query_attention_equals_multi_head_attention_with_repeated_keys() {
         }
     }
     let found = variant.logits(None, &windows);
-    let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let worst = found
+        .iter()
+        .zip(&expected)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max);
     assert!(worst < 1e-3, "largest difference {worst}");
 }
 
@@ -178,6 +209,9 @@ fn tied_embeddings_serve_as_the_output_projection() {
 #[test]
 fn tokens_of_another_vocabulary_are_refused() {
     let model = Model::<Cpu>::open(&root("models/medi-tiny"), &Default::default()).unwrap();
-    let error = model.embed(&[vec![1, 4096]], 1, DType::F32).unwrap_err().to_string();
+    let error = model
+        .embed(&[vec![1, 4096]], 1, DType::F32)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("4096"), "{error}");
 }
