@@ -1,4 +1,15 @@
-//! Device operations for quantisation and the forward pass.
+//! Device operations: what the model's forward and the solver ask of a Burn backend.
+//!
+//! [`Engine`] is the extension trait. Its default bodies run on any backend from Burn's own
+//! operations and the f64 solver on the host: slow on a GPU, right everywhere, and what the CPU
+//! uses. A backend with better means overrides single operations.
 
-/// The CUDA engine's operations.
+mod attention;
 pub mod cuda;
+mod device;
+mod engine;
+mod host_solve;
+
+pub use device::{Cpu, Cuda, Device, DeviceError, Work};
+pub use engine::{Engine, map_lanes};
+pub use host_solve::{Hessian, Request, Solved, Subset};

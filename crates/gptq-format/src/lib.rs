@@ -1,1 +1,29 @@
-//! x
+//! Bytes on disk: what a checkpoint is, how GPTQ codes are packed, and how a branch directory
+//! comes into being. No arithmetic beyond conversion, no device.
+//!
+//! Reading order: [`Bits`] and [`GroupSize`] name the settings; [`QuantizedLinear`] and
+//! [`PackedLinear`] are one linear before and after packing; [`QuantizeConfig`] describes a branch;
+//! [`Checkpoint`] reads; [`StagedDir`] and [`ShardedWriter`] write; [`client_support`] says who can load the
+//! result.
+
+mod bits;
+mod checkpoint;
+mod clients;
+mod error;
+mod pack;
+mod quantize_config;
+mod quantized;
+mod side_files;
+mod staged_dir;
+mod writer;
+
+pub use bits::{Bits, GroupSize};
+pub use checkpoint::{Checkpoint, TensorView};
+pub use clients::{Client, LinearShape, Support, client_support};
+pub use error::FormatError;
+pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
+pub use quantize_config::{CheckpointFormat, Dynamic, QuantizeConfig};
+pub use quantized::{PackedLinear, QuantizedLinear};
+pub use side_files::{copy_side_files, read_json, write_json};
+pub use staged_dir::StagedDir;
+pub use writer::{ShardedWriter, TensorSpec};

@@ -1,1 +1,19 @@
-//! x
+//! The decoder forward of Llama-family models in Burn, generic over the backend, one block resident
+//! at a time and open between its linears.
+//!
+//! Reading order: [`ModelConfig`] reads `config.json`; [`Projection`] and [`Stage`] name a block's
+//! linears and the four points where they take their input; [`Block`] runs one stage at a time over
+//! a [`Flow`] of hidden states; [`Model`] loads the parts from a checkpoint, dense or quantised.
+
+mod block;
+mod config;
+mod error;
+mod layout;
+mod model;
+mod rope;
+
+pub use block::{Block, Flow, Linear};
+pub use config::ModelConfig;
+pub use error::ModelError;
+pub use layout::{Projection, Stage};
+pub use model::{Head, Model};

@@ -1,1 +1,23 @@
-//! x
+//! Recipe to plan to run to report.
+//!
+//! Reading order: [`Recipe`] is the TOML as typed; [`Plan`] is the recipe made valid against a
+//! model's shapes, and below it nothing is checked again; [`quantise`] is the run; [`BranchReport`]
+//! is what each branch directory says about itself.
+
+mod branch_writer;
+mod error;
+mod memory;
+mod overrides;
+mod plan;
+mod recipe;
+mod report;
+mod run;
+mod stream;
+
+pub use error::PipelineError;
+pub use memory::Memory;
+pub use overrides::RecipeOverrides;
+pub use plan::{BranchPlan, Plan, Preset, Propagation};
+pub use recipe::{Recipe, RecipeError};
+pub use report::{BranchReport, LinearReport, Summary};
+pub use run::{Event, quantise};

@@ -1,1 +1,25 @@
-//! x
+//! GPTQ on the CPU, generic over f32 and f64: the reference that every faster path is tested
+//! against.
+//!
+//! For a linear with weights `W [out, in]` whose inputs have the Gram matrix `H = XᵀX [in, in]`,
+//! find codes whose dequantised weights `Q` keep `‖(W - Q)X‖²` small, one column at a time, each
+//! column's rounding error folded into the columns not yet rounded (Frantar et al., 2022).
+//!
+//! Reading order: [`Settings`] says what is wanted, [`Grid`] is a group's scale and zero,
+//! [`Factor`] is the one factorisation of `H`, [`solve`] is the column sweep, and
+//! [`output_energy`] measures what came out.
+
+mod cholesky;
+mod energy;
+mod error;
+mod factor;
+mod grid;
+mod settings;
+mod solve;
+
+pub use energy::output_energy;
+pub use error::SolverError;
+pub use factor::{Factor, dead_columns};
+pub use grid::Grid;
+pub use settings::{Real, Settings};
+pub use solve::{Solution, round_to_nearest, solve};

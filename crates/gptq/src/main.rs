@@ -1,2 +1,33 @@
-//! x
-fn main() {}
+//! `gptq`: produce a matrix of GPTQ branches from one config file, and verify what was written.
+//!
+//! Exit status: 0 when everything asked for held, 1 when something did not, 2 for a wrong command line.
+
+mod cli;
+mod plan;
+mod progress;
+mod quantize;
+mod size;
+mod table;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Quantize(args) => quantize::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Verify(args) => verify::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line: the libraries' messages name the thing and the remedy.
+            eprintln!("gptq: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

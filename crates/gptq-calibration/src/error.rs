@@ -1,0 +1,55 @@
+//! The one error type of this crate.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// Why calibration or evaluation text cannot be used.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum CalibrationError {
+    #[error("{}: {source}", path.display())]
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{}: {reason}", path.display())]
+    Malformed { path: PathBuf, reason: String },
+    #[error("row {row} has no text in column {column:?}; its columns are {}", columns.join(", "))]
+    Column {
+        row: usize,
+        column: String,
+        columns: Vec<String>,
+    },
+    #[error("template {template:?}: {reason}")]
+    Template { template: String, reason: String },
+    #[error("rows = {text:?} is not a range like \"0:1000\"")]
+    Rows { text: String },
+    #[error("rows {range} selects none of the {available} rows")]
+    NoRows { range: String, available: usize },
+    #[error(
+        "too little calibration text: {available} tokens, but {samples} window(s) of {seq_len} need \
+         {needed}; use more rows, at most {fit} sample(s), or a seq_len of at most {fit_len}"
+    )]
+    TooLittleText {
+        available: usize,
+        samples: usize,
+        seq_len: usize,
+        needed: usize,
+        fit: usize,
+        fit_len: usize,
+    },
+    #[error("too little evaluation text: {available} tokens do not fill one window of {window}")]
+    TooLittleEvaluation { available: usize, window: usize },
+    #[error("{}: no end token; tokenizer_config.json names none in its vocabulary", dir.display())]
+    NoEndToken { dir: PathBuf },
+    #[error("the tokenizer failed: {reason}")]
+    Tokenizer { reason: String },
+}
+
+impl CalibrationError {
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| CalibrationError::Io { path, source }
+    }
+}

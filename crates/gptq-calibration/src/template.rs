@@ -1,0 +1,130 @@
+//! `"{input}\n{output}"`: a row's columns as one document.
+
+use serde_json::{Map, Value};
+
+use crate::CalibrationError;
+
+/// A parsed template: literal text and column names in braces; `{{` and `}}` are literal braces.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Template {
+    text: String,
+    parts: Vec<Part>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Part {
+    Literal(String),
+    Column(String),
+}
+
+impl Template {
+    /// Parses a template. Errors on an unmatched brace and on a template without any column.
+    pub fn parse(text: &str) -> Result<Self, CalibrationError> {
+        let error = |reason: &str| CalibrationError::Template {
+            template: text.into(),
+            reason: reason.into(),
+        };
+        let mut parts = Vec::new();
+        let mut literal = String::new();
+        let mut chars = text.chars().peekable();
+        while let Some(c) = chars.next() {
+            match c {
+                '{' | '}' if chars.peek() == Some(&c) => {
+                    chars.next();
+                    literal.push(c);
+                }
+                '{' => {
+                    let mut column = String::new();
+                    loop {
+                        match chars.next() {
+                            Some('}') => break,
+                            Some('{') | None => return Err(error("a { is not closed")),
+                            Some(c) => column.push(c),
+                        }
+                    }
+                    if column.is_empty() {
+                        return Err(error("{} names no column"));
+                    }
+                    if !literal.is_empty() {
+                        parts.push(Part::Literal(std::mem::take(&mut literal)));
+                    }
+                    parts.push(Part::Column(column));
+                }
+                '}' => return Err(error("a } has no {")),
+                c => literal.push(c),
+            }
+        }
+        if !literal.is_empty() {
+            parts.push(Part::Literal(literal));
+        }
+        if !parts.iter().any(|p| matches!(p, Part::Column(_))) {
+            return Err(error(
+                "it names no column, so every row would read the same",
+            ));
+        }
+        Ok(Template {
+            text: text.into(),
+            parts,
+        })
+    }
+
+    /// As typed.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    /// Fills in the columns of row number `index`. Errors where one is missing or not text.
+    pub fn render(
+        &self,
+        index: usize,
+        row: &Map<String, Value>,
+    ) -> Result<String, CalibrationError> {
+        let mut document = String::new();
+        for part in &self.parts {
+            document += match part {
+                Part::Literal(text) => text,
+                Part::Column(column) => {
+                    row.get(column).and_then(Value::as_str).ok_or_else(|| {
+                        CalibrationError::Column {
+                            row: index,
+                            column: column.clone(),
+                            columns: row.keys().cloned().collect(),
+                        }
+                    })?
+                }
+            };
+        }
+        Ok(document)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn columns_and_doubled_braces_are_filled_in() {
+        let template = Template::parse("{a}\n{{x}} {b}").unwrap();
+        let row = json!({"a": "one", "b": "two", "c": 3});
+        let row = row.as_object().unwrap();
+        assert_eq!(template.render(0, row).unwrap(), "one\n{x} two");
+        let error = Template::parse("{c}")
+            .unwrap()
+            .render(7, row)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("row 7") && error.contains("\"c\"") && error.contains("a, b, c"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn broken_templates_are_refused() {
+        for text in ["{a", "a}", "{}", "plain", "{a{b}}", ""] {
+            assert!(Template::parse(text).is_err(), "{text}");
+        }
+    }
+}

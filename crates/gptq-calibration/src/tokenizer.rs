@@ -1,0 +1,79 @@
+//! A model's own tokenizer, from the `tokenizer.json` beside it.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+use crate::{CalibrationError, source};
+
+/// Encodes documents: the tokenizer's own special tokens, then the end token after each document.
+pub struct TextTokenizer {
+    tokenizer: Tokenizer,
+    end: u32,
+    sha256: String,
+}
+
+impl TextTokenizer {
+    /// Loads `tokenizer.json` and the end token that `tokenizer_config.json` names.
+    pub fn load(dir: &Path) -> Result<Self, CalibrationError> {
+        let path = dir.join("tokenizer.json");
+        let bytes = fs::read(&path).map_err(CalibrationError::io(&path))?;
+        let mut tokenizer =
+            Tokenizer::from_bytes(&bytes).map_err(|e| CalibrationError::Malformed {
+                path,
+                reason: e.to_string(),
+            })?;
+        // A file may carry the truncation and padding of whoever saved it.
+        tokenizer.with_padding(None);
+        tokenizer
+            .with_truncation(None)
+            .map_err(|e| CalibrationError::Tokenizer {
+                reason: e.to_string(),
+            })?;
+        let end = end_token(dir)?
+            .and_then(|token| tokenizer.token_to_id(&token))
+            .ok_or_else(|| CalibrationError::NoEndToken { dir: dir.into() })?;
+        Ok(TextTokenizer {
+            tokenizer,
+            end,
+            sha256: source::sha256(&bytes),
+        })
+    }
+
+    /// SHA-256 of `tokenizer.json`.
+    pub fn sha256(&self) -> &str {
+        &self.sha256
+    }
+
+    /// All documents encoded, each followed by the end token, joined.
+    pub fn join(&self, documents: Vec<String>) -> Result<Vec<u32>, CalibrationError> {
+        let encodings = self
+            .tokenizer
+            .encode_batch_fast(documents, true)
+            .map_err(|e| CalibrationError::Tokenizer {
+                reason: e.to_string(),
+            })?;
+        let mut tokens = Vec::new();
+        for encoding in &encodings {
+            tokens.extend_from_slice(encoding.get_ids());
+            tokens.push(self.end);
+        }
+        Ok(tokens)
+    }
+}
+
+/// `eos_token` of `tokenizer_config.json`: a string, or an object with `content`.
+fn end_token(dir: &Path) -> Result<Option<String>, CalibrationError> {
+    let path = dir.join("tokenizer_config.json");
+    let bytes = fs::read(&path).map_err(CalibrationError::io(&path))?;
+    let config: Value =
+        serde_json::from_slice(&bytes).map_err(|e| CalibrationError::Malformed {
+            path,
+            reason: e.to_string(),
+        })?;
+    let token = &config["eos_token"];
+    let text = token.as_str().or_else(|| token["content"].as_str());
+    Ok(text.map(str::to_owned))
+}

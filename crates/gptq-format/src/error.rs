@@ -1,0 +1,106 @@
+//! The one error type of this crate.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// What can be wrong with bytes on disk. Every message names the thing and, where there is one,
+/// the remedy.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum FormatError {
+    #[error("{}: {source}", path.display())]
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error(
+        "{}: no checkpoint here (looked for model.safetensors and model.safetensors.index.json); \
+         point at the directory that holds them", dir.display()
+    )]
+    NoCheckpoint { dir: PathBuf },
+    #[error(
+        "{}: not a readable safetensors file ({reason}); it may be truncated: fetch or write it again",
+        path.display()
+    )]
+    Header { path: PathBuf, reason: String },
+    #[error("{}: {source}", path.display())]
+    Json {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+    #[error("{}: {reason}", path.display())]
+    Malformed { path: PathBuf, reason: String },
+    #[error(
+        "{}: tensor {name} is missing; the checkpoint is incomplete or of another architecture",
+        dir.display()
+    )]
+    MissingTensor { dir: PathBuf, name: String },
+    #[error("tensor {name} has shape {found:?}, expected {expected:?}")]
+    Shape {
+        name: String,
+        found: Vec<usize>,
+        expected: Vec<usize>,
+    },
+    #[error("tensor {name} has dtype {found}, expected {expected}")]
+    Dtype {
+        name: String,
+        found: String,
+        expected: &'static str,
+    },
+    #[error(
+        "tensor {name} holds {count} non-finite value(s), the first at element {first}; \
+         the checkpoint is damaged and cannot be quantised"
+    )]
+    NonFinite {
+        name: String,
+        first: usize,
+        count: usize,
+    },
+    #[error(
+        "tensor {name} holds {count} value(s) too large for f16 (over 65504), the first at element {first}"
+    )]
+    Overflow {
+        name: String,
+        first: usize,
+        count: usize,
+    },
+    #[error(
+        "{in_features} x {out_features}: packing needs both in_features and out_features to be multiples of 32"
+    )]
+    Unpackable {
+        in_features: usize,
+        out_features: usize,
+    },
+    #[error(
+        "a zero point of 0 cannot be stored in checkpoint_format \"gptq\", which stores zero - 1; \
+         write \"gptq_v2\""
+    )]
+    ZeroPointZero,
+    #[error("{name}: g_idx[{row}] = {value}, but there are {groups} groups")]
+    GroupIndex {
+        name: String,
+        row: usize,
+        value: i32,
+        groups: usize,
+    },
+    #[error(
+        "{}: already holds something that gptq did not write; choose another output directory or \
+         move it away", dir.display()
+    )]
+    Occupied { dir: PathBuf },
+    #[error(
+        "tensor {name} was not in the writer's plan, or was written twice, or has a wrong length"
+    )]
+    UnplannedWrite { name: String },
+    #[error("{missing} planned tensor(s) were never written, the first is {first}")]
+    Unwritten { missing: usize, first: String },
+}
+
+impl FormatError {
+    /// Wraps an I/O error with the path it happened on.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> FormatError {
+        let path = path.into();
+        move |source| FormatError::Io { path, source }
+    }
+}

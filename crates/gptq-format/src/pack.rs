@@ -1,0 +1,131 @@
+//! Codes to 32-bit words and back.
+//!
+//! AutoGPTQ's layout is a little-endian bit stream: value `j` of a column occupies bits
+//! `[b*j, b*j + b)`, low bits first, for every width. Its 3-bit case, 32 values in 3 words with
+//! values 10 and 21 straddling a word boundary, is the same stream, so one loop serves 2, 3, 4 and
+//! 8 bits. `qweight` packs *down* the input dimension, `qzeros` packs *across* the output dimension.
+
+use crate::Bits;
+
+/// Packs `codes` `[rows, cols]` down the rows into `[rows * bits / 32, cols]` words.
+///
+/// `rows` must be a multiple of 32 (asserted), so that every width fills whole words.
+pub fn pack_down(codes: &[u8], rows: usize, cols: usize, bits: Bits) -> Vec<u32> {
+    assert_eq!(codes.len(), rows * cols);
+    assert!(
+        rows.is_multiple_of(32),
+        "{rows} rows do not fill whole words"
+    );
+    let b = bits.get();
+    let mut words = vec![0u32; rows * b / 32 * cols];
+    for (r, row) in codes.chunks_exact(cols.max(1)).enumerate() {
+        let (word, shift) = (r * b / 32, r * b % 32);
+        let start = word * cols;
+        for (w, &code) in words[start..start + cols].iter_mut().zip(row) {
+            *w |= u32::from(code) << shift;
+        }
+        if shift + b > 32 {
+            let next = start + cols;
+            for (w, &code) in words[next..next + cols].iter_mut().zip(row) {
+                *w |= u32::from(code) >> (32 - shift);
+            }
+        }
+    }
+    words
+}
+
+/// Inverse of [`pack_down`]: words `[rows * bits / 32, cols]` to codes `[rows, cols]`.
+pub fn unpack_down(words: &[u32], rows: usize, cols: usize, bits: Bits) -> Vec<u8> {
+    let b = bits.get();
+    assert!(
+        rows.is_multiple_of(32),
+        "{rows} rows do not fill whole words"
+    );
+    assert_eq!(words.len(), rows * b / 32 * cols);
+    let mask = u32::from(bits.max_code());
+    let mut codes = vec![0u8; rows * cols];
+    for (r, row) in codes.chunks_exact_mut(cols.max(1)).enumerate() {
+        let (word, shift) = (r * b / 32, r * b % 32);
+        let start = word * cols;
+        for (code, &w) in row.iter_mut().zip(&words[start..start + cols]) {
+            *code = (w >> shift & mask) as u8;
+        }
+        if shift + b > 32 {
+            let next = start + cols;
+            for (code, &w) in row.iter_mut().zip(&words[next..next + cols]) {
+                *code |= ((w << (32 - shift)) & mask) as u8;
+            }
+        }
+    }
+    codes
+}
+
+/// Packs `values` `[rows, cols]` across the columns into `[rows, cols * bits / 32]` words.
+///
+/// `cols` must be a multiple of 32 (asserted).
+pub fn pack_across(values: &[u8], rows: usize, cols: usize, bits: Bits) -> Vec<u32> {
+    assert_eq!(values.len(), rows * cols);
+    values
+        .chunks_exact(cols.max(1))
+        .flat_map(|row| pack_down(row, cols, 1, bits))
+        .collect()
+}
+
+/// Inverse of [`pack_across`]: words `[rows, cols * bits / 32]` to values `[rows, cols]`.
+pub fn unpack_across(words: &[u32], rows: usize, cols: usize, bits: Bits) -> Vec<u8> {
+    let per_row = cols * bits.get() / 32;
+    assert_eq!(words.len(), rows * per_row);
+    words
+        .chunks_exact(per_row.max(1))
+        .flat_map(|row| unpack_down(row, cols, 1, bits))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn three_bit_words_are_laid_out_as_autogptq_writes_them() {
+        // One value at a time, so that each lands where the layout says: value 10 has its low two
+        // bits at 30 and its high bit at bit 0 of the next word; value 21 splits one and two.
+        let at = |j: usize| {
+            let mut codes = vec![0u8; 32];
+            codes[j] = 7;
+            pack_down(&codes, 32, 1, Bits::Three)
+        };
+        assert_eq!(at(0), [7, 0, 0]);
+        assert_eq!(at(9), [7 << 27, 0, 0]);
+        assert_eq!(at(10), [3 << 30, 1, 0]);
+        assert_eq!(at(11), [0, 7 << 1, 0]);
+        assert_eq!(at(21), [0, 1 << 31, 3]);
+        assert_eq!(at(22), [0, 0, 7 << 2]);
+        assert_eq!(at(31), [0, 0, 7 << 29]);
+    }
+
+    proptest! {
+        #[test]
+        fn unpacking_returns_what_was_packed(
+            bits in prop::sample::select(Bits::ALL.to_vec()),
+            blocks in 1usize..5,
+            other in 1usize..41,
+            seed in any::<u64>(),
+        ) {
+            let n = blocks * 32 * other;
+            let mut state = seed | 1;
+            let codes: Vec<u8> = (0..n)
+                .map(|_| {
+                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    (state >> 33) as u8 & bits.max_code()
+                })
+                .collect();
+            let down = pack_down(&codes, blocks * 32, other, bits);
+            prop_assert_eq!(down.len() * 32, n * bits.get());
+            prop_assert_eq!(&unpack_down(&down, blocks * 32, other, bits), &codes);
+            let across = pack_across(&codes, other, blocks * 32, bits);
+            prop_assert_eq!(&unpack_across(&across, other, blocks * 32, bits), &codes);
+        }
+    }
+}

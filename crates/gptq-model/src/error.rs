@@ -1,0 +1,21 @@
+//! The one error type of this crate.
+
+use std::path::PathBuf;
+
+use gptq_format::FormatError;
+use thiserror::Error;
+
+/// Why a model cannot be loaded or run.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum ModelError {
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error("{}: {reason}", path.display())]
+    Config { path: PathBuf, reason: String },
+    #[error(
+        "token {id} is outside the model's vocabulary of {vocabulary}; the tokenizer belongs to \
+         another model"
+    )]
+    TokenOutOfRange { id: u32, vocabulary: usize },
+}

@@ -1,0 +1,174 @@
+//! Loading the parts of a model onto a device: the embedding, a block, the head.
+
+use std::path::Path;
+
+use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
+use gptq_format::Checkpoint;
+use gptq_kernels::Engine;
+use half::f16;
+
+use crate::{Block, Flow, Linear, ModelConfig, ModelError, Projection};
+
+/// A checkpoint and its config, ready to load parts from. Quantised linears are dequantised as they
+/// are loaded.
+pub struct Model<B: Engine> {
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    device: B::Device,
+}
+
+/// The final norm and the output projection.
+pub struct Head<B: Engine> {
+    norm: Tensor<B, 1>,
+    weight: Tensor<B, 2>,
+    eps: f64,
+}
+
+impl<B: Engine> Model<B> {
+    /// Opens the checkpoint in `dir`. Nothing is loaded yet.
+    pub fn open(dir: &Path, device: &B::Device) -> Result<Self, ModelError> {
+        Ok(Model {
+            config: ModelConfig::read(&dir.join("config.json"))?,
+            checkpoint: Checkpoint::open(dir)?,
+            device: device.clone(),
+        })
+    }
+
+    /// Shapes and constants.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The files.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// The hidden states of `windows`, all of one length, before the first block: one [`Flow`] per
+    /// `chunk` windows, in dtype `keep`.
+    ///
+    /// Errors on a token outside the vocabulary.
+    pub fn embed(
+        &self,
+        windows: &[Vec<u32>],
+        chunk: usize,
+        keep: DType,
+    ) -> Result<Vec<Flow<B>>, ModelError> {
+        let vocabulary = self.config.vocabulary;
+        if let Some(&id) = windows
+            .iter()
+            .flatten()
+            .find(|&&id| id as usize >= vocabulary)
+        {
+            return Err(ModelError::TokenOutOfRange { id, vocabulary });
+        }
+        let table = self.matrix(
+            "model.embed_tokens.weight",
+            vocabulary,
+            self.config.hidden_size,
+        )?;
+        let flows = windows.chunks(chunk).map(|windows| {
+            let ids: Vec<i32> = windows.iter().flatten().map(|&id| id as i32).collect();
+            let n = ids.len();
+            let ids = Tensor::<B, 1, Int>::from_data(
+                TensorData::new(ids, [n]),
+                (&self.device, DType::I32),
+            );
+            Flow {
+                windows: windows.len(),
+                residual: B::embed(ids, table.clone()).cast(keep),
+                activation: None,
+            }
+        });
+        Ok(flows.collect())
+    }
+
+    /// Block `layer`, in compute dtype.
+    pub fn block(&self, layer: usize) -> Result<Block<B>, ModelError> {
+        let norm = |name: &str| {
+            self.vector(
+                &format!("model.layers.{layer}.{name}.weight"),
+                self.config.hidden_size,
+            )
+        };
+        Ok(Block {
+            config: self.config.clone(),
+            linears: Projection::ALL
+                .into_iter()
+                .map(|projection| self.linear(projection, layer))
+                .collect::<Result<_, _>>()?,
+            input_norm: norm("input_layernorm")?,
+            post_norm: norm("post_attention_layernorm")?,
+        })
+    }
+
+    /// The final norm and output projection.
+    pub fn head(&self) -> Result<Head<B>, ModelError> {
+        let name = match self.config.tied_embeddings {
+            true => "model.embed_tokens.weight",
+            false => "lm_head.weight",
+        };
+        Ok(Head {
+            norm: self.vector("model.norm.weight", self.config.hidden_size)?,
+            weight: self.matrix(name, self.config.vocabulary, self.config.hidden_size)?,
+            eps: self.config.rms_norm_eps,
+        })
+    }
+
+    fn linear(&self, projection: Projection, layer: usize) -> Result<Linear<B>, ModelError> {
+        let module = projection.module(layer);
+        let (n_in, n_out) = projection.shape(&self.config);
+        let weight = match self.checkpoint.packed(&module, n_in, n_out)? {
+            Some(packed) => {
+                let data = TensorData::new(packed.unpack().dequantise(), [n_out, n_in]);
+                Tensor::<B, 2>::from_data(data, (&self.device, DType::F32)).cast(B::COMPUTE)
+            }
+            None => self.matrix(&format!("{module}.weight"), n_out, n_in)?,
+        };
+        let bias = match projection.has_bias(&self.config) {
+            true => Some(self.vector(&format!("{module}.bias"), n_out)?),
+            false => None,
+        };
+        Ok(Linear { weight, bias })
+    }
+
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor<B, 2>, ModelError> {
+        let values = self.checkpoint.f16(name, &[rows, cols])?;
+        Ok(self.upload(values, [rows, cols]))
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Tensor<B, 1>, ModelError> {
+        let values = self.checkpoint.f16(name, &[len])?;
+        Ok(self.upload(values, [len]))
+    }
+
+    fn upload<const D: usize>(&self, values: Vec<f16>, shape: [usize; D]) -> Tensor<B, D> {
+        Tensor::<B, D>::from_data(TensorData::new(values, shape), (&self.device, DType::F16))
+            .cast(B::COMPUTE)
+    }
+}
+
+impl<B: Engine> Head<B> {
+    /// Logits `[tokens, vocabulary]` in f32 for hidden states `[tokens, hidden]` after the last block.
+    pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
+        let x = B::rms_norm(hidden.cast(B::COMPUTE), self.norm.clone(), self.eps);
+        B::matmul_nt(x, self.weight.clone()).cast(DType::F32)
+    }
+
+    /// `-ln p(targets[i] | hidden[i])` for hidden states `[tokens, hidden]`, one per target.
+    pub fn negative_log_likelihoods(&self, hidden: Tensor<B, 2>, targets: &[u32]) -> Vec<f32> {
+        let ids: Vec<i32> = targets.iter().map(|&t| t as i32).collect();
+        let ids = Tensor::<B, 2, Int>::from_data(
+            TensorData::new(ids, [targets.len(), 1]),
+            (&hidden.device(), DType::I32),
+        );
+        let picked = log_softmax(self.logits(hidden), 1).gather(1, ids).neg();
+        picked
+            .into_data()
+            .to_vec::<f32>()
+            .expect("the logits are f32")
+    }
+}
+
+#[cfg(test)]
+mod tests;

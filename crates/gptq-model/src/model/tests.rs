@@ -1,0 +1,217 @@
+//! The forward against Transformers' logits and against itself in other layouts.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use gptq_format::{ShardedWriter, TensorSpec, read_json, write_json};
+use gptq_kernels::Cpu;
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::Stage;
+
+fn root(path: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "../../tests", path]
+        .iter()
+        .collect()
+}
+
+fn logits(dir: &Path, windows: &[Vec<u32>]) -> Vec<f32> {
+    let model = Model::<Cpu>::open(dir, &Default::default()).unwrap();
+    let mut flow = model
+        .embed(windows, windows.len(), DType::F32)
+        .unwrap()
+        .remove(0);
+    for layer in 0..model.config().layers {
+        flow = model.block(layer).unwrap().forward(flow);
+    }
+    let logits = model.head().unwrap().logits(flow.residual);
+    logits.into_data().to_vec().unwrap()
+}
+
+fn golden() -> (Vec<Vec<u32>>, Vec<usize>, Vec<f32>) {
+    let bytes = fs::read(root("golden/medi_tiny_logits.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let ints = |name: &str| -> Vec<u32> {
+        let data = file.tensor(name).unwrap().data().to_vec();
+        data.as_chunks()
+            .0
+            .iter()
+            .map(|b| u32::from_le_bytes(*b))
+            .collect()
+    };
+    let expected = file.tensor("logits").unwrap().data().to_vec();
+    (
+        ints("input_ids").chunks(256).map(<[u32]>::to_vec).collect(),
+        ints("positions").into_iter().map(|p| p as usize).collect(),
+        expected
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect(),
+    )
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    let (windows, positions, expected) = golden();
+    let found = logits(&root("models/medi-tiny"), &windows);
+    let mut worst = 0f32;
+    let mut expected = expected.chunks(4096);
+    for window in 0..windows.len() {
+        for &position in &positions {
+            let at = (window * 256 + position) * 4096;
+            for (a, b) in found[at..at + 4096].iter().zip(expected.next().unwrap()) {
+                worst = worst.max((a - b).abs());
+            }
+        }
+    }
+    // Two f32 programs that sum in different orders; logits reach about 20.
+    assert!(worst < 2e-3, "largest difference {worst}");
+}
+
+#[test]
+fn the_tap_shows_what_the_linears_receive() {
+    let model = Model::<Cpu>::open(&root("models/medi-tiny"), &Default::default()).unwrap();
+    let windows = golden().0;
+    let before = model.embed(&windows, 2, DType::F32).unwrap().remove(0);
+    let block = model.block(0).unwrap();
+    let product = |p: Projection, x: &Tensor<Cpu, 2>| {
+        x.clone().matmul(block.linear(p).weight.clone().transpose())
+    };
+    let close = |a: Tensor<Cpu, 2>, b: Tensor<Cpu, 2>| {
+        let (size, error) = (
+            b.clone().abs().max().into_scalar(),
+            (a - b).abs().max().into_scalar(),
+        );
+        assert!(error <= 1e-5 * size, "{error} of {size}");
+    };
+
+    // The first token of a window attends to itself alone: its activation is its value.
+    let x = block.input(Stage::Qkv, &before);
+    let after_qkv = block.advance(Stage::Qkv, before.clone());
+    let value = product(Projection::V, &x).slice([0..1]); // two key heads of 64
+    let heads = [0, 0, 1, 1].map(|kv| value.clone().slice([0..1, kv * 64..kv * 64 + 64]));
+    let x = block.input(Stage::AttentionOut, &after_qkv);
+    close(x.clone().slice([0..1]), Tensor::cat(heads.to_vec(), 1));
+
+    let after_o = block.advance(Stage::AttentionOut, after_qkv.clone());
+    close(
+        after_o.residual.clone() - after_qkv.residual,
+        product(Projection::O, &x),
+    );
+
+    let x = block.input(Stage::GateUp, &after_o);
+    let after_gate = block.advance(Stage::GateUp, after_o.clone());
+    let (gate, up) = (product(Projection::Gate, &x), product(Projection::Up, &x));
+    let x = block.input(Stage::Down, &after_gate);
+    close(x.clone(), burn::tensor::activation::silu(gate) * up);
+
+    let after = block.advance(Stage::Down, after_gate);
+    close(
+        after.residual.clone() - after_o.residual,
+        product(Projection::Down, &x),
+    );
+    close(after.residual, block.forward(before).residual);
+}
+
+/// Rewrites medi-tiny with other tensors and another config.
+struct Variant {
+    config: Value,
+    tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)>,
+}
+
+impl Variant {
+    fn of_medi_tiny() -> Variant {
+        let dir = root("models/medi-tiny");
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let copy = |name: &str| {
+            let view = checkpoint.view(name).unwrap();
+            (name.to_owned(), (view.shape.to_vec(), view.bytes.to_vec()))
+        };
+        Variant {
+            config: read_json(&dir.join("config.json")).unwrap(),
+            tensors: checkpoint.names().map(copy).collect(),
+        }
+    }
+
+    fn logits(&self, shard_size: Option<u64>, windows: &[Vec<u32>]) -> Vec<f32> {
+        let dir = tempfile::tempdir().unwrap();
+        write_json(&dir.path().join("config.json"), &self.config).unwrap();
+        let specs: Vec<TensorSpec> = self
+            .tensors
+            .iter()
+            .map(|(name, (shape, _))| TensorSpec {
+                name: name.clone(),
+                dtype: Dtype::F16,
+                shape: shape.clone(),
+            })
+            .collect();
+        let mut writer = ShardedWriter::create(dir.path(), &specs, shard_size).unwrap();
+        for (name, (_, bytes)) in &self.tensors {
+            writer.write(name, bytes).unwrap();
+        }
+        writer.finish().unwrap();
+        logits(dir.path(), windows)
+    }
+}
+
+#[test]
+fn shards_and_the_older_config_spelling_change_nothing() {
+    let windows = vec![golden().0[0][..40].to_vec()];
+    let mut variant = Variant::of_medi_tiny();
+    let expected = variant.logits(None, &windows);
+    let config = variant.config.as_object_mut().unwrap();
+    config.remove("rope_parameters");
+    config.remove("dtype");
+    config.insert("rope_theta".into(), json!(10000.0));
+    config.insert("torch_dtype".into(), json!("float16"));
+    assert_eq!(variant.logits(Some(1_000_000), &windows), expected);
+}
+
+#[test]
+fn grouped_query_attention_equals_multi_head_attention_with_repeated_keys() {
+    let windows = vec![golden().0[1][..70].to_vec()];
+    let mut variant = Variant::of_medi_tiny();
+    let expected = variant.logits(None, &windows);
+    variant.config["num_key_value_heads"] = json!(4);
+    for (name, (shape, bytes)) in &mut variant.tensors {
+        if name.contains("k_proj") || name.contains("v_proj") {
+            shape[0] *= 2;
+            let heads: Vec<&[u8]> = bytes.chunks(bytes.len() / 2).collect();
+            *bytes = [heads[0], heads[0], heads[1], heads[1]].concat();
+        }
+    }
+    let found = variant.logits(None, &windows);
+    let worst = found
+        .iter()
+        .zip(&expected)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max);
+    assert!(worst < 1e-3, "largest difference {worst}");
+}
+
+#[test]
+fn tied_embeddings_serve_as_the_output_projection() {
+    let windows = vec![golden().0[0][..20].to_vec()];
+    let mut variant = Variant::of_medi_tiny();
+    let embedding = variant.tensors["model.embed_tokens.weight"].clone();
+    variant.tensors.insert("lm_head.weight".into(), embedding);
+    let untied = variant.logits(None, &windows);
+    variant.tensors.remove("lm_head.weight");
+    variant.config["tie_word_embeddings"] = json!(true);
+    assert_eq!(variant.logits(None, &windows), untied);
+}
+
+#[test]
+fn tokens_of_another_vocabulary_are_refused() {
+    let model = Model::<Cpu>::open(&root("models/medi-tiny"), &Default::default()).unwrap();
+    let error = model
+        .embed(&[vec![1, 4096]], 1, DType::F32)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("4096"), "{error}");
+}

@@ -1,0 +1,74 @@
+//! What the command line may change in a recipe.
+
+use std::path::PathBuf;
+
+use toml::Spanned;
+
+use crate::recipe::Evaluation;
+use crate::{Recipe, RecipeError};
+
+/// Command-line values that replace the recipe's.
+#[derive(Clone, Debug, Default)]
+pub struct RecipeOverrides {
+    /// Only these branches; all when empty.
+    pub branches: Vec<String>,
+    /// Calibration source.
+    pub calibration: Option<PathBuf>,
+    /// Output directory.
+    pub output: Option<PathBuf>,
+    /// Windows.
+    pub samples: Option<usize>,
+    /// Tokens per window.
+    pub seq_len: Option<usize>,
+    /// Seed of the draw.
+    pub seed: Option<u64>,
+    /// Text to measure each finished branch's perplexity on.
+    pub evaluation: Option<PathBuf>,
+}
+
+impl Recipe {
+    /// Applies the command line. Errors on a branch the recipe does not have.
+    pub fn apply(&mut self, overrides: RecipeOverrides) -> Result<(), RecipeError> {
+        let file = &mut self.file;
+        let names: Vec<&str> = file
+            .branch
+            .iter()
+            .map(|branch| branch.get_ref().name.get_ref().as_str())
+            .collect();
+        if let Some(unknown) = overrides
+            .branches
+            .iter()
+            .find(|b| !names.contains(&b.as_str()))
+        {
+            return Err(RecipeError::Unreadable {
+                path: self.path.clone(),
+                reason: format!("no branch {unknown:?}; it has: {}", names.join(", ")),
+            });
+        }
+        if !overrides.branches.is_empty() {
+            file.branch
+                .retain(|b| overrides.branches.contains(b.get_ref().name.get_ref()));
+        }
+        let set = |value: Option<usize>, slot: &mut Spanned<usize>| {
+            if let Some(value) = value {
+                *slot.get_mut() = value;
+            }
+        };
+        set(overrides.samples, &mut file.calibration.samples);
+        set(overrides.seq_len, &mut file.calibration.seq_len);
+        if let Some(source) = overrides.calibration {
+            *file.calibration.source.get_mut() = source;
+        }
+        if let Some(seed) = overrides.seed {
+            file.calibration.seed = seed;
+        }
+        if let Some(dir) = overrides.output {
+            file.output.dir = dir;
+        }
+        if let Some(text) = overrides.evaluation {
+            let window = file.evaluation.as_ref().map_or(1024, |e| e.window);
+            file.evaluation = Some(Evaluation { text, window });
+        }
+        Ok(())
+    }
+}

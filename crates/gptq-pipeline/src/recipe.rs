@@ -1,0 +1,230 @@
+//! The recipe file as typed: TOML, every key optional that has a sensible default, unknown keys
+//! refused. Values that a plan may later refuse keep their place in the file.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use gptq_calibration::Sampling;
+use gptq_format::{Bits, GroupSize};
+use serde::Deserialize;
+use thiserror::Error;
+use toml::Spanned;
+
+use crate::Preset;
+
+/// A recipe and the text it came from.
+#[derive(Clone, Debug)]
+pub struct Recipe {
+    pub(crate) path: PathBuf,
+    pub(crate) text: String,
+    pub(crate) file: RecipeFile,
+}
+
+/// What is wrong with a recipe, where, and what would be valid.
+#[derive(Debug, Error, PartialEq)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum RecipeError {
+    #[error("{}: cannot read the recipe: {reason}", path.display())]
+    Unreadable { path: PathBuf, reason: String },
+    #[error("{}:{line}:{column}: {reason}", path.display())]
+    Invalid {
+        path: PathBuf,
+        line: usize,
+        column: usize,
+        reason: String,
+    },
+}
+
+/// The whole file.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RecipeFile {
+    #[serde(default)]
+    pub propagate: Propagate,
+    pub model: Model,
+    pub calibration: Calibration,
+    pub output: Output,
+    pub evaluation: Option<Evaluation>,
+    #[serde(default)]
+    pub defaults: Settings,
+    #[serde(default)]
+    pub branch: Vec<Spanned<Branch>>,
+}
+
+/// Which hidden states a branch is calibrated on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Propagate {
+    #[default]
+    Quantised,
+    Dense,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Model {
+    pub source: Spanned<String>,
+    pub revision: Option<Spanned<String>>,
+    #[serde(default)]
+    #[expect(
+        dead_code,
+        reason = "f16 is the only type so far; parsing refuses any other"
+    )]
+    pub dtype: Dtype,
+}
+
+/// Type of the tensors that stay unquantised.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub(crate) enum Dtype {
+    #[default]
+    #[serde(rename = "f16", alias = "float16")]
+    F16,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Calibration {
+    pub source: Spanned<PathBuf>,
+    #[serde(default = "default_template")]
+    pub template: Spanned<String>,
+    #[serde(default = "default_rows")]
+    pub rows: Spanned<String>,
+    #[serde(default = "default_samples")]
+    pub samples: Spanned<usize>,
+    #[serde(default = "default_seq_len")]
+    pub seq_len: Spanned<usize>,
+    #[serde(default)]
+    pub seed: u64,
+    #[serde(default)]
+    pub sampling: Sampling,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Output {
+    pub dir: PathBuf,
+    pub shard_size: Option<Spanned<String>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Evaluation {
+    pub text: PathBuf,
+    #[serde(default = "default_window")]
+    pub window: usize,
+}
+
+/// Settings of a branch, or of all of them.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Settings {
+    pub bits: Option<Spanned<Bits>>,
+    pub group_size: Option<Spanned<GroupSize>>,
+    pub desc_act: Option<bool>,
+    pub static_groups: Option<bool>,
+    pub sym: Option<bool>,
+    pub damp_percent: Option<Spanned<f64>>,
+    pub true_sequential: Option<bool>,
+    pub preset: Option<Preset>,
+}
+
+/// One branch. Its settings are spelled out rather than flattened from [`Settings`]: serde cannot
+/// refuse unknown keys through a flattened struct.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Branch {
+    pub name: Spanned<String>,
+    pub bits: Option<Spanned<Bits>>,
+    pub group_size: Option<Spanned<GroupSize>>,
+    pub desc_act: Option<bool>,
+    pub static_groups: Option<bool>,
+    pub sym: Option<bool>,
+    pub damp_percent: Option<Spanned<f64>>,
+    pub true_sequential: Option<bool>,
+    pub preset: Option<Preset>,
+    #[serde(default, rename = "override")]
+    pub overrides: Vec<Override>,
+}
+
+/// Settings of the modules a pattern matches; the first match of a module counts.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Override {
+    #[serde(rename = "match")]
+    pub pattern: Spanned<String>,
+    pub bits: Option<Spanned<Bits>>,
+    pub group_size: Option<Spanned<GroupSize>>,
+    #[serde(default)]
+    pub skip: bool,
+}
+
+fn spanned<T>(value: T) -> Spanned<T> {
+    Spanned::new(0..0, value)
+}
+
+fn default_template() -> Spanned<String> {
+    spanned("{input}\n{output}".into())
+}
+
+fn default_rows() -> Spanned<String> {
+    spanned("0:".into())
+}
+
+fn default_samples() -> Spanned<usize> {
+    spanned(128)
+}
+
+fn default_seq_len() -> Spanned<usize> {
+    spanned(2048)
+}
+
+fn default_window() -> usize {
+    1024
+}
+
+impl Recipe {
+    /// Reads and parses a recipe file.
+    pub fn read(path: &Path) -> Result<Self, RecipeError> {
+        let text = fs::read_to_string(path).map_err(|e| RecipeError::Unreadable {
+            path: path.into(),
+            reason: e.to_string(),
+        })?;
+        Self::parse(path, text)
+    }
+
+    /// Parses recipe text; `path` is for messages.
+    pub fn parse(path: &Path, text: String) -> Result<Self, RecipeError> {
+        match toml::from_str(&text) {
+            Ok(file) => Ok(Recipe {
+                path: path.into(),
+                text,
+                file,
+            }),
+            Err(error) => {
+                let at = error.span().map_or(0, |span| span.start);
+                Err(invalid(
+                    path,
+                    &text,
+                    at,
+                    error.message().replace('\n', "; "),
+                ))
+            }
+        }
+    }
+
+    /// An error at the place of a value.
+    pub(crate) fn refuse<T>(&self, at: &Spanned<T>, reason: impl Into<String>) -> RecipeError {
+        invalid(&self.path, &self.text, at.span().start, reason.into())
+    }
+}
+
+fn invalid(path: &Path, text: &str, at: usize, reason: String) -> RecipeError {
+    let before = &text[..at.min(text.len())];
+    let line_start = before.rfind('\n').map_or(0, |n| n + 1);
+    RecipeError::Invalid {
+        path: path.into(),
+        line: before.matches('\n').count() + 1,
+        column: before[line_start..].chars().count() + 1,
+        reason,
+    }
+}

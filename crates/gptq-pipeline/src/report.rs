@@ -1,0 +1,130 @@
+//! What a branch says about itself: `report.json`, and `report.csv` with a row per linear.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use gptq_calibration::Manifest;
+use gptq_format::{Bits, FormatError, GroupSize, QuantizeConfig, write_json};
+use serde::{Deserialize, Serialize};
+
+use crate::Preset;
+
+/// One linear's numbers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinearReport {
+    /// Block index.
+    pub layer: usize,
+    /// Full module name.
+    pub name: String,
+    /// `[out_features, in_features]`.
+    pub shape: [usize; 2],
+    /// Code width.
+    pub bits: Bits,
+    /// Columns per group.
+    pub group_size: GroupSize,
+    /// `‖(W - Q)X‖² / ‖WX‖²` on the calibration inputs, undamped.
+    pub relative_error: f64,
+    /// The same for round to nearest.
+    pub rtn_error: f64,
+    /// `relative_error / rtn_error`: what GPTQ gained.
+    pub ratio: f64,
+    /// Damping that was used, as a fraction of the mean diagonal.
+    pub damp_percent: f64,
+    /// Inputs that were always zero.
+    pub dead_columns: usize,
+    /// Time to factor and solve, shared evenly by the linears of a stage.
+    pub seconds: f64,
+}
+
+/// A finished branch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BranchReport {
+    /// Version of this program.
+    pub gptq_version: String,
+    /// The base model's public name.
+    pub model: String,
+    /// The branch's name.
+    pub branch: String,
+    /// Its settings as readers see them.
+    pub quantize_config: QuantizeConfig,
+    /// How codes and scales were found.
+    pub preset: Preset,
+    /// "quantised" or "dense": the hidden states the Hessians came from.
+    pub propagation: String,
+    /// What it was calibrated on.
+    pub calibration: Manifest,
+    /// The device it was made on, "cpu" or "cuda:N".
+    pub device: String,
+    /// Bytes of the weight files.
+    pub bytes: u64,
+    /// Wall time spent on this branch alone.
+    pub seconds: f64,
+    /// The recipe as typed.
+    pub recipe: String,
+    /// A row per linear.
+    pub linears: Vec<LinearReport>,
+}
+
+/// The numbers a table of branches shows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Summary {
+    /// Mean relative error over the linears.
+    pub mean_error: f64,
+    /// Largest relative error.
+    pub worst_error: f64,
+    /// Mean of the ratios to round to nearest.
+    pub mean_ratio: f64,
+}
+
+impl BranchReport {
+    /// Means and maxima over the linears.
+    pub fn summary(&self) -> Summary {
+        let n = self.linears.len().max(1) as f64;
+        let sum = |f: fn(&LinearReport) -> f64| self.linears.iter().map(f).sum::<f64>();
+        Summary {
+            mean_error: sum(|l| l.relative_error) / n,
+            worst_error: self
+                .linears
+                .iter()
+                .map(|l| l.relative_error)
+                .fold(0.0, f64::max),
+            mean_ratio: sum(|l| l.ratio) / n,
+        }
+    }
+
+    /// Writes `report.json` and `report.csv` into `dir`.
+    pub(crate) fn write(&self, dir: &Path) -> Result<(), FormatError> {
+        write_json(&dir.join("report.json"), self)?;
+        let path = dir.join("report.csv");
+        fs::write(&path, self.csv())
+            .and_then(|()| fs::File::open(&path)?.sync_all())
+            .map_err(FormatError::io(&path))
+    }
+
+    fn csv(&self) -> String {
+        let mut csv = String::from(
+            "layer,name,out_features,in_features,bits,group_size,relative_error,rtn_error,ratio,\
+             damp_percent,dead_columns,seconds\n",
+        );
+        for l in &self.linears {
+            let [n_out, n_in] = l.shape;
+            writeln!(
+                csv,
+                "{},{},{n_out},{n_in},{},{},{:e},{:e},{:.6},{},{},{:.4}",
+                l.layer,
+                l.name,
+                l.bits,
+                l.group_size,
+                l.relative_error,
+                l.rtn_error,
+                l.ratio,
+                l.damp_percent,
+                l.dead_columns,
+                l.seconds
+            )
+            .expect("writing to a string cannot fail");
+        }
+        csv
+    }
+}

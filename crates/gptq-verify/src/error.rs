@@ -1,0 +1,41 @@
+//! The one error type of this crate.
+
+use std::path::PathBuf;
+
+use gptq_calibration::CalibrationError;
+use gptq_format::FormatError;
+use gptq_kernels::DeviceError;
+use gptq_model::ModelError;
+use thiserror::Error;
+
+/// Why a directory does not pass.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum VerifyError {
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Calibration(#[from] CalibrationError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error("{}: tensor {name} belongs to no part of this model", dir.display())]
+    UnexpectedTensor { dir: PathBuf, name: String },
+    #[error(
+        "{}: quantize_config.json and config.json's quantization_config disagree; readers take \
+         one or the other", dir.display()
+    )]
+    ConfigsDisagree { dir: PathBuf },
+    #[error("{module}: scale [{group}, {output}] is {value}, not positive")]
+    Scale {
+        module: String,
+        group: usize,
+        output: usize,
+        value: f32,
+    },
+    #[error("{}: its output is not finite on the evaluation text", dir.display())]
+    NonFiniteOutput { dir: PathBuf },
+    #[error("a window of {window} tokens leaves nothing to score; use at least 2")]
+    Window { window: usize },
+}

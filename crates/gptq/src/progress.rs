@@ -1,0 +1,108 @@
+//! Progress of a run: a bar per branch on a terminal, a line per branch and layer otherwise.
+
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+
+use gptq_pipeline::{Event, LinearReport, Plan};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::size;
+
+/// Turns events into what a person sees.
+pub(crate) struct Progress<'a> {
+    plan: &'a Plan,
+    bars: Option<Vec<ProgressBar>>,
+    group: MultiProgress,
+    /// Per branch, the errors of the layer under way; only where there are no bars.
+    layer: BTreeMap<usize, Vec<f64>>,
+}
+
+impl<'a> Progress<'a> {
+    pub(crate) fn new(plan: &'a Plan) -> Self {
+        Progress {
+            plan,
+            bars: None,
+            group: MultiProgress::new(),
+            layer: BTreeMap::new(),
+        }
+    }
+
+    /// Takes one event.
+    pub(crate) fn show(&mut self, event: Event<'_>) {
+        match event {
+            Event::Started { tokens, linears } => {
+                println!(
+                    "calibrating on {tokens} tokens, {} windows of {}",
+                    self.plan.calibration.samples, self.plan.calibration.seq_len
+                );
+                if std::io::stderr().is_terminal() {
+                    self.bars = Some(self.start_bars(linears));
+                }
+            }
+            Event::Linear { branch, report } => match &self.bars {
+                Some(bars) => {
+                    bars[branch].set_message(format!(
+                        "layer {} {}",
+                        report.layer,
+                        report.name.rsplit('.').next().unwrap_or_default()
+                    ));
+                    bars[branch].inc(1);
+                }
+                None => self.line(branch, report),
+            },
+            Event::Finished { branch, report } => {
+                let name = &self.plan.branches[branch].name;
+                match &self.bars {
+                    Some(bars) => bars[branch].finish_with_message(size::decimal(report.bytes)),
+                    None => println!("{name}: written, {}", size::decimal(report.bytes)),
+                }
+            }
+        }
+    }
+
+    fn start_bars(&self, linears: &[usize]) -> Vec<ProgressBar> {
+        let width = self
+            .plan
+            .branches
+            .iter()
+            .map(|b| b.name.len())
+            .max()
+            .unwrap_or(0);
+        let style =
+            ProgressStyle::with_template("{prefix} {bar:30} {pos:>4}/{len:<4} {elapsed:>4} {msg}")
+                .expect("the template is a constant");
+        let branches = self.plan.branches.iter().zip(linears);
+        branches
+            .map(|(branch, &n)| {
+                self.group.add(
+                    ProgressBar::new(n as u64)
+                        .with_style(style.clone())
+                        .with_prefix(format!("{:<width$}", branch.name)),
+                )
+            })
+            .collect()
+    }
+
+    /// A line once the layer's last linear is done.
+    fn line(&mut self, branch: usize, report: &LinearReport) {
+        let plan = &self.plan.branches[branch];
+        let modules = plan.quantised_modules(&self.plan.config);
+        let prefix = format!("model.layers.{}.", report.layer);
+        let expected = modules
+            .iter()
+            .filter(|(m, ..)| m.starts_with(&prefix))
+            .count();
+        let errors = self.layer.entry(branch).or_default();
+        errors.push(report.relative_error);
+        if errors.len() == expected {
+            let mean = errors.iter().sum::<f64>() / expected as f64;
+            println!(
+                "{}: layer {}/{}, mean error {mean:.3e}",
+                plan.name,
+                report.layer + 1,
+                self.plan.config.layers
+            );
+            errors.clear();
+        }
+    }
+}

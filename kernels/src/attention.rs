@@ -1,0 +1,64 @@
+//! Causal attention from matrix products, a block of queries at a time.
+//!
+//! `softmax(q kᵀ / sqrt(d)) v` with keys after the query masked out. A block of queries only ever
+//! meets the keys before its end, which skips nearly half of the work and keeps the score matrix
+//! `[heads, block, keys]` small.
+
+use burn::tensor::{Bool, DType, Tensor, activation::softmax};
+
+use crate::Engine;
+
+/// Queries per block: large enough for the products, small enough that the masked triangle inside
+/// a block is little waste.
+const BLOCK: usize = 256;
+
+/// See [`Engine::causal_attention`].
+pub(crate) fn causal_attention<B: Engine>(
+    q: Tensor<B, 4>,
+    k: Tensor<B, 4>,
+    v: Tensor<B, 4>,
+) -> Tensor<B, 3> {
+    let [windows, seq, heads, dim] = q.dims();
+    let kv_heads = k.dims()[2];
+    assert_eq!(k.dims(), v.dims(), "keys and values pair up");
+    assert!(
+        heads.is_multiple_of(kv_heads),
+        "whole groups of query heads"
+    );
+    let shared = heads / kv_heads;
+    let device = q.device();
+    let dtype = q.dtype();
+
+    // [windows, seq, heads, dim] -> [windows * kv_heads, shared, seq, dim]; query heads that share
+    // a key head become a broadcast dimension, so keys are never copied.
+    let split = |x: Tensor<B, 4>, per: usize| {
+        x.swap_dims(1, 2)
+            .reshape([windows * kv_heads, per, seq, dim])
+    };
+    let q = split(q, shared).mul_scalar(1.0 / (dim as f64).sqrt());
+    let k = split(k, 1).swap_dims(2, 3);
+    let v = split(v, 1);
+
+    let mut blocks = Vec::with_capacity(seq.div_ceil(BLOCK));
+    for start in (0..seq).step_by(BLOCK) {
+        let end = (start + BLOCK).min(seq);
+        let scores = q
+            .clone()
+            .slice([0..windows * kv_heads, 0..shared, start..end])
+            .matmul(
+                k.clone()
+                    .slice([0..windows * kv_heads, 0..1, 0..dim, 0..end]),
+            );
+        // Key j is hidden from query i when j > start + i.
+        let hidden = Tensor::<B, 2, Bool>::tril_mask([end - start, end], start as i64, &device);
+        let scores = scores
+            .cast(DType::F32)
+            .mask_fill(hidden.unsqueeze(), f32::NEG_INFINITY);
+        let weights = softmax(scores, 3).cast(dtype);
+        blocks.push(weights.matmul(v.clone().slice([0..windows * kv_heads, 0..1, 0..end])));
+    }
+    Tensor::cat(blocks, 2)
+        .reshape([windows, heads, seq, dim])
+        .swap_dims(1, 2)
+        .reshape([windows, seq, heads * dim])
+}

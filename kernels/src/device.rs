@@ -1,0 +1,153 @@
+//! Which devices there are, and the backend type of each.
+
+use std::fmt;
+use std::str::FromStr;
+
+use burn::tensor::DType;
+use half::f16;
+use thiserror::Error;
+
+use crate::Engine;
+
+/// The CPU backend: Burn's Flex, measured several times faster here than NdArray (`crates/README.md`).
+pub type Cpu = burn_flex::Flex;
+/// The CUDA backend, without fusion or autotuning: kernels are chosen here, not at run time.
+pub type Cuda = burn_cuda::Cuda<f16, i32>;
+
+impl Engine for Cpu {
+    const COMPUTE: DType = DType::F32;
+    const LANES: usize = 4;
+}
+
+impl Engine for Cuda {
+    const COMPUTE: DType = DType::F16;
+}
+
+/// A device as asked for on the command line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// CUDA where there is one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The CUDA device of this index.
+    Cuda(usize),
+}
+
+/// Something to do on whichever backend a [`Device`] names.
+pub trait Work {
+    /// What comes back.
+    type Output;
+
+    /// Does it on one backend.
+    fn run<B: Engine>(self, device: B::Device) -> Self::Output;
+}
+
+/// Why a device cannot be used.
+#[derive(Debug, Error, PartialEq)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum DeviceError {
+    #[error("no CUDA device: {reason}; use --device cpu, or install the NVIDIA driver")]
+    NoCuda { reason: String },
+    #[error("cuda:{index}: there are {count} CUDA device(s), numbered from 0")]
+    NoSuchIndex { index: usize, count: usize },
+    #[error("{text:?} is not a device; valid are auto, cpu, cuda and cuda:N")]
+    Unknown { text: String },
+}
+
+impl Device {
+    /// Turns `Auto` into what this machine has, and checks that an explicit choice exists.
+    pub fn resolve(self) -> Result<Device, DeviceError> {
+        match self {
+            Device::Cpu => Ok(Device::Cpu),
+            Device::Auto => Ok(match cuda_devices() {
+                Ok(1..) => Device::Cuda(0),
+                _ => Device::Cpu,
+            }),
+            Device::Cuda(index) => match cuda_devices() {
+                Ok(count) if index < count => Ok(self),
+                Ok(0) => Err(DeviceError::NoCuda {
+                    reason: "the driver reports none".into(),
+                }),
+                Ok(count) => Err(DeviceError::NoSuchIndex { index, count }),
+                Err(reason) => Err(DeviceError::NoCuda { reason }),
+            },
+        }
+    }
+}
+
+impl Device {
+    /// Does `work` on this device's backend; `Auto` is the CPU here, so [`Device::resolve`] first.
+    pub fn run<W: Work>(self, work: W) -> W::Output {
+        match self {
+            Device::Auto | Device::Cpu => work.run::<Cpu>(Default::default()),
+            Device::Cuda(index) => work.run::<Cuda>(burn_cuda::CudaDevice::new(index)),
+        }
+    }
+}
+
+/// How many CUDA devices the driver sees. The driver is loaded here, at run time; without it this
+/// is an error, not a crash.
+fn cuda_devices() -> Result<usize, String> {
+    // SAFETY: only probes for the library's file with the system loader.
+    if !unsafe { cudarc::driver::sys::is_culib_present() } {
+        return Err("libcuda.so is not installed".into());
+    }
+    cudarc::driver::CudaContext::device_count()
+        .map(|count| count.max(0) as usize)
+        .map_err(|e| format!("the driver does not start ({e:?})"))
+}
+
+impl FromStr for Device {
+    type Err = DeviceError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let unknown = || DeviceError::Unknown { text: text.into() };
+        match text {
+            "auto" => Ok(Device::Auto),
+            "cpu" => Ok(Device::Cpu),
+            "cuda" => Ok(Device::Cuda(0)),
+            _ => {
+                let index = text.strip_prefix("cuda:").ok_or_else(unknown)?;
+                Ok(Device::Cuda(index.parse().map_err(|_| unknown())?))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Auto => f.write_str("auto"),
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_parse_as_they_print() {
+        for text in ["auto", "cpu", "cuda:0", "cuda:3"] {
+            assert_eq!(text.parse::<Device>().unwrap().to_string(), text);
+        }
+        assert_eq!("cuda".parse(), Ok(Device::Cuda(0)));
+        for text in ["gpu", "cuda:", "cuda:x", ""] {
+            assert!(text.parse::<Device>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_machine_without_a_driver_has_the_cpu() {
+        assert_eq!(Device::Cpu.resolve(), Ok(Device::Cpu));
+        if cuda_devices().is_err() {
+            assert_eq!(Device::Auto.resolve(), Ok(Device::Cpu));
+            let error = Device::Cuda(0).resolve().unwrap_err().to_string();
+            assert!(error.starts_with("no CUDA device"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! The backend extension: one method per device operation.
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Int, Tensor, activation::sigmoid};
+use gptq_solver::SolverError;
+use rayon::prelude::*;
+
+use crate::{Hessian, Request, Subset, attention, host_solve};
+
+/// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
+pub fn map_lanes<B: Engine, T: Send, R: Send>(
+    items: Vec<T>,
+    f: impl Fn(T) -> R + Sync + Send,
+) -> Vec<R> {
+    match B::LANES {
+        1 => items.into_iter().map(f).collect(),
+        _ => items.into_par_iter().with_max_len(1).map(f).collect(),
+    }
+}
+
+/// Columns of a Gram panel in the default [`Engine::gram_add`].
+const GRAM_PANEL: usize = 128;
+
+/// Operations of the quantiser on a backend. Shapes are `[rows, cols]`, row-major; every tensor
+/// named `x`, `w` or a weight has dtype [`Engine::COMPUTE`].
+pub trait Engine: Backend {
+    /// Element type of weights and activations in the forward pass.
+    const COMPUTE: DType;
+
+    /// How many chunks of windows are worth running at the same time: more than 1 where single
+    /// operations leave cores idle. A constant, so that sums do not depend on the machine's cores.
+    const LANES: usize = 1;
+
+    /// `x [tokens, in] · wᵀ`, `w [out, in]`, giving `[tokens, out]`.
+    fn matmul_nt(x: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        x.matmul(w.transpose())
+    }
+
+    /// Rows `ids` of `table [vocabulary, hidden]`, giving `[tokens, hidden]`.
+    fn embed(ids: Tensor<Self, 1, Int>, table: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        table.select(0, ids)
+    }
+
+    /// `x / sqrt(mean(x²) + eps) * weight` over the last dimension; normalised in f32, rounded to
+    /// the compute type, then multiplied, as in Transformers.
+    fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, eps: f64) -> Tensor<Self, 2> {
+        let dtype = x.dtype();
+        let x = x.cast(DType::F32);
+        let variance = (x.clone() * x.clone()).mean_dim(1);
+        let normal = x * variance.add_scalar(eps).sqrt().recip();
+        normal.cast(dtype) * weight.unsqueeze()
+    }
+
+    /// Rotary position embedding of `x [windows, seq, heads, dim]` for positions `0..seq`: with
+    /// halves `a, b` of the last dimension, `(a cos - b sin, b cos + a sin)`. `cos` and `sin` are
+    /// f32 `[seq, dim / 2]`.
+    fn rotary(x: Tensor<Self, 4>, cos: Tensor<Self, 2>, sin: Tensor<Self, 2>) -> Tensor<Self, 4> {
+        let dtype = x.dtype();
+        let [windows, seq, heads, dim] = x.dims();
+        let half = dim / 2;
+        let table = |t: Tensor<Self, 2>| t.cast(dtype).reshape([1, seq, 1, half]);
+        let (cos, sin) = (table(cos), table(sin));
+        let a = x.clone().slice([0..windows, 0..seq, 0..heads, 0..half]);
+        let b = x.slice([0..windows, 0..seq, 0..heads, half..dim]);
+        let first = a.clone() * cos.clone() - b.clone() * sin.clone();
+        Tensor::cat(vec![first, b * cos + a * sin], 3)
+    }
+
+    /// Causal attention of `q [windows, seq, heads, dim]` over `k`, `v [windows, seq, kv_heads,
+    /// dim]`, giving `[windows, seq, heads * dim]`; `heads` is a multiple of `kv_heads`.
+    fn causal_attention(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+    ) -> Tensor<Self, 3> {
+        attention::causal_attention(q, k, v)
+    }
+
+    /// `silu(gate) * up`.
+    fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        gate.clone() * sigmoid(gate) * up
+    }
+
+    /// `gram + xᵀx` for `x [tokens, in]` and `gram [in, in]` f32, of which only the upper triangle
+    /// (column index at least row index) is meaningful.
+    fn gram_add(gram: Tensor<Self, 2>, x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        let [tokens, n] = x.dims();
+        let x = x.cast(DType::F32);
+        let mut gram = gram;
+        for start in (0..n).step_by(GRAM_PANEL) {
+            let end = (start + GRAM_PANEL).min(n);
+            let left = x.clone().slice([0..tokens, 0..end]).transpose();
+            let panel = left.matmul(x.clone().slice([0..tokens, start..end]));
+            let sum = gram.clone().slice([0..end, start..end]) + panel;
+            gram = gram.slice_assign([0..end, start..end], sum);
+        }
+        gram
+    }
+
+    /// Solves every linear that shares one input: orders, damps and factors its Gram matrix once,
+    /// then quantises each weight of `requests`.
+    ///
+    /// # Errors
+    /// A Gram matrix that is not finite or cannot be factored.
+    fn solve(
+        gram: Tensor<Self, 2>,
+        hessian: Hessian,
+        requests: Vec<Request<Self>>,
+    ) -> Result<Subset<Self>, SolverError> {
+        host_solve::solve(gram, hessian, requests)
+    }
+}

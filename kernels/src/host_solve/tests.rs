@@ -1,0 +1,212 @@
+//! The default engine on the CPU backend, against plain f64 loops.
+
+use burn::tensor::{Int, Tensor};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::*;
+use crate::Cpu;
+use gptq_format::{Bits, GroupSize};
+
+fn random(rng: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
+    (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
+}
+
+fn tensor<const D: usize>(values: &[f32], shape: [usize; D]) -> Tensor<Cpu, D> {
+    Tensor::from_data(
+        TensorData::new(values.to_vec(), shape),
+        (&Default::default(), DType::F32),
+    )
+}
+
+fn values<const D: usize>(tensor: Tensor<Cpu, D>) -> Vec<f64> {
+    tensor
+        .into_data()
+        .as_slice::<f32>()
+        .unwrap()
+        .iter()
+        .map(|&v| f64::from(v))
+        .collect()
+}
+
+fn assert_close(found: &[f64], expected: &[f64], tolerance: f64) {
+    assert_eq!(found.len(), expected.len());
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    let error = norm(&mut found.iter().zip(expected).map(|(a, b)| a - b));
+    let size = norm(&mut expected.iter().copied());
+    assert!(error <= tolerance * size, "relative error {}", error / size);
+}
+
+// f32 products of up to 300 terms, each rounded once and summed in some order: a few hundred
+// half-ulps at worst (300 * 6e-8), far less on average.
+const F32: f64 = 2e-6;
+
+#[test]
+fn gram_add_fills_the_upper_triangle_at_any_size() {
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    for (tokens, n) in [(1, 1), (31, 127), (300, 129), (64, 240)] {
+        let (x, start) = (random(&mut rng, tokens * n), random(&mut rng, n * n));
+        let gram = values(Cpu::gram_add(
+            tensor(&start, [n, n]),
+            tensor(&x, [tokens, n]),
+        ));
+        let (mut found, mut expected) = (Vec::new(), Vec::new());
+        for r in 0..n {
+            for c in r..n {
+                let dot: f64 = (0..tokens)
+                    .map(|t| f64::from(x[t * n + r]) * f64::from(x[t * n + c]))
+                    .sum();
+                expected.push(dot + f64::from(start[r * n + c]));
+                found.push(gram[r * n + c]);
+            }
+        }
+        assert_close(&found, &expected, F32);
+    }
+}
+
+#[test]
+fn causal_attention_sees_no_later_key_and_shares_key_heads() {
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    for (windows, seq, heads, kv_heads, dim) in
+        [(1, 1, 2, 1, 4), (2, 31, 4, 2, 8), (1, 300, 2, 2, 16)]
+    {
+        let q = random(&mut rng, windows * seq * heads * dim);
+        let k = random(&mut rng, windows * seq * kv_heads * dim);
+        let v = random(&mut rng, windows * seq * kv_heads * dim);
+        let mut expected = vec![0.0; windows * seq * heads * dim];
+        for (w, i, h) in (0..windows)
+            .flat_map(|w| (0..seq).flat_map(move |i| (0..heads).map(move |h| (w, i, h))))
+        {
+            let at = |j: usize, heads: usize, h: usize| ((w * seq + j) * heads + h) * dim;
+            let kv = h * kv_heads / heads;
+            let scores: Vec<f64> = (0..=i)
+                .map(|j| {
+                    (0..dim)
+                        .map(|d| {
+                            f64::from(q[at(i, heads, h) + d])
+                                * f64::from(k[at(j, kv_heads, kv) + d])
+                        })
+                        .sum::<f64>()
+                        / (dim as f64).sqrt()
+                })
+                .map(f64::exp)
+                .collect();
+            let total: f64 = scores.iter().sum();
+            for (j, score) in scores.iter().enumerate() {
+                for d in 0..dim {
+                    expected[at(i, heads, h) + d] +=
+                        score / total * f64::from(v[at(j, kv_heads, kv) + d]);
+                }
+            }
+        }
+        let found = Cpu::causal_attention(
+            tensor(&q, [windows, seq, heads, dim]),
+            tensor(&k, [windows, seq, kv_heads, dim]),
+            tensor(&v, [windows, seq, kv_heads, dim]),
+        );
+        assert_eq!(found.dims(), [windows, seq, heads * dim]);
+        assert_close(&values(found), &expected, F32);
+    }
+}
+
+#[test]
+fn norm_swiglu_and_embedding_follow_their_formulas() {
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let (x, w) = (random(&mut rng, 7 * 33), random(&mut rng, 33));
+    let found = values(Cpu::rms_norm(tensor(&x, [7, 33]), tensor(&w, [33]), 1e-5));
+    let expected: Vec<f64> = x
+        .chunks(33)
+        .flat_map(|row| {
+            let mean = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / 33.0;
+            row.iter()
+                .zip(&w)
+                .map(move |(&v, &w)| f64::from(v) / (mean + 1e-5).sqrt() * f64::from(w))
+        })
+        .collect();
+    assert_close(&found, &expected, F32);
+
+    let up = random(&mut rng, 7 * 33);
+    let found = values(Cpu::swiglu(tensor(&x, [7, 33]), tensor(&up, [7, 33])));
+    let silu = |v: f32| f64::from(v) / (1.0 + (-f64::from(v)).exp());
+    let expected: Vec<f64> = x
+        .iter()
+        .zip(&up)
+        .map(|(&g, &u)| silu(g) * f64::from(u))
+        .collect();
+    assert_close(&found, &expected, F32);
+
+    let ids = Tensor::<Cpu, 1, Int>::from_data([6, 0, 6], (&Default::default(), DType::I32));
+    let rows = values(Cpu::embed(ids, tensor(&x, [7, 33])));
+    assert_eq!(rows[..33], rows[66..]);
+    assert_eq!(rows[33], f64::from(x[0]));
+}
+
+#[test]
+fn rotary_turns_each_pair_by_its_angle() {
+    let mut rng = ChaCha8Rng::seed_from_u64(4);
+    let (seq, heads, dim) = (5, 3, 8);
+    let x = random(&mut rng, seq * heads * dim);
+    let angles: Vec<f32> = (0..seq * dim / 2).map(|i| i as f32 * 0.37).collect();
+    let table = |f: fn(f32) -> f32| {
+        tensor(
+            &angles.iter().map(|&a| f(a)).collect::<Vec<_>>(),
+            [seq, dim / 2],
+        )
+    };
+    let found = values(Cpu::rotary(
+        tensor(&x, [1, seq, heads, dim]),
+        table(f32::cos),
+        table(f32::sin),
+    ));
+    let mut expected = vec![0.0; x.len()];
+    for (s, h, d) in
+        (0..seq).flat_map(|s| (0..heads).flat_map(move |h| (0..dim / 2).map(move |d| (s, h, d))))
+    {
+        let at = (s * heads + h) * dim + d;
+        let (a, b) = (f64::from(x[at]), f64::from(x[at + dim / 2]));
+        let (sin, cos) = f64::from(angles[s * dim / 2 + d]).sin_cos();
+        expected[at] = a * cos - b * sin;
+        expected[at + dim / 2] = b * cos + a * sin;
+    }
+    assert_close(&found, &expected, F32);
+}
+
+#[test]
+fn a_solved_subset_reports_the_error_of_what_it_returns() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let (tokens, n, out) = (400, 64, 32);
+    let (x, w) = (random(&mut rng, tokens * n), random(&mut rng, out * n));
+    let gram = Cpu::gram_add(
+        Tensor::zeros([n, n], (&Default::default(), DType::F32)),
+        tensor(&x, [tokens, n]),
+    );
+    let settings = Settings {
+        bits: Bits::Three,
+        group_size: GroupSize::Columns(32),
+        sym: true,
+        static_groups: false,
+        scale_search: false,
+        f16_scales: true,
+    };
+    let request = Request {
+        weight: tensor(&w, [out, n]),
+        settings,
+    };
+    let hessian = Hessian {
+        act_order: true,
+        damping: 0.01,
+    };
+    let subset = Cpu::solve(gram, hessian, vec![request]).unwrap();
+    let solved = &subset.solved[0];
+    let dense = Cpu::matmul_nt(tensor(&x, [tokens, n]), tensor(&w, [out, n]));
+    let quantised = Cpu::matmul_nt(tensor(&x, [tokens, n]), solved.weight.clone());
+    let energy = |t: Tensor<Cpu, 2>| values(t).iter().map(|v| v * v).sum::<f64>();
+    let direct = energy(dense.clone() - quantised) / energy(dense);
+    assert!(
+        (solved.relative_error / direct - 1.0).abs() < 1e-3,
+        "{} {direct}",
+        solved.relative_error
+    );
+    assert!(solved.relative_error < solved.rtn_error);
+    assert_eq!((subset.damping, subset.dead_columns), (0.01, 0));
+}
