@@ -1,15 +1,19 @@
 //! Measures the CUDA engine's operations at the shapes of a 7B layer and prints a table.
 //!
 //! Each figure is the median of repeated runs between two synchronisations of the device, on
-//! random values. Run it alone on the card. With arguments `solve` or `forward`, only those.
+//! random values. Run it alone on the card. With the argument `solve` or
+//! `forward`, only that; `solve search` searches scales.
 
 use std::time::Instant;
 
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData, backend::Backend};
+use gptq_format::{Bits, CheckpointFormat, GroupSize};
 use gptq_kernels::cuda::{
-    Cuda, Device, Settings, SolveOptions, ZeroOffset, causal_attention, device_count, embedding,
-    gram_add, gram_zeros, linear, missing_library, rms_norm, rotary, solve, swiglu,
+    Cuda, Device, causal_attention, embedding, gram_add, gram_zeros, linear, rms_norm, rotary,
+    solve, swiglu,
 };
+use gptq_kernels::{Hessian, Request};
+use gptq_solver::Settings;
 
 const WINDOW: usize = 4096;
 const HIDDEN: usize = 4096;
@@ -54,7 +58,7 @@ fn row(name: &str, time: f64, amount: f64, unit: &str) {
 }
 
 fn main() {
-    if device_count() == 0 || missing_library().is_some() {
+    if gptq_kernels::Device::Cuda(0).resolve().is_err() {
         println!("skipped: no CUDA device");
         return;
     }
@@ -201,28 +205,28 @@ fn solving(device: &Device) -> f64 {
         let x = random([tokens, inside], 1.0, device);
         let gram = gram_add(gram_zeros(inside, device).unwrap(), x).unwrap();
         let settings = Settings {
-            bits: 4,
-            group_size: Some(128),
-            symmetric: true,
+            bits: Bits::Four,
+            group_size: GroupSize::Columns(128),
+            sym: true,
             static_groups: false,
+            scale_search: std::env::args().any(|arg| arg == "search"),
+            f16_scales: true,
         };
         let layers: Vec<_> = outs
             .iter()
-            .map(|&out| (random([out, inside], 0.02, device), settings))
+            .map(|&out| Request {
+                weight: random([out, inside], 0.02, device),
+                settings,
+            })
             .collect();
-        let options = SolveOptions {
-            tokens,
-            activation_order: true,
+        let hessian = Hessian {
+            act_order: true,
             damping: 0.1,
-            zero_offset: ZeroOffset::MinusOne,
         };
         let mut errors = [0.0; 2];
         let time = seconds(device, 3, || {
-            let solution = solve(gram.clone(), &layers, options).unwrap();
-            errors = [
-                solution.layers[0].relative_error,
-                solution.layers[0].rtn_error,
-            ];
+            let subset = solve(gram.clone(), hessian, &layers, CheckpointFormat::Gptq).unwrap();
+            errors = [subset.solved[0].relative_error, subset.solved[0].rtn_error];
         });
         println!(
             "| solve {subset} ({inside} columns) | {:.1} ms | errors {errors:.5?} |",

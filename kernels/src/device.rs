@@ -8,19 +8,17 @@ use half::f16;
 use thiserror::Error;
 
 use crate::Engine;
+use crate::cuda::{MissingLibrary, device_count, missing_library, run_guarded};
 
 /// The CPU backend: Burn's Flex, measured several times faster here than NdArray (`crates/README.md`).
 pub type Cpu = burn_flex::Flex;
-/// The CUDA backend, without fusion or autotuning: kernels are chosen here, not at run time.
+/// The CUDA backend, f16 floats and i32 integers by default, without fusion or autotuning:
+/// kernels are chosen here, not at run time.
 pub type Cuda = burn_cuda::Cuda<f16, i32>;
 
 impl Engine for Cpu {
     const COMPUTE: DType = DType::F32;
     const LANES: usize = 4;
-}
-
-impl Engine for Cuda {
-    const COMPUTE: DType = DType::F16;
 }
 
 /// A device as asked for on the command line.
@@ -52,6 +50,12 @@ pub enum DeviceError {
     NoCuda { reason: String },
     #[error("cuda:{index}: there are {count} CUDA device(s), numbered from 0")]
     NoSuchIndex { index: usize, count: usize },
+    #[error("{0}, or use --device cpu")]
+    Missing(MissingLibrary),
+    #[error("{device}: out of device memory at an allocation of {bytes} bytes")]
+    OutOfMemory { device: Device, bytes: u64 },
+    #[error("{device}: {reason}")]
+    Failed { device: Device, reason: String },
     #[error("{text:?} is not a device; valid are auto, cpu, cuda and cuda:N")]
     Unknown { text: String },
 }
@@ -61,42 +65,43 @@ impl Device {
     pub fn resolve(self) -> Result<Device, DeviceError> {
         match self {
             Device::Cpu => Ok(Device::Cpu),
-            Device::Auto => Ok(match cuda_devices() {
-                Ok(1..) => Device::Cuda(0),
-                _ => Device::Cpu,
-            }),
+            Device::Auto => match cuda_devices() {
+                // A GPU that cannot be used for want of a library is said, not passed over.
+                Ok(_) => Device::Cuda(0).resolve(),
+                Err(_) => Ok(Device::Cpu),
+            },
             Device::Cuda(index) => match cuda_devices() {
-                Ok(count) if index < count => Ok(self),
-                Ok(0) => Err(DeviceError::NoCuda {
-                    reason: "the driver reports none".into(),
-                }),
-                Ok(count) => Err(DeviceError::NoSuchIndex { index, count }),
+                Ok(count) if index >= count => Err(DeviceError::NoSuchIndex { index, count }),
+                Ok(_) => match missing_library() {
+                    None => Ok(self),
+                    Some(missing) => Err(DeviceError::Missing(missing)),
+                },
                 Err(reason) => Err(DeviceError::NoCuda { reason }),
             },
         }
     }
-}
 
-impl Device {
     /// Does `work` on this device's backend; `Auto` is the CPU here, so [`Device::resolve`] first.
-    pub fn run<W: Work>(self, work: W) -> W::Output {
+    ///
+    /// # Errors
+    /// A CUDA device that fails under way, such as by running out of memory.
+    pub fn run<W: Work>(self, work: W) -> Result<W::Output, DeviceError> {
         match self {
-            Device::Auto | Device::Cpu => work.run::<Cpu>(Default::default()),
-            Device::Cuda(index) => work.run::<Cuda>(burn_cuda::CudaDevice::new(index)),
+            Device::Auto | Device::Cpu => Ok(work.run::<Cpu>(Default::default())),
+            Device::Cuda(index) => {
+                run_guarded(self, || work.run::<Cuda>(burn_cuda::CudaDevice::new(index)))
+            }
         }
     }
 }
 
-/// How many CUDA devices the driver sees. The driver is loaded here, at run time; without it this
-/// is an error, not a crash.
+/// How many CUDA devices the driver sees, at least one. The driver is loaded here, at run time;
+/// without it this is an error, not a crash.
 fn cuda_devices() -> Result<usize, String> {
-    // SAFETY: only probes for the library's file with the system loader.
-    if !unsafe { cudarc::driver::sys::is_culib_present() } {
-        return Err("libcuda.so is not installed".into());
+    match device_count()? {
+        0 => Err("the driver reports none".into()),
+        count => Ok(count),
     }
-    cudarc::driver::CudaContext::device_count()
-        .map(|count| count.max(0) as usize)
-        .map_err(|e| format!("the driver does not start ({e:?})"))
 }
 
 impl FromStr for Device {

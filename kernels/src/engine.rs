@@ -1,11 +1,11 @@
 //! The backend extension: one method per device operation.
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Int, Tensor, activation::sigmoid};
-use gptq_solver::SolverError;
+use burn::tensor::{DType, Int, Tensor, TensorData, activation::sigmoid};
+use gptq_format::{CheckpointFormat, PackedLinear};
 use rayon::prelude::*;
 
-use crate::{Hessian, Request, Subset, attention, host_solve};
+use crate::{Hessian, Request, SolveError, Subset, attention, host_solve};
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
 pub fn map_lanes<B: Engine, T: Send, R: Send>(
@@ -23,6 +23,9 @@ const GRAM_PANEL: usize = 128;
 
 /// Operations of the quantiser on a backend. Shapes are `[rows, cols]`, row-major; every tensor
 /// named `x`, `w` or a weight has dtype [`Engine::COMPUTE`].
+///
+/// Like Burn's own operations these return tensors, not results: a device that fails unwinds, and
+/// [`Device::run`](crate::Device::run) turns that into an error.
 pub trait Engine: Backend {
     /// Element type of weights and activations in the forward pass.
     const COMPUTE: DType;
@@ -30,6 +33,9 @@ pub trait Engine: Backend {
     /// How many chunks of windows are worth running at the same time: more than 1 where single
     /// operations leave cores idle. A constant, so that sums do not depend on the machine's cores.
     const LANES: usize = 1;
+
+    /// Tokens whose transient activations are worth having at once, in whole windows.
+    const CHUNK_TOKENS: usize = 4096;
 
     /// `x [tokens, in] · wᵀ`, `w [out, in]`, giving `[tokens, out]`.
     fn matmul_nt(x: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {
@@ -81,6 +87,11 @@ pub trait Engine: Backend {
         gate.clone() * sigmoid(gate) * up
     }
 
+    /// A Gram matrix `[in, in]` f32 of zeros, for [`Engine::gram_add`].
+    fn gram_zeros(in_features: usize, device: &Self::Device) -> Tensor<Self, 2> {
+        Tensor::zeros([in_features, in_features], (device, DType::F32))
+    }
+
     /// `gram + xᵀx` for `x [tokens, in]` and `gram [in, in]` f32, of which only the upper triangle
     /// (column index at least row index) is meaningful.
     fn gram_add(gram: Tensor<Self, 2>, x: Tensor<Self, 2>) -> Tensor<Self, 2> {
@@ -98,15 +109,30 @@ pub trait Engine: Backend {
     }
 
     /// Solves every linear that shares one input: orders, damps and factors its Gram matrix once,
-    /// then quantises each weight of `requests`.
+    /// then quantises each weight of `requests` and packs it for `format`.
     ///
     /// # Errors
-    /// A Gram matrix that is not finite or cannot be factored.
+    /// A Gram matrix that is not finite or cannot be factored, or a result that `format` cannot
+    /// hold.
     fn solve(
         gram: Tensor<Self, 2>,
         hessian: Hessian,
         requests: Vec<Request<Self>>,
-    ) -> Result<Subset<Self>, SolverError> {
-        host_solve::solve(gram, hessian, requests)
+        format: CheckpointFormat,
+    ) -> Result<Subset<Self>, SolveError> {
+        host_solve::solve(gram, hessian, requests, format)
+    }
+
+    /// The weights a packed linear stands for, `[out, in]` in the compute dtype. Its `g_idx` has
+    /// been checked against its groups.
+    fn dequantise(packed: &PackedLinear, device: &Self::Device) -> Tensor<Self, 2> {
+        let shape = [packed.out_features, packed.in_features];
+        let data = TensorData::new(packed.unpack().dequantise(), shape);
+        Tensor::<Self, 2>::from_data(data, (device, DType::F32)).cast(Self::COMPUTE)
+    }
+
+    /// Device memory that is free, in bytes; `None` where tensors live in the host's memory.
+    fn free_memory(_device: &Self::Device) -> Option<u64> {
+        None
     }
 }

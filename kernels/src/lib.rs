@@ -9,7 +9,8 @@ pub mod cuda;
 mod device;
 mod engine;
 mod host_solve;
+mod solve_types;
 
 pub use device::{Cpu, Cuda, Device, DeviceError, Work};
 pub use engine::{Engine, map_lanes};
-pub use host_solve::{Hessian, Request, Solved, Subset};
+pub use solve_types::{Hessian, Request, SolveError, SolveTimes, Solved, Subset};

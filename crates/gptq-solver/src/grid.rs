@@ -5,7 +5,7 @@ use crate::{Real, Settings};
 /// Ranges tried by the search, relative to the one that just spans the group: narrower ones clip
 /// outliers for the sake of the rest; wider ones put the largest weight on a code instead of half a
 /// step past the last.
-const FACTORS: [f64; 32] = {
+pub const SCALE_FACTORS: [f64; 32] = {
     let mut factors = [0.0; 32];
     let mut i = 0;
     while i < 32 {
@@ -32,7 +32,7 @@ impl<T: Real> Grid<T> {
     ///
     /// Symmetric: `scale = 2 max|w| / (2^b - 1)`, `zero = 2^(b-1)`. Asymmetric: from the minimum to
     /// the maximum, 0 included. A group of zeros gets the grid of ±1. With
-    /// [`Settings::scale_search`], the range is then multiplied by the factor of [`FACTORS`] whose
+    /// [`Settings::scale_search`], the range is then multiplied by the factor of [`SCALE_FACTORS`] whose
     /// grid loses least.
     pub fn fit(weights: impl Iterator<Item = (T, T)> + Clone, settings: &Settings) -> Grid<T> {
         let (mut low, mut high) = (T::zero(), T::zero());
@@ -53,7 +53,7 @@ impl<T: Real> Grid<T> {
             return plain;
         }
         let mut best = (plain.loss(weights.clone()), plain);
-        for factor in FACTORS.map(T::of) {
+        for factor in SCALE_FACTORS.map(T::of) {
             let grid = Grid::spanning(low * factor, high * factor, settings);
             let loss = grid.loss(weights.clone());
             if loss < best.0 {

@@ -20,6 +20,6 @@ mod solve;
 pub use energy::output_energy;
 pub use error::SolverError;
 pub use factor::{Factor, dead_columns};
-pub use grid::Grid;
+pub use grid::{Grid, SCALE_FACTORS};
 pub use settings::{Real, Settings};
 pub use solve::{Solution, round_to_nearest, solve};

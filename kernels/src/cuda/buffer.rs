@@ -117,18 +117,13 @@ pub(crate) fn download<T: CubeElement>(buffer: &Buffer) -> Result<Vec<T>, Error>
     let bytes = buffer
         .client
         .read_one(buffer.handle.clone())
-        .map_err(|error| Error::Runtime(error.to_string()))?;
+        .map_err(|error| Error::runtime(&error.to_string()))?;
     Ok(T::from_bytes(&bytes[..elements * size_of::<T>()]).to_vec())
 }
 
 /// The buffer as a Burn float tensor.
 pub(crate) fn into_float<const D: usize>(buffer: Buffer) -> Tensor<Cuda, D> {
     Tensor::from_primitive(TensorPrimitive::Float(buffer))
-}
-
-/// The buffer as a Burn integer tensor.
-pub(crate) fn into_int<const D: usize>(buffer: Buffer) -> Tensor<Cuda, D, Int> {
-    Tensor::from_primitive(buffer)
 }
 
 /// The buffer as a kernel's array argument.

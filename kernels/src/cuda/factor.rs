@@ -6,10 +6,9 @@
 //! is `M`, column-major: the reversal costs one pass, and `Mᵀ` is what lies there row-major.
 //! Of `U` only the diagonal blocks are formed.
 //!
-//! Dead columns (zero on the diagonal) get the diagonal `tokens / 2`, which is 1 in
-//! `H = (2 / tokens) XᵀX`. Damping adds a fraction of the mean diagonal, dead columns
-//! included. When the factorisation fails, the fraction is doubled until it exceeds
-//! [`MAX_DAMPING`].
+//! Dead columns (zero on the diagonal) get the diagonal 1. Damping adds a fraction of the mean
+//! diagonal, dead columns counted as zero. When the factorisation fails, the fraction is raised as
+//! by `gptq_solver::Factor`: to [`FIRST_RAISE`], then doubling, up to [`MAX_DAMPING`].
 
 use std::ops::Range;
 
@@ -24,9 +23,9 @@ use super::{
 };
 
 /// The largest damping tried, as a fraction of the mean diagonal.
-pub const MAX_DAMPING: f64 = 1.0;
-/// The first damping tried after none at all failed.
-const FIRST_DAMPING: f64 = 1e-3;
+const MAX_DAMPING: f64 = 1.0;
+/// The first damping tried after a smaller one failed.
+const FIRST_RAISE: f64 = 0.01;
 /// The most columns that one sweep takes.
 pub(crate) const PANEL: usize = 128;
 const UNITS: u32 = 256;
@@ -77,8 +76,8 @@ fn reverse_kernel(values: &mut Array<f32>, length: u32) {
     }
 }
 
-/// The inverses of the diagonal blocks of the matrix whose transpose `m` is, each padded with the identity to `PANEL` square:
-/// one cube per block, one unit per column, back substitution.
+/// The inverses of the diagonal blocks of the matrix whose transpose `m` is, each padded with the
+/// identity to `PANEL` square: one cube per block, one unit per column, back substitution.
 #[cube(launch_unchecked)]
 fn invert_kernel(m: &Array<f32>, starts: &Array<u32>, out: &mut Array<f32>, n: u32) {
     let n = n as usize;
@@ -131,6 +130,8 @@ pub(crate) struct Factor {
     /// `Mᵀ`, f32 row-major `[n, n]` in the sweep's order, of which only the lower triangle is
     /// defined.
     pub(crate) m: Buffer,
+    /// `M`'s diagonal, f32 `[n]`: an error in column `k` costs its square times `M_kk²`.
+    pub(crate) pivots: Buffer,
     /// The columns' order.
     pub(crate) columns: Columns,
     /// The damping used, as a fraction of the mean diagonal.
@@ -142,47 +143,34 @@ pub(crate) struct Factor {
 /// # Errors
 ///
 /// A diagonal that is not finite, or no factor up to [`MAX_DAMPING`].
-pub(crate) fn factor(
-    gram: &Buffer,
-    tokens: usize,
-    activation_order: bool,
-    damping: f64,
-) -> Result<Factor, Error> {
+pub(crate) fn factor(gram: &Buffer, activation_order: bool, damping: f64) -> Result<Factor, Error> {
     let n = gram.meta.shape()[0];
     let columns = sorted(diagonal(gram)?, activation_order);
-    let unit = tokens as f64 / 2.0;
-    let alive: Vec<f64> = columns
-        .diagonal
-        .iter()
-        .map(|&value| if value == 0.0 { unit } else { f64::from(value) })
-        .collect();
-    let mean = alive.iter().sum::<f64>() / n as f64;
+    let mean = columns.diagonal.iter().copied().map(f64::from).sum::<f64>() / n as f64;
     let order = buffer::upload(gram, &columns.order, DType::U32);
     let m = buffer::empty(gram, [n, n], DType::F32);
-    let mut fraction = damping;
+    let mut tried = damping;
     loop {
-        let diagonal: Vec<f32> = alive
-            .iter()
-            .map(|value| (value + fraction * mean) as f32)
-            .collect();
+        let damped = |&value: &f32| match value {
+            0.0 => 1.0,
+            value => (f64::from(value) + tried * mean) as f32,
+        };
+        let diagonal: Vec<f32> = columns.diagonal.iter().map(damped).collect();
         arrange(gram, &order, &diagonal, &m);
-        let pivot = cholesky(&m)?;
-        if pivot == 0 {
+        if cholesky(&m)? {
             break;
         }
-        if pivot < 0 || fraction * 2.0 > MAX_DAMPING {
-            return Err(Error::NotPositiveDefinite {
-                damping: fraction,
-                pivot,
-            });
+        if tried >= MAX_DAMPING {
+            return Err(Error::NotPositiveDefinite { damping: tried });
         }
-        fraction = (fraction * 2.0).max(FIRST_DAMPING);
+        tried = (2.0 * tried).clamp(FIRST_RAISE, MAX_DAMPING);
     }
     reverse(&m);
     Ok(Factor {
+        pivots: diagonal_of(&m),
         m,
         columns,
-        damping: fraction,
+        damping: tried,
     })
 }
 
@@ -192,24 +180,29 @@ pub(crate) fn factor(
 ///
 /// A value that is not finite.
 pub(crate) fn diagonal(gram: &Buffer) -> Result<Vec<f32>, Error> {
-    let n = gram.meta.shape()[0];
-    let out = buffer::empty(gram, [n], DType::F32);
-    // SAFETY: the index stays below `n * n`, the Gram matrix's length, and `n`.
+    let diagonal: Vec<f32> = buffer::download(&diagonal_of(gram))?;
+    if let Some(column) = diagonal.iter().position(|value| !value.is_finite()) {
+        return Err(Error::NotFinite { column });
+    }
+    Ok(diagonal)
+}
+
+/// The diagonal of a square matrix.
+fn diagonal_of(matrix: &Buffer) -> Buffer {
+    let n = matrix.meta.shape()[0];
+    let out = buffer::empty(matrix, [n], DType::F32);
+    // SAFETY: the index stays below `n * n`, the matrix's length, and `n`.
     unsafe {
         diagonal_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
             &out.client,
             CubeCount::new_1d((n as u32).div_ceil(UNITS)),
             CubeDim::new_1d(UNITS),
-            array(gram),
+            array(matrix),
             array(&out),
             n as u32,
         );
     }
-    let diagonal: Vec<f32> = buffer::download(&out)?;
-    if let Some(column) = diagonal.iter().position(|value| !value.is_finite()) {
-        return Err(Error::NotFinite { column });
-    }
-    Ok(diagonal)
+    out
 }
 
 /// The columns by descending diagonal, ties by index; or as they are.
@@ -262,8 +255,8 @@ fn reverse(values: &Buffer) {
     }
 }
 
-/// Factors the row-major upper triangle in place; the first failing pivot, or 0.
-fn cholesky(a: &Buffer) -> Result<i32, Error> {
+/// Factors the row-major upper triangle in place; whether it is positive definite.
+fn cholesky(a: &Buffer) -> Result<bool, Error> {
     let n = a.meta.shape()[0] as i32;
     // Row-major upper is cuSOLVER's column-major lower, its faster side.
     let fill = cusolver::cublasFillMode_t::CUBLAS_FILL_MODE_LOWER;
@@ -308,7 +301,9 @@ fn cholesky(a: &Buffer) -> Result<i32, Error> {
         };
         status("cusolverDnSpotrf")(code)
     })?;
-    Ok(buffer::download::<i32>(&info)?[0])
+    // A positive number is the first pivot that failed; arguments were right, or the call above
+    // would have said so.
+    Ok(buffer::download::<i32>(&info)?[0] == 0)
 }
 
 /// The column panels of the sweep: at most [`PANEL`] wide, cut at the groups' boundaries, and

@@ -5,25 +5,38 @@
 //! zeros counts as one that reaches -1 and 1. The scale is rounded to f16 first (up to its
 //! smallest positive value if it would vanish), and the rounded one is used throughout,
 //! because that is what readers multiply by.
+//!
+//! With a scale search, the range is multiplied by the one of `SCALE_FACTORS` whose grid loses
+//! least, `Σ M_kk² (w_k - q_k)²` over the group's columns: what an error in each of them costs the
+//! sweep (`gptq_solver::Grid::fit`). A group that loses as little with its plain range keeps that.
 
 use std::ops::Range;
 
 use burn::tensor::DType;
 use cubecl::prelude::*;
+use gptq_solver::{SCALE_FACTORS, Settings};
 use half::f16;
 
 use super::{
     buffer::{self, Buffer, array},
-    settings::Settings,
-    sweep::Swept,
+    sweep::{Swept, divide},
 };
 
 const UNITS: usize = 64;
 /// Columns read before the first of them is used.
 const AHEAD: usize = 8;
 const PLANE: usize = 32;
-/// The smallest positive f16, `2^-24`.
+/// The smallest positive f16, `2^-24`, and the largest.
 const TINY: f32 = 5.960_464_5e-8;
+const LARGEST: f32 = 65_504.0;
+/// Rows of a cube in the search.
+const ROWS: usize = 32;
+/// Units that share a row's factors and columns.
+const SLICES: usize = 8;
+/// Factors per unit.
+const EACH: usize = SCALE_FACTORS.len() / SLICES;
+/// Where the factors have 1, the plain range.
+const PLAIN: usize = 24;
 
 /// The f16-rounded scale of a range.
 #[cube]
@@ -35,7 +48,9 @@ fn scale_of(low: f32, high: f32, max_code: f32, #[comptime] symmetric: bool) -> 
     if range == 0.0 {
         range = f32::new(2.0);
     }
-    f32::cast_from(f16::cast_from(range / max_code)).max(f32::new(TINY))
+    f32::cast_from(f16::cast_from(range / max_code))
+        .max(f32::new(TINY))
+        .min(f32::new(LARGEST))
 }
 
 /// The zero point of a range with this scale.
@@ -109,6 +124,125 @@ fn parameters_kernel(
     }
 }
 
+/// As `parameters_kernel`, with a search: a cube is `ROWS` rows of a group by `SLICES` shares of
+/// the factors.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn search_kernel(
+    weight: &Array<f32>,
+    update: &Array<f32>,
+    position: &Array<u32>,
+    pivots: &Array<f32>,
+    factors: &Array<f32>,
+    scales: &mut Array<f32>,
+    zeros: &mut Array<f32>,
+    start: u32,
+    end: u32,
+    group_columns: u32,
+    rows: u32,
+    max_code: f32,
+    #[comptime] updated: bool,
+    #[comptime] gathered: bool,
+    #[comptime] symmetric: bool,
+) {
+    let mut lows = SharedMemory::<f32>::new(SLICES * ROWS);
+    let mut highs = SharedMemory::<f32>::new(SLICES * ROWS);
+    let mut losses = SharedMemory::<f32>::new(EACH * SLICES * ROWS);
+    let x = UNIT_POS_X as usize;
+    let y = UNIT_POS_Y as usize;
+    let rows = rows as usize;
+    // Units past the last row repeat it, so that all of them reach the barriers.
+    let row = (CUBE_POS_X as usize * ROWS + x).min(rows - 1);
+    let first = (start + CUBE_POS_Y * group_columns) as usize;
+    let last = (first + group_columns as usize).min(end as usize);
+
+    let mut low = f32::new(0.0);
+    let mut high = f32::new(0.0);
+    let mut column = first + y;
+    while column < last {
+        let mut at = column;
+        if comptime!(gathered) {
+            at = position[column] as usize;
+        }
+        let mut w = weight[at * rows + row];
+        if comptime!(updated) {
+            w += update[(column - start as usize) * rows + row];
+        }
+        low = low.min(w);
+        high = high.max(w);
+        column += SLICES;
+    }
+    lows[y * ROWS + x] = low;
+    highs[y * ROWS + x] = high;
+    sync_cube();
+    #[unroll]
+    for slice in 0..SLICES {
+        low = low.min(lows[slice * ROWS + x]);
+        high = high.max(highs[slice * ROWS + x]);
+    }
+    if low == 0.0 && high == 0.0 {
+        low = f32::new(-1.0);
+        high = f32::new(1.0);
+    }
+
+    let mut scale = Array::<f32>::new(EACH);
+    let mut reciprocal = Array::<f32>::new(EACH);
+    let mut zero = Array::<f32>::new(EACH);
+    let mut loss = Array::<f32>::new(EACH);
+    #[unroll]
+    for i in 0..EACH {
+        let factor = factors[i * SLICES + y];
+        let tried = scale_of(low * factor, high * factor, max_code, symmetric);
+        scale[i] = tried;
+        reciprocal[i] = 1.0 / tried;
+        zero[i] = zero_of(low * factor, high * factor, tried, max_code, symmetric);
+        loss[i] = f32::new(0.0);
+    }
+    let mut column = first;
+    while column < last {
+        let mut at = column;
+        if comptime!(gathered) {
+            at = position[column] as usize;
+        }
+        let mut w = weight[at * rows + row];
+        if comptime!(updated) {
+            w += update[(column - start as usize) * rows + row];
+        }
+        let pivot = pivots[at];
+        let cost = pivot * pivot;
+        #[unroll]
+        for i in 0..EACH {
+            let code = (divide(w, scale[i], reciprocal[i]).round() + zero[i])
+                .max(f32::new(0.0))
+                .min(max_code);
+            let error = w - scale[i] * (code - zero[i]);
+            loss[i] += cost * error * error;
+        }
+        column += 1;
+    }
+    #[unroll]
+    for i in 0..EACH {
+        losses[(i * SLICES + y) * ROWS + x] = loss[i];
+    }
+    sync_cube();
+    if y == 0 {
+        let mut best = losses[PLAIN * ROWS + x];
+        let mut factor = f32::new(1.0);
+        #[unroll]
+        for i in 0..EACH * SLICES {
+            if losses[i * ROWS + x] < best {
+                best = losses[i * ROWS + x];
+                factor = factors[i];
+            }
+        }
+        let chosen = scale_of(low * factor, high * factor, max_code, symmetric);
+        let group = first / group_columns as usize;
+        scales[group * rows + row] = chosen;
+        zeros[group * rows + row] =
+            zero_of(low * factor, high * factor, chosen, max_code, symmetric);
+    }
+}
+
 /// Rounds each group of a row to nearest: one plane per group.
 #[cube(launch_unchecked)]
 fn round_to_nearest_kernel(
@@ -161,41 +295,83 @@ pub(crate) enum Source<'a> {
     Original(&'a Buffer),
 }
 
+/// What a search for scales reads besides the weights.
+pub(crate) struct Search {
+    /// `M`'s diagonal, by position.
+    pivots: Buffer,
+    factors: Buffer,
+}
+
+impl Search {
+    pub(crate) fn new(pivots: &Buffer) -> Self {
+        Self {
+            pivots: pivots.clone(),
+            factors: buffer::upload(pivots, &SCALE_FACTORS.map(|f| f as f32), DType::F32),
+        }
+    }
+}
+
 /// Finds the parameters of the groups that start in `columns`, a range of whole groups of
-/// positions, or of original columns.
+/// positions, or of original columns; searched for where there is a `search`.
 pub(crate) fn parameters(
     swept: &Swept,
     source: Source<'_>,
     columns: Range<usize>,
     group_columns: usize,
     settings: Settings,
+    search: Option<&Search>,
 ) {
     let groups = columns.len().div_ceil(group_columns) as u32;
+    let rows = swept.rows as u32;
     let (update, position) = match source {
         Source::Positions(update) => (update, None),
         Source::Original(position) => (None, Some(position)),
     };
+    let max_code = f32::from(settings.bits.max_code());
     // SAFETY: columns stay inside the range, rows below `rows`; arguments that are switched
-    // off are not read.
+    // off are not read. In the search, shared indices stay below the arrays' lengths, pivots are
+    // read at positions, and factors below their count.
     unsafe {
-        parameters_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
-            &swept.weight.client,
-            CubeCount::new_2d((swept.rows as u32).div_ceil(UNITS as u32), groups),
-            CubeDim::new_1d(UNITS as u32),
-            array(&swept.weight),
-            array(update.unwrap_or(&swept.group_of)),
-            array(position.unwrap_or(&swept.group_of)),
-            array(&swept.scales),
-            array(&swept.zeros),
-            columns.start as u32,
-            columns.end as u32,
-            group_columns as u32,
-            swept.rows as u32,
-            settings.max_code(),
-            update.is_some(),
-            position.is_some(),
-            settings.symmetric,
-        );
+        match search {
+            None => parameters_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+                &swept.weight.client,
+                CubeCount::new_2d(rows.div_ceil(UNITS as u32), groups),
+                CubeDim::new_1d(UNITS as u32),
+                array(&swept.weight),
+                array(update.unwrap_or(&swept.group_of)),
+                array(position.unwrap_or(&swept.group_of)),
+                array(&swept.scales),
+                array(&swept.zeros),
+                columns.start as u32,
+                columns.end as u32,
+                group_columns as u32,
+                rows,
+                max_code,
+                update.is_some(),
+                position.is_some(),
+                settings.sym,
+            ),
+            Some(search) => search_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+                &swept.weight.client,
+                CubeCount::new_2d(rows.div_ceil(ROWS as u32), groups),
+                CubeDim::new_2d(ROWS as u32, SLICES as u32),
+                array(&swept.weight),
+                array(update.unwrap_or(&search.pivots)),
+                array(position.unwrap_or(&swept.group_of)),
+                array(&search.pivots),
+                array(&search.factors),
+                array(&swept.scales),
+                array(&swept.zeros),
+                columns.start as u32,
+                columns.end as u32,
+                group_columns as u32,
+                rows,
+                max_code,
+                update.is_some(),
+                position.is_some(),
+                settings.sym,
+            ),
+        }
     }
 }
 
@@ -204,7 +380,7 @@ pub(crate) fn parameters(
 pub(crate) fn round_to_nearest(weight: &Buffer, settings: Settings) -> Buffer {
     let [rows, columns] = [weight.meta.shape()[0], weight.meta.shape()[1]];
     let out = buffer::empty(weight, [rows, columns], DType::F16);
-    let groups = settings.groups(columns);
+    let groups = settings.group_size.groups(columns);
     let total = (rows * groups) as u32;
     // SAFETY: rows and columns stay inside the weight's shape.
     unsafe {
@@ -215,12 +391,23 @@ pub(crate) fn round_to_nearest(weight: &Buffer, settings: Settings) -> Buffer {
             array(weight),
             array(&out),
             columns as u32,
-            settings.group_columns(columns) as u32,
+            settings.group_size.columns(columns).min(columns) as u32,
             groups as u32,
             total,
-            settings.max_code(),
-            settings.symmetric,
+            f32::from(settings.bits.max_code()),
+            settings.sym,
         );
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_plain_range_is_among_the_factors() {
+        assert_eq!(SCALE_FACTORS[PLAIN] as f32, 1.0);
+        assert_eq!(EACH * SLICES, SCALE_FACTORS.len());
+    }
 }

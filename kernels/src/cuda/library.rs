@@ -2,7 +2,7 @@
 //!
 //! The libraries are opened at run time, so that one binary runs on machines with and
 //! without a GPU. cudarc panics when it first calls into a library that is not there:
-//! [`missing_library`] and [`device_count`] look first.
+//! [`missing_library`] and `device_count` look first.
 
 use cudarc::{cublas, cusolver, driver, nvrtc};
 
@@ -20,7 +20,7 @@ pub struct MissingLibrary {
 ///
 /// Looks for the driver first, then NVRTC, the toolkit's headers (the runtime under Burn
 /// compiles its kernels against them), cuBLAS and cuSOLVER.
-pub fn missing_library() -> Option<MissingLibrary> {
+pub(crate) fn missing_library() -> Option<MissingLibrary> {
     // SAFETY: each check opens the library and closes it again; their initialisers have no
     // preconditions.
     let present = unsafe {
@@ -62,13 +62,16 @@ pub fn missing_library() -> Option<MissingLibrary> {
         .map(|((library, package), _)| MissingLibrary { library, package })
 }
 
-/// How many CUDA devices there are; 0 without a driver.
-pub fn device_count() -> usize {
+/// How many CUDA devices the driver sees; an error, not a crash, without a driver.
+pub(crate) fn device_count() -> Result<usize, String> {
     // SAFETY: opens the driver's library and closes it again.
-    if !unsafe { driver::sys::is_culib_present() } || driver::result::init().is_err() {
-        return 0;
+    if !unsafe { driver::sys::is_culib_present() } {
+        return Err("libcuda.so is not installed".into());
     }
-    driver::result::device::get_count().map_or(0, |count| usize::try_from(count).unwrap_or(0))
+    driver::result::init()
+        .and_then(|()| driver::result::device::get_count())
+        .map(|count| usize::try_from(count).unwrap_or(0))
+        .map_err(|error| format!("the driver does not start ({error:?})"))
 }
 
 fn headers_present() -> bool {
@@ -85,10 +88,10 @@ mod tests {
         // SAFETY: see `device_count`.
         let driver = unsafe { driver::sys::is_culib_present() };
         if !driver {
-            assert_eq!(device_count(), 0);
+            assert!(device_count().is_err());
             assert_eq!(missing_library().map(|it| it.library), Some("libcuda.so.1"));
         }
-        if device_count() > 0 {
+        if device_count().is_ok_and(|count| count > 0) {
             assert_eq!(missing_library(), None);
         }
     }

@@ -24,9 +24,10 @@ mod factor;
 mod groups;
 mod pack;
 mod relative_error;
-mod settings;
 mod solve;
 mod sweep;
+
+mod engine;
 
 mod attention;
 mod embedding;
@@ -42,21 +43,19 @@ mod tests;
 pub use attention::causal_attention;
 pub use embedding::embedding;
 pub use error::Error;
-pub use factor::MAX_DAMPING;
+pub(crate) use error::run_guarded;
 pub use gram::{gram_add, gram_zeros};
-pub use library::{MissingLibrary, device_count, missing_library};
+pub use library::MissingLibrary;
+pub(crate) use library::{device_count, missing_library};
 pub use linear::linear;
 pub use norm::rms_norm;
-pub use pack::{Packed, dequantise};
+pub use pack::dequantise;
 pub use relative_error::relative_error;
 pub use rotary::rotary;
-pub use settings::{Settings, ZeroOffset};
-pub use solve::{Solution, SolveOptions, Solved, solve};
+pub use solve::solve;
 pub use swiglu::swiglu;
 
-/// The backend of every tensor here: f16 floats and i32 integers by default, no fusion, no
-/// autotuning.
-pub type Cuda = burn_cuda::Cuda<half::f16, i32>;
+pub use crate::device::Cuda;
 
 /// A CUDA device, by ordinal.
 pub type Device = burn_cuda::CudaDevice;

@@ -6,15 +6,16 @@
 //! 21 its low bit at the top of the second). `qweight` is packed along the input columns, in
 //! their original order, `qzeros` along the output rows.
 
-use burn::tensor::{DType, Int, Tensor};
-use cubecl::prelude::*;
+use burn::tensor::{DType, Tensor};
+use cubecl::{cuda::CudaRuntime, prelude::*};
+use gptq_format::{CheckpointFormat, PackedLinear};
+use gptq_solver::Settings;
 use half::f16;
 
 use super::{
-    Cuda,
+    Cuda, Device,
     buffer::{self, Buffer, array},
     error::Error,
-    settings::{Settings, ZeroOffset},
     sweep::Swept,
 };
 
@@ -154,17 +155,14 @@ fn unpack_kernel(
     }
 }
 
-/// A quantised linear layer's tensors, as a checkpoint holds them.
-#[derive(Debug, Clone)]
-pub struct Packed {
-    /// Codes, i32 `[in * bits / 32, out]`.
-    pub qweight: Tensor<Cuda, 2, Int>,
-    /// Zero points, i32 `[groups, out * bits / 32]`.
-    pub qzeros: Tensor<Cuda, 2, Int>,
-    /// Scales, f16 `[groups, out]`.
-    pub scales: Tensor<Cuda, 2>,
-    /// The group of each input column, i32 `[in]`.
-    pub g_idx: Tensor<Cuda, 1, Int>,
+/// A packed layer on its way to the host.
+pub(crate) struct Packed {
+    qweight: Buffer,
+    qzeros: Buffer,
+    scales: Buffer,
+    g_idx: Vec<i32>,
+    settings: Settings,
+    format: CheckpointFormat,
 }
 
 /// Packs the layer in rows `offset..offset + rows`. The caller has checked that `rows` and the
@@ -172,24 +170,24 @@ pub struct Packed {
 pub(crate) fn pack(
     swept: &Swept,
     position: &Buffer,
-    g_idx: Buffer,
+    g_idx: &[i32],
     [offset, rows]: [usize; 2],
     settings: Settings,
-    zero_offset: ZeroOffset,
+    format: CheckpointFormat,
 ) -> Packed {
     let columns = position.meta.shape()[0];
-    let groups = settings.groups(columns);
-    let bits = settings.bits as usize;
+    let groups = settings.group_size.groups(columns);
+    let bits = settings.bits.get();
     let new = |shape, dtype| buffer::empty(&swept.codes, shape, dtype);
-    let qweight = new([columns / RUN * bits, rows], DType::I32);
-    let qzeros = new([groups, rows / RUN * bits], DType::I32);
+    let qweight = new([columns / RUN * bits, rows], DType::U32);
+    let qzeros = new([groups, rows / RUN * bits], DType::U32);
     let scales = new([groups, rows], DType::F16);
     let client = &swept.codes.client;
     let cubes = |units: usize, y: usize| CubeCount::new_2d(units.div_ceil(UNITS) as u32, y as u32);
     let dim = CubeDim::new_1d(UNITS as u32);
     // SAFETY: rows stay below `offset + rows <= all_rows`, runs below the packed shapes.
     unsafe {
-        pack_weight_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+        pack_weight_kernel::launch_unchecked::<CudaRuntime>(
             client,
             cubes(rows, columns / RUN),
             dim,
@@ -201,7 +199,7 @@ pub(crate) fn pack(
             offset as u32,
             bits,
         );
-        pack_zeros_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+        pack_zeros_kernel::launch_unchecked::<CudaRuntime>(
             client,
             cubes(rows / RUN, groups),
             dim,
@@ -210,10 +208,10 @@ pub(crate) fn pack(
             (rows / RUN) as u32,
             swept.rows as u32,
             offset as u32,
-            u32::from(zero_offset == ZeroOffset::MinusOne),
+            u32::from(format.zero_offset()),
             bits,
         );
-        scales_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+        scales_kernel::launch_unchecked::<CudaRuntime>(
             client,
             cubes(rows, groups),
             dim,
@@ -225,55 +223,64 @@ pub(crate) fn pack(
         );
     }
     Packed {
-        qweight: buffer::into_int(qweight),
-        qzeros: buffer::into_int(qzeros),
-        scales: buffer::into_float(scales),
-        g_idx: buffer::into_int(g_idx),
+        qweight,
+        qzeros,
+        scales,
+        g_idx: g_idx.to_vec(),
+        settings,
+        format,
+    }
+}
+
+impl Packed {
+    /// The tensors on the host; waits for the device.
+    pub(crate) fn download(self) -> Result<PackedLinear, Error> {
+        Ok(PackedLinear {
+            bits: self.settings.bits,
+            in_features: self.g_idx.len(),
+            out_features: self.qweight.meta.shape()[1],
+            format: self.format,
+            qweight: buffer::download(&self.qweight)?,
+            qzeros: buffer::download(&self.qzeros)?,
+            scales: buffer::download(&self.scales)?,
+            g_idx: self.g_idx,
+        })
     }
 }
 
 /// The weights that a packed layer stands for: f16 `[out, in]`, `scale (code - zero)` rounded
-/// to f16. Act order needs nothing more: `g_idx` says the group of each column.
+/// to f16. Act order needs nothing more: `g_idx` says the group of each column. The caller has
+/// checked that its entries are groups.
 ///
 /// # Errors
 ///
-/// Other dtypes, bits other than 2, 3, 4 or 8, or shapes that do not fit together.
-pub fn dequantise(
-    packed: &Packed,
-    bits: u32,
-    zero_offset: ZeroOffset,
-) -> Result<Tensor<Cuda, 2>, Error> {
-    let [words, rows] = packed.qweight.dims();
-    let [groups, zero_words] = packed.qzeros.dims();
-    let [columns] = packed.g_idx.dims();
-    let wide = bits as usize;
-    if !matches!(bits, 2 | 3 | 4 | 8)
-        || columns % RUN != 0
+/// Lengths that do not fit together.
+pub fn dequantise(packed: &PackedLinear, device: &Device) -> Result<Tensor<Cuda, 2>, Error> {
+    let (rows, columns, bits) = (packed.out_features, packed.in_features, packed.bits.get());
+    let groups = packed.scales.len() / rows.max(1);
+    if columns % RUN != 0
         || rows % RUN != 0
-        || words != columns / RUN * wide
-        || zero_words != rows / RUN * wide
-        || packed.scales.dims() != [groups, rows]
+        || packed.qweight.len() != columns / RUN * bits * rows
+        || packed.qzeros.len() != rows / RUN * bits * groups
+        || packed.scales.len() != groups * rows
+        || packed.g_idx.len() != columns
     {
         return Err(Error::Shape {
             operation: "dequantise",
-            reason: format!(
-                "{bits} bits, qweight [{words}, {rows}], qzeros [{groups}, {zero_words}], \
-                 scales {:?}, g_idx [{columns}]",
-                packed.scales.dims()
-            ),
+            reason: format!("a packed linear [{rows}, {columns}] of {bits} bits"),
         });
     }
-    let of = "dequantise";
-    let qweight = buffer::int(of, "qweight", packed.qweight.clone(), DType::I32)?;
-    let qzeros = buffer::int(of, "qzeros", packed.qzeros.clone(), DType::I32)?;
-    let g_idx = buffer::int(of, "g_idx", packed.g_idx.clone(), DType::I32)?;
-    let scales = buffer::float(of, "scales", packed.scales.clone(), DType::F16)?;
-    let out = buffer::empty(&scales, [rows, columns], DType::F16);
-    // SAFETY: the shapes were checked against each other; the caller's g_idx holds groups
+    let client = CudaRuntime::client(device);
+    let out = buffer::empty_on(&client, device, [rows, columns], DType::F16);
+    let qweight = buffer::upload(&out, &packed.qweight, DType::U32);
+    let qzeros = buffer::upload(&out, &packed.qzeros, DType::U32);
+    let scales = buffer::upload(&out, &packed.scales, DType::F16);
+    let g_idx = buffer::upload(&out, &packed.g_idx, DType::I32);
+    // SAFETY: the lengths were checked against each other; the caller's g_idx holds groups
     // below `groups`.
     unsafe {
-        unpack_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
-            &out.client,
+        unpack_kernel::launch_unchecked::<CudaRuntime>(
+            &client,
             CubeCount::new_2d(rows.div_ceil(UNITS) as u32, (columns / RUN) as u32),
             CubeDim::new_1d(UNITS as u32),
             array(&qweight),
@@ -283,8 +290,8 @@ pub fn dequantise(
             array(&out),
             rows as u32,
             columns as u32,
-            u32::from(zero_offset == ZeroOffset::MinusOne),
-            wide,
+            u32::from(packed.format.zero_offset()),
+            bits,
         );
     }
     Ok(buffer::into_float(out))

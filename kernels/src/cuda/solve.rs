@@ -11,10 +11,12 @@
 //! before the panel's own sweep. A group wider than a panel gets its parameters from the same
 //! formula with the whole group as the block, solved as a triangular system.
 
-use std::ops::Range;
+use std::{ops::Range, time::Instant};
 
 use burn::tensor::{DType, Tensor};
 use cudarc::cublas::sys as cublas;
+use gptq_format::CheckpointFormat;
+use gptq_solver::Settings;
 
 use super::{
     Cuda,
@@ -23,96 +25,57 @@ use super::{
     buffer::{self, Buffer},
     error::Error,
     factor::{Factor, PANEL, block_inverses, factor, panels},
-    groups::{Source, parameters, round_to_nearest},
-    pack::{Packed, pack},
+    groups::{Search, Source, parameters, round_to_nearest},
+    pack::pack,
     relative_error::{Correlation, Measurement},
-    settings::{Settings, ZeroOffset},
     stream::{Failures, on_stream_later},
     sweep::{Swept, sweep},
 };
+use crate::{Hessian, Request, SolveTimes, Solved, Subset};
 
 /// Columns whose errors from before them are taken together.
 const STRETCH: usize = 8 * PANEL;
 
-/// A quantised linear layer.
-#[derive(Debug, Clone)]
-pub struct Solved {
-    /// The checkpoint's tensors.
-    pub packed: Packed,
-    /// What they stand for, f16 `[out, in]`.
-    pub weight: Tensor<Cuda, 2>,
-    /// `‖(W - Ŵ)X‖² / ‖WX‖²`, from the undamped Gram matrix.
-    pub relative_error: f64,
-    /// The same for rounding to nearest in the same groups.
-    pub rtn_error: f64,
-}
-
-/// What [`solve`] returns.
-#[derive(Debug, Clone)]
-pub struct Solution {
-    /// The layers, in the order given.
-    pub layers: Vec<Solved>,
-    /// The damping used, as a fraction of the mean diagonal.
-    pub damping: f64,
-    /// Input columns that are always zero.
-    pub dead_columns: usize,
-}
-
-/// How a subset's layers are solved together.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct SolveOptions {
-    /// Tokens accumulated in the Gram matrix; they only set a dead column's diagonal.
-    pub tokens: usize,
-    /// Whether columns are swept by descending diagonal.
-    pub activation_order: bool,
-    /// The damping to begin with, as a fraction of the mean diagonal.
-    pub damping: f64,
-    /// What is stored for a zero point.
-    pub zero_offset: ZeroOffset,
-}
-
 /// Quantises linear layers that share an input.
 ///
-/// `gram` is f32 `[in, in]`, of which the upper triangle is read; each layer's weight is f16
-/// `[out, in]`. Waits for the device: twice for the factor, once for the errors.
+/// `gram` is f32 `[in, in]`, of which the upper triangle is read; each weight is f16 `[out, in]`.
+/// Waits for the device: twice for the factor, once for the errors, and for each packed tensor.
 ///
 /// # Errors
 ///
-/// Dtypes, shapes or settings that do not fit, an asymmetric layer with
-/// [`ZeroOffset::MinusOne`], a Gram matrix without a factor, or a library's failure.
+/// Dtypes, shapes or settings that do not fit, a Gram matrix without a factor, or a library's
+/// failure.
 pub fn solve(
     gram: Tensor<Cuda, 2>,
-    layers: &[(Tensor<Cuda, 2>, Settings)],
-    options: SolveOptions,
-) -> Result<Solution, Error> {
+    hessian: Hessian,
+    requests: &[Request<Cuda>],
+    format: CheckpointFormat,
+) -> Result<Subset<Cuda>, Error> {
+    let started = Instant::now();
     let n = gram.dims()[0];
-    check(gram.dims(), layers, options)?;
+    check(gram.dims(), requests, format)?;
     let gram = buffer::float("solve", "gram", gram, DType::F32)?;
-    let weights = layers
+    let weights = requests
         .iter()
-        .map(|(weight, _)| buffer::float("solve", "weight", weight.clone(), DType::F16))
+        .map(|request| buffer::float("solve", "weight", request.weight.clone(), DType::F16))
         .collect::<Result<Vec<_>, _>>()?;
-    let factor = factor(
-        &gram,
-        options.tokens,
-        options.activation_order,
-        options.damping,
-    )?;
+    let factor = factor(&gram, hessian.act_order, hessian.damping)?;
+    let factored = Instant::now();
     let position = buffer::upload(&gram, &factor.columns.position, DType::U32);
     let diagonal = buffer::upload(&gram, &factor.columns.diagonal, DType::F32);
     let correlation = Correlation::new(&gram, &factor.columns.diagonal);
     drop(gram);
 
     let failures = Failures::default();
-    let mut measurement = Measurement::new(&position, layers.len());
-    let mut order = Vec::with_capacity(layers.len());
-    let mut solved = Vec::with_capacity(layers.len());
-    for (first, &(_, settings)) in layers.iter().enumerate() {
+    let mut measurement = Measurement::new(&position, requests.len());
+    let mut order = Vec::with_capacity(requests.len());
+    let mut unread = Vec::with_capacity(requests.len());
+    for (first, &Request { settings, .. }) in requests.iter().enumerate() {
         if order.contains(&first) {
             continue;
         }
-        let members: Vec<usize> = (first..layers.len())
-            .filter(|&at| layers[at].1 == settings)
+        let members: Vec<usize> = (first..requests.len())
+            .filter(|&at| requests[at].settings == settings)
             .collect();
         let rows = members.iter().map(|&at| weights[at].meta.shape()[0]).sum();
         let all = buffer::empty(&position, [n, rows], DType::F32);
@@ -128,49 +91,45 @@ pub fn solve(
             let weight = dequantise(&swept, &position, offset, rows);
             let nearest = round_to_nearest(&weights[at], settings);
             measurement.add(&correlation, &weights[at], [&weight, &nearest]);
-            let g_idx = buffer::upload(&position, &g_idx, DType::I32);
             let span = [offset, rows];
-            let packed = pack(
-                &swept,
-                &position,
-                g_idx,
-                span,
-                settings,
-                options.zero_offset,
-            );
-            solved.push((packed, buffer::into_float(weight)));
+            let packed = pack(&swept, &position, &g_idx, span, settings, format);
+            unread.push((packed, buffer::into_float(weight)));
             order.push(at);
             offset += rows;
         }
     }
     let errors = measurement.read()?;
     failures.check()?;
-    let mut finished: Vec<_> = order
-        .into_iter()
-        .zip(solved)
-        .zip(errors)
-        .map(|((at, (packed, weight)), [relative_error, rtn_error])| {
-            let layer = Solved {
-                packed,
-                weight,
-                relative_error,
-                rtn_error,
-            };
-            (at, layer)
-        })
-        .collect();
-    finished.sort_by_key(|&(at, _)| at);
-    Ok(Solution {
-        layers: finished.into_iter().map(|(_, layer)| layer).collect(),
+    let swept = Instant::now();
+    let mut solved = Vec::with_capacity(requests.len());
+    for ((at, (packed, weight)), [relative_error, rtn_error]) in
+        order.into_iter().zip(unread).zip(errors)
+    {
+        let layer = Solved {
+            packed: packed.download()?,
+            weight,
+            relative_error,
+            rtn_error,
+        };
+        solved.push((at, layer));
+    }
+    solved.sort_by_key(|&(at, _)| at);
+    Ok(Subset {
+        solved: solved.into_iter().map(|(_, layer)| layer).collect(),
         damping: factor.damping,
         dead_columns: factor.columns.dead,
+        times: SolveTimes {
+            factor: (factored - started).as_secs_f64(),
+            sweep: (swept - factored).as_secs_f64(),
+            pack: swept.elapsed().as_secs_f64(),
+        },
     })
 }
 
 fn check(
     [n, columns]: [usize; 2],
-    layers: &[(Tensor<Cuda, 2>, Settings)],
-    options: SolveOptions,
+    requests: &[Request<Cuda>],
+    format: CheckpointFormat,
 ) -> Result<(), Error> {
     let refuse = |reason| {
         Err(Error::Shape {
@@ -183,7 +142,7 @@ fn check(
             "a Gram matrix [{n}, {columns}]: not square, or not of a multiple of 32 columns"
         ));
     }
-    for (weight, settings) in layers {
+    for Request { weight, settings } in requests {
         let [out, inside] = weight.dims();
         if inside != n || !out.is_multiple_of(32) {
             return refuse(format!(
@@ -191,11 +150,11 @@ fn check(
                  rows"
             ));
         }
-        if !matches!(settings.bits, 2 | 3 | 4 | 8) || settings.group_size == Some(0) {
-            return refuse(format!("{settings:?}"));
+        if !settings.f16_scales {
+            return refuse("scales that are not rounded to f16".into());
         }
-        if !settings.symmetric && options.zero_offset == ZeroOffset::MinusOne {
-            return Err(Error::AsymmetricNeedsV2);
+        if !settings.sym && format.zero_offset() != 0 {
+            return refuse("asymmetric codes need checkpoint format gptq_v2".into());
         }
     }
     Ok(())
@@ -210,8 +169,10 @@ fn sweep_all(
     failures: &Failures,
 ) -> (Swept, Vec<i32>) {
     let [n, rows] = [weight.meta.shape()[0], weight.meta.shape()[1]];
-    let group = settings.group_columns(n);
-    let groups = settings.groups(n);
+    let group = settings.group_size.columns(n).min(n);
+    let groups = settings.group_size.groups(n);
+    let search = settings.scale_search.then(|| Search::new(&factor.pivots));
+    let search = search.as_ref();
     let by_original = settings.static_groups;
     let group_of: Vec<u32> = (0..n)
         .map(|at| {
@@ -238,7 +199,8 @@ fn sweep_all(
         rows,
     };
     if by_original {
-        parameters(&swept, Source::Original(position), 0..n, group, settings);
+        let source = Source::Original(position);
+        parameters(&swept, source, 0..n, group, settings, search);
     }
     let panels = panels(n, if by_original { PANEL } else { group });
     let inverses = block_inverses(factor, &panels);
@@ -260,7 +222,7 @@ fn sweep_all(
         }
         if !by_original && group > PANEL && panel.start.is_multiple_of(group) {
             let whole = panel.start..n.min(panel.start + group);
-            wide_group(factor, &swept, whole, settings, failures);
+            wide_group(factor, &swept, whole, settings, search, failures);
         }
         let update = (panel.start > 0).then_some(&update);
         if let Some(update) = update {
@@ -274,7 +236,7 @@ fn sweep_all(
         }
         if !by_original && group <= PANEL {
             let source = Source::Positions(update);
-            parameters(&swept, source, panel.clone(), group, settings);
+            parameters(&swept, source, panel.clone(), group, settings, search);
         }
         sweep(&swept, update, &inverses, block, panel, settings);
     }
@@ -334,14 +296,16 @@ fn wide_group(
     swept: &Swept,
     group: Range<usize>,
     settings: Settings,
+    search: Option<&Search>,
     failures: &Failures,
 ) {
+    let n = factor.columns.order.len();
+    let columns = settings.group_size.columns(n).min(n);
     if group.start == 0 {
-        let columns = group.len();
-        parameters(swept, Source::Positions(None), group, columns, settings);
+        let source = Source::Positions(None);
+        parameters(swept, source, group, columns, settings, search);
         return;
     }
-    let n = factor.columns.order.len();
     let rows = swept.rows;
     let update = buffer::empty(&swept.weight, [group.len(), rows], DType::F32);
     let from = 0..group.start;
@@ -387,5 +351,5 @@ fn wide_group(
         },
     );
     let source = Source::Positions(Some(&update));
-    parameters(swept, source, group, settings.group_columns(n), settings);
+    parameters(swept, source, group, columns, settings, search);
 }

@@ -63,7 +63,7 @@ pub(crate) fn on_stream<T: Send>(
     let target = Target::new(buffers);
     DeviceHandle::<Server>::new(target.device.to_id())
         .submit_blocking(move |server| target.run(server, call))
-        .map_err(|error| Error::Runtime(format!("{error:?}")))?
+        .map_err(|error| Error::runtime(&format!("{error:?}")))?
 }
 
 /// The first error of the calls that were submitted without waiting for them.
@@ -127,7 +127,7 @@ impl Target {
         for binding in self.bindings {
             let resource = server
                 .get_resource(binding, self.stream)
-                .map_err(|error| Error::Runtime(error.to_string()))?;
+                .map_err(|error| Error::runtime(&error.to_string()))?;
             resources.push(resource);
         }
         let pointers: Vec<u64> = resources.iter().map(|it| it.resource().ptr).collect();

@@ -14,11 +14,11 @@
 use std::ops::Range;
 
 use cubecl::prelude::*;
+use gptq_solver::Settings;
 
 use super::{
     buffer::{Buffer, array},
     factor::PANEL,
-    settings::Settings,
 };
 
 const UNITS: usize = 64;
@@ -31,7 +31,7 @@ const QUAD: usize = 4;
 /// the quotient (Markstein). A true division costs several times as long, and a bare product
 /// would break the ties that symmetric scales make common.
 #[cube]
-fn divide(w: f32, scale: f32, reciprocal: f32) -> f32 {
+pub(crate) fn divide(w: f32, scale: f32, reciprocal: f32) -> f32 {
     let quotient = w * reciprocal;
     let remainder = fma(-quotient, scale, w);
     fma(remainder, reciprocal, quotient)
@@ -202,7 +202,7 @@ pub(crate) fn sweep(
             panel.start as u32,
             panel.len() as u32,
             rows,
-            settings.max_code(),
+            f32::from(settings.bits.max_code()),
             u32::from(update.is_some()),
         );
     }

@@ -4,17 +4,11 @@ use burn::tensor::{DType, Tensor, TensorData};
 use cudarc::driver;
 use half::f16;
 
-use super::{
-    Cuda, Device,
-    buffer::Buffer,
-    error::Error,
-    library::{device_count, missing_library},
-    stream::on_stream,
-};
+use super::{Cuda, Device, buffer::Buffer, error::Error, stream::on_stream};
 
 /// The first device, or `None` with a line that says so.
 pub(crate) fn device() -> Option<Device> {
-    if device_count() == 0 || missing_library().is_some() {
+    if crate::Device::Cuda(0).resolve().is_err() {
         println!("skipped: no CUDA device");
         return None;
     }

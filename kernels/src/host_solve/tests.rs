@@ -7,6 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use super::*;
 use crate::Cpu;
 use gptq_format::{Bits, GroupSize};
+use gptq_solver::Settings;
 
 fn random(rng: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
     (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
@@ -196,7 +197,7 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
         act_order: true,
         damping: 0.01,
     };
-    let subset = Cpu::solve(gram, hessian, vec![request]).unwrap();
+    let subset = Cpu::solve(gram, hessian, vec![request], CheckpointFormat::Gptq).unwrap();
     let solved = &subset.solved[0];
     let dense = Cpu::matmul_nt(tensor(&x, [tokens, n]), tensor(&w, [out, n]));
     let quantised = Cpu::matmul_nt(tensor(&x, [tokens, n]), solved.weight.clone());
@@ -208,5 +209,7 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
         solved.relative_error
     );
     assert!(solved.relative_error < solved.rtn_error);
+    let unpacked = Cpu::dequantise(&solved.packed, &Default::default());
+    assert_eq!(values(unpacked), values(solved.weight.clone()));
     assert_eq!((subset.damping, subset.dead_columns), (0.01, 0));
 }

@@ -1,0 +1,89 @@
+//! The operations as the model and the solver call them.
+
+use burn::tensor::{DType, Int, Tensor};
+use cudarc::driver::CudaContext;
+use gptq_format::{CheckpointFormat, PackedLinear};
+use gptq_solver::SolverError;
+
+use super::{
+    Cuda, Device,
+    error::{Error, fail},
+};
+use crate::{Engine, Hessian, Request, SolveError, Subset, attention};
+
+impl Engine for Cuda {
+    const COMPUTE: DType = DType::F16;
+    const CHUNK_TOKENS: usize = 16_384;
+
+    fn matmul_nt(x: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        super::linear(x, w).unwrap_or_else(|error| fail(error))
+    }
+
+    fn embed(ids: Tensor<Self, 1, Int>, table: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        super::embedding(ids, table).unwrap_or_else(|error| fail(error))
+    }
+
+    fn rms_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, eps: f64) -> Tensor<Self, 2> {
+        super::rms_norm(x, weight, eps).unwrap_or_else(|error| fail(error))
+    }
+
+    fn rotary(x: Tensor<Self, 4>, cos: Tensor<Self, 2>, sin: Tensor<Self, 2>) -> Tensor<Self, 4> {
+        super::rotary(x, cos, sin).unwrap_or_else(|error| fail(error))
+    }
+
+    fn causal_attention(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+    ) -> Tensor<Self, 3> {
+        let dim = q.dims()[3];
+        if !dim.is_multiple_of(16) || dim > 256 {
+            // Shapes that no known model has; the kernel's tiles do not.
+            return attention::causal_attention(q, k, v);
+        }
+        super::causal_attention(q, k, v).unwrap_or_else(|error| fail(error))
+    }
+
+    fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        super::swiglu(gate, up).unwrap_or_else(|error| fail(error))
+    }
+
+    fn gram_zeros(in_features: usize, device: &Device) -> Tensor<Self, 2> {
+        super::gram_zeros(in_features, device).unwrap_or_else(|error| fail(error))
+    }
+
+    fn gram_add(gram: Tensor<Self, 2>, x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        super::gram_add(gram, x).unwrap_or_else(|error| fail(error))
+    }
+
+    fn solve(
+        gram: Tensor<Self, 2>,
+        hessian: Hessian,
+        requests: Vec<Request<Self>>,
+        format: CheckpointFormat,
+    ) -> Result<Subset<Self>, SolveError> {
+        super::solve(gram, hessian, &requests, format).map_err(|error| match error {
+            Error::NotFinite { column } => SolverError::NonFiniteGram {
+                row: column,
+                col: column,
+            }
+            .into(),
+            Error::NotPositiveDefinite { damping } => {
+                SolverError::NotPositiveDefinite { tried: damping }.into()
+            }
+            error => fail(error),
+        })
+    }
+
+    fn dequantise(packed: &PackedLinear, device: &Device) -> Tensor<Self, 2> {
+        super::dequantise(packed, device).unwrap_or_else(|error| fail(error))
+    }
+
+    fn free_memory(device: &Device) -> Option<u64> {
+        let context = CudaContext::new(device.index).ok()?;
+        let (free, _) = context.mem_get_info().ok()?;
+        // The last owner's drop would tear down the context that Burn works in, or is about to.
+        std::mem::forget(context);
+        Some(free as u64)
+    }
+}

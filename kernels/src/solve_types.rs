@@ -1,0 +1,74 @@
+//! What a solve is asked for and what comes of it, on any engine.
+
+use burn::tensor::Tensor;
+use gptq_format::{FormatError, PackedLinear};
+use gptq_solver::{Settings, SolverError};
+use thiserror::Error;
+
+use crate::Engine;
+
+/// How the shared Hessian is prepared.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Hessian {
+    /// Solve columns by descending diagonal.
+    pub act_order: bool,
+    /// Damping as a fraction of the mean diagonal.
+    pub damping: f64,
+}
+
+/// One linear to quantise.
+#[derive(Clone, Debug)]
+pub struct Request<B: Engine> {
+    /// `[out, in]`, compute dtype.
+    pub weight: Tensor<B, 2>,
+    /// Its settings.
+    pub settings: Settings,
+}
+
+/// One quantised linear.
+#[derive(Clone, Debug)]
+pub struct Solved<B: Engine> {
+    /// The checkpoint's tensors, on the host.
+    pub packed: PackedLinear,
+    /// The dequantised weights `[out, in]`, compute dtype.
+    pub weight: Tensor<B, 2>,
+    /// `‖(W - Q)X‖² / ‖WX‖²` on the calibration inputs, undamped.
+    pub relative_error: f64,
+    /// The same for round to nearest.
+    pub rtn_error: f64,
+}
+
+/// What came of a set of linears with one input.
+#[derive(Clone, Debug)]
+pub struct Subset<B: Engine> {
+    /// In the order of the requests.
+    pub solved: Vec<Solved<B>>,
+    /// The damping that succeeded.
+    pub damping: f64,
+    /// Inputs that are always zero.
+    pub dead_columns: usize,
+    /// Where the time went.
+    pub times: SolveTimes,
+}
+
+/// Seconds of a solve, measured where it waits for the device anyway.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SolveTimes {
+    /// Ordering, damping and factoring the Gram matrix; on a device, also whatever was queued before.
+    pub factor: f64,
+    /// Grids, codes and output errors.
+    pub sweep: f64,
+    /// Packing, and bringing the packed tensors to the host.
+    pub pack: f64,
+}
+
+/// Why a solve failed, short of a failing device.
+#[derive(Debug, Error)]
+pub enum SolveError {
+    /// The numbers do not allow it.
+    #[error(transparent)]
+    Solver(#[from] SolverError),
+    /// The result cannot be stored in the format asked for.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+}
