@@ -23,7 +23,8 @@ fn meditron() -> ModelConfig {
     .unwrap()
 }
 
-const HEAD: &str = "[model]\nsource = \"m\"\n[calibration]\nsource = \"c.json\"\n[output]\ndir = \"out\"\n";
+const HEAD: &str =
+    "[model]\nsource = \"m\"\n[calibration]\nsource = \"c.json\"\n[output]\ndir = \"out\"\n";
 
 fn plan(rest: &str) -> Result<Plan, String> {
     let text = format!("{HEAD}{rest}");
@@ -58,7 +59,10 @@ fn every_recipe_in_configs_plans() {
 
 #[test]
 fn the_published_matrix_has_the_published_sizes() {
-    let path = configs().into_iter().find(|p| p.ends_with("meditron-7b.toml")).unwrap();
+    let path = configs()
+        .into_iter()
+        .find(|p| p.ends_with("meditron-7b.toml"))
+        .unwrap();
     let plan = Plan::for_config(&Recipe::read(&path).unwrap(), meditron()).unwrap();
     let published = [
         ("main", 3.90, true),
@@ -75,7 +79,10 @@ fn the_published_matrix_has_the_published_sizes() {
         // The table is rounded to 0.005 GB and counts 2.7 MB of zero biases that are not written.
         assert!((size / gigabytes - 1.0).abs() < 0.002, "{name}: {size}");
         let loads = branch.clients(&plan.config).into_iter();
-        let loads: Vec<Client> = loads.filter(|s| s.verdict.is_ok()).map(|s| s.client).collect();
+        let loads: Vec<Client> = loads
+            .filter(|s| s.verdict.is_ok())
+            .map(|s| s.client)
+            .collect();
         assert_eq!(loads.contains(&Client::ExLlama), exllama, "{name}");
         assert!(loads.contains(&Client::VllmMarlin), "{name}");
     }
@@ -91,10 +98,19 @@ fn defaults_fill_in_what_a_branch_leaves_out() {
     )
     .unwrap();
     let [a, b] = &plan.branches[..] else { panic!() };
-    assert_eq!((a.bits, a.group_size, a.desc_act), (Bits::Four, GroupSize::Columns(64), true));
-    assert_eq!((b.bits, b.group_size, b.desc_act), (Bits::Eight, GroupSize::Row, false));
+    assert_eq!(
+        (a.bits, a.group_size, a.desc_act),
+        (Bits::Four, GroupSize::Columns(64), true)
+    );
+    assert_eq!(
+        (b.bits, b.group_size, b.desc_act),
+        (Bits::Eight, GroupSize::Row, false)
+    );
     assert_eq!((a.damp_percent, a.preset), (0.01, Preset::Autogptq));
-    assert_eq!((a.format(), b.format()), (CheckpointFormat::Gptq, CheckpointFormat::GptqV2));
+    assert_eq!(
+        (a.format(), b.format()),
+        (CheckpointFormat::Gptq, CheckpointFormat::GptqV2)
+    );
     assert_eq!(plan.calibration.samples, 128);
 }
 
@@ -108,7 +124,10 @@ fn overrides_change_or_skip_the_modules_they_match() {
     .unwrap();
     let branch = &plan.branches[0];
     let down = branch.module("model.layers.1.mlp.down_proj").unwrap();
-    assert_eq!((down.bits, down.group_size), (Bits::Eight, GroupSize::Columns(32)));
+    assert_eq!(
+        (down.bits, down.group_size),
+        (Bits::Eight, GroupSize::Columns(32))
+    );
     assert!(branch.module("model.layers.0.self_attn.k_proj").is_none());
     assert!(branch.module("model.layers.1.self_attn.k_proj").is_some());
     // Readers are told the same, in their own notation.
@@ -117,9 +136,15 @@ fn overrides_change_or_skip_the_modules_they_match() {
         let ours = branch.module(&module).map(|s| (s.bits, s.group_size));
         assert_eq!(written.module(&module).unwrap(), ours, "{module}");
     }
-    assert_eq!(written.module("model.layers.0.self_attn.k_proj").unwrap(), None);
+    assert_eq!(
+        written.module("model.layers.0.self_attn.k_proj").unwrap(),
+        None
+    );
     let clients = branch.clients(&plan.config).into_iter();
-    let clients: Vec<Client> = clients.filter(|s| s.verdict.is_ok()).map(|s| s.client).collect();
+    let clients: Vec<Client> = clients
+        .filter(|s| s.verdict.is_ok())
+        .map(|s| s.client)
+        .collect();
     assert!(clients.contains(&Client::GptqModel) && !clients.contains(&Client::ExLlama));
 }
 
@@ -143,22 +168,82 @@ fn globs_match_whole_names() {
 fn what_is_wrong_is_refused_with_its_place_and_what_would_be_valid() {
     let branch = "[[branch]]\nname = \"a\"\nbits = 4\n";
     for (rest, place, words) in [
-        (format!("{branch}speed = 3\n"), "r.toml:10:1", &["unknown field `speed`", "bits"][..]),
-        ("[[branch]]\nname = \"a\"\nbits = 5\n".into(), "r.toml:9:8", &["2, 3, 4, 8"]),
-        ("[[branch]]\nname = \"a\"\n".into(), "r.toml:7:1", &["bits is set neither"]),
-        (format!("{branch}{branch}"), "r.toml:11:8", &["second branch named \"a\""]),
-        (format!("{branch}group_size = 96\n"), "r.toml:10:14", &["does not divide the 256", "-1, 32, 64"]),
-        (format!("{branch}group_size = 0\n"), "r.toml:10:14", &["neither -1 nor positive"]),
-        (format!("{branch}damp_percent = 7.0\n"), "r.toml:10:16", &["between 0 and 1"]),
-        ("[[branch]]\nname = \"../up\"\nbits = 4\n".into(), "r.toml:8:8", &["not safe", "letters"]),
-        ("[[branch]]\nname = \"main.partial\"\nbits = 4\n".into(), "r.toml:8:8", &["not safe"]),
+        (
+            format!("{branch}speed = 3\n"),
+            "r.toml:10:1",
+            &["unknown field `speed`", "bits"][..],
+        ),
+        (
+            "[[branch]]\nname = \"a\"\nbits = 5\n".into(),
+            "r.toml:9:8",
+            &["2, 3, 4, 8"],
+        ),
+        (
+            "[[branch]]\nname = \"a\"\n".into(),
+            "r.toml:7:1",
+            &["bits is set neither"],
+        ),
+        (
+            format!("{branch}{branch}"),
+            "r.toml:11:8",
+            &["second branch named \"a\""],
+        ),
+        (
+            format!("{branch}group_size = 96\n"),
+            "r.toml:10:14",
+            &["does not divide the 256", "-1, 32, 64"],
+        ),
+        (
+            format!("{branch}group_size = 0\n"),
+            "r.toml:10:14",
+            &["neither -1 nor positive"],
+        ),
+        (
+            format!("{branch}damp_percent = 7.0\n"),
+            "r.toml:10:16",
+            &["between 0 and 1"],
+        ),
+        (
+            "[[branch]]\nname = \"../up\"\nbits = 4\n".into(),
+            "r.toml:8:8",
+            &["not safe", "letters"],
+        ),
+        (
+            "[[branch]]\nname = \"main.partial\"\nbits = 4\n".into(),
+            "r.toml:8:8",
+            &["not safe"],
+        ),
         (String::new(), "r.toml:1:1", &["no [[branch]]"]),
-        (format!("{branch}[[branch.override]]\nmatch = \"*.lm\"\n"), "r.toml:11:9", &["matches no linear", "down_proj"]),
-        (format!("{branch}[[branch.override]]\nmatch = \"*.up_proj\"\nskip = true\nbits = 8\n"), "r.toml:11:9", &["keep one"]),
-        (format!("{branch}[[branch.override]]\nmatch = \"*\"\nskip = true\n"), "r.toml:7:1", &["nothing is left"]),
-        (format!("{branch}[[branch.override]]\nmatch = \"*.down_proj\"\ngroup_size = 512\n"), "r.toml:12:14", &["768"]),
-        (format!("{branch}[evaluation]\ntext = 4\n"), "r.toml:11:8", &["invalid type"]),
-        (format!("{branch}preset = \"fast\"\n"), "r.toml:10:10", &["autogptq", "standard"]),
+        (
+            format!("{branch}[[branch.override]]\nmatch = \"*.lm\"\n"),
+            "r.toml:11:9",
+            &["matches no linear", "down_proj"],
+        ),
+        (
+            format!("{branch}[[branch.override]]\nmatch = \"*.up_proj\"\nskip = true\nbits = 8\n"),
+            "r.toml:11:9",
+            &["keep one"],
+        ),
+        (
+            format!("{branch}[[branch.override]]\nmatch = \"*\"\nskip = true\n"),
+            "r.toml:7:1",
+            &["nothing is left"],
+        ),
+        (
+            format!("{branch}[[branch.override]]\nmatch = \"*.down_proj\"\ngroup_size = 512\n"),
+            "r.toml:12:14",
+            &["768"],
+        ),
+        (
+            format!("{branch}[evaluation]\ntext = 4\n"),
+            "r.toml:11:8",
+            &["invalid type"],
+        ),
+        (
+            format!("{branch}preset = \"fast\"\n"),
+            "r.toml:10:10",
+            &["autogptq", "standard"],
+        ),
     ] {
         let error = plan(&rest).expect_err(&rest);
         assert!(error.starts_with(place), "{rest}\n{error}");
@@ -166,17 +251,44 @@ fn what_is_wrong_is_refused_with_its_place_and_what_would_be_valid() {
         assert!(!error.contains('\n'), "one line: {error}");
     }
     for (text, place, word) in [
-        (HEAD.replace("\"c.json\"", "\"c.json\"\nrows = \"9:3\""), "r.toml:5:8", "0:1000"),
-        (HEAD.replace("\"c.json\"", "\"c.json\"\nsamples = 0"), "r.toml:5:11", "between 1"),
-        (HEAD.replace("\"c.json\"", "\"c.json\"\ntemplate = \"x\""), "r.toml:5:12", "names no column"),
-        (HEAD.replace("\"c.json\"", "\"c.json\"\nsampling = \"best\""), "r.toml:5:12", "random-windows"),
-        (HEAD.replace("\"out\"", "\"out\"\nshard_size = \"4 apples\""), "r.toml:7:14", "4GB"),
-        (HEAD.replace("\"m\"", "\"m\"\ndtype = \"f8\""), "r.toml:3:9", "f16"),
+        (
+            HEAD.replace("\"c.json\"", "\"c.json\"\nrows = \"9:3\""),
+            "r.toml:5:8",
+            "0:1000",
+        ),
+        (
+            HEAD.replace("\"c.json\"", "\"c.json\"\nsamples = 0"),
+            "r.toml:5:11",
+            "between 1",
+        ),
+        (
+            HEAD.replace("\"c.json\"", "\"c.json\"\ntemplate = \"x\""),
+            "r.toml:5:12",
+            "names no column",
+        ),
+        (
+            HEAD.replace("\"c.json\"", "\"c.json\"\nsampling = \"best\""),
+            "r.toml:5:12",
+            "random-windows",
+        ),
+        (
+            HEAD.replace("\"out\"", "\"out\"\nshard_size = \"4 apples\""),
+            "r.toml:7:14",
+            "4GB",
+        ),
+        (
+            HEAD.replace("\"m\"", "\"m\"\ndtype = \"f8\""),
+            "r.toml:3:9",
+            "f16",
+        ),
     ] {
         let recipe = Recipe::parse(Path::new("r.toml"), format!("{text}{branch}"));
         let result = recipe.and_then(|recipe| Plan::for_config(&recipe, tiny()));
         let error = result.expect_err(&text).to_string();
-        assert!(error.starts_with(place) && error.contains(word), "{text}\n{error}");
+        assert!(
+            error.starts_with(place) && error.contains(word),
+            "{text}\n{error}"
+        );
     }
 }
 
@@ -195,5 +307,9 @@ fn no_local_path_becomes_a_models_name() {
     assert_eq!(public_name("epfl-llm/meditron-7b"), "epfl-llm/meditron-7b");
     assert_eq!(public_name("/data/secret/meditron-7b"), "meditron-7b");
     assert_eq!(public_name("./m"), "m");
-    assert_eq!(public_name("src/plan.rs"), "plan.rs", "it exists, so it is a path");
+    assert_eq!(
+        public_name("src/plan.rs"),
+        "plan.rs",
+        "it exists, so it is a path"
+    );
 }
