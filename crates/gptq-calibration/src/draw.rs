@@ -85,7 +85,7 @@ impl Calibration {
         settings: &CalibrationSettings,
         tokenizer: &TextTokenizer,
     ) -> Result<Self, CalibrationError> {
-        let (rows, source_sha256) = source::read_rows(&settings.source, settings.rows)?;
+        let source::Rows { rows, sha256 } = source::read_rows(&settings.source, settings.rows)?;
         let documents = rows
             .iter()
             .map(|(index, row)| settings.template.render(*index, row))
@@ -101,7 +101,7 @@ impl Calibration {
             windows,
             manifest: Manifest {
                 source: name.to_string_lossy().into_owned(),
-                source_sha256,
+                source_sha256: sha256,
                 rows: settings.rows.to_string(),
                 row_count: rows.len(),
                 template: settings.template.as_str().to_owned(),

@@ -45,19 +45,22 @@ impl fmt::Display for RowRange {
     }
 }
 
-/// Rows of a JSON file that holds one list of objects, numbered from the start of the file, with
-/// the file's SHA-256.
-pub(crate) fn read_rows(
-    path: &Path,
-    range: RowRange,
-) -> Result<(Vec<(usize, Map<String, Value>)>, String), CalibrationError> {
+/// Rows of a file.
+pub(crate) struct Rows {
+    /// Each with its number from the start of the file.
+    pub rows: Vec<(usize, Map<String, Value>)>,
+    /// SHA-256 of the file.
+    pub sha256: String,
+}
+
+/// Rows of a JSON file that holds one list of objects.
+pub(crate) fn read_rows(path: &Path, range: RowRange) -> Result<Rows, CalibrationError> {
     let bytes = fs::read(path).map_err(CalibrationError::io(path))?;
-    let malformed = |reason: String| CalibrationError::Malformed {
-        path: path.into(),
-        reason,
-    };
-    let rows: Vec<Map<String, Value>> = serde_json::from_slice(&bytes)
-        .map_err(|e| malformed(format!("not a JSON list of objects: {e}")))?;
+    let rows: Vec<Map<String, Value>> =
+        serde_json::from_slice(&bytes).map_err(|e| CalibrationError::Malformed {
+            path: path.into(),
+            reason: format!("not a JSON list of objects: {e}"),
+        })?;
     let available = rows.len();
     let end = range.end.unwrap_or(available).min(available);
     if range.start >= end {
@@ -67,8 +70,10 @@ pub(crate) fn read_rows(
         });
     }
     let rows = rows.into_iter().enumerate();
-    let rows = rows.take(end).skip(range.start).collect();
-    Ok((rows, sha256(&bytes)))
+    Ok(Rows {
+        rows: rows.take(end).skip(range.start).collect(),
+        sha256: sha256(&bytes),
+    })
 }
 
 /// Lower-case hexadecimal SHA-256.

@@ -30,19 +30,16 @@ impl Recipe {
     /// Applies the command line. Errors on a branch the recipe does not have.
     pub fn apply(&mut self, overrides: RecipeOverrides) -> Result<(), RecipeError> {
         let file = &mut self.file;
-        let names: Vec<&str> = file
+        let known: Vec<String> = file
             .branch
             .iter()
-            .map(|branch| branch.get_ref().name.get_ref().as_str())
+            .map(|branch| branch.get_ref().name.get_ref().clone())
             .collect();
-        if let Some(unknown) = overrides
-            .branches
-            .iter()
-            .find(|b| !names.contains(&b.as_str()))
-        {
-            return Err(RecipeError::Unreadable {
+        if let Some(name) = overrides.branches.iter().find(|b| !known.contains(b)) {
+            return Err(RecipeError::NoSuchBranch {
                 path: self.path.clone(),
-                reason: format!("no branch {unknown:?}; it has: {}", names.join(", ")),
+                name: name.clone(),
+                known,
             });
         }
         if !overrides.branches.is_empty() {

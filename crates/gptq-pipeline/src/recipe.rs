@@ -26,6 +26,12 @@ pub struct Recipe {
 pub enum RecipeError {
     #[error("{}: cannot read the recipe: {reason}", path.display())]
     Unreadable { path: PathBuf, reason: String },
+    #[error("{}: no branch {name:?}; it has: {}", path.display(), known.join(", "))]
+    NoSuchBranch {
+        path: PathBuf,
+        name: String,
+        known: Vec<String>,
+    },
     #[error("{}:{line}:{column}: {reason}", path.display())]
     Invalid {
         path: PathBuf,

@@ -143,7 +143,9 @@ mod tests {
     fn a_searched_grid_never_costs_more_than_the_plain_one() {
         for seed in 0..50u32 {
             let weights = (0..32u32).map(|i| {
-                let x = f64::from(i.wrapping_mul(2654435761).wrapping_add(seed * 97) % 1000) / 500.0 - 1.0;
+                let x = f64::from(i.wrapping_mul(2654435761).wrapping_add(seed * 97) % 1000)
+                    / 500.0
+                    - 1.0;
                 (x * x * x, 1.0 + f64::from(i))
             });
             for sym in [true, false] {

@@ -25,8 +25,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // One line: the libraries' messages name the thing and the remedy.
-            eprintln!("gptq: {error:#}");
+            // One line: a library's message names the thing and the remedy, and holds its source's.
+            eprintln!("gptq: {error}");
             ExitCode::FAILURE
         }
     }

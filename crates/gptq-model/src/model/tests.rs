@@ -9,6 +9,8 @@ use gptq_kernels::Cpu;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
+use burn::tensor::s;
+
 use super::*;
 use crate::Stage;
 
@@ -93,10 +95,10 @@ fn the_tap_shows_what_the_linears_receive() {
     // The first token of a window attends to itself alone: its activation is its value.
     let x = block.input(Stage::Qkv, &before);
     let after_qkv = block.advance(Stage::Qkv, before.clone());
-    let value = product(Projection::V, &x).slice([0..1]); // two key heads of 64
+    let value = product(Projection::V, &x).slice(s![0..1]); // two key heads of 64
     let heads = [0, 0, 1, 1].map(|kv| value.clone().slice([0..1, kv * 64..kv * 64 + 64]));
     let x = block.input(Stage::AttentionOut, &after_qkv);
-    close(x.clone().slice([0..1]), Tensor::cat(heads.to_vec(), 1));
+    close(x.clone().slice(s![0..1]), Tensor::cat(heads.to_vec(), 1));
 
     let after_o = block.advance(Stage::AttentionOut, after_qkv.clone());
     close(

@@ -1,1 +1,315 @@
-//! x
+//! What recipes mean, and what is refused, with its place.
+
+use gptq_format::Client;
+use serde_json::json;
+
+use super::*;
+
+fn tiny() -> ModelConfig {
+    ModelConfig::from_json(json!({
+        "model_type": "llama", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096,
+        "max_position_embeddings": 2048
+    }))
+    .unwrap()
+}
+
+fn meditron() -> ModelConfig {
+    ModelConfig::from_json(json!({
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32017,
+        "max_position_embeddings": 2048
+    }))
+    .unwrap()
+}
+
+const HEAD: &str =
+    "[model]\nsource = \"m\"\n[calibration]\nsource = \"c.json\"\n[output]\ndir = \"out\"\n";
+
+fn plan(rest: &str) -> Result<Plan, String> {
+    let text = format!("{HEAD}{rest}");
+    let recipe = Recipe::parse(Path::new("r.toml"), text).map_err(|e| e.to_string())?;
+    Plan::for_config(&recipe, tiny()).map_err(|e| e.to_string())
+}
+
+fn configs() -> Vec<PathBuf> {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs");
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    paths.sort();
+    paths
+}
+
+#[test]
+fn every_recipe_in_configs_plans() {
+    let paths = configs();
+    assert!(paths.len() >= 2);
+    for path in paths {
+        let recipe = Recipe::read(&path).unwrap();
+        let config = match path.ends_with("tiny.toml") {
+            true => tiny(),
+            false => meditron(),
+        };
+        let plan = Plan::for_config(&recipe, config).unwrap();
+        assert!(!plan.branches.is_empty(), "{}", path.display());
+    }
+}
+
+#[test]
+fn the_published_matrix_has_the_published_sizes() {
+    let path = configs()
+        .into_iter()
+        .find(|p| p.ends_with("meditron-7b.toml"))
+        .unwrap();
+    let plan = Plan::for_config(&Recipe::read(&path).unwrap(), meditron()).unwrap();
+    let published = [
+        ("main", 3.90, true),
+        ("gptq-4bit-32g-actorder_True", 4.28, true),
+        ("gptq-8bit--1g-actorder_True", 7.01, false),
+        ("gptq-8bit-128g-actorder_True", 7.16, false),
+        ("gptq-8bit-32g-actorder_True", 7.62, false),
+        ("gptq-4bit-64g-actorder_True", 4.02, true),
+    ];
+    assert_eq!(plan.branches.len(), published.len());
+    for (branch, (name, gigabytes, exllama)) in plan.branches.iter().zip(published) {
+        assert_eq!(branch.name, name);
+        let size = branch.bytes(&plan.config) as f64 / 1e9;
+        // The table is rounded to 0.005 GB and counts 2.7 MB of zero biases that are not written.
+        assert!((size / gigabytes - 1.0).abs() < 0.002, "{name}: {size}");
+        let loads = branch.clients(&plan.config).into_iter();
+        let loads: Vec<Client> = loads
+            .filter(|s| s.verdict.is_ok())
+            .map(|s| s.client)
+            .collect();
+        assert_eq!(loads.contains(&Client::ExLlama), exllama, "{name}");
+        assert!(loads.contains(&Client::VllmMarlin), "{name}");
+    }
+    assert_eq!(plan.tokens(), 128 * 4096);
+    assert!(plan.warnings[0].contains("4096") && plan.warnings[0].contains("2048"));
+}
+
+#[test]
+fn defaults_fill_in_what_a_branch_leaves_out() {
+    let plan = plan(
+        "[defaults]\nbits = 4\ngroup_size = 64\ndamp_percent = 0.01\npreset = \"autogptq\"\n\
+         [[branch]]\nname = \"a\"\n[[branch]]\nname = \"b\"\nbits = 8\ngroup_size = -1\ndesc_act = false\nsym = false\n",
+    )
+    .unwrap();
+    let [a, b] = &plan.branches[..] else { panic!() };
+    assert_eq!(
+        (a.bits, a.group_size, a.desc_act),
+        (Bits::Four, GroupSize::Columns(64), true)
+    );
+    assert_eq!(
+        (b.bits, b.group_size, b.desc_act),
+        (Bits::Eight, GroupSize::Row, false)
+    );
+    assert_eq!((a.damp_percent, a.preset), (0.01, Preset::Autogptq));
+    assert_eq!(
+        (a.format(), b.format()),
+        (CheckpointFormat::Gptq, CheckpointFormat::GptqV2)
+    );
+    assert_eq!(plan.calibration.samples, 128);
+}
+
+#[test]
+fn overrides_change_or_skip_the_modules_they_match() {
+    let plan = plan(
+        "[[branch]]\nname = \"a\"\nbits = 4\n\
+         [[branch.override]]\nmatch = \"*.down_proj\"\nbits = 8\ngroup_size = 32\n\
+         [[branch.override]]\nmatch = \"model.layers.0.*.k_proj\"\nskip = true\n",
+    )
+    .unwrap();
+    let branch = &plan.branches[0];
+    let down = branch.module("model.layers.1.mlp.down_proj").unwrap();
+    assert_eq!(
+        (down.bits, down.group_size),
+        (Bits::Eight, GroupSize::Columns(32))
+    );
+    assert!(branch.module("model.layers.0.self_attn.k_proj").is_none());
+    assert!(branch.module("model.layers.1.self_attn.k_proj").is_some());
+    // Readers are told the same, in their own notation.
+    let written = branch.quantize_config("m");
+    for (module, ..) in branch.quantised_modules(&plan.config) {
+        let ours = branch.module(&module).map(|s| (s.bits, s.group_size));
+        assert_eq!(written.module(&module).unwrap(), ours, "{module}");
+    }
+    assert_eq!(
+        written.module("model.layers.0.self_attn.k_proj").unwrap(),
+        None
+    );
+    let clients = branch.clients(&plan.config).into_iter();
+    let clients: Vec<Client> = clients
+        .filter(|s| s.verdict.is_ok())
+        .map(|s| s.client)
+        .collect();
+    assert!(clients.contains(&Client::GptqModel) && !clients.contains(&Client::ExLlama));
+}
+
+#[test]
+fn globs_match_whole_names() {
+    for (pattern, name, expected) in [
+        ("*.down_proj", "model.layers.1.mlp.down_proj", true),
+        ("*", "anything", true),
+        ("a*c", "abc", true),
+        ("a*c", "abcd", false),
+        ("a*b*c", "a.b.b.c", true),
+        ("abc", "abc", true),
+        ("abc", "abcd", false),
+        ("b*", "abc", false),
+    ] {
+        assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+    }
+}
+
+#[test]
+fn what_is_wrong_is_refused_with_its_place_and_what_would_be_valid() {
+    let branch = "[[branch]]\nname = \"a\"\nbits = 4\n";
+    for (rest, place, words) in [
+        (
+            format!("{branch}speed = 3\n"),
+            "r.toml:10:1",
+            &["unknown field `speed`", "bits"][..],
+        ),
+        (
+            "[[branch]]\nname = \"a\"\nbits = 5\n".into(),
+            "r.toml:9:8",
+            &["2, 3, 4, 8"],
+        ),
+        (
+            "[[branch]]\nname = \"a\"\n".into(),
+            "r.toml:7:1",
+            &["bits is set neither"],
+        ),
+        (
+            format!("{branch}{branch}"),
+            "r.toml:11:8",
+            &["second branch named \"a\""],
+        ),
+        (
+            format!("{branch}group_size = 96\n"),
+            "r.toml:10:14",
+            &["does not divide the 256", "-1, 32, 64"],
+        ),
+        (
+            format!("{branch}group_size = 0\n"),
+            "r.toml:10:14",
+            &["neither -1 nor positive"],
+        ),
+        (
+            format!("{branch}damp_percent = 7.0\n"),
+            "r.toml:10:16",
+            &["between 0 and 1"],
+        ),
+        (
+            "[[branch]]\nname = \"../up\"\nbits = 4\n".into(),
+            "r.toml:8:8",
+            &["not safe", "letters"],
+        ),
+        (
+            "[[branch]]\nname = \"main.partial\"\nbits = 4\n".into(),
+            "r.toml:8:8",
+            &["not safe"],
+        ),
+        (String::new(), "r.toml:1:1", &["no [[branch]]"]),
+        (
+            format!("{branch}[[branch.override]]\nmatch = \"*.lm\"\n"),
+            "r.toml:11:9",
+            &["matches no linear", "down_proj"],
+        ),
+        (
+            format!("{branch}[[branch.override]]\nmatch = \"*.up_proj\"\nskip = true\nbits = 8\n"),
+            "r.toml:11:9",
+            &["keep one"],
+        ),
+        (
+            format!("{branch}[[branch.override]]\nmatch = \"*\"\nskip = true\n"),
+            "r.toml:7:1",
+            &["nothing is left"],
+        ),
+        (
+            format!("{branch}[[branch.override]]\nmatch = \"*.down_proj\"\ngroup_size = 512\n"),
+            "r.toml:12:14",
+            &["768"],
+        ),
+        (
+            format!("{branch}[evaluation]\ntext = 4\n"),
+            "r.toml:11:8",
+            &["invalid type"],
+        ),
+        (
+            format!("{branch}preset = \"fast\"\n"),
+            "r.toml:10:10",
+            &["autogptq", "standard"],
+        ),
+    ] {
+        let error = plan(&rest).expect_err(&rest);
+        assert!(error.starts_with(place), "{rest}\n{error}");
+        assert!(words.iter().all(|w| error.contains(w)), "{rest}\n{error}");
+        assert!(!error.contains('\n'), "one line: {error}");
+    }
+    for (text, place, word) in [
+        (
+            HEAD.replace("\"c.json\"", "\"c.json\"\nrows = \"9:3\""),
+            "r.toml:5:8",
+            "0:1000",
+        ),
+        (
+            HEAD.replace("\"c.json\"", "\"c.json\"\nsamples = 0"),
+            "r.toml:5:11",
+            "between 1",
+        ),
+        (
+            HEAD.replace("\"c.json\"", "\"c.json\"\ntemplate = \"x\""),
+            "r.toml:5:12",
+            "names no column",
+        ),
+        (
+            HEAD.replace("\"c.json\"", "\"c.json\"\nsampling = \"best\""),
+            "r.toml:5:12",
+            "random-windows",
+        ),
+        (
+            HEAD.replace("\"out\"", "\"out\"\nshard_size = \"4 apples\""),
+            "r.toml:7:14",
+            "4GB",
+        ),
+        (
+            HEAD.replace("\"m\"", "\"m\"\ndtype = \"f8\""),
+            "r.toml:3:9",
+            "f16",
+        ),
+    ] {
+        let recipe = Recipe::parse(Path::new("r.toml"), format!("{text}{branch}"));
+        let result = recipe.and_then(|recipe| Plan::for_config(&recipe, tiny()));
+        let error = result.expect_err(&text).to_string();
+        assert!(
+            error.starts_with(place) && error.contains(word),
+            "{text}\n{error}"
+        );
+    }
+}
+
+#[test]
+fn sizes_parse_in_both_conventions() {
+    assert_eq!(parse_size("4GB"), Ok(4_000_000_000));
+    assert_eq!(parse_size("512MiB"), Ok(512 << 20));
+    assert_eq!(parse_size("7"), Ok(7));
+    for text in ["", "GB", "0", "-1GB", "99999999999GiB", "4TB?"] {
+        assert!(parse_size(text).is_err(), "{text}");
+    }
+}
+
+#[test]
+fn no_local_path_becomes_a_models_name() {
+    assert_eq!(public_name("epfl-llm/meditron-7b"), "epfl-llm/meditron-7b");
+    assert_eq!(public_name("/data/secret/meditron-7b"), "meditron-7b");
+    assert_eq!(public_name("./m"), "m");
+    assert_eq!(
+        public_name("src/plan.rs"),
+        "plan.rs",
+        "it exists, so it is a path"
+    );
+}

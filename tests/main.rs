@@ -1,0 +1,6 @@
+//! End-to-end tests: the real binary on real input, offline.
+
+mod bad_input;
+mod harness;
+mod matrix;
+mod verify;
