@@ -1,6 +1,7 @@
 //! Lazy reading of a safetensors checkpoint, single or sharded: files are mapped, headers are
 //! checked, and a tensor's bytes are touched only when it is asked for.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
-use crate::{FormatError, PackedLinear, QuantizeConfig, read_json};
+use crate::{FormatError, PackedLinear, QuantizeConfig, le_bytes, read_json};
 
 /// A mapped checkpoint directory.
 pub struct Checkpoint {
@@ -176,7 +177,7 @@ impl Checkpoint {
             Dtype::F32 => words(bytes, |b| f16::from_f32(f32::from_le_bytes(b))),
             _ => return Err(view.wrong_dtype("F16, BF16 or F32")),
         };
-        if let Some((first, count)) = find(&values, |v| !v.is_finite()) {
+        if let Some((first, count)) = not_finite(&values) {
             // Only the source tells a value that overflowed from one that was never finite.
             let source = self.f32_unchecked(view)?;
             let name = name.to_owned();
@@ -186,6 +187,19 @@ impl Checkpoint {
             });
         }
         Ok(values)
+    }
+
+    /// As [`Checkpoint::f16`], in little-endian bytes: those of the file where it holds f16.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::f16`].
+    pub fn f16_bytes(&self, name: &str, shape: &[usize]) -> Result<Cow<'_, [u8]>, FormatError> {
+        let place = self.place(name)?;
+        let values = self.f16(name, shape)?;
+        Ok(match place.dtype {
+            Dtype::F16 => Cow::Borrowed(&self.shards[place.shard][place.start..place.end]),
+            _ => Cow::Owned(le_bytes(&values).into_owned()),
+        })
     }
 
     fn f32_unchecked(&self, view: TensorView<'_>) -> Result<Vec<f32>, FormatError> {
@@ -264,6 +278,20 @@ impl TensorView<'_> {
 /// Reads unaligned little-endian elements of `N` bytes.
 fn words<const N: usize, T>(bytes: &[u8], from: impl Fn([u8; N]) -> T) -> Vec<T> {
     bytes.as_chunks::<N>().0.iter().map(|b| from(*b)).collect()
+}
+
+/// Index of the first value that is not finite, and how many there are. In runs that are summed up
+/// without a branch: this passes over every weight of a model.
+fn not_finite(values: &[f16]) -> Option<(usize, usize)> {
+    const EXPONENT: u16 = 0x7c00;
+    let damaged = |run: &[f16]| {
+        let bad = |v: &f16| u32::from(v.to_bits() & EXPONENT == EXPONENT);
+        run.iter().map(bad).sum::<u32>() > 0
+    };
+    match values.chunks(4096).any(damaged) {
+        true => find(values, |v| !v.is_finite()),
+        false => None,
+    }
 }
 
 /// Index of the first element `bad` holds for, and how many there are.

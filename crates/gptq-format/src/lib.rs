@@ -26,4 +26,4 @@ pub use quantize_config::{CheckpointFormat, Dynamic, QuantizeConfig};
 pub use quantized::{PackedLinear, QuantizedLinear};
 pub use side_files::{copy_side_files, read_json, write_json};
 pub use staged_dir::StagedDir;
-pub use writer::{ShardedWriter, TensorSpec};
+pub use writer::{LittleEndian, ShardedWriter, TensorSpec, le_bytes};

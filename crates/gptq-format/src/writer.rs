@@ -1,15 +1,47 @@
 //! Writes safetensors files whose contents are known by name and shape beforehand: headers go out
 //! first, then each tensor at its place, in any order, so that no more than one tensor is in memory.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use half::f16;
 use safetensors::Dtype;
 use serde_json::json;
 
 use crate::{FormatError, write_json};
+
+/// Bytes written to a file after which they are sent to the disk, so that little is left to wait
+/// for at the end.
+const SYNC_EVERY: usize = 256 << 20;
+
+/// A tensor's elements as a file holds them.
+pub fn le_bytes<T: LittleEndian>(values: &[T]) -> Cow<'_, [u8]> {
+    match cfg!(target_endian = "little") {
+        true => Cow::Borrowed(bytemuck::cast_slice(values)),
+        false => values.iter().flat_map(|&value| value.bytes()).collect(),
+    }
+}
+
+/// An element type with little-endian bytes.
+pub trait LittleEndian: bytemuck::NoUninit {
+    /// Its bytes, the lowest first.
+    fn bytes(self) -> impl Iterator<Item = u8>;
+}
+
+macro_rules! little_endian {
+    ($($element:ty),*) => {$(
+        impl LittleEndian for $element {
+            fn bytes(self) -> impl Iterator<Item = u8> {
+                self.to_le_bytes().into_iter()
+            }
+        }
+    )*};
+}
+
+little_endian!(u32, i32, f16);
 
 /// A tensor to come.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,8 +63,15 @@ impl TensorSpec {
 
 /// Open shards and what is still missing from them.
 pub struct ShardedWriter {
-    shards: Vec<(PathBuf, File)>,
+    shards: Vec<Shard>,
     pending: BTreeMap<String, Place>,
+}
+
+struct Shard {
+    path: PathBuf,
+    file: File,
+    /// Bytes written since the last sync.
+    unsynced: usize,
 }
 
 struct Place {
@@ -101,7 +140,11 @@ impl ShardedWriter {
             .and_then(|()| file.set_len((data + end) as u64))
             .map_err(FormatError::io(&path))?;
         let shard = self.shards.len();
-        self.shards.push((path, file));
+        self.shards.push(Shard {
+            path,
+            file,
+            unsynced: 0,
+        });
         for (name, start, bytes) in places {
             let offset = (data + start) as u64;
             self.pending.insert(
@@ -124,9 +167,19 @@ impl ShardedWriter {
             .remove(name)
             .filter(|place| place.bytes == bytes.len())
             .ok_or_else(|| FormatError::UnplannedWrite { name: name.into() })?;
-        let (path, file) = &self.shards[place.shard];
-        file.write_all_at(bytes, place.offset)
-            .map_err(FormatError::io(path))
+        let shard = &mut self.shards[place.shard];
+        shard.unsynced += bytes.len();
+        shard
+            .file
+            .write_all_at(bytes, place.offset)
+            .and_then(|()| match shard.unsynced < SYNC_EVERY {
+                true => Ok(()),
+                false => {
+                    shard.unsynced = 0;
+                    shard.file.sync_data()
+                }
+            })
+            .map_err(FormatError::io(&shard.path))
     }
 
     /// Syncs every file; errors when a planned tensor never came. Returns the bytes on disk.
@@ -138,7 +191,7 @@ impl ShardedWriter {
             });
         }
         let mut total = 0;
-        for (path, file) in &self.shards {
+        for Shard { path, file, .. } in &self.shards {
             file.sync_all().map_err(FormatError::io(path))?;
             total += file.metadata().map_err(FormatError::io(path))?.len();
         }

@@ -64,6 +64,7 @@ pub struct Block<B: Engine> {
     pub(crate) linears: Vec<Linear<B>>,
     pub(crate) input_norm: Tensor<B, 1>,
     pub(crate) post_norm: Tensor<B, 1>,
+    pub(crate) rope: rope::Tables<B>,
 }
 
 impl<B: Engine> Block<B> {
@@ -144,7 +145,7 @@ impl<B: Engine> Block<B> {
         let (dim, tokens) = (self.config.head_dim, q.dims()[0]);
         let seq = tokens / windows;
         let split = |x: Tensor<B, 2>, heads: usize| x.reshape([windows, seq, heads, dim]);
-        let (cos, sin) = rope::tables::<B>(&self.config, seq, &q.device());
+        let (cos, sin) = self.rope.get(&self.config, seq, &q.device());
         let q = B::rotary(split(q, self.config.heads), cos.clone(), sin.clone());
         let k = B::rotary(split(k, self.config.kv_heads), cos, sin);
         let v = split(v, self.config.kv_heads);

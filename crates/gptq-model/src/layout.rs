@@ -42,6 +42,12 @@ impl Stage {
         }
     }
 
+    /// Whether [`Block::advance`](crate::Block::advance) adds to the residual here, and leaves no
+    /// activation.
+    pub fn ends_in_residual(self) -> bool {
+        matches!(self, Stage::AttentionOut | Stage::Down)
+    }
+
     /// Features of the shared input.
     pub fn in_features(self, config: &ModelConfig) -> usize {
         self.projections()[0].shape(config).0

@@ -3,11 +3,12 @@
 //!
 //! Reading order: [`ModelConfig`] reads `config.json`; [`Projection`] and [`Stage`] name a block's
 //! linears and the four points where they take their input; [`Block`] runs one stage at a time over
-//! a [`Flow`] of hidden states; [`Model`] loads the parts from a checkpoint, dense or quantised.
+//! a [`Flow`] of hidden states; [`HostBlock`] is a block read ahead; [`Model`] loads the parts from a checkpoint, dense or quantised.
 
 mod block;
 mod config;
 mod error;
+mod host_block;
 mod layout;
 mod model;
 mod rope;
@@ -15,5 +16,6 @@ mod rope;
 pub use block::{Block, Flow, Linear};
 pub use config::ModelConfig;
 pub use error::ModelError;
+pub use host_block::HostBlock;
 pub use layout::{Projection, Stage};
 pub use model::{Head, Model};

@@ -7,7 +7,7 @@ use gptq_format::Checkpoint;
 use gptq_kernels::Engine;
 use half::f16;
 
-use crate::{Block, Flow, Linear, ModelConfig, ModelError, Projection};
+use crate::{Block, Flow, HostBlock, ModelConfig, ModelError, rope};
 
 /// A checkpoint and its config, ready to load parts from. Quantised linears are dequantised as they
 /// are loaded.
@@ -15,6 +15,7 @@ pub struct Model<B: Engine> {
     config: ModelConfig,
     checkpoint: Checkpoint,
     device: B::Device,
+    rope: rope::Tables<B>,
 }
 
 /// The final norm and the output projection.
@@ -31,7 +32,13 @@ impl<B: Engine> Model<B> {
             config: ModelConfig::read(&dir.join("config.json"))?,
             checkpoint: Checkpoint::open(dir)?,
             device: device.clone(),
+            rope: rope::Tables::default(),
         })
+    }
+
+    /// Where its parts are loaded to.
+    pub fn device(&self) -> &B::Device {
+        &self.device
     }
 
     /// Shapes and constants.
@@ -85,21 +92,13 @@ impl<B: Engine> Model<B> {
 
     /// Block `layer`, in compute dtype.
     pub fn block(&self, layer: usize) -> Result<Block<B>, ModelError> {
-        let norm = |name: &str| {
-            self.vector(
-                &format!("model.layers.{layer}.{name}.weight"),
-                self.config.hidden_size,
-            )
-        };
-        Ok(Block {
-            config: self.config.clone(),
-            linears: Projection::ALL
-                .into_iter()
-                .map(|projection| self.linear(projection, layer))
-                .collect::<Result<_, _>>()?,
-            input_norm: norm("input_layernorm")?,
-            post_norm: norm("post_attention_layernorm")?,
-        })
+        let block = HostBlock::read(&self.checkpoint, &self.config, layer)?;
+        Ok(self.upload(block))
+    }
+
+    /// A block that was read before, on the device in compute dtype.
+    pub fn upload(&self, block: HostBlock) -> Block<B> {
+        block.upload(&self.rope, &self.device)
     }
 
     /// The final norm and output projection.
@@ -115,37 +114,24 @@ impl<B: Engine> Model<B> {
         })
     }
 
-    fn linear(&self, projection: Projection, layer: usize) -> Result<Linear<B>, ModelError> {
-        let module = projection.module(layer);
-        let (n_in, n_out) = projection.shape(&self.config);
-        let weight = match self.checkpoint.packed(&module, n_in, n_out)? {
-            Some(packed) => {
-                let data = TensorData::new(packed.unpack().dequantise(), [n_out, n_in]);
-                Tensor::<B, 2>::from_data(data, (&self.device, DType::F32)).cast(B::COMPUTE)
-            }
-            None => self.matrix(&format!("{module}.weight"), n_out, n_in)?,
-        };
-        let bias = match projection.has_bias(&self.config) {
-            true => Some(self.vector(&format!("{module}.bias"), n_out)?),
-            false => None,
-        };
-        Ok(Linear { weight, bias })
-    }
-
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor<B, 2>, ModelError> {
         let values = self.checkpoint.f16(name, &[rows, cols])?;
-        Ok(self.upload(values, [rows, cols]))
+        Ok(upload(values, [rows, cols], &self.device))
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Tensor<B, 1>, ModelError> {
         let values = self.checkpoint.f16(name, &[len])?;
-        Ok(self.upload(values, [len]))
+        Ok(upload(values, [len], &self.device))
     }
+}
 
-    fn upload<const D: usize>(&self, values: Vec<f16>, shape: [usize; D]) -> Tensor<B, D> {
-        Tensor::<B, D>::from_data(TensorData::new(values, shape), (&self.device, DType::F16))
-            .cast(B::COMPUTE)
-    }
+/// A tensor of the checkpoint on the device, in compute dtype.
+pub(crate) fn upload<B: Engine, const D: usize>(
+    values: Vec<f16>,
+    shape: [usize; D],
+    device: &B::Device,
+) -> Tensor<B, D> {
+    Tensor::<B, D>::from_data(TensorData::new(values, shape), (device, DType::F16)).cast(B::COMPUTE)
 }
 
 impl<B: Engine> Head<B> {

@@ -1,8 +1,8 @@
 //! One branch directory being written while the run goes on.
 
 use gptq_format::{
-    Checkpoint, FormatError, PackedLinear, ShardedWriter, StagedDir, copy_side_files, read_json,
-    write_json,
+    Checkpoint, FormatError, PackedLinear, ShardedWriter, StagedDir, TensorSpec, copy_side_files,
+    le_bytes, read_json, write_json,
 };
 use serde_json::Value;
 
@@ -11,43 +11,41 @@ use crate::{BranchPlan, BranchReport, Plan};
 /// An unfinished branch; dropped, it leaves nothing behind.
 pub(crate) struct BranchWriter {
     dir: StagedDir,
+    specs: Vec<TensorSpec>,
     weights: ShardedWriter,
 }
 
 impl BranchWriter {
-    /// Lays out the branch's files and copies in every tensor that stays as it is.
-    pub(crate) fn create(
-        plan: &Plan,
-        branch: &BranchPlan,
-        checkpoint: &Checkpoint,
-    ) -> Result<Self, FormatError> {
+    /// Lays out the branch's files.
+    pub(crate) fn create(plan: &Plan, branch: &BranchPlan) -> Result<Self, FormatError> {
         let dir = StagedDir::create(&plan.branch_dir(branch))?;
         let specs = branch.tensors(&plan.config);
-        let mut weights = ShardedWriter::create(dir.path(), &specs, plan.shard_size)?;
-        // What the branch shares with the base model, in name and shape.
-        for spec in specs.iter().filter(|spec| checkpoint.contains(&spec.name)) {
-            let values = checkpoint.f16(&spec.name, &spec.shape)?;
-            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            weights.write(&spec.name, &bytes)?;
+        let weights = ShardedWriter::create(dir.path(), &specs, plan.shard_size)?;
+        Ok(BranchWriter {
+            dir,
+            specs,
+            weights,
+        })
+    }
+
+    /// Copies in every tensor that stays as it is: what the branch shares with the base model, in
+    /// name and shape.
+    pub(crate) fn copy_shared(&mut self, checkpoint: &Checkpoint) -> Result<(), FormatError> {
+        let shared = |spec: &&TensorSpec| checkpoint.contains(&spec.name);
+        for spec in self.specs.iter().filter(shared) {
+            let bytes = checkpoint.f16_bytes(&spec.name, &spec.shape)?;
+            self.weights.write(&spec.name, &bytes)?;
         }
-        Ok(BranchWriter { dir, weights })
+        Ok(())
     }
 
     /// Writes a quantised linear's four tensors.
     pub(crate) fn write(&mut self, module: &str, linear: &PackedLinear) -> Result<(), FormatError> {
-        let words = |values: &[u32]| {
-            values
-                .iter()
-                .flat_map(|v| v.to_le_bytes())
-                .collect::<Vec<u8>>()
-        };
-        let scales: Vec<u8> = linear.scales.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let g_idx: Vec<u8> = linear.g_idx.iter().flat_map(|v| v.to_le_bytes()).collect();
         for (suffix, bytes) in [
-            ("qweight", words(&linear.qweight)),
-            ("qzeros", words(&linear.qzeros)),
-            ("scales", scales),
-            ("g_idx", g_idx),
+            ("qweight", le_bytes(&linear.qweight)),
+            ("qzeros", le_bytes(&linear.qzeros)),
+            ("scales", le_bytes(&linear.scales)),
+            ("g_idx", le_bytes(&linear.g_idx)),
         ] {
             self.weights.write(&format!("{module}.{suffix}"), &bytes)?;
         }

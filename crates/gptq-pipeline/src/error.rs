@@ -2,9 +2,8 @@
 
 use gptq_calibration::CalibrationError;
 use gptq_format::FormatError;
-use gptq_kernels::DeviceError;
+use gptq_kernels::{DeviceError, SolveError};
 use gptq_model::ModelError;
-use gptq_solver::SolverError;
 use thiserror::Error;
 
 use crate::RecipeError;
@@ -23,10 +22,20 @@ pub enum PipelineError {
     Calibration(#[from] CalibrationError),
     #[error(transparent)]
     Device(#[from] DeviceError),
+    #[error(
+        "the device memory budget is {budget} bytes, and this run needs at least {needed}; give \
+         more with --device-memory, shorten the windows with --seq-len, or use --device cpu"
+    )]
+    DeviceMemory { needed: u64, budget: u64 },
+    #[error(
+        "{source}, with a budget of {budget} bytes; a smaller --device-memory keeps more hidden \
+         states on the host"
+    )]
+    OutOfDeviceMemory { source: DeviceError, budget: u64 },
     #[error("branch {branch}, {modules}: {source}")]
     Solver {
         branch: String,
         modules: String,
-        source: SolverError,
+        source: SolveError,
     },
 }

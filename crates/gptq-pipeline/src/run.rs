@@ -1,17 +1,39 @@
 //! The run: blocks in order, branches in lockstep on each loaded block.
 
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::{Scope, scope};
 use std::time::Instant;
 
-use burn::tensor::DType;
-use gptq_calibration::{Calibration, TextTokenizer};
-use gptq_format::StagedDir;
-use gptq_kernels::{Device, Engine, Hessian, Request, Work};
-use gptq_model::{Block, Model, Stage};
+use burn::tensor::{DType, Tensor};
+use gptq_calibration::{Calibration, Manifest, TextTokenizer};
+use gptq_format::{Checkpoint, StagedDir};
+use gptq_kernels::{Device, DeviceError, Engine, Hessian, Request, Work};
+use gptq_model::{Block, Flow, HostBlock, Model, ModelConfig, ModelError, Stage};
 
 use crate::branch_writer::BranchWriter;
-use crate::memory::chunk_windows;
+use crate::memory::{chunk_windows, resident_chunks};
+use crate::profile::{Clock, Phase, Profile};
 use crate::stream::Stream;
+use crate::write_behind::WriteBehind;
 use crate::{BranchReport, LinearReport, PipelineError, Plan, Propagation};
+
+/// How to run a plan; nothing here changes what comes out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RunOptions {
+    /// Wait for the device after each piece of work, so that the profile tells them apart.
+    pub profile: bool,
+    /// Device memory to keep within, in bytes; without it, what is free.
+    pub device_memory: Option<u64>,
+}
+
+/// What came of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// In the plan's order.
+    pub reports: Vec<BranchReport>,
+    /// Where the time went.
+    pub profile: Profile,
+}
 
 /// What happens, as it happens.
 #[derive(Debug)]
@@ -40,7 +62,7 @@ pub enum Event<'a> {
 }
 
 /// Carries the plan out on `device`: one load, one tokenisation, one pass over the blocks, every
-/// branch written. Reports come back in the plan's order.
+/// branch written.
 ///
 /// # Errors
 /// Whatever is wrong with the inputs is found before any block is run where it can be; an error
@@ -48,74 +70,121 @@ pub enum Event<'a> {
 pub fn quantise(
     plan: &Plan,
     device: Device,
+    options: RunOptions,
     on_event: &mut dyn FnMut(Event<'_>),
-) -> Result<Vec<BranchReport>, PipelineError> {
+) -> Result<Outcome, PipelineError> {
+    let clock = Clock::new(options.profile);
     let device = device.resolve()?;
-    device.run(Quantise {
+    let mut budget = options.device_memory;
+    let work = Quantise {
         plan,
         device,
+        clock,
+        budget: &mut budget,
         on_event,
-    })
+    };
+    match device.run(work) {
+        Ok(outcome) => outcome,
+        Err(source @ DeviceError::OutOfMemory { .. }) => Err(match budget {
+            Some(budget) => PipelineError::OutOfDeviceMemory { source, budget },
+            None => source.into(),
+        }),
+        Err(source) => Err(source.into()),
+    }
 }
 
 struct Quantise<'a> {
     plan: &'a Plan,
     device: Device,
+    clock: Clock,
+    /// Device memory in bytes; filled in with what is free.
+    budget: &'a mut Option<u64>,
     on_event: &'a mut dyn FnMut(Event<'_>),
 }
 
 impl Work for Quantise<'_> {
-    type Output = Result<Vec<BranchReport>, PipelineError>;
+    type Output = Result<Outcome, PipelineError>;
 
     fn run<B: Engine>(self, device: B::Device) -> Self::Output {
         let plan = self.plan;
         for branch in &plan.branches {
             StagedDir::check(&plan.branch_dir(branch))?;
         }
+        *self.budget = self.budget.or_else(|| B::free_memory(&device));
+        let resident = match *self.budget {
+            Some(budget) => resident_chunks::<B>(plan, budget)?,
+            None => usize::MAX,
+        };
+        let started = Instant::now();
         let tokenizer = TextTokenizer::load(&plan.model_dir)?;
         let calibration = Calibration::draw(&plan.calibration, &tokenizer)?;
         let model = Model::<B>::open(&plan.model_dir, &device)?;
-        let flows = model.embed(
-            &calibration.windows,
-            chunk_windows(plan.calibration.seq_len),
-            DType::F16,
-        )?;
-        let mut run = Run {
-            plan,
-            model,
-            outputs: Vec::new(),
-            on_event: self.on_event,
-        };
-        for branch in &plan.branches {
-            let writer = BranchWriter::create(plan, branch, run.model.checkpoint())?;
-            let linears = Vec::new();
-            run.outputs.push(Output {
-                writer,
-                linears,
-                seconds: 0.0,
-            });
-        }
-        run.announce();
-        run.blocks(flows)?;
-        run.finish(&calibration.manifest, &self.device.to_string())
+        scope(|scope| {
+            let blocks = read_ahead(scope, model.checkpoint(), model.config());
+            let flows = model.embed(
+                &calibration.windows,
+                chunk_windows::<B>(plan.calibration.seq_len),
+                DType::F16,
+            )?;
+            let branches = plan.branches.iter();
+            let writers = branches
+                .map(|branch| BranchWriter::create(plan, branch))
+                .collect::<Result<_, _>>()?;
+            let mut run = Run {
+                plan,
+                model: &model,
+                writer: WriteBehind::spawn(scope, writers, model.checkpoint()),
+                outputs: plan.branches.iter().map(|_| Output::default()).collect(),
+                clock: self.clock,
+                on_event: self.on_event,
+            };
+            run.clock.add(Phase::Start, started.elapsed().as_secs_f64());
+            run.announce();
+            let streams = run.streams(flows, resident);
+            run.blocks(streams, &blocks)?;
+            run.finish(&calibration.manifest, &self.device.to_string())
+        })
     }
 }
 
+/// Reads blocks on a thread of their own, one ahead of the run.
+fn read_ahead<'scope, 'env>(
+    scope: &'scope Scope<'scope, 'env>,
+    checkpoint: &'env Checkpoint,
+    config: &'env ModelConfig,
+) -> Receiver<Result<HostBlock, ModelError>> {
+    let (sender, receiver) = sync_channel(0);
+    scope.spawn(move || {
+        for layer in 0..config.layers {
+            // A run that has ended takes no more.
+            if sender
+                .send(HostBlock::read(checkpoint, config, layer))
+                .is_err()
+            {
+                break;
+            }
+        }
+    });
+    receiver
+}
+
 /// One branch as it grows.
+#[derive(Default)]
 struct Output {
-    writer: BranchWriter,
     linears: Vec<LinearReport>,
     seconds: f64,
 }
 
-struct Run<'a, B: Engine> {
+struct Run<'a, 'scope, B: Engine> {
     plan: &'a Plan,
-    model: Model<B>,
+    model: &'a Model<B>,
+    writer: WriteBehind<'scope>,
     outputs: Vec<Output>,
+    clock: Clock,
     on_event: &'a mut dyn FnMut(Event<'_>),
 }
 
-impl<B: Engine> Run<'_, B> {
+impl<B: Engine> Run<'_, '_, B> {
     fn announce(&mut self) {
         let linears: Vec<usize> = self
             .plan
@@ -129,9 +198,9 @@ impl<B: Engine> Run<'_, B> {
         });
     }
 
-    fn blocks(&mut self, flows: Vec<gptq_model::Flow<B>>) -> Result<(), PipelineError> {
-        // Branches that solve a block's stages in different groups cannot share a stream.
-        let mut streams: Vec<Stream<B>> = [true, false]
+    /// Branches that solve a block's stages in different groups cannot share a stream.
+    fn streams(&self, flows: Vec<Flow<B>>, resident: usize) -> Vec<Stream<B>> {
+        [true, false]
             .into_iter()
             .map(|sequential| {
                 let branches = self.plan.branches.iter().enumerate();
@@ -141,11 +210,25 @@ impl<B: Engine> Run<'_, B> {
                     .collect::<Vec<_>>()
             })
             .filter(|branches| !branches.is_empty())
-            .map(|branches| Stream::new(flows.clone(), branches))
-            .collect();
-        drop(flows);
+            .map(|branches| Stream::new(flows.clone(), branches, resident))
+            .collect()
+    }
+
+    fn blocks(
+        &mut self,
+        mut streams: Vec<Stream<B>>,
+        blocks: &Receiver<Result<HostBlock, ModelError>>,
+    ) -> Result<(), PipelineError> {
+        let model = self.model;
         for layer in 0..self.plan.config.layers {
-            let block = self.model.block(layer)?;
+            let block = self
+                .clock
+                .measure::<B, _>(Phase::Read, model.device(), || {
+                    let block = blocks
+                        .recv()
+                        .expect("the reader ends with an error or the last block");
+                    block.map(|block| model.upload(block))
+                })?;
             let mut next = Vec::with_capacity(self.plan.branches.len());
             for stream in streams {
                 let sequential = self.plan.branches[stream.branches[0]].true_sequential;
@@ -176,7 +259,8 @@ impl<B: Engine> Run<'_, B> {
             return Ok(());
         };
         let started = Instant::now();
-        let grams = stream.grams(block, group, &self.plan.config);
+        let (config, device) = (&self.plan.config, self.model.device());
+        let grams = stream.grams(block, group, config, device, &mut self.clock);
         let branches = std::mem::take(&mut stream.branches);
         let shared = started.elapsed().as_secs_f64() / branches.len() as f64;
         let mut parent = Some(stream);
@@ -197,13 +281,13 @@ impl<B: Engine> Run<'_, B> {
             }
             .expect("taken only by the last branch");
             own.branches = vec![branch];
-            let own = own.advance(&quantised, group);
+            let own = own.advance(&quantised, group, device, &mut self.clock);
             self.outputs[branch].seconds += shared + started.elapsed().as_secs_f64();
             self.stages(layer, own, &quantised, rest, done)?;
         }
         if let Some(mut stream) = parent {
             stream.branches = branches;
-            let stream = stream.advance(block, group);
+            let stream = stream.advance(block, group, device, &mut self.clock);
             self.stages(layer, stream, block, rest, done)?;
         }
         Ok(())
@@ -215,7 +299,7 @@ impl<B: Engine> Run<'_, B> {
         layer: usize,
         branch: usize,
         stage: Stage,
-        gram: burn::tensor::Tensor<B, 2>,
+        gram: Tensor<B, 2>,
         block: &mut Block<B>,
     ) -> Result<(), PipelineError> {
         let settings = &self.plan.branches[branch];
@@ -238,7 +322,8 @@ impl<B: Engine> Run<'_, B> {
             damping: settings.damp_percent,
         };
         let started = Instant::now();
-        let subset = B::solve(gram, hessian, requests).map_err(|source| {
+        let format = settings.format();
+        let subset = B::solve(gram, hessian, requests, format).map_err(|source| {
             let modules = projections.iter().map(|(p, _)| p.module(layer));
             PipelineError::Solver {
                 branch: settings.name.clone(),
@@ -246,11 +331,19 @@ impl<B: Engine> Run<'_, B> {
                 source,
             }
         })?;
-        let seconds = started.elapsed().as_secs_f64() / projections.len() as f64;
+        let seconds = started.elapsed().as_secs_f64();
+        let packing = subset.times.pack;
+        self.clock.add(Phase::Factor, subset.times.factor);
+        self.clock.add(Phase::Pack, packing);
+        self.clock
+            .add(Phase::Sweep, seconds - subset.times.factor - packing);
+        let seconds = seconds / projections.len() as f64;
         for ((projection, own), solved) in projections.into_iter().zip(subset.solved) {
             let module = projection.module(layer);
-            let packed = solved.quantized.pack(settings.format())?;
-            self.outputs[branch].writer.write(&module, &packed)?;
+            let started = Instant::now();
+            self.writer.write(branch, module.clone(), solved.packed)?;
+            let waited = started.elapsed().as_secs_f64();
+            self.clock.add(Phase::Write, waited);
             block.set_weight(projection, solved.weight);
             let (n_in, n_out) = projection.shape(&self.plan.config);
             let report = LinearReport {
@@ -278,14 +371,13 @@ impl<B: Engine> Run<'_, B> {
         Ok(())
     }
 
-    fn finish(
-        self,
-        manifest: &gptq_calibration::Manifest,
-        device: &str,
-    ) -> Result<Vec<BranchReport>, PipelineError> {
+    fn finish(mut self, manifest: &Manifest, device: &str) -> Result<Outcome, PipelineError> {
         let plan = self.plan;
+        let started = Instant::now();
+        let writers = self.writer.finish()?;
         let mut reports = Vec::with_capacity(plan.branches.len());
-        for (i, (branch, output)) in plan.branches.iter().zip(self.outputs).enumerate() {
+        let outputs = plan.branches.iter().zip(self.outputs).zip(writers);
+        for (i, ((branch, output), writer)) in outputs.enumerate() {
             let mut report = BranchReport {
                 gptq_version: env!("CARGO_PKG_VERSION").to_owned(),
                 model: plan.model_name.clone(),
@@ -303,13 +395,18 @@ impl<B: Engine> Run<'_, B> {
                 recipe: plan.recipe.clone(),
                 linears: output.linears,
             };
-            output.writer.finish(plan, &mut report)?;
+            writer.finish(plan, &mut report)?;
             (self.on_event)(Event::Finished {
                 branch: i,
                 report: &report,
             });
             reports.push(report);
         }
-        Ok(reports)
+        self.clock
+            .add(Phase::Write, started.elapsed().as_secs_f64());
+        Ok(Outcome {
+            reports,
+            profile: self.clock.profile(),
+        })
     }
 }

@@ -5,9 +5,14 @@
 //! stage of block 0, where each branch goes on with its own quantised weights. With dense
 //! propagation it never splits.
 
-use burn::tensor::{DType, Tensor};
+use std::sync::Arc;
+use std::time::Instant;
+
+use burn::tensor::{DType, Tensor, TensorData};
 use gptq_kernels::{Engine, map_lanes};
 use gptq_model::{Block, Flow, ModelConfig, Stage};
+
+use crate::profile::{Clock, Phase, timed};
 
 /// Hidden states between stages are kept in this type; DESIGN's "f16 per branch".
 const KEEP: DType = DType::F16;
@@ -15,14 +20,86 @@ const KEEP: DType = DType::F16;
 /// Hidden states, in chunks of windows, and the indices of the branches they belong to.
 #[derive(Clone)]
 pub(crate) struct Stream<B: Engine> {
-    flows: Vec<Flow<B>>,
+    chunks: Vec<Chunk<B>>,
     pub(crate) branches: Vec<usize>,
 }
 
+/// One chunk's states, where they are kept between stages.
+#[derive(Clone)]
+enum Chunk<B: Engine> {
+    Device(Flow<B>),
+    Host {
+        windows: usize,
+        residual: Arc<TensorData>,
+        activation: Option<Arc<TensorData>>,
+    },
+}
+
+impl<B: Engine> Chunk<B> {
+    /// Keeps `flow` on the host. `old` is what it came from, whose residual may still serve.
+    fn on_host(flow: Flow<B>, residual: Option<Arc<TensorData>>) -> Self {
+        let data = |t: Tensor<B, 2>| Arc::new(t.cast(KEEP).into_data());
+        Chunk::Host {
+            windows: flow.windows,
+            residual: residual.unwrap_or_else(|| data(flow.residual)),
+            activation: flow.activation.map(data),
+        }
+    }
+
+    /// The states in compute dtype on `device`; the residual only if it is `needed`.
+    fn flow(&self, device: &B::Device) -> Flow<B> {
+        match self {
+            Chunk::Device(flow) => flow.clone().cast(B::COMPUTE),
+            Chunk::Host {
+                windows,
+                residual,
+                activation,
+            } => {
+                let upload = |data: &Arc<TensorData>| {
+                    let data = TensorData::clone(data);
+                    Tensor::<B, 2>::from_data(data, (device, KEEP)).cast(B::COMPUTE)
+                };
+                Flow {
+                    windows: *windows,
+                    residual: upload(residual),
+                    activation: activation.as_ref().map(upload),
+                }
+            }
+        }
+    }
+
+    /// Runs `stages`.
+    fn advance(self, block: &Block<B>, stages: &[Stage], device: &B::Device) -> Self {
+        // Stages that end in an activation leave the residual as it was.
+        let ends_inside = stages.len() == 1 && !stages[0].ends_in_residual();
+        let (flow, kept) = match self {
+            Chunk::Device(flow) => (flow.cast(B::COMPUTE), None),
+            Chunk::Host { ref residual, .. } => {
+                let kept = ends_inside.then(|| residual.clone());
+                (self.flow(device), Some(kept))
+            }
+        };
+        let end = stages
+            .iter()
+            .fold(flow, |flow, &stage| block.advance(stage, flow));
+        match kept {
+            None => Chunk::Device(end.cast(KEEP)),
+            Some(residual) => Chunk::on_host(end, residual),
+        }
+    }
+}
+
 impl<B: Engine> Stream<B> {
-    pub(crate) fn new(flows: Vec<Flow<B>>, branches: Vec<usize>) -> Self {
-        let flows = flows.into_iter().map(|flow| flow.cast(KEEP)).collect();
-        Stream { flows, branches }
+    /// The first `resident` chunks stay on the device.
+    pub(crate) fn new(flows: Vec<Flow<B>>, branches: Vec<usize>, resident: usize) -> Self {
+        let keep = |(i, flow): (usize, Flow<B>)| match i < resident {
+            true => Chunk::Device(flow.cast(KEEP)),
+            false => Chunk::on_host(flow, None),
+        };
+        Stream {
+            chunks: flows.into_iter().enumerate().map(keep).collect(),
+            branches,
+        }
     }
 
     /// The Gram matrix `XᵀX` of each stage's input, with `block`'s weights in between; the stream
@@ -32,56 +109,91 @@ impl<B: Engine> Stream<B> {
         block: &Block<B>,
         stages: &[Stage],
         config: &ModelConfig,
+        device: &B::Device,
+        clock: &mut Clock,
     ) -> Vec<Tensor<B, 2>> {
-        let lane = self.flows.len().div_ceil(B::LANES);
-        let lanes = map_lanes::<B, _, _>(self.flows.chunks(lane).collect(), |flows| {
-            lane_grams(flows, block, stages, config)
+        let started = Instant::now();
+        let wait = clock.waits();
+        let lane = self.chunks.len().div_ceil(B::LANES);
+        let lanes = map_lanes::<B, _, _>(self.chunks.chunks(lane).collect(), |chunks| {
+            lane_grams(chunks, block, stages, config, device, wait)
         });
-        lanes
+        let [forward, gram] = lanes
+            .iter()
+            .fold([0.0; 2], |[f, g], lane| [f + lane.forward, g + lane.gram]);
+        let grams = lanes
             .into_iter()
+            .map(|lane| lane.grams)
             .reduce(|sum, lane| sum.into_iter().zip(lane).map(|(a, b)| a + b).collect())
-            .expect("a stream has at least one chunk")
+            .expect("a stream has at least one chunk");
+        // Lanes run at the same time: their shares of it, not their sums.
+        let seconds = started.elapsed().as_secs_f64();
+        let share = forward / (forward + gram).max(f64::MIN_POSITIVE);
+        clock.add(Phase::Forward, seconds * share);
+        clock.add(Phase::Gram, seconds * (1.0 - share));
+        grams
     }
 
     /// Runs `stages` with `block`'s weights.
-    pub(crate) fn advance(self, block: &Block<B>, stages: &[Stage]) -> Self {
-        let flows = map_lanes::<B, _, _>(self.flows, |flow| {
-            let start = flow.cast(B::COMPUTE);
-            let end = stages
-                .iter()
-                .fold(start, |flow, &stage| block.advance(stage, flow));
-            end.cast(KEEP)
+    pub(crate) fn advance(
+        self,
+        block: &Block<B>,
+        stages: &[Stage],
+        device: &B::Device,
+        clock: &mut Clock,
+    ) -> Self {
+        let chunks = clock.measure::<B, _>(Phase::Forward, device, || {
+            map_lanes::<B, _, _>(self.chunks, |chunk| chunk.advance(block, stages, device))
         });
         Stream {
-            flows,
+            chunks,
             branches: self.branches,
         }
     }
 }
 
+/// What a lane found, and the seconds it took.
+struct Lane<B: Engine> {
+    grams: Vec<Tensor<B, 2>>,
+    forward: f64,
+    gram: f64,
+}
+
 /// [`Stream::grams`] over some of the chunks.
 fn lane_grams<B: Engine>(
-    flows: &[Flow<B>],
+    chunks: &[Chunk<B>],
     block: &Block<B>,
     stages: &[Stage],
     config: &ModelConfig,
-) -> Vec<Tensor<B, 2>> {
-    let device = flows[0].residual.device();
+    device: &B::Device,
+    wait: bool,
+) -> Lane<B> {
     let mut grams: Vec<Option<Tensor<B, 2>>> = stages
         .iter()
-        .map(|stage| stage.in_features(config))
-        .map(|n| Some(Tensor::zeros([n, n], (&device, DType::F32))))
+        .map(|stage| Some(B::gram_zeros(stage.in_features(config), device)))
         .collect();
-    for flow in flows {
-        let mut flow = flow.clone().cast(B::COMPUTE);
+    let (mut forward, mut gram) = (0.0, 0.0);
+    for chunk in chunks {
+        let (mut flow, seconds) = timed::<B, _>(wait, device, || chunk.flow(device));
+        forward += seconds;
         for (i, &stage) in stages.iter().enumerate() {
+            let (input, seconds) = timed::<B, _>(wait, device, || block.input(stage, &flow));
+            forward += seconds;
             // Taken out, so that the engine owns it alone and can add in place.
-            let gram = grams[i].take().expect("put back below");
-            grams[i] = Some(B::gram_add(gram, block.input(stage, &flow)));
+            let sum = grams[i].take().expect("put back below");
+            let (sum, seconds) = timed::<B, _>(wait, device, || B::gram_add(sum, input));
+            gram += seconds;
+            grams[i] = Some(sum);
             if i + 1 < stages.len() {
-                flow = block.advance(stage, flow);
+                let (next, seconds) = timed::<B, _>(wait, device, || block.advance(stage, flow));
+                forward += seconds;
+                flow = next;
             }
         }
     }
-    grams.into_iter().flatten().collect()
+    Lane {
+        grams: grams.into_iter().flatten().collect(),
+        forward,
+        gram,
+    }
 }

@@ -45,7 +45,7 @@ pub fn verify(
         dir,
         evaluation,
         against,
-    })
+    })?
 }
 
 struct Verify<'a> {

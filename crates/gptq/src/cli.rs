@@ -6,6 +6,8 @@ use clap::{Args, Parser, Subcommand};
 use gptq_kernels::Device;
 use gptq_pipeline::{Plan, Recipe, RecipeOverrides};
 
+use crate::size;
+
 /// Turn a Llama-family checkpoint into GPTQ branches, from one config file.
 #[derive(Parser)]
 #[command(
@@ -68,6 +70,13 @@ pub(crate) struct QuantizeArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: Device,
+    /// Keep device memory within this, such as 22GiB; hidden states that do not fit stay on the
+    /// host
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub device_memory: Option<u64>,
+    /// Print where the time went; waits for the device after every step
+    #[arg(long)]
+    pub profile: bool,
     /// Measure each finished branch's perplexity on this text
     #[arg(long, value_name = "FILE")]
     pub perplexity: Option<PathBuf>,

@@ -1,7 +1,7 @@
 //! `gptq quantize`.
 
 use anyhow::Result;
-use gptq_pipeline::{BranchReport, Plan, quantise};
+use gptq_pipeline::{BranchReport, Outcome, Phase, Plan, Profile, RunOptions, quantise};
 use gptq_verify::{Evaluation, verify};
 
 use crate::cli::{QuantizeArgs, warn};
@@ -17,7 +17,13 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         return Ok(());
     }
     let mut progress = Progress::new(&plan);
-    let reports = quantise(&plan, args.device, &mut |event| progress.show(event))?;
+    let options = RunOptions {
+        profile: args.profile,
+        device_memory: args.device_memory,
+    };
+    let Outcome { reports, profile } = quantise(&plan, args.device, options, &mut |event| {
+        progress.show(event)
+    })?;
 
     let evaluation = plan.evaluation.clone();
     let mut perplexities = Vec::new();
@@ -35,7 +41,27 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     }
     println!("\n{}", summary(&reports, &perplexities));
     println!("written to {}", plan.output.display());
+    if args.profile {
+        println!("\n{}", time(&profile).trim_end());
+    }
     Ok(())
+}
+
+/// A row per phase, then what no phase has and the whole.
+fn time(profile: &Profile) -> String {
+    let phases = Phase::ALL.map(|phase| (phase.name(), profile.seconds(phase)));
+    let ends = [("other", profile.rest()), ("total", profile.total)];
+    let rows = phases.into_iter().chain(ends).map(|(name, seconds)| {
+        let share = 100.0 * seconds / profile.total;
+        [
+            name.to_owned(),
+            format!("{seconds:.2}"),
+            format!("{share:.1} %"),
+        ]
+        .to_vec()
+    });
+    let heading = ["phase", "seconds", "share"].map(String::from).to_vec();
+    table::render(&[heading].into_iter().chain(rows).collect::<Vec<_>>())
 }
 
 /// A row per branch; a perplexity column if there is one for each.

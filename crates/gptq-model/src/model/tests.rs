@@ -12,6 +12,8 @@ use serde_json::{Value, json};
 use burn::tensor::s;
 
 use super::*;
+use crate::Projection;
+use crate::Projection;
 use crate::Stage;
 
 fn root(path: &str) -> PathBuf {
