@@ -13,7 +13,6 @@ use burn::tensor::s;
 
 use super::*;
 use crate::Projection;
-use crate::Projection;
 use crate::Stage;
 
 fn root(path: &str) -> PathBuf {
