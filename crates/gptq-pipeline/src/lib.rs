@@ -4,20 +4,23 @@
 //! model's shapes, and below it nothing is checked again; [`quantise`] is the run; [`BranchReport`]
 //! is what each branch directory says about itself.
 
+mod branch_plan;
 mod branch_writer;
 mod error;
 mod memory;
 mod overrides;
+mod pattern;
 mod plan;
 mod recipe;
 mod report;
 mod run;
 mod stream;
 
+pub use branch_plan::BranchPlan;
 pub use error::PipelineError;
 pub use memory::Memory;
 pub use overrides::RecipeOverrides;
-pub use plan::{BranchPlan, Plan, Preset, Propagation};
+pub use plan::{Plan, Preset, Propagation};
 pub use recipe::{Recipe, RecipeError};
 pub use report::{BranchReport, LinearReport, Summary};
 pub use run::{Event, quantise};
