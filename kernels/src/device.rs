@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use crate::Engine;
 
-/// The CPU backend: Burn's Flex, measured several times faster here than NdArray (`crates/README.md`).
+/// The CPU backend: Burn's Flex, measured faster than NdArray in every operation (`crates/README.md`).
 pub type Cpu = burn_flex::Flex;
 /// The CUDA backend, without fusion or autotuning: kernels are chosen here, not at run time.
 pub type Cuda = burn_cuda::Cuda<f16, i32>;
