@@ -27,8 +27,6 @@ fn the_tiny_recipe_writes_six_branches_within_their_perplexity_bounds() {
     let text = "tests/data/eval_wikidoc_40.json";
     let dense = succeed(["verify", "tests/models/medi-tiny", "--text", text]);
     let dense = number_after(&dense, "perplexity ");
-    // As for every text, the model's own fp16 value is the yardstick: Transformers gives 20.492 on
-    // the whole evaluation set, of which these are the first tenth.
     let stdout = succeed([
         "quantize",
         "configs/tiny.toml",
@@ -39,13 +37,17 @@ fn the_tiny_recipe_writes_six_branches_within_their_perplexity_bounds() {
         "--device",
         "cpu",
     ]);
+    // Per cent over fp16 that each branch may lose on the whole evaluation set of 50127 tokens
+    // (README has what it does lose; round to nearest loses 8.67, 6.39 and 7.46 at 4 bits), and what
+    // these 4092 tokens may add: single tokens' losses change by some 0.25 nats at 4 bits and a tenth of
+    // that at 8, so the mean over 4092 scatters by 0.4 % and 0.04 %; two and a half times that is allowed.
     let bounds = [
-        ("main", 6.9),
-        ("gptq-4bit-32g-actorder_True", 4.1),
-        ("gptq-8bit--1g-actorder_True", 0.1),
-        ("gptq-8bit-128g-actorder_True", 0.1),
-        ("gptq-8bit-32g-actorder_True", 0.1),
-        ("gptq-4bit-64g-actorder_True", 5.3),
+        ("main", 6.9 + 1.0),
+        ("gptq-4bit-32g-actorder_True", 4.1 + 1.0),
+        ("gptq-8bit--1g-actorder_True", 0.1 + 0.1),
+        ("gptq-8bit-128g-actorder_True", 0.1 + 0.1),
+        ("gptq-8bit-32g-actorder_True", 0.1 + 0.1),
+        ("gptq-4bit-64g-actorder_True", 5.3 + 1.0),
     ];
     for (branch, bound) in bounds {
         let dir = out.join(branch);

@@ -10,7 +10,7 @@ use thiserror::Error;
 use crate::Engine;
 use crate::cuda::{MissingLibrary, device_count, missing_library, run_guarded};
 
-/// The CPU backend: Burn's Flex, measured several times faster here than NdArray (`crates/README.md`).
+/// The CPU backend: Burn's Flex, measured faster than NdArray in every operation (`crates/README.md`).
 pub type Cpu = burn_flex::Flex;
 /// The CUDA backend, f16 floats and i32 integers by default, without fusion or autotuning:
 /// kernels are chosen here, not at run time.

@@ -4,10 +4,12 @@
 //! model's shapes, and below it nothing is checked again; [`quantise`] is the run; [`BranchReport`]
 //! is what each branch directory says about itself.
 
+mod branch_plan;
 mod branch_writer;
 mod error;
 mod memory;
 mod overrides;
+mod pattern;
 mod plan;
 mod profile;
 mod recipe;
@@ -16,10 +18,11 @@ mod run;
 mod stream;
 mod write_behind;
 
+pub use branch_plan::BranchPlan;
 pub use error::PipelineError;
 pub use memory::Memory;
 pub use overrides::RecipeOverrides;
-pub use plan::{BranchPlan, Plan, Preset, Propagation};
+pub use plan::{Plan, Preset, Propagation};
 pub use profile::{Phase, Profile};
 pub use recipe::{Recipe, RecipeError};
 pub use report::{BranchReport, LinearReport, Summary};

@@ -38,7 +38,7 @@ impl<T: Real> Factor<T> {
     ///
     /// `act_order` solves columns by descending diagonal, ties by index. `damping`, times the mean
     /// diagonal, is added to the diagonal; where the factorisation fails it is raised, doubling, up
-    /// to [`MAX_DAMPING`].
+    /// to the mean diagonal itself.
     ///
     /// # Errors
     /// A non-finite element, or no success at any damping.

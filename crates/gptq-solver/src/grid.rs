@@ -32,7 +32,7 @@ impl<T: Real> Grid<T> {
     ///
     /// Symmetric: `scale = 2 max|w| / (2^b - 1)`, `zero = 2^(b-1)`. Asymmetric: from the minimum to
     /// the maximum, 0 included. A group of zeros gets the grid of ±1. With
-    /// [`Settings::scale_search`], the range is then multiplied by the factor of [`SCALE_FACTORS`] whose
+    /// [`Settings::scale_search`], the range is then multiplied by the one of [`SCALE_FACTORS`] whose
     /// grid loses least.
     pub fn fit(weights: impl Iterator<Item = (T, T)> + Clone, settings: &Settings) -> Grid<T> {
         let (mut low, mut high) = (T::zero(), T::zero());

@@ -22,9 +22,9 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
 pub(crate) fn print(plan: &Plan) {
     let config = &plan.config;
     println!(
-        "{}: {:.2} billion parameters, {} layers",
+        "{}: {:.2} million parameters, {} layers",
         plan.model_name,
-        config.parameters() as f64 / 1e9,
+        config.parameters() as f64 / 1e6,
         config.layers
     );
     println!(

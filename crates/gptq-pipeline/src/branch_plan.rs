@@ -1,0 +1,365 @@
+//! One branch made valid: its settings, what each linear gets, what its files will hold.
+
+use gptq_format::{
+    Bits, CheckpointFormat, Dynamic, GroupSize, LinearShape, QuantizeConfig, Support, TensorSpec,
+    client_support,
+};
+use gptq_model::{ModelConfig, Projection};
+use gptq_solver::Settings;
+use safetensors::Dtype;
+use toml::Spanned;
+
+use crate::pattern::{expression, matches};
+use crate::recipe::{Branch, Override};
+use crate::{Preset, Recipe, RecipeError};
+
+/// Longest branch name taken: it becomes a directory and a Hub revision.
+const MAX_NAME: usize = 96;
+
+/// One branch, every setting known.
+#[derive(Clone, Debug)]
+pub struct BranchPlan {
+    /// Directory name, and later the Hub revision.
+    pub name: String,
+    /// Code width.
+    pub bits: Bits,
+    /// Columns per group.
+    pub group_size: GroupSize,
+    /// Act order.
+    pub desc_act: bool,
+    /// Groups fixed from the original weights.
+    pub static_groups: bool,
+    /// Symmetric codes.
+    pub sym: bool,
+    /// Damping as a fraction of the mean diagonal.
+    pub damp_percent: f64,
+    /// Later linears of a block see the error of earlier ones.
+    pub true_sequential: bool,
+    /// How codes and scales are found.
+    pub preset: Preset,
+    overrides: Vec<ModuleOverride>,
+}
+
+#[derive(Clone, Debug)]
+struct ModuleOverride {
+    pattern: String,
+    /// `None`: left in full precision.
+    settings: Option<(Bits, GroupSize)>,
+}
+
+impl BranchPlan {
+    /// Resolves `branch` over the recipe's defaults and checks it against the model's shapes.
+    pub(crate) fn new(
+        recipe: &Recipe,
+        branch: &Spanned<Branch>,
+        config: &ModelConfig,
+    ) -> Result<BranchPlan, RecipeError> {
+        let place = branch;
+        let branch = branch.get_ref();
+        let defaults = &recipe.file.defaults;
+        check_name(branch.name.get_ref()).map_err(|why| recipe.refuse(&branch.name, why))?;
+
+        let bits = branch.bits.as_ref().or(defaults.bits.as_ref());
+        let bits = bits.ok_or_else(|| {
+            recipe.refuse(
+                place,
+                "bits is set neither here nor in [defaults]; valid are 2, 3, 4, 8",
+            )
+        })?;
+        let default_group = Spanned::new(branch.name.span(), GroupSize::Columns(128));
+        let group_size = branch
+            .group_size
+            .as_ref()
+            .or(defaults.group_size.as_ref())
+            .unwrap_or(&default_group);
+        let damp = branch
+            .damp_percent
+            .as_ref()
+            .or(defaults.damp_percent.as_ref());
+        let damp_percent = match damp {
+            None => 0.1,
+            Some(damp) if (0.0..=1.0).contains(damp.get_ref()) => *damp.get_ref(),
+            Some(damp) => {
+                let reason = format!("damp_percent = {} is not between 0 and 1", damp.get_ref());
+                return Err(recipe.refuse(damp, reason));
+            }
+        };
+        let mut plan = BranchPlan {
+            name: branch.name.get_ref().clone(),
+            bits: *bits.get_ref(),
+            group_size: *group_size.get_ref(),
+            desc_act: branch.desc_act.or(defaults.desc_act).unwrap_or(true),
+            static_groups: branch
+                .static_groups
+                .or(defaults.static_groups)
+                .unwrap_or(false),
+            sym: branch.sym.or(defaults.sym).unwrap_or(true),
+            damp_percent,
+            true_sequential: branch
+                .true_sequential
+                .or(defaults.true_sequential)
+                .unwrap_or(true),
+            preset: branch.preset.or(defaults.preset).unwrap_or_default(),
+            overrides: Vec::new(),
+        };
+        for own in &branch.overrides {
+            plan.add_override(recipe, own, config)?;
+        }
+        for (module, (n_in, n_out), settings) in plan.quantised_modules(config) {
+            if n_in % 32 != 0 || n_out % 32 != 0 {
+                let reason = format!(
+                    "{module} is {n_in} x {n_out}: packing needs multiples of 32; skip it with an override"
+                );
+                return Err(recipe.refuse(place, reason));
+            }
+            // An override's own group size was checked when it was added.
+            if !settings.group_size.divides(n_in) {
+                return Err(
+                    recipe.refuse(group_size, group_reason(settings.group_size, &module, n_in))
+                );
+            }
+        }
+        if plan.quantised_modules(config).is_empty() {
+            return Err(recipe.refuse(
+                place,
+                "its overrides skip every linear; nothing is left to quantise",
+            ));
+        }
+        Ok(plan)
+    }
+
+    fn add_override(
+        &mut self,
+        recipe: &Recipe,
+        own: &Override,
+        config: &ModelConfig,
+    ) -> Result<(), RecipeError> {
+        let pattern = own.pattern.get_ref();
+        let matched: Vec<(String, usize)> = modules(config)
+            .filter(|(module, _)| matches(pattern, module))
+            .map(|(module, projection)| (module, projection.shape(config).0))
+            .collect();
+        if matched.is_empty() {
+            let reason = format!(
+                "match = {pattern:?} matches no linear; names are like {:?}, and * stands for anything",
+                Projection::Down.module(0)
+            );
+            return Err(recipe.refuse(&own.pattern, reason));
+        }
+        if own.skip && (own.bits.is_some() || own.group_size.is_some()) {
+            return Err(recipe.refuse(
+                &own.pattern,
+                "skip = true leaves no use for bits or group_size; keep one",
+            ));
+        }
+        let group_size = own
+            .group_size
+            .as_ref()
+            .map_or(self.group_size, |g| *g.get_ref());
+        if !own.skip {
+            for (module, n_in) in &matched {
+                if !group_size.divides(*n_in) {
+                    let reason = group_reason(group_size, module, *n_in);
+                    return Err(match &own.group_size {
+                        Some(at) => recipe.refuse(at, reason),
+                        None => recipe.refuse(&own.pattern, reason),
+                    });
+                }
+            }
+        }
+        let bits = own.bits.as_ref().map_or(self.bits, |b| *b.get_ref());
+        self.overrides.push(ModuleOverride {
+            pattern: pattern.clone(),
+            settings: (!own.skip).then_some((bits, group_size)),
+        });
+        Ok(())
+    }
+
+    /// Solver settings of a module, or `None` when it stays in full precision.
+    pub fn module(&self, module: &str) -> Option<Settings> {
+        let own = self.overrides.iter().find(|o| matches(&o.pattern, module));
+        let (bits, group_size) = match own {
+            Some(own) => own.settings?,
+            None => (self.bits, self.group_size),
+        };
+        Some(Settings {
+            bits,
+            group_size,
+            sym: self.sym,
+            static_groups: self.static_groups,
+            scale_search: self.preset == Preset::Standard,
+            f16_scales: true,
+        })
+    }
+
+    /// Name, `(in, out)` and settings of every quantised linear.
+    pub fn quantised_modules(
+        &self,
+        config: &ModelConfig,
+    ) -> Vec<(String, (usize, usize), Settings)> {
+        modules(config)
+            .filter_map(|(module, projection)| {
+                let settings = self.module(&module)?;
+                Some((module, projection.shape(config), settings))
+            })
+            .collect()
+    }
+
+    /// How zero points are stored: asymmetric branches may have a zero of 0, which v1 cannot hold.
+    pub fn format(&self) -> CheckpointFormat {
+        match self.sym {
+            true => CheckpointFormat::Gptq,
+            false => CheckpointFormat::GptqV2,
+        }
+    }
+
+    /// What readers are told.
+    pub fn quantize_config(&self, model_name: &str) -> QuantizeConfig {
+        let dynamic = self.overrides.iter().map(|own| {
+            let expression = expression(&own.pattern);
+            match own.settings {
+                None => (format!("-:{expression}"), Dynamic::default()),
+                Some((bits, group_size)) => (
+                    format!("+:{expression}"),
+                    Dynamic {
+                        bits: Some(bits),
+                        group_size: Some(group_size),
+                    },
+                ),
+            }
+        });
+        QuantizeConfig {
+            bits: self.bits,
+            group_size: self.group_size,
+            damp_percent: self.damp_percent,
+            desc_act: self.desc_act,
+            static_groups: self.static_groups,
+            sym: self.sym,
+            true_sequential: self.true_sequential,
+            model_name_or_path: Some(model_name.to_owned()),
+            model_file_base_name: Some("model".to_owned()),
+            quant_method: "gptq".to_owned(),
+            checkpoint_format: self.format(),
+            dynamic: (!self.overrides.is_empty()).then(|| dynamic.collect()),
+        }
+    }
+
+    /// Every tensor of the branch's files, in model order.
+    pub fn tensors(&self, config: &ModelConfig) -> Vec<TensorSpec> {
+        let mut specs = Vec::new();
+        let mut add = |name: String, dtype, shape: &[usize]| {
+            specs.push(TensorSpec {
+                name,
+                dtype,
+                shape: shape.into(),
+            });
+        };
+        let hidden = config.hidden_size;
+        add(
+            "model.embed_tokens.weight".into(),
+            Dtype::F16,
+            &[config.vocabulary, hidden],
+        );
+        for layer in 0..config.layers {
+            for norm in ["input_layernorm", "post_attention_layernorm"] {
+                add(
+                    format!("model.layers.{layer}.{norm}.weight"),
+                    Dtype::F16,
+                    &[hidden],
+                );
+            }
+            for projection in Projection::ALL {
+                let module = projection.module(layer);
+                let (n_in, n_out) = projection.shape(config);
+                match self.module(&module) {
+                    Some(settings) => {
+                        let (b, groups) = (settings.bits.get(), settings.group_size.groups(n_in));
+                        add(
+                            format!("{module}.qweight"),
+                            Dtype::I32,
+                            &[n_in * b / 32, n_out],
+                        );
+                        add(
+                            format!("{module}.qzeros"),
+                            Dtype::I32,
+                            &[groups, n_out * b / 32],
+                        );
+                        add(format!("{module}.scales"), Dtype::F16, &[groups, n_out]);
+                        add(format!("{module}.g_idx"), Dtype::I32, &[n_in]);
+                    }
+                    None => add(format!("{module}.weight"), Dtype::F16, &[n_out, n_in]),
+                }
+                if projection.has_bias(config) {
+                    add(format!("{module}.bias"), Dtype::F16, &[n_out]);
+                }
+            }
+        }
+        add("model.norm.weight".into(), Dtype::F16, &[hidden]);
+        if !config.tied_embeddings {
+            add(
+                "lm_head.weight".into(),
+                Dtype::F16,
+                &[config.vocabulary, hidden],
+            );
+        }
+        specs
+    }
+
+    /// Bytes of all tensors; the files' headers come on top.
+    pub fn bytes(&self, config: &ModelConfig) -> usize {
+        self.tensors(config).iter().map(TensorSpec::bytes).sum()
+    }
+
+    /// Who can load the branch.
+    pub fn clients(&self, config: &ModelConfig) -> Vec<Support> {
+        let linears: Vec<LinearShape> = self
+            .quantised_modules(config)
+            .into_iter()
+            .map(|(_, (in_features, out_features), settings)| LinearShape {
+                in_features,
+                out_features,
+                bits: settings.bits,
+                group_size: settings.group_size,
+            })
+            .collect();
+        client_support(&linears, self.sym, !self.overrides.is_empty())
+    }
+}
+
+fn group_reason(group_size: GroupSize, module: &str, n_in: usize) -> String {
+    let valid: Vec<String> = [32, 64, 128, 256, 512, 1024]
+        .into_iter()
+        .filter(|g| n_in.is_multiple_of(*g))
+        .map(|g| g.to_string())
+        .collect();
+    format!(
+        "group_size = {group_size} does not divide the {n_in} inputs of {module}; valid are -1, {}",
+        valid.join(", ")
+    )
+}
+
+/// Every linear of the model, in order.
+fn modules(config: &ModelConfig) -> impl Iterator<Item = (String, Projection)> {
+    (0..config.layers)
+        .flat_map(|layer| Projection::ALL.map(|projection| (projection.module(layer), projection)))
+}
+
+fn check_name(name: &str) -> Result<(), String> {
+    let valid = "use letters, digits, '.', '_' and '-', starting with a letter or digit, without \
+                 \"..\" and not ending in '.', .lock, .partial or .old";
+    let fits = name.len() <= MAX_NAME
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+        && !name.contains("..")
+        && ![".", ".lock", ".partial", ".old"]
+            .iter()
+            .any(|end| name.ends_with(end));
+    match fits {
+        true => Ok(()),
+        false => Err(format!(
+            "branch name {name:?} is not safe as a directory and revision; {valid}"
+        )),
+    }
+}
