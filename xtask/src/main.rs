@@ -1,6 +1,9 @@
-//! Development tasks: `cargo xtask tidy`, `cargo xtask validate`, `cargo xtask golden`.
+//! Development tasks: `cargo xtask tidy`, `cargo xtask validate`, `cargo xtask golden`,
+//! `cargo xtask synth`, `cargo xtask bench`.
 
+mod bench;
 mod golden;
+mod synth;
 mod tidy;
 mod validate;
 
@@ -30,6 +33,22 @@ enum Task {
         #[arg(long)]
         logits: PathBuf,
     },
+    /// Write a random-weight checkpoint of a known model's shape
+    Synth {
+        /// Where to
+        dir: PathBuf,
+        /// llama2-7b or tiny
+        #[arg(long)]
+        shape: synth::Shape,
+        /// Decoder blocks, instead of the shape's own
+        #[arg(long)]
+        layers: Option<usize>,
+        /// A directory whose tokenizer.json and tokenizer_config.json to copy
+        #[arg(long)]
+        tokenizer: Option<PathBuf>,
+    },
+    /// Measure whole runs and device operations, and print the table
+    Bench(bench::BenchArgs),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -37,6 +56,13 @@ fn main() -> anyhow::Result<()> {
         Task::Tidy => tidy::run(),
         Task::Validate => validate::run(),
         Task::Golden { model, logits } => golden::run(&model, &logits),
+        Task::Synth {
+            dir,
+            shape,
+            layers,
+            tokenizer,
+        } => synth::run(&dir, shape, layers, tokenizer.as_deref()),
+        Task::Bench(args) => bench::run(&args),
     }
 }
 
