@@ -22,7 +22,7 @@ pub use branch_plan::BranchPlan;
 pub use error::PipelineError;
 pub use memory::Memory;
 pub use overrides::RecipeOverrides;
-pub use plan::{Plan, Preset, Propagation};
+pub use plan::{Plan, Preset, Propagation, parse_size};
 pub use profile::{Phase, Profile};
 pub use recipe::{Recipe, RecipeError};
 pub use report::{BranchReport, LinearReport, Summary};

@@ -191,8 +191,8 @@ fn calibration(recipe: &Recipe) -> Result<CalibrationSettings, RecipeError> {
     })
 }
 
-/// `"4GB"`, `"512MiB"`, `"1000000"` in bytes.
-fn parse_size(text: &str) -> Result<u64, String> {
+/// `"4GB"`, `"512MiB"`, `"1000000"` in bytes; the error is a sentence.
+pub fn parse_size(text: &str) -> Result<u64, String> {
     let error = || format!("{text:?} is not a size like \"4GB\" or \"512MiB\"");
     let digits = text
         .find(|c: char| !c.is_ascii_digit())

@@ -4,9 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use gptq_kernels::Device;
-use gptq_pipeline::{Plan, Recipe, RecipeOverrides};
-
-use crate::size;
+use gptq_pipeline::{Plan, Recipe, RecipeOverrides, parse_size};
 
 /// Turn a Llama-family checkpoint into GPTQ branches, from one config file.
 #[derive(Parser)]
@@ -72,7 +70,7 @@ pub(crate) struct QuantizeArgs {
     pub device: Device,
     /// Keep device memory within this, such as 22GiB; hidden states that do not fit stay on the
     /// host
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub device_memory: Option<u64>,
     /// Print where the time went; waits for the device after every step
     #[arg(long)]

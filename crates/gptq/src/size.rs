@@ -10,26 +10,6 @@ pub(crate) fn binary(bytes: u64) -> String {
     scaled(bytes, 1024.0, ["B", "KiB", "MiB", "GiB", "TiB"])
 }
 
-/// Bytes from `"22GiB"`, `"512 MB"` or a plain number.
-pub(crate) fn parse(text: &str) -> Result<u64, String> {
-    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.');
-    let (number, unit) = text.split_at(end.unwrap_or(text.len()));
-    let factor = match unit.trim() {
-        "" | "B" => 1.0,
-        "kB" => 1e3,
-        "MB" => 1e6,
-        "GB" => 1e9,
-        "KiB" => 1024.0,
-        "MiB" => 1_048_576.0,
-        "GiB" => 1_073_741_824.0,
-        unit => return Err(format!("{unit:?} is no unit; write B, MB, GB, MiB or GiB")),
-    };
-    match number.parse::<f64>() {
-        Ok(number) => Ok((number * factor) as u64),
-        Err(_) => Err(format!("{text:?} is no size; write one such as 22GiB")),
-    }
-}
-
 fn scaled(bytes: u64, step: f64, units: [&str; 5]) -> String {
     let mut value = bytes as f64;
     let mut unit = 0;
@@ -52,15 +32,5 @@ mod tests {
         assert_eq!(decimal(3_900_000_000), "3.90 GB");
         assert_eq!(binary(3 << 29), "1.50 GiB");
         assert_eq!(decimal(12), "12 B");
-    }
-
-    #[test]
-    fn sizes_parse_with_and_without_units() {
-        assert_eq!(parse("22GiB"), Ok(22 << 30));
-        assert_eq!(parse("1.5 GB"), Ok(1_500_000_000));
-        assert_eq!(parse("4096"), Ok(4096));
-        for text in ["", "GiB", "3 Gb", "-1GB", "1.2.3"] {
-            assert!(parse(text).is_err(), "{text}");
-        }
     }
 }
