@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::harness::{Scratch, gptq, medi_tiny, root, succeed};
+use crate::harness::{Scratch, gptq, medi_tiny, refuse, root, succeed};
 
 fn json(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
@@ -318,6 +318,30 @@ fn windows_beyond_the_models_context_run_with_a_warning() {
         warning.contains("2200") && warning.contains("2048"),
         "{warning}"
     );
+}
+
+#[test]
+fn hidden_states_kept_on_the_host_give_the_same_bytes() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(
+        &medi_tiny(),
+        "[[branch]]\nname = \"a\"\nbits = 4\n[[branch]]\nname = \"b\"\nbits = 8\n",
+    );
+    let weights = |budget: &[&str]| {
+        let recipe = recipe.to_str().unwrap();
+        // 64 windows of 256 are four chunks; a budget of 70 MB has room for one at a time.
+        let args = ["quantize", recipe, "--samples", "64", "--device", "cpu"];
+        succeed(args.iter().chain(budget));
+        ["a", "b"].map(|b| fs::read(scratch.out().join(b).join("model.safetensors")).unwrap())
+    };
+    assert!(weights(&[]) == weights(&["--device-memory", "70MB"]));
+    let line = refuse([
+        "quantize",
+        recipe.to_str().unwrap(),
+        "--device-memory",
+        "10MB",
+    ]);
+    assert!(line.contains("--device-memory"), "{line}");
 }
 
 #[test]
