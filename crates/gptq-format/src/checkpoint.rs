@@ -237,6 +237,12 @@ impl Checkpoint {
         let Some((bits, group_size)) = config.module(module)? else {
             return Ok(None);
         };
+        if !in_features.is_multiple_of(32) || !out_features.is_multiple_of(32) {
+            return Err(FormatError::Unpackable {
+                in_features,
+                out_features,
+            });
+        }
         let groups = group_size.groups(in_features);
         let tensor = |suffix: &str| format!("{module}.{suffix}");
         let words = |values: Vec<i32>| values.into_iter().map(|v| v as u32).collect();
@@ -406,6 +412,19 @@ mod tests {
                 count: 1,
                 ..
             })
+        ));
+    }
+
+    #[test]
+    fn dimensions_that_do_not_fill_words_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        write(&dir.path().join("model.safetensors"), &[]);
+        let config = r#"{"quantization_config": {"bits": 4, "group_size": -1}}"#;
+        fs::write(dir.path().join("config.json"), config).unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert!(matches!(
+            checkpoint.packed("m", 40, 64),
+            Err(FormatError::Unpackable { .. })
         ));
     }
 
