@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::{FormatError, PackedLinear, QuantizeConfig, le_bytes, read_json};
@@ -169,15 +170,38 @@ impl Checkpoint {
     ///
     /// Errors on a wrong shape or dtype, on a non-finite value, and on a value beyond f16's range.
     pub fn f16(&self, name: &str, shape: &[usize]) -> Result<Vec<f16>, FormatError> {
+        let elements = self.shaped(name, shape)?.shape.iter().product();
+        let mut values = vec![f16::ZERO; elements];
+        self.f16_into(name, shape, &mut values)?;
+        Ok(values)
+    }
+
+    /// As [`Checkpoint::f16`], into memory of the caller's, on all cores: `out` is as long as the
+    /// tensor.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::f16`].
+    ///
+    /// # Panics
+    /// When `out` has another length.
+    pub fn f16_into(
+        &self,
+        name: &str,
+        shape: &[usize],
+        out: &mut [f16],
+    ) -> Result<(), FormatError> {
         let view = self.shaped(name, shape)?;
-        let bytes = view.bytes;
-        let values: Vec<f16> = match view.dtype {
-            Dtype::F16 => words(bytes, f16::from_le_bytes),
-            Dtype::BF16 => words(bytes, |b| f16::from_f32(bf16::from_le_bytes(b).to_f32())),
-            Dtype::F32 => words(bytes, |b| f16::from_f32(f32::from_le_bytes(b))),
+        let (bytes, out_len) = (view.bytes, out.len());
+        assert_eq!(out_len, shape.iter().product::<usize>(), "{name}");
+        let finite = match view.dtype {
+            Dtype::F16 => convert(bytes, out, f16::from_le_bytes),
+            Dtype::BF16 => convert(bytes, out, |b| {
+                f16::from_f32(bf16::from_le_bytes(b).to_f32())
+            }),
+            Dtype::F32 => convert(bytes, out, |b| f16::from_f32(f32::from_le_bytes(b))),
             _ => return Err(view.wrong_dtype("F16, BF16 or F32")),
         };
-        if let Some((first, count)) = not_finite(&values) {
+        if !finite && let Some((first, count)) = find(out, |v| !v.is_finite()) {
             // Only the source tells a value that overflowed from one that was never finite.
             let source = self.f32_unchecked(view)?;
             let name = name.to_owned();
@@ -186,7 +210,7 @@ impl Checkpoint {
                 None => FormatError::Overflow { name, first, count },
             });
         }
-        Ok(values)
+        Ok(())
     }
 
     /// As [`Checkpoint::f16`], in little-endian bytes: those of the file where it holds f16.
@@ -286,18 +310,27 @@ fn words<const N: usize, T>(bytes: &[u8], from: impl Fn([u8; N]) -> T) -> Vec<T>
     bytes.as_chunks::<N>().0.iter().map(|b| from(*b)).collect()
 }
 
-/// Index of the first value that is not finite, and how many there are. In runs that are summed up
-/// without a branch: this passes over every weight of a model.
-fn not_finite(values: &[f16]) -> Option<(usize, usize)> {
+/// Elements converted by one task.
+const RUN: usize = 1 << 18;
+
+/// Converts unaligned little-endian elements of `N` bytes, on all cores; whether all came out
+/// finite. That is summed up without a branch: this passes over every weight of a model.
+fn convert<const N: usize>(
+    bytes: &[u8],
+    out: &mut [f16],
+    from: impl Fn([u8; N]) -> f16 + Sync,
+) -> bool {
     const EXPONENT: u16 = 0x7c00;
-    let damaged = |run: &[f16]| {
-        let bad = |v: &f16| u32::from(v.to_bits() & EXPONENT == EXPONENT);
-        run.iter().map(bad).sum::<u32>() > 0
-    };
-    match values.chunks(4096).any(damaged) {
-        true => find(values, |v| !v.is_finite()),
-        false => None,
-    }
+    let damaged = |v: f16| u32::from(v.to_bits() & EXPONENT == EXPONENT);
+    out.par_chunks_mut(RUN)
+        .zip(bytes.as_chunks::<N>().0.par_chunks(RUN))
+        .map(|(out, bytes)| {
+            for (value, bytes) in out.iter_mut().zip(bytes) {
+                *value = from(*bytes);
+            }
+            out.iter().map(|v| damaged(*v)).sum::<u32>() == 0
+        })
+        .reduce(|| true, |a, b| a && b)
 }
 
 /// Index of the first element `bad` holds for, and how many there are.
