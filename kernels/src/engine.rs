@@ -3,9 +3,10 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::sigmoid};
 use gptq_format::{CheckpointFormat, PackedLinear};
+use half::f16;
 use rayon::prelude::*;
 
-use crate::{Hessian, Request, SolveError, Subset, attention, host_solve};
+use crate::{Hessian, HostBuffer, Request, SolveError, Subset, attention, host_solve};
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
 pub fn map_lanes<B: Engine, T: Send, R: Send>(
@@ -129,6 +130,31 @@ pub trait Engine: Backend {
         let shape = [packed.out_features, packed.in_features];
         let data = TensorData::new(packed.unpack().dequantise(), shape);
         Tensor::<Self, 2>::from_data(data, (device, DType::F32)).cast(Self::COMPUTE)
+    }
+
+    /// Host memory for `len` values, for transfers to `device`; its contents are undefined.
+    fn host_buffer(len: usize, _device: &Self::Device) -> HostBuffer {
+        vec![f16::ZERO; len].into()
+    }
+
+    /// The tensor f16 `shape` that starts at value `start` of `from`. The device may still be reading
+    /// when this returns: `from` keeps track of that.
+    fn upload<const D: usize>(
+        from: &HostBuffer,
+        start: usize,
+        shape: [usize; D],
+        device: &Self::Device,
+    ) -> Tensor<Self, D> {
+        let len: usize = shape.iter().product();
+        let values = from.values()[start..start + len].to_vec();
+        Tensor::from_data(TensorData::new(values, shape), (device, DType::F16))
+    }
+
+    /// An f16 matrix's values. The device may still be writing when this returns: the buffer's
+    /// readers wait.
+    fn download(x: Tensor<Self, 2>) -> HostBuffer {
+        let values = x.into_data().into_vec::<f16>();
+        values.expect("the caller gives an f16 tensor").into()
     }
 
     /// Device memory that is free, in bytes; `None` where tensors live in the host's memory.

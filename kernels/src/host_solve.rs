@@ -61,7 +61,7 @@ fn solve_one<B: Engine>(
     let weight = Tensor::<B, 2>::from_data(data, (&device, DType::F32)).cast(B::COMPUTE);
     times.sweep += started.elapsed().as_secs_f64();
     let started = Instant::now();
-    let packed = quantized.pack(format)?;
+    let packed = quantized.pack(format)?.into();
     times.pack += started.elapsed().as_secs_f64();
     Ok(Solved {
         packed,

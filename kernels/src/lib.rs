@@ -8,9 +8,12 @@ mod attention;
 pub mod cuda;
 mod device;
 mod engine;
+mod host_buffer;
 mod host_solve;
 mod solve_types;
 
+pub use cuda::keep_kernels;
 pub use device::{Cpu, Cuda, Device, DeviceError, Work};
 pub use engine::{Engine, map_lanes};
-pub use solve_types::{Hessian, Request, SolveError, SolveTimes, Solved, Subset};
+pub use host_buffer::HostBuffer;
+pub use solve_types::{Hessian, Incoming, Request, SolveError, SolveTimes, Solved, Subset};

@@ -5,7 +5,7 @@ use gptq_format::{FormatError, PackedLinear};
 use gptq_solver::{Settings, SolverError};
 use thiserror::Error;
 
-use crate::Engine;
+use crate::{Engine, cuda::Fetched};
 
 /// How the shared Hessian is prepared.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,11 +25,43 @@ pub struct Request<B: Engine> {
     pub settings: Settings,
 }
 
+/// A packed linear that may still be on its way to the host.
+#[derive(Debug)]
+pub struct Incoming(Arrival);
+
+#[derive(Debug)]
+enum Arrival {
+    Here(PackedLinear),
+    Fetched(Fetched),
+}
+
+impl Incoming {
+    /// The packed linear; waits for its transfer. On any thread: the device goes on meanwhile.
+    pub fn wait(self) -> PackedLinear {
+        match self.0 {
+            Arrival::Here(packed) => packed,
+            Arrival::Fetched(fetched) => fetched.wait(),
+        }
+    }
+}
+
+impl From<PackedLinear> for Incoming {
+    fn from(packed: PackedLinear) -> Self {
+        Incoming(Arrival::Here(packed))
+    }
+}
+
+impl From<Fetched> for Incoming {
+    fn from(fetched: Fetched) -> Self {
+        Incoming(Arrival::Fetched(fetched))
+    }
+}
+
 /// One quantised linear.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Solved<B: Engine> {
-    /// The checkpoint's tensors, on the host.
-    pub packed: PackedLinear,
+    /// The checkpoint's tensors, here or on their way.
+    pub packed: Incoming,
     /// The dequantised weights `[out, in]`, compute dtype.
     pub weight: Tensor<B, 2>,
     /// `‖(W - Q)X‖² / ‖WX‖²` on the calibration inputs, undamped.
@@ -39,7 +71,7 @@ pub struct Solved<B: Engine> {
 }
 
 /// What came of a set of linears with one input.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Subset<B: Engine> {
     /// In the order of the requests.
     pub solved: Vec<Solved<B>>,
@@ -58,7 +90,7 @@ pub struct SolveTimes {
     pub factor: f64,
     /// Grids, codes and output errors.
     pub sweep: f64,
-    /// Packing, and bringing the packed tensors to the host.
+    /// Packing, and sending the packed tensors to the host.
     pub pack: f64,
 }
 

@@ -3,73 +3,131 @@
 
 use burn::tensor::Tensor;
 use gptq_format::{Checkpoint, FormatError, PackedLinear};
-use gptq_kernels::Engine;
-use half::f16;
+use gptq_kernels::{Engine, HostBuffer};
 use rayon::prelude::*;
 
-use crate::{Block, Linear, ModelConfig, ModelError, Projection, model, rope};
+use crate::{Block, Linear, ModelConfig, ModelError, Projection, rope};
 
-/// One block, read and checked, not yet on a device.
+/// One block, read and checked, not yet on a device. Its f16 tensors lie one after the other in memory
+/// that the device copies from.
 pub struct HostBlock {
     config: ModelConfig,
+    values: HostBuffer,
     linears: Vec<HostLinear>,
-    input_norm: Vec<f16>,
-    post_norm: Vec<f16>,
+    /// Where in `values` the norms' weights begin: the input's, the one after the attention.
+    norms: [usize; 2],
 }
 
 struct HostLinear {
     /// `[out, in]`.
     shape: [usize; 2],
     weight: HostWeight,
-    bias: Option<Vec<f16>>,
+    /// Where in `values` it begins.
+    bias: Option<usize>,
 }
 
 enum HostWeight {
-    Dense(Vec<f16>),
+    /// Where in `values` it begins.
+    Dense(usize),
     Packed(PackedLinear),
 }
 
+/// A tensor to read into its place.
+struct Part {
+    name: String,
+    shape: Vec<usize>,
+}
+
+impl Part {
+    fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// Tensors in the order of their places.
+#[derive(Default)]
+struct Layout {
+    parts: Vec<Part>,
+    len: usize,
+}
+
+impl Layout {
+    /// Adds a tensor; where it begins.
+    fn add(&mut self, name: String, shape: Vec<usize>) -> usize {
+        let part = Part { name, shape };
+        let start = self.len;
+        self.len += part.len();
+        self.parts.push(part);
+        start
+    }
+}
+
 impl HostBlock {
-    /// Reads block `layer`; its tensors at the same time.
+    /// Reads block `layer`, its tensors at the same time, into memory for transfers to `device`.
     ///
     /// # Errors
     /// A tensor that is missing, damaged or of another shape.
-    pub fn read(
+    pub(crate) fn read<B: Engine>(
         checkpoint: &Checkpoint,
         config: &ModelConfig,
         layer: usize,
+        device: &B::Device,
     ) -> Result<Self, ModelError> {
-        let norm = |name: &str| {
+        let mut layout = Layout::default();
+        let norms = ["input_layernorm", "post_attention_layernorm"].map(|name| {
             let name = format!("model.layers.{layer}.{name}.weight");
-            checkpoint.f16(&name, &[config.hidden_size])
-        };
+            layout.add(name, vec![config.hidden_size])
+        });
+        let linears = Projection::ALL
+            .into_iter()
+            .map(|projection| HostLinear::read(checkpoint, config, projection, layer, &mut layout))
+            .collect::<Result<_, _>>()?;
+        let mut values = B::host_buffer(layout.len, device);
+        let mut rest = values.values_mut();
+        let mut places = Vec::with_capacity(layout.parts.len());
+        for part in &layout.parts {
+            let (place, others) = rest.split_at_mut(part.len());
+            places.push((part, place));
+            rest = others;
+        }
+        places
+            .into_par_iter()
+            .try_for_each(|(part, place)| checkpoint.f16_into(&part.name, &part.shape, place))?;
         Ok(HostBlock {
             config: config.clone(),
-            linears: Projection::ALL
-                .into_par_iter()
-                .map(|projection| HostLinear::read(checkpoint, config, projection, layer))
-                .collect::<Result<_, _>>()?,
-            input_norm: norm("input_layernorm")?,
-            post_norm: norm("post_attention_layernorm")?,
+            values,
+            linears,
+            norms,
         })
     }
 
     /// Puts the block on a device, in compute dtype; packed linears are dequantised.
     pub(crate) fn upload<B: Engine>(self, rope: &rope::Tables<B>, device: &B::Device) -> Block<B> {
-        let linears = self.linears.into_iter().map(|linear| Linear {
-            weight: match linear.weight {
-                HostWeight::Dense(values) => model::upload(values, linear.shape, device),
-                HostWeight::Packed(packed) => B::dequantise(&packed, device),
+        let linears = self.linears.iter().map(|linear| Linear {
+            weight: match &linear.weight {
+                HostWeight::Dense(start) => {
+                    B::upload(&self.values, *start, linear.shape, device).cast(B::COMPUTE)
+                }
+                HostWeight::Packed(packed) => B::dequantise(packed, device),
             },
-            bias: linear.bias.map(|values| vector(values, device)),
+            bias: linear
+                .bias
+                .map(|start| self.vector(start, linear.shape[0], device)),
         });
+        let [input_norm, post_norm] = self
+            .norms
+            .map(|start| self.vector(start, self.config.hidden_size, device));
         Block {
-            config: self.config,
             linears: linears.collect(),
-            input_norm: vector(self.input_norm, device),
-            post_norm: vector(self.post_norm, device),
+            input_norm,
+            post_norm,
             rope: rope.clone(),
+            config: self.config,
         }
+    }
+
+    fn vector<B: Engine>(&self, start: usize, len: usize, device: &B::Device) -> Tensor<B, 1> {
+        B::upload(&self.values, start, [len], device).cast(B::COMPUTE)
     }
 }
 
@@ -79,27 +137,22 @@ impl HostLinear {
         config: &ModelConfig,
         projection: Projection,
         layer: usize,
+        layout: &mut Layout,
     ) -> Result<Self, FormatError> {
         let module = projection.module(layer);
         let (n_in, n_out) = projection.shape(config);
         let shape = [n_out, n_in];
         let weight = match checkpoint.packed(&module, n_in, n_out)? {
             Some(packed) => HostWeight::Packed(packed),
-            None => HostWeight::Dense(checkpoint.f16(&format!("{module}.weight"), &shape)?),
+            None => HostWeight::Dense(layout.add(format!("{module}.weight"), shape.into())),
         };
-        let bias = match projection.has_bias(config) {
-            true => Some(checkpoint.f16(&format!("{module}.bias"), &[n_out])?),
-            false => None,
-        };
+        let bias = projection
+            .has_bias(config)
+            .then(|| layout.add(format!("{module}.bias"), vec![n_out]));
         Ok(HostLinear {
             shape,
             weight,
             bias,
         })
     }
-}
-
-fn vector<B: Engine>(values: Vec<f16>, device: &B::Device) -> Tensor<B, 1> {
-    let length = values.len();
-    model::upload(values, [length], device)
 }

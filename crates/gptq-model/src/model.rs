@@ -5,7 +5,6 @@ use std::path::Path;
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use gptq_format::Checkpoint;
 use gptq_kernels::Engine;
-use half::f16;
 
 use crate::{Block, Flow, HostBlock, ModelConfig, ModelError, rope};
 
@@ -92,8 +91,12 @@ impl<B: Engine> Model<B> {
 
     /// Block `layer`, in compute dtype.
     pub fn block(&self, layer: usize) -> Result<Block<B>, ModelError> {
-        let block = HostBlock::read(&self.checkpoint, &self.config, layer)?;
-        Ok(self.upload(block))
+        Ok(self.upload(self.read_block(layer)?))
+    }
+
+    /// Block `layer`, in host memory: on any thread, while the device is busy.
+    pub fn read_block(&self, layer: usize) -> Result<HostBlock, ModelError> {
+        HostBlock::read::<B>(&self.checkpoint, &self.config, layer, &self.device)
     }
 
     /// A block that was read before, on the device in compute dtype.
@@ -115,23 +118,24 @@ impl<B: Engine> Model<B> {
     }
 
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor<B, 2>, ModelError> {
-        let values = self.checkpoint.f16(name, &[rows, cols])?;
-        Ok(upload(values, [rows, cols], &self.device))
+        self.tensor(name, [rows, cols])
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Tensor<B, 1>, ModelError> {
-        let values = self.checkpoint.f16(name, &[len])?;
-        Ok(upload(values, [len], &self.device))
+        self.tensor(name, [len])
     }
-}
 
-/// A tensor of the checkpoint on the device, in compute dtype.
-pub(crate) fn upload<B: Engine, const D: usize>(
-    values: Vec<f16>,
-    shape: [usize; D],
-    device: &B::Device,
-) -> Tensor<B, D> {
-    Tensor::<B, D>::from_data(TensorData::new(values, shape), (device, DType::F16)).cast(B::COMPUTE)
+    /// A tensor of the checkpoint on the device, in compute dtype.
+    fn tensor<const D: usize>(
+        &self,
+        name: &str,
+        shape: [usize; D],
+    ) -> Result<Tensor<B, D>, ModelError> {
+        let mut values = B::host_buffer(shape.iter().product(), &self.device);
+        self.checkpoint
+            .f16_into(name, &shape, values.values_mut())?;
+        Ok(B::upload(&values, 0, shape, &self.device).cast(B::COMPUTE))
+    }
 }
 
 impl<B: Engine> Head<B> {

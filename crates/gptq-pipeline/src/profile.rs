@@ -108,6 +108,11 @@ impl Clock {
         done
     }
 
+    /// Puts all the time so far on the start's account.
+    pub(crate) fn add_start(&mut self) {
+        self.add(Phase::Start, self.started.elapsed().as_secs_f64());
+    }
+
     /// Puts seconds on a phase's account.
     pub(crate) fn add(&mut self, phase: Phase, seconds: f64) {
         self.seconds[phase as usize] += seconds;

@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use burn::tensor::{DType, Tensor};
 use gptq_calibration::{Calibration, Manifest, TextTokenizer};
-use gptq_format::{Checkpoint, StagedDir};
+use gptq_format::StagedDir;
 use gptq_kernels::{Device, DeviceError, Engine, Hessian, Request, Work};
-use gptq_model::{Block, Flow, HostBlock, Model, ModelConfig, ModelError, Stage};
+use gptq_model::{Block, Flow, HostBlock, Model, ModelError, Stage};
 
 use crate::branch_writer::BranchWriter;
 use crate::memory::{chunk_windows, resident_chunks};
@@ -115,12 +115,11 @@ impl Work for Quantise<'_> {
             Some(budget) => resident_chunks::<B>(plan, budget)?,
             None => usize::MAX,
         };
-        let started = Instant::now();
         let tokenizer = TextTokenizer::load(&plan.model_dir)?;
         let calibration = Calibration::draw(&plan.calibration, &tokenizer)?;
         let model = Model::<B>::open(&plan.model_dir, &device)?;
         scope(|scope| {
-            let blocks = read_ahead(scope, model.checkpoint(), model.config());
+            let blocks = read_ahead(scope, &model);
             let flows = model.embed(
                 &calibration.windows,
                 chunk_windows::<B>(plan.calibration.seq_len),
@@ -138,7 +137,7 @@ impl Work for Quantise<'_> {
                 clock: self.clock,
                 on_event: self.on_event,
             };
-            run.clock.add(Phase::Start, started.elapsed().as_secs_f64());
+            run.clock.add_start();
             run.announce();
             let streams = run.streams(flows, resident);
             run.blocks(streams, &blocks)?;
@@ -148,19 +147,15 @@ impl Work for Quantise<'_> {
 }
 
 /// Reads blocks on a thread of their own, one ahead of the run.
-fn read_ahead<'scope, 'env>(
+fn read_ahead<'scope, 'env, B: Engine>(
     scope: &'scope Scope<'scope, 'env>,
-    checkpoint: &'env Checkpoint,
-    config: &'env ModelConfig,
+    model: &'env Model<B>,
 ) -> Receiver<Result<HostBlock, ModelError>> {
     let (sender, receiver) = sync_channel(0);
     scope.spawn(move || {
-        for layer in 0..config.layers {
+        for layer in 0..model.config().layers {
             // A run that has ended takes no more.
-            if sender
-                .send(HostBlock::read(checkpoint, config, layer))
-                .is_err()
-            {
+            if sender.send(model.read_block(layer)).is_err() {
                 break;
             }
         }

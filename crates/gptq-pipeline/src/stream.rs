@@ -8,8 +8,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use burn::tensor::{DType, Tensor, TensorData};
-use gptq_kernels::{Engine, map_lanes};
+use burn::tensor::{DType, Tensor};
+use gptq_kernels::{Engine, HostBuffer, map_lanes};
 use gptq_model::{Block, Flow, ModelConfig, Stage};
 
 use crate::profile::{Clock, Phase, timed};
@@ -31,23 +31,55 @@ enum Chunk<B: Engine> {
     Device(Flow<B>),
     Host {
         windows: usize,
-        residual: Arc<TensorData>,
-        activation: Option<Arc<TensorData>>,
+        residual: HostStates,
+        activation: Option<HostStates>,
     },
+}
+
+/// `[tokens, features]` on the host, in [`KEEP`].
+#[derive(Clone)]
+struct HostStates {
+    values: Arc<HostBuffer>,
+    shape: [usize; 2],
+}
+
+impl HostStates {
+    fn new<B: Engine>(states: Tensor<B, 2>) -> Self {
+        HostStates {
+            shape: states.dims(),
+            values: Arc::new(B::download(states.cast(KEEP))),
+        }
+    }
+
+    /// On the device, in compute dtype.
+    fn upload<B: Engine>(&self, device: &B::Device) -> Tensor<B, 2> {
+        B::upload(&self.values, 0, self.shape, device).cast(B::COMPUTE)
+    }
 }
 
 impl<B: Engine> Chunk<B> {
     /// Keeps `flow` on the host. `old` is what it came from, whose residual may still serve.
-    fn on_host(flow: Flow<B>, residual: Option<Arc<TensorData>>) -> Self {
-        let data = |t: Tensor<B, 2>| Arc::new(t.cast(KEEP).into_data());
+    fn on_host(flow: Flow<B>, residual: Option<HostStates>) -> Self {
         Chunk::Host {
             windows: flow.windows,
-            residual: residual.unwrap_or_else(|| data(flow.residual)),
-            activation: flow.activation.map(data),
+            residual: residual.unwrap_or_else(|| HostStates::new(flow.residual)),
+            activation: flow.activation.map(HostStates::new),
         }
     }
 
-    /// The states in compute dtype on `device`; the residual only if it is `needed`.
+    /// What a stage that takes the activation as it is would be given: nothing else need be brought
+    /// to the device for its Gram matrix.
+    fn kept_input(&self, stages: &[Stage], device: &B::Device) -> Option<Tensor<B, 2>> {
+        if stages.len() > 1 || !stages[0].ends_in_residual() {
+            return None;
+        }
+        match self {
+            Chunk::Device(flow) => Some(flow.activation.clone()?.cast(B::COMPUTE)),
+            Chunk::Host { activation, .. } => Some(activation.as_ref()?.upload(device)),
+        }
+    }
+
+    /// The states in compute dtype on `device`.
     fn flow(&self, device: &B::Device) -> Flow<B> {
         match self {
             Chunk::Device(flow) => flow.clone().cast(B::COMPUTE),
@@ -55,17 +87,11 @@ impl<B: Engine> Chunk<B> {
                 windows,
                 residual,
                 activation,
-            } => {
-                let upload = |data: &Arc<TensorData>| {
-                    let data = TensorData::clone(data);
-                    Tensor::<B, 2>::from_data(data, (device, KEEP)).cast(B::COMPUTE)
-                };
-                Flow {
-                    windows: *windows,
-                    residual: upload(residual),
-                    activation: activation.as_ref().map(upload),
-                }
-            }
+            } => Flow {
+                windows: *windows,
+                residual: residual.upload(device),
+                activation: activation.as_ref().map(|states| states.upload(device)),
+            },
         }
     }
 
@@ -175,16 +201,18 @@ fn lane_grams<B: Engine>(
         .collect();
     let (mut forward, mut gram) = (0.0, 0.0);
     for chunk in chunks {
+        let (input, seconds) = timed::<B, _>(wait, device, || chunk.kept_input(stages, device));
+        forward += seconds;
+        if let Some(input) = input {
+            gram += accumulate(&mut grams[0], input, wait, device);
+            continue;
+        }
         let (mut flow, seconds) = timed::<B, _>(wait, device, || chunk.flow(device));
         forward += seconds;
         for (i, &stage) in stages.iter().enumerate() {
             let (input, seconds) = timed::<B, _>(wait, device, || block.input(stage, &flow));
             forward += seconds;
-            // Taken out, so that the engine owns it alone and can add in place.
-            let sum = grams[i].take().expect("put back below");
-            let (sum, seconds) = timed::<B, _>(wait, device, || B::gram_add(sum, input));
-            gram += seconds;
-            grams[i] = Some(sum);
+            gram += accumulate(&mut grams[i], input, wait, device);
             if i + 1 < stages.len() {
                 let (next, seconds) = timed::<B, _>(wait, device, || block.advance(stage, flow));
                 forward += seconds;
@@ -197,4 +225,18 @@ fn lane_grams<B: Engine>(
         forward,
         gram,
     }
+}
+
+/// Adds `inputᵀ · input` to the sum; the seconds it took.
+fn accumulate<B: Engine>(
+    sum: &mut Option<Tensor<B, 2>>,
+    input: Tensor<B, 2>,
+    wait: bool,
+    device: &B::Device,
+) -> f64 {
+    // Taken out, so that the engine owns it alone and can add in place.
+    let old = sum.take().expect("put back below");
+    let (new, seconds) = timed::<B, _>(wait, device, || B::gram_add(old, input));
+    *sum = Some(new);
+    seconds
 }

@@ -3,7 +3,8 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Scope, ScopedJoinHandle};
 
-use gptq_format::{Checkpoint, FormatError, PackedLinear};
+use gptq_format::{Checkpoint, FormatError};
+use gptq_kernels::Incoming;
 
 use crate::branch_writer::BranchWriter;
 
@@ -14,7 +15,7 @@ const WAITING: usize = 24;
 struct Job {
     branch: usize,
     module: String,
-    packed: PackedLinear,
+    packed: Incoming,
 }
 
 /// The writing thread's end of the run.
@@ -45,7 +46,7 @@ impl<'scope> WriteBehind<'scope> {
         &mut self,
         branch: usize,
         module: String,
-        packed: PackedLinear,
+        packed: Incoming,
     ) -> Result<(), FormatError> {
         let job = Job {
             branch,
@@ -89,7 +90,7 @@ fn write(
         writer.copy_shared(checkpoint)?;
     }
     for job in jobs {
-        writers[job.branch].write(&job.module, &job.packed)?;
+        writers[job.branch].write(&job.module, &job.packed.wait())?;
     }
     Ok(writers)
 }

@@ -10,13 +10,27 @@ mod size;
 mod table;
 mod verify;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
 
 use crate::cli::{Cli, Command};
 
+/// `gptq` below the user's cache directory, as the XDG specification has it.
+fn cache_directory() -> Option<PathBuf> {
+    let directory = |name| std::env::var_os(name).map(PathBuf::from);
+    let absolute = |path: &PathBuf| path.is_absolute();
+    directory("XDG_CACHE_HOME")
+        .filter(absolute)
+        .or_else(|| Some(directory("HOME").filter(absolute)?.join(".cache")))
+        .map(|cache| cache.join("gptq"))
+}
+
 fn main() -> ExitCode {
+    if let Some(directory) = cache_directory() {
+        gptq_kernels::keep_kernels(&directory.join("kernels"));
+    }
     let result = match Cli::parse().command {
         Command::Quantize(args) => quantize::run(args),
         Command::Plan(args) => plan::run(args),

@@ -17,7 +17,12 @@ use cudarc::{
     nvrtc::result as nvrtc,
 };
 
-use super::{Cuda, buffer, error::Error, stream::on_stream};
+use super::{
+    Cuda, buffer,
+    error::Error,
+    kernel_cache::{attribute, compute_capability, kept},
+    stream::on_stream,
+};
 
 const SOURCE: &str = include_str!("attention.cu");
 const NAME: &str = "causal_attention";
@@ -108,16 +113,11 @@ fn kernel(device: usize, head_dim: usize) -> Result<Kernel, Error> {
     if let Some(kernel) = KERNELS.with_borrow(|all| all.get(&(device, head_dim)).copied()) {
         return Ok(kernel);
     }
-    let attribute = |which| {
-        let handle = driver::device::get(device as i32).map_err(refused("cuDeviceGet"))?;
-        // SAFETY: the handle is that of a device.
-        unsafe { driver::device::get_attribute(handle, which) }
-            .map_err(refused("cuDeviceGetAttribute"))
-    };
-    use CUdevice_attribute as Attribute;
-    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-    let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-    let limit = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+    let (major, minor) = compute_capability(device)?;
+    let limit = attribute(
+        device,
+        CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+    )?;
     // Two query tiles a warp halve the traffic from shared memory, 286 TFLOP/s against 213 on
     // an H100; past 128 columns their output does not fit the registers.
     let (warps, tiles) = if head_dim <= 128 { (4, 2) } else { (8, 1) };
@@ -138,7 +138,7 @@ fn kernel(device: usize, head_dim: usize) -> Result<Kernel, Error> {
             cubecl::cuda::install::include_path().display()
         ),
     ];
-    let ptx = compile(&options)?;
+    let ptx = kept(&format!("{NAME}-{head_dim}.ptx"), || compile(&options))?;
     let name = CString::new(NAME).expect("a name without NUL");
     let shared = bytes(keys) as u32;
     // SAFETY: the PTX is NUL-terminated and has this function; the module is never unloaded.
@@ -166,7 +166,7 @@ fn kernel(device: usize, head_dim: usize) -> Result<Kernel, Error> {
 }
 
 /// The kernel's PTX, NUL-terminated.
-fn compile(options: &[String]) -> Result<Vec<std::ffi::c_char>, Error> {
+fn compile(options: &[String]) -> Result<Vec<u8>, Error> {
     let failed = |log: String| Error::Compile { kernel: NAME, log };
     let source = CString::new(SOURCE).expect("a source without NUL");
     let program =
@@ -174,7 +174,9 @@ fn compile(options: &[String]) -> Result<Vec<std::ffi::c_char>, Error> {
     // SAFETY: the program was just made and is destroyed once, below.
     unsafe {
         let result = match nvrtc::compile_program(program, options) {
-            Ok(()) => nvrtc::get_ptx(program).map_err(|error| failed(format!("{error:?}"))),
+            Ok(()) => nvrtc::get_ptx(program)
+                .map(|ptx| ptx.into_iter().map(|byte| byte as u8).collect())
+                .map_err(|error| failed(format!("{error:?}"))),
             Err(error) => {
                 let log = nvrtc::get_program_log(program).unwrap_or_default();
                 let log: Vec<u8> = log.iter().map(|&byte| byte as u8).collect();

@@ -1,15 +1,16 @@
 //! The operations as the model and the solver call them.
 
 use burn::tensor::{DType, Int, Tensor};
-use cudarc::driver::CudaContext;
 use gptq_format::{CheckpointFormat, PackedLinear};
 use gptq_solver::SolverError;
+use half::f16;
 
 use super::{
     Cuda, Device,
     error::{Error, fail},
+    transfer::{self, Pinned},
 };
-use crate::{Engine, Hessian, Request, SolveError, Subset, attention};
+use crate::{Engine, Hessian, HostBuffer, Request, SolveError, Subset, attention};
 
 impl Engine for Cuda {
     const COMPUTE: DType = DType::F16;
@@ -79,11 +80,41 @@ impl Engine for Cuda {
         super::dequantise(packed, device).unwrap_or_else(|error| fail(error))
     }
 
+    fn host_buffer(len: usize, device: &Device) -> HostBuffer {
+        Pinned::take(len * size_of::<f16>(), device.index)
+            .unwrap_or_else(|error| fail(error))
+            .into()
+    }
+
+    fn upload<const D: usize>(
+        from: &HostBuffer,
+        start: usize,
+        shape: [usize; D],
+        device: &Device,
+    ) -> Tensor<Self, D> {
+        match from.pinned() {
+            Some(pinned) => transfer::upload(pinned, start, shape, device),
+            None => {
+                let mut staged = Self::host_buffer(shape.iter().product(), device);
+                let len = staged.values_mut().len();
+                staged
+                    .values_mut()
+                    .copy_from_slice(&from.values()[start..start + len]);
+                return Self::upload(&staged, 0, shape, device);
+            }
+        }
+        .unwrap_or_else(|error| fail(error))
+    }
+
+    fn download(x: Tensor<Self, 2>) -> HostBuffer {
+        transfer::download(x)
+            .unwrap_or_else(|error| fail(error))
+            .into()
+    }
+
     fn free_memory(device: &Device) -> Option<u64> {
-        let context = CudaContext::new(device.index).ok()?;
+        let context = transfer::bind(device.index).ok()?;
         let (free, _) = context.mem_get_info().ok()?;
-        // The last owner's drop would tear down the context that Burn works in, or is about to.
-        std::mem::forget(context);
         Some(free as u64)
     }
 }

@@ -10,11 +10,13 @@
 //! reused too early.
 
 mod error;
+mod kernel_cache;
 mod library;
 
 mod blas;
 mod buffer;
 mod stream;
+mod transfer;
 
 mod gram;
 mod linear;
@@ -45,15 +47,18 @@ pub use embedding::embedding;
 pub use error::Error;
 pub(crate) use error::run_guarded;
 pub use gram::{gram_add, gram_zeros};
+pub use kernel_cache::keep_kernels;
 pub use library::MissingLibrary;
 pub(crate) use library::{device_count, missing_library};
 pub use linear::linear;
 pub use norm::rms_norm;
+pub(crate) use pack::Fetched;
 pub use pack::dequantise;
 pub use relative_error::relative_error;
 pub use rotary::rotary;
 pub use solve::solve;
 pub use swiglu::swiglu;
+pub(crate) use transfer::Pinned;
 
 pub use crate::device::Cuda;
 

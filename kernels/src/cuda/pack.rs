@@ -6,6 +6,8 @@
 //! 21 its low bit at the top of the second). `qweight` is packed along the input columns, in
 //! their original order, `qzeros` along the output rows.
 
+use std::fmt;
+
 use burn::tensor::{DType, Tensor};
 use cubecl::{cuda::CudaRuntime, prelude::*};
 use gptq_format::{CheckpointFormat, PackedLinear};
@@ -17,6 +19,7 @@ use super::{
     buffer::{self, Buffer, array},
     error::Error,
     sweep::Swept,
+    transfer::{Pinned, fetch},
 };
 
 /// Values that fill whole words.
@@ -233,18 +236,50 @@ pub(crate) fn pack(
 }
 
 impl Packed {
-    /// The tensors on the host; waits for the device.
-    pub(crate) fn download(self) -> Result<PackedLinear, Error> {
-        Ok(PackedLinear {
+    /// Sends the tensors to the host.
+    pub(crate) fn fetch(self) -> Result<Fetched, Error> {
+        Ok(Fetched {
+            out_features: self.qweight.meta.shape()[1],
+            qweight: fetch(&self.qweight)?,
+            qzeros: fetch(&self.qzeros)?,
+            scales: fetch(&self.scales)?,
+            g_idx: self.g_idx,
+            settings: self.settings,
+            format: self.format,
+        })
+    }
+}
+
+/// A packed layer whose tensors are on their way to the host.
+pub(crate) struct Fetched {
+    out_features: usize,
+    qweight: Pinned,
+    qzeros: Pinned,
+    scales: Pinned,
+    g_idx: Vec<i32>,
+    settings: Settings,
+    format: CheckpointFormat,
+}
+
+impl Fetched {
+    /// Waits for the tensors.
+    pub(crate) fn wait(self) -> PackedLinear {
+        PackedLinear {
             bits: self.settings.bits,
             in_features: self.g_idx.len(),
-            out_features: self.qweight.meta.shape()[1],
+            out_features: self.out_features,
             format: self.format,
-            qweight: buffer::download(&self.qweight)?,
-            qzeros: buffer::download(&self.qzeros)?,
-            scales: buffer::download(&self.scales)?,
+            qweight: self.qweight.values().to_vec(),
+            qzeros: self.qzeros.values().to_vec(),
+            scales: self.scales.values().to_vec(),
             g_idx: self.g_idx,
-        })
+        }
+    }
+}
+
+impl fmt::Debug for Fetched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Fetched({:?})", self.settings)
     }
 }
 

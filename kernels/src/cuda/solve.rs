@@ -39,7 +39,8 @@ const STRETCH: usize = 8 * PANEL;
 /// Quantises linear layers that share an input.
 ///
 /// `gram` is f32 `[in, in]`, of which the upper triangle is read; each weight is f16 `[out, in]`.
-/// Waits for the device: twice for the factor, once for the errors, and for each packed tensor.
+/// Waits for the device twice for the factor and once for the errors; packed tensors are on their way
+/// to the host when this returns.
 ///
 /// # Errors
 ///
@@ -106,7 +107,7 @@ pub fn solve(
         order.into_iter().zip(unread).zip(errors)
     {
         let layer = Solved {
-            packed: packed.download()?,
+            packed: packed.fetch()?.into(),
             weight,
             relative_error,
             rtn_error,

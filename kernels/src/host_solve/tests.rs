@@ -198,7 +198,7 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
         damping: 0.01,
     };
     let subset = Cpu::solve(gram, hessian, vec![request], CheckpointFormat::Gptq).unwrap();
-    let solved = &subset.solved[0];
+    let solved = subset.solved.into_iter().next().unwrap();
     let dense = Cpu::matmul_nt(tensor(&x, [tokens, n]), tensor(&w, [out, n]));
     let quantised = Cpu::matmul_nt(tensor(&x, [tokens, n]), solved.weight.clone());
     let energy = |t: Tensor<Cpu, 2>| values(t).iter().map(|v| v * v).sum::<f64>();
@@ -209,7 +209,7 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
         solved.relative_error
     );
     assert!(solved.relative_error < solved.rtn_error);
-    let unpacked = Cpu::dequantise(&solved.packed, &Default::default());
+    let unpacked = Cpu::dequantise(&solved.packed.wait(), &Default::default());
     assert_eq!(values(unpacked), values(solved.weight.clone()));
     assert_eq!((subset.damping, subset.dead_columns), (0.01, 0));
 }

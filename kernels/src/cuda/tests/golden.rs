@@ -73,7 +73,8 @@ fn each_case(scale_search: bool, least_share: f64) {
             format(&settings),
         )
         .unwrap();
-        let found = subset.solved[0].packed.unpack();
+        let solved = subset.solved.into_iter().next().unwrap();
+        let found = solved.packed.wait().unpack();
 
         let h = DMatrix::from_row_slice(n, n, &gram);
         let w = DMatrix::from_row_iterator(weight.len() / n, n, weight.iter().map(|v| v.to_f32()));
@@ -90,7 +91,7 @@ fn each_case(scale_search: bool, least_share: f64) {
         let share = same.count() as f64 / expected.codes.len() as f64;
         println!(
             "{label}: {share:.5} of the codes, error {:.6} of the host's",
-            subset.solved[0].relative_error / error
+            solved.relative_error / error
         );
         assert!(share >= least_share, "{label}: {share} of the codes agree");
         let q = DMatrix::from_row_slice(w.nrows(), n, &found.dequantise());

@@ -63,7 +63,7 @@ pub(super) fn request(
 /// other way; the rest of its row follows. 0.5 % of the codes bounds that with room.
 pub(super) fn judge(
     label: &str,
-    found: &Solved<Cuda>,
+    found: Solved<Cuda>,
     weight: &[f16],
     gram: &DMatrix<f64>,
     factor: &Factor<f64>,
@@ -77,7 +77,8 @@ pub(super) fn judge(
     let rtn_error = lost(round_to_nearest(&w, settings).dequantise());
     let expected = expected.into_quantized();
 
-    let codes = found.packed.unpack();
+    let packed = found.packed.wait();
+    let codes = packed.unpack();
     assert_eq!(codes.g_idx, expected.g_idx, "{label}");
     let pairs = codes.codes.iter().zip(&expected.codes);
     let same = pairs.filter(|(a, b)| a == b).count();
@@ -85,7 +86,7 @@ pub(super) fn judge(
     assert!(share >= 0.995, "{label}: {share} of the codes agree");
 
     let dense = values(found.weight.clone());
-    let unpacked = dequantise(&found.packed, &found.weight.device()).unwrap();
+    let unpacked = dequantise(&packed, &found.weight.device()).unwrap();
     assert!(
         values(unpacked) == dense,
         "{label}: packed and dense differ"
@@ -127,7 +128,7 @@ fn compare(n: usize, rows: [usize; 2], settings: Settings, act_order: bool, seed
     let x = DMatrix::from_row_iterator(tokens, n, x.iter().map(|v| v.to_f64()));
     let gram = x.transpose() * x;
     let factor = Factor::new(&gram, act_order, 0.1).unwrap();
-    for (solved, weight) in subset.solved.iter().zip(&weights) {
+    for (solved, weight) in subset.solved.into_iter().zip(&weights) {
         let label = format!(
             "{n} {} {settings:?} act order {act_order}",
             weight.len() / n
@@ -284,7 +285,8 @@ fn the_widest_factor_solves_as_the_host_does_on_a_diagonal() {
     .unwrap();
     let w = DMatrix::from_row_iterator(32, n, weight.iter().map(|v| v.to_f64()));
     let expected = round_to_nearest(&w, &s).into_quantized();
-    let found = subset.solved[0].packed.unpack();
+    let solved = subset.solved.into_iter().next().unwrap();
+    let found = solved.packed.wait().unpack();
     let same = found
         .codes
         .iter()

@@ -1,0 +1,221 @@
+//! Tensors to the device and back through page-locked memory, without waiting.
+//!
+//! The driver copies from pageable memory through a small buffer of its own, on the calling thread;
+//! page-locked memory is read and written by the device itself, in stream order, while the host goes
+//! on. Making such memory is slow, so blocks go back to a pool. Each block has an event that is recorded
+//! after its last transfer: the host waits for it before it touches the memory, the pool before it
+//! hands the block out again.
+
+use std::{
+    collections::HashMap,
+    mem::ManuallyDrop,
+    ptr::NonNull,
+    slice,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use burn::tensor::{DType, Tensor};
+use cubecl::{cuda::CudaRuntime, prelude::*};
+use cudarc::driver::{
+    CudaContext, DriverError, result as driver,
+    sys::{CU_MEMHOSTALLOC_PORTABLE, CUevent, CUevent_flags, CUstream},
+};
+use half::f16;
+
+use super::{
+    Cuda, Device,
+    buffer::{self, Buffer},
+    error::{Error, fail},
+    stream::on_stream,
+};
+
+/// Blocks are whole multiples of this many bytes.
+const GRAIN: usize = 1 << 20;
+/// A free block serves a request of at least this part of its size.
+const WASTE: usize = 4;
+
+/// Blocks that nobody holds; their last transfer may still be under way.
+static POOL: Mutex<Vec<Block>> = Mutex::new(Vec::new());
+
+/// Makes the device's own context the calling thread's.
+pub(crate) fn bind(device: usize) -> Result<Arc<CudaContext>, Error> {
+    // Kept to the end: the last owner's drop would tear down the context that Burn works in.
+    static CONTEXTS: Mutex<Option<HashMap<usize, Arc<CudaContext>>>> = Mutex::new(None);
+    let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let contexts = contexts.get_or_insert_default();
+    if let Some(context) = contexts.get(&device) {
+        context
+            .bind_to_thread()
+            .map_err(refused("cuCtxSetCurrent"))?;
+        return Ok(context.clone());
+    }
+    let context = CudaContext::new(device).map_err(refused("cuDevicePrimaryCtxRetain"))?;
+    contexts.insert(device, context.clone());
+    Ok(context)
+}
+
+fn refused(operation: &'static str) -> impl Fn(DriverError) -> Error {
+    move |source| Error::Driver { operation, source }
+}
+
+/// A page-locked allocation.
+struct Block {
+    memory: NonNull<u8>,
+    bytes: usize,
+    device: usize,
+    /// Recorded after the last transfer from or to the block.
+    event: CUevent,
+}
+
+// SAFETY: the memory is plain host memory that one owner holds; events may be used from any thread.
+unsafe impl Send for Block {}
+// SAFETY: as above; a shared block is only read.
+unsafe impl Sync for Block {}
+
+impl Block {
+    fn new(bytes: usize, device: usize) -> Result<Block, Error> {
+        // SAFETY: a context is current; the flag makes the memory page-locked for all of them.
+        let memory = unsafe { driver::malloc_host(bytes, CU_MEMHOSTALLOC_PORTABLE) }
+            .map_err(refused("cuMemHostAlloc"))?;
+        let event = driver::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING)
+            .map_err(refused("cuEventCreate"))?;
+        Ok(Block {
+            memory: NonNull::new(memory.cast()).expect("an allocation that succeeded"),
+            bytes,
+            device,
+            event,
+        })
+    }
+
+    fn idle(&self) -> bool {
+        // SAFETY: the event lives as long as the block.
+        unsafe { driver::event::query(self.event) }.is_ok()
+    }
+}
+
+/// The leading bytes of a page-locked block, until dropped.
+pub(crate) struct Pinned {
+    block: ManuallyDrop<Block>,
+    bytes: usize,
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: taken once, here, and not used again.
+        let block = unsafe { ManuallyDrop::take(&mut self.block) };
+        POOL.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(block);
+    }
+}
+
+impl Pinned {
+    /// Memory of this size with undefined contents: from the pool, or new.
+    pub(crate) fn take(bytes: usize, device: usize) -> Result<Pinned, Error> {
+        bind(device)?;
+        let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |block: &Block| {
+            block.device == device
+                && block.bytes >= bytes
+                && block.bytes / WASTE <= bytes.max(GRAIN)
+                && block.idle()
+        };
+        let found = pool.iter().position(fits).map(|at| pool.swap_remove(at));
+        drop(pool);
+        let block = match found {
+            Some(block) => block,
+            None => Block::new(bytes.max(1).next_multiple_of(GRAIN), device)?,
+        };
+        Ok(Pinned {
+            block: ManuallyDrop::new(block),
+            bytes,
+        })
+    }
+
+    /// Waits for the last transfer.
+    fn settle(&self) {
+        let settled = bind(self.block.device).and_then(|_| {
+            // SAFETY: the event lives as long as the block.
+            unsafe { driver::event::synchronize(self.block.event) }
+                .map_err(refused("cuEventSynchronize"))
+        });
+        settled.unwrap_or_else(|error| fail(error));
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.settle();
+        // SAFETY: the block is at least this long, and nothing writes it now.
+        unsafe { slice::from_raw_parts(self.block.memory.as_ptr(), self.bytes) }
+    }
+
+    /// The contents, once the last transfer is done.
+    pub(crate) fn values<T: CubeElement>(&self) -> &[T] {
+        T::from_bytes(self.bytes())
+    }
+
+    /// The contents, to be written.
+    pub(crate) fn values_mut(&mut self) -> &mut [f16] {
+        self.settle();
+        // SAFETY: the block is at least this long and aligned to a page; this is its only owner.
+        unsafe {
+            slice::from_raw_parts_mut(
+                self.block.memory.as_ptr().cast(),
+                self.bytes / size_of::<f16>(),
+            )
+        }
+    }
+
+    /// Marks the end of a transfer. Runs on the device thread, after the transfer was submitted.
+    fn record(&self, stream: CUstream) -> Result<(), Error> {
+        // SAFETY: both live.
+        unsafe { driver::event::record(self.block.event, stream) }.map_err(refused("cuEventRecord"))
+    }
+}
+
+/// f16 `shape` from `from`, starting at value `start`.
+///
+/// # Panics
+/// When `from` ends before the tensor does.
+pub(crate) fn upload<const D: usize>(
+    from: &Pinned,
+    start: usize,
+    shape: [usize; D],
+    device: &Device,
+) -> Result<Tensor<Cuda, D>, Error> {
+    let out = buffer::empty_on(&CudaRuntime::client(device), device, shape, DType::F16);
+    let size = size_of::<f16>();
+    let (start, bytes) = (start * size, shape.iter().product::<usize>() * size);
+    assert!(start + bytes <= from.bytes, "upload: {shape:?} at {start}");
+    on_stream(&[&out], |libraries, pointers| {
+        // SAFETY: both ranges lie inside their memory, and the block is not touched by the host or
+        // given away before the event recorded below.
+        unsafe {
+            let source = slice::from_raw_parts(from.block.memory.as_ptr().add(start), bytes);
+            driver::memcpy_htod_async(pointers[0], source, libraries.stream)
+        }
+        .map_err(refused("cuMemcpyHtoDAsync"))?;
+        from.record(libraries.stream)
+    })?;
+    Ok(buffer::into_float(out))
+}
+
+/// The buffer's contents, on their way to the host.
+pub(crate) fn fetch(buffer: &Buffer) -> Result<Pinned, Error> {
+    let bytes = buffer.meta.shape().num_elements() * buffer.dtype.size();
+    let to = Pinned::take(bytes, buffer.device.index)?;
+    on_stream(&[buffer], |libraries, pointers| {
+        // SAFETY: as in `upload`; nobody else holds the block.
+        unsafe {
+            let target = slice::from_raw_parts_mut(to.block.memory.as_ptr(), bytes);
+            driver::memcpy_dtoh_async(target, pointers[0], libraries.stream)
+        }
+        .map_err(refused("cuMemcpyDtoHAsync"))?;
+        to.record(libraries.stream)
+    })?;
+    Ok(to)
+}
+
+/// An f16 matrix, on its way to the host.
+pub(crate) fn download(x: Tensor<Cuda, 2>) -> Result<Pinned, Error> {
+    fetch(&buffer::float("download", "x", x, DType::F16)?)
+}
