@@ -1,12 +1,13 @@
 //! Measures the CUDA engine's operations at the shapes of a 7B layer and prints a table.
 //!
 //! Each figure is the median of repeated runs between two synchronisations of the device, on
-//! random values. Run it alone on the card. With the argument `solve` or
-//! `forward`, only that; `solve search` searches scales.
+//! random values, beside what the card does at best. Run it alone on the card. With the argument
+//! `solve` or `forward`, only that; scales are searched, as by default, unless `plain` is among them.
 
 use std::time::Instant;
 
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData, backend::Backend};
+use cudarc::driver::CudaContext;
 use gptq_format::{Bits, CheckpointFormat, GroupSize};
 use gptq_kernels::cuda::{
     Cuda, Device, causal_attention, embedding, gram_add, gram_zeros, linear, rms_norm, rotary,
@@ -49,12 +50,59 @@ fn seconds<T>(device: &Device, repeats: usize, mut run: impl FnMut() -> T) -> f6
     times[repeats / 2]
 }
 
-fn row(name: &str, time: f64, amount: f64, unit: &str) {
-    println!(
-        "| {name} | {:.3} ms | {:.0} {unit} |",
-        time * 1e3,
-        amount / time
-    );
+/// What the card does at best.
+struct Ceilings {
+    /// A copy from device to device, bytes read and written, in GB/s.
+    copy: f64,
+    /// An f16 product of square matrices by cuBLAS, in TFLOP/s.
+    product: f64,
+}
+
+impl Ceilings {
+    fn measure(device: &Device) -> Ceilings {
+        const BYTES: usize = 1 << 30;
+        const SIDE: usize = 8192;
+        let context = CudaContext::new(device.index).expect("the device was found");
+        let stream = context.default_stream();
+        let from = stream.alloc_zeros::<u8>(BYTES).expect("1 GiB is free");
+        let mut to = stream.alloc_zeros::<u8>(BYTES).expect("1 GiB is free");
+        let copy = seconds(device, 20, || {
+            stream.memcpy_dtod(&from, &mut to).expect("a copy");
+            stream.synchronize().expect("the device answers");
+        });
+        drop((from, to));
+        // The last owner's drop would tear down the context that Burn works in.
+        std::mem::forget(context);
+        let [x, w] = [0; 2].map(|_| random([SIDE, SIDE], 1.0, device));
+        let product = seconds(device, 20, || linear(x.clone(), w.clone()).unwrap());
+        let ceilings = Ceilings {
+            copy: 2.0 * BYTES as f64 / 1e9 / copy,
+            product: 2.0 * (SIDE as f64).powi(3) / 1e12 / product,
+        };
+        println!(
+            "| ceiling: copy of 1 GiB | {:.3} ms | {:.0} GB/s | |\n\
+             | ceiling: product [8192, 8192] -> 8192 | {:.3} ms | {:.0} TFLOP/s | |",
+            copy * 1e3,
+            ceilings.copy,
+            product * 1e3,
+            ceilings.product
+        );
+        ceilings
+    }
+
+    /// A row for `amount` TFLOP or GB in `time` seconds.
+    fn row(&self, name: &str, time: f64, amount: f64, unit: &str) {
+        let ceiling = match unit {
+            "TFLOP/s" => self.product,
+            _ => self.copy,
+        };
+        let rate = amount / time;
+        println!(
+            "| {name} | {:.3} ms | {rate:.0} {unit} | {:.0} % |",
+            time * 1e3,
+            100.0 * rate / ceiling
+        );
+    }
 }
 
 fn main() {
@@ -63,23 +111,24 @@ fn main() {
         return;
     }
     let device = Device::new(0);
-    let only = std::env::args().nth(1);
+    let only = std::env::args().nth(1).filter(|arg| arg != "plain");
     let wanted = |part: &str| only.as_deref().is_none_or(|only| only == part);
-    println!("| operation | median | rate |\n|---|---|---|");
+    println!("| operation | median | rate | of the ceiling |\n|---|---|---|---|");
+    let ceilings = Ceilings::measure(&device);
     if wanted("forward") {
-        let time = forward(&device) * (WINDOWS / CHUNK) as f64;
+        let time = forward(&device, &ceilings) * (WINDOWS / CHUNK) as f64;
         println!(
-            "| layer, {WINDOWS} windows: forward and Gram | {:.0} ms | |",
+            "| layer, {WINDOWS} windows: forward and Gram | {:.0} ms | | |",
             time * 1e3
         );
     }
     if wanted("solve") {
-        println!("| layer: solving | {:.0} ms | |", solving(&device) * 1e3);
+        println!("| layer: solving | {:.0} ms | | |", solving(&device) * 1e3);
     }
 }
 
 /// Seconds for the forward pass and the Gram matrices of a chunk of windows.
-fn forward(device: &Device) -> f64 {
+fn forward(device: &Device, ceilings: &Ceilings) -> f64 {
     let tokens = CHUNK * WINDOW;
     let mut forward = 0.0;
 
@@ -89,7 +138,7 @@ fn forward(device: &Device) -> f64 {
             let w = random([out, inside], 0.02, device);
             let time = seconds(device, 20, || linear(x.clone(), w.clone()).unwrap());
             let work = 2.0 * (tokens * inside * out) as f64;
-            row(
+            ceilings.row(
                 &format!("linear [{tokens}, {inside}] -> {out}"),
                 time,
                 work / 1e12,
@@ -110,7 +159,7 @@ fn forward(device: &Device) -> f64 {
         });
         let work = 2.0 * (tokens * inside * inside) as f64;
         let name = format!("gram [{tokens}, {inside}], as if full");
-        row(&name, time, work / 1e12, "TFLOP/s");
+        ceilings.row(&name, time, work / 1e12, "TFLOP/s");
         forward += if inside == WIDE { time } else { 3.0 * time };
     }
 
@@ -120,7 +169,7 @@ fn forward(device: &Device) -> f64 {
         causal_attention(q.clone(), k.clone(), v.clone()).unwrap()
     });
     let work = 2.0 * (CHUNK * HEADS * WINDOW * WINDOW * HEAD) as f64;
-    row(
+    ceilings.row(
         "causal attention [4, 4096, 32, 128]",
         time,
         work / 1e12,
@@ -134,7 +183,7 @@ fn forward(device: &Device) -> f64 {
     let time = seconds(device, 20, || {
         rms_norm(x.clone(), weight.clone(), 1e-5).unwrap()
     });
-    row(
+    ceilings.row(
         "rms_norm [16384, 4096]",
         time,
         gigabytes(2 * tokens * HIDDEN),
@@ -149,7 +198,7 @@ fn forward(device: &Device) -> f64 {
     let time = seconds(device, 20, || {
         rotary(q.clone(), table.clone(), table.clone()).unwrap()
     });
-    row(
+    ceilings.row(
         "rotary [4, 4096, 32, 128]",
         time,
         gigabytes(2 * tokens * HIDDEN),
@@ -159,7 +208,7 @@ fn forward(device: &Device) -> f64 {
     let gate = random([tokens, WIDE], 1.0, device);
     let up = random([tokens, WIDE], 1.0, device);
     let time = seconds(device, 20, || swiglu(gate.clone(), up.clone()).unwrap());
-    row(
+    ceilings.row(
         "swiglu [16384, 11008]",
         time,
         gigabytes(3 * tokens * WIDE),
@@ -169,7 +218,7 @@ fn forward(device: &Device) -> f64 {
     let time = seconds(device, 20, || {
         x.clone() + q.clone().reshape([tokens, HIDDEN])
     });
-    row(
+    ceilings.row(
         "residual (Burn) [16384, 4096]",
         time,
         gigabytes(3 * tokens * HIDDEN),
@@ -183,7 +232,7 @@ fn forward(device: &Device) -> f64 {
     let time = seconds(device, 20, || {
         embedding(ids.clone(), words.clone()).unwrap()
     });
-    row(
+    ceilings.row(
         "embedding [16384, 4096]",
         time,
         gigabytes(2 * tokens * HIDDEN),
@@ -209,7 +258,7 @@ fn solving(device: &Device) -> f64 {
             group_size: GroupSize::Columns(128),
             sym: true,
             static_groups: false,
-            scale_search: std::env::args().any(|arg| arg == "search"),
+            scale_search: !std::env::args().any(|arg| arg == "plain"),
             f16_scales: true,
         };
         let layers: Vec<_> = outs
@@ -229,7 +278,7 @@ fn solving(device: &Device) -> f64 {
             errors = [subset.solved[0].relative_error, subset.solved[0].rtn_error];
         });
         println!(
-            "| solve {subset} ({inside} columns) | {:.1} ms | errors {errors:.5?} |",
+            "| solve {subset} ({inside} columns) | {:.1} ms | errors {errors:.5?} | |",
             time * 1e3
         );
         solving += time;

@@ -157,6 +157,9 @@ pub trait Engine: Backend {
         values.expect("the caller gives an f16 tensor").into()
     }
 
+    /// Gives device memory that no tensor uses back to the driver, where an engine keeps it for reuse.
+    fn release_memory(_device: &Self::Device) {}
+
     /// Device memory that is free, in bytes; `None` where tensors live in the host's memory.
     fn free_memory(_device: &Self::Device) -> Option<u64> {
         None

@@ -81,6 +81,7 @@ pub fn quantise(
         device,
         clock,
         budget: &mut budget,
+        frugal: options.device_memory.is_some(),
         on_event,
     };
     match device.run(work) {
@@ -99,6 +100,7 @@ struct Quantise<'a> {
     clock: Clock,
     /// Device memory in bytes; filled in with what is free.
     budget: &'a mut Option<u64>,
+    frugal: bool,
     on_event: &'a mut dyn FnMut(Event<'_>),
 }
 
@@ -135,6 +137,7 @@ impl Work for Quantise<'_> {
                 writer: WriteBehind::spawn(scope, writers, model.checkpoint()),
                 outputs: plan.branches.iter().map(|_| Output::default()).collect(),
                 clock: self.clock,
+                frugal: self.frugal,
                 on_event: self.on_event,
             };
             run.clock.add_start();
@@ -176,6 +179,9 @@ struct Run<'a, 'scope, B: Engine> {
     writer: WriteBehind<'scope>,
     outputs: Vec<Output>,
     clock: Clock,
+    /// Whether device memory is to be given back as soon as it is unused: CubeCL's pools keep what was
+    /// once needed, a pool for each range of sizes.
+    frugal: bool,
     on_event: &'a mut dyn FnMut(Event<'_>),
 }
 
@@ -277,6 +283,9 @@ impl<B: Engine> Run<'_, '_, B> {
             .expect("taken only by the last branch");
             own.branches = vec![branch];
             let own = own.advance(&quantised, group, device, &mut self.clock);
+            if self.frugal {
+                B::release_memory(device);
+            }
             self.outputs[branch].seconds += shared + started.elapsed().as_secs_f64();
             self.stages(layer, own, &quantised, rest, done)?;
         }

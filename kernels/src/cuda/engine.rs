@@ -1,6 +1,7 @@
 //! The operations as the model and the solver call them.
 
 use burn::tensor::{DType, Int, Tensor};
+use cubecl::{cuda::CudaRuntime, prelude::*};
 use gptq_format::{CheckpointFormat, PackedLinear};
 use gptq_solver::SolverError;
 use half::f16;
@@ -110,6 +111,10 @@ impl Engine for Cuda {
         transfer::download(x)
             .unwrap_or_else(|error| fail(error))
             .into()
+    }
+
+    fn release_memory(device: &Device) {
+        CudaRuntime::client(device).memory_cleanup();
     }
 
     fn free_memory(device: &Device) -> Option<u64> {
