@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
+use crate::chat::special_token;
 use crate::{CalibrationError, source};
 
 /// Encodes documents: the tokenizer's own special tokens, then the end token after each document.
@@ -73,7 +74,5 @@ fn end_token(dir: &Path) -> Result<Option<String>, CalibrationError> {
             path,
             reason: e.to_string(),
         })?;
-    let token = &config["eos_token"];
-    let text = token.as_str().or_else(|| token["content"].as_str());
-    Ok(text.map(str::to_owned))
+    Ok(special_token(&config["eos_token"]))
 }
