@@ -124,6 +124,12 @@ impl ChatTemplate {
         self.complete
     }
 
+    /// What ends a turn as text, for models whose tokenizers do not know it as a token: the
+    /// built-in's `<|im_end|>`.
+    pub fn end_of_turn(&self) -> Option<&'static str> {
+        (!self.complete).then_some("<|im_end|>")
+    }
+
     /// The conversation as text, with the opening of the assistant's next turn if asked for.
     ///
     /// # Errors

@@ -301,7 +301,7 @@ impl<B: Engine> Run<'_, '_, B> {
         let (mut projections, mut requests) = (Vec::new(), Vec::new());
         for &projection in stage.projections() {
             if let Some(own) = settings.module(&projection.module(layer)) {
-                let weight = block.linear(projection).weight.clone();
+                let weight = block.linear(projection).weight.dense();
                 requests.push(Request {
                     weight,
                     settings: own,
