@@ -586,4 +586,4 @@ fn opcode_name(opcode: u8) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

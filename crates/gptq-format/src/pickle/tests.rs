@@ -6,19 +6,19 @@ use super::*;
 
 /// A pickle in pieces.
 #[derive(Clone, Default)]
-struct Pickle(Vec<u8>);
+pub(crate) struct Pickle(pub(crate) Vec<u8>);
 
 impl Pickle {
-    fn new() -> Pickle {
+    pub(crate) fn new() -> Pickle {
         Pickle(vec![0x80, 2])
     }
 
-    fn raw(mut self, bytes: &[u8]) -> Pickle {
+    pub(crate) fn raw(mut self, bytes: &[u8]) -> Pickle {
         self.0.extend_from_slice(bytes);
         self
     }
 
-    fn text(self, text: &str) -> Pickle {
+    pub(crate) fn text(self, text: &str) -> Pickle {
         let length = (text.len() as u32).to_le_bytes();
         self.raw(b"X").raw(&length).raw(text.as_bytes())
     }
@@ -37,7 +37,7 @@ impl Pickle {
     }
 
     /// `_rebuild_tensor_v2` of a half storage of `elements`.
-    fn tensor(
+    pub(crate) fn tensor(
         self,
         key: &str,
         elements: i32,
@@ -134,7 +134,7 @@ fn calls_with_other_arguments_are_refused() {
         (Pickle::new().raw(b"N)R."), "calls None"),
         (
             Pickle::new().global("torch", "HalfStorage").raw(b")R."),
-            "HalfStorage\"",
+            "calls Storage(F16)",
         ),
         (Pickle::new().raw(b"NQ."), "tuple"),
         (Pickle::new().raw(b")Q."), "no storage"),
@@ -164,9 +164,7 @@ fn calls_with_other_arguments_are_refused() {
         ),
     ] {
         let line = pickle.refusal();
-        // `Storage(F16)` is how the machine names a storage type.
-        let found = line.contains(word) || line.contains("Storage(F16)");
-        assert!(found, "no {word:?} in: {line}");
+        assert!(line.contains(word), "no {word:?} in: {line}");
     }
 }
 
