@@ -134,7 +134,10 @@ impl Variant {
         let checkpoint = Checkpoint::open(&dir).unwrap();
         let copy = |name: &str| {
             let view = checkpoint.view(name).unwrap();
-            (name.to_owned(), (view.shape.to_vec(), view.bytes.to_vec()))
+            (
+                name.to_owned(),
+                (view.shape.to_vec(), view.bytes().into_owned()),
+            )
         };
         Variant {
             config: read_json(&dir.join("config.json")).unwrap(),
