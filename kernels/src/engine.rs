@@ -6,7 +6,9 @@ use gptq_format::{CheckpointFormat, PackedLinear};
 use half::f16;
 use rayon::prelude::*;
 
-use crate::{Hessian, HostBuffer, PackedWeight, Request, SolveError, Subset, attention, host_solve};
+use crate::{
+    Hessian, HostBuffer, PackedWeight, Request, SolveError, Subset, attention, host_solve,
+};
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
 pub fn map_lanes<B: Engine, T: Send, R: Send>(

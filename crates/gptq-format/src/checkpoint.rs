@@ -78,6 +78,30 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Maps one file, with the quantisation settings beside it.
+    ///
+    /// Errors as [`Checkpoint::open`].
+    pub fn open_file(path: &Path) -> Result<Self, FormatError> {
+        let dir = path.parent().unwrap_or(Path::new(""));
+        let bytes = map(path)?;
+        let places = match path.extension().is_some_and(|e| e == "bin") {
+            true => torch_file::places(path, &bytes)?,
+            false => safetensors_file::places(path, &bytes)?,
+        };
+        let config = dir.join("config.json").exists() || dir.join("quantize_config.json").exists();
+        Ok(Checkpoint {
+            dir: dir.into(),
+            tensors: (places.into_iter())
+                .map(|(name, place)| (name, (0, place)))
+                .collect(),
+            shards: vec![bytes],
+            quantize_config: match config {
+                true => QuantizeConfig::read(dir)?,
+                false => None,
+            },
+        })
+    }
+
     /// The directory it was opened from.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -209,7 +233,14 @@ impl Checkpoint {
             qweight: words(self.i32(&tensor("qweight"), &[in_features * b / 32, out_features])?),
             qzeros: words(self.i32(&tensor("qzeros"), &[groups, out_features * b / 32])?),
             scales: self.f16(&tensor("scales"), &[groups, out_features])?,
-            g_idx: self.i32(&tensor("g_idx"), &[in_features])?,
+            g_idx: match self.contains(&tensor("g_idx")) || config.desc_act {
+                true => self.i32(&tensor("g_idx"), &[in_features])?,
+                // Files from before act order have none: groups in order.
+                false => {
+                    let columns = group_size.columns(in_features);
+                    (0..in_features).map(|i| (i / columns) as i32).collect()
+                }
+            },
         };
         for (row, &value) in packed.g_idx.iter().enumerate() {
             if usize::try_from(value).map_or(true, |g| g >= groups) {

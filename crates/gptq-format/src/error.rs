@@ -83,6 +83,15 @@ pub enum FormatError {
          write \"gptq_v2\""
     )]
     ZeroPointZero,
+    #[error(
+        "{module}: qweight {qweight:?}, qzeros {qzeros:?} and scales {scales:?} do not fit together"
+    )]
+    PackedShapes {
+        module: String,
+        qweight: [usize; 2],
+        qzeros: [usize; 2],
+        scales: [usize; 2],
+    },
     #[error("{name}: g_idx[{row}] = {value}, but there are {groups} groups")]
     GroupIndex {
         name: String,

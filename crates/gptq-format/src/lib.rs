@@ -4,13 +4,14 @@
 //! Reading order: [`Bits`] and [`GroupSize`] name the settings; [`QuantizedLinear`] and
 //! [`PackedLinear`] are one linear before and after packing; [`QuantizeConfig`] describes a branch;
 //! [`Checkpoint`] reads; [`StagedDir`] and [`ShardedWriter`] write; [`client_support`] says who can load the
-//! result.
+//! result, and [`Inspection`] what a checkpoint is.
 
 mod bits;
 mod checkpoint;
 mod clients;
 mod digests;
 mod error;
+mod inspect;
 mod pack;
 mod pickle;
 mod quantize_config;
@@ -28,6 +29,9 @@ pub use checkpoint::Checkpoint;
 pub use clients::{Client, LinearShape, Support, client_support};
 pub use digests::{LinearDigests, sha256};
 pub use error::FormatError;
+pub use inspect::{
+    ClientInfo, FileInfo, Inspection, LinearInfo, SharedSettings, TensorInfo, files,
+};
 pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
 pub use quantize_config::{CheckpointFormat, Dynamic, QuantizeConfig};
 pub use quantized::{PackedLinear, QuantizedLinear};

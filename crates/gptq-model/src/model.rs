@@ -98,7 +98,7 @@ impl<B: Engine> Model<B> {
     /// Block `layer` for generation: packed linears stay packed where the backend multiplies with
     /// them.
     pub(crate) fn resident_block(&self, layer: usize) -> Result<Block<B>, ModelError> {
-        let block = HostBlock::read(&self.checkpoint, &self.config, layer)?;
+        let block = self.read_block(layer)?;
         Ok(block.upload(B::KEEPS_PACKED, &self.rope, &self.device))
     }
 

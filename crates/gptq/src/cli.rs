@@ -8,6 +8,7 @@ use gptq_pipeline::{Plan, Recipe, RecipeOverrides, parse_size};
 
 use crate::completions::CompletionsArgs;
 use crate::generate::GenerateArgs;
+use crate::inspect::InspectArgs;
 
 /// Turn a Llama-family checkpoint into GPTQ branches, from one config file.
 #[derive(Parser)]
@@ -43,6 +44,9 @@ pub(crate) enum Command {
         after_help = "Examples:\n  gptq generate out/medi-tiny-GPTQ/main --prompt \"Asthma is\" --greedy --max-new-tokens 64\n  gptq generate out/medi-tiny-GPTQ/main --chat --system \"You are a careful doctor.\""
     )]
     Generate(GenerateArgs),
+    /// Say what a checkpoint is, whoever wrote it
+    #[command(after_help = "Example:\n  gptq inspect out/medi-tiny-GPTQ/main")]
+    Inspect(InspectArgs),
     /// Print a shell's completion script
     #[command(
         after_help = "Example:\n  gptq completions bash > ~/.local/share/bash-completion/completions/gptq"

@@ -5,6 +5,7 @@
 mod cli;
 mod completions;
 mod generate;
+mod inspect;
 mod plan;
 mod progress;
 mod quantize;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Inspect(args) => inspect::run(args),
         Command::Completions(args) => completions::run(args),
     };
     match result {
