@@ -3,5 +3,6 @@
 mod bad_input;
 mod generate;
 mod harness;
+mod inspect;
 mod matrix;
 mod verify;

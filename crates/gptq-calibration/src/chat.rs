@@ -220,6 +220,29 @@ mod tests {
     }
 
     #[test]
+    fn templates_render_as_in_transformers() {
+        let golden: std::path::PathBuf = [
+            env!("CARGO_MANIFEST_DIR"),
+            "../../tests/golden/generate.json",
+        ]
+        .iter()
+        .collect();
+        let golden: Value = serde_json::from_slice(&fs::read(golden).unwrap()).unwrap();
+        let talk: Vec<Message> = serde_json::from_value(golden["chat"]["messages"].clone()).unwrap();
+        let cases = golden["chat"]["templates"].as_array().unwrap();
+        assert_eq!(cases.len(), 6);
+        for case in cases {
+            let prompt = case["add_generation_prompt"].as_bool().unwrap();
+            let template = own(case["template"].as_str().unwrap()).unwrap();
+            let text = template.render(&talk, prompt).unwrap();
+            assert_eq!(text, case["text"].as_str().unwrap());
+            if case["name"] == "chatml" {
+                assert_eq!(ChatTemplate::chatml().render(&talk, prompt).unwrap(), text);
+            }
+        }
+    }
+
+    #[test]
     fn a_template_s_own_objection_and_its_mistakes_are_told() {
         let error = |source: &str| match own(source) {
             Ok(template) => template.render(&talk(), true).unwrap_err().to_string(),

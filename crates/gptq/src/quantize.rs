@@ -7,7 +7,8 @@ use anyhow::Result;
 use gptq_pipeline::{
     BranchReport, Outcome, Perplexity, Phase, Plan, Profile, RunOptions, quantise,
 };
-use gptq_verify::{Evaluation, verify};
+use gptq_verify::{Evaluation, Request, verify};
+use serde_json::json;
 
 use crate::cli::{QuantizeArgs, warn};
 use crate::progress::Progress;
@@ -19,10 +20,9 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     plan.command = Some(command(std::env::args_os().skip(1)));
     warn(&plan);
     if args.dry_run {
-        plan::print(&plan);
-        return Ok(());
+        return plan::show(&plan, args.json);
     }
-    let mut progress = Progress::new(&plan);
+    let mut progress = Progress::new(&plan, args.json);
     let options = RunOptions {
         profile: args.profile,
         device_memory: args.device_memory,
@@ -37,23 +37,36 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     let evaluation = plan.evaluation.clone();
     let mut perplexities = Vec::new();
     if let Some((text, window)) = evaluation {
-        let evaluation = Evaluation { text, window };
+        let request = Request {
+            evaluation: Some(Evaluation { text, window }),
+            ..Request::default()
+        };
         for (branch, report) in plan.branches.iter().zip(&mut reports) {
             let dir = plan.branch_dir(branch);
-            let verdict = verify(&dir, Some(&evaluation), None, args.device)?;
-            if let Some(value) = verdict.perplexity {
-                let text = evaluation.text.file_name().unwrap_or_default();
+            let receipt = verify(&dir, &request, args.device, &mut |_, _| {})?;
+            anyhow::ensure!(
+                receipt.pass,
+                "{}: {}",
+                dir.display(),
+                receipt.failures().join("; ")
+            );
+            if let Some(measured) = receipt.perplexity {
+                perplexities.push(measured.value);
                 let measured = Perplexity {
-                    text: text.to_string_lossy().into_owned(),
-                    window,
-                    tokens: verdict.scored_tokens,
-                    value,
-                    dense: verdict.dense_perplexity,
+                    text: measured.text,
+                    window: measured.window,
+                    tokens: measured.tokens,
+                    value: measured.value,
+                    dense: measured.dense,
                 };
                 report.record_perplexity(&dir, measured)?;
-                perplexities.push(value);
             }
         }
+    }
+    if args.json {
+        let record = record(&plan, &reports, &perplexities, &profile);
+        println!("{}", serde_json::to_string_pretty(&record)?);
+        return Ok(());
     }
     println!("\n{}", summary(&reports, &perplexities));
     println!("written to {}", plan.output.display());
@@ -89,6 +102,30 @@ fn command(args: impl Iterator<Item = OsString>) -> String {
         .chain(words)
         .collect::<Vec<_>>()
         .join(" ")
+}
+
+/// What came of a run, for programs: the branches in the plan's order.
+fn record(
+    plan: &Plan,
+    reports: &[BranchReport],
+    perplexities: &[f64],
+    profile: &Profile,
+) -> serde_json::Value {
+    let branches = plan.branches.iter().zip(reports).enumerate();
+    let branches = branches.map(|(i, (branch, report))| {
+        let numbers = report.summary();
+        json!({
+            "name": report.branch,
+            "dir": plan.branch_dir(branch),
+            "bytes": report.bytes,
+            "mean_error": numbers.mean_error,
+            "worst_error": numbers.worst_error,
+            "mean_ratio": numbers.mean_ratio,
+            "seconds": report.seconds,
+            "perplexity": perplexities.get(i),
+        })
+    });
+    json!({"branches": branches.collect::<Vec<_>>(), "seconds": profile.total})
 }
 
 /// A row per phase, then what no phase has and the whole.

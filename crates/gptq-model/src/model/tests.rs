@@ -36,7 +36,12 @@ fn logits(dir: &Path, windows: &[Vec<u32>]) -> Vec<f32> {
 }
 
 fn golden() -> (Vec<Vec<u32>>, Vec<usize>, Vec<f32>) {
-    let bytes = fs::read(root("golden/medi_tiny_logits.safetensors")).unwrap();
+    recorded(&root("golden/medi_tiny_logits.safetensors"))
+}
+
+/// Windows of 256 tokens, positions, and the logits there.
+fn recorded(file: &Path) -> (Vec<Vec<u32>>, Vec<usize>, Vec<f32>) {
+    let bytes = fs::read(file).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let ints = |name: &str| -> Vec<u32> {
         let data = file.tensor(name).unwrap().data().to_vec();
@@ -242,4 +247,39 @@ fn logits_with_the_cache_are_those_without() {
     }
     // The same f32 products in other shapes, summed in other orders; logits reach about 20.
     assert!(worst < 5e-4, "largest difference {worst}");
+}
+
+#[test]
+fn codes_that_gptqmodel_packed_give_the_logits_of_its_weights() {
+    let golden = root("golden/gptqmodel_w4g128-act");
+    let packed = Checkpoint::open_file(&golden.join("linears.safetensors")).unwrap();
+    let base = Checkpoint::open(&root("models/medi-tiny")).unwrap();
+    let rest = base.names().filter(|name| !name.contains("_proj."));
+    let views: Vec<_> = (packed.names().map(|n| packed.view(n).unwrap()))
+        .chain(rest.map(|n| base.view(n).unwrap()))
+        .collect();
+    let dir = tempfile::tempdir().unwrap();
+    let spec = |view: &gptq_format::TensorView<'_>| TensorSpec {
+        name: view.name.into(),
+        dtype: view.dtype,
+        shape: view.shape.into(),
+    };
+    let specs: Vec<TensorSpec> = views.iter().map(spec).collect();
+    let mut writer = ShardedWriter::create(dir.path(), &specs, None).unwrap();
+    for view in &views {
+        writer.write(view.name, &view.bytes()).unwrap();
+    }
+    writer.finish().unwrap();
+    fs::copy(golden.join("config.json"), dir.path().join("config.json")).unwrap();
+
+    let (windows, positions, expected) = recorded(&golden.join("logits.safetensors"));
+    let found = logits(dir.path(), &windows);
+    let mut worst = 0f32;
+    for (position, expected) in positions.iter().zip(expected.chunks(4096)) {
+        for (a, b) in found[position * 4096..].iter().zip(expected) {
+            worst = worst.max((a - b).abs());
+        }
+    }
+    // Two f32 programs that sum in different orders; logits reach about 20.
+    assert!(worst < 2e-3, "largest difference {worst}");
 }
