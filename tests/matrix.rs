@@ -21,6 +21,25 @@ fn number_after(text: &str, word: &str) -> f64 {
 }
 
 #[test]
+fn plans_and_results_are_json_for_programs() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(
+        &medi_tiny(),
+        "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n",
+    );
+    let recipe = recipe.to_str().unwrap();
+    let parse = |text: String| serde_json::from_str::<Value>(&text).unwrap();
+    let plan = parse(succeed(["plan", recipe, "--json"]));
+    assert_eq!(plan["branches"][0]["group_size"], 64);
+    let dry = parse(succeed(["quantize", recipe, "--json", "--dry-run"]));
+    assert_eq!(dry, plan);
+    let result = parse(succeed(["quantize", recipe, "--json"]));
+    assert_eq!(result["branches"][0]["name"], "a");
+    assert!(result["branches"][0]["mean_error"].as_f64().unwrap() > 0.0);
+    assert!(succeed(["completions", "bash"]).contains("inspect"));
+}
+
+#[test]
 fn the_tiny_recipe_writes_six_branches_within_their_perplexity_bounds() {
     let scratch = Scratch::new();
     let out = scratch.out();

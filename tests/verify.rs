@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::PathBuf;
 
+use serde_json::Value;
+
 use crate::harness::{Scratch, edit_header, edit_tensor, medi_tiny, refuse, succeed};
 
 /// A finished 4-bit branch in groups of 64.
@@ -33,10 +35,19 @@ fn a_branch_and_its_base_are_run_side_by_side() {
         verdict.contains("93 tensors") && verdict.contains("21 quantised"),
         "{verdict}"
     );
-    assert!(
-        verdict.contains("dense model") && verdict.contains("windows of 512"),
-        "{verdict}"
-    );
+    assert!(verdict.contains("windows of 512"), "{verdict}");
+    let receipt: Value =
+        serde_json::from_slice(&fs::read(dir.join("verify.json")).unwrap()).unwrap();
+    assert_eq!(receipt["pass"], true);
+    assert_eq!(receipt["blocks"].as_array().unwrap().len(), 3);
+    let number = |name: &str| receipt[name].as_f64().unwrap();
+    assert!(number("kl_divergence") > 0.0 && number("top1_agreement") < 1.0);
+    let perplexity = &receipt["perplexity"];
+    assert!(perplexity["value"].as_f64() > perplexity["dense"].as_f64());
+    assert_eq!(perplexity["window"], 512);
+    let names: Vec<&String> = receipt["files"].as_object().unwrap().keys().collect();
+    assert!(names.iter().any(|n| *n == "model.safetensors"));
+    assert!(names.iter().all(|n| *n != "verify.json"));
 }
 
 #[test]
@@ -74,6 +85,179 @@ fn plain_text_is_one_document() {
         "1",
     ]);
     assert!(line.contains("at least 2"), "{line}");
+}
+
+#[test]
+fn the_dense_model_agrees_with_itself() {
+    let text = succeed([
+        "verify",
+        "tests/models/medi-tiny",
+        "--text",
+        "tests/data/eval_wikidoc_40.json",
+        "--window",
+        "512",
+        "--against",
+        "tests/models/medi-tiny",
+        "--json",
+    ]);
+    let receipt: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(receipt["kl_divergence"], 0.0);
+    assert_eq!(receipt["top1_agreement"], 1.0);
+    assert_eq!(receipt["blocks"][2]["relative_error"], 0.0);
+    let perplexity = &receipt["perplexity"];
+    assert_eq!(perplexity["value"], perplexity["dense"]);
+    assert!(
+        !medi_tiny().join("verify.json").exists(),
+        "no receipt in a dense model"
+    );
+}
+
+#[test]
+fn a_tolerance_that_fails_is_told_and_leaves_a_failing_receipt() {
+    let scratch = Scratch::new();
+    branch(&scratch);
+    let line = refuse([
+        "verify",
+        scratch.out().to_str().unwrap(),
+        "--text",
+        "tests/data/eval_wikidoc_40.json",
+        "--window",
+        "512",
+        "--against",
+        "tests/models/medi-tiny",
+        "--max-kl",
+        "0.00001",
+        "--max-block-error",
+        "0.00001",
+    ]);
+    assert!(line.contains("a: KL divergence: 0.0"), "{line}");
+    assert!(line.contains("blocks: largest relative error"), "{line}");
+    assert!(!line.contains("perplexity:"), "{line}");
+    let receipt = fs::read(scratch.out().join("a/verify.json")).unwrap();
+    let receipt: Value = serde_json::from_slice(&receipt).unwrap();
+    assert_eq!(receipt["pass"], false);
+}
+
+#[test]
+fn a_matrix_is_one_table_and_one_bad_branch_fails_it() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(
+        &medi_tiny(),
+        "[[branch]]\nname = \"b\"\nbits = 8\ngroup_size = 64\n\
+         [[branch]]\nname = \"main\"\nbits = 4\ngroup_size = 64\n",
+    );
+    succeed(["quantize", recipe.to_str().unwrap()]);
+    let table = succeed(["verify", scratch.out().to_str().unwrap()]);
+    let (main, b) = (table.rfind("main").unwrap(), table.rfind("\nb ").unwrap());
+    assert!(main < b, "main comes first: {table}");
+    let file = scratch.out().join("b/model.safetensors");
+    edit_tensor(&file, "model.layers.0.mlp.up_proj.qweight", |b| b[100] ^= 4);
+    let line = refuse(["verify", scratch.out().to_str().unwrap()]);
+    assert!(line.contains("b: digests"), "{line}");
+}
+
+/// Every kind of damage that leaves a file readable, in a tensor of each kind.
+#[test]
+fn a_change_of_any_quantised_tensor_is_caught() {
+    let scratch = Scratch::new();
+    let dir = branch(&scratch);
+    let file = dir.join("model.safetensors");
+    let module = "model.layers.2.self_attn.k_proj";
+    let whole = fs::read(&file).unwrap();
+    let swap = |b: &mut [u8], i: usize, j: usize, n: usize| {
+        assert_ne!(b[i..i + n], b[j..j + n], "a swap of equals is no damage");
+        (0..n).for_each(|k| b.swap(i + k, j + k));
+    };
+    let flip = |bit: usize| move |b: &mut [u8]| b[bit / 8] ^= 1 << (bit % 8);
+    type Damage = Box<dyn Fn(&mut [u8])>;
+    let cases: Vec<(&str, &str, Damage)> = vec![
+        ("a flipped bit", "qweight", Box::new(flip(0))),
+        (
+            "the last bit",
+            "qweight",
+            Box::new(|b| *b.last_mut().unwrap() ^= 128),
+        ),
+        ("a flipped bit", "qzeros", Box::new(flip(77))),
+        ("a flipped bit", "scales", Box::new(flip(16))),
+        ("a flipped bit", "g_idx", Box::new(flip(0))),
+        (
+            "swapped scales",
+            "scales",
+            Box::new(move |b| swap(b, 0, 2, 2)),
+        ),
+        ("an off-by-one zero", "qzeros", Box::new(|b| b[5] += 1)),
+        (
+            "a permuted g_idx",
+            "g_idx",
+            Box::new(move |b| {
+                let other = (4..b.len()).step_by(4).find(|&i| b[i] != b[0]).unwrap();
+                swap(b, 0, other, 4);
+            }),
+        ),
+    ];
+    for (what, suffix, damage) in cases {
+        fs::write(&file, &whole).unwrap();
+        edit_tensor(&file, &format!("{module}.{suffix}"), damage);
+        let line = refuse(["verify", dir.to_str().unwrap()]);
+        assert!(
+            line.contains(&format!("{module}.{suffix}")) || line.contains(module),
+            "{what}: {line}"
+        );
+    }
+    fs::write(&file, &whole).unwrap();
+    succeed(["verify", dir.to_str().unwrap()]);
+}
+
+#[test]
+fn without_a_record_the_files_are_judged_by_what_they_say_and_do() {
+    let scratch = Scratch::new();
+    let dir = branch(&scratch);
+    fs::remove_file(dir.join("report.json")).unwrap();
+    let verdict = succeed(["verify", dir.to_str().unwrap()]);
+    assert!(verdict.contains("not recorded"), "{verdict}");
+    let file = dir.join("model.safetensors");
+    let module = "model.layers.2.self_attn.k_proj";
+    edit_tensor(&file, &format!("{module}.qzeros"), |b| b[5] += 1);
+    let line = refuse(["verify", dir.to_str().unwrap()]);
+    assert!(
+        line.contains("zero points") && line.contains(module),
+        "{line}"
+    );
+    edit_tensor(&file, &format!("{module}.qzeros"), |b| b[5] -= 1);
+    // Scales of one group, shifted by one output: nothing that a look at the file could tell.
+    edit_tensor(&file, &format!("{module}.scales"), |b| {
+        b[..256].rotate_left(2)
+    });
+    succeed(["verify", dir.to_str().unwrap()]);
+    let line = refuse([
+        "verify",
+        dir.to_str().unwrap(),
+        "--text",
+        "tests/data/eval_wikidoc_40.json",
+        "--window",
+        "512",
+        "--against",
+        "tests/models/medi-tiny",
+        "--max-block-error",
+        "0.01",
+    ]);
+    assert!(line.contains("in block 2"), "{line}");
+}
+
+#[test]
+fn g_idx_and_desc_act_go_together() {
+    let scratch = Scratch::new();
+    let dir = branch(&scratch);
+    for file in ["config.json", "quantize_config.json"] {
+        let text = fs::read_to_string(dir.join(file)).unwrap();
+        let text = text.replace("\"desc_act\": true", "\"desc_act\": false");
+        fs::write(dir.join(file), text).unwrap();
+    }
+    let line = refuse(["verify", dir.to_str().unwrap()]);
+    assert!(
+        line.contains("g_idx") && line.contains("without act order"),
+        "{line}"
+    );
 }
 
 #[test]

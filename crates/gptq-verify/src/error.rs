@@ -36,6 +36,11 @@ pub enum VerifyError {
     },
     #[error("{}: its output is not finite on the evaluation text", dir.display())]
     NonFiniteOutput { dir: PathBuf },
+    #[error(
+        "{} has another shape than {}; compare a branch with the model it was made from",
+        dense.display(), dir.display()
+    )]
+    OtherModel { dir: PathBuf, dense: PathBuf },
     #[error("a window of {window} tokens leaves nothing to score; use at least 2")]
     Window { window: usize },
 }

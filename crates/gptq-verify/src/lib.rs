@@ -1,11 +1,17 @@
-//! Judges a finished directory from its files alone: reopen, check every tensor against the
-//! configs, dequantise, run, measure perplexity. Knows nothing of how the codes were found.
+//! Judges a finished directory from its files alone: reopen, check every tensor against the configs
+//! and the digests its maker recorded, dequantise, run beside the dense model, and leave a receipt.
+//! Knows nothing of how the codes were found.
+//!
+//! Reading order: [`Request`] says what to check and what to tolerate, [`verify`] does it, and
+//! [`Receipt`] is what comes of it.
 
+mod compare;
 mod error;
-mod perplexity;
+mod receipt;
+mod recorded;
 mod structure;
 mod verify;
 
 pub use error::VerifyError;
-pub use structure::Structure;
-pub use verify::{Evaluation, Verdict, verify};
+pub use receipt::{BlockError, Check, FileDigest, Perplexity, RECEIPT, Receipt};
+pub use verify::{Evaluation, Request, Tolerances, verify};

@@ -1,31 +1,71 @@
-//! Every tensor's name, dtype, shape and plain sense, against the configs beside it.
+//! Every tensor's name, dtype, shape and plain sense, against the configs beside it and the digests
+//! its maker recorded.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use gptq_format::{Checkpoint, QuantizeConfig, read_json};
+use gptq_format::{
+    Checkpoint, GroupSize, LinearDigests, LinearShape, PackedLinear, QuantizeConfig,
+    client_support, read_json,
+};
 use gptq_model::{ModelConfig, Projection};
 use serde_json::Value;
 
-use crate::VerifyError;
+use crate::recorded::Recorded;
+use crate::{Check, VerifyError};
 
-/// What a directory turned out to hold.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Structure {
-    /// Tensors, all of them accounted for.
-    pub tensors: usize,
-    /// Linears stored as GPTQ codes.
-    pub quantised_linears: usize,
-}
-
-/// Checks the checkpoint in `dir`. Errors at the first tensor that is missing, unexpected, of a
-/// wrong shape or dtype, or holds what no reader can use.
+/// Checks the checkpoint in `dir`: each check with what it found, the tensors themselves first. Where
+/// they do not hold there is nothing further to check.
 pub(crate) fn check(
     dir: &Path,
     checkpoint: &Checkpoint,
     config: &ModelConfig,
-) -> Result<Structure, VerifyError> {
-    configs_agree(dir)?;
+    recorded: &Recorded,
+) -> Vec<Check> {
+    let mut linears = Linears::default();
+    let tensors = tensors(dir, checkpoint, config, recorded, &mut linears);
+    let held = tensors.is_ok();
+    let said = |result: Result<String, VerifyError>| match result {
+        Ok(detail) => (true, detail),
+        Err(error) => (false, error.to_string()),
+    };
+    let mut checks = vec![
+        ("configs", said(configs_agree(dir))),
+        ("tensors", said(tensors)),
+    ];
+    if let Some(quantize_config) = checkpoint.quantize_config().filter(|_| held) {
+        let wrong = |found: Option<String>, right: &str| match found {
+            Some(wrong) => (false, wrong),
+            None => (true, right.to_owned()),
+        };
+        let order = linears.order(quantize_config);
+        checks.push(("g_idx", wrong(order, "as desc_act says")));
+        checks.push(("zero points", wrong(linears.zeros, "as sym says")));
+        let digests = match &recorded.digests {
+            None => (true, "not recorded".to_owned()),
+            Some(_) => wrong(
+                linears.digests,
+                "codes, zeros, scales and g_idx as recorded",
+            ),
+        };
+        checks.push(("digests", digests));
+        checks.push(("clients", clients(&linears.shapes, quantize_config)));
+    }
+    let check = |(name, (pass, detail)): (&str, (bool, String))| Check {
+        name: name.into(),
+        pass,
+        detail,
+    };
+    checks.into_iter().map(check).collect()
+}
+
+fn tensors(
+    dir: &Path,
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    recorded: &Recorded,
+    linears: &mut Linears,
+) -> Result<String, VerifyError> {
     let mut expected = BTreeSet::new();
     let mut dense = |name: String, shape: &[usize]| {
         checkpoint.f16(&name, shape)?;
@@ -51,15 +91,8 @@ pub(crate) fn check(
             let (n_in, n_out) = projection.shape(config);
             match checkpoint.packed(&module, n_in, n_out)? {
                 Some(packed) => {
-                    let bad = packed.scales.iter().position(|s| s.to_f32() <= 0.0);
-                    if let Some(at) = bad {
-                        return Err(VerifyError::Scale {
-                            module,
-                            group: at / n_out,
-                            output: at % n_out,
-                            value: packed.scales[at].to_f32(),
-                        });
-                    }
+                    scales_are_positive(&module, &packed)?;
+                    linears.add(&module, &packed, checkpoint, recorded)?;
                     packed_modules.push(module.clone());
                 }
                 None => dense(format!("{module}.weight"), &[n_out, n_in])?,
@@ -87,19 +120,162 @@ pub(crate) fn check(
             name: name.into(),
         });
     }
-    Ok(Structure {
-        tensors: checkpoint.names().count(),
-        quantised_linears: packed_modules.len(),
-    })
+    Ok(format!(
+        "{} tensors as their configs say, {} quantised linears",
+        checkpoint.names().count(),
+        packed_modules.len()
+    ))
+}
+
+fn scales_are_positive(module: &str, packed: &PackedLinear) -> Result<(), VerifyError> {
+    match packed.scales.iter().position(|s| s.to_f32() <= 0.0) {
+        None => Ok(()),
+        Some(at) => Err(VerifyError::Scale {
+            module: module.into(),
+            group: at / packed.out_features,
+            output: at % packed.out_features,
+            value: packed.scales[at].to_f32(),
+        }),
+    }
+}
+
+/// What the quantised linears show beyond their shapes; of each kind of fault the first.
+#[derive(Default)]
+struct Linears {
+    shapes: Vec<LinearShape>,
+    /// A linear whose groups are not of one size.
+    sizes: Option<String>,
+    /// A linear whose groups are out of order, and one whose several groups are in order.
+    out_of_order: Option<String>,
+    in_order: Option<String>,
+    zeros: Option<String>,
+    digests: Option<String>,
+}
+
+impl Linears {
+    fn add(
+        &mut self,
+        module: &str,
+        packed: &PackedLinear,
+        checkpoint: &Checkpoint,
+        recorded: &Recorded,
+    ) -> Result<(), VerifyError> {
+        let config = checkpoint.quantize_config();
+        let (group_size, sym) = match config {
+            Some(c) => (c.module(module)?.map_or(c.group_size, |(_, g)| g), c.sym),
+            None => (GroupSize::Row, true),
+        };
+        self.shapes.push(LinearShape {
+            in_features: packed.in_features,
+            out_features: packed.out_features,
+            bits: packed.bits,
+            group_size,
+        });
+        let columns = group_size.columns(packed.in_features);
+        let groups = group_size.groups(packed.in_features);
+        let mut rows = packed.g_idx.iter().enumerate();
+        let misplaced = rows.find(|&(i, &g)| g as usize != i / columns);
+        match misplaced {
+            Some((row, g)) => {
+                let found = || format!("{module}: g_idx[{row}] = {g}, out of order");
+                self.out_of_order.get_or_insert_with(found);
+            }
+            None if groups > 1 => {
+                self.in_order.get_or_insert_with(|| module.to_owned());
+            }
+            None => {}
+        }
+        let mut sizes = vec![0; groups];
+        for &g in &packed.g_idx {
+            sizes[g as usize] += 1;
+        }
+        let size = |g: usize| columns.min(packed.in_features - g * columns);
+        if let Some(g) = (0..groups).find(|&g| sizes[g] != size(g)) {
+            let found = || {
+                let (n, expected) = (sizes[g], size(g));
+                format!("{module}: group {g} has {n} inputs in g_idx, expected {expected}")
+            };
+            self.sizes.get_or_insert_with(found);
+        }
+        if sym && self.zeros.is_none() {
+            let middle = packed.bits.symmetric_zero();
+            let zeros = packed.unpack().zeros;
+            self.zeros = zeros.iter().position(|&z| z != middle).map(|at| {
+                format!(
+                    "{module}: zero point [{}, {}] is {}, symmetric codes have {middle}",
+                    at / packed.out_features,
+                    at % packed.out_features,
+                    zeros[at]
+                )
+            });
+        }
+        if let (None, Some(digests)) = (&self.digests, &recorded.digests) {
+            self.digests = different(module, packed, digests.get(module));
+        }
+        Ok(())
+    }
+
+    /// What is wrong with `g_idx`, under these settings.
+    fn order(&self, config: &QuantizeConfig) -> Option<String> {
+        match config.desc_act && !config.static_groups {
+            false => (self.out_of_order.clone())
+                .map(|found| format!("{found}, but without act order groups lie in order")),
+            true => self.sizes.clone().or_else(|| {
+                let all = self
+                    .out_of_order
+                    .is_none()
+                    .then_some(self.in_order.as_ref())?;
+                all.map(|_| "desc_act is true, but every g_idx is in order".to_owned())
+            }),
+        }
+    }
+}
+
+/// The first of a linear's tensors that is not what was recorded.
+fn different(
+    module: &str,
+    packed: &PackedLinear,
+    recorded: Option<&LinearDigests>,
+) -> Option<String> {
+    let Some(recorded) = recorded else {
+        return Some(format!("{module}: nothing recorded for it"));
+    };
+    let found = LinearDigests::of(packed);
+    [
+        ("qweight", &found.qweight, &recorded.qweight),
+        ("qzeros", &found.qzeros, &recorded.qzeros),
+        ("scales", &found.scales, &recorded.scales),
+        ("g_idx", &found.g_idx, &recorded.g_idx),
+    ]
+    .into_iter()
+    .find(|(_, found, recorded)| found != recorded)
+    .map(|(name, ..)| format!("{module}.{name} is not what was written"))
+}
+
+/// Who loads it; a branch that nobody loads fails.
+fn clients(linears: &[LinearShape], config: &QuantizeConfig) -> (bool, String) {
+    let support = client_support(linears, config.sym, config.dynamic.is_some());
+    let loads = support.iter().filter(|s| s.verdict.is_ok());
+    let names: Vec<&str> = loads.map(|s| s.client.name()).collect();
+    match names.is_empty() {
+        false => (true, format!("loads in {}", names.join(", "))),
+        true => (false, "no client loads it".into()),
+    }
 }
 
 /// Where both places hold settings, they must be the same settings.
-fn configs_agree(dir: &Path) -> Result<(), VerifyError> {
+fn configs_agree(dir: &Path) -> Result<String, VerifyError> {
     let own = dir.join("quantize_config.json");
     let config: Value = read_json(&dir.join("config.json"))?;
-    let Some(inside) = config.get("quantization_config").filter(|_| own.exists()) else {
-        return Ok(());
+    let Some(inside) = config.get("quantization_config") else {
+        return Ok(match own.exists() {
+            true => "quantize_config.json alone: Transformers and vLLM read config.json".into(),
+            false => "config.json of a dense model".into(),
+        });
     };
+    if !own.exists() {
+        return Ok("config.json alone".into());
+    }
     let own: QuantizeConfig = read_json(&own)?;
     // Tools add keys of their own to one or the other: only what a reader acts on is compared.
     match serde_json::from_value::<QuantizeConfig>(inside.clone()) {
@@ -109,7 +285,7 @@ fn configs_agree(dir: &Path) -> Result<(), VerifyError> {
                 && inside.checkpoint_format == own.checkpoint_format
                 && inside.dynamic == own.dynamic =>
         {
-            Ok(())
+            Ok("quantize_config.json and config.json agree".into())
         }
         _ => Err(VerifyError::ConfigsDisagree { dir: dir.into() }),
     }

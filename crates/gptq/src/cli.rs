@@ -6,6 +6,11 @@ use clap::{Args, Parser, Subcommand};
 use gptq_kernels::Device;
 use gptq_pipeline::{Plan, Recipe, RecipeOverrides, parse_size};
 
+use crate::completions::CompletionsArgs;
+use crate::generate::GenerateArgs;
+use crate::inspect::InspectArgs;
+use crate::verify::VerifyArgs;
+
 /// Turn a Llama-family checkpoint into GPTQ branches, from one config file.
 #[derive(Parser)]
 #[command(
@@ -30,11 +35,24 @@ pub(crate) enum Command {
         after_help = "Example:\n  gptq plan configs/meditron-7b.toml --model-config config.json"
     )]
     Plan(PlanArgs),
-    /// Reopen a branch, check every tensor, run it, and measure its perplexity
+    /// Reopen a branch or a whole matrix, check every tensor, and run it beside the dense model
     #[command(
-        after_help = "Example:\n  gptq verify out/medi-tiny-GPTQ/main --text eval.json --window 1024"
+        after_help = "Example:\n  gptq verify out/medi-tiny-GPTQ --text eval.json --against models/medi-tiny"
     )]
     Verify(VerifyArgs),
+    /// Continue a prompt, or talk
+    #[command(
+        after_help = "Examples:\n  gptq generate out/medi-tiny-GPTQ/main --prompt \"Asthma is\" --greedy --max-new-tokens 64\n  gptq generate out/medi-tiny-GPTQ/main --chat --system \"You are a careful doctor.\""
+    )]
+    Generate(GenerateArgs),
+    /// Say what a checkpoint is, whoever wrote it
+    #[command(after_help = "Example:\n  gptq inspect out/medi-tiny-GPTQ/main")]
+    Inspect(InspectArgs),
+    /// Print a shell's completion script
+    #[command(
+        after_help = "Example:\n  gptq completions bash > ~/.local/share/bash-completion/completions/gptq"
+    )]
+    Completions(CompletionsArgs),
 }
 
 #[derive(Args)]
@@ -81,6 +99,9 @@ pub(crate) struct QuantizeArgs {
     /// Check everything and show the plan, but run nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// Print the result as JSON, and progress to standard error
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Args)]
@@ -90,24 +111,9 @@ pub(crate) struct PlanArgs {
     /// Plan from this config.json alone; the recipe's model need not be here
     #[arg(long, value_name = "FILE")]
     pub model_config: Option<PathBuf>,
-}
-
-#[derive(Args)]
-pub(crate) struct VerifyArgs {
-    /// A branch directory, or a dense checkpoint
-    pub dir: PathBuf,
-    /// Measure perplexity on this file: a JSON list of texts, or plain text
-    #[arg(long, value_name = "FILE")]
-    pub text: Option<PathBuf>,
-    /// Tokens per window
-    #[arg(long, value_name = "N", default_value_t = 1024)]
-    pub window: usize,
-    /// Run this dense model on the same text beside it
-    #[arg(long, value_name = "MODEL", requires = "text")]
-    pub against: Option<PathBuf>,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
-    pub device: Device,
+    /// Print the plan as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 impl RecipeArgs {

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use gptq_model::ModelConfig;
 use gptq_pipeline::Plan;
+use serde_json::{Value, json};
 
 use crate::cli::{PlanArgs, warn};
 use crate::{size, table};
@@ -14,12 +15,53 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
         None => Plan::new(&recipe)?,
     };
     warn(&plan);
-    print(&plan);
+    show(&plan, args.json)
+}
+
+/// The plan, for people or for programs.
+pub(crate) fn show(plan: &Plan, as_json: bool) -> Result<()> {
+    match as_json {
+        true => println!("{}", serde_json::to_string_pretty(&record(plan))?),
+        false => print(plan),
+    }
     Ok(())
 }
 
+fn record(plan: &Plan) -> Value {
+    let config = &plan.config;
+    let memory = plan.memory();
+    let branches = plan.branches.iter().map(|branch| {
+        let clients = branch.clients(config).into_iter().map(|support| {
+            json!({
+                "name": support.client.name(),
+                "loads": support.verdict.is_ok(),
+                "why": support.verdict.err(),
+            })
+        });
+        json!({
+            "name": branch.name,
+            "bits": branch.bits,
+            "group_size": branch.group_size,
+            "desc_act": branch.desc_act,
+            "damp_percent": branch.damp_percent,
+            "bytes": branch.bytes(config),
+            "clients": clients.collect::<Vec<_>>(),
+        })
+    });
+    json!({
+        "model": plan.model_name,
+        "parameters": config.parameters(),
+        "layers": config.layers,
+        "samples": plan.calibration.samples,
+        "seq_len": plan.calibration.seq_len,
+        "memory": {"device": memory.device, "host": memory.host, "cpu": memory.cpu},
+        "branches": branches.collect::<Vec<_>>(),
+        "warnings": plan.warnings,
+    })
+}
+
 /// Sizes, memory and clients, from shapes alone.
-pub(crate) fn print(plan: &Plan) {
+fn print(plan: &Plan) {
     let config = &plan.config;
     println!(
         "{}: {:.2} million parameters, {} layers",

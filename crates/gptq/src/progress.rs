@@ -13,16 +13,19 @@ pub(crate) struct Progress<'a> {
     plan: &'a Plan,
     bars: Option<Vec<ProgressBar>>,
     group: MultiProgress,
+    /// Lines go to standard error: standard output is a program's.
+    aside: bool,
     /// Per branch, the errors of the layer under way; only where there are no bars.
     layer: BTreeMap<usize, Vec<f64>>,
 }
 
 impl<'a> Progress<'a> {
-    pub(crate) fn new(plan: &'a Plan) -> Self {
+    pub(crate) fn new(plan: &'a Plan, aside: bool) -> Self {
         Progress {
             plan,
             bars: None,
             group: MultiProgress::new(),
+            aside,
             layer: BTreeMap::new(),
         }
     }
@@ -31,10 +34,10 @@ impl<'a> Progress<'a> {
     pub(crate) fn show(&mut self, event: Event<'_>) {
         match event {
             Event::Started { tokens, linears } => {
-                println!(
+                self.say(&format!(
                     "calibrating on {tokens} tokens, {} windows of {}",
                     self.plan.calibration.samples, self.plan.calibration.seq_len
-                );
+                ));
                 if std::io::stderr().is_terminal() {
                     self.bars = Some(self.start_bars(linears));
                 }
@@ -54,9 +57,16 @@ impl<'a> Progress<'a> {
                 let name = &self.plan.branches[branch].name;
                 match &self.bars {
                     Some(bars) => bars[branch].finish_with_message(size::decimal(report.bytes)),
-                    None => println!("{name}: written, {}", size::decimal(report.bytes)),
+                    None => self.say(&format!("{name}: written, {}", size::decimal(report.bytes))),
                 }
             }
+        }
+    }
+
+    fn say(&self, line: &str) {
+        match self.aside {
+            true => eprintln!("{line}"),
+            false => println!("{line}"),
         }
     }
 
@@ -96,13 +106,13 @@ impl<'a> Progress<'a> {
         errors.push(report.relative_error);
         if errors.len() == expected {
             let mean = errors.iter().sum::<f64>() / expected as f64;
-            println!(
+            errors.clear();
+            self.say(&format!(
                 "{}: layer {}/{}, mean error {mean:.3e}",
                 plan.name,
                 report.layer + 1,
                 self.plan.config.layers
-            );
-            errors.clear();
+            ));
         }
     }
 }

@@ -1,8 +1,14 @@
 //! `gptq quantize`.
 
+use std::ffi::OsString;
+use std::path::Path;
+
 use anyhow::Result;
-use gptq_pipeline::{BranchReport, Outcome, Phase, Plan, Profile, RunOptions, quantise};
-use gptq_verify::{Evaluation, verify};
+use gptq_pipeline::{
+    BranchReport, Outcome, Perplexity, Phase, Plan, Profile, RunOptions, quantise,
+};
+use gptq_verify::{Evaluation, Request, verify};
+use serde_json::json;
 
 use crate::cli::{QuantizeArgs, warn};
 use crate::progress::Progress;
@@ -10,34 +16,57 @@ use crate::{plan, size, table};
 
 pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     let recipe = args.recipe.load(args.perplexity)?;
-    let plan = Plan::new(&recipe)?;
+    let mut plan = Plan::new(&recipe)?;
+    plan.command = Some(command(std::env::args_os().skip(1)));
     warn(&plan);
     if args.dry_run {
-        plan::print(&plan);
-        return Ok(());
+        return plan::show(&plan, args.json);
     }
-    let mut progress = Progress::new(&plan);
+    let mut progress = Progress::new(&plan, args.json);
     let options = RunOptions {
         profile: args.profile,
         device_memory: args.device_memory,
     };
-    let Outcome { reports, profile } = quantise(&plan, args.device, options, &mut |event| {
+    let Outcome {
+        mut reports,
+        profile,
+    } = quantise(&plan, args.device, options, &mut |event| {
         progress.show(event)
     })?;
 
     let evaluation = plan.evaluation.clone();
     let mut perplexities = Vec::new();
     if let Some((text, window)) = evaluation {
-        let evaluation = Evaluation { text, window };
-        for branch in &plan.branches {
-            let verdict = verify(
-                &plan.branch_dir(branch),
-                Some(&evaluation),
-                None,
-                args.device,
-            )?;
-            perplexities.extend(verdict.perplexity);
+        let request = Request {
+            evaluation: Some(Evaluation { text, window }),
+            ..Request::default()
+        };
+        for (branch, report) in plan.branches.iter().zip(&mut reports) {
+            let dir = plan.branch_dir(branch);
+            let receipt = verify(&dir, &request, args.device, &mut |_, _| {})?;
+            anyhow::ensure!(
+                receipt.pass,
+                "{}: {}",
+                dir.display(),
+                receipt.failures().join("; ")
+            );
+            if let Some(measured) = receipt.perplexity {
+                perplexities.push(measured.value);
+                let measured = Perplexity {
+                    text: measured.text,
+                    window: measured.window,
+                    tokens: measured.tokens,
+                    value: measured.value,
+                    dense: measured.dense,
+                };
+                report.record_perplexity(&dir, measured)?;
+            }
         }
+    }
+    if args.json {
+        let record = record(&plan, &reports, &perplexities, &profile);
+        println!("{}", serde_json::to_string_pretty(&record)?);
+        return Ok(());
     }
     println!("\n{}", summary(&reports, &perplexities));
     println!("written to {}", plan.output.display());
@@ -45,6 +74,58 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         println!("\n{}", time(&profile).trim_end());
     }
     Ok(())
+}
+
+/// The command line as a shell reads it. Of an absolute path only the last component stays, so that
+/// a published report names no place of this machine.
+fn command(args: impl Iterator<Item = OsString>) -> String {
+    let words = args.map(|arg| {
+        let arg = arg.to_string_lossy();
+        let (flag, value) = match arg.split_once('=') {
+            Some((flag, value)) if flag.starts_with("--") => (format!("{flag}="), value),
+            _ => (String::new(), arg.as_ref()),
+        };
+        let path = Path::new(value);
+        let value = match path.file_name() {
+            Some(name) if path.is_absolute() => name.to_string_lossy(),
+            _ => value.into(),
+        };
+        let word = format!("{flag}{value}");
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@+".contains(c);
+        match !word.is_empty() && word.chars().all(plain) {
+            true => word,
+            false => format!("'{}'", word.replace('\'', r"'\''")),
+        }
+    });
+    ["gptq".to_owned()]
+        .into_iter()
+        .chain(words)
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// What came of a run, for programs: the branches in the plan's order.
+fn record(
+    plan: &Plan,
+    reports: &[BranchReport],
+    perplexities: &[f64],
+    profile: &Profile,
+) -> serde_json::Value {
+    let branches = plan.branches.iter().zip(reports).enumerate();
+    let branches = branches.map(|(i, (branch, report))| {
+        let numbers = report.summary();
+        json!({
+            "name": report.branch,
+            "dir": plan.branch_dir(branch),
+            "bytes": report.bytes,
+            "mean_error": numbers.mean_error,
+            "worst_error": numbers.worst_error,
+            "mean_ratio": numbers.mean_ratio,
+            "seconds": report.seconds,
+            "perplexity": perplexities.get(i),
+        })
+    });
+    json!({"branches": branches.collect::<Vec<_>>(), "seconds": profile.total})
 }
 
 /// A row per phase, then what no phase has and the whole.
@@ -92,4 +173,24 @@ fn summary(reports: &[BranchReport], perplexities: &[f64]) -> String {
         rows.push(row);
     }
     table::render(&rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recorded_command_can_be_pasted_and_names_no_local_directory() {
+        let args = [
+            "quantize",
+            "/home/me/my recipe.toml",
+            "--output=/mnt/out",
+            "--calibration",
+            "it's.json",
+        ];
+        assert_eq!(
+            command(args.into_iter().map(OsString::from)),
+            r"gptq quantize 'my recipe.toml' --output=out --calibration 'it'\''s.json'"
+        );
+    }
 }

@@ -1,36 +1,213 @@
-//! `gptq verify`.
+//! `gptq verify`: one branch, or every branch below a directory.
 
-use anyhow::Result;
-use gptq_verify::{Evaluation, verify};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
 
-use crate::cli::VerifyArgs;
+use anyhow::{Result, bail, ensure};
+use clap::Args;
+use gptq_kernels::Device;
+use gptq_verify::{Evaluation, Receipt, Request, Tolerances, verify};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::table;
+
+#[derive(Args)]
+pub(crate) struct VerifyArgs {
+    /// A branch directory, a directory of branches, or a dense checkpoint
+    dir: PathBuf,
+    /// Run it on this file: a JSON list of texts, or plain text; not what it was calibrated on
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// Tokens per window
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    window: usize,
+    /// Run this dense model beside it, and compare blocks and predictions
+    #[arg(long, value_name = "MODEL", requires = "text")]
+    against: Option<PathBuf>,
+    /// Tolerated perplexity over the dense model's, as a fraction of it
+    #[arg(long, value_name = "X", default_value_t = Tolerances::default().perplexity_increase)]
+    max_perplexity_increase: f64,
+    /// Tolerated mean KL divergence from the dense model's predictions, in nats
+    #[arg(long, value_name = "X", default_value_t = Tolerances::default().kl_divergence)]
+    max_kl: f64,
+    /// Least fraction of tokens after which both models find the same token the most likely
+    #[arg(long, value_name = "X", default_value_t = Tolerances::default().top1_agreement)]
+    min_top1: f64,
+    /// Tolerated relative error of a block's output, given the dense block's input
+    #[arg(long, value_name = "X", default_value_t = Tolerances::default().block_error)]
+    max_block_error: f64,
+    /// Leave no verify.json in the branch directory
+    #[arg(long)]
+    no_receipt: bool,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: Device,
+    /// Print the receipt as JSON; of several branches, one object with a receipt each
+    #[arg(long)]
+    json: bool,
+}
 
 pub(crate) fn run(args: VerifyArgs) -> Result<()> {
-    let evaluation = args.text.map(|text| Evaluation {
-        text,
-        window: args.window,
-    });
-    let verdict = verify(
-        &args.dir,
-        evaluation.as_ref(),
-        args.against.as_deref(),
-        args.device,
-    )?;
-    println!(
-        "{}: {} tensors as their configs say, {} quantised linears",
-        args.dir.display(),
-        verdict.structure.tensors,
-        verdict.structure.quantised_linears
-    );
-    if let Some(perplexity) = verdict.perplexity {
-        println!(
-            "perplexity {perplexity:.4} on {} tokens in windows of {}",
-            verdict.scored_tokens, args.window
-        );
-        if let Some(dense) = verdict.dense_perplexity {
-            let change = 100.0 * (perplexity / dense - 1.0);
-            println!("dense model {dense:.4}: {change:+.2} %");
+    let request = Request {
+        evaluation: args.text.clone().map(|text| Evaluation {
+            text,
+            window: args.window,
+        }),
+        against: args.against.clone(),
+        tolerances: Tolerances {
+            perplexity_increase: args.max_perplexity_increase,
+            kl_divergence: args.max_kl,
+            top1_agreement: args.min_top1,
+            block_error: args.max_block_error,
+        },
+    };
+    let single = args.dir.join("config.json").exists();
+    let branches = match single {
+        true => vec![(args.dir.display().to_string(), args.dir.clone())],
+        false => branches(&args.dir)?,
+    };
+    let mut receipts = Vec::new();
+    for (name, dir) in branches {
+        let receipt = judge(&name, &dir, &request, args.device)?;
+        if !args.no_receipt && dir_is_quantised(&receipt) {
+            receipt.write(&dir)?;
         }
+        if !args.json {
+            show(&name, &receipt);
+        }
+        receipts.push((name, receipt));
+    }
+    if args.json {
+        let text = match single {
+            true => serde_json::to_string_pretty(&receipts[0].1)?,
+            false => {
+                let all: BTreeMap<_, _> = receipts.iter().map(|(n, r)| (n, r)).collect();
+                serde_json::to_string_pretty(&all)?
+            }
+        };
+        println!("{text}");
+    } else if !single {
+        println!("\n{}", summary(&receipts).trim_end());
+    }
+    let failed = receipts.iter().filter(|(_, receipt)| !receipt.pass);
+    let failed: Vec<String> = failed
+        .map(|(name, receipt)| format!("{name}: {}", receipt.failures().join("; ")))
+        .collect();
+    if !failed.is_empty() {
+        bail!("{}", failed.join("; "));
     }
     Ok(())
+}
+
+/// Checkpoints directly below `dir`, by name, `main` first.
+fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut found = Vec::new();
+    if dir.is_dir() {
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            // What a run that was stopped left behind is no branch.
+            let unfinished = name.ends_with(".partial") || name.ends_with(".old");
+            if path.join("config.json").exists() && !unfinished {
+                found.push((name.into_owned(), path));
+            }
+        }
+    }
+    ensure!(
+        !found.is_empty(),
+        "{}: neither a checkpoint nor a directory of them; it has no config.json, nor has anything \
+         directly below it",
+        dir.display()
+    );
+    found.sort_by(|a, b| (a.0 != "main", &a.0).cmp(&(b.0 != "main", &b.0)));
+    Ok(found)
+}
+
+/// With a bar on a terminal.
+fn judge(name: &str, dir: &Path, request: &Request, device: Device) -> Result<Receipt> {
+    let bar = match std::io::stderr().is_terminal() {
+        true => ProgressBar::new(0),
+        false => ProgressBar::hidden(),
+    };
+    bar.set_style(
+        ProgressStyle::with_template("{prefix} {bar:30} block {pos}/{len} {elapsed}")
+            .expect("the template is a constant"),
+    );
+    bar.set_prefix(name.to_owned());
+    let receipt = verify(dir, request, device, &mut |done, blocks| {
+        bar.set_length(blocks as u64);
+        bar.set_position(done as u64);
+    });
+    bar.finish_and_clear();
+    Ok(receipt?)
+}
+
+/// A receipt belongs beside quantised weights, not into somebody's dense model.
+fn dir_is_quantised(receipt: &Receipt) -> bool {
+    receipt.files.contains_key("quantize_config.json")
+        || receipt.checks.iter().any(|check| check.name == "clients")
+}
+
+fn show(name: &str, receipt: &Receipt) {
+    println!("{name}: {}", if receipt.pass { "passed" } else { "FAILED" });
+    let rows = receipt.checks.iter().map(|check| {
+        let mark = if check.pass { "ok" } else { "FAILED" };
+        (mark, &check.name, &check.detail)
+    });
+    let width = receipt
+        .checks
+        .iter()
+        .map(|c| c.name.len())
+        .max()
+        .unwrap_or(0);
+    for (mark, name, detail) in rows {
+        println!("  {mark:<6}  {name:<width$}  {detail}");
+    }
+    if let Some(p) = receipt.perplexity.as_ref().filter(|p| p.dense.is_none()) {
+        println!("  perplexity {:.4}", p.value);
+    }
+    if let Some(p) = &receipt.perplexity {
+        println!(
+            "  measured on {} tokens of {} in windows of {}",
+            p.tokens, p.text, p.window
+        );
+    }
+}
+
+/// A row per branch.
+fn summary(receipts: &[(String, Receipt)]) -> String {
+    let heading = [
+        "branch",
+        "checks",
+        "perplexity",
+        "over dense",
+        "KL",
+        "top-1",
+        "worst block",
+    ];
+    let mut rows = vec![heading.map(String::from).to_vec()];
+    for (name, receipt) in receipts {
+        let number = |value: Option<f64>, digits: usize| {
+            value.map_or_else(|| "-".to_owned(), |v| format!("{v:.digits$}"))
+        };
+        let perplexity = receipt.perplexity.as_ref();
+        let increase = perplexity.and_then(|p| Some(100.0 * (p.value / p.dense? - 1.0)));
+        let worst = receipt.blocks.iter().map(|b| b.relative_error);
+        let passed = receipt.checks.iter().filter(|c| c.pass).count();
+        rows.push(vec![
+            name.clone(),
+            format!("{passed}/{}", receipt.checks.len()),
+            number(perplexity.map(|p| p.value), 3),
+            increase.map_or_else(|| "-".to_owned(), |i| format!("{i:+.2} %")),
+            number(receipt.kl_divergence, 5),
+            number(receipt.top1_agreement, 4),
+            number(
+                worst.fold(None, |a: Option<f64>, b| Some(a.map_or(b, |a| a.max(b)))),
+                5,
+            ),
+        ]);
+    }
+    table::render(&rows)
 }

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use burn::tensor::s;
 
 use super::*;
+use crate::Decoder;
 use crate::Projection;
 use crate::Stage;
 
@@ -35,7 +36,12 @@ fn logits(dir: &Path, windows: &[Vec<u32>]) -> Vec<f32> {
 }
 
 fn golden() -> (Vec<Vec<u32>>, Vec<usize>, Vec<f32>) {
-    let bytes = fs::read(root("golden/medi_tiny_logits.safetensors")).unwrap();
+    recorded(&root("golden/medi_tiny_logits.safetensors"))
+}
+
+/// Windows of 256 tokens, positions, and the logits there.
+fn recorded(file: &Path) -> (Vec<Vec<u32>>, Vec<usize>, Vec<f32>) {
+    let bytes = fs::read(file).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let ints = |name: &str| -> Vec<u32> {
         let data = file.tensor(name).unwrap().data().to_vec();
@@ -83,7 +89,7 @@ fn the_tap_shows_what_the_linears_receive() {
     let before = model.embed(&windows, 2, DType::F32).unwrap().remove(0);
     let block = model.block(0).unwrap();
     let product = |p: Projection, x: &Tensor<Cpu, 2>| {
-        x.clone().matmul(block.linear(p).weight.clone().transpose())
+        x.clone().matmul(block.linear(p).weight.dense().transpose())
     };
     let close = |a: Tensor<Cpu, 2>, b: Tensor<Cpu, 2>| {
         let (size, error) = (
@@ -133,7 +139,10 @@ impl Variant {
         let checkpoint = Checkpoint::open(&dir).unwrap();
         let copy = |name: &str| {
             let view = checkpoint.view(name).unwrap();
-            (name.to_owned(), (view.shape.to_vec(), view.bytes.to_vec()))
+            (
+                name.to_owned(),
+                (view.shape.to_vec(), view.bytes().into_owned()),
+            )
         };
         Variant {
             config: read_json(&dir.join("config.json")).unwrap(),
@@ -217,4 +226,60 @@ fn tokens_of_another_vocabulary_are_refused() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("4096"), "{error}");
+}
+
+#[test]
+fn logits_with_the_cache_are_those_without() {
+    let dir = root("models/medi-tiny");
+    let tokens = golden().0.concat();
+    let model = Model::<Cpu>::open(&dir, &Default::default()).unwrap();
+    let mut decoder = Decoder::load(&model).unwrap();
+    let whole = logits(&dir, std::slice::from_ref(&tokens));
+    let mut worst = 0f32;
+    // A prompt at once, single tokens, a second turn of more than one block of queries, and back to
+    // a shorter context.
+    for end in [100, 101, 102, 420, 421, 512, 150, 151] {
+        let found = decoder.next_logits(&tokens[..end]).unwrap();
+        let expected = &whole[(end - 1) * 4096..end * 4096];
+        for (a, b) in found.iter().zip(expected) {
+            worst = worst.max((a - b).abs());
+        }
+    }
+    // The same f32 products in other shapes, summed in other orders; logits reach about 20.
+    assert!(worst < 5e-4, "largest difference {worst}");
+}
+
+#[test]
+fn codes_that_gptqmodel_packed_give_the_logits_of_its_weights() {
+    let golden = root("golden/gptqmodel_w4g128-act");
+    let packed = Checkpoint::open_file(&golden.join("linears.safetensors")).unwrap();
+    let base = Checkpoint::open(&root("models/medi-tiny")).unwrap();
+    let rest = base.names().filter(|name| !name.contains("_proj."));
+    let views: Vec<_> = (packed.names().map(|n| packed.view(n).unwrap()))
+        .chain(rest.map(|n| base.view(n).unwrap()))
+        .collect();
+    let dir = tempfile::tempdir().unwrap();
+    let spec = |view: &gptq_format::TensorView<'_>| TensorSpec {
+        name: view.name.into(),
+        dtype: view.dtype,
+        shape: view.shape.into(),
+    };
+    let specs: Vec<TensorSpec> = views.iter().map(spec).collect();
+    let mut writer = ShardedWriter::create(dir.path(), &specs, None).unwrap();
+    for view in &views {
+        writer.write(view.name, &view.bytes()).unwrap();
+    }
+    writer.finish().unwrap();
+    fs::copy(golden.join("config.json"), dir.path().join("config.json")).unwrap();
+
+    let (windows, positions, expected) = recorded(&golden.join("logits.safetensors"));
+    let found = logits(dir.path(), &windows);
+    let mut worst = 0f32;
+    for (position, expected) in positions.iter().zip(expected.chunks(4096)) {
+        for (a, b) in found[position * 4096..].iter().zip(expected) {
+            worst = worst.max((a - b).abs());
+        }
+    }
+    // Two f32 programs that sum in different orders; logits reach about 20.
+    assert!(worst < 2e-3, "largest difference {worst}");
 }

@@ -1,0 +1,54 @@
+//! What the maker wrote down in `report.json`: only what a judge compares with.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use gptq_format::{FormatError, LinearDigests, read_json};
+use serde::Deserialize;
+
+/// A maker's record.
+#[derive(Debug, Default)]
+pub(crate) struct Recorded {
+    /// Digests of every linear's tensors by module; `None` where they were not recorded.
+    pub digests: Option<BTreeMap<String, LinearDigests>>,
+    /// SHA-256 of the calibration's source.
+    pub calibration_sha256: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Report {
+    #[serde(default)]
+    linears: Vec<Linear>,
+    calibration: Option<Calibration>,
+}
+
+#[derive(Deserialize)]
+struct Linear {
+    name: String,
+    digests: Option<LinearDigests>,
+}
+
+#[derive(Deserialize)]
+struct Calibration {
+    source_sha256: Option<String>,
+}
+
+impl Recorded {
+    /// Reads `report.json` in `dir`; nothing is recorded where there is none.
+    pub(crate) fn read(dir: &Path) -> Result<Self, FormatError> {
+        let path = dir.join("report.json");
+        if !path.exists() {
+            return Ok(Recorded::default());
+        }
+        let report: Report = read_json(&path)?;
+        let digests: BTreeMap<_, _> = report
+            .linears
+            .into_iter()
+            .filter_map(|linear| Some((linear.name, linear.digests?)))
+            .collect();
+        Ok(Recorded {
+            digests: (!digests.is_empty()).then_some(digests),
+            calibration_sha256: report.calibration.and_then(|c| c.source_sha256),
+        })
+    }
+}
