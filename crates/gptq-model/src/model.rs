@@ -53,7 +53,7 @@ impl<B: Engine> Model<B> {
     /// The hidden states of `windows`, all of one length, before the first block: one [`Flow`] per
     /// `chunk` windows, in dtype `keep`.
     ///
-    /// Errors on a token outside the vocabulary.
+    /// Errors on a token outside the vocabulary, and on windows longer than the sliding window.
     pub fn embed(
         &self,
         windows: &[Vec<u32>],
@@ -68,6 +68,8 @@ impl<B: Engine> Model<B> {
         {
             return Err(ModelError::TokenOutOfRange { id, vocabulary });
         }
+        let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
+        self.config.check_window(longest)?;
         let table = self.matrix(
             "model.embed_tokens.weight",
             vocabulary,
