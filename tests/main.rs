@@ -1,6 +1,8 @@
 //! End-to-end tests: the real binary on real input, offline.
 
+mod bad_checkpoint;
 mod bad_input;
+mod checkpoints;
 mod generate;
 mod harness;
 mod inspect;

@@ -9,7 +9,7 @@ use anyhow::ensure;
 use crate::root;
 
 /// The whole top level but for dotfiles, `target/` and `out/`.
-const TOP_LEVEL: [&str; 11] = [
+const TOP_LEVEL: [&str; 12] = [
     "CHANGELOG.md",
     "Cargo.lock",
     "Cargo.toml",
@@ -18,6 +18,7 @@ const TOP_LEVEL: [&str; 11] = [
     "calibration",
     "configs",
     "crates",
+    "fuzz",
     "kernels",
     "tests",
     "xtask",
@@ -61,7 +62,14 @@ pub(crate) fn run() -> anyhow::Result<()> {
 fn complaints(root: &Path) -> anyhow::Result<Vec<String>> {
     let mut found = top_level(root)?;
     found.extend(dependencies(root)?);
-    for dir in ["crates", "kernels", "tests", "xtask"] {
+    for dir in [
+        "crates",
+        "fuzz/fuzz_targets",
+        "fuzz/src",
+        "kernels",
+        "tests",
+        "xtask",
+    ] {
         for file in rust_files(&root.join(dir))? {
             let name = file.strip_prefix(root)?.display().to_string();
             found.extend(style(&name, &fs::read_to_string(&file)?));

@@ -228,7 +228,8 @@ mod tests {
         .iter()
         .collect();
         let golden: Value = serde_json::from_slice(&fs::read(golden).unwrap()).unwrap();
-        let talk: Vec<Message> = serde_json::from_value(golden["chat"]["messages"].clone()).unwrap();
+        let talk: Vec<Message> =
+            serde_json::from_value(golden["chat"]["messages"].clone()).unwrap();
         let cases = golden["chat"]["templates"].as_array().unwrap();
         assert_eq!(cases.len(), 6);
         for case in cases {

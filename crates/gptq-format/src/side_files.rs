@@ -25,8 +25,21 @@ const SIDE_FILES: [&str; 12] = [
     "LICENSE",
 ];
 
+/// Most bytes of a JSON file that is read.
+const MAX_JSON: u64 = 256 << 20;
+
 /// Reads a JSON file.
+///
+/// # Errors
+/// A file that cannot be read, is over 256 MiB, or does not parse.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FormatError> {
+    let length = fs::metadata(path).map_err(FormatError::io(path))?.len();
+    if length > MAX_JSON {
+        return Err(FormatError::Malformed {
+            path: path.into(),
+            reason: format!("{length} bytes, over the limit of {MAX_JSON} for such a file"),
+        });
+    }
     let bytes = fs::read(path).map_err(FormatError::io(path))?;
     serde_json::from_slice(&bytes).map_err(|source| FormatError::Json {
         path: path.into(),

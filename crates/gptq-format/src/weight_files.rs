@@ -96,6 +96,8 @@ fn read_weight_map(index: &Path) -> Result<BTreeMap<String, String>, FormatError
 mod tests {
     use std::fs;
 
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -128,6 +130,30 @@ mod tests {
             fs::write(dir.path().join("pytorch_model.bin.index.json"), text).unwrap();
             let error = WeightFiles::find(dir.path()).unwrap_err().to_string();
             assert!(error.contains("not to a file name"), "{file}: {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_index_ends_in_file_names_or_a_sentence(
+            edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
+            file in "[a-z./\\\\]{0,12}",
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let mut bytes = serde_json::json!({"weight_map": {"x": file}}).to_string().into_bytes();
+            for (at, byte) in edits {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            fs::write(dir.path().join("model.safetensors.index.json"), bytes).unwrap();
+            if let Ok(found) = WeightFiles::find(dir.path()) {
+                for file in found.files {
+                    // Beside the index, whatever it is called.
+                    let path = dir.path().join(&file);
+                    prop_assert_eq!(path.parent(), Some(dir.path()));
+                    prop_assert!(file != ".." && !file.contains('/'));
+                }
+            }
         }
     }
 }

@@ -42,8 +42,9 @@ impl<B: Engine> Decoder<B> {
     /// follows the part shared with the last call is run, all of it at once.
     ///
     /// # Errors
-    /// A token outside the vocabulary.
+    /// A token outside the vocabulary, or a context longer than the sliding window.
     pub fn next_logits(&mut self, context: &[u32]) -> Result<Vec<f32>, ModelError> {
+        self.config.check_window(context.len())?;
         let start = self.reusable(context);
         let new = context[start..].to_vec();
         let n = new.len();

@@ -14,6 +14,11 @@ pub enum ModelError {
     #[error("{}: {reason}", path.display())]
     Config { path: PathBuf, reason: String },
     #[error(
+        "windows of {tokens} tokens are longer than the model's sliding window of {sees}, which \
+         would need another attention mask; use at most {sees}"
+    )]
+    SlidingWindow { tokens: usize, sees: usize },
+    #[error(
         "token {id} is outside the model's vocabulary of {vocabulary}; the tokenizer belongs to \
          another model"
     )]

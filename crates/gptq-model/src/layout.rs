@@ -99,8 +99,9 @@ impl Projection {
     /// Whether the model has a bias here.
     pub fn has_bias(self, config: &ModelConfig) -> bool {
         match self {
+            Projection::Q | Projection::K | Projection::V => config.qkv_bias,
+            Projection::O => config.o_bias,
             Projection::Gate | Projection::Up | Projection::Down => config.mlp_bias,
-            _ => config.attention_bias,
         }
     }
 }

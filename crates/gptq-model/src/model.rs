@@ -58,13 +58,15 @@ impl<B: Engine> Model<B> {
     /// The hidden states of `windows`, all of one length, before the first block: one [`Flow`] per
     /// `chunk` windows, in dtype `keep`.
     ///
-    /// Errors on a token outside the vocabulary.
+    /// Errors on a token outside the vocabulary, and on windows longer than the sliding window.
     pub fn embed(
         &self,
         windows: &[Vec<u32>],
         chunk: usize,
         keep: DType,
     ) -> Result<Vec<Flow<B>>, ModelError> {
+        let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
+        self.config.check_window(longest)?;
         let embedding = self.embedding()?;
         windows
             .chunks(chunk)

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use toml::Spanned;
 
-use crate::recipe::Evaluation;
+use crate::recipe::{Evaluation, default_window};
 use crate::{Recipe, RecipeError};
 
 /// Command-line values that replace the recipe's.
@@ -63,7 +63,8 @@ impl Recipe {
             file.output.dir = dir;
         }
         if let Some(text) = overrides.evaluation {
-            let window = file.evaluation.as_ref().map_or(1024, |e| e.window);
+            let before = file.evaluation.take();
+            let window = before.map_or_else(default_window, |e| e.window);
             file.evaluation = Some(Evaluation { text, window });
         }
         Ok(())

@@ -7,7 +7,7 @@ use gptq_model::ModelConfig;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use crate::recipe::Propagate;
+use crate::recipe::{Dtype, Propagate};
 use crate::{BranchPlan, Memory, Recipe, RecipeError};
 
 /// Which hidden states a branch's Hessians are computed from.
@@ -91,6 +91,18 @@ impl Plan {
     /// Resolves and checks `recipe` against shapes alone: nothing is read from its `source`.
     pub fn for_config(recipe: &Recipe, config: ModelConfig) -> Result<Plan, RecipeError> {
         let file = &recipe.file;
+        if let Some(dtype) = file
+            .model
+            .dtype
+            .as_ref()
+            .filter(|d| *d.get_ref() == Dtype::Bf16)
+        {
+            return Err(recipe.refuse(
+                dtype,
+                "dtype = \"bf16\" is not computed in; leave it out: bf16 weights are rounded to f16, and \
+                 a run stops at one that f16 cannot hold",
+            ));
+        }
         let calibration = calibration(recipe)?;
         let mut branches: Vec<BranchPlan> = Vec::new();
         for branch in &file.branch {
@@ -104,6 +116,13 @@ impl Plan {
         if branches.is_empty() {
             let start = Spanned::new(0..0, ());
             return Err(recipe.refuse(&start, "no [[branch]]; a recipe needs at least one"));
+        }
+        let seq_len = Some((&file.calibration.seq_len, "seq_len"));
+        let window = file.evaluation.as_ref().map(|e| (&e.window, "window"));
+        for (tokens, key) in seq_len.into_iter().chain(window) {
+            config
+                .check_window(*tokens.get_ref())
+                .map_err(|why| recipe.refuse(tokens, format!("{key}: {why}")))?;
         }
         let mut warnings = Vec::new();
         if calibration.seq_len > config.max_positions {
@@ -130,7 +149,10 @@ impl Plan {
                 .as_ref()
                 .map(|size| parse_size(size.get_ref()).map_err(|why| recipe.refuse(size, why)))
                 .transpose()?,
-            evaluation: file.evaluation.as_ref().map(|e| (e.text.clone(), e.window)),
+            evaluation: file
+                .evaluation
+                .as_ref()
+                .map(|e| (e.text.clone(), *e.window.get_ref())),
             branches,
             warnings,
             recipe: recipe.text.clone(),

@@ -71,20 +71,17 @@ pub(crate) enum Propagate {
 pub(crate) struct Model {
     pub source: Spanned<String>,
     pub revision: Option<Spanned<String>>,
-    #[serde(default)]
-    #[expect(
-        dead_code,
-        reason = "f16 is the only type so far; parsing refuses any other"
-    )]
-    pub dtype: Dtype,
+    pub dtype: Option<Spanned<Dtype>>,
 }
 
 /// Type of the tensors that stay unquantised.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub(crate) enum Dtype {
-    #[default]
     #[serde(rename = "f16", alias = "float16")]
     F16,
+    /// Understood, so that it can be refused with its remedy.
+    #[serde(rename = "bf16", alias = "bfloat16")]
+    Bf16,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -117,7 +114,7 @@ pub(crate) struct Output {
 pub(crate) struct Evaluation {
     pub text: PathBuf,
     #[serde(default = "default_window")]
-    pub window: usize,
+    pub window: Spanned<usize>,
 }
 
 /// Settings of a branch, or of all of them.
@@ -184,8 +181,8 @@ fn default_seq_len() -> Spanned<usize> {
     spanned(2048)
 }
 
-fn default_window() -> usize {
-    1024
+pub(crate) fn default_window() -> Spanned<usize> {
+    spanned(1024)
 }
 
 impl Recipe {

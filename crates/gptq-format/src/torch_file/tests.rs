@@ -1,9 +1,13 @@
 //! Zip files made by hand, so that they can lie, and files that PyTorch itself wrote.
 
+use std::fs;
+use std::path::PathBuf;
+
 use half::f16;
 use proptest::prelude::*;
 
 use super::*;
+use crate::Checkpoint;
 use crate::pickle::tests::Pickle;
 
 /// One entry of a zip file to be; what is written about it can differ from what it is.
@@ -244,4 +248,56 @@ proptest! {
             prop_assert!(bytes.get(place.bytes).is_some());
         }
     }
+}
+
+fn pytorch(file: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "../../tests/golden/bin", file]
+        .iter()
+        .collect()
+}
+
+/// A directory with one of PyTorch's files under `name`.
+fn checkpoint(file: &str, name: &str) -> Result<Checkpoint, FormatError> {
+    let dir = tempfile::tempdir().unwrap();
+    fs::copy(pytorch(file), dir.path().join(name)).unwrap();
+    Checkpoint::open(dir.path())
+}
+
+#[test]
+fn what_pytorch_wrote_is_what_pytorch_reads() {
+    let found = checkpoint("dtypes.bin", "pytorch_model.bin").unwrap();
+    let expected = checkpoint("dtypes.safetensors", "model.safetensors").unwrap();
+    let names: Vec<&str> = expected.names().collect();
+    assert_eq!(found.names().collect::<Vec<_>>(), names);
+    assert_eq!(names.len(), 16);
+    for name in names {
+        let (a, b) = (found.view(name).unwrap(), expected.view(name).unwrap());
+        assert_eq!((a.dtype, a.shape), (b.dtype, b.shape), "{name}");
+        assert_eq!(a.bytes(), b.bytes(), "{name}");
+        if !["int64", "bool"].contains(&name) {
+            assert_eq!(
+                found.f16(name, a.shape).unwrap(),
+                expected.f16(name, b.shape).unwrap(),
+                "{name}"
+            );
+        }
+    }
+    let line = found.f16("int64", &[3]).unwrap_err().to_string();
+    assert!(
+        line.contains("tensor int64") && line.contains("I64"),
+        "{line}"
+    );
+}
+
+#[test]
+fn views_keep_their_strides_and_share_their_storages() {
+    let bytes = fs::read(pytorch("dtypes.bin")).unwrap();
+    let places: BTreeMap<String, Place> = read(&bytes).unwrap().into_iter().collect();
+    assert_eq!(places["transposed"].strides, Some(vec![1, 8]));
+    assert_eq!(places["expanded"].strides, Some(vec![0, 1]));
+    let (first, second) = (
+        &places["shared.first"].bytes,
+        &places["shared.second"].bytes,
+    );
+    assert_eq!(second.start - first.start, 16 * 4);
 }

@@ -265,6 +265,11 @@ fn what_is_wrong_is_refused_with_its_place_and_what_would_be_valid() {
             "r.toml:3:9",
             "f16",
         ),
+        (
+            HEAD.replace("\"m\"", "\"m\"\ndtype = \"bf16\""),
+            "r.toml:3:9",
+            "rounded to f16",
+        ),
     ] {
         let recipe = Recipe::parse(Path::new("r.toml"), format!("{text}{branch}"));
         let result = recipe.and_then(|recipe| Plan::for_config(&recipe, tiny()));
@@ -296,4 +301,30 @@ fn no_local_path_becomes_a_models_name() {
         "plan.rs",
         "it exists, so it is a path"
     );
+}
+
+#[test]
+fn windows_longer_than_the_sliding_window_are_refused_at_their_place() {
+    let plan = |calibration: &str, evaluation: &str| {
+        let text = format!(
+            "[model]\nsource = \"m\"\n[calibration]\nsource = \"c.json\"\n{calibration}\n\
+             [output]\ndir = \"out\"\n[evaluation]\ntext = \"e.json\"\n{evaluation}\n\
+             [[branch]]\nname = \"a\"\nbits = 4\n"
+        );
+        let config = ModelConfig {
+            sliding_window: Some(512),
+            ..tiny()
+        };
+        let recipe = Recipe::parse(Path::new("r.toml"), text).unwrap();
+        Plan::for_config(&recipe, config).map_err(|e| e.to_string())
+    };
+    assert!(plan("seq_len = 512", "window = 512").is_ok());
+    let line = plan("seq_len = 513", "window = 512").unwrap_err();
+    assert!(line.starts_with("r.toml:5:11: seq_len: "), "{line}");
+    assert!(
+        line.contains("sliding window of 512") && line.contains("use at most 512"),
+        "{line}"
+    );
+    let line = plan("seq_len = 512", "window = 600").unwrap_err();
+    assert!(line.starts_with("r.toml:10:10: window: "), "{line}");
 }

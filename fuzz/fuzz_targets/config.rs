@@ -1,0 +1,29 @@
+//! Any bytes as `config.json`: the model's shapes, and the settings of a quantised checkpoint.
+#![no_main]
+
+use gptq_format::QuantizeConfig;
+use gptq_fuzz::{ModelConfig, Projection, Stage};
+use libfuzzer_sys::fuzz_target;
+use serde_json::Value;
+
+fuzz_target!(|bytes: &[u8]| {
+    let Ok(value) = serde_json::from_slice::<Value>(bytes) else {
+        return;
+    };
+    if let Ok(settings) = serde_json::from_value::<QuantizeConfig>(
+        value
+            .get("quantization_config")
+            .cloned()
+            .unwrap_or_default(),
+    ) {
+        let _ = settings.module(&Projection::Down.module(0));
+    }
+    if let Ok(config) = ModelConfig::from_json(value) {
+        // No shape that was let through may overflow what is computed from it.
+        let _ = config.parameters();
+        let _ = config.check_window(4096);
+        for stage in Stage::ALL {
+            assert!(stage.in_features(&config) > 0);
+        }
+    }
+});

@@ -1,0 +1,146 @@
+//! The model families, and one model in every container: whatever it comes in, the branches are the same.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use gptq_format::{Checkpoint, ShardedWriter, TensorSpec};
+use safetensors::Dtype;
+
+use crate::harness::{Scratch, root, succeed};
+
+const BRANCHES: &str = "[[branch]]\nname = \"four\"\nbits = 4\ngroup_size = 32\n\
+                        [[branch]]\nname = \"eight\"\nbits = 8\ngroup_size = -1\ndesc_act = false\n";
+
+fn families() -> PathBuf {
+    root().join("tests/golden/families")
+}
+
+fn copy(from: &Path, to: &Path, files: &[&str]) {
+    for file in files {
+        fs::write(to.join(file), fs::read(from.join(file)).unwrap()).unwrap();
+    }
+}
+
+/// A directory `model` with a family's config and the tokenizer, and no weights yet.
+fn without_weights(scratch: &Scratch, family: &str) -> PathBuf {
+    let dir = scratch.path("model");
+    fs::create_dir(&dir).unwrap();
+    copy(&families().join(family), &dir, &["config.json"]);
+    copy(
+        &families(),
+        &dir,
+        &["tokenizer.json", "tokenizer_config.json"],
+    );
+    dir
+}
+
+/// llama's tensors written again, as `dtype`, in files of `shard_size` bytes.
+fn rewrite(dir: &Path, dtype: Dtype, shard_size: Option<u64>) {
+    let base = Checkpoint::open(&families().join("llama")).unwrap();
+    let spec = |name: &str| TensorSpec {
+        name: name.into(),
+        dtype,
+        shape: base.view(name).unwrap().shape.into(),
+    };
+    let specs: Vec<TensorSpec> = base.names().map(spec).collect();
+    let mut writer = ShardedWriter::create(dir, &specs, shard_size).unwrap();
+    for spec in &specs {
+        let values = base.f16(&spec.name, &spec.shape).unwrap();
+        let bytes: Vec<u8> = match dtype {
+            Dtype::F32 => values
+                .iter()
+                .flat_map(|v| v.to_f32().to_le_bytes())
+                .collect(),
+            _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        };
+        writer.write(&spec.name, &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+/// Every file that a run on `scratch`'s model writes, but the report, which has times in it.
+fn branches(scratch: &Scratch, model: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let recipe = scratch.recipe(model, BRANCHES);
+    succeed([
+        "quantize",
+        recipe.to_str().unwrap(),
+        "--seq-len",
+        "64",
+        "--device",
+        "cpu",
+    ]);
+    let mut files = BTreeMap::new();
+    for branch in ["four", "eight"] {
+        for entry in fs::read_dir(scratch.out().join(branch)).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.strip_prefix(scratch.out()).unwrap().to_owned();
+            if !name.to_str().unwrap().contains("report") {
+                files.insert(name, fs::read(path).unwrap());
+            }
+        }
+    }
+    assert_eq!(files.len(), 2 * 5, "{:?}", files.keys());
+    files
+}
+
+#[test]
+fn one_model_in_every_container_gives_byte_identical_branches() {
+    let with = |write: &dyn Fn(&Path)| {
+        let scratch = Scratch::new();
+        let model = without_weights(&scratch, "llama");
+        write(&model);
+        branches(&scratch, &model)
+    };
+    let expected = with(&|dir| copy(&families().join("llama"), dir, &["model.safetensors"]));
+    let bin = families().join("bin");
+    for (route, found) in [
+        (
+            "sharded safetensors",
+            with(&|dir| rewrite(dir, Dtype::F16, Some(40_000))),
+        ),
+        (
+            "f32 safetensors",
+            with(&|dir| rewrite(dir, Dtype::F32, None)),
+        ),
+        (
+            "PyTorch shards",
+            with(&|dir| {
+                let files = [
+                    "pytorch_model.bin.index.json",
+                    "pytorch_model-00001-of-00002.bin",
+                    "pytorch_model-00002-of-00002.bin",
+                ];
+                copy(&bin, dir, &files);
+            }),
+        ),
+    ] {
+        assert!(found == expected, "{route} gives other bytes");
+    }
+}
+
+#[test]
+fn every_family_is_quantised_and_verified() {
+    for family in ["llama", "mistral", "qwen2"] {
+        let scratch = Scratch::new();
+        let model = without_weights(&scratch, family);
+        copy(&families().join(family), &model, &["model.safetensors"]);
+        let files = branches(&scratch, &model);
+        let four = Path::new("four/model.safetensors");
+        assert!(files[four].len() < fs::read(model.join("model.safetensors")).unwrap().len());
+        for branch in ["four", "eight"] {
+            let dir = scratch.out().join(branch);
+            let verdict = succeed(["verify", dir.to_str().unwrap()]);
+            assert!(verdict.contains("14 quantised"), "{family}: {verdict}");
+        }
+        // Biases go along untouched.
+        let dense = Checkpoint::open(&model).unwrap();
+        let quantised = Checkpoint::open(&scratch.out().join("four")).unwrap();
+        let biases: Vec<&str> = dense.names().filter(|n| n.ends_with(".bias")).collect();
+        assert_eq!(biases.len(), if family == "qwen2" { 6 } else { 0 });
+        for name in biases {
+            let (a, b) = (dense.view(name).unwrap(), quantised.view(name).unwrap());
+            assert_eq!((a.shape, a.bytes()), (b.shape, b.bytes()), "{name}");
+        }
+    }
+}
