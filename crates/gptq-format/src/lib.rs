@@ -9,6 +9,7 @@
 mod bits;
 mod checkpoint;
 mod clients;
+mod digests;
 mod error;
 mod pack;
 mod quantize_config;
@@ -20,6 +21,7 @@ mod writer;
 pub use bits::{Bits, GroupSize};
 pub use checkpoint::{Checkpoint, TensorView};
 pub use clients::{Client, LinearShape, Support, client_support};
+pub use digests::{LinearDigests, sha256};
 pub use error::FormatError;
 pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
 pub use quantize_config::{CheckpointFormat, Dynamic, QuantizeConfig};
