@@ -24,7 +24,7 @@ const TOP_LEVEL: [&str; 11] = [
 ];
 
 /// Crates from the bottom up: each may use only those before it.
-const ORDER: [(&str, &str); 8] = [
+const ORDER: [(&str, &str); 9] = [
     ("gptq-format", "crates/gptq-format"),
     ("gptq-solver", "crates/gptq-solver"),
     ("gptq-calibration", "crates/gptq-calibration"),
@@ -32,6 +32,7 @@ const ORDER: [(&str, &str); 8] = [
     ("gptq-model", "crates/gptq-model"),
     ("gptq-pipeline", "crates/gptq-pipeline"),
     ("gptq-verify", "crates/gptq-verify"),
+    ("gptq-report", "crates/gptq-report"),
     ("gptq", "crates/gptq"),
 ];
 

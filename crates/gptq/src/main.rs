@@ -2,10 +2,12 @@
 //!
 //! Exit status: 0 when everything asked for held, 1 when something did not, 2 for a wrong command line.
 
+mod card;
 mod cli;
 mod plan;
 mod progress;
 mod quantize;
+mod report;
 mod size;
 mod table;
 mod verify;
@@ -35,6 +37,8 @@ fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Verify(args) => verify::run(args),
+        Command::Report(args) => report::run(args),
+        Command::Card(args) => card::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
