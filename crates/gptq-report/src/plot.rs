@@ -7,6 +7,8 @@ use minijinja::HtmlEscape;
 /// Drawing size and margins (left, right, top, bottom), in SVG units.
 const SIZE: (f64, f64) = (440.0, 264.0);
 const MARGIN: (f64, f64, f64, f64) = (58.0, 14.0, 12.0, 42.0);
+/// Farther than this from its dot, a label is joined to it by a line.
+const NEAR: f64 = 10.0;
 /// Width of a character of a label, about.
 const CHARACTER: f64 = 6.2;
 
@@ -128,39 +130,56 @@ pub(crate) fn scatter(
     let y = Axis::new(ys, Scale::Linear, (height - bottom, top));
     svg(names, |svg| {
         axes(svg, (&x, &y), formats)?;
-        if let Some((value, name)) = level {
-            let at = y.at(value);
-            write!(
-                svg,
-                "<path class=\"level\" d=\"M{left} {at:.1}H{:.1}\"/><text class=\"level\" x=\"{:.1}\" \
-                 y=\"{:.1}\" text-anchor=\"end\">{}</text>",
-                width - right,
-                width - right - 4.0,
-                at + 13.0,
-                HtmlEscape(name)
-            )?;
-        }
         let dots: Vec<(f64, f64)> = points.iter().map(|p| (x.at(p.x), y.at(p.y))).collect();
         let mut taken: Vec<[f64; 4]> = dots
             .iter()
             .map(|&(x, y)| [x - 6.0, y - 6.0, x + 6.0, y + 6.0])
             .collect();
-        for (point, &(px, py)) in points.iter().zip(&dots) {
+        if let Some((value, name)) = level {
+            let at = y.at(value);
+            let end = width - right - 4.0;
+            let text = CHARACTER * name.chars().count() as f64;
+            taken.push([end - text, at + 3.0, end, at + 16.0]);
+            write!(
+                svg,
+                "<path class=\"level\" d=\"M{left} {at:.1}H{:.1}\"/><text class=\"level\" x=\"{:.1}\" \
+                 y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+                width - right,
+                end,
+                at + 13.0,
+                HtmlEscape(name)
+            )?;
+        }
+        // From the right, where room is shortest.
+        let mut order: Vec<usize> = (0..dots.len()).collect();
+        order.sort_by(|&a, &b| dots[b].0.total_cmp(&dots[a].0));
+        for (point, (px, py)) in order.into_iter().map(|i| (&points[i], dots[i])) {
             let w = CHARACTER * point.label.chars().count() as f64;
-            let free = places(px, py, w).into_iter().find(|b| {
-                let nearest = |&(x, y): &(f64, f64)| distance(b, x, y);
-                inside(b)
-                    && taken.iter().all(|t| apart(b, t))
-                    && dots.iter().all(|dot| nearest(dot) >= nearest(&(px, py)))
-            });
+            let free = |b: &&[f64; 4]| inside(b) && taken.iter().all(|t| apart(b, t));
+            // Nearest to its own dot, give or take `slack`.
+            let own = |b: &[f64; 4], slack: f64| {
+                let least = distance(b, px, py) - slack;
+                dots.iter().all(|&(x, y)| distance(b, x, y) >= least)
+            };
+            let places = places(px, py, w);
+            let places = || places.iter().filter(free);
+            let beside = places().find(|b| distance(b, px, py) <= NEAR && own(b, 0.0));
+            let place = beside.or_else(|| places().find(|b| own(b, 3.0))).copied();
             write!(
                 svg,
                 "<circle class=\"dot\" cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"5\"><title>{}</title></circle>",
                 HtmlEscape(&point.title)
             )?;
             // A label without room is left to the tooltip.
-            if let Some(place) = free {
+            if let Some(place) = place {
                 taken.push(place);
+                let (x, y) = (px.clamp(place[0], place[2]), py.clamp(place[1], place[3]));
+                if distance(&place, px, py) > NEAR {
+                    write!(
+                        svg,
+                        "<path class=\"leader\" d=\"M{px:.1} {py:.1}L{x:.1} {y:.1}\"/>"
+                    )?;
+                }
                 write!(
                     svg,
                     "<text class=\"label\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
@@ -178,7 +197,7 @@ pub(crate) fn scatter(
 fn places(x: f64, y: f64, w: f64) -> Vec<[f64; 4]> {
     let sides = [9.0, -9.0 - w, -w / 2.0];
     let mut places = Vec::new();
-    for dy in [0.0, -14.0, 14.0, -28.0, 28.0, -42.0, 42.0] {
+    for dy in [0.0, -14.0, 14.0, -28.0, 28.0, -42.0, 42.0, -56.0] {
         for dx in sides {
             let (left, top) = (x + dx, y + dy - 7.0);
             places.push([left, top, left + w, top + 14.0]);
