@@ -2,9 +2,11 @@
 
 mod bad_checkpoint;
 mod bad_input;
+mod card;
 mod checkpoints;
 mod generate;
 mod harness;
 mod inspect;
 mod matrix;
+mod report;
 mod verify;

@@ -34,6 +34,7 @@ const ORDER: [(&str, &str); 9] = [
     ("gptq-generate", "crates/gptq-generate"),
     ("gptq-pipeline", "crates/gptq-pipeline"),
     ("gptq-verify", "crates/gptq-verify"),
+    ("gptq-report", "crates/gptq-report"),
     ("gptq", "crates/gptq"),
 ];
 

@@ -3,10 +3,11 @@
 use gptq_kernels::Engine;
 
 use crate::model::Embedding;
-use crate::{Block, Cache, Head, Model, ModelError};
+use crate::{Block, Cache, Head, Model, ModelConfig, ModelError};
 
 /// Every block resident, each with its cache.
 pub struct Decoder<B: Engine> {
+    config: ModelConfig,
     embedding: Embedding<B>,
     blocks: Vec<(Block<B>, Cache<B>)>,
     head: Head<B>,
@@ -23,6 +24,7 @@ impl<B: Engine> Decoder<B> {
             Ok::<_, ModelError>((model.resident_block(layer)?, cache))
         };
         Ok(Decoder {
+            config: config.clone(),
             embedding: model.embedding()?,
             blocks: (0..config.layers).map(block).collect::<Result<_, _>>()?,
             head: model.head()?,

@@ -53,6 +53,15 @@ pub(crate) enum Command {
         after_help = "Example:\n  gptq completions bash > ~/.local/share/bash-completion/completions/gptq"
     )]
     Completions(CompletionsArgs),
+    /// Make report.html and tables about finished branches
+    #[command(after_help = "Example:\n  gptq report out/medi-tiny-GPTQ")]
+    Report(ReportArgs),
+    /// Write the model card, a matrix's README.md for the Hub
+    #[command(
+        after_help = "Example:\n  gptq card out/meditron-7B-GPTQ --repo user/meditron-7B-GPTQ --prompt-template chatml \\\n    \
+                      --base-card models/meditron-7b/README.md"
+    )]
+    Card(CardArgs),
 }
 
 #[derive(Args)]
@@ -112,6 +121,54 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_name = "FILE")]
     pub model_config: Option<PathBuf>,
     /// Print the plan as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct ReportArgs {
+    /// A branch directory, or one whose directories are branches
+    pub dir: PathBuf,
+    /// Print the table as JSON as well
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct CardArgs {
+    /// A branch directory, or one whose directories are branches
+    pub dir: PathBuf,
+    /// Where the matrix will be published
+    #[arg(long, value_name = "USER/NAME")]
+    pub repo: String,
+    /// chatml, llama-2, alpaca, plain, or a file with {prompt} where the user's text goes
+    #[arg(long, value_name = "NAME", default_value = "plain")]
+    pub prompt_template: String,
+    /// A minijinja template instead of the built-in one; --json prints what it can use
+    #[arg(long, value_name = "FILE")]
+    pub template: Option<PathBuf>,
+    /// The base model's own card: it is appended, and says licence and language
+    #[arg(long, value_name = "FILE")]
+    pub base_card: Option<PathBuf>,
+    /// Hub id of the base model, where the reports do not have it
+    #[arg(long, value_name = "ID")]
+    pub base_model: Option<String>,
+    /// Hub id of the calibration data, where the reports do not have it
+    #[arg(long, value_name = "ID")]
+    pub dataset: Option<String>,
+    /// Licence identifier, instead of the base card's
+    #[arg(long, value_name = "ID")]
+    pub license: Option<String>,
+    /// Language code, instead of the base card's
+    #[arg(long, value_name = "CODE")]
+    pub language: Option<String>,
+    /// Where to write [default: README.md in DIR]
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Replace a file that says something else
+    #[arg(long)]
+    pub force: bool,
+    /// Print what a template can use, as JSON, and write nothing
     #[arg(long)]
     pub json: bool,
 }

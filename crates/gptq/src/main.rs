@@ -2,6 +2,7 @@
 //!
 //! Exit status: 0 when everything asked for held, 1 when something did not, 2 for a wrong command line.
 
+mod card;
 mod cli;
 mod completions;
 mod generate;
@@ -9,6 +10,7 @@ mod inspect;
 mod plan;
 mod progress;
 mod quantize;
+mod report;
 mod size;
 mod table;
 mod verify;
@@ -41,6 +43,8 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Completions(args) => completions::run(args),
+        Command::Report(args) => report::run(args),
+        Command::Card(args) => card::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,239 @@
+//! What the page says about one branch.
+
+use std::collections::BTreeMap;
+
+use gptq_pipeline::LinearReport;
+use minijinja::Value;
+use serde::Serialize;
+
+use crate::Branch;
+use crate::heat_map::{HeatMap, label, within_block};
+use crate::number;
+use crate::plot::{Series, lines};
+
+/// A branch's section.
+#[derive(Serialize)]
+pub(crate) struct BranchPage {
+    pub name: String,
+    pub settings: String,
+    pub heat: HeatMap,
+    /// Relative error through the layers (SVG).
+    pub growth: Value,
+    /// Whether `growth` has the blocks' errors on fresh text.
+    pub fresh: bool,
+    pub kinds: Vec<Kind>,
+    pub unusual: Vec<Unusual>,
+    pub damp_percent: f64,
+    pub stages: Vec<Time>,
+    pub phases: Vec<Time>,
+}
+
+/// All linears of one name.
+#[derive(Serialize)]
+pub(crate) struct Kind {
+    pub label: String,
+    pub error: String,
+    pub rtn: String,
+    pub ratio: String,
+    /// The ratio in percent, for a bar.
+    pub percent: f64,
+}
+
+/// A linear that needed more damping than was asked for, or has dead columns.
+#[derive(Serialize)]
+pub(crate) struct Unusual {
+    pub name: String,
+    pub damp_percent: f64,
+    pub raised: bool,
+    pub dead_columns: usize,
+}
+
+#[derive(Serialize)]
+pub(crate) struct Time {
+    pub name: String,
+    pub seconds: String,
+    /// Of the whole, in percent.
+    pub percent: f64,
+}
+
+impl BranchPage {
+    pub(crate) fn new(branch: &Branch) -> BranchPage {
+        let report = &branch.report;
+        let config = &report.quantize_config;
+        let blocks = branch.receipt.iter().flat_map(|r| &r.blocks);
+        let fresh: Vec<_> = blocks
+            .map(|b| {
+                let title = format!("layer {}: {}", b.layer, number::error(b.relative_error));
+                (b.layer as f64, b.relative_error, title)
+            })
+            .collect();
+        let has_fresh = !fresh.is_empty();
+        let growth = lines(
+            &[
+                through("rtn", &report.linears, |l| l.rtn_error),
+                through("own", &report.linears, |l| l.relative_error),
+                Series {
+                    class: "fresh",
+                    points: fresh,
+                },
+            ],
+            ("layer", "relative error"),
+            (|layer| format!("{layer}"), |error| format!("{error:.0e}")),
+        );
+        let phases = report.phases.iter().map(|p| (p.phase.clone(), p.seconds));
+        BranchPage {
+            name: report.branch.clone(),
+            settings: settings(branch),
+            heat: HeatMap::new(&report.linears),
+            growth: Value::from_safe_string(growth),
+            fresh: has_fresh,
+            kinds: kinds(&report.linears),
+            unusual: unusual(&report.linears, config.damp_percent),
+            damp_percent: config.damp_percent,
+            stages: times(stages(&report.linears)),
+            phases: times(phases.collect()),
+        }
+    }
+}
+
+/// One line: what was asked for.
+fn settings(branch: &Branch) -> String {
+    let report = &branch.report;
+    let config = &report.quantize_config;
+    let yes = |on: bool, what: &'static str| on.then_some(what);
+    let mut words = vec![
+        format!("{} bits", config.bits),
+        match i64::from(config.group_size) {
+            -1 => "one group per row".to_owned(),
+            n => format!("groups of {n}"),
+        },
+        if config.desc_act {
+            "act order"
+        } else {
+            "no act order"
+        }
+        .to_owned(),
+        if config.sym {
+            "symmetric"
+        } else {
+            "asymmetric"
+        }
+        .to_owned(),
+        format!("damping {}", config.damp_percent),
+    ];
+    let more = [
+        yes(config.static_groups, "static groups"),
+        yes(!config.true_sequential, "whole blocks at once"),
+        yes(
+            config.dynamic.is_some(),
+            "settings of its own for some linears",
+        ),
+        yes(
+            report.propagation == "dense",
+            "calibrated on the dense model's states",
+        ),
+    ];
+    words.extend(more.into_iter().flatten().map(String::from));
+    words.push(number::decimal_size(branch.bytes));
+    words.join(" · ")
+}
+
+/// The mean over each layer's linears.
+fn through(
+    class: &'static str,
+    linears: &[LinearReport],
+    value: fn(&LinearReport) -> f64,
+) -> Series {
+    let mut layers: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+    for linear in linears {
+        layers.entry(linear.layer).or_default().push(value(linear));
+    }
+    let points = layers.into_iter().map(|(layer, values)| {
+        let mean = mean(&values);
+        let title = format!("layer {layer}: {}", number::error(mean));
+        (layer as f64, mean, title)
+    });
+    Series {
+        class,
+        points: points.collect(),
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+/// In the order in which they first appear, grouped by what `key` says.
+fn grouped<'a>(
+    linears: &'a [LinearReport],
+    key: impl Fn(&'a LinearReport) -> &'a str,
+) -> Vec<(&'a str, Vec<&'a LinearReport>)> {
+    let mut groups: Vec<(&str, Vec<&LinearReport>)> = Vec::new();
+    for linear in linears {
+        let key = key(linear);
+        match groups.iter_mut().find(|(name, _)| *name == key) {
+            Some((_, group)) => group.push(linear),
+            None => groups.push((key, vec![linear])),
+        }
+    }
+    groups
+}
+
+fn kinds(linears: &[LinearReport]) -> Vec<Kind> {
+    let kinds = grouped(linears, within_block).into_iter();
+    kinds
+        .map(|(name, group)| {
+            let of = |value: fn(&LinearReport) -> f64| {
+                mean(&group.iter().map(|l| value(l)).collect::<Vec<_>>())
+            };
+            let ratio = of(|l| l.ratio);
+            Kind {
+                label: label(name).to_owned(),
+                error: number::error(of(|l| l.relative_error)),
+                rtn: number::error(of(|l| l.rtn_error)),
+                ratio: format!("{ratio:.3}"),
+                percent: (100.0 * ratio).clamp(0.0, 100.0),
+            }
+        })
+        .collect()
+}
+
+fn unusual(linears: &[LinearReport], asked: f64) -> Vec<Unusual> {
+    let all = linears.iter().map(|l| Unusual {
+        name: l.name.clone(),
+        damp_percent: l.damp_percent,
+        raised: l.damp_percent != asked,
+        dead_columns: l.dead_columns,
+    });
+    all.filter(|l| l.raised || l.dead_columns > 0).collect()
+}
+
+/// Seconds of solving, by the linears that share an input and a factor.
+fn stages(linears: &[LinearReport]) -> Vec<(String, f64)> {
+    let stage = |l| match label(within_block(l)) {
+        "q" | "k" | "v" => "q, k, v",
+        "gate" | "up" => "gate, up",
+        other => other,
+    };
+    let stages = grouped(linears, stage).into_iter();
+    stages
+        .map(|(name, group)| (name.to_owned(), group.iter().map(|l| l.seconds).sum()))
+        .collect()
+}
+
+fn times(seconds: Vec<(String, f64)>) -> Vec<Time> {
+    let total: f64 = seconds.iter().map(|(_, s)| s).sum();
+    let all = seconds.into_iter().chain([("together".to_owned(), total)]);
+    let times = all.map(|(name, seconds)| Time {
+        name,
+        seconds: number::seconds(seconds),
+        percent: match total {
+            t if t > 0.0 => 100.0 * seconds / t,
+            _ => 0.0,
+        },
+    });
+    match total > 0.0 {
+        true => times.collect(),
+        false => Vec::new(),
+    }
+}

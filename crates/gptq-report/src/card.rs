@@ -1,0 +1,329 @@
+//! The model card: a matrix's `README.md` for the Hub, from a minijinja template that a user may
+//! replace. What a template sees is [`Facts`], serialised.
+
+use gptq_format::{Bits, Client, GroupSize};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{Environment, UndefinedBehavior};
+use serde::Serialize;
+
+use crate::base_card::BaseCard;
+use crate::description::description;
+use crate::{Branch, Matrix, PromptTemplate, ReportError, number};
+
+const TEMPLATE: &str = include_str!("../templates/card.md");
+
+/// What the files of a matrix do not say.
+#[derive(Clone, Debug)]
+pub struct CardSettings {
+    /// Where the matrix will be published, `user/name`.
+    pub repo: String,
+    /// How the model is prompted.
+    pub prompt: PromptTemplate,
+    /// The base model's own card.
+    pub base_card: Option<String>,
+    /// Hub id of the base model; else the reports' name, where it is one.
+    pub base_model: Option<String>,
+    /// Hub id of the calibration data; else the manifests' source, where it is one.
+    pub dataset: Option<String>,
+    /// Licence identifier; else the base card's.
+    pub license: Option<String>,
+    /// Language code; else the base card's.
+    pub language: Option<String>,
+}
+
+/// What a template can use.
+#[derive(Clone, Debug, Serialize)]
+pub struct Facts {
+    /// `user/name` on the Hub.
+    repo: String,
+    /// Its first half.
+    user: String,
+    /// Its second half.
+    title: String,
+    /// The base model's name, without its owner.
+    base_name: String,
+    /// The base model's Hub id, if there is one.
+    base_model: Option<String>,
+    /// Licence identifier, or `unknown`.
+    license: String,
+    /// Entries of the front matter, each in YAML.
+    front: Vec<String>,
+    /// Architecture, from `config.json`.
+    model_type: String,
+    /// Context in tokens, if `config.json` says.
+    context: Option<u64>,
+    /// Name and text of the prompt template.
+    prompt_name: String,
+    prompt: String,
+    /// The same for a Python string between `"""`.
+    prompt_python: String,
+    /// The branches.
+    branches: Vec<BranchFacts>,
+    /// The branch for examples.
+    example: String,
+    /// The first branch that TGI and vLLM load.
+    tgi: Option<String>,
+    vllm: Option<String>,
+    /// Names of the clients, in the order of a branch's `loads`.
+    clients: Vec<&'static str>,
+    /// What perplexity was measured on: `eval.json, windows of 1024`.
+    measured_on: Vec<String>,
+    /// The dense model's, where all branches have the same.
+    dense_perplexity: Option<String>,
+    /// Version of gptq.
+    gptq_version: String,
+    /// The base model's card, without its front matter.
+    base_card: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct BranchFacts {
+    name: String,
+    bits: Bits,
+    /// `"128"`, or `"none"`.
+    group_size: String,
+    act_order: bool,
+    damp_percent: f64,
+    /// Calibration data, linked where it is on the Hub.
+    dataset: String,
+    samples: usize,
+    seq_len: usize,
+    /// Measured, of the weight files.
+    size: String,
+    exllama: bool,
+    description: String,
+    perplexity: Option<String>,
+    /// Over the dense model's.
+    over: Option<String>,
+    /// `None` where a client loads it, else why not.
+    loads: Vec<Option<&'static str>>,
+}
+
+/// What a template would see for `matrix`.
+///
+/// # Errors
+/// A repository that is not `user/name`.
+pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportError> {
+    let (user, title) = repository(&settings.repo)?;
+    let base = settings.base_card.as_deref().map(BaseCard::parse);
+    let model = matrix.model();
+    let base_model = settings.base_model.clone().or_else(|| hub_id(model));
+    let first = &matrix.branches[0];
+    let calibrated = settings
+        .dataset
+        .clone()
+        .or_else(|| hub_id(&first.report.calibration.source));
+    let license = settings.license.clone();
+    let license = license.or_else(|| base.as_ref()?.scalar("license"));
+    let model_type = first.config["model_type"].as_str().unwrap_or("llama");
+    let branches: Vec<BranchFacts> = matrix
+        .branches
+        .iter()
+        .map(|branch| BranchFacts::new(branch, settings))
+        .collect();
+    let loads = |client: Client| {
+        let at = Client::ALL.iter().position(|c| *c == client)?;
+        let branch = branches.iter().find(|b| b.loads[at].is_none())?;
+        Some(branch.name.clone())
+    };
+    let mut measured_on = Vec::new();
+    for measured in matrix.branches.iter().filter_map(Branch::perplexity) {
+        let text = format!("{}, windows of {}", measured.text, measured.window);
+        if !measured_on.contains(&text) {
+            measured_on.push(text);
+        }
+    }
+    let mut dense = matrix.branches.iter().filter_map(|b| b.perplexity()?.dense);
+    let dense = dense.next().filter(|first| dense.all(|d| d == *first));
+    let license = license.unwrap_or_else(|| "unknown".to_owned());
+    Ok(Facts {
+        user: user.to_owned(),
+        title: title.to_owned(),
+        repo: settings.repo.clone(),
+        base_name: model.rsplit('/').next().unwrap_or(model).to_owned(),
+        front: front(&Front {
+            base_model: base_model.as_deref(),
+            base: base.as_ref(),
+            license: &license,
+            language: settings.language.as_deref(),
+            model_type,
+            user,
+            dataset: calibrated.as_deref(),
+            matrix,
+        }),
+        base_model,
+        license,
+        model_type: model_type.to_owned(),
+        context: first.config["max_position_embeddings"].as_u64(),
+        prompt_name: settings.prompt.name.clone(),
+        prompt: settings.prompt.text.trim_end().to_owned(),
+        prompt_python: settings
+            .prompt
+            .text
+            .replace('\\', "\\\\")
+            .replace("\"\"\"", "\\\"\\\"\\\""),
+        example: branches.get(1).unwrap_or(&branches[0]).name.clone(),
+        tgi: loads(Client::Tgi),
+        vllm: loads(Client::Vllm),
+        clients: Client::ALL.map(Client::name).to_vec(),
+        measured_on,
+        dense_perplexity: dense.map(|value| format!("{value:.3}")),
+        gptq_version: first.report.gptq_version.clone(),
+        base_card: base.map(|b| b.body).filter(|body| !body.is_empty()),
+        branches,
+    })
+}
+
+impl Facts {
+    /// What the front matter lacks, and the option that adds it.
+    pub fn missing(&self) -> Vec<(&'static str, &'static str)> {
+        let has = |key: &str| self.front.iter().any(|e| e.starts_with(&format!("{key}:")));
+        [
+            ("base_model", "--base-model"),
+            ("license", "--license"),
+            ("language", "--language"),
+            ("datasets", "--dataset"),
+        ]
+        .into_iter()
+        .filter(|(key, _)| !has(key) || (*key == "license" && self.license == "unknown"))
+        .collect()
+    }
+}
+
+/// The card: `facts` in `template` (its name and text), or in the one that comes along.
+///
+/// # Errors
+/// A template that does not parse, or asks for something that is not there.
+pub fn card(facts: &Facts, template: Option<(&str, &str)>) -> Result<String, ReportError> {
+    let (name, text) = template.unwrap_or(("card.md", TEMPLATE));
+    let failed = |source| ReportError::Template {
+        template: name.to_owned(),
+        source,
+    };
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    environment.set_syntax(
+        SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .keep_trailing_newline(true)
+            .build()
+            .expect("Jinja's own delimiters"),
+    );
+    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment.add_template(name, text).map_err(failed)?;
+    let template = environment.get_template(name).map_err(failed)?;
+    template.render(Serde(facts)).map_err(failed)
+}
+
+/// `user/name`, both of the characters the Hub allows.
+fn repository(repo: &str) -> Result<(&str, &str), ReportError> {
+    let valid = |part: &str| {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        !part.is_empty() && part.chars().all(allowed)
+    };
+    match repo.split_once('/') {
+        Some((user, name)) if valid(user) && valid(name) => Ok((user, name)),
+        _ => Err(ReportError::Repository {
+            repo: repo.to_owned(),
+        }),
+    }
+}
+
+/// A name that has the form of a Hub id.
+fn hub_id(name: &str) -> Option<String> {
+    repository(name).ok().map(|_| name.to_owned())
+}
+
+struct Front<'a> {
+    base_model: Option<&'a str>,
+    base: Option<&'a BaseCard>,
+    license: &'a str,
+    language: Option<&'a str>,
+    model_type: &'a str,
+    user: &'a str,
+    dataset: Option<&'a str>,
+    matrix: &'a Matrix,
+}
+
+/// The front matter's entries; a value is quoted as in JSON, which YAML reads.
+fn front(known: &Front<'_>) -> Vec<String> {
+    let quoted = |value: &str| serde_json::Value::from(value).to_string();
+    let scalar = |key: &str, value: &str| format!("{key}: {}", quoted(value));
+    let list = |key: &str, values: &[&str]| {
+        let items = values.iter().map(|value| format!("\n- {}", quoted(value)));
+        format!("{key}:{}", items.collect::<String>())
+    };
+    let from_base = |key: &str| known.base.and_then(|base| base.entry(key));
+    let mut entries = Vec::new();
+    entries.extend(known.base_model.map(|id| scalar("base_model", id)));
+    entries.push(scalar("license", known.license));
+    entries.extend(from_base("license_name"));
+    entries.extend(from_base("license_link"));
+    entries.extend(match known.language {
+        Some(code) => Some(list("language", &[code])),
+        None => from_base("language"),
+    });
+    entries.push(scalar("model_type", known.model_type));
+    entries.push(scalar("quantized_by", known.user));
+    entries.extend(known.dataset.map(|id| list("datasets", &[id])));
+    entries.push(scalar("library_name", "transformers"));
+    entries.push(scalar("pipeline_tag", "text-generation"));
+    entries.push("inference: false".to_owned());
+    let branches = known.matrix.branches.iter();
+    let mut bits: Vec<Bits> = branches.map(|b| b.report.quantize_config.bits).collect();
+    bits.sort();
+    bits.dedup();
+    let bits: Vec<String> = bits.into_iter().map(|b| format!("{b}-bit")).collect();
+    let tags: Vec<&str> = ["gptq"]
+        .into_iter()
+        .chain(bits.iter().map(String::as_str))
+        .collect();
+    entries.push(list("tags", &tags));
+    entries
+}
+
+impl BranchFacts {
+    fn new(branch: &Branch, settings: &CardSettings) -> BranchFacts {
+        let report = &branch.report;
+        let config = &report.quantize_config;
+        let measured = branch.perplexity();
+        let source = &report.calibration.source;
+        let dataset = settings.dataset.as_ref().unwrap_or(source);
+        let clients = branch.clients();
+        let loads = Client::ALL.map(|client| {
+            let support = clients.iter().find(|s| s.client == client);
+            support.and_then(|s| s.verdict.err())
+        });
+        BranchFacts {
+            name: cell(&report.branch),
+            bits: config.bits,
+            group_size: match config.group_size {
+                GroupSize::Row => "none".to_owned(),
+                GroupSize::Columns(n) => n.to_string(),
+            },
+            act_order: config.desc_act,
+            damp_percent: config.damp_percent,
+            dataset: match hub_id(dataset) {
+                Some(id) => format!("[{id}](https://huggingface.co/datasets/{id})"),
+                None => cell(dataset),
+            },
+            samples: report.calibration.samples,
+            seq_len: report.calibration.seq_len,
+            size: number::decimal_size(branch.bytes),
+            exllama: clients
+                .iter()
+                .any(|s| s.client == Client::ExLlama && s.verdict.is_ok()),
+            description: description(config),
+            perplexity: measured.map(|p| format!("{:.3}", p.value)),
+            over: measured.and_then(|p| Some(number::over(p.value, p.dense?))),
+            loads: loads.to_vec(),
+        }
+    }
+}
+
+/// Text for a cell of a Markdown table.
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|").replace(['\r', '\n'], " ")
+}

@@ -1,0 +1,52 @@
+//! One sentence about a branch, chosen by its settings.
+
+use gptq_format::{Bits, GroupSize, QuantizeConfig};
+
+/// What to expect of a branch, for its row in the card.
+pub(crate) fn description(config: &QuantizeConfig) -> String {
+    let groups = match config.group_size {
+        GroupSize::Row => "one scale per row".to_owned(),
+        GroupSize::Columns(n) => format!("groups of {n}"),
+    };
+    let order = match (config.desc_act, config.static_groups) {
+        (true, true) => "act order with static groups",
+        (true, false) => "act order",
+        (false, _) => "no act order",
+    };
+    let sentence = match (config.bits, config.group_size) {
+        (Bits::Two, _) => {
+            "The smallest files; only where nothing else fits, quality suffers plainly."
+        }
+        (Bits::Three, GroupSize::Columns(..=64)) => {
+            "For memory that does not hold 4 bits; finer groups win some quality back."
+        }
+        (Bits::Three, _) => "For memory that does not hold 4 bits, at a visible loss of quality.",
+        (Bits::Four, GroupSize::Row) => {
+            "The least memory at 4 bits, and the least accurate of them."
+        }
+        (Bits::Four, GroupSize::Columns(..=32)) => {
+            "The most accurate at 4 bits, for the most memory of them."
+        }
+        (Bits::Four, GroupSize::Columns(..=64)) => {
+            "More accurate than coarser groups, for a little more memory."
+        }
+        (Bits::Four, _) => "The usual balance of memory, speed and quality.",
+        (Bits::Eight, GroupSize::Columns(..=32)) => {
+            "The closest to the unquantised model, for the most memory."
+        }
+        (Bits::Eight, GroupSize::Columns(_)) => {
+            "Hardly told apart from the unquantised model, at about half its size."
+        }
+        (Bits::Eight, GroupSize::Row) => {
+            "Close to the unquantised model, in the least memory that 8 bits take."
+        }
+    };
+    let unordered = match config.desc_act {
+        true => "",
+        false => " For clients that are slow with act order, or do not know it.",
+    };
+    format!(
+        "{}-bit, {groups}, {order}. {sentence}{unordered}",
+        config.bits
+    )
+}

@@ -1,0 +1,66 @@
+//! The one error type of this crate.
+
+use std::path::PathBuf;
+
+use gptq_format::FormatError;
+use thiserror::Error;
+
+/// Why a report or a card could not be made.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum ReportError {
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error("{}: {source}", path.display())]
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error(
+        "{}: no report.json here or in a directory below; point at a branch that gptq quantize \
+         wrote, or at the directory that holds its branches", dir.display()
+    )]
+    NoBranches { dir: PathBuf },
+    #[error("{}: a second branch named {name:?}; remove one of the two", dir.display())]
+    SameName { dir: PathBuf, name: String },
+    #[error(
+        "{}: branches of two models, {first:?} and {second:?}; a matrix has one", dir.display()
+    )]
+    TwoModels {
+        dir: PathBuf,
+        first: String,
+        second: String,
+    },
+    #[error("{repo:?} is not a Hub repository; it is written user/name")]
+    Repository { repo: String },
+    #[error(
+        "{name:?} is neither a prompt template ({known}) nor a file here; a file holds the prompt \
+         with {{prompt}} where the user's text goes"
+    )]
+    PromptTemplate { name: String, known: String },
+    #[error("{template}: {}", reason(source))]
+    Template {
+        template: String,
+        source: minijinja::Error,
+    },
+}
+
+/// One line: what is wrong, and where in the template.
+fn reason(error: &minijinja::Error) -> String {
+    let detail = error.detail().map(|d| format!(": {d}"));
+    let line = error.line().map(|n| format!(", line {n}"));
+    format!(
+        "{}{}{}",
+        error.kind(),
+        detail.unwrap_or_default(),
+        line.unwrap_or_default()
+    )
+}
+
+impl ReportError {
+    /// For `map_err` at a path.
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| ReportError::Io { path, source }
+    }
+}

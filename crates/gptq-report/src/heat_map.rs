@@ -1,0 +1,179 @@
+//! A branch's errors as a map, layer by linear, coloured by the logarithm of the relative error.
+
+use std::collections::BTreeMap;
+
+use gptq_pipeline::LinearReport;
+use serde::Serialize;
+
+use crate::number;
+
+/// What the template draws as a table.
+#[derive(Serialize)]
+pub(crate) struct HeatMap {
+    /// A column per linear of a block.
+    pub columns: Vec<Column>,
+    /// A row per block.
+    pub rows: Vec<HeatRow>,
+    /// The coldest and the hottest error.
+    pub range: [String; 2],
+}
+
+#[derive(Serialize)]
+pub(crate) struct Column {
+    /// What tells it apart, such as `q`.
+    pub label: String,
+    /// Its name within the block.
+    pub name: String,
+}
+
+#[derive(Serialize)]
+pub(crate) struct HeatRow {
+    pub layer: usize,
+    /// One per column; `None` where the linear was left as it is.
+    pub cells: Vec<Option<Cell>>,
+}
+
+#[derive(Serialize)]
+pub(crate) struct Cell {
+    pub text: String,
+    pub title: String,
+    /// Place between the coldest and the hottest error, in percent.
+    pub heat: u32,
+}
+
+impl HeatMap {
+    pub(crate) fn new(linears: &[LinearReport]) -> HeatMap {
+        let mut names: Vec<&str> = Vec::new();
+        let mut layers: BTreeMap<usize, BTreeMap<&str, &LinearReport>> = BTreeMap::new();
+        for linear in linears {
+            let name = within_block(linear);
+            if !names.contains(&name) {
+                names.push(name);
+            }
+            layers.entry(linear.layer).or_default().insert(name, linear);
+        }
+        let errors = || linears.iter().map(|l| l.relative_error);
+        let low = errors().filter(|&e| e > 0.0).fold(f64::INFINITY, f64::min);
+        let high = errors().fold(0.0, f64::max);
+        let heat = |error: f64| {
+            let place = (error.max(low) / low).ln() / (high / low).ln();
+            // One error, or none at all, has no place between two.
+            if place.is_finite() {
+                (100.0 * place).round() as u32
+            } else {
+                0
+            }
+        };
+        let rows = layers.iter().map(|(&layer, row)| HeatRow {
+            layer,
+            cells: names
+                .iter()
+                .map(|name| row.get(name).map(|l| Cell::new(l, heat(l.relative_error))))
+                .collect(),
+        });
+        let range = if low.is_finite() {
+            [low, high]
+        } else {
+            [0.0; 2]
+        };
+        HeatMap {
+            rows: rows.collect(),
+            range: range.map(number::error),
+            columns: names
+                .iter()
+                .map(|name| Column {
+                    label: label(name).to_owned(),
+                    name: (*name).to_owned(),
+                })
+                .collect(),
+        }
+    }
+}
+
+impl Cell {
+    fn new(linear: &LinearReport, heat: u32) -> Cell {
+        let [n_out, n_in] = linear.shape;
+        Cell {
+            text: number::short_error(linear.relative_error),
+            title: format!(
+                "{}\nrelative error {}\nround-to-nearest {} (ratio {:.3})\n{n_out} × {n_in}, {} bits, \
+                 group {}\ndamping {}, dead columns {}",
+                linear.name,
+                number::error(linear.relative_error),
+                number::error(linear.rtn_error),
+                linear.ratio,
+                linear.bits,
+                linear.group_size,
+                linear.damp_percent,
+                linear.dead_columns
+            ),
+            heat,
+        }
+    }
+}
+
+/// A linear's name behind its block's index: `self_attn.q_proj`.
+pub(crate) fn within_block(linear: &LinearReport) -> &str {
+    let index = format!(".{}.", linear.layer);
+    match linear.name.split_once(&index) {
+        Some((_, name)) => name,
+        None => &linear.name,
+    }
+}
+
+/// The short name people use: `q`.
+pub(crate) fn label(name: &str) -> &str {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    last.strip_suffix("_proj").unwrap_or(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use gptq_format::{Bits, GroupSize};
+
+    use super::*;
+
+    fn linear(layer: usize, name: &str, relative_error: f64) -> LinearReport {
+        LinearReport {
+            layer,
+            name: format!("model.layers.{layer}.{name}"),
+            shape: [64, 32],
+            bits: Bits::Four,
+            group_size: GroupSize::Columns(32),
+            relative_error,
+            rtn_error: 2.0 * relative_error,
+            ratio: 0.5,
+            damp_percent: 0.1,
+            dead_columns: 0,
+            seconds: 0.0,
+            digests: None,
+        }
+    }
+
+    #[test]
+    fn heat_is_the_place_on_a_log_scale_and_skipped_linears_stay_empty() {
+        let map = HeatMap::new(&[
+            linear(0, "self_attn.q_proj", 1e-4),
+            linear(0, "mlp.down_proj", 1e-3),
+            linear(11, "self_attn.q_proj", 1e-2),
+        ]);
+        let labels: Vec<&str> = map.columns.iter().map(|c| c.label.as_str()).collect();
+        assert_eq!(labels, ["q", "down"]);
+        let heat = |row: usize, column: usize| map.rows[row].cells[column].as_ref().map(|c| c.heat);
+        assert_eq!((heat(0, 0), heat(0, 1)), (Some(0), Some(50)));
+        assert_eq!((heat(1, 0), heat(1, 1)), (Some(100), None));
+        assert_eq!(map.rows[1].layer, 11);
+    }
+
+    #[test]
+    fn equal_or_zero_errors_are_drawn_cold() {
+        for error in [0.0, 1e-3] {
+            let map = HeatMap::new(&[linear(0, "a", error), linear(1, "a", error)]);
+            assert!(
+                map.rows
+                    .iter()
+                    .all(|r| r.cells[0].as_ref().unwrap().heat == 0)
+            );
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! `report.html`: one file, no network, no framework.
+
+use minijinja::value::Serde;
+use minijinja::{Environment, Value, context};
+use serde::Serialize;
+
+use crate::branch_page::BranchPage;
+use crate::plot::{Point, scatter};
+use crate::provenance::provenance;
+use crate::{Branch, Matrix, ReportError, Row, number, rows};
+
+const TEMPLATE: &str = include_str!("../templates/report.html");
+const STYLE: &str = include_str!("../templates/report.css");
+const SCRIPT: &str = include_str!("../templates/report.js");
+
+/// A column of the table of branches.
+#[derive(Serialize)]
+struct Column {
+    name: &'static str,
+    /// What it means, where the name does not say.
+    hint: &'static str,
+    /// One per branch.
+    cells: Vec<Cell>,
+}
+
+#[derive(Serialize)]
+struct Cell {
+    /// What it is sorted by; empty where there is none.
+    value: String,
+    text: String,
+}
+
+/// The page about all branches of `matrix`; everything that came from files is escaped.
+pub fn html(matrix: &Matrix) -> Result<String, ReportError> {
+    let mut environment = Environment::new();
+    let failed = |source| ReportError::Template {
+        template: "report.html".to_owned(),
+        source,
+    };
+    environment
+        .add_template("report.html", TEMPLATE)
+        .map_err(failed)?;
+    let branches: Vec<BranchPage> = matrix.branches.iter().map(BranchPage::new).collect();
+    let page = environment.get_template("report.html").map_err(failed)?;
+    page.render(context! {
+        style => Value::from_safe_string(STYLE.to_owned()),
+        script => Value::from_safe_string(SCRIPT.to_owned()),
+        model => matrix.model(),
+        columns => Serde(columns(&rows(matrix))),
+        plot => plot(matrix).map(Serde),
+        branches => Serde(branches),
+        provenance => Serde(provenance(matrix)),
+    })
+    .map_err(failed)
+}
+
+/// The numbers of the branches; a column in which no branch has one is left out.
+fn columns(rows: &[Row]) -> Vec<Column> {
+    type Show = fn(&Row) -> Option<(String, String)>;
+    fn plain(value: impl ToString) -> Option<(String, String)> {
+        Some((value.to_string(), value.to_string()))
+    }
+    fn shown(value: f64, text: String) -> Option<(String, String)> {
+        Some((value.to_string(), text))
+    }
+    let columns: [(&str, &str, Show); 14] = [
+        ("Bits", "", |r| plain(r.bits)),
+        (
+            "Group",
+            "inputs that share a scale; -1 is a whole row",
+            |r| plain(r.group_size),
+        ),
+        ("Act order", "", |r| {
+            plain(if r.desc_act { "yes" } else { "no" })
+        }),
+        (
+            "Damp",
+            "asked for, as a fraction of the mean diagonal",
+            |r| plain(r.damp_percent),
+        ),
+        ("Size", "weight files", |r| {
+            Some((r.bytes.to_string(), number::decimal_size(r.bytes)))
+        }),
+        ("Mean error", "mean relative error of the linears", |r| {
+            shown(r.mean_error, number::error(r.mean_error))
+        }),
+        ("Worst", "largest relative error of a linear", |r| {
+            shown(r.worst_error, number::error(r.worst_error))
+        }),
+        ("Of RTN", "mean ratio to round-to-nearest's error", |r| {
+            shown(r.mean_ratio, format!("{:.3}", r.mean_ratio))
+        }),
+        ("Perplexity", "on held-out text", |r| {
+            r.perplexity.and_then(|p| shown(p, format!("{p:.3}")))
+        }),
+        ("Over dense", "perplexity over the dense model's", |r| {
+            let (own, dense) = r.perplexity.zip(r.dense_perplexity)?;
+            shown(own / dense, number::over(own, dense))
+        }),
+        ("KL", "mean KL divergence from the dense model, nats", |r| {
+            r.kl_divergence.and_then(|k| shown(k, format!("{k:.4}")))
+        }),
+        (
+            "Top-1",
+            "share of positions with the dense model's likeliest token",
+            |r| {
+                let share = r.top1_agreement?;
+                shown(share, format!("{:.2} %", 100.0 * share))
+            },
+        ),
+        ("Verified", "by gptq verify", |r| {
+            r.verified
+                .and_then(|pass| plain(if pass { "passed" } else { "failed" }))
+        }),
+        ("Time", "spent on this branch alone", |r| {
+            shown(r.seconds, number::seconds(r.seconds))
+        }),
+    ];
+    columns
+        .into_iter()
+        .filter(|(_, _, show)| rows.iter().any(|r| show(r).is_some()))
+        .map(|(name, hint, show)| {
+            let cells = rows.iter().map(|row| {
+                let (value, text) = show(row).unwrap_or((String::new(), "–".to_owned()));
+                Cell { value, text }
+            });
+            Column {
+                name,
+                hint,
+                cells: cells.collect(),
+            }
+        })
+        .collect()
+}
+
+/// Size against perplexity.
+#[derive(Serialize)]
+struct Plot {
+    svg: Value,
+    text: String,
+    window: usize,
+    tokens: usize,
+    /// Branches measured on other text: their numbers do not compare.
+    left_out: Vec<String>,
+}
+
+fn plot(matrix: &Matrix) -> Option<Plot> {
+    let first = matrix.branches.iter().find_map(Branch::perplexity)?;
+    let comparable = |branch: &&Branch| {
+        branch.perplexity().is_some_and(|p| {
+            (&p.text, p.window, p.tokens) == (&first.text, first.window, first.tokens)
+        })
+    };
+    let (drawn, others): (Vec<&Branch>, Vec<&Branch>) = matrix
+        .branches
+        .iter()
+        .filter(|b| b.perplexity().is_some())
+        .partition(comparable);
+    let short = |branch: &Branch| {
+        let config = &branch.report.quantize_config;
+        match i64::from(config.group_size) {
+            -1 => format!("{} bits, rows", config.bits),
+            n => format!("{} bits, {n}", config.bits),
+        }
+    };
+    let points = drawn.iter().map(|branch| {
+        let twins = drawn.iter().filter(|b| short(b) == short(branch)).count();
+        let name = &branch.report.branch;
+        let value = branch.perplexity().map_or(f64::NAN, |p| p.value);
+        Point {
+            x: branch.bytes as f64,
+            y: value,
+            label: if twins == 1 {
+                short(branch)
+            } else {
+                name.clone()
+            },
+            title: format!(
+                "{name}\n{}\nperplexity {value:.4}",
+                number::decimal_size(branch.bytes)
+            ),
+        }
+    });
+    let points: Vec<Point> = points.collect();
+    let dense = drawn.iter().find_map(|b| b.perplexity()?.dense);
+    let svg = scatter(
+        &points,
+        dense.map(|value| (value, "dense model")),
+        ("size of the weight files", "perplexity"),
+        (
+            |bytes| number::decimal_size(bytes as u64),
+            |value| format!("{value:.2}"),
+        ),
+    );
+    Some(Plot {
+        svg: Value::from_safe_string(svg),
+        text: first.text.clone(),
+        window: first.window,
+        tokens: first.tokens,
+        left_out: others.iter().map(|b| b.report.branch.clone()).collect(),
+    })
+}

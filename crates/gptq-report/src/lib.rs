@@ -1,0 +1,27 @@
+//! What people look at: the HTML report, its tables, and the model card. Everything is computed from
+//! files of finished branches; nothing here runs a model.
+//!
+//! Reading order: [`Matrix`] reads the branches below a directory; [`rows`] are its numbers as a
+//! table, written as CSV and JSON; [`html`] is the page; [`card()`] is the repository's `README.md`, from [`facts`].
+
+mod base_card;
+mod branch_page;
+mod card;
+mod description;
+mod error;
+mod heat_map;
+mod html;
+mod matrix;
+mod number;
+mod plot;
+mod prompt;
+mod provenance;
+mod table;
+
+pub use card::{CardSettings, Facts, card, facts};
+pub use error::ReportError;
+pub use html::html;
+pub use matrix::{BlockError, Branch, Matrix, Receipt};
+pub use number::decimal_size;
+pub use prompt::PromptTemplate;
+pub use table::{Row, csv, rows};

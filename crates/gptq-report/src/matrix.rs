@@ -1,0 +1,167 @@
+//! The branches below a directory, as their files say.
+
+use std::fs;
+use std::path::Path;
+
+use gptq_format::{FormatError, LinearShape, Support, client_support, read_json};
+use gptq_pipeline::{BranchReport, Perplexity};
+use serde::Deserialize;
+
+use crate::ReportError;
+
+/// What `gptq verify` left in a branch (`verify.json`); only the numbers shown to people.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Receipt {
+    /// Whether everything held.
+    pub pass: bool,
+    /// On held-out text.
+    pub perplexity: Option<Perplexity>,
+    /// Mean of `KL(dense ‖ branch)` over next-token distributions, in nats.
+    pub kl_divergence: Option<f64>,
+    /// Share of positions where branch and dense model agree on the likeliest token.
+    pub top1_agreement: Option<f64>,
+    /// Every block's error on text it was not calibrated on.
+    pub blocks: Vec<BlockError>,
+}
+
+/// One block's relative output error against the dense block on the same inputs.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+pub struct BlockError {
+    /// Block index.
+    pub layer: usize,
+    /// `‖y - ŷ‖² / ‖y‖²`.
+    pub relative_error: f64,
+}
+
+/// A finished branch directory.
+#[derive(Clone, Debug)]
+pub struct Branch {
+    /// Its `report.json`.
+    pub report: BranchReport,
+    /// Its `verify.json`, if it was verified.
+    pub receipt: Option<Receipt>,
+    /// Its `config.json`.
+    pub config: serde_json::Value,
+    /// Bytes of its weight files, as they lie on the disk.
+    pub bytes: u64,
+}
+
+/// Branches of one model, `main` first, then from narrow to wide and from small to large.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    /// At least one.
+    pub branches: Vec<Branch>,
+}
+
+impl Matrix {
+    /// Reads `dir`: a branch directory, or one whose directories are branches.
+    ///
+    /// # Errors
+    /// No branch, a file that does not parse, or branches that do not belong together.
+    pub fn read(dir: &Path) -> Result<Matrix, ReportError> {
+        let is_branch = |dir: &Path| dir.join("report.json").is_file();
+        let mut branches = Vec::new();
+        if is_branch(dir) {
+            branches.push(Branch::read(dir)?);
+        } else {
+            for entry in fs::read_dir(dir).map_err(ReportError::io(dir))? {
+                let path = entry.map_err(ReportError::io(dir))?.path();
+                if is_branch(&path) && !unfinished(&path) {
+                    branches.push(Branch::read(&path)?);
+                }
+            }
+        }
+        branches.sort_by(|a, b| a.place().partial_cmp(&b.place()).expect("no floats in it"));
+        let dir = || dir.to_owned();
+        let Some(first) = branches.first() else {
+            return Err(ReportError::NoBranches { dir: dir() });
+        };
+        let model = &first.report.model;
+        if let Some(other) = branches.iter().find(|b| b.report.model != *model) {
+            return Err(ReportError::TwoModels {
+                dir: dir(),
+                first: model.clone(),
+                second: other.report.model.clone(),
+            });
+        }
+        let mut names: Vec<&str> = branches.iter().map(|b| b.report.branch.as_str()).collect();
+        names.sort_unstable();
+        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(ReportError::SameName {
+                dir: dir(),
+                name: pair[0].to_owned(),
+            });
+        }
+        Ok(Matrix { branches })
+    }
+
+    /// The base model's public name.
+    pub fn model(&self) -> &str {
+        &self.branches[0].report.model
+    }
+}
+
+/// What a run under way, or one that died while it replaced a branch, has beside its branches.
+fn unfinished(path: &Path) -> bool {
+    path.extension()
+        .is_some_and(|end| end == "partial" || end == "old")
+}
+
+impl Branch {
+    fn read(dir: &Path) -> Result<Branch, ReportError> {
+        let receipt = dir.join("verify.json");
+        Ok(Branch {
+            report: BranchReport::read(dir)?,
+            receipt: match receipt.is_file() {
+                true => Some(read_json(&receipt)?),
+                false => None,
+            },
+            config: read_json(&dir.join("config.json"))?,
+            bytes: weight_bytes(dir)?,
+        })
+    }
+
+    /// Where it stands in a matrix.
+    fn place(&self) -> impl PartialOrd {
+        let report = &self.report;
+        let bits = report.quantize_config.bits;
+        (
+            report.branch != "main",
+            bits,
+            self.bytes,
+            report.branch.clone(),
+        )
+    }
+
+    /// Measured on held-out text: by `gptq verify`, else by `gptq quantize`.
+    pub fn perplexity(&self) -> Option<&Perplexity> {
+        let verified = self.receipt.as_ref().and_then(|r| r.perplexity.as_ref());
+        verified.or(self.report.perplexity.as_ref())
+    }
+
+    /// Who can load it.
+    pub fn clients(&self) -> Vec<Support> {
+        let config = &self.report.quantize_config;
+        let linears = self.report.linears.iter().map(|l| LinearShape {
+            in_features: l.shape[1],
+            out_features: l.shape[0],
+            bits: l.bits,
+            group_size: l.group_size,
+        });
+        let linears: Vec<_> = linears.collect();
+        client_support(&linears, config.sym, config.dynamic.is_some())
+    }
+}
+
+/// Bytes of the safetensors files in `dir`.
+fn weight_bytes(dir: &Path) -> Result<u64, FormatError> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(dir).map_err(FormatError::io(dir))? {
+        let path = entry.map_err(FormatError::io(dir))?.path();
+        if path.extension().is_some_and(|end| end == "safetensors") {
+            bytes += fs::metadata(&path).map_err(FormatError::io(&path))?.len();
+        }
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,125 @@
+//! The numbers of a matrix, a row per branch: for the page, as CSV and as JSON.
+
+use gptq_format::{Bits, GroupSize};
+use gptq_pipeline::Preset;
+use serde::Serialize;
+
+use crate::{Branch, Matrix};
+
+/// One branch. Fields without a measurement are `null` in JSON and empty in CSV.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Row {
+    /// Its name.
+    pub branch: String,
+    /// Code width.
+    pub bits: Bits,
+    /// Columns per group; -1 for one group per row.
+    pub group_size: GroupSize,
+    /// Act order.
+    pub desc_act: bool,
+    /// Symmetric codes.
+    pub sym: bool,
+    /// Damping asked for, as a fraction of the mean diagonal.
+    pub damp_percent: f64,
+    /// How scales were found.
+    pub preset: Preset,
+    /// Bytes of the weight files.
+    pub bytes: u64,
+    /// Mean relative error of the linears.
+    pub mean_error: f64,
+    /// The largest.
+    pub worst_error: f64,
+    /// Mean of the linears' errors as a fraction of round-to-nearest's.
+    pub mean_ratio: f64,
+    /// On held-out text.
+    pub perplexity: Option<f64>,
+    /// The dense model's on the same text.
+    pub dense_perplexity: Option<f64>,
+    /// Mean KL divergence from the dense model, nats.
+    pub kl_divergence: Option<f64>,
+    /// Share of positions with the dense model's likeliest token.
+    pub top1_agreement: Option<f64>,
+    /// What `gptq verify` said.
+    pub verified: Option<bool>,
+    /// Wall time spent on the branch alone.
+    pub seconds: f64,
+}
+
+/// A row per branch, in the matrix's order.
+pub fn rows(matrix: &Matrix) -> Vec<Row> {
+    matrix.branches.iter().map(Row::of).collect()
+}
+
+impl Row {
+    pub(crate) fn of(branch: &Branch) -> Row {
+        let report = &branch.report;
+        let config = &report.quantize_config;
+        let summary = report.summary();
+        let receipt = branch.receipt.as_ref();
+        let perplexity = branch.perplexity();
+        Row {
+            branch: report.branch.clone(),
+            bits: config.bits,
+            group_size: config.group_size,
+            desc_act: config.desc_act,
+            sym: config.sym,
+            damp_percent: config.damp_percent,
+            preset: report.preset,
+            bytes: branch.bytes,
+            mean_error: summary.mean_error,
+            worst_error: summary.worst_error,
+            mean_ratio: summary.mean_ratio,
+            perplexity: perplexity.map(|p| p.value),
+            dense_perplexity: perplexity.and_then(|p| p.dense),
+            kl_divergence: receipt.and_then(|r| r.kl_divergence),
+            top1_agreement: receipt.and_then(|r| r.top1_agreement),
+            verified: receipt.map(|r| r.pass),
+            seconds: report.seconds,
+        }
+    }
+}
+
+/// The rows as CSV (RFC 4180), headed by the names of [`Row`]'s fields.
+pub fn csv(rows: &[Row]) -> String {
+    let mut text = String::from(
+        "branch,bits,group_size,desc_act,sym,damp_percent,preset,bytes,mean_error,worst_error,\
+         mean_ratio,perplexity,dense_perplexity,kl_divergence,top1_agreement,verified,seconds\n",
+    );
+    for row in rows {
+        let fields = [
+            quoted(&row.branch),
+            row.bits.to_string(),
+            row.group_size.to_string(),
+            row.desc_act.to_string(),
+            row.sym.to_string(),
+            row.damp_percent.to_string(),
+            match row.preset {
+                Preset::Autogptq => "autogptq".to_owned(),
+                Preset::Standard => "standard".to_owned(),
+            },
+            row.bytes.to_string(),
+            row.mean_error.to_string(),
+            row.worst_error.to_string(),
+            row.mean_ratio.to_string(),
+            measured(row.perplexity),
+            measured(row.dense_perplexity),
+            measured(row.kl_divergence),
+            measured(row.top1_agreement),
+            measured(row.verified),
+            row.seconds.to_string(),
+        ];
+        text += &(fields.join(",") + "\n");
+    }
+    text
+}
+
+fn measured(value: Option<impl ToString>) -> String {
+    value.map_or_else(String::new, |v| v.to_string())
+}
+
+fn quoted(text: &str) -> String {
+    match text.contains([',', '"', '\r', '\n']) {
+        true => format!("\"{}\"", text.replace('"', "\"\"")),
+        false => text.to_owned(),
+    }
+}

@@ -1,0 +1,141 @@
+//! What the page shows is what the reports say.
+
+use gptq_report::{csv, html, rows};
+
+use crate::fixture::matrix_with;
+
+/// The text between the first `from` in `text` and the next `to`.
+fn between<'a>(text: &'a str, from: &str, to: &str) -> &'a str {
+    let rest = text
+        .split_once(from)
+        .unwrap_or_else(|| panic!("no {from}"))
+        .1;
+    rest.split_once(to).unwrap_or_else(|| panic!("no {to}")).0
+}
+
+/// A branch's section.
+fn section(page: &str, index: usize) -> &str {
+    between(
+        page,
+        &format!("<section id=\"branch-{}\"", index + 1),
+        "</section>",
+    )
+}
+
+#[test]
+fn every_cell_of_a_heat_map_is_its_linears_relative_error() {
+    let matrix = matrix_with(|_| ());
+    let page = html(&matrix).unwrap();
+    for (i, branch) in matrix.branches.iter().enumerate() {
+        let body = between(section(&page, i), "<table class=\"heat\">", "</table>");
+        let cells: Vec<&str> = body.split("<td").skip(1).collect();
+        assert_eq!(cells.len(), branch.report.linears.len());
+        for (cell, linear) in cells.iter().zip(&branch.report.linears) {
+            assert_eq!(
+                between(cell, "\">", "</td>").parse::<f64>().unwrap(),
+                format!("{:.1e}", linear.relative_error)
+                    .parse::<f64>()
+                    .unwrap()
+            );
+            let title = between(cell, "title=\"", "\"");
+            let shown = between(title, "relative error ", "\n");
+            assert_eq!(shown, format!("{:.3e}", linear.relative_error));
+            assert!(title.starts_with(&linear.name), "{title}");
+        }
+    }
+}
+
+#[test]
+fn the_table_holds_the_reports_own_numbers() {
+    let matrix = matrix_with(|_| ());
+    let page = html(&matrix).unwrap();
+    let body = between(&page, "<tbody>", "</tbody>");
+    let shown = body.split("<tr>").skip(1);
+    for (row, branch) in shown.zip(&matrix.branches) {
+        let cells: Vec<&str> = row.split("data-v=\"").skip(1).collect();
+        let value = |i: usize| cells[i].split('"').next().unwrap();
+        let number = |i: usize| value(i).parse::<f64>().unwrap();
+        let summary = branch.report.summary();
+        assert_eq!(value(0), branch.report.branch);
+        assert_eq!(number(5), branch.report.bytes as f64);
+        assert_eq!(number(6), summary.mean_error);
+        assert_eq!(number(7), summary.worst_error);
+        assert_eq!(number(8), summary.mean_ratio);
+        match branch.perplexity() {
+            Some(measured) => assert_eq!(number(9), measured.value),
+            None => assert_eq!(value(9), ""),
+        }
+        assert_eq!(number(14), branch.report.seconds);
+    }
+    let table = csv(&rows(&matrix));
+    for (line, branch) in table.lines().skip(1).zip(&matrix.branches) {
+        let fields: Vec<&str> = line.split(',').collect();
+        assert_eq!(
+            fields.len(),
+            table.lines().next().unwrap().split(',').count()
+        );
+        assert_eq!(fields[0], branch.report.branch);
+        assert_eq!(fields[8].parse(), Ok(branch.report.summary().mean_error));
+    }
+}
+
+#[test]
+fn a_receipt_counts_before_the_runs_own_measurement() {
+    let matrix = matrix_with(|_| ());
+    let page = html(&matrix).unwrap();
+    let row = between(&page, "data-v=\"main\"", "</tr>");
+    assert!(
+        row.contains(">21.500<") && row.contains(">+6.17 %<"),
+        "{row}"
+    );
+    assert!(row.contains("passed") && row.contains(">91.27 %<"), "{row}");
+    assert!(section(&page, 0).contains("block output on fresh text"));
+}
+
+#[test]
+fn unusual_damping_and_dead_columns_are_named() {
+    let page = html(&matrix_with(|_| ())).unwrap();
+    let main = section(&page, 0);
+    assert!(main.contains("out of the ordinary in 1 linear<"), "{main}");
+    assert!(main.contains("<strong>0.4</strong>") && main.contains("<strong>3</strong>"));
+    assert!(section(&page, 1).contains("Damping was 0.1 everywhere"));
+}
+
+#[test]
+fn nothing_from_a_file_is_read_as_markup() {
+    let bad = "\"><script>alert(1)</script>";
+    let page = html(&matrix_with(|report| {
+        report.branch += bad;
+        report.model += bad;
+        report.recipe += bad;
+        report.command = Some(bad.to_owned());
+        report.calibration.source = bad.to_owned();
+        report.linears[0].name += bad;
+        if let Some(measured) = &mut report.perplexity {
+            measured.text = bad.to_owned();
+        }
+    }))
+    .unwrap();
+    assert!(!page.contains("<script>alert"));
+    assert_eq!(page.matches("<script>").count(), 1);
+}
+
+#[test]
+fn six_branches_of_a_7b_model_stay_under_a_megabyte_and_fetch_nothing() {
+    let page = html(&matrix_with(|report| {
+        let block: Vec<_> = report.linears.drain(..).take(7).collect();
+        for layer in 0..32 {
+            report.linears.extend(block.iter().map(|linear| {
+                let mut linear = linear.clone();
+                linear.layer = layer;
+                linear.name = linear.name.replace(".0.", &format!(".{layer}."));
+                // The worst case: every row of every table is there.
+                linear.dead_columns = 1;
+                linear
+            }));
+        }
+    }))
+    .unwrap();
+    assert!(page.len() < 1_000_000, "{} bytes", page.len());
+    assert!(!page.contains("http:") && !page.contains("https:") && !page.contains("src="));
+}

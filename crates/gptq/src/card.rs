@@ -1,0 +1,53 @@
+//! `gptq card`.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Result, anyhow, bail};
+use gptq_report::{CardSettings, Matrix, PromptTemplate, card, facts};
+
+use crate::cli::CardArgs;
+
+pub(crate) fn run(args: CardArgs) -> Result<()> {
+    let matrix = Matrix::read(&args.dir)?;
+    let settings = CardSettings {
+        repo: args.repo,
+        prompt: PromptTemplate::load(&args.prompt_template)?,
+        base_card: args.base_card.as_deref().map(read).transpose()?,
+        base_model: args.base_model,
+        dataset: args.dataset,
+        license: args.license,
+        language: args.language,
+    };
+    let facts = facts(&matrix, &settings)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&facts)?);
+        return Ok(());
+    }
+    let template = match &args.template {
+        Some(path) => Some((path.display().to_string(), read(path)?)),
+        None => None,
+    };
+    let template = template.as_ref();
+    let text = card(
+        &facts,
+        template.map(|(name, text)| (name.as_str(), text.as_str())),
+    )?;
+    let path = args.output.unwrap_or_else(|| args.dir.join("README.md"));
+    if !args.force && path.exists() && read(&path)? != text {
+        bail!(
+            "{} is there and says something else; --force replaces it, --output names another file",
+            path.display()
+        );
+    }
+    fs::write(&path, text).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+    for (key, option) in facts.missing() {
+        eprintln!("gptq: warning: the card does not say {key}; {option} adds it");
+    }
+    println!("written to {}", path.display());
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).map_err(|e| anyhow!("{}: {e}", path.display()))
+}
