@@ -62,3 +62,48 @@ pub(crate) fn causal_attention<B: Engine>(
         .swap_dims(1, 2)
         .reshape([windows, seq, heads * dim])
 }
+
+/// See [`Engine::cached_attention`]. Query heads that share a key head are rows of one product with
+/// it, so that nothing of the cache is copied.
+pub(crate) fn cached_attention<B: Engine>(
+    q: Tensor<B, 4>,
+    keys: Tensor<B, 3>,
+    values: Tensor<B, 3>,
+    start: usize,
+) -> Tensor<B, 3> {
+    let [_, n, heads, dim] = q.dims();
+    let kv_heads = keys.dims()[0];
+    let shared = heads / kv_heads;
+    let (device, dtype) = (q.device(), q.dtype());
+    let q = q.mul_scalar(1.0 / (dim as f64).sqrt());
+    let mut blocks = Vec::with_capacity(n.div_ceil(BLOCK));
+    for first in (0..n).step_by(BLOCK) {
+        let block = BLOCK.min(n - first);
+        let end = start + first + block;
+        let q = q
+            .clone()
+            .slice([0..1, first..first + block])
+            .swap_dims(1, 2)
+            .reshape([kv_heads, shared * block, dim]);
+        let past = |x: &Tensor<B, 3>| x.clone().slice([0..kv_heads, 0..end]);
+        let mut scores = q.matmul(past(&keys).swap_dims(1, 2)).cast(DType::F32);
+        if block > 1 {
+            // Key j is hidden from query i when j > start + first + i.
+            let diagonal = (start + first) as i64;
+            let hidden = Tensor::<B, 2, Bool>::tril_mask([block, end], diagonal, &device);
+            scores = scores
+                .reshape([kv_heads, shared, block, end])
+                .mask_fill(hidden.unsqueeze(), f32::NEG_INFINITY)
+                .reshape([kv_heads, shared * block, end]);
+        }
+        let weights = softmax(scores, 2).cast(dtype);
+        blocks.push(
+            weights
+                .matmul(past(&values))
+                .reshape([1, heads, block, dim]),
+        );
+    }
+    Tensor::cat(blocks, 2)
+        .swap_dims(1, 2)
+        .reshape([1, n, heads * dim])
+}

@@ -6,7 +6,9 @@ use gptq_format::{CheckpointFormat, PackedLinear};
 use half::f16;
 use rayon::prelude::*;
 
-use crate::{Hessian, HostBuffer, Request, SolveError, Subset, attention, host_solve};
+use crate::{
+    Hessian, HostBuffer, PackedWeight, Request, SolveError, Subset, attention, host_solve,
+};
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
 pub fn map_lanes<B: Engine, T: Send, R: Send>(
@@ -37,6 +39,10 @@ pub trait Engine: Backend {
 
     /// Tokens whose transient activations are worth having at once, in whole windows.
     const CHUNK_TOKENS: usize = 4096;
+
+    /// Whether generation leaves quantised weights packed on the device and multiplies with them
+    /// there; without it they are dequantised once, when they are loaded.
+    const KEEPS_PACKED: bool = false;
 
     /// `x [tokens, in] · wᵀ`, `w [out, in]`, giving `[tokens, out]`.
     fn matmul_nt(x: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {
@@ -81,6 +87,18 @@ pub trait Engine: Backend {
         v: Tensor<Self, 4>,
     ) -> Tensor<Self, 3> {
         attention::causal_attention(q, k, v)
+    }
+
+    /// Causal attention of new tokens over a cache: `q [1, n, heads, dim]` at positions
+    /// `start..start + n`, `keys` and `values [kv_heads, capacity, dim]` whose first `start + n`
+    /// rows are filled, the new tokens' own included. Gives `[1, n, heads * dim]`.
+    fn cached_attention(
+        q: Tensor<Self, 4>,
+        keys: Tensor<Self, 3>,
+        values: Tensor<Self, 3>,
+        start: usize,
+    ) -> Tensor<Self, 3> {
+        attention::cached_attention(q, keys, values, start)
     }
 
     /// `silu(gate) * up`.
@@ -130,6 +148,13 @@ pub trait Engine: Backend {
         let shape = [packed.out_features, packed.in_features];
         let data = TensorData::new(packed.unpack().dequantise(), shape);
         Tensor::<Self, 2>::from_data(data, (device, DType::F32)).cast(Self::COMPUTE)
+    }
+
+    /// `x [tokens, in] · wᵀ` for a packed `w`, giving `[tokens, out]`. The default dequantises by way
+    /// of the host at every call: override it together with [`Engine::KEEPS_PACKED`].
+    fn packed_matmul_nt(x: Tensor<Self, 2>, w: &PackedWeight<Self>) -> Tensor<Self, 2> {
+        let weight = Self::dequantise(&w.download(), &x.device());
+        Self::matmul_nt(x, weight)
     }
 
     /// Host memory for `len` values, for transfers to `device`; its contents are undefined.

@@ -10,10 +10,12 @@ mod device;
 mod engine;
 mod host_buffer;
 mod host_solve;
+mod packed_weight;
 mod solve_types;
 
 pub use cuda::keep_kernels;
 pub use device::{Cpu, Cuda, Device, DeviceError, Work};
 pub use engine::{Engine, map_lanes};
 pub use host_buffer::HostBuffer;
+pub use packed_weight::PackedWeight;
 pub use solve_types::{Hessian, Incoming, Request, SolveError, SolveTimes, Solved, Subset};

@@ -1,18 +1,18 @@
-//! Logits of the f32 forward against another program's.
+//! The f32 forward, dense or dequantised, against another program's: logits, and greedy tokens.
 
 use std::path::Path;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use burn::tensor::DType;
 use gptq_kernels::Cpu;
-use gptq_model::Model;
+use gptq_model::{Decoder, Model};
 use safetensors::SafeTensors;
 
 /// Largest difference allowed: two f32 programs that sum in different orders.
 const TOLERANCE: f32 = 2e-3;
 
 /// Prints the largest difference over all positions; errors when it is over [`TOLERANCE`].
-pub(crate) fn run(model: &Path, logits: &Path) -> anyhow::Result<()> {
+pub(crate) fn logits(model: &Path, logits: &Path) -> anyhow::Result<()> {
     let bytes = std::fs::read(logits).with_context(|| logits.display().to_string())?;
     let file = SafeTensors::deserialize(&bytes)?;
     let ids = file.tensor("input_ids")?;
@@ -58,5 +58,32 @@ pub(crate) fn run(model: &Path, logits: &Path) -> anyhow::Result<()> {
         worst < TOLERANCE,
         "the largest difference is over {TOLERANCE}"
     );
+    Ok(())
+}
+
+/// Greedy decoding of every prompt that `tokens` (`tests/golden/generate.json`) has for the model of
+/// this directory's name; errors at the first token that differs.
+pub(crate) fn tokens(dir: &Path, tokens: &Path) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(tokens).with_context(|| tokens.display().to_string())?;
+    let golden: serde_json::Value = serde_json::from_str(&text)?;
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let rows = (golden["models"][name.as_ref()].as_array())
+        .ok_or_else(|| anyhow!("{}: nothing for {name}", tokens.display()))?;
+    let mut decoder = Decoder::load(&Model::<Cpu>::open(dir, &Default::default())?)?;
+    for row in rows {
+        let ids = |key: &str| serde_json::from_value::<Vec<u32>>(row[key].clone());
+        let (mut context, expected) = (ids("ids")?, ids("tokens")?);
+        for (step, &token) in expected.iter().enumerate() {
+            let logits = decoder.next_logits(&context)?;
+            let best = (0..logits.len()).fold(0, |b, i| if logits[i] > logits[b] { i } else { b });
+            ensure!(
+                best == token as usize,
+                "{}: token {step} is {best}, expected {token}",
+                row["prompt"]
+            );
+            context.push(token);
+        }
+        println!("{}: {} tokens agree", row["prompt"], expected.len());
+    }
     Ok(())
 }

@@ -24,14 +24,17 @@ enum Task {
     Tidy,
     /// Everything CI checks
     Validate,
-    /// Compare a dense model's logits with those another program wrote
+    /// Compare a model's logits or greedy tokens with those another program wrote
     Golden {
         /// The checkpoint's directory
         #[arg(long)]
         model: PathBuf,
         /// A safetensors file with `input_ids` i32 [windows, seq] and `logits` f32 [windows, seq, vocabulary]
+        #[arg(long, required_unless_present = "tokens")]
+        logits: Option<PathBuf>,
+        /// tests/golden/generate.json
         #[arg(long)]
-        logits: PathBuf,
+        tokens: Option<PathBuf>,
     },
     /// Write a random-weight checkpoint of a known model's shape
     Synth {
@@ -55,7 +58,16 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().task {
         Task::Tidy => tidy::run(),
         Task::Validate => validate::run(),
-        Task::Golden { model, logits } => golden::run(&model, &logits),
+        Task::Golden {
+            model,
+            logits,
+            tokens,
+        } => {
+            if let Some(logits) = logits {
+                golden::logits(&model, &logits)?;
+            }
+            tokens.map_or(Ok(()), |tokens| golden::tokens(&model, &tokens))
+        }
         Task::Synth {
             dir,
             shape,

@@ -24,12 +24,13 @@ const TOP_LEVEL: [&str; 11] = [
 ];
 
 /// Crates from the bottom up: each may use only those before it.
-const ORDER: [(&str, &str); 8] = [
+const ORDER: [(&str, &str); 9] = [
     ("gptq-format", "crates/gptq-format"),
     ("gptq-solver", "crates/gptq-solver"),
     ("gptq-calibration", "crates/gptq-calibration"),
     ("gptq-kernels", "kernels"),
     ("gptq-model", "crates/gptq-model"),
+    ("gptq-generate", "crates/gptq-generate"),
     ("gptq-pipeline", "crates/gptq-pipeline"),
     ("gptq-verify", "crates/gptq-verify"),
     ("gptq", "crates/gptq"),

@@ -43,6 +43,8 @@ pub enum CalibrationError {
     TooLittleEvaluation { available: usize, window: usize },
     #[error("{}: no end token; tokenizer_config.json names none in its vocabulary", dir.display())]
     NoEndToken { dir: PathBuf },
+    #[error("chat template, line {line}: {reason}")]
+    ChatTemplate { line: usize, reason: String },
     #[error("the tokenizer failed: {reason}")]
     Tokenizer { reason: String },
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use crate::{CalibrationError, source};
+use crate::chat::special_token;
+use crate::{CalibrationError, TextDecoder, source};
 
 /// Encodes documents: the tokenizer's own special tokens, then the end token after each document.
 pub struct TextTokenizer {
@@ -27,11 +28,7 @@ impl TextTokenizer {
             })?;
         // A file may carry the truncation and padding of whoever saved it.
         tokenizer.with_padding(None);
-        tokenizer
-            .with_truncation(None)
-            .map_err(|e| CalibrationError::Tokenizer {
-                reason: e.to_string(),
-            })?;
+        tokenizer.with_truncation(None).map_err(failed)?;
         let end = end_token(dir)?
             .and_then(|token| tokenizer.token_to_id(&token))
             .ok_or_else(|| CalibrationError::NoEndToken { dir: dir.into() })?;
@@ -47,20 +44,36 @@ impl TextTokenizer {
         &self.sha256
     }
 
+    /// A text as tokens, with the tokenizer's own special tokens around it if asked for; those that
+    /// the text spells out are recognised either way.
+    pub fn encode(&self, text: &str, special_tokens: bool) -> Result<Vec<u32>, CalibrationError> {
+        let encoding = self.tokenizer.encode_fast(text, special_tokens);
+        Ok(encoding.map_err(failed)?.get_ids().to_vec())
+    }
+
+    /// Text of tokens that come one by one after `prompt`.
+    pub fn decoder(&self, prompt: &[u32]) -> Result<TextDecoder<'_>, CalibrationError> {
+        TextDecoder::new(&self.tokenizer, prompt)
+    }
+
     /// All documents encoded, each followed by the end token, joined.
     pub fn join(&self, documents: Vec<String>) -> Result<Vec<u32>, CalibrationError> {
         let encodings = self
             .tokenizer
             .encode_batch_fast(documents, true)
-            .map_err(|e| CalibrationError::Tokenizer {
-                reason: e.to_string(),
-            })?;
+            .map_err(failed)?;
         let mut tokens = Vec::new();
         for encoding in &encodings {
             tokens.extend_from_slice(encoding.get_ids());
             tokens.push(self.end);
         }
         Ok(tokens)
+    }
+}
+
+pub(crate) fn failed(error: tokenizers::Error) -> CalibrationError {
+    CalibrationError::Tokenizer {
+        reason: error.to_string(),
     }
 }
 
@@ -73,7 +86,5 @@ fn end_token(dir: &Path) -> Result<Option<String>, CalibrationError> {
             path,
             reason: e.to_string(),
         })?;
-    let token = &config["eos_token"];
-    let text = token.as_str().or_else(|| token["content"].as_str());
-    Ok(text.map(str::to_owned))
+    Ok(special_token(&config["eos_token"]))
 }

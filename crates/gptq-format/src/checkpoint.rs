@@ -1,68 +1,53 @@
-//! Lazy reading of a safetensors checkpoint, single or sharded: files are mapped, headers are
-//! checked, and a tensor's bytes are touched only when it is asked for.
+//! Lazy reading of a checkpoint, safetensors or PyTorch files, single or sharded: files are mapped,
+//! their directories are checked, and a tensor's bytes are touched only when it is asked for.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
+use half::f16;
 use memmap2::Mmap;
-use rayon::prelude::*;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 
-use crate::{FormatError, PackedLinear, QuantizeConfig, le_bytes, read_json};
+use crate::weight_files::{Container, WeightFiles, map};
+use crate::{
+    FormatError, PackedLinear, QuantizeConfig, TensorView, le_bytes, safetensors_file, torch_file,
+};
 
 /// A mapped checkpoint directory.
 pub struct Checkpoint {
     dir: PathBuf,
     shards: Vec<Mmap>,
-    tensors: BTreeMap<String, Place>,
+    /// By name, with the shard each lies in.
+    tensors: BTreeMap<String, (usize, Place)>,
     quantize_config: Option<QuantizeConfig>,
 }
 
-struct Place {
-    shard: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    start: usize,
-    end: usize,
-}
-
-/// One tensor as it lies in the file.
-#[derive(Clone, Copy)]
-pub struct TensorView<'a> {
-    /// Name in the file.
-    pub name: &'a str,
-    /// Element type.
-    pub dtype: Dtype,
-    /// Dimensions.
-    pub shape: &'a [usize],
-    /// Little-endian elements, row-major; possibly unaligned.
-    pub bytes: &'a [u8],
+/// Where a file keeps a tensor; checked against the file's length.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Place {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    /// Elements from one index of a dimension to the next; `None` when row-major without gaps.
+    pub(crate) strides: Option<Vec<usize>>,
+    /// From the first element to the end of the last.
+    pub(crate) bytes: Range<usize>,
 }
 
 impl Checkpoint {
-    /// Maps `model.safetensors`, or the shards `model.safetensors.index.json` lists, in `dir`.
+    /// Maps the weights in `dir`: `model.safetensors` or `pytorch_model.bin`, or the shards that
+    /// `model.safetensors.index.json` or `pytorch_model.bin.index.json` lists. safetensors are
+    /// preferred.
     ///
-    /// Errors when neither is there, when a header does not parse or disagrees with the file's
+    /// Errors when none is there, when a file's directory does not parse or disagrees with its
     /// length, or when the index names a tensor its shard does not hold.
     pub fn open(dir: &Path) -> Result<Self, FormatError> {
-        let index = dir.join("model.safetensors.index.json");
-        let mut listed: Option<BTreeMap<String, String>> = None;
-        let files = if index.exists() {
-            let map = read_weight_map(&index)?;
-            let mut files: Vec<String> = map.values().cloned().collect();
-            files.sort();
-            files.dedup();
-            listed = Some(map);
-            files
-        } else if dir.join("model.safetensors").exists() {
-            vec!["model.safetensors".to_owned()]
-        } else {
-            return Err(FormatError::NoCheckpoint { dir: dir.into() });
-        };
-
+        let WeightFiles {
+            container,
+            files,
+            weight_map,
+        } = WeightFiles::find(dir)?;
         let mut checkpoint = Checkpoint {
             dir: dir.into(),
             shards: Vec::new(),
@@ -72,46 +57,49 @@ impl Checkpoint {
                 false => None,
             },
         };
-        for file in &files {
-            checkpoint.add_shard(&dir.join(file))?;
+        for (shard, file) in files.iter().enumerate() {
+            let path = dir.join(file);
+            let bytes = map(&path)?;
+            let places = match container {
+                Container::Safetensors => safetensors_file::places(&path, &bytes)?,
+                Container::Torch => torch_file::places(&path, &bytes)?,
+            };
+            for (name, place) in places {
+                // Where the index says another shard, that one counts.
+                if weight_map.get(&name).is_none_or(|listed| listed == file) {
+                    checkpoint.tensors.insert(name, (shard, place));
+                }
+            }
+            checkpoint.shards.push(bytes);
         }
-        for name in listed.iter().flat_map(BTreeMap::keys) {
-            checkpoint.place(name)?;
+        for name in weight_map.keys() {
+            checkpoint.view(name)?;
         }
         Ok(checkpoint)
     }
 
-    fn add_shard(&mut self, path: &Path) -> Result<(), FormatError> {
-        let file = File::open(path).map_err(FormatError::io(path))?;
-        // SAFETY: the map is read-only and private to this struct. A file that another process
-        // truncates while it is mapped faults on access, as in every program that maps checkpoints.
-        let map = unsafe { Mmap::map(&file) }.map_err(FormatError::io(path))?;
-        let (header, metadata) =
-            SafeTensors::read_metadata(&map).map_err(|e| FormatError::Header {
-                path: path.into(),
-                reason: e.to_string(),
-            })?;
-        let data = header + 8;
-        let expected = data + metadata.data_len();
-        if map.len() != expected {
-            return Err(FormatError::Header {
-                path: path.into(),
-                reason: format!("{} bytes, its header promises {expected}", map.len()),
-            });
-        }
-        let shard = self.shards.len();
-        for (name, info) in metadata.tensors() {
-            let place = Place {
-                shard,
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                start: data + info.data_offsets.0,
-                end: data + info.data_offsets.1,
-            };
-            self.tensors.insert(name, place);
-        }
-        self.shards.push(map);
-        Ok(())
+    /// Maps one file, with the quantisation settings beside it.
+    ///
+    /// Errors as [`Checkpoint::open`].
+    pub fn open_file(path: &Path) -> Result<Self, FormatError> {
+        let dir = path.parent().unwrap_or(Path::new(""));
+        let bytes = map(path)?;
+        let places = match path.extension().is_some_and(|e| e == "bin") {
+            true => torch_file::places(path, &bytes)?,
+            false => safetensors_file::places(path, &bytes)?,
+        };
+        let config = dir.join("config.json").exists() || dir.join("quantize_config.json").exists();
+        Ok(Checkpoint {
+            dir: dir.into(),
+            tensors: (places.into_iter())
+                .map(|(name, place)| (name, (0, place)))
+                .collect(),
+            shards: vec![bytes],
+            quantize_config: match config {
+                true => QuantizeConfig::read(dir)?,
+                false => None,
+            },
+        })
     }
 
     /// The directory it was opened from.
@@ -134,23 +122,24 @@ impl Checkpoint {
         self.tensors.contains_key(name)
     }
 
-    fn place<'a>(&'a self, name: &'a str) -> Result<&'a Place, FormatError> {
-        self.tensors
+    /// One tensor, whatever its dtype and shape.
+    ///
+    /// # Errors
+    /// No such tensor.
+    pub fn view<'a>(&'a self, name: &'a str) -> Result<TensorView<'a>, FormatError> {
+        let (shard, place) = self
+            .tensors
             .get(name)
             .ok_or_else(|| FormatError::MissingTensor {
                 dir: self.dir.clone(),
                 name: name.into(),
-            })
-    }
-
-    /// One tensor's bytes, whatever its dtype and shape.
-    pub fn view<'a>(&'a self, name: &'a str) -> Result<TensorView<'a>, FormatError> {
-        let place = self.place(name)?;
+            })?;
         Ok(TensorView {
             name,
             dtype: place.dtype,
             shape: &place.shape,
-            bytes: &self.shards[place.shard][place.start..place.end],
+            strides: place.strides.as_deref(),
+            storage: &self.shards[*shard][place.bytes.clone()],
         })
     }
 
@@ -166,82 +155,47 @@ impl Checkpoint {
         Ok(view)
     }
 
-    /// A floating-point tensor as f16. bf16 and f32 are rounded to nearest even.
-    ///
-    /// Errors on a wrong shape or dtype, on a non-finite value, and on a value beyond f16's range.
-    pub fn f16(&self, name: &str, shape: &[usize]) -> Result<Vec<f16>, FormatError> {
-        let elements = self.shaped(name, shape)?.shape.iter().product();
-        let mut values = vec![f16::ZERO; elements];
-        self.f16_into(name, shape, &mut values)?;
-        Ok(values)
-    }
-
-    /// As [`Checkpoint::f16`], into memory of the caller's, on all cores: `out` is as long as the
-    /// tensor.
+    /// A floating-point tensor as f16, row-major, into `out`, which has as many elements as `shape`.
+    /// bf16 and f32 are rounded to nearest even. One tensor is converted by all threads at once.
     ///
     /// # Errors
-    /// As [`Checkpoint::f16`].
-    ///
-    /// # Panics
-    /// When `out` has another length.
+    /// A wrong shape or dtype, a non-finite value, a value beyond f16's range.
     pub fn f16_into(
         &self,
         name: &str,
         shape: &[usize],
         out: &mut [f16],
     ) -> Result<(), FormatError> {
-        let view = self.shaped(name, shape)?;
-        let (bytes, out_len) = (view.bytes, out.len());
-        assert_eq!(out_len, shape.iter().product::<usize>(), "{name}");
-        let finite = match view.dtype {
-            Dtype::F16 => convert(bytes, out, f16::from_le_bytes),
-            Dtype::BF16 => convert(bytes, out, |b| {
-                f16::from_f32(bf16::from_le_bytes(b).to_f32())
-            }),
-            Dtype::F32 => convert(bytes, out, |b| f16::from_f32(f32::from_le_bytes(b))),
-            _ => return Err(view.wrong_dtype("F16, BF16 or F32")),
-        };
-        if !finite && let Some((first, count)) = find(out, |v| !v.is_finite()) {
-            // Only the source tells a value that overflowed from one that was never finite.
-            let source = self.f32_unchecked(view)?;
-            let name = name.to_owned();
-            return Err(match find(&source, |v| !v.is_finite()) {
-                Some((first, count)) => FormatError::NonFinite { name, first, count },
-                None => FormatError::Overflow { name, first, count },
-            });
-        }
-        Ok(())
+        self.shaped(name, shape)?.f16_into(out)
     }
 
-    /// As [`Checkpoint::f16`], in little-endian bytes: those of the file where it holds f16.
+    /// As [`Checkpoint::f16_into`], into memory of its own.
     ///
     /// # Errors
-    /// As [`Checkpoint::f16`].
-    pub fn f16_bytes(&self, name: &str, shape: &[usize]) -> Result<Cow<'_, [u8]>, FormatError> {
-        let place = self.place(name)?;
-        let values = self.f16(name, shape)?;
-        Ok(match place.dtype {
-            Dtype::F16 => Cow::Borrowed(&self.shards[place.shard][place.start..place.end]),
-            _ => Cow::Owned(le_bytes(&values).into_owned()),
-        })
+    /// As [`Checkpoint::f16_into`].
+    pub fn f16(&self, name: &str, shape: &[usize]) -> Result<Vec<f16>, FormatError> {
+        let view = self.shaped(name, shape)?;
+        let mut values = vec![f16::ZERO; view.elements()];
+        view.f16_into(&mut values)?;
+        Ok(values)
     }
 
-    fn f32_unchecked(&self, view: TensorView<'_>) -> Result<Vec<f32>, FormatError> {
-        Ok(match view.dtype {
-            Dtype::F16 => words(view.bytes, |b| f16::from_le_bytes(b).to_f32()),
-            Dtype::BF16 => words(view.bytes, |b| bf16::from_le_bytes(b).to_f32()),
-            Dtype::F32 => words(view.bytes, f32::from_le_bytes),
-            _ => return Err(view.wrong_dtype("F16, BF16 or F32")),
+    /// As [`Checkpoint::f16`], in little-endian bytes: those of the file where it holds them so.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::f16_into`].
+    pub fn f16_bytes(&self, name: &str, shape: &[usize]) -> Result<Cow<'_, [u8]>, FormatError> {
+        let values = self.f16(name, shape)?;
+        let (shard, place) = &self.tensors[name];
+        Ok(match (place.dtype, &place.strides) {
+            (Dtype::F16, None) => Cow::Borrowed(&self.shards[*shard][place.bytes.clone()]),
+            _ => Cow::Owned(le_bytes(&values).into_owned()),
         })
     }
 
     /// An i32 tensor's words. Errors on a wrong shape or dtype.
     pub fn i32(&self, name: &str, shape: &[usize]) -> Result<Vec<i32>, FormatError> {
-        let view = self.shaped(name, shape)?;
-        match view.dtype {
-            Dtype::I32 => Ok(words(view.bytes, i32::from_le_bytes)),
-            _ => Err(view.wrong_dtype("I32")),
-        }
+        self.shaped(name, shape)?.i32()
     }
 
     /// The quantised linear `module` (its `qweight`, `qzeros`, `scales`, `g_idx`), or `None` when
@@ -279,7 +233,14 @@ impl Checkpoint {
             qweight: words(self.i32(&tensor("qweight"), &[in_features * b / 32, out_features])?),
             qzeros: words(self.i32(&tensor("qzeros"), &[groups, out_features * b / 32])?),
             scales: self.f16(&tensor("scales"), &[groups, out_features])?,
-            g_idx: self.i32(&tensor("g_idx"), &[in_features])?,
+            g_idx: match self.contains(&tensor("g_idx")) || config.desc_act {
+                true => self.i32(&tensor("g_idx"), &[in_features])?,
+                // Files from before act order have none: groups in order.
+                false => {
+                    let columns = group_size.columns(in_features);
+                    (0..in_features).map(|i| (i / columns) as i32).collect()
+                }
+            },
         };
         for (row, &value) in packed.g_idx.iter().enumerate() {
             if usize::try_from(value).map_or(true, |g| g >= groups) {
@@ -293,73 +254,6 @@ impl Checkpoint {
         }
         Ok(Some(packed))
     }
-}
-
-impl TensorView<'_> {
-    fn wrong_dtype(&self, expected: &'static str) -> FormatError {
-        FormatError::Dtype {
-            name: self.name.into(),
-            found: format!("{:?}", self.dtype),
-            expected,
-        }
-    }
-}
-
-/// Reads unaligned little-endian elements of `N` bytes.
-fn words<const N: usize, T>(bytes: &[u8], from: impl Fn([u8; N]) -> T) -> Vec<T> {
-    bytes.as_chunks::<N>().0.iter().map(|b| from(*b)).collect()
-}
-
-/// Elements converted by one task.
-const RUN: usize = 1 << 18;
-
-/// Converts unaligned little-endian elements of `N` bytes, on all cores; whether all came out
-/// finite. That is summed up without a branch: this passes over every weight of a model.
-fn convert<const N: usize>(
-    bytes: &[u8],
-    out: &mut [f16],
-    from: impl Fn([u8; N]) -> f16 + Sync,
-) -> bool {
-    const EXPONENT: u16 = 0x7c00;
-    let damaged = |v: f16| u32::from(v.to_bits() & EXPONENT == EXPONENT);
-    out.par_chunks_mut(RUN)
-        .zip(bytes.as_chunks::<N>().0.par_chunks(RUN))
-        .map(|(out, bytes)| {
-            for (value, bytes) in out.iter_mut().zip(bytes) {
-                *value = from(*bytes);
-            }
-            out.iter().map(|v| damaged(*v)).sum::<u32>() == 0
-        })
-        .reduce(|| true, |a, b| a && b)
-}
-
-/// Index of the first element `bad` holds for, and how many there are.
-fn find<T>(values: &[T], bad: impl Fn(&T) -> bool) -> Option<(usize, usize)> {
-    let first = values.iter().position(&bad)?;
-    Some((first, values[first..].iter().filter(|v| bad(v)).count()))
-}
-
-fn read_weight_map(index: &Path) -> Result<BTreeMap<String, String>, FormatError> {
-    let malformed = |reason: String| FormatError::Malformed {
-        path: index.into(),
-        reason,
-    };
-    let value: serde_json::Value = read_json(index)?;
-    let map = value
-        .get("weight_map")
-        .and_then(serde_json::Value::as_object)
-        .ok_or_else(|| malformed("has no \"weight_map\" object".into()))?;
-    map.iter()
-        .map(|(name, file)| match file.as_str() {
-            // A shard lies beside its index: anything that is more than a file name is refused.
-            Some(file) if Path::new(file).file_name() == Some(file.as_ref()) => {
-                Ok((name.clone(), file.to_owned()))
-            }
-            _ => Err(malformed(format!(
-                "{name} points to {file}, not to a file name"
-            ))),
-        })
-        .collect()
 }
 
 #[cfg(test)]

@@ -15,8 +15,8 @@ pub enum FormatError {
         source: std::io::Error,
     },
     #[error(
-        "{}: no checkpoint here (looked for model.safetensors and model.safetensors.index.json); \
-         point at the directory that holds them", dir.display()
+        "{}: no checkpoint here (looked for model.safetensors and pytorch_model.bin, and for the \
+         .index.json of either); point at the directory that holds them", dir.display()
     )]
     NoCheckpoint { dir: PathBuf },
     #[error(
@@ -24,6 +24,12 @@ pub enum FormatError {
         path.display()
     )]
     Header { path: PathBuf, reason: String },
+    #[error(
+        "{}: a Git LFS pointer instead of the weights; fetch them with git lfs pull", path.display()
+    )]
+    LfsPointer { path: PathBuf },
+    #[error("{}: not a PyTorch file that can be read: {reason}", path.display())]
+    Torch { path: PathBuf, reason: String },
     #[error("{}: {source}", path.display())]
     Json {
         path: PathBuf,
@@ -77,6 +83,15 @@ pub enum FormatError {
          write \"gptq_v2\""
     )]
     ZeroPointZero,
+    #[error(
+        "{module}: qweight {qweight:?}, qzeros {qzeros:?} and scales {scales:?} do not fit together"
+    )]
+    PackedShapes {
+        module: String,
+        qweight: [usize; 2],
+        qzeros: [usize; 2],
+        scales: [usize; 2],
+    },
     #[error("{name}: g_idx[{row}] = {value}, but there are {groups} groups")]
     GroupIndex {
         name: String,

@@ -4,26 +4,38 @@
 //! Reading order: [`Bits`] and [`GroupSize`] name the settings; [`QuantizedLinear`] and
 //! [`PackedLinear`] are one linear before and after packing; [`QuantizeConfig`] describes a branch;
 //! [`Checkpoint`] reads; [`StagedDir`] and [`ShardedWriter`] write; [`client_support`] says who can load the
-//! result.
+//! result, and [`Inspection`] what a checkpoint is.
 
 mod bits;
 mod checkpoint;
 mod clients;
+mod digests;
 mod error;
+mod inspect;
 mod pack;
+mod pickle;
 mod quantize_config;
 mod quantized;
+mod safetensors_file;
 mod side_files;
 mod staged_dir;
+mod tensor_view;
+mod torch_file;
+mod weight_files;
 mod writer;
 
 pub use bits::{Bits, GroupSize};
-pub use checkpoint::{Checkpoint, TensorView};
+pub use checkpoint::Checkpoint;
 pub use clients::{Client, LinearShape, Support, client_support};
+pub use digests::{LinearDigests, sha256};
 pub use error::FormatError;
+pub use inspect::{
+    ClientInfo, FileInfo, Inspection, LinearInfo, SharedSettings, TensorInfo, files,
+};
 pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
 pub use quantize_config::{CheckpointFormat, Dynamic, QuantizeConfig};
 pub use quantized::{PackedLinear, QuantizedLinear};
 pub use side_files::{copy_side_files, read_json, write_json};
 pub use staged_dir::StagedDir;
+pub use tensor_view::TensorView;
 pub use writer::{LittleEndian, ShardedWriter, TensorSpec, le_bytes};

@@ -96,7 +96,7 @@ impl QuantizeConfig {
     /// `config.json`; `None` for a dense checkpoint.
     pub fn read(dir: &Path) -> Result<Option<QuantizeConfig>, FormatError> {
         let own = dir.join("quantize_config.json");
-        let (path, value) = if own.exists() {
+        let (path, mut value) = if own.exists() {
             let value = read_json(&own)?;
             (own, value)
         } else {
@@ -107,6 +107,12 @@ impl QuantizeConfig {
                 None => return Ok(None),
             }
         };
+        // GPTQModel's older files say `format` where others say `checkpoint_format`.
+        if value.get("checkpoint_format").is_none()
+            && let Some(format) = value.get("format").cloned()
+        {
+            value["checkpoint_format"] = format;
+        }
         let config: QuantizeConfig =
             serde_json::from_value(value).map_err(|source| FormatError::Json {
                 path: path.clone(),
@@ -164,6 +170,25 @@ mod tests {
         assert_eq!(config.bits, Bits::Four);
         assert_eq!(config.group_size, GroupSize::Columns(128));
         assert!(config.desc_act && config.sym);
+    }
+
+    #[test]
+    fn the_older_name_of_the_format_counts_where_the_newer_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        for (text, expected) in [
+            (
+                r#"{"bits": 4, "group_size": 64, "format": "gptq_v2"}"#,
+                CheckpointFormat::GptqV2,
+            ),
+            (
+                r#"{"bits": 4, "group_size": 64, "format": "gptq_v2", "checkpoint_format": "gptq"}"#,
+                CheckpointFormat::Gptq,
+            ),
+        ] {
+            std::fs::write(dir.path().join("quantize_config.json"), text).unwrap();
+            let config = QuantizeConfig::read(dir.path()).unwrap().unwrap();
+            assert_eq!(config.checkpoint_format, expected);
+        }
     }
 
     #[test]

@@ -11,22 +11,44 @@
 //! [`Block::advance`].
 
 use burn::tensor::{DType, Tensor};
-use gptq_kernels::Engine;
+use gptq_kernels::{Engine, PackedWeight};
 
-use crate::{ModelConfig, Projection, Stage, rope};
+use crate::{Cache, ModelConfig, Projection, Stage, rope};
 
 /// `y = x wᵀ + bias`.
 #[derive(Clone, Debug)]
 pub struct Linear<B: Engine> {
-    /// `[out, in]`, compute dtype.
-    pub weight: Tensor<B, 2>,
+    /// `[out, in]`.
+    pub weight: Weight<B>,
     /// `[out]`, compute dtype.
     pub bias: Option<Tensor<B, 1>>,
 }
 
+/// Weights `[out, in]` on the device.
+#[derive(Clone, Debug)]
+pub enum Weight<B: Engine> {
+    /// In the compute dtype.
+    Dense(Tensor<B, 2>),
+    /// As codes; only where a backend multiplies with them ([`Engine::KEEPS_PACKED`]).
+    Packed(PackedWeight<B>),
+}
+
+impl<B: Engine> Weight<B> {
+    /// In the compute dtype; packed ones are dequantised.
+    pub fn dense(&self) -> Tensor<B, 2> {
+        match self {
+            Weight::Dense(weight) => weight.clone(),
+            Weight::Packed(packed) => B::dequantise(&packed.download(), &packed.scales.device()),
+        }
+    }
+}
+
 impl<B: Engine> Linear<B> {
     fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let y = B::matmul_nt(x, self.weight.clone());
+        let y = match &self.weight {
+            Weight::Dense(weight) => B::matmul_nt(x, weight.clone()),
+            Weight::Packed(packed) => B::packed_matmul_nt(x, packed),
+        };
         match &self.bias {
             Some(bias) => y + bias.clone().unsqueeze(),
             None => y,
@@ -75,7 +97,7 @@ impl<B: Engine> Block<B> {
 
     /// Replaces a linear's weights, keeping its bias.
     pub fn set_weight(&mut self, projection: Projection, weight: Tensor<B, 2>) {
-        self.linears[projection as usize].weight = weight;
+        self.linears[projection as usize].weight = Weight::Dense(weight);
     }
 
     /// What the linears of `stage` are given: `[tokens, in_features]`.
@@ -98,13 +120,11 @@ impl<B: Engine> Block<B> {
         let run = |p: Projection, x: Tensor<B, 2>| self.linear(p).forward(x);
         match stage {
             Stage::Qkv => {
-                let (q, k, v) = (
-                    run(Projection::Q, x.clone()),
-                    run(Projection::K, x.clone()),
-                    run(Projection::V, x),
-                );
+                let tokens = x.dims()[0];
+                let [q, k, v] = self.qkv(x, flow.windows, 0);
+                let attended = B::causal_attention(q, k, v);
                 Flow {
-                    activation: Some(self.attention(flow.windows, q, k, v)),
+                    activation: Some(attended.reshape([tokens, self.attention_width()])),
                     ..flow
                 }
             }
@@ -135,20 +155,43 @@ impl<B: Engine> Block<B> {
         }
     }
 
-    fn attention(
-        &self,
-        windows: usize,
-        q: Tensor<B, 2>,
-        k: Tensor<B, 2>,
-        v: Tensor<B, 2>,
-    ) -> Tensor<B, 2> {
-        let (dim, tokens) = (self.config.head_dim, q.dims()[0]);
-        let seq = tokens / windows;
-        let split = |x: Tensor<B, 2>, heads: usize| x.reshape([windows, seq, heads, dim]);
-        let (cos, sin) = self.rope.get(&self.config, seq, &q.device());
-        let q = B::rotary(split(q, self.config.heads), cos.clone(), sin.clone());
-        let k = B::rotary(split(k, self.config.kv_heads), cos, sin);
-        let v = split(v, self.config.kv_heads);
-        B::causal_attention(q, k, v).reshape([tokens, self.config.heads * dim])
+    /// All four stages for the tokens that follow those in `cache`, which gains theirs: one window.
+    pub fn forward_cached(&self, flow: Flow<B>, cache: &mut Cache<B>) -> Flow<B> {
+        let x = self.input(Stage::Qkv, &flow);
+        let (tokens, start) = (x.dims()[0], cache.len());
+        let [q, k, v] = self.qkv(x, 1, start);
+        cache.push(k.clone(), v.clone());
+        let attended = match start {
+            0 => B::causal_attention(q, k, v),
+            _ => B::cached_attention(q, cache.keys(), cache.values(), start),
+        };
+        let flow = Flow {
+            activation: Some(attended.reshape([tokens, self.attention_width()])),
+            ..flow
+        };
+        let rest = Stage::ALL.into_iter().skip(1);
+        rest.fold(flow, |flow, stage| self.advance(stage, flow))
+    }
+
+    /// Queries and keys, rotated for positions from `start`, and values, each
+    /// `[windows, seq, heads, dim]`, of `x [windows * seq, hidden]`.
+    fn qkv(&self, x: Tensor<B, 2>, windows: usize, start: usize) -> [Tensor<B, 4>; 3] {
+        let seq = x.dims()[0] / windows;
+        let run = |p: Projection, heads: usize| {
+            let y = self.linear(p).forward(x.clone());
+            y.reshape([windows, seq, heads, self.config.head_dim])
+        };
+        let (cos, sin) = self.rope.get(&self.config, start, seq, &x.device());
+        let q = B::rotary(
+            run(Projection::Q, self.config.heads),
+            cos.clone(),
+            sin.clone(),
+        );
+        let k = B::rotary(run(Projection::K, self.config.kv_heads), cos, sin);
+        [q, k, run(Projection::V, self.config.kv_heads)]
+    }
+
+    fn attention_width(&self) -> usize {
+        self.config.heads * self.config.head_dim
     }
 }

@@ -3,10 +3,10 @@
 
 use burn::tensor::Tensor;
 use gptq_format::{Checkpoint, FormatError, PackedLinear};
-use gptq_kernels::{Engine, HostBuffer};
+use gptq_kernels::{Engine, HostBuffer, PackedWeight};
 use rayon::prelude::*;
 
-use crate::{Block, Linear, ModelConfig, ModelError, Projection, rope};
+use crate::{Block, Linear, ModelConfig, ModelError, Projection, Weight, rope};
 
 /// One block, read and checked, not yet on a device. Its f16 tensors lie one after the other in memory
 /// that the device copies from.
@@ -101,14 +101,24 @@ impl HostBlock {
         })
     }
 
-    /// Puts the block on a device, in compute dtype; packed linears are dequantised.
-    pub(crate) fn upload<B: Engine>(self, rope: &rope::Tables<B>, device: &B::Device) -> Block<B> {
+    /// Puts the block on a device, in compute dtype; packed linears are dequantised unless
+    /// `keep_packed`.
+    pub(crate) fn upload<B: Engine>(
+        self,
+        keep_packed: bool,
+        rope: &rope::Tables<B>,
+        device: &B::Device,
+    ) -> Block<B> {
         let linears = self.linears.iter().map(|linear| Linear {
             weight: match &linear.weight {
                 HostWeight::Dense(start) => {
-                    B::upload(&self.values, *start, linear.shape, device).cast(B::COMPUTE)
+                    let weight = B::upload(&self.values, *start, linear.shape, device);
+                    Weight::Dense(weight.cast(B::COMPUTE))
                 }
-                HostWeight::Packed(packed) => B::dequantise(packed, device),
+                HostWeight::Packed(packed) if keep_packed => {
+                    Weight::Packed(PackedWeight::upload(packed, device))
+                }
+                HostWeight::Packed(packed) => Weight::Dense(B::dequantise(packed, device)),
             },
             bias: linear
                 .bias

@@ -3,18 +3,23 @@
 //!
 //! Reading order: [`ModelConfig`] reads `config.json`; [`Projection`] and [`Stage`] name a block's
 //! linears and the four points where they take their input; [`Block`] runs one stage at a time over
-//! a [`Flow`] of hidden states; [`HostBlock`] is a block read ahead; [`Model`] loads the parts from a checkpoint, dense or quantised.
+//! a [`Flow`] of hidden states; [`HostBlock`] is a block read ahead; [`Model`] loads the parts from a checkpoint,
+//! dense or quantised; [`Decoder`] holds all of them and a [`Cache`] per block to predict token after token.
 
 mod block;
+mod cache;
 mod config;
+mod decoder;
 mod error;
 mod host_block;
 mod layout;
 mod model;
 mod rope;
 
-pub use block::{Block, Flow, Linear};
+pub use block::{Block, Flow, Linear, Weight};
+pub use cache::Cache;
 pub use config::ModelConfig;
+pub use decoder::Decoder;
 pub use error::ModelError;
 pub use host_block::HostBlock;
 pub use layout::{Projection, Stage};

@@ -17,6 +17,11 @@ pub struct Model<B: Engine> {
     rope: rope::Tables<B>,
 }
 
+/// The input embedding.
+pub(crate) struct Embedding<B: Engine> {
+    table: Tensor<B, 2>,
+}
+
 /// The final norm and the output projection.
 pub struct Head<B: Engine> {
     norm: Tensor<B, 1>,
@@ -60,33 +65,19 @@ impl<B: Engine> Model<B> {
         chunk: usize,
         keep: DType,
     ) -> Result<Vec<Flow<B>>, ModelError> {
-        let vocabulary = self.config.vocabulary;
-        if let Some(&id) = windows
-            .iter()
-            .flatten()
-            .find(|&&id| id as usize >= vocabulary)
-        {
-            return Err(ModelError::TokenOutOfRange { id, vocabulary });
-        }
-        let table = self.matrix(
-            "model.embed_tokens.weight",
-            vocabulary,
-            self.config.hidden_size,
-        )?;
-        let flows = windows.chunks(chunk).map(|windows| {
-            let ids: Vec<i32> = windows.iter().flatten().map(|&id| id as i32).collect();
-            let n = ids.len();
-            let ids = Tensor::<B, 1, Int>::from_data(
-                TensorData::new(ids, [n]),
-                (&self.device, DType::I32),
-            );
-            Flow {
-                windows: windows.len(),
-                residual: B::embed(ids, table.clone()).cast(keep),
-                activation: None,
-            }
-        });
-        Ok(flows.collect())
+        let embedding = self.embedding()?;
+        windows
+            .chunks(chunk)
+            .map(|windows| embedding.flow(windows, keep))
+            .collect()
+    }
+
+    /// The embedding, to use more than once.
+    pub(crate) fn embedding(&self) -> Result<Embedding<B>, ModelError> {
+        let (rows, cols) = (self.config.vocabulary, self.config.hidden_size);
+        Ok(Embedding {
+            table: self.matrix("model.embed_tokens.weight", rows, cols)?,
+        })
     }
 
     /// Block `layer`, in compute dtype.
@@ -101,7 +92,14 @@ impl<B: Engine> Model<B> {
 
     /// A block that was read before, on the device in compute dtype.
     pub fn upload(&self, block: HostBlock) -> Block<B> {
-        block.upload(&self.rope, &self.device)
+        block.upload(false, &self.rope, &self.device)
+    }
+
+    /// Block `layer` for generation: packed linears stay packed where the backend multiplies with
+    /// them.
+    pub(crate) fn resident_block(&self, layer: usize) -> Result<Block<B>, ModelError> {
+        let block = self.read_block(layer)?;
+        Ok(block.upload(B::KEEPS_PACKED, &self.rope, &self.device))
     }
 
     /// The final norm and output projection.
@@ -135,6 +133,31 @@ impl<B: Engine> Model<B> {
         self.checkpoint
             .f16_into(name, &shape, values.values_mut())?;
         Ok(B::upload(&values, 0, shape, &self.device).cast(B::COMPUTE))
+    }
+}
+
+impl<B: Engine> Embedding<B> {
+    /// The hidden states of `windows`, all of one length, in dtype `keep`.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary.
+    pub(crate) fn flow(&self, windows: &[Vec<u32>], keep: DType) -> Result<Flow<B>, ModelError> {
+        let vocabulary = self.table.dims()[0];
+        let ids: Vec<u32> = windows.concat();
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
+            return Err(ModelError::TokenOutOfRange { id, vocabulary });
+        }
+        let ids: Vec<i32> = ids.into_iter().map(|id| id as i32).collect();
+        let n = ids.len();
+        let ids = Tensor::<B, 1, Int>::from_data(
+            TensorData::new(ids, [n]),
+            (&self.table.device(), DType::I32),
+        );
+        Ok(Flow {
+            windows: windows.len(),
+            residual: B::embed(ids, self.table.clone()).cast(keep),
+            activation: None,
+        })
     }
 }
 

@@ -7,13 +7,14 @@ use gptq_kernels::Engine;
 
 use crate::ModelConfig;
 
-/// The last tables asked for; a run asks for one length, over and over. Clones share them.
+/// The last tables asked for; blocks ask for the same ones, one after the other. Clones share them.
 #[derive(Clone, Debug)]
 pub(crate) struct Tables<B: Engine>(Arc<Mutex<Option<Held<B>>>>);
 
 #[derive(Clone, Debug)]
 struct Held<B: Engine> {
-    seq: usize,
+    /// First position and number of positions.
+    at: (usize, usize),
     cos: Tensor<B, 2>,
     sin: Tensor<B, 2>,
 }
@@ -25,30 +26,32 @@ impl<B: Engine> Default for Tables<B> {
 }
 
 impl<B: Engine> Tables<B> {
-    /// `(cos, sin)`, f32 `[seq, head_dim / 2]`.
+    /// `(cos, sin)`, f32 `[seq, head_dim / 2]`, for the positions from `start`.
     pub(crate) fn get(
         &self,
         config: &ModelConfig,
+        start: usize,
         seq: usize,
         device: &B::Device,
     ) -> (Tensor<B, 2>, Tensor<B, 2>) {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.as_ref().is_none_or(|held| held.seq != seq) {
-            let (cos, sin) = tables(config, seq, device);
-            *last = Some(Held { seq, cos, sin });
+        let at = (start, seq);
+        if last.as_ref().is_none_or(|held| held.at != at) {
+            let (cos, sin) = tables(config, at, device);
+            *last = Some(Held { at, cos, sin });
         }
         let held = last.as_ref().expect("just filled");
         (held.cos.clone(), held.sin.clone())
     }
 }
 
-/// `(cos, sin)`, f32 `[seq, head_dim / 2]`.
+/// `(cos, sin)`, f32 `[seq, head_dim / 2]`, for the positions from `start`.
 ///
 /// Frequencies and angles are rounded to f32 one after the other, as Transformers does: at position
 /// 4096 an unrounded angle would differ from the trained model's by more than an f32 ulp.
 fn tables<B: Engine>(
     config: &ModelConfig,
-    seq: usize,
+    (start, seq): (usize, usize),
     device: &B::Device,
 ) -> (Tensor<B, 2>, Tensor<B, 2>) {
     let half = config.head_dim / 2;
@@ -58,7 +61,7 @@ fn tables<B: Engine>(
     };
     let frequencies: Vec<f32> = (0..half).map(frequency).collect();
     let table = |f: fn(f64) -> f64| {
-        let values: Vec<f32> = (0..seq)
+        let values: Vec<f32> = (start..start + seq)
             .flat_map(|p| frequencies.iter().map(move |w| f64::from(p as f32 * w)))
             .map(|angle| f(angle) as f32)
             .collect();

@@ -1,8 +1,10 @@
 //! One branch directory being written while the run goes on.
 
+use std::collections::HashMap;
+
 use gptq_format::{
-    Checkpoint, FormatError, PackedLinear, ShardedWriter, StagedDir, TensorSpec, copy_side_files,
-    le_bytes, read_json, write_json,
+    Checkpoint, FormatError, LinearDigests, PackedLinear, ShardedWriter, StagedDir, TensorSpec,
+    copy_side_files, le_bytes, read_json, write_json,
 };
 use serde_json::Value;
 
@@ -13,6 +15,8 @@ pub(crate) struct BranchWriter {
     dir: StagedDir,
     specs: Vec<TensorSpec>,
     weights: ShardedWriter,
+    /// Of what was written, by module.
+    digests: HashMap<String, LinearDigests>,
 }
 
 impl BranchWriter {
@@ -25,6 +29,7 @@ impl BranchWriter {
             dir,
             specs,
             weights,
+            digests: HashMap::new(),
         })
     }
 
@@ -49,13 +54,22 @@ impl BranchWriter {
         ] {
             self.weights.write(&format!("{module}.{suffix}"), &bytes)?;
         }
+        self.digests
+            .insert(module.to_owned(), LinearDigests::of(linear));
         Ok(())
     }
 
     /// Writes configs, side files and the report, and puts the directory in place. Fills in the
-    /// report's `bytes`.
-    pub(crate) fn finish(self, plan: &Plan, report: &mut BranchReport) -> Result<(), FormatError> {
+    /// report's `bytes` and its linears' `digests`.
+    pub(crate) fn finish(
+        mut self,
+        plan: &Plan,
+        report: &mut BranchReport,
+    ) -> Result<(), FormatError> {
         report.bytes = self.weights.finish()?;
+        for linear in &mut report.linears {
+            linear.digests = self.digests.remove(&linear.name);
+        }
         let dir = self.dir.path();
         copy_side_files(&plan.model_dir, dir)?;
         let quantize_config = serde_json::to_value(&report.quantize_config)

@@ -25,5 +25,5 @@ pub use overrides::RecipeOverrides;
 pub use plan::{Plan, Preset, Propagation, parse_size};
 pub use profile::{Phase, Profile};
 pub use recipe::{Recipe, RecipeError};
-pub use report::{BranchReport, LinearReport, Summary};
+pub use report::{BranchReport, LinearReport, Perplexity, PhaseSeconds, Summary};
 pub use run::{Event, Outcome, RunOptions, quantise};

@@ -55,6 +55,8 @@ pub struct Plan {
     pub warnings: Vec<String>,
     /// The recipe's text.
     pub recipe: String,
+    /// The command line that asked for the run, for the report; no local path.
+    pub command: Option<String>,
 }
 
 impl Plan {
@@ -132,6 +134,7 @@ impl Plan {
             branches,
             warnings,
             recipe: recipe.text.clone(),
+            command: None,
         })
     }
 

@@ -4,6 +4,8 @@ use std::time::Instant;
 
 use gptq_kernels::Engine;
 
+use crate::PhaseSeconds;
+
 /// What a run spends its time on, in the order of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -66,6 +68,17 @@ impl Profile {
     /// Seconds of one phase.
     pub fn seconds(&self, phase: Phase) -> f64 {
         self.seconds[phase as usize]
+    }
+
+    /// Every phase, and `other` for what belongs to none: together the whole.
+    pub(crate) fn phases(&self) -> Vec<PhaseSeconds> {
+        let phases = Phase::ALL.map(|phase| (phase.name(), self.seconds(phase)));
+        let all = phases.into_iter().chain([("other", self.rest())]);
+        all.map(|(phase, seconds)| PhaseSeconds {
+            phase: phase.to_owned(),
+            seconds,
+        })
+        .collect()
     }
 
     /// Seconds that belong to no phase.

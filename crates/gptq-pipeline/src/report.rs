@@ -5,10 +5,15 @@ use std::fs;
 use std::path::Path;
 
 use gptq_calibration::Manifest;
-use gptq_format::{Bits, FormatError, GroupSize, QuantizeConfig, write_json};
+use gptq_format::{
+    Bits, FormatError, GroupSize, LinearDigests, QuantizeConfig, read_json, write_json,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::Preset;
+
+/// Its name in a branch directory.
+const FILE: &str = "report.json";
 
 /// One linear's numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,6 +40,34 @@ pub struct LinearReport {
     pub dead_columns: usize,
     /// Time to factor and solve, shared evenly by the linears of a stage.
     pub seconds: f64,
+    /// Of its tensors as written; older reports have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digests: Option<LinearDigests>,
+}
+
+/// Perplexity on some text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Perplexity {
+    /// File name of the text.
+    pub text: String,
+    /// Tokens per window.
+    pub window: usize,
+    /// Tokens scored.
+    pub tokens: usize,
+    /// Of the branch.
+    pub value: f64,
+    /// Of the dense model on the same tokens, if it was measured.
+    #[serde(default)]
+    pub dense: Option<f64>,
+}
+
+/// Seconds of one phase of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PhaseSeconds {
+    /// The phase's name.
+    pub phase: String,
+    /// Of the run's own thread.
+    pub seconds: f64,
 }
 
 /// A finished branch.
@@ -60,8 +93,17 @@ pub struct BranchReport {
     pub bytes: u64,
     /// Wall time spent on this branch alone.
     pub seconds: f64,
+    /// The whole run until this branch was put in place, all its branches included, by phase.
+    #[serde(default)]
+    pub phases: Vec<PhaseSeconds>,
     /// The recipe as typed.
     pub recipe: String,
+    /// The command line, absolute paths shortened to their last component.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<String>,
+    /// Perplexity, if the run measured it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<Perplexity>,
     /// A row per linear.
     pub linears: Vec<LinearReport>,
 }
@@ -93,9 +135,26 @@ impl BranchReport {
         }
     }
 
+    /// Reads the `report.json` of a branch directory.
+    pub fn read(dir: &Path) -> Result<Self, FormatError> {
+        read_json(&dir.join(FILE))
+    }
+
+    /// Adds a measured perplexity to the report of the finished branch in `dir`.
+    pub fn record_perplexity(
+        &mut self,
+        dir: &Path,
+        perplexity: Perplexity,
+    ) -> Result<(), FormatError> {
+        self.perplexity = Some(perplexity);
+        let (partial, path) = (dir.join("report.json.partial"), dir.join(FILE));
+        write_json(&partial, self)?;
+        fs::rename(&partial, &path).map_err(FormatError::io(&path))
+    }
+
     /// Writes `report.json` and `report.csv` into `dir`.
     pub(crate) fn write(&self, dir: &Path) -> Result<(), FormatError> {
-        write_json(&dir.join("report.json"), self)?;
+        write_json(&dir.join(FILE), self)?;
         let path = dir.join("report.csv");
         fs::write(&path, self.csv())
             .and_then(|()| fs::File::open(&path)?.sync_all())

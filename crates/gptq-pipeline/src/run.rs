@@ -310,7 +310,7 @@ impl<B: Engine> Run<'_, '_, B> {
         let (mut projections, mut requests) = (Vec::new(), Vec::new());
         for &projection in stage.projections() {
             if let Some(own) = settings.module(&projection.module(layer)) {
-                let weight = block.linear(projection).weight.clone();
+                let weight = block.linear(projection).weight.dense();
                 requests.push(Request {
                     weight,
                     settings: own,
@@ -365,6 +365,7 @@ impl<B: Engine> Run<'_, '_, B> {
                 damp_percent: subset.damping,
                 dead_columns: subset.dead_columns,
                 seconds,
+                digests: None,
             };
             (self.on_event)(Event::Linear {
                 branch,
@@ -396,7 +397,10 @@ impl<B: Engine> Run<'_, '_, B> {
                 device: device.to_owned(),
                 bytes: 0,
                 seconds: output.seconds,
+                phases: self.clock.profile().phases(),
                 recipe: plan.recipe.clone(),
+                command: plan.command.clone(),
+                perplexity: None,
                 linears: output.linears,
             };
             writer.finish(plan, &mut report)?;

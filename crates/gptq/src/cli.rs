@@ -6,6 +6,10 @@ use clap::{Args, Parser, Subcommand};
 use gptq_kernels::Device;
 use gptq_pipeline::{Plan, Recipe, RecipeOverrides, parse_size};
 
+use crate::completions::CompletionsArgs;
+use crate::generate::GenerateArgs;
+use crate::inspect::InspectArgs;
+
 /// Turn a Llama-family checkpoint into GPTQ branches, from one config file.
 #[derive(Parser)]
 #[command(
@@ -35,6 +39,19 @@ pub(crate) enum Command {
         after_help = "Example:\n  gptq verify out/medi-tiny-GPTQ/main --text eval.json --window 1024"
     )]
     Verify(VerifyArgs),
+    /// Continue a prompt, or talk
+    #[command(
+        after_help = "Examples:\n  gptq generate out/medi-tiny-GPTQ/main --prompt \"Asthma is\" --greedy --max-new-tokens 64\n  gptq generate out/medi-tiny-GPTQ/main --chat --system \"You are a careful doctor.\""
+    )]
+    Generate(GenerateArgs),
+    /// Say what a checkpoint is, whoever wrote it
+    #[command(after_help = "Example:\n  gptq inspect out/medi-tiny-GPTQ/main")]
+    Inspect(InspectArgs),
+    /// Print a shell's completion script
+    #[command(
+        after_help = "Example:\n  gptq completions bash > ~/.local/share/bash-completion/completions/gptq"
+    )]
+    Completions(CompletionsArgs),
 }
 
 #[derive(Args)]

@@ -3,6 +3,9 @@
 //! Exit status: 0 when everything asked for held, 1 when something did not, 2 for a wrong command line.
 
 mod cli;
+mod completions;
+mod generate;
+mod inspect;
 mod plan;
 mod progress;
 mod quantize;
@@ -35,6 +38,9 @@ fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Verify(args) => verify::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Completions(args) => completions::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,7 +1,12 @@
 //! `gptq quantize`.
 
+use std::ffi::OsString;
+use std::path::Path;
+
 use anyhow::Result;
-use gptq_pipeline::{BranchReport, Outcome, Phase, Plan, Profile, RunOptions, quantise};
+use gptq_pipeline::{
+    BranchReport, Outcome, Perplexity, Phase, Plan, Profile, RunOptions, quantise,
+};
 use gptq_verify::{Evaluation, verify};
 
 use crate::cli::{QuantizeArgs, warn};
@@ -10,7 +15,8 @@ use crate::{plan, size, table};
 
 pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     let recipe = args.recipe.load(args.perplexity)?;
-    let plan = Plan::new(&recipe)?;
+    let mut plan = Plan::new(&recipe)?;
+    plan.command = Some(command(std::env::args_os().skip(1)));
     warn(&plan);
     if args.dry_run {
         plan::print(&plan);
@@ -21,7 +27,10 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         profile: args.profile,
         device_memory: args.device_memory,
     };
-    let Outcome { reports, profile } = quantise(&plan, args.device, options, &mut |event| {
+    let Outcome {
+        mut reports,
+        profile,
+    } = quantise(&plan, args.device, options, &mut |event| {
         progress.show(event)
     })?;
 
@@ -29,14 +38,21 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     let mut perplexities = Vec::new();
     if let Some((text, window)) = evaluation {
         let evaluation = Evaluation { text, window };
-        for branch in &plan.branches {
-            let verdict = verify(
-                &plan.branch_dir(branch),
-                Some(&evaluation),
-                None,
-                args.device,
-            )?;
-            perplexities.extend(verdict.perplexity);
+        for (branch, report) in plan.branches.iter().zip(&mut reports) {
+            let dir = plan.branch_dir(branch);
+            let verdict = verify(&dir, Some(&evaluation), None, args.device)?;
+            if let Some(value) = verdict.perplexity {
+                let text = evaluation.text.file_name().unwrap_or_default();
+                let measured = Perplexity {
+                    text: text.to_string_lossy().into_owned(),
+                    window,
+                    tokens: verdict.scored_tokens,
+                    value,
+                    dense: verdict.dense_perplexity,
+                };
+                report.record_perplexity(&dir, measured)?;
+                perplexities.push(value);
+            }
         }
     }
     println!("\n{}", summary(&reports, &perplexities));
@@ -45,6 +61,34 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
         println!("\n{}", time(&profile).trim_end());
     }
     Ok(())
+}
+
+/// The command line as a shell reads it. Of an absolute path only the last component stays, so that
+/// a published report names no place of this machine.
+fn command(args: impl Iterator<Item = OsString>) -> String {
+    let words = args.map(|arg| {
+        let arg = arg.to_string_lossy();
+        let (flag, value) = match arg.split_once('=') {
+            Some((flag, value)) if flag.starts_with("--") => (format!("{flag}="), value),
+            _ => (String::new(), arg.as_ref()),
+        };
+        let path = Path::new(value);
+        let value = match path.file_name() {
+            Some(name) if path.is_absolute() => name.to_string_lossy(),
+            _ => value.into(),
+        };
+        let word = format!("{flag}{value}");
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@+".contains(c);
+        match !word.is_empty() && word.chars().all(plain) {
+            true => word,
+            false => format!("'{}'", word.replace('\'', r"'\''")),
+        }
+    });
+    ["gptq".to_owned()]
+        .into_iter()
+        .chain(words)
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// A row per phase, then what no phase has and the whole.
@@ -92,4 +136,24 @@ fn summary(reports: &[BranchReport], perplexities: &[f64]) -> String {
         rows.push(row);
     }
     table::render(&rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recorded_command_can_be_pasted_and_names_no_local_directory() {
+        let args = [
+            "quantize",
+            "/home/me/my recipe.toml",
+            "--output=/mnt/out",
+            "--calibration",
+            "it's.json",
+        ];
+        assert_eq!(
+            command(args.into_iter().map(OsString::from)),
+            r"gptq quantize 'my recipe.toml' --output=out --calibration 'it'\''s.json'"
+        );
+    }
 }

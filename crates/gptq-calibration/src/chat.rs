@@ -1,0 +1,244 @@
+//! Chat templates: messages as the one text a model was trained on.
+//!
+//! A template is Jinja as Transformers renders it (`apply_chat_template`): blocks swallow their own
+//! line, `break` and `continue` work, strings have Python's methods, and `raise_exception` ends the
+//! rendering with a message. It comes from a checkpoint, so its work is limited.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{Environment, Error, ErrorKind, context};
+use minijinja_contrib::pycompat::unknown_method_callback;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::CalibrationError;
+
+/// ChatML: each message between `<|im_start|>role` and `<|im_end|>`.
+const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
+                      {{ message.content }}<|im_end|>\n{% endfor %}\
+                      {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+/// Steps after which a template is taken to run forever.
+const FUEL: u64 = 10_000_000;
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// "system", "user" or "assistant".
+    pub role: String,
+    /// What was said.
+    pub content: String,
+}
+
+impl Message {
+    /// A turn.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Message {
+            role: role.into(),
+            content: content.into(),
+        }
+    }
+}
+
+/// How a conversation is written for a model.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    /// `bos_token`, `eos_token` and the others a template may name.
+    special: BTreeMap<String, String>,
+    complete: bool,
+}
+
+impl ChatTemplate {
+    /// The built-in ChatML.
+    pub fn chatml() -> Self {
+        ChatTemplate::parse(CHATML, BTreeMap::new(), false).expect("the built-in template parses")
+    }
+
+    /// The template that the tokenizer in `dir` has: `chat_template.jinja`, else `chat_template` in
+    /// `tokenizer_config.json` (a text, or a list whose "default" counts). `None` where there is
+    /// neither.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or a template that does not parse.
+    pub fn of(dir: &Path) -> Result<Option<Self>, CalibrationError> {
+        let path = dir.join("tokenizer_config.json");
+        let config: Value = match fs::read(&path) {
+            Ok(bytes) => {
+                serde_json::from_slice(&bytes).map_err(|e| CalibrationError::Malformed {
+                    path,
+                    reason: e.to_string(),
+                })?
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Value::Null,
+            Err(e) => return Err(CalibrationError::io(path)(e)),
+        };
+        let own = dir.join("chat_template.jinja");
+        let source = match fs::read_to_string(&own) {
+            Ok(text) => Some(text),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => named(&config["chat_template"]),
+            Err(e) => return Err(CalibrationError::io(own)(e)),
+        };
+        let special = ["bos_token", "eos_token", "unk_token", "pad_token"]
+            .into_iter()
+            .filter_map(|name| Some((name.to_owned(), special_token(&config[name])?)))
+            .collect();
+        source
+            .map(|source| ChatTemplate::parse(&source, special, true))
+            .transpose()
+    }
+
+    fn parse(
+        source: &str,
+        special: BTreeMap<String, String>,
+        complete: bool,
+    ) -> Result<Self, CalibrationError> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build();
+        environment.set_syntax(syntax.map_err(refused)?);
+        environment.set_fuel(Some(FUEL));
+        environment.set_unknown_method_callback(unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| {
+            Err::<String, _>(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment
+            .add_template_owned("chat", source.to_owned())
+            .map_err(refused)?;
+        Ok(ChatTemplate {
+            environment,
+            special,
+            complete,
+        })
+    }
+
+    /// Whether the rendered text holds every special token, as a tokenizer's own template does:
+    /// encode it without adding any. The built-in leaves them to the tokenizer.
+    pub fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// What ends a turn as text, for models whose tokenizers do not know it as a token: the
+    /// built-in's `<|im_end|>`.
+    pub fn end_of_turn(&self) -> Option<&'static str> {
+        (!self.complete).then_some("<|im_end|>")
+    }
+
+    /// The conversation as text, with the opening of the assistant's next turn if asked for.
+    ///
+    /// # Errors
+    /// What the template itself refuses, such as roles out of turn.
+    pub fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<String, CalibrationError> {
+        let messages = Serde(messages);
+        let special = minijinja::Value::from(Serde(&self.special));
+        self.environment
+            .get_template("chat")
+            .and_then(|chat| chat.render(context! { messages, add_generation_prompt, ..special }))
+            .map_err(refused)
+    }
+}
+
+/// A template by itself, or the one called "default" of several.
+fn named(value: &Value) -> Option<String> {
+    let default = |list: &Vec<Value>| {
+        let entry = list.iter().find(|entry| entry["name"] == "default")?;
+        entry["template"].as_str().map(str::to_owned)
+    };
+    match value {
+        Value::Array(list) => default(list),
+        other => other.as_str().map(str::to_owned),
+    }
+}
+
+/// A special token of `tokenizer_config.json`: a string, or an object with `content`.
+pub(crate) fn special_token(value: &Value) -> Option<String> {
+    let text = value.as_str().or_else(|| value["content"].as_str());
+    text.map(str::to_owned)
+}
+
+fn refused(error: Error) -> CalibrationError {
+    let what = error
+        .detail()
+        .map_or_else(|| error.kind().to_string(), str::to_owned);
+    CalibrationError::ChatTemplate {
+        line: error.line().unwrap_or(0),
+        reason: what,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn talk() -> Vec<Message> {
+        vec![
+            Message::new("system", "Be brief."),
+            Message::new("user", "What is asthma? "),
+        ]
+    }
+
+    fn own(source: &str) -> Result<ChatTemplate, CalibrationError> {
+        let dir = tempfile::tempdir().unwrap();
+        let config = serde_json::json!({
+            "bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": source,
+        });
+        fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        Ok(ChatTemplate::of(dir.path())?.expect("it has one"))
+    }
+
+    #[test]
+    fn chatml_marks_every_turn_and_opens_the_next() {
+        let open = "<|im_start|>system\nBe brief.<|im_end|>\n\
+                    <|im_start|>user\nWhat is asthma? <|im_end|>\n";
+        let template = ChatTemplate::chatml();
+        assert_eq!(template.render(&talk(), false).unwrap(), open);
+        let prompt = template.render(&talk(), true).unwrap();
+        assert_eq!(prompt, format!("{open}<|im_start|>assistant\n"));
+    }
+
+    #[test]
+    fn a_tokenizer_s_own_template_has_its_tokens_and_python_s_strings() {
+        let template = own(
+            "{%- for message in messages[1:] %}\n  {% if message['role'] == 'user' %}\n\
+             {{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' + eos_token }}\n  \
+             {% endif %}\n{% endfor %}",
+        )
+        .unwrap();
+        assert!(template.is_complete());
+        let text = template.render(&talk(), true).unwrap();
+        assert_eq!(text, "<s>[INST] What is asthma? [/INST]</s>\n");
+    }
+
+    #[test]
+    fn a_template_s_own_objection_and_its_mistakes_are_told() {
+        let error = |source: &str| match own(source) {
+            Ok(template) => template.render(&talk(), true).unwrap_err().to_string(),
+            Err(error) => error.to_string(),
+        };
+        assert!(error("{{ raise_exception('roles must alternate') }}").contains("must alternate"));
+        assert!(
+            error("\n{% if %}").contains("line 2"),
+            "{}",
+            error("\n{% if %}")
+        );
+        let endless =
+            "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}";
+        assert!(error(endless).contains("fuel"), "{}", error(endless));
+    }
+
+    #[test]
+    fn a_tokenizer_without_a_template_has_none() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(ChatTemplate::of(dir.path()).unwrap().is_none());
+    }
+}

@@ -1,0 +1,118 @@
+//! Tokens back to text, one at a time, without breaking characters that are spread over tokens.
+//!
+//! A tokenizer's decoder may look at a token's neighbours (a leading space is dropped at the start
+//! of a text; bytes join to characters), so a token is always decoded together with those before it
+//! and only what it adds is given out.
+
+use tokenizers::Tokenizer;
+
+use crate::CalibrationError;
+use crate::tokenizer::failed;
+
+/// Tokens kept from the prompt so that the first new one has neighbours.
+const CONTEXT: usize = 8;
+/// A character has at most four bytes: three tokens may still be incomplete, a fourth is not.
+const LONGEST_CHARACTER: usize = 4;
+
+/// A stream of tokens as a stream of text.
+pub struct TextDecoder<'a> {
+    tokenizer: &'a Tokenizer,
+    /// The tokens given out last, then those that wait for the rest of a character.
+    window: Vec<u32>,
+    /// How many of them are given out, and their text.
+    given: usize,
+    text: String,
+}
+
+impl<'a> TextDecoder<'a> {
+    pub(crate) fn new(tokenizer: &'a Tokenizer, prompt: &[u32]) -> Result<Self, CalibrationError> {
+        let window = prompt[prompt.len().saturating_sub(CONTEXT)..].to_vec();
+        Ok(TextDecoder {
+            tokenizer,
+            given: window.len(),
+            text: tokenizer.decode(&window, true).map_err(failed)?,
+            window,
+        })
+    }
+
+    /// What a further token adds; nothing while a character is incomplete, and nothing for special
+    /// tokens.
+    ///
+    /// # Errors
+    /// A token that the tokenizer cannot decode.
+    pub fn push(&mut self, token: u32) -> Result<String, CalibrationError> {
+        self.window.push(token);
+        let decode = |ids: &[u32]| self.tokenizer.decode(ids, true).map_err(failed);
+        let text = decode(&self.window)?;
+        let waiting = self.window.len() - self.given;
+        if text.ends_with(char::REPLACEMENT_CHARACTER) && waiting < LONGEST_CHARACTER {
+            return Ok(String::new());
+        }
+        let common = text
+            .chars()
+            .zip(self.text.chars())
+            .take_while(|(a, b)| a == b)
+            .map(|(c, _)| c.len_utf8())
+            .sum();
+        let new = text[common..].to_owned();
+        self.window.drain(..self.given);
+        self.given = self.window.len();
+        self.text = decode(&self.window)?;
+        Ok(new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use crate::TextTokenizer;
+
+    fn tokenizer() -> TextTokenizer {
+        let dir: PathBuf = [env!("CARGO_MANIFEST_DIR"), "../../tests/models/medi-tiny"]
+            .iter()
+            .collect();
+        TextTokenizer::load(&dir).unwrap()
+    }
+
+    #[test]
+    fn pieces_join_to_the_text_and_no_character_is_broken() {
+        let tokenizer = tokenizer();
+        let text = "Asthma  is a disease: 37,5 °C – naïve 🫁 lungs, 咳嗽.\n Two lines";
+        let tokens = tokenizer.encode(text, false).unwrap();
+        let mut decoder = tokenizer.decoder(&tokens[..1]).unwrap();
+        let pieces: Vec<String> = tokens[1..]
+            .iter()
+            .map(|&token| decoder.push(token).unwrap())
+            .collect();
+        assert!(
+            pieces.iter().any(String::is_empty),
+            "some bytes had to wait"
+        );
+        assert!(!pieces.concat().contains(char::REPLACEMENT_CHARACTER));
+        assert!(text.ends_with(&pieces.concat()), "{pieces:?}");
+        assert!(pieces.concat().len() > text.len() - 8, "{pieces:?}");
+    }
+
+    #[test]
+    fn the_first_word_after_a_prompt_keeps_its_space() {
+        let tokenizer = tokenizer();
+        let prompt = tokenizer.encode("Diabetes", true).unwrap();
+        let word = tokenizer.encode(" is", false).unwrap();
+        let mut decoder = tokenizer.decoder(&prompt).unwrap();
+        let text: String = word.iter().map(|&t| decoder.push(t).unwrap()).collect();
+        assert_eq!(text.trim_start(), "is");
+        assert!(text.starts_with(' '));
+    }
+
+    #[test]
+    fn bytes_that_make_no_character_are_given_out_in_the_end() {
+        let tokenizer = tokenizer();
+        // The byte 0xF0 opens a character of four bytes that never comes.
+        let open = tokenizer.encode("🫁", false).unwrap();
+        let byte = *open.iter().rev().nth(3).unwrap();
+        let mut decoder = tokenizer.decoder(&[]).unwrap();
+        let pieces: String = (0..5).map(|_| decoder.push(byte).unwrap()).collect();
+        assert!(pieces.contains(char::REPLACEMENT_CHARACTER), "{pieces:?}");
+    }
+}

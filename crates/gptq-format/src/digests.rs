@@ -1,0 +1,49 @@
+//! SHA-256 of a linear's tensors: what the maker wrote, for whoever reads it back.
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::{PackedLinear, le_bytes};
+
+/// Lower-case hexadecimal SHA-256 of each tensor's raw little-endian bytes, as they lie in the file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the names are the tensors'")]
+pub struct LinearDigests {
+    pub qweight: String,
+    pub qzeros: String,
+    pub scales: String,
+    pub g_idx: String,
+}
+
+impl LinearDigests {
+    /// Of a linear as it is written.
+    pub fn of(linear: &PackedLinear) -> Self {
+        LinearDigests {
+            qweight: sha256(&le_bytes(&linear.qweight)),
+            qzeros: sha256(&le_bytes(&linear.qzeros)),
+            scales: sha256(&le_bytes(&linear.scales)),
+            g_idx: sha256(&le_bytes(&linear.g_idx)),
+        }
+    }
+}
+
+/// Lower-case hexadecimal SHA-256.
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digests_are_of_little_endian_bytes() {
+        // The example of FIPS 180-4.
+        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(sha256(b"abc"), abc);
+        assert_eq!(sha256(&le_bytes(&[0x6463_6261_i32])), sha256(b"abcd"));
+    }
+}

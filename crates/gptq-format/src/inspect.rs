@@ -1,0 +1,338 @@
+//! What a checkpoint is, from its files alone: a directory or a single file, written by whatever tool.
+//!
+//! The tensors speak first: a quantised linear is whatever has a `qweight`, its bits are
+//! `32 * columns of qzeros / out`, its groups the rows of `scales`. Configs add what tensors cannot
+//! tell.
+
+use std::fs;
+use std::path::Path;
+
+use memmap2::Mmap;
+use rayon::prelude::*;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{
+    Bits, Checkpoint, CheckpointFormat, Client, FormatError, GroupSize, LinearShape,
+    client_support, read_json, sha256, unpack_across,
+};
+
+/// A checkpoint described.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Inspection {
+    /// "dense", "gptq" or "gptq_v2".
+    pub format: &'static str,
+    /// `model_type` of `config.json`.
+    pub model_type: Option<String>,
+    /// The base model's name, where a config says it.
+    pub base_model: Option<String>,
+    /// Files, sorted by name.
+    pub files: Vec<FileInfo>,
+    /// Bytes of all tensors.
+    pub tensor_bytes: usize,
+    /// What the quantised linears share; `None` for a dense checkpoint.
+    pub settings: Option<SharedSettings>,
+    /// The quantised linears.
+    pub linears: Vec<LinearInfo>,
+    /// Who can load it; empty for a dense checkpoint.
+    pub clients: Vec<ClientInfo>,
+    /// Every tensor.
+    pub tensors: Vec<TensorInfo>,
+}
+
+/// A file of the checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct FileInfo {
+    pub name: String,
+    pub bytes: u64,
+    pub sha256: String,
+}
+
+/// Settings of the quantised linears as a whole.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SharedSettings {
+    /// Where they come from: a config's file name, or "tensors" where there is no config.
+    pub source: &'static str,
+    /// Code width, where all linears have the same.
+    pub bits: Option<Bits>,
+    /// Columns per group, where all linears have the same.
+    pub group_size: Option<GroupSize>,
+    /// Whether any `g_idx` is out of order.
+    pub act_order: bool,
+    /// Whether all zero points lie in the middle.
+    pub sym: bool,
+    /// Damping as a fraction, where a config says it.
+    pub damp_percent: Option<f64>,
+    /// Linears without `g_idx`, read as groups in order.
+    pub without_g_idx: usize,
+}
+
+/// One quantised linear.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct LinearInfo {
+    pub name: String,
+    pub in_features: usize,
+    pub out_features: usize,
+    pub bits: Bits,
+    pub group_size: GroupSize,
+    pub act_order: bool,
+    pub g_idx: bool,
+    pub sym: bool,
+}
+
+/// A client's verdict.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct ClientInfo {
+    pub name: &'static str,
+    pub loads: bool,
+    /// The rule that fails.
+    pub why: Option<&'static str>,
+}
+
+/// One tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct TensorInfo {
+    pub name: String,
+    pub dtype: String,
+    pub shape: Vec<usize>,
+    pub bytes: usize,
+    /// Of its little-endian elements, row-major.
+    pub sha256: String,
+}
+
+impl Inspection {
+    /// Describes the checkpoint in the directory `path`, or in the one file `path` with the configs
+    /// beside it.
+    ///
+    /// # Errors
+    /// Files that cannot be read, and quantised tensors whose shapes do not fit together.
+    pub fn of(path: &Path) -> Result<Self, FormatError> {
+        let (dir, checkpoint) = match path.is_dir() {
+            true => (path, Checkpoint::open(path)?),
+            false => {
+                let parent = path.parent().filter(|p| *p != Path::new(""));
+                let dir = parent.unwrap_or(Path::new("."));
+                (dir, Checkpoint::open_file(path)?)
+            }
+        };
+        let linears = quantised_linears(&checkpoint)?;
+        let config: Value = match dir.join("config.json").exists() {
+            true => read_json(&dir.join("config.json"))?,
+            false => Value::Null,
+        };
+        let own = checkpoint.quantize_config();
+        let settings = (!linears.is_empty()).then(|| SharedSettings {
+            source: match (own, dir.join("quantize_config.json").exists()) {
+                (None, _) => "tensors",
+                (_, true) => "quantize_config.json",
+                (_, false) => "config.json",
+            },
+            bits: shared(&linears, |l| l.bits),
+            group_size: shared(&linears, |l| l.group_size),
+            act_order: linears.iter().any(|l| l.act_order),
+            sym: own.map_or_else(|| linears.iter().all(|l| l.sym), |c| c.sym),
+            damp_percent: own.map(|c| c.damp_percent).filter(|&d| d > 0.0),
+            without_g_idx: linears.iter().filter(|l| !l.g_idx).count(),
+        });
+        let tensors: Vec<TensorInfo> = tensors(&checkpoint)?;
+        Ok(Inspection {
+            format: match (&settings, stored_format(&checkpoint, &linears)?) {
+                (None, _) => "dense",
+                (_, CheckpointFormat::Gptq) => "gptq",
+                (_, CheckpointFormat::GptqV2) => "gptq_v2",
+            },
+            model_type: config["model_type"].as_str().map(str::to_owned),
+            base_model: own.and_then(|c| c.model_name_or_path.clone()),
+            files: match path.is_dir() {
+                true => files(path)?,
+                false => vec![file(path)?],
+            },
+            tensor_bytes: tensors.iter().map(|t| t.bytes).sum(),
+            clients: settings.as_ref().map_or_else(Vec::new, |settings| {
+                let mixed = settings.bits.is_none() || settings.group_size.is_none();
+                clients(&linears, settings.sym, mixed)
+            }),
+            settings,
+            linears,
+            tensors,
+        })
+    }
+}
+
+/// The files of a directory, described: neither directories nor what begins with a dot.
+///
+/// # Errors
+/// A directory or file that cannot be read.
+pub fn files(dir: &Path) -> Result<Vec<FileInfo>, FormatError> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(dir).map_err(FormatError::io(dir))? {
+        let path = entry.map_err(FormatError::io(dir))?.path();
+        let hidden = (path.file_name()).is_some_and(|n| n.to_string_lossy().starts_with('.'));
+        if path.is_file() && !hidden {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    paths.par_iter().map(|path| file(path)).collect()
+}
+
+fn file(path: &Path) -> Result<FileInfo, FormatError> {
+    let opened = fs::File::open(path).map_err(FormatError::io(path))?;
+    // SAFETY: read-only and private to this function, as for the checkpoint's own maps.
+    let bytes = unsafe { Mmap::map(&opened) }.map_err(FormatError::io(path))?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    Ok(FileInfo {
+        name: name.into_owned(),
+        bytes: bytes.len() as u64,
+        sha256: sha256(&bytes),
+    })
+}
+
+fn tensors(checkpoint: &Checkpoint) -> Result<Vec<TensorInfo>, FormatError> {
+    let names: Vec<&str> = checkpoint.names().collect();
+    let describe = |name: &&str| {
+        let view = checkpoint.view(name)?;
+        let bytes = view.bytes();
+        Ok(TensorInfo {
+            name: name.to_string(),
+            dtype: format!("{:?}", view.dtype),
+            shape: view.shape.to_vec(),
+            bytes: bytes.len(),
+            sha256: sha256(&bytes),
+        })
+    };
+    names.par_iter().map(describe).collect()
+}
+
+fn quantised_linears(checkpoint: &Checkpoint) -> Result<Vec<LinearInfo>, FormatError> {
+    let modules = checkpoint
+        .names()
+        .filter_map(|name| name.strip_suffix(".qweight"));
+    modules.map(|module| linear(checkpoint, module)).collect()
+}
+
+fn linear(checkpoint: &Checkpoint, module: &str) -> Result<LinearInfo, FormatError> {
+    let shape = |suffix: &str| {
+        let name = format!("{module}.{suffix}");
+        let view = checkpoint.view(&name)?;
+        <[usize; 2]>::try_from(view.shape).map_err(|_| FormatError::Shape {
+            name: name.clone(),
+            found: view.shape.into(),
+            expected: vec![0, 0],
+        })
+    };
+    let ([rows, out], [groups, zero_words]) = (shape("qweight")?, shape("qzeros")?);
+    let scales = shape("scales")?;
+    let refuse = || FormatError::PackedShapes {
+        module: module.into(),
+        qweight: [rows, out],
+        qzeros: [groups, zero_words],
+        scales,
+    };
+    let words = |n: usize| n.checked_mul(32).ok_or_else(refuse);
+    let width = words(zero_words)?.checked_div(out).ok_or_else(refuse)?;
+    let bits = Bits::ALL
+        .into_iter()
+        .find(|b| b.get() == width)
+        .ok_or_else(refuse)?;
+    let n_in = words(rows)? / width;
+    if scales != [groups, out] || groups == 0 || groups > n_in || out * width != zero_words * 32 {
+        return Err(refuse());
+    }
+    let configured = match checkpoint.quantize_config() {
+        Some(config) => config.module(module)?.map(|(_, size)| size),
+        None => None,
+    };
+    let group_size = match configured.filter(|size| size.groups(n_in) == groups) {
+        Some(size) => size,
+        None if groups == 1 => GroupSize::Row,
+        None => GroupSize::Columns(n_in.div_ceil(groups)),
+    };
+    let columns = group_size.columns(n_in);
+    let g_idx = format!("{module}.g_idx");
+    let stored = checkpoint.contains(&g_idx);
+    let act_order = stored && {
+        let order = checkpoint.i32(&g_idx, &[n_in])?;
+        let mut rows = order.iter().enumerate();
+        rows.any(|(i, &g)| usize::try_from(g) != Ok(i / columns))
+    };
+    Ok(LinearInfo {
+        name: module.into(),
+        in_features: n_in,
+        out_features: out,
+        bits,
+        group_size,
+        act_order,
+        g_idx: stored,
+        sym: stored_zero(checkpoint, module, groups, out, bits)?.is_some_and(|zero| {
+            let middle = bits.symmetric_zero();
+            zero == middle || zero == middle - 1
+        }),
+    })
+}
+
+/// The value that all stored zero points have; `None` where they differ.
+fn stored_zero(
+    checkpoint: &Checkpoint,
+    module: &str,
+    groups: usize,
+    out: usize,
+    bits: Bits,
+) -> Result<Option<u8>, FormatError> {
+    let shape = [groups, out * bits.get() / 32];
+    let words = checkpoint.i32(&format!("{module}.qzeros"), &shape)?;
+    let words: Vec<u32> = words.into_iter().map(|w| w as u32).collect();
+    let zeros = unpack_across(&words, groups, out, bits);
+    Ok(zeros
+        .first()
+        .copied()
+        .filter(|z| zeros.iter().all(|x| x == z)))
+}
+
+/// What the config says, else what symmetric zero points show: version 1 stores one less.
+fn stored_format(
+    checkpoint: &Checkpoint,
+    linears: &[LinearInfo],
+) -> Result<CheckpointFormat, FormatError> {
+    if let Some(config) = checkpoint.quantize_config() {
+        return Ok(config.checkpoint_format);
+    }
+    for l in linears {
+        let groups = l.group_size.groups(l.in_features);
+        let zero = stored_zero(checkpoint, &l.name, groups, l.out_features, l.bits)?;
+        if zero == Some(l.bits.symmetric_zero()) {
+            return Ok(CheckpointFormat::GptqV2);
+        }
+    }
+    Ok(CheckpointFormat::Gptq)
+}
+
+fn shared<T: PartialEq>(linears: &[LinearInfo], value: impl Fn(&LinearInfo) -> T) -> Option<T> {
+    let mut values = linears.iter().map(value);
+    let first = values.next()?;
+    values.all(|v| v == first).then_some(first)
+}
+
+fn clients(linears: &[LinearInfo], sym: bool, mixed: bool) -> Vec<ClientInfo> {
+    let shapes: Vec<LinearShape> = linears
+        .iter()
+        .map(|l| LinearShape {
+            in_features: l.in_features,
+            out_features: l.out_features,
+            bits: l.bits,
+            group_size: l.group_size,
+        })
+        .collect();
+    let supports = client_support(&shapes, sym, mixed).into_iter();
+    supports
+        .map(|support| ClientInfo {
+            name: Client::name(support.client),
+            loads: support.verdict.is_ok(),
+            why: support.verdict.err(),
+        })
+        .collect()
+}

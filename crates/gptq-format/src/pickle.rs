@@ -1,0 +1,589 @@
+//! The pickle inside a PyTorch file, read as a list of tensors. Nothing in it is ever executed.
+//!
+//! A pickle is a program for a stack machine. `torch.save` writes protocol 2: a dict (or
+//! `OrderedDict`) from names to calls
+//!
+//! ```text
+//! torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
+//! ```
+//!
+//! where `storage` is the persistent id `("storage", torch.HalfStorage, key, device, elements)`.
+//! This machine knows the opcodes of that and those few globals, and refuses every other opcode and
+//! global by name. A global is never looked up: it is one of a closed list of words. Opcodes:
+//! Python's `pickletools.py`.
+//!
+//! Limits: [`MAX_BYTES`] of pickle, [`MAX_STACK`] values on the stack and [`MAX_VALUES`] kept by
+//! tuples, dicts and the memo together, [`MAX_MARKS`] deep, [`MAX_TENSORS`], [`MAX_DIMENSIONS`],
+//! [`MAX_NAME`] bytes in a name. Values are small numbers and borrowed text, so memory stays under
+//! 128 MiB.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use safetensors::Dtype;
+
+/// Bytes of a pickle; a 7B model's shard has 30 kB.
+const MAX_BYTES: usize = 16 << 20;
+const MAX_STACK: usize = 1 << 16;
+const MAX_VALUES: usize = 1 << 20;
+const MAX_MARKS: usize = 64;
+const MAX_TENSORS: usize = 1 << 16;
+const MAX_DIMENSIONS: usize = 8;
+const MAX_NAME: usize = 512;
+
+/// One tensor the pickle describes. Nothing is checked against the storage yet.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct TorchTensor<'a> {
+    pub(crate) storage: Storage<'a>,
+    /// Of the first element in the storage, in elements.
+    pub(crate) offset: usize,
+    pub(crate) shape: Vec<usize>,
+    /// In elements.
+    pub(crate) strides: Vec<usize>,
+}
+
+/// A file of the archive that tensors are views of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Storage<'a> {
+    pub(crate) dtype: Dtype,
+    /// Name under `data/` in the archive.
+    pub(crate) key: &'a str,
+    /// Length in elements.
+    pub(crate) elements: usize,
+}
+
+/// Tensors by name; where a name comes twice, the last counts, as in Python.
+pub(crate) type StateDict<'a> = BTreeMap<&'a str, TorchTensor<'a>>;
+
+/// Reads a pickle whose top is a dict; its entries that are tensors. The error is a sentence.
+pub(crate) fn read(pickle: &[u8]) -> Result<StateDict<'_>, String> {
+    if pickle.len() > MAX_BYTES {
+        return Err(format!(
+            "its pickle has {} bytes, over {MAX_BYTES}",
+            pickle.len()
+        ));
+    }
+    let mut machine = Machine {
+        rest: pickle,
+        stack: Vec::new(),
+        marks: Vec::new(),
+        memo: BTreeMap::new(),
+        kept: Vec::new(),
+        dicts: Vec::new(),
+        entries: 0,
+        tensors: Vec::new(),
+        storages: Vec::new(),
+    };
+    let top = machine.run()?;
+    machine.state_dict(top)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Value<'a> {
+    None,
+    Bool,
+    Int(i64),
+    Float,
+    Text(&'a str),
+    List,
+    Global(Global),
+    /// Indices into [`Machine::kept`].
+    Tuple(u32, u32),
+    /// Index into [`Machine::dicts`].
+    Dict(u32),
+    /// Index into [`Machine::storages`].
+    Storage(u32),
+    /// Index into [`Machine::tensors`].
+    Tensor(u32),
+}
+
+/// The names that may be called, and the storage types.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Global {
+    OrderedDict,
+    RebuildTensor,
+    RebuildParameter,
+    RebuildParameterWithState,
+    Storage(Dtype),
+}
+
+impl Global {
+    fn named(module: &str, name: &str) -> Result<Global, String> {
+        let storage = |dtype| Ok(Global::Storage(dtype));
+        match (module, name) {
+            ("collections", "OrderedDict") => Ok(Global::OrderedDict),
+            ("torch._utils", "_rebuild_tensor_v2") => Ok(Global::RebuildTensor),
+            ("torch._utils", "_rebuild_parameter") => Ok(Global::RebuildParameter),
+            ("torch._utils", "_rebuild_parameter_with_state") => {
+                Ok(Global::RebuildParameterWithState)
+            }
+            ("torch", "HalfStorage") => storage(Dtype::F16),
+            ("torch", "BFloat16Storage") => storage(Dtype::BF16),
+            ("torch", "FloatStorage") => storage(Dtype::F32),
+            ("torch", "DoubleStorage") => storage(Dtype::F64),
+            ("torch", "LongStorage") => storage(Dtype::I64),
+            ("torch", "IntStorage") => storage(Dtype::I32),
+            ("torch", "ShortStorage") => storage(Dtype::I16),
+            ("torch", "CharStorage") => storage(Dtype::I8),
+            ("torch", "ByteStorage") => storage(Dtype::U8),
+            ("torch", "BoolStorage") => storage(Dtype::BOOL),
+            _ => Err(format!(
+                "its pickle names {:?}, which a file of weights has no use for; nothing was \
+                 executed, and nothing will be",
+                format!("{module}.{name}")
+            )),
+        }
+    }
+}
+
+struct Machine<'a> {
+    rest: &'a [u8],
+    stack: Vec<Value<'a>>,
+    /// Heights of the stack.
+    marks: Vec<usize>,
+    memo: BTreeMap<u32, Value<'a>>,
+    /// The elements of all tuples.
+    kept: Vec<Value<'a>>,
+    dicts: Vec<Vec<(Value<'a>, Value<'a>)>>,
+    /// Entries of all dicts.
+    entries: usize,
+    storages: Vec<Storage<'a>>,
+    tensors: Vec<TorchTensor<'a>>,
+}
+
+type Step<T = ()> = Result<T, String>;
+
+impl<'a> Machine<'a> {
+    /// Runs until STOP; returns the top of the stack.
+    fn run(&mut self) -> Step<Value<'a>> {
+        if self.bytes(1)?[0] != 0x80 {
+            return Err("its pickle does not start with a protocol number".into());
+        }
+        match self.bytes(1)?[0] {
+            2 => {}
+            n => {
+                return Err(format!(
+                    "its pickle is of protocol {n}; torch.save writes 2"
+                ));
+            }
+        }
+        loop {
+            let opcode = self.bytes(1)?[0];
+            match opcode {
+                b'.' => return self.pop(),
+                b'(' => self.mark()?,
+                b'N' => self.push(Value::None)?,
+                0x88 | 0x89 => self.push(Value::Bool)?,
+                b'K' => {
+                    let [n] = self.array()?;
+                    self.push(Value::Int(n.into()))?;
+                }
+                b'M' => {
+                    let n = u16::from_le_bytes(self.array()?);
+                    self.push(Value::Int(n.into()))?;
+                }
+                b'J' => {
+                    let n = i32::from_le_bytes(self.array()?);
+                    self.push(Value::Int(n.into()))?;
+                }
+                0x8a => {
+                    let n = self.long()?;
+                    self.push(Value::Int(n))?;
+                }
+                b'G' => {
+                    self.bytes(8)?;
+                    self.push(Value::Float)?;
+                }
+                b'X' => {
+                    let length = u32::from_le_bytes(self.array()?);
+                    self.text(length as usize)?;
+                }
+                b'U' => {
+                    let [length] = self.array()?;
+                    self.text(length.into())?;
+                }
+                b'c' => self.global()?,
+                b'Q' => self.persistent()?,
+                b')' => self.push(Value::Tuple(0, 0))?,
+                b't' => {
+                    let elements = self.since_mark()?;
+                    self.tuple(elements)?;
+                }
+                0x85..=0x87 => {
+                    let count = usize::from(opcode - 0x84);
+                    let start = self.height(count)?;
+                    self.tuple(start..self.stack.len())?;
+                }
+                b']' => self.push(Value::List)?,
+                b'a' => {
+                    self.pop()?;
+                    self.expect_list()?;
+                }
+                b'e' => {
+                    let elements = self.since_mark()?;
+                    self.stack.truncate(elements.start);
+                    self.expect_list()?;
+                }
+                b'}' => self.dict()?,
+                b's' => {
+                    let start = self.height(2)?;
+                    self.set_items(start..self.stack.len())?;
+                }
+                b'u' => {
+                    let items = self.since_mark()?;
+                    self.set_items(items)?;
+                }
+                b'R' => self.call()?,
+                b'b' => self.build()?,
+                b'q' => {
+                    let [at] = self.array()?;
+                    self.put(at.into())?;
+                }
+                b'r' => {
+                    let at = u32::from_le_bytes(self.array()?);
+                    self.put(at)?;
+                }
+                b'h' => {
+                    let [at] = self.array()?;
+                    self.get(at.into())?;
+                }
+                b'j' => {
+                    let at = u32::from_le_bytes(self.array()?);
+                    self.get(at)?;
+                }
+                _ => {
+                    return Err(format!(
+                        "its pickle uses the opcode {}, which torch.save does not write",
+                        opcode_name(opcode)
+                    ));
+                }
+            }
+        }
+    }
+
+    fn bytes(&mut self, count: usize) -> Step<&'a [u8]> {
+        let (taken, rest) = self
+            .rest
+            .split_at_checked(count)
+            .ok_or("its pickle ends in the middle; the file may be truncated")?;
+        self.rest = rest;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Step<[u8; N]> {
+        Ok(*self.bytes(N)?.first_chunk().expect("taken with length N"))
+    }
+
+    fn line(&mut self) -> Step<&'a str> {
+        let end = self.rest.iter().take(MAX_NAME).position(|&b| b == b'\n');
+        let end = end.ok_or_else(|| format!("its pickle has a name over {MAX_NAME} bytes"))?;
+        let line = self.bytes(end + 1)?;
+        utf8(&line[..end])
+    }
+
+    /// A little-endian two's complement number of up to 8 bytes.
+    fn long(&mut self) -> Step<i64> {
+        let [length] = self.array()?;
+        let bytes = self.bytes(length.into())?;
+        if bytes.len() > 8 {
+            return Err("its pickle has an integer over 64 bits".into());
+        }
+        let sign = bytes
+            .last()
+            .map_or(0, |b| if b & 0x80 == 0 { 0 } else { 0xff });
+        let mut wide = [sign; 8];
+        wide[..bytes.len()].copy_from_slice(bytes);
+        Ok(i64::from_le_bytes(wide))
+    }
+
+    fn text(&mut self, length: usize) -> Step {
+        if length > MAX_NAME {
+            return Err(format!("its pickle has text of {length} bytes"));
+        }
+        let text = utf8(self.bytes(length)?)?;
+        if text.contains(char::is_control) {
+            return Err(format!("its pickle has the text {text:?}"));
+        }
+        self.push(Value::Text(text))
+    }
+
+    fn push(&mut self, value: Value<'a>) -> Step {
+        if self.stack.len() == MAX_STACK {
+            return Err(format!("its pickle stacks over {MAX_STACK} values"));
+        }
+        self.stack.push(value);
+        Ok(())
+    }
+
+    /// The stack's height without its top `count` values, none of them below the last mark.
+    fn height(&self, count: usize) -> Step<usize> {
+        let floor = self.marks.last().copied().unwrap_or(0);
+        match self.stack.len().checked_sub(count) {
+            Some(height) if height >= floor => Ok(height),
+            _ => Err("its pickle takes more from the stack than there is".into()),
+        }
+    }
+
+    fn pop(&mut self) -> Step<Value<'a>> {
+        self.height(1)?;
+        Ok(self.stack.pop().expect("just checked"))
+    }
+
+    fn top(&self) -> Step<Value<'a>> {
+        Ok(self.stack[self.height(1)?])
+    }
+
+    fn mark(&mut self) -> Step {
+        if self.marks.len() == MAX_MARKS {
+            return Err(format!("its pickle nests over {MAX_MARKS} deep"));
+        }
+        self.marks.push(self.stack.len());
+        Ok(())
+    }
+
+    fn since_mark(&mut self) -> Step<Range<usize>> {
+        let start = self.marks.pop().ok_or("its pickle lacks a mark")?;
+        Ok(start..self.stack.len())
+    }
+
+    /// Room for `more` values that outlive the stack.
+    fn room(&self, more: usize) -> Step {
+        let held = self.kept.len() + self.memo.len() + 2 * self.entries;
+        match held + more <= MAX_VALUES {
+            true => Ok(()),
+            false => Err(format!("its pickle holds over {MAX_VALUES} values")),
+        }
+    }
+
+    fn tuple(&mut self, elements: Range<usize>) -> Step {
+        self.room(elements.len())?;
+        let start = self.kept.len() as u32;
+        self.kept.extend(self.stack.drain(elements));
+        self.push(Value::Tuple(start, self.kept.len() as u32))
+    }
+
+    fn tuple_of(&self, value: Value<'a>) -> Step<&[Value<'a>]> {
+        match value {
+            Value::Tuple(start, end) => Ok(&self.kept[start as usize..end as usize]),
+            other => Err(format!(
+                "its pickle has {other:?} where a tuple is expected"
+            )),
+        }
+    }
+
+    fn expect_list(&self) -> Step {
+        match self.top()? {
+            Value::List => Ok(()),
+            other => Err(format!("its pickle appends to {other:?}")),
+        }
+    }
+
+    fn dict(&mut self) -> Step {
+        if self.dicts.len() == MAX_TENSORS {
+            return Err(format!("its pickle has over {MAX_TENSORS} dicts"));
+        }
+        self.dicts.push(Vec::new());
+        self.push(Value::Dict(self.dicts.len() as u32 - 1))
+    }
+
+    fn set_items(&mut self, items: Range<usize>) -> Step {
+        if !items.len().is_multiple_of(2) {
+            return Err("its pickle has a key without a value".into());
+        }
+        self.room(items.len())?;
+        let pairs: Vec<_> = self.stack.drain(items).collect();
+        let Value::Dict(dict) = self.top()? else {
+            return Err("its pickle sets items of what is no dict".into());
+        };
+        self.entries += pairs.len() / 2;
+        let pairs = pairs.as_chunks().0.iter();
+        self.dicts[dict as usize].extend(pairs.map(|[key, value]| (*key, *value)));
+        Ok(())
+    }
+
+    fn put(&mut self, at: u32) -> Step {
+        self.room(1)?;
+        let top = self.top()?;
+        self.memo.insert(at, top);
+        Ok(())
+    }
+
+    fn get(&mut self, at: u32) -> Step {
+        match self.memo.get(&at) {
+            Some(&value) => self.push(value),
+            None => Err(format!("its pickle refers to {at}, which it never defined")),
+        }
+    }
+
+    fn global(&mut self) -> Step {
+        let (module, name) = (self.line()?, self.line()?);
+        self.push(Value::Global(Global::named(module, name)?))
+    }
+
+    /// `("storage", type, key, device, elements)`.
+    fn persistent(&mut self) -> Step {
+        let id = self.pop()?;
+        let &[
+            Value::Text("storage"),
+            Value::Global(Global::Storage(dtype)),
+            Value::Text(key),
+            Value::Text(_),
+            Value::Int(elements),
+        ] = self.tuple_of(id)?
+        else {
+            return Err("its pickle has a persistent id that is no storage".into());
+        };
+        self.room(1)?;
+        if self.storages.len() == MAX_TENSORS {
+            return Err(format!("its pickle has over {MAX_TENSORS} storages"));
+        }
+        self.storages.push(Storage {
+            dtype,
+            key,
+            elements: size(elements)?,
+        });
+        self.push(Value::Storage(self.storages.len() as u32 - 1))
+    }
+
+    fn call(&mut self) -> Step {
+        let (arguments, callee) = (self.pop()?, self.pop()?);
+        let Value::Global(callee) = callee else {
+            return Err(format!("its pickle calls {callee:?}"));
+        };
+        let arguments = self.tuple_of(arguments)?;
+        match (callee, arguments) {
+            (Global::OrderedDict, []) => self.dict(),
+            (
+                Global::RebuildTensor,
+                &[
+                    Value::Storage(storage),
+                    Value::Int(offset),
+                    shape,
+                    strides,
+                    _,
+                    _,
+                    ..,
+                ],
+            ) => {
+                let tensor = TorchTensor {
+                    storage: self.storages[storage as usize],
+                    offset: size(offset)?,
+                    shape: self.sizes(shape)?,
+                    strides: self.sizes(strides)?,
+                };
+                if tensor.shape.len() != tensor.strides.len() {
+                    return Err("its pickle has a tensor with other strides than dimensions".into());
+                }
+                if self.tensors.len() == MAX_TENSORS {
+                    return Err(format!("its pickle has over {MAX_TENSORS} tensors"));
+                }
+                self.tensors.push(tensor);
+                self.push(Value::Tensor(self.tensors.len() as u32 - 1))
+            }
+            (Global::RebuildParameter, &[tensor @ Value::Tensor(_), _, _])
+            | (Global::RebuildParameterWithState, &[tensor @ Value::Tensor(_), _, _, _]) => {
+                self.push(tensor)
+            }
+            (callee, _) => Err(format!("its pickle calls {callee:?} with other arguments")),
+        }
+    }
+
+    fn sizes(&self, value: Value<'a>) -> Step<Vec<usize>> {
+        let values = self.tuple_of(value)?;
+        if values.len() > MAX_DIMENSIONS {
+            return Err(format!(
+                "its pickle has a tensor of {} dimensions",
+                values.len()
+            ));
+        }
+        values
+            .iter()
+            .map(|value| match value {
+                Value::Int(n) => size(*n),
+                other => Err(format!("its pickle has {other:?} for a size")),
+            })
+            .collect()
+    }
+
+    /// State set on a dict, as `_metadata` is on a state dict: dropped.
+    fn build(&mut self) -> Step {
+        self.pop()?;
+        match self.top()? {
+            Value::Dict(_) => Ok(()),
+            other => Err(format!("its pickle sets the state of {other:?}")),
+        }
+    }
+
+    fn state_dict(&self, top: Value<'a>) -> Step<StateDict<'a>> {
+        let Value::Dict(dict) = top else {
+            return Err("its pickle holds no dict of tensors".into());
+        };
+        let mut state = StateDict::new();
+        for entry in &self.dicts[dict as usize] {
+            match *entry {
+                (Value::Text(name), Value::Tensor(tensor)) => {
+                    state.insert(name, self.tensors[tensor as usize].clone());
+                }
+                // A number or a list beside the weights.
+                (Value::Text(_), _) => {}
+                (key, _) => return Err(format!("its dict has the key {key:?}, which is no text")),
+            }
+        }
+        match state.is_empty() {
+            true => Err(
+                "its pickle holds no tensor by name; save the state dict itself, not what \
+                         holds it"
+                    .into(),
+            ),
+            false => Ok(state),
+        }
+    }
+}
+
+fn utf8(bytes: &[u8]) -> Step<&str> {
+    str::from_utf8(bytes).map_err(|_| "its pickle has a name that is not UTF-8".into())
+}
+
+fn size(value: i64) -> Step<usize> {
+    usize::try_from(value).map_err(|_| format!("its pickle has a size or offset of {value}"))
+}
+
+/// The name in Python's documentation of what comes up in hostile or unusual pickles.
+fn opcode_name(opcode: u8) -> String {
+    let name = match opcode {
+        b'0' => "POP",
+        b'1' => "POP_MARK",
+        b'2' => "DUP",
+        b'B' => "BINBYTES",
+        b'C' => "SHORT_BINBYTES",
+        b'F' => "FLOAT",
+        b'I' => "INT",
+        b'L' => "LONG",
+        b'P' => "PERSID",
+        b'S' => "STRING",
+        b'T' => "BINSTRING",
+        b'V' => "UNICODE",
+        b'd' => "DICT",
+        b'g' => "GET",
+        b'i' => "INST",
+        b'l' => "LIST",
+        b'o' => "OBJ",
+        b'p' => "PUT",
+        0x80 => "PROTO",
+        0x81 => "NEWOBJ",
+        0x82..=0x84 => "EXT",
+        0x8b => "LONG4",
+        0x8c => "SHORT_BINUNICODE",
+        0x8d => "BINUNICODE8",
+        0x8f => "EMPTY_SET",
+        0x92 => "NEWOBJ_EX",
+        0x93 => "STACK_GLOBAL",
+        0x94 => "MEMOIZE",
+        0x95 => "FRAME",
+        _ => return format!("{opcode:#04x}"),
+    };
+    format!("{name} ({opcode:#04x})")
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,338 @@
+//! One tensor as it lies in a mapped file, and its conversion to f16.
+//!
+//! Element `(i_0, ..., i_n)` lies at `Σ i_k strides_k` of the storage. safetensors stores every
+//! tensor row-major; PyTorch stores views with whatever strides they had, on storages that
+//! several tensors may share.
+
+use std::borrow::Cow;
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use rayon::prelude::*;
+use safetensors::Dtype;
+
+use crate::FormatError;
+
+/// Elements converted by one task.
+const PIECE: usize = 1 << 18;
+/// Elements widened at a time, in the processor's nearest cache.
+const RUN: usize = 1024;
+
+/// One tensor as it lies in the file.
+#[derive(Clone, Copy)]
+pub struct TensorView<'a> {
+    /// Name in the file.
+    pub name: &'a str,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Dimensions.
+    pub shape: &'a [usize],
+    /// Elements from one index of a dimension to the next; `None` when row-major without gaps.
+    pub(crate) strides: Option<&'a [usize]>,
+    /// Little-endian elements from the tensor's first to its last; possibly unaligned.
+    pub(crate) storage: &'a [u8],
+}
+
+/// What is wrong with elements: the index of the first, and how many.
+type Found = Option<(usize, usize)>;
+
+/// Elements that f16 cannot hold.
+#[derive(Default)]
+struct Flaws {
+    /// Not finite in the file.
+    non_finite: Found,
+    /// Finite in the file, not in f16.
+    overflow: Found,
+}
+
+impl<'a> TensorView<'a> {
+    /// How many elements there are.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Little-endian elements, row-major: those of the file where they lie so.
+    pub fn bytes(&self) -> Cow<'a, [u8]> {
+        match self.strides {
+            None => Cow::Borrowed(self.storage),
+            Some(strides) => {
+                let size = self.dtype.bitsize() / 8;
+                let mut bytes = Vec::with_capacity(self.elements() * size);
+                for at in offsets(self.shape, strides, 0).take(self.elements()) {
+                    bytes.extend_from_slice(&self.storage[at * size..][..size]);
+                }
+                Cow::Owned(bytes)
+            }
+        }
+    }
+
+    /// All elements as f16, row-major, into `out`; bf16 and f32 are rounded to nearest even. Runs in
+    /// parallel.
+    ///
+    /// # Errors
+    /// A dtype that is no float, a value that is not finite, a value beyond f16's range.
+    ///
+    /// # Panics
+    /// When `out` has another length.
+    pub fn f16_into(&self, out: &mut [f16]) -> Result<(), FormatError> {
+        assert_eq!(out.len(), self.elements(), "{}", self.name);
+        let float = Float::of(self)?;
+        let flaws = out
+            .par_chunks_mut(PIECE)
+            .enumerate()
+            .map(|(piece, out)| self.piece(float, piece * PIECE, out))
+            .reduce(Flaws::default, Flaws::join);
+        let name = || self.name.to_owned();
+        match flaws {
+            Flaws {
+                non_finite: Some((first, count)),
+                ..
+            } => Err(FormatError::NonFinite {
+                name: name(),
+                first,
+                count,
+            }),
+            Flaws {
+                overflow: Some((first, count)),
+                ..
+            } => Err(FormatError::Overflow {
+                name: name(),
+                first,
+                count,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Elements from `first` on, as f16.
+    fn piece(&self, float: Float, first: usize, out: &mut [f16]) -> Flaws {
+        let mut flaws = Flaws::default();
+        if float == Float::F16 {
+            self.copy(first, out, f16::from_le_bytes);
+            if any_not_finite(out) {
+                flaws.non_finite = find(out, first, |v| !v.is_finite());
+            }
+            return flaws;
+        }
+        let mut wide = [0f32; RUN];
+        for (run, out) in out.chunks_mut(RUN).enumerate() {
+            let first = first + run * RUN;
+            let wide = &mut wide[..out.len()];
+            match float {
+                Float::F32 => self.copy(first, wide, f32::from_le_bytes),
+                _ => self.copy(first, wide, |b| bf16::from_le_bytes(b).to_f32()),
+            }
+            out.convert_from_f32_slice(wide);
+            if any_not_finite(out) {
+                // Only the source tells a value that overflowed from one that was never finite.
+                let non_finite = find(wide, first, |v| !v.is_finite());
+                let overflow = find(wide, first, |v| {
+                    v.is_finite() && !f16::from_f32(*v).is_finite()
+                });
+                flaws = flaws.join(Flaws {
+                    non_finite,
+                    overflow,
+                });
+            }
+        }
+        flaws
+    }
+
+    /// Fills `out` with the elements of `N` bytes from `first` on.
+    fn copy<const N: usize, T>(&self, first: usize, out: &mut [T], from: impl Fn([u8; N]) -> T) {
+        let storage = self.storage.as_chunks::<N>().0;
+        match self.strides {
+            None => {
+                for (out, element) in out.iter_mut().zip(&storage[first..]) {
+                    *out = from(*element);
+                }
+            }
+            Some(strides) => {
+                for (out, at) in out.iter_mut().zip(offsets(self.shape, strides, first)) {
+                    *out = from(storage[at]);
+                }
+            }
+        }
+    }
+
+    /// An i32 tensor's words.
+    ///
+    /// # Errors
+    /// Another dtype.
+    pub(crate) fn i32(&self) -> Result<Vec<i32>, FormatError> {
+        if self.dtype != Dtype::I32 {
+            return Err(self.wrong_dtype("I32"));
+        }
+        let mut values = vec![0; self.elements()];
+        self.copy(0, &mut values, i32::from_le_bytes);
+        Ok(values)
+    }
+
+    fn wrong_dtype(&self, expected: &'static str) -> FormatError {
+        FormatError::Dtype {
+            name: self.name.into(),
+            found: format!("{:?}", self.dtype),
+            expected,
+        }
+    }
+}
+
+/// The element types weights come in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Float {
+    F16,
+    Bf16,
+    F32,
+}
+
+impl Float {
+    fn of(view: &TensorView<'_>) -> Result<Float, FormatError> {
+        match view.dtype {
+            Dtype::F16 => Ok(Float::F16),
+            Dtype::BF16 => Ok(Float::Bf16),
+            Dtype::F32 => Ok(Float::F32),
+            _ => Err(view.wrong_dtype("F16, BF16 or F32")),
+        }
+    }
+}
+
+impl Flaws {
+    fn join(self, other: Flaws) -> Flaws {
+        let join = |a: Found, b: Found| match (a, b) {
+            (Some((first, n)), Some((other, m))) => Some((first.min(other), n + m)),
+            (one, other) => one.or(other),
+        };
+        Flaws {
+            non_finite: join(self.non_finite, other.non_finite),
+            overflow: join(self.overflow, other.overflow),
+        }
+    }
+}
+
+/// Whether a value is not finite. In runs that are summed up without a branch: this passes over
+/// every weight of a model.
+fn any_not_finite(values: &[f16]) -> bool {
+    const EXPONENT: u16 = 0x7c00;
+    values.chunks(4096).any(|run| {
+        let bad = |v: &f16| u32::from(v.to_bits() & EXPONENT == EXPONENT);
+        run.iter().map(bad).sum::<u32>() > 0
+    })
+}
+
+/// The first element `bad` holds for, counted from `start`, and how many there are.
+fn find<T>(values: &[T], start: usize, bad: impl Fn(&T) -> bool) -> Found {
+    let first = values.iter().position(&bad)?;
+    Some((
+        start + first,
+        values[first..].iter().filter(|v| bad(v)).count(),
+    ))
+}
+
+/// Places of a tensor's elements in its storage, row-major from element `first` on. Only as many as
+/// the tensor has from there may be taken.
+fn offsets<'a>(
+    shape: &'a [usize],
+    strides: &'a [usize],
+    first: usize,
+) -> impl Iterator<Item = usize> + use<'a> {
+    let mut index = vec![0; shape.len()];
+    let (mut rest, mut at) = (first, 0);
+    for (dim, &size) in shape.iter().enumerate().rev() {
+        index[dim] = rest.checked_rem(size).unwrap_or(0);
+        rest = rest.checked_div(size).unwrap_or(0);
+        at += index[dim] * strides[dim];
+    }
+    std::iter::repeat_with(move || {
+        let here = at;
+        for dim in (0..shape.len()).rev() {
+            index[dim] += 1;
+            at += strides[dim];
+            if index[dim] < shape[dim] {
+                break;
+            }
+            at -= index[dim] * strides[dim];
+            index[dim] = 0;
+        }
+        here
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `[4, 6]` numbers 0..24, as a view of `shape` and `strides`.
+    fn view<'a>(storage: &'a [u8], shape: &'a [usize], strides: &'a [usize]) -> TensorView<'a> {
+        TensorView {
+            name: "x",
+            dtype: Dtype::F32,
+            shape,
+            strides: Some(strides),
+            storage,
+        }
+    }
+
+    fn numbers() -> Vec<u8> {
+        (0..24).flat_map(|v| (v as f32).to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn strided_views_are_gathered_in_row_major_order() {
+        let storage = numbers();
+        let transposed = view(&storage, &[6, 4], &[1, 6]);
+        let mut out = vec![f16::ZERO; 24];
+        transposed.f16_into(&mut out).unwrap();
+        let expected: Vec<f32> = (0..24).map(|i| (i % 4 * 6 + i / 4) as f32).collect();
+        assert_eq!(out.to_f32_vec(), expected);
+        let bytes: Vec<u8> = expected.iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert_eq!(&*transposed.bytes(), bytes);
+
+        let expanded = view(&storage[4..12], &[3, 2], &[0, 1]);
+        let mut out = vec![f16::ZERO; 6];
+        expanded.f16_into(&mut out).unwrap();
+        assert_eq!(out.to_f32_vec(), [1.0, 2.0, 1.0, 2.0, 1.0, 2.0]);
+    }
+
+    #[test]
+    fn walking_may_start_anywhere() {
+        let (shape, strides) = ([2, 3, 4], [1, 8, 2]);
+        let all: Vec<usize> = offsets(&shape, &strides, 0).take(24).collect();
+        for first in 0..24 {
+            let rest: Vec<usize> = offsets(&shape, &strides, first).take(24 - first).collect();
+            assert_eq!(rest, all[first..], "{first}");
+        }
+    }
+
+    #[test]
+    fn flaws_are_counted_over_all_pieces() {
+        let n = 2 * PIECE + 5;
+        let mut values = vec![1f32; n];
+        for at in [7, PIECE + 1, n - 1] {
+            values[at] = 7e4;
+        }
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let mut tensor = TensorView {
+            name: "x",
+            dtype: Dtype::F32,
+            shape: &[n],
+            strides: None,
+            storage: &bytes,
+        };
+        let mut out = vec![f16::ZERO; n];
+        assert!(matches!(
+            tensor.f16_into(&mut out),
+            Err(FormatError::Overflow {
+                first: 7,
+                count: 3,
+                ..
+            })
+        ));
+        let mut bytes = bytes.clone();
+        bytes[4 * PIECE..4 * PIECE + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+        tensor.storage = &bytes;
+        assert!(matches!(
+            tensor.f16_into(&mut out),
+            Err(FormatError::NonFinite { count: 1, .. })
+        ));
+    }
+}

@@ -1,0 +1,14 @@
+//! Text from a checkpoint, dense or quantised, token by token.
+//!
+//! Reading order: [`Settings`] says how to choose and when to stop; [`Sampler`] turns logits into a
+//! choice; [`Stops`] watches the text; [`generate`] runs prompts and gives [`Reply`] for each.
+
+mod error;
+mod sampler;
+mod session;
+mod stops;
+
+pub use error::GenerateError;
+pub use sampler::{Choice, Sampler};
+pub use session::{Finish, Prompt, Reply, Settings, generate};
+pub use stops::Stops;

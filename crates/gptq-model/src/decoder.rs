@@ -1,0 +1,61 @@
+//! A whole model on a device, predicting one token after another.
+
+use gptq_kernels::Engine;
+
+use crate::model::Embedding;
+use crate::{Block, Cache, Head, Model, ModelError};
+
+/// Every block resident, each with its cache.
+pub struct Decoder<B: Engine> {
+    embedding: Embedding<B>,
+    blocks: Vec<(Block<B>, Cache<B>)>,
+    head: Head<B>,
+    /// The tokens whose keys and values the caches hold.
+    held: Vec<u32>,
+}
+
+impl<B: Engine> Decoder<B> {
+    /// Loads every part of `model`.
+    pub fn load(model: &Model<B>) -> Result<Self, ModelError> {
+        let config = model.config();
+        let block = |layer| {
+            let cache = Cache::new(config.kv_heads, config.head_dim, model.device());
+            Ok::<_, ModelError>((model.resident_block(layer)?, cache))
+        };
+        Ok(Decoder {
+            embedding: model.embedding()?,
+            blocks: (0..config.layers).map(block).collect::<Result<_, _>>()?,
+            head: model.head()?,
+            held: Vec::new(),
+        })
+    }
+
+    /// How many of the first tokens of `context` need not be run again.
+    pub fn reusable(&self, context: &[u32]) -> usize {
+        let pairs = self.held.iter().zip(context);
+        let common = pairs.take_while(|(held, token)| held == token).count();
+        // The last token is what the prediction comes from: it is always run.
+        common.min(context.len().saturating_sub(1))
+    }
+
+    /// The logits `[vocabulary]` of the token after `context`, which holds at least one. Only what
+    /// follows the part shared with the last call is run, all of it at once.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary.
+    pub fn next_logits(&mut self, context: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let start = self.reusable(context);
+        let new = context[start..].to_vec();
+        let n = new.len();
+        let mut flow = self.embedding.flow(&[new], B::COMPUTE)?;
+        for (block, cache) in &mut self.blocks {
+            cache.truncate(start);
+            flow = block.forward_cached(flow, cache);
+        }
+        self.held.truncate(start);
+        self.held.extend_from_slice(&context[start..]);
+        let last = flow.residual.slice([n - 1..n]);
+        let logits = self.head.logits(last).into_data();
+        Ok(logits.to_vec::<f32>().expect("the logits are f32"))
+    }
+}

@@ -1,0 +1,115 @@
+//! `gptq inspect`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use gptq_format::{Inspection, LinearInfo};
+
+use crate::{size, table};
+
+#[derive(Args)]
+pub(crate) struct InspectArgs {
+    /// A checkpoint's directory, or one of its weight files
+    path: PathBuf,
+    /// Print everything as JSON: every tensor with its SHA-256 too
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: InspectArgs) -> Result<()> {
+    let found = Inspection::of(&args.path)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&found)?);
+        return Ok(());
+    }
+    let model = found.model_type.as_deref().unwrap_or("no config.json");
+    println!(
+        "{}: {} ({model}), {} tensors, {}",
+        args.path.display(),
+        found.format,
+        found.tensors.len(),
+        size::decimal(found.tensor_bytes as u64)
+    );
+    if let Some(base) = &found.base_model {
+        println!("quantised from {base}");
+    }
+    if let Some(settings) = &found.settings {
+        let several = || "several".to_owned();
+        let act_order = match (settings.act_order, settings.without_g_idx) {
+            (true, _) => "act order",
+            (false, 0) => "no act order",
+            (false, _) => "no act order, no g_idx (read as groups in order)",
+        };
+        println!(
+            "{} bits, groups of {}, {}, {act_order}{} (from {})",
+            settings.bits.map_or_else(several, |b| b.to_string()),
+            settings.group_size.map_or_else(several, |g| g.to_string()),
+            if settings.sym {
+                "symmetric"
+            } else {
+                "asymmetric"
+            },
+            (settings.damp_percent).map_or_else(String::new, |d| format!(", damp {d}")),
+            settings.source
+        );
+        println!("\n{}", shapes(&found.linears).trim_end());
+        let loads = |which: bool| {
+            let clients = found.clients.iter().filter(move |c| c.loads == which);
+            clients.map(|c| match c.why {
+                None => c.name.to_owned(),
+                Some(why) => format!("{} ({why})", c.name),
+            })
+        };
+        println!("\nloads in: {}", loads(true).collect::<Vec<_>>().join(", "));
+        let not: Vec<String> = loads(false).collect();
+        if !not.is_empty() {
+            println!("not in: {}", not.join(", "));
+        }
+    }
+    let files = found.files.iter().map(|f| {
+        let digest = f.sha256[..16].to_owned();
+        vec![f.name.clone(), size::decimal(f.bytes), digest]
+    });
+    let heading = ["file", "size", "SHA-256, beginning"]
+        .map(String::from)
+        .to_vec();
+    let rows: Vec<_> = [heading].into_iter().chain(files).collect();
+    println!("\n{}", table::render(&rows).trim_end());
+    Ok(())
+}
+
+/// A row for each kind of quantised linear, with how many there are.
+fn shapes(linears: &[LinearInfo]) -> String {
+    let kind = |l: &LinearInfo| {
+        let name = l.name.rsplit('.').next().unwrap_or_default().to_owned();
+        (name, [l.out_features, l.in_features], l.bits, l.group_size)
+    };
+    let mut kinds = Vec::new();
+    for linear in linears {
+        let this = kind(linear);
+        match kinds.iter_mut().find(|(k, _)| *k == this) {
+            Some((_, count)) => *count += 1,
+            None => kinds.push((this, 1)),
+        }
+    }
+    let heading = ["linear", "count", "out x in", "bits", "group"].map(String::from);
+    let rows = kinds
+        .into_iter()
+        .map(|((name, [out, n_in], bits, group), n): (_, usize)| {
+            let shape = format!("{out} x {n_in}");
+            vec![
+                name,
+                n.to_string(),
+                shape,
+                bits.to_string(),
+                group.to_string(),
+            ]
+        });
+    table::render(
+        &[heading.to_vec()]
+            .into_iter()
+            .chain(rows)
+            .collect::<Vec<_>>(),
+    )
+}

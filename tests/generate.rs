@@ -1,0 +1,175 @@
+//! `gptq generate`: what it says, and that it says what Transformers says.
+
+use std::fs;
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::harness::{Scratch, medi_tiny, refuse, root, succeed};
+
+/// One reply of the bundled model.
+fn reply(args: &[&str]) -> Value {
+    let fixed = [
+        "generate",
+        "tests/models/medi-tiny",
+        "--json",
+        "--device",
+        "cpu",
+    ];
+    let line = succeed(fixed.iter().chain(args));
+    serde_json::from_str(line.trim()).unwrap()
+}
+
+#[test]
+fn greedy_text_is_that_of_transformers_token_for_token() {
+    let golden = fs::read(root().join("tests/golden/generate.json")).unwrap();
+    let golden: Value = serde_json::from_slice(&golden).unwrap();
+    let rows = golden["models"]["medi-tiny"].as_array().unwrap();
+    assert!(!rows.is_empty());
+    for row in rows {
+        // The forward passes agree to 2e-3: a smaller gap between the two best tokens would make
+        // either of them right.
+        assert!(row["smallest_gap"].as_f64().unwrap() > 4e-3);
+        let found = reply(&[
+            "--prompt",
+            row["prompt"].as_str().unwrap(),
+            "--greedy",
+            "--ignore-eos",
+            "--max-new-tokens",
+            "64",
+        ]);
+        assert_eq!(found["tokens"], row["tokens"]);
+        assert_eq!(found["finish"], "length");
+        let text = found["text"].as_str().unwrap();
+        assert_eq!(
+            text.trim_start(),
+            row["text"].as_str().unwrap().trim_start()
+        );
+    }
+}
+
+#[test]
+fn a_seed_repeats_a_text_and_stop_strings_end_it() {
+    let prompt = ["--prompt", "Asthma is", "--max-new-tokens", "24"];
+    let draw = |seed| reply(&[&prompt[..], &["--seed", seed]].concat())["tokens"].clone();
+    assert_eq!(draw("1"), draw("1"));
+    assert_ne!(draw("1"), draw("2"));
+
+    let text = reply(&[&prompt[..], &["--greedy"]].concat());
+    let text = text["text"].as_str().unwrap();
+    let word = text.split_whitespace().nth(3).unwrap();
+    let stopped = reply(&[&prompt[..], &["--greedy", "--stop", word]].concat());
+    assert_eq!(stopped["finish"], "stop_string");
+    assert_eq!(stopped["text"], text[..text.find(word).unwrap()]);
+}
+
+#[test]
+fn text_is_printed_as_it_is_and_rates_go_beside_it() {
+    let args = [
+        "generate",
+        "tests/models/medi-tiny",
+        "--prompt",
+        "Asthma is",
+        "--greedy",
+    ];
+    let output = crate::harness::gptq(args.iter().chain(&["--max-new-tokens", "8"]));
+    let expected = reply(&["--prompt", "Asthma is", "--greedy", "--max-new-tokens", "8"]);
+    let shown = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(
+        shown.trim_end_matches('\n'),
+        expected["text"].as_str().unwrap()
+    );
+    let beside = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        beside.contains("prompt tokens at") && beside.contains("8 new tokens"),
+        "{beside}"
+    );
+}
+
+#[test]
+fn a_chat_keeps_its_history_in_the_cache() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_gptq"))
+        .args([
+            "generate",
+            "tests/models/medi-tiny",
+            "--chat",
+            "--json",
+            "--greedy",
+        ])
+        .args([
+            "--system",
+            "Be brief.",
+            "--max-new-tokens",
+            "12",
+            "--device",
+            "cpu",
+        ])
+        .current_dir(root())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = "What is asthma?\n\nIs it dangerous?\n";
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(lines.as_bytes())
+        .unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let replies: Vec<Value> = String::from_utf8(output.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let [first, second] = &replies[..] else {
+        panic!("two replies: {replies:?}");
+    };
+    assert_eq!(first["cached_tokens"], 0);
+    let cached = second["cached_tokens"].as_u64().unwrap();
+    // The first prompt is in the cache; whether the reply's own tokens are depends on how its text
+    // is cut into tokens again.
+    assert!(
+        cached >= first["prompt_tokens"].as_u64().unwrap() - 1,
+        "{second}"
+    );
+    assert!(cached < second["prompt_tokens"].as_u64().unwrap());
+}
+
+#[test]
+fn a_branch_speaks_from_its_codes() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(
+        &medi_tiny(),
+        "[[branch]]\nname = \"a\"\nbits = 8\ngroup_size = 64\n",
+    );
+    succeed(["quantize", recipe.to_str().unwrap()]);
+    let dir = scratch.out().join("a");
+    let args = [
+        "--prompt",
+        "Asthma is",
+        "--greedy",
+        "--max-new-tokens",
+        "16",
+        "--json",
+    ];
+    let line = succeed(["generate", dir.to_str().unwrap()].iter().chain(&args));
+    let found: Value = serde_json::from_str(line.trim()).unwrap();
+    // At 8 bits the first tokens are the dense model's.
+    let dense = reply(&args[..5]);
+    assert_eq!(found["tokens"][0], dense["tokens"][0]);
+}
+
+#[test]
+fn wrong_requests_are_refused_in_one_line() {
+    let model = ["generate", "tests/models/medi-tiny", "--prompt", "x"];
+    let with = |args: &[&'static str]| refuse(model.iter().chain(args));
+    assert!(with(&["--temperature", "0"]).contains("say greedy"));
+    assert!(with(&["--top-p", "2"]).contains("at most 1"));
+    assert!(with(&["--template", "own"]).contains("no chat template"));
+    assert!(with(&["--system", "x"]).contains("--template"));
+    let line = refuse(["generate", "tests/data", "--prompt", "x"]);
+    assert!(line.contains("tests/data"), "{line}");
+}
