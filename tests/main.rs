@@ -3,5 +3,9 @@
 mod bad_input;
 mod generate;
 mod harness;
+mod hub;
+mod hub_server;
+mod inputs;
 mod matrix;
+mod requantize;
 mod verify;

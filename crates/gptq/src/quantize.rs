@@ -5,23 +5,44 @@ use std::path::Path;
 
 use anyhow::Result;
 use gptq_pipeline::{
-    BranchReport, Outcome, Perplexity, Phase, Plan, Profile, RunOptions, quantise,
+    BranchReport, Outcome, Perplexity, Phase, Plan, Profile, Recipe, RunOptions, quantise,
 };
 use gptq_verify::{Evaluation, verify};
 
-use crate::cli::{QuantizeArgs, warn};
+use crate::cli::{QuantizeArgs, RunArgs, warn};
+use crate::hub::{self, Need};
 use crate::progress::Progress;
 use crate::{plan, size, table};
 
+/// Finished branches.
+pub(crate) struct Produced {
+    pub plan: Plan,
+    /// In the plan's order.
+    pub reports: Vec<BranchReport>,
+    /// One each, where the plan has an evaluation text.
+    pub perplexities: Vec<f64>,
+}
+
 pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
-    let recipe = args.recipe.load(args.perplexity)?;
-    let mut plan = Plan::new(&recipe)?;
+    let recipe = args.recipe.load(args.run.perplexity.clone())?;
+    match args.dry_run {
+        true => {
+            let plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
+            warn(&plan);
+            plan::print(&plan);
+        }
+        false => {
+            produce(&recipe, &args.run)?;
+        }
+    }
+    Ok(())
+}
+
+/// Carries a recipe out, and prints what came of it.
+pub(crate) fn produce(recipe: &Recipe, args: &RunArgs) -> Result<Produced> {
+    let mut plan = Plan::new(recipe, &hub::fetch(recipe, Need::Weights, true)?)?;
     plan.command = Some(command(std::env::args_os().skip(1)));
     warn(&plan);
-    if args.dry_run {
-        plan::print(&plan);
-        return Ok(());
-    }
     let mut progress = Progress::new(&plan);
     let options = RunOptions {
         profile: args.profile,
@@ -60,7 +81,11 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     if args.profile {
         println!("\n{}", time(&profile).trim_end());
     }
-    Ok(())
+    Ok(Produced {
+        plan,
+        reports,
+        perplexities,
+    })
 }
 
 /// The command line as a shell reads it. Of an absolute path only the last component stays, so that
