@@ -7,5 +7,6 @@ mod hub;
 mod hub_server;
 mod inputs;
 mod matrix;
+mod publish;
 mod requantize;
 mod verify;
