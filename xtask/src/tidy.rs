@@ -25,10 +25,11 @@ const TOP_LEVEL: [&str; 12] = [
 ];
 
 /// Crates from the bottom up: each may use only those before it.
-const ORDER: [(&str, &str); 9] = [
+const ORDER: [(&str, &str); 11] = [
     ("gptq-format", "crates/gptq-format"),
     ("gptq-solver", "crates/gptq-solver"),
     ("gptq-calibration", "crates/gptq-calibration"),
+    ("gptq-hub", "crates/gptq-hub"),
     ("gptq-kernels", "kernels"),
     ("gptq-model", "crates/gptq-model"),
     ("gptq-generate", "crates/gptq-generate"),

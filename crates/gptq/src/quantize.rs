@@ -5,23 +5,49 @@ use std::path::Path;
 
 use anyhow::Result;
 use gptq_pipeline::{
-    BranchReport, Outcome, Perplexity, Phase, Plan, Profile, RunOptions, quantise,
+    BranchReport, Outcome, Perplexity, Phase, Plan, Profile, Recipe, RunOptions, quantise,
 };
 use gptq_verify::{Evaluation, Request, verify};
 use serde_json::json;
 
-use crate::cli::{QuantizeArgs, warn};
+use crate::cli::{QuantizeArgs, RunArgs, warn};
+use crate::hub::{self, Need};
 use crate::progress::Progress;
 use crate::{plan, size, table};
 
+/// Finished branches.
+pub(crate) struct Produced {
+    pub plan: Plan,
+    /// In the plan's order.
+    pub reports: Vec<BranchReport>,
+    /// One each, where the plan has an evaluation text.
+    pub perplexities: Vec<f64>,
+    pub profile: Profile,
+}
+
 pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
-    let recipe = args.recipe.load(args.perplexity)?;
-    let mut plan = Plan::new(&recipe)?;
+    let recipe = args.recipe.load(args.run.perplexity.clone())?;
+    match args.dry_run {
+        true => {
+            let plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
+            warn(&plan);
+            plan::show(&plan, args.run.json)
+        }
+        false => {
+            let produced = produce(&recipe, &args.run)?;
+            if args.run.json {
+                println!("{}", serde_json::to_string_pretty(&record(&produced))?);
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Carries a recipe out, and prints what came of it unless that is to be JSON.
+pub(crate) fn produce(recipe: &Recipe, args: &RunArgs) -> Result<Produced> {
+    let mut plan = Plan::new(recipe, &hub::fetch(recipe, Need::Weights, true)?)?;
     plan.command = Some(command(std::env::args_os().skip(1)));
     warn(&plan);
-    if args.dry_run {
-        return plan::show(&plan, args.json);
-    }
     let mut progress = Progress::new(&plan, args.json);
     let options = RunOptions {
         profile: args.profile,
@@ -63,17 +89,19 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
             }
         }
     }
-    if args.json {
-        let record = record(&plan, &reports, &perplexities, &profile);
-        println!("{}", serde_json::to_string_pretty(&record)?);
-        return Ok(());
+    if !args.json {
+        println!("\n{}", summary(&reports, &perplexities));
+        println!("written to {}", plan.output.display());
+        if args.profile {
+            println!("\n{}", time(&profile).trim_end());
+        }
     }
-    println!("\n{}", summary(&reports, &perplexities));
-    println!("written to {}", plan.output.display());
-    if args.profile {
-        println!("\n{}", time(&profile).trim_end());
-    }
-    Ok(())
+    Ok(Produced {
+        plan,
+        reports,
+        perplexities,
+        profile,
+    })
 }
 
 /// The command line as a shell reads it. Of an absolute path only the last component stays, so that
@@ -105,12 +133,8 @@ fn command(args: impl Iterator<Item = OsString>) -> String {
 }
 
 /// What came of a run, for programs: the branches in the plan's order.
-fn record(
-    plan: &Plan,
-    reports: &[BranchReport],
-    perplexities: &[f64],
-    profile: &Profile,
-) -> serde_json::Value {
+fn record(produced: &Produced) -> serde_json::Value {
+    let Produced { plan, reports, .. } = produced;
     let branches = plan.branches.iter().zip(reports).enumerate();
     let branches = branches.map(|(i, (branch, report))| {
         let numbers = report.summary();
@@ -122,10 +146,10 @@ fn record(
             "worst_error": numbers.worst_error,
             "mean_ratio": numbers.mean_ratio,
             "seconds": report.seconds,
-            "perplexity": perplexities.get(i),
+            "perplexity": produced.perplexities.get(i),
         })
     });
-    json!({"branches": branches.collect::<Vec<_>>(), "seconds": profile.total})
+    json!({"branches": branches.collect::<Vec<_>>(), "seconds": produced.profile.total})
 }
 
 /// A row per phase, then what no phase has and the whole.
