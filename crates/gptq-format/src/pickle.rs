@@ -17,10 +17,16 @@
 //! [`MAX_NAME`] bytes in a name. Values are small numbers and borrowed text, so memory stays under
 //! 128 MiB.
 
+mod names;
+mod operands;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use safetensors::Dtype;
+
+use names::{Global, opcode_name};
+use operands::utf8;
 
 /// Bytes of a pickle; a 7B model's shard has 30 kB.
 const MAX_BYTES: usize = 16 << 20;
@@ -95,45 +101,6 @@ enum Value<'a> {
     Storage(u32),
     /// Index into [`Machine::tensors`].
     Tensor(u32),
-}
-
-/// The names that may be called, and the storage types.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Global {
-    OrderedDict,
-    RebuildTensor,
-    RebuildParameter,
-    RebuildParameterWithState,
-    Storage(Dtype),
-}
-
-impl Global {
-    fn named(module: &str, name: &str) -> Result<Global, String> {
-        let storage = |dtype| Ok(Global::Storage(dtype));
-        match (module, name) {
-            ("collections", "OrderedDict") => Ok(Global::OrderedDict),
-            ("torch._utils", "_rebuild_tensor_v2") => Ok(Global::RebuildTensor),
-            ("torch._utils", "_rebuild_parameter") => Ok(Global::RebuildParameter),
-            ("torch._utils", "_rebuild_parameter_with_state") => {
-                Ok(Global::RebuildParameterWithState)
-            }
-            ("torch", "HalfStorage") => storage(Dtype::F16),
-            ("torch", "BFloat16Storage") => storage(Dtype::BF16),
-            ("torch", "FloatStorage") => storage(Dtype::F32),
-            ("torch", "DoubleStorage") => storage(Dtype::F64),
-            ("torch", "LongStorage") => storage(Dtype::I64),
-            ("torch", "IntStorage") => storage(Dtype::I32),
-            ("torch", "ShortStorage") => storage(Dtype::I16),
-            ("torch", "CharStorage") => storage(Dtype::I8),
-            ("torch", "ByteStorage") => storage(Dtype::U8),
-            ("torch", "BoolStorage") => storage(Dtype::BOOL),
-            _ => Err(format!(
-                "its pickle names {:?}, which a file of weights has no use for; nothing was \
-                 executed, and nothing will be",
-                format!("{module}.{name}")
-            )),
-        }
-    }
 }
 
 struct Machine<'a> {
@@ -259,41 +226,6 @@ impl<'a> Machine<'a> {
                 }
             }
         }
-    }
-
-    fn bytes(&mut self, count: usize) -> Step<&'a [u8]> {
-        let (taken, rest) = self
-            .rest
-            .split_at_checked(count)
-            .ok_or("its pickle ends in the middle; the file may be truncated")?;
-        self.rest = rest;
-        Ok(taken)
-    }
-
-    fn array<const N: usize>(&mut self) -> Step<[u8; N]> {
-        Ok(*self.bytes(N)?.first_chunk().expect("taken with length N"))
-    }
-
-    fn line(&mut self) -> Step<&'a str> {
-        let end = self.rest.iter().take(MAX_NAME).position(|&b| b == b'\n');
-        let end = end.ok_or_else(|| format!("its pickle has a name over {MAX_NAME} bytes"))?;
-        let line = self.bytes(end + 1)?;
-        utf8(&line[..end])
-    }
-
-    /// A little-endian two's complement number of up to 8 bytes.
-    fn long(&mut self) -> Step<i64> {
-        let [length] = self.array()?;
-        let bytes = self.bytes(length.into())?;
-        if bytes.len() > 8 {
-            return Err("its pickle has an integer over 64 bits".into());
-        }
-        let sign = bytes
-            .last()
-            .map_or(0, |b| if b & 0x80 == 0 { 0 } else { 0xff });
-        let mut wide = [sign; 8];
-        wide[..bytes.len()].copy_from_slice(bytes);
-        Ok(i64::from_le_bytes(wide))
     }
 
     fn text(&mut self, length: usize) -> Step {
@@ -540,49 +472,8 @@ impl<'a> Machine<'a> {
     }
 }
 
-fn utf8(bytes: &[u8]) -> Step<&str> {
-    str::from_utf8(bytes).map_err(|_| "its pickle has a name that is not UTF-8".into())
-}
-
 fn size(value: i64) -> Step<usize> {
     usize::try_from(value).map_err(|_| format!("its pickle has a size or offset of {value}"))
-}
-
-/// The name in Python's documentation of what comes up in hostile or unusual pickles.
-fn opcode_name(opcode: u8) -> String {
-    let name = match opcode {
-        b'0' => "POP",
-        b'1' => "POP_MARK",
-        b'2' => "DUP",
-        b'B' => "BINBYTES",
-        b'C' => "SHORT_BINBYTES",
-        b'F' => "FLOAT",
-        b'I' => "INT",
-        b'L' => "LONG",
-        b'P' => "PERSID",
-        b'S' => "STRING",
-        b'T' => "BINSTRING",
-        b'V' => "UNICODE",
-        b'd' => "DICT",
-        b'g' => "GET",
-        b'i' => "INST",
-        b'l' => "LIST",
-        b'o' => "OBJ",
-        b'p' => "PUT",
-        0x80 => "PROTO",
-        0x81 => "NEWOBJ",
-        0x82..=0x84 => "EXT",
-        0x8b => "LONG4",
-        0x8c => "SHORT_BINUNICODE",
-        0x8d => "BINUNICODE8",
-        0x8f => "EMPTY_SET",
-        0x92 => "NEWOBJ_EX",
-        0x93 => "STACK_GLOBAL",
-        0x94 => "MEMOIZE",
-        0x95 => "FRAME",
-        _ => return format!("{opcode:#04x}"),
-    };
-    format!("{name} ({opcode:#04x})")
 }
 
 #[cfg(test)]

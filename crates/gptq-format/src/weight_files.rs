@@ -86,7 +86,7 @@ fn read_weight_map(index: &Path) -> Result<BTreeMap<String, String>, FormatError
                 Ok((name.clone(), file.to_owned()))
             }
             _ => Err(malformed(format!(
-                "{name} points to {file}, not to a file name; shards lie beside their index"
+                "{name:?} points to {file}, not to a file name; shards lie beside their index"
             ))),
         })
         .collect()

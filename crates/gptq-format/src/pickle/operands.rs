@@ -1,0 +1,44 @@
+//! What follows an opcode: bytes, lines and numbers.
+
+use super::{MAX_NAME, Machine, Step};
+
+impl<'a> Machine<'a> {
+    pub(super) fn bytes(&mut self, count: usize) -> Step<&'a [u8]> {
+        let (taken, rest) = self
+            .rest
+            .split_at_checked(count)
+            .ok_or("its pickle ends in the middle; the file may be truncated")?;
+        self.rest = rest;
+        Ok(taken)
+    }
+
+    pub(super) fn array<const N: usize>(&mut self) -> Step<[u8; N]> {
+        Ok(*self.bytes(N)?.first_chunk().expect("taken with length N"))
+    }
+
+    pub(super) fn line(&mut self) -> Step<&'a str> {
+        let end = self.rest.iter().take(MAX_NAME).position(|&b| b == b'\n');
+        let end = end.ok_or_else(|| format!("its pickle has a name over {MAX_NAME} bytes"))?;
+        let line = self.bytes(end + 1)?;
+        utf8(&line[..end])
+    }
+
+    /// A little-endian two's complement number of up to 8 bytes.
+    pub(super) fn long(&mut self) -> Step<i64> {
+        let [length] = self.array()?;
+        let bytes = self.bytes(length.into())?;
+        if bytes.len() > 8 {
+            return Err("its pickle has an integer over 64 bits".into());
+        }
+        let sign = bytes
+            .last()
+            .map_or(0, |b| if b & 0x80 == 0 { 0 } else { 0xff });
+        let mut wide = [sign; 8];
+        wide[..bytes.len()].copy_from_slice(bytes);
+        Ok(i64::from_le_bytes(wide))
+    }
+}
+
+pub(super) fn utf8(bytes: &[u8]) -> Step<&str> {
+    str::from_utf8(bytes).map_err(|_| "its pickle has a name that is not UTF-8".into())
+}
