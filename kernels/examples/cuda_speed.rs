@@ -2,19 +2,20 @@
 //!
 //! Each figure is the median of repeated runs between two synchronisations of the device, on
 //! random values, beside what the card does at best. Run it alone on the card. With the argument
-//! `solve` or `forward`, only that; scales are searched, as by default, unless `plain` is among them.
+//! `solve`, `forward` or `generate`, only that; scales are searched, as by default, unless `plain` is among them.
 
 use std::time::Instant;
 
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData, backend::Backend};
 use cudarc::driver::CudaContext;
-use gptq_format::{Bits, CheckpointFormat, GroupSize};
+use gptq_format::{Bits, CheckpointFormat, GroupSize, PackedLinear};
 use gptq_kernels::cuda::{
-    Cuda, Device, causal_attention, embedding, gram_add, gram_zeros, linear, rms_norm, rotary,
-    solve, swiglu,
+    Cuda, Device, causal_attention, embedding, gram_add, gram_zeros, linear, packed_linear,
+    resident, rms_norm, rotary, solve, swiglu,
 };
 use gptq_kernels::{Hessian, Request};
 use gptq_solver::Settings;
+use half::f16;
 
 const WINDOW: usize = 4096;
 const HIDDEN: usize = 4096;
@@ -121,6 +122,9 @@ fn main() {
             "| layer, {WINDOWS} windows: forward and Gram | {:.0} ms | | |",
             time * 1e3
         );
+    }
+    if wanted("generate") {
+        generate(&device, &ceilings);
     }
     if wanted("solve") {
         println!("| layer: solving | {:.0} ms | | |", solving(&device) * 1e3);
@@ -239,6 +243,46 @@ fn forward(device: &Device, ceilings: &Ceilings) -> f64 {
         "GB/s",
     );
     forward
+}
+
+/// Linear layers on packed weights, one token. More layers than the card's cache holds take turns.
+fn generate(device: &Device, ceilings: &Ceilings) {
+    const BYTES: usize = 400 << 20;
+    for (bits, code) in [(Bits::Four, 0x7654_3210), (Bits::Eight, 0x7080_9010)] {
+        for [inside, out] in [[HIDDEN, HIDDEN], [HIDDEN, WIDE], [WIDE, HIDDEN]] {
+            let (b, groups) = (bits.get(), inside / 128);
+            let packed = PackedLinear {
+                bits,
+                in_features: inside,
+                out_features: out,
+                format: CheckpointFormat::Gptq,
+                qweight: vec![code; inside / 32 * b * out],
+                qzeros: vec![0x7777_7777; groups * out / 32 * b],
+                scales: vec![f16::from_f32(0.01); groups * out],
+                // Act order: a group's columns lie apart.
+                g_idx: (0..inside)
+                    .map(|i| (i * 5 % inside % groups) as i32)
+                    .collect(),
+            };
+            let bytes = 4 * (packed.qweight.len() + packed.qzeros.len()) + 2 * packed.scales.len();
+            let layers: Vec<_> = (0..BYTES.div_ceil(bytes))
+                .map(|_| resident(&packed, device).unwrap())
+                .collect();
+            let x = random([1, inside], 1.0, device);
+            let time = seconds(device, 10, || {
+                let each = layers
+                    .iter()
+                    .map(|layer| packed_linear(x.clone(), layer).unwrap());
+                each.collect::<Vec<_>>()
+            });
+            ceilings.row(
+                &format!("packed linear, one token, {b} bits, [{out}, {inside}]"),
+                time / layers.len() as f64,
+                bytes as f64 / 1e9,
+                "GB/s",
+            );
+        }
+    }
 }
 
 /// Seconds for solving all linear layers of a decoder layer.

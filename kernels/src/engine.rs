@@ -150,6 +150,11 @@ pub trait Engine: Backend {
         Tensor::<Self, 2>::from_data(data, (device, DType::F32)).cast(Self::COMPUTE)
     }
 
+    /// A packed linear on the device as [`Engine::packed_matmul_nt`] takes it.
+    fn resident(packed: &PackedLinear, device: &Self::Device) -> PackedWeight<Self> {
+        PackedWeight::upload(packed, device)
+    }
+
     /// `x [tokens, in] · wᵀ` for a packed `w`, giving `[tokens, out]`. The default dequantises by way
     /// of the host at every call: override it together with [`Engine::KEEPS_PACKED`].
     fn packed_matmul_nt(x: Tensor<Self, 2>, w: &PackedWeight<Self>) -> Tensor<Self, 2> {

@@ -23,6 +23,8 @@ pub struct PackedWeight<B: Backend> {
     pub scales: Tensor<B, 2>,
     /// i32 `[in]`, each below `groups`.
     pub g_idx: Tensor<B, 1, Int>,
+    /// i32 `[in]`: the input column of each position of `qweight`, where an engine reordered it.
+    pub order: Option<Tensor<B, 1, Int>>,
 }
 
 impl<B: Backend> PackedWeight<B> {
@@ -51,6 +53,7 @@ impl<B: Backend> PackedWeight<B> {
                 TensorData::new(packed.g_idx.clone(), [packed.in_features]),
                 (device, DType::I32),
             ),
+            order: None,
         }
     }
 
@@ -58,7 +61,7 @@ impl<B: Backend> PackedWeight<B> {
     pub fn download(&self) -> PackedLinear {
         let words = |tensor: &Tensor<B, 2, Int>| ints(tensor.clone().into_data());
         let unsigned = |values: Vec<i32>| values.into_iter().map(|v| v as u32).collect();
-        PackedLinear {
+        let packed = PackedLinear {
             bits: self.bits,
             in_features: self.g_idx.dims()[0],
             out_features: self.qweight.dims()[1],
@@ -69,7 +72,20 @@ impl<B: Backend> PackedWeight<B> {
                 .to_vec::<f16>()
                 .expect("scales are f16"),
             g_idx: ints(self.g_idx.clone().into_data()),
+        };
+        let Some(order) = &self.order else {
+            return packed;
+        };
+        let n_out = packed.out_features;
+        let mut linear = packed.unpack();
+        let reordered = linear.codes.clone();
+        let order = ints(order.clone().into_data());
+        for (row, column) in reordered.chunks(n_out).zip(order) {
+            linear.codes[column as usize * n_out..][..n_out].copy_from_slice(row);
         }
+        linear
+            .pack(packed.format)
+            .expect("zero points that were packed before")
     }
 }
 

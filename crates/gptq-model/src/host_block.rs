@@ -3,7 +3,7 @@
 
 use burn::tensor::Tensor;
 use gptq_format::{Checkpoint, FormatError, PackedLinear};
-use gptq_kernels::{Engine, HostBuffer, PackedWeight};
+use gptq_kernels::{Engine, HostBuffer};
 use rayon::prelude::*;
 
 use crate::{Block, Linear, ModelConfig, ModelError, Projection, Weight, rope};
@@ -116,7 +116,7 @@ impl HostBlock {
                     Weight::Dense(weight.cast(B::COMPUTE))
                 }
                 HostWeight::Packed(packed) if keep_packed => {
-                    Weight::Packed(PackedWeight::upload(packed, device))
+                    Weight::Packed(B::resident(packed, device))
                 }
                 HostWeight::Packed(packed) => Weight::Dense(B::dequantise(packed, device)),
             },

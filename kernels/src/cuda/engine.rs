@@ -11,11 +11,12 @@ use super::{
     error::{Error, fail},
     transfer::{self, Pinned},
 };
-use crate::{Engine, Hessian, HostBuffer, Request, SolveError, Subset, attention};
+use crate::{Engine, Hessian, HostBuffer, PackedWeight, Request, SolveError, Subset, attention};
 
 impl Engine for Cuda {
     const COMPUTE: DType = DType::F16;
     const CHUNK_TOKENS: usize = 16_384;
+    const KEEPS_PACKED: bool = true;
 
     fn matmul_nt(x: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {
         super::linear(x, w).unwrap_or_else(|error| fail(error))
@@ -79,6 +80,14 @@ impl Engine for Cuda {
 
     fn dequantise(packed: &PackedLinear, device: &Device) -> Tensor<Self, 2> {
         super::dequantise(packed, device).unwrap_or_else(|error| fail(error))
+    }
+
+    fn resident(packed: &PackedLinear, device: &Device) -> PackedWeight<Self> {
+        super::resident(packed, device).unwrap_or_else(|error| fail(error))
+    }
+
+    fn packed_matmul_nt(x: Tensor<Self, 2>, w: &PackedWeight<Self>) -> Tensor<Self, 2> {
+        super::packed_linear(x, w).unwrap_or_else(|error| fail(error))
     }
 
     fn host_buffer(len: usize, device: &Device) -> HostBuffer {

@@ -34,6 +34,7 @@ mod engine;
 mod attention;
 mod embedding;
 mod norm;
+mod packed_linear;
 mod rotary;
 mod swiglu;
 
@@ -54,6 +55,7 @@ pub use linear::linear;
 pub use norm::rms_norm;
 pub(crate) use pack::Fetched;
 pub use pack::dequantise;
+pub use packed_linear::{packed_linear, resident};
 pub use relative_error::relative_error;
 pub use rotary::rotary;
 pub use solve::solve;

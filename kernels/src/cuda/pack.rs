@@ -23,12 +23,17 @@ use super::{
 };
 
 /// Values that fill whole words.
-const RUN: usize = 32;
+pub(crate) const RUN: usize = 32;
 const UNITS: usize = 128;
 
 /// Adds value `j` of a run to its words.
 #[cube]
-fn put(words: &mut Array<u32>, value: u32, #[comptime] j: usize, #[comptime] bits: usize) {
+pub(crate) fn put(
+    words: &mut Array<u32>,
+    value: u32,
+    #[comptime] j: usize,
+    #[comptime] bits: usize,
+) {
     let word = comptime!(j * bits / 32);
     let shift = comptime!((j * bits % 32) as u32);
     words[word] |= value << shift;
@@ -311,23 +316,36 @@ pub fn dequantise(packed: &PackedLinear, device: &Device) -> Result<Tensor<Cuda,
     let qzeros = buffer::upload(&out, &packed.qzeros, DType::U32);
     let scales = buffer::upload(&out, &packed.scales, DType::F16);
     let g_idx = buffer::upload(&out, &packed.g_idx, DType::I32);
-    // SAFETY: the lengths were checked against each other; the caller's g_idx holds groups
-    // below `groups`.
+    let plus = u32::from(packed.format.zero_offset());
+    // The lengths were checked against each other; the caller's g_idx holds groups below `groups`.
+    unpack([&qweight, &qzeros, &scales, &g_idx], plus, bits, &out);
+    Ok(buffer::into_float(out))
+}
+
+/// Dequantises `qweight`, `qzeros`, `scales` and the group of each of its columns into `out` f16
+/// `[rows, columns]`. Their lengths fit together, and the groups are below their number.
+pub(crate) fn unpack(
+    [qweight, qzeros, scales, group_of]: [&Buffer; 4],
+    plus: u32,
+    bits: usize,
+    out: &Buffer,
+) {
+    let [rows, columns] = [0, 1].map(|at| out.meta.shape()[at]);
+    // SAFETY: one unit per row and run of columns; the caller's lengths fit.
     unsafe {
         unpack_kernel::launch_unchecked::<CudaRuntime>(
-            &client,
+            &out.client,
             CubeCount::new_2d(rows.div_ceil(UNITS) as u32, (columns / RUN) as u32),
             CubeDim::new_1d(UNITS as u32),
-            array(&qweight),
-            array(&qzeros),
-            array(&scales),
-            array(&g_idx),
-            array(&out),
+            array(qweight),
+            array(qzeros),
+            array(scales),
+            array(group_of),
+            array(out),
             rows as u32,
             columns as u32,
-            u32::from(packed.format.zero_offset()),
+            plus,
             bits,
         );
     }
-    Ok(buffer::into_float(out))
 }

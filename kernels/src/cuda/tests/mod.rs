@@ -7,5 +7,6 @@
 mod golden;
 mod model;
 mod ordering;
+mod packed;
 mod products;
 mod solving;

@@ -1,0 +1,102 @@
+//! Products with weights that stay packed, against the weights they stand for in f64.
+
+use gptq_format::{Bits, CheckpointFormat, QuantizedLinear};
+
+use crate::cuda::{
+    packed_linear, resident,
+    testing::{Random, device, distance, tensor, values},
+};
+
+/// A layer of random codes, zeros and scales; with `act_order` a group's columns lie anywhere.
+fn layer(
+    [columns, rows]: [usize; 2],
+    bits: Bits,
+    group: usize,
+    act_order: bool,
+    random: &mut Random,
+) -> QuantizedLinear {
+    let codes = 1 << bits.get();
+    let mut below = |limit: usize, count: usize| -> Vec<usize> {
+        (0..count)
+            .map(|_| (random.next() % limit as u64) as usize)
+            .collect()
+    };
+    let groups = columns / group;
+    let mut g_idx: Vec<i32> = (0..columns).map(|i| (i / group) as i32).collect();
+    if act_order {
+        for (at, other) in below(columns, columns).into_iter().enumerate() {
+            g_idx.swap(at, other);
+        }
+    }
+    let bytes = |values: Vec<usize>| values.into_iter().map(|v| v as u8).collect();
+    QuantizedLinear {
+        bits,
+        in_features: columns,
+        out_features: rows,
+        codes: bytes(below(codes, columns * rows)),
+        // A stored zero point is one less: from 1 on.
+        zeros: bytes(
+            below(codes - 1, groups * rows)
+                .into_iter()
+                .map(|z| z + 1)
+                .collect(),
+        ),
+        scales: random.halves(groups * rows, 0.01),
+        g_idx,
+    }
+}
+
+/// f16 rounds each output by at most 2^-11 of it; the dense path also each weight. Sums are f32.
+const CLOSE: f64 = 1e-3;
+
+#[test]
+fn packed_weights_multiply_as_the_weights_they_stand_for() {
+    let Some(device) = device() else { return };
+    let mut random = Random(71);
+    for (shape, group) in [
+        ([128, 32], 32),
+        ([256, 96], 64),
+        ([4096, 64], 128),
+        ([11008, 32], 128),
+        ([11008, 64], 11008),
+        ([640, 4096], 640),
+    ] {
+        for bits in Bits::ALL {
+            for act_order in [false, true] {
+                for format in [CheckpointFormat::Gptq, CheckpointFormat::GptqV2] {
+                    let layer = layer(shape, bits, group, act_order, &mut random);
+                    let packed = layer.pack(format).unwrap();
+                    let weight = resident(&packed, &device).unwrap();
+                    assert_eq!(weight.download(), packed);
+                    let [columns, rows] = shape;
+                    let dense = layer.dequantise();
+                    for tokens in [1, 3] {
+                        let x = random.halves(tokens * columns, 1.0);
+                        let found = packed_linear(tensor(&x, [tokens, columns], &device), &weight);
+                        let mut expected = Vec::with_capacity(tokens * rows);
+                        for x in x.chunks(columns) {
+                            for w in dense.chunks(columns) {
+                                let products =
+                                    x.iter().zip(w).map(|(x, w)| x.to_f64() * f64::from(*w));
+                                expected.push(products.sum::<f64>());
+                            }
+                        }
+                        let off = distance(&values(found.unwrap()), &expected);
+                        let label = format!("{shape:?} {bits:?} {group} {act_order} {tokens}");
+                        assert!(off < CLOSE, "{label}: {off}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_input_of_another_width_is_refused() {
+    let Some(device) = device() else { return };
+    let mut random = Random(72);
+    let layer = layer([128, 32], Bits::Four, 32, false, &mut random);
+    let weight = resident(&layer.pack(CheckpointFormat::Gptq).unwrap(), &device).unwrap();
+    let x = tensor(&random.halves(64, 1.0), [1, 64], &device);
+    assert!(packed_linear(x, &weight).is_err());
+}
