@@ -57,7 +57,7 @@ impl<B: Engine> Decoder<B> {
         }
         self.held.truncate(start);
         self.held.extend_from_slice(&context[start..]);
-        let last = flow.residual.slice([n - 1..n]);
+        let last = flow.residual.narrow(0, n - 1, 1);
         let logits = self.head.logits(last).into_data();
         Ok(logits.to_vec::<f32>().expect("the logits are f32"))
     }
