@@ -55,6 +55,11 @@ impl<'a> TextDecoder<'a> {
             .map(|(c, _)| c.len_utf8())
             .sum();
         let new = text[common..].to_owned();
+        if new.is_empty() {
+            // A special token is no neighbour: the words before it stay.
+            self.given = self.window.len();
+            return Ok(new);
+        }
         self.window.drain(..self.given);
         self.given = self.window.len();
         self.text = decode(&self.window)?;
@@ -103,6 +108,19 @@ mod tests {
         let text: String = word.iter().map(|&t| decoder.push(t).unwrap()).collect();
         assert_eq!(text.trim_start(), "is");
         assert!(text.starts_with(' '));
+    }
+
+    #[test]
+    fn a_word_after_a_special_token_keeps_its_space() {
+        let tokenizer = tokenizer();
+        let tokens = tokenizer
+            .encode("a cough.</s><s> What is it", false)
+            .unwrap();
+        let mut decoder = tokenizer.decoder(&tokens[..1]).unwrap();
+        let text: String = (tokens[1..].iter())
+            .map(|&token| decoder.push(token).unwrap())
+            .collect();
+        assert!(text.ends_with("cough. What is it"), "{text:?}");
     }
 
     #[test]

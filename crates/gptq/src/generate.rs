@@ -93,9 +93,7 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
         &mut |reply| talk.next(reply),
         &mut |text| {
             if !json {
-                print!("{text}");
-                // Who closed the pipe reads no more.
-                let _ = io::stdout().flush();
+                out(text);
             }
         },
     )?;
@@ -195,10 +193,10 @@ impl Talk {
     fn finish(&mut self, reply: &Reply) {
         self.history.push(Message::new("assistant", &reply.text));
         if self.json {
-            println!("{}", record(reply));
+            out(&format!("{}\n", record(reply)));
             return;
         }
-        println!();
+        out("\n");
         let decode = match reply.decode_rate() {
             Some(rate) => format!(" at {rate:.1} tokens/s"),
             None => String::new(),
@@ -226,6 +224,14 @@ impl Talk {
             }
         }
     }
+}
+
+/// To standard output at once; a reader that closed it misses nothing by the rest.
+fn out(text: &str) {
+    let mut stdout = io::stdout();
+    let _ = stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush());
 }
 
 /// A reply with its rates.
