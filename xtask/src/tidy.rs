@@ -29,6 +29,7 @@ const ORDER: [(&str, &str); 9] = [
     ("gptq-format", "crates/gptq-format"),
     ("gptq-solver", "crates/gptq-solver"),
     ("gptq-calibration", "crates/gptq-calibration"),
+    ("gptq-hub", "crates/gptq-hub"),
     ("gptq-kernels", "kernels"),
     ("gptq-model", "crates/gptq-model"),
     ("gptq-generate", "crates/gptq-generate"),

@@ -10,7 +10,7 @@ use crate::FormatError;
 
 /// What a tokenizer or a generation setting may be spread over. `config.json` is not among them: it
 /// gains `quantization_config`.
-const SIDE_FILES: [&str; 12] = [
+pub const SIDE_FILES: [&str; 12] = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",

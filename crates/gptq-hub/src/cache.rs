@@ -1,0 +1,117 @@
+//! The cache's layout, the one of `huggingface_hub`:
+//!
+//! ```text
+//! models--owner--name/
+//!   blobs/{hash}                  contents, named by SHA-256 (large files) or git's hash
+//!   snapshots/{commit}/{path}     links to them
+//!   refs/{revision}               the commit a branch or tag was last seen at
+//! ```
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::content::is_named;
+use crate::error::HubError;
+use crate::repo::{Entry, Kind, RepoId, is_git_hash, is_plain};
+
+/// One repository's part of the cache.
+#[derive(Clone, Debug)]
+pub(crate) struct Cache {
+    dir: PathBuf,
+}
+
+impl Cache {
+    pub(crate) fn new(root: &Path, kind: Kind, id: &RepoId) -> Self {
+        let name = id.to_string().replace('/', "--");
+        Cache {
+            dir: root.join(format!("{kind}s--{name}")),
+        }
+    }
+
+    pub(crate) fn snapshot(&self, commit: &str) -> PathBuf {
+        self.dir.join("snapshots").join(commit)
+    }
+
+    pub(crate) fn blob(&self, name: &str) -> PathBuf {
+        self.dir.join("blobs").join(name)
+    }
+
+    /// The commit a revision was last seen at; a commit is itself.
+    pub(crate) fn commit(&self, revision: &str) -> Option<String> {
+        if is_git_hash(revision) {
+            return Some(revision.to_owned());
+        }
+        if !is_plain(revision) {
+            return None;
+        }
+        let commit = fs::read_to_string(self.dir.join("refs").join(revision)).ok()?;
+        let commit = commit.trim();
+        is_git_hash(commit).then(|| commit.to_owned())
+    }
+
+    /// Remembers the commit of a revision.
+    pub(crate) fn remember(&self, revision: &str, commit: &str) -> Result<(), HubError> {
+        if is_git_hash(revision) || !is_plain(revision) {
+            return Ok(());
+        }
+        let path = self.dir.join("refs").join(revision);
+        parent(&path)
+            .and_then(|()| fs::write(&path, commit))
+            .map_err(HubError::io(&path))
+    }
+
+    /// Files of a snapshot, as paths within the repository.
+    pub(crate) fn files(&self, commit: &str) -> Vec<String> {
+        let root = self.snapshot(commit);
+        let mut files = Vec::new();
+        let mut dirs = vec![root.clone()];
+        while let Some(dir) = dirs.pop() {
+            for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    dirs.push(path);
+                } else if path.is_file()
+                    && let Ok(name) = path.strip_prefix(&root)
+                {
+                    files.push(name.to_string_lossy().replace('\\', "/"));
+                }
+            }
+        }
+        files.sort();
+        files
+    }
+
+    /// A content that is here already, whatever snapshot it came with.
+    pub(crate) fn find(&self, entry: &Entry) -> Option<String> {
+        let blobs = fs::read_dir(self.dir.join("blobs")).ok()?;
+        blobs.flatten().find_map(|blob| {
+            let name = blob.file_name().into_string().ok()?;
+            let whole = blob.metadata().ok()?.len() == entry.size;
+            (whole && is_named(&name, entry)).then_some(name)
+        })
+    }
+
+    /// Puts `blob` into a snapshot under the entry's path.
+    pub(crate) fn link(&self, commit: &str, entry: &Entry, blob: &str) -> Result<(), HubError> {
+        let link = self.snapshot(commit).join(&entry.path);
+        let up = "../".repeat(2 + entry.path.matches('/').count());
+        let place = || {
+            parent(&link)?;
+            match fs::remove_file(&link) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+            #[cfg(unix)]
+            return std::os::unix::fs::symlink(format!("{up}blobs/{blob}"), &link);
+            #[cfg(not(unix))]
+            return fs::copy(self.blob(blob), &link).map(|_| drop(up));
+        };
+        place().map_err(HubError::io(&link))
+    }
+}
+
+/// Makes the directory a file lies in.
+pub(crate) fn parent(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), fs::create_dir_all)
+}

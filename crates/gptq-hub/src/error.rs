@@ -1,0 +1,185 @@
+//! The one error type of this crate: each message is one line, and ends with what can be done.
+
+use std::io;
+use std::path::PathBuf;
+
+use gptq_format::FormatError;
+use hf_hub::HFError;
+use thiserror::Error;
+
+use crate::Kind;
+
+/// Why something could not be had from the Hub, or brought to it.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum HubError {
+    #[error(
+        "no {kind} {id} at {endpoint}, and no such path here; check its name, or set HF_TOKEN if it \
+         is private"
+    )]
+    NoRepo {
+        id: String,
+        kind: Kind,
+        endpoint: String,
+    },
+    #[error("{id} has no revision {revision:?}; name a branch, tag or commit of it")]
+    NoRevision { id: String, revision: String },
+    #[error(
+        "{id} is gated, and this account has no access; accept its terms at {page}, then set HF_TOKEN"
+    )]
+    Gated { id: String, page: String },
+    #[error(
+        "{id} is not open to this account, or does not exist; check its name, and set HF_TOKEN to a \
+         token that may read it (or write it, to publish)"
+    )]
+    Closed { id: String },
+    #[error("{endpoint} asks for fewer requests; run again {when}: what has come is kept")]
+    Slower { endpoint: String, when: String },
+    #[error(
+        "{endpoint} cannot be reached ({reason}); check the network and HF_ENDPOINT; what has come is \
+         kept"
+    )]
+    Unreachable { endpoint: String, reason: String },
+    #[error("{endpoint} answered {status} for {id}; run again later: what has come is kept")]
+    Refused {
+        endpoint: String,
+        id: String,
+        status: u16,
+    },
+    #[error(
+        "HF_HUB_OFFLINE is set, and {id} at {revision:?} is not wholly in {} ({missing}); run once \
+         without it",
+        cache.display()
+    )]
+    Offline {
+        id: String,
+        revision: String,
+        cache: PathBuf,
+        missing: String,
+    },
+    #[error("{repo} lists a file named {path:?}, which is not a safe path; nothing was fetched")]
+    Entry { repo: String, path: String },
+    #[error("{repo} has neither safetensors nor PyTorch weights; name another model")]
+    NoWeights { repo: String },
+    #[error("{repo} has no {file}, which its index names; name another revision")]
+    Missing { repo: String, file: String },
+    #[error("{repo} has no file that rows can be read from; download it and name a local file")]
+    NoRows { repo: String },
+    #[error("{repo} has files of several kinds ({}); choose some with files = \"*.{}\"", kinds.join(", "), kinds[0])]
+    SeveralKinds { repo: String, kinds: Vec<String> },
+    #[error("files = {pattern:?}: {reason}")]
+    Pattern { pattern: String, reason: String },
+    #[error(
+        "{repo}: {file} came {} its {size} bytes; run again, or check what lies between here and the Hub",
+        if *too_long { "longer than" } else { "with another hash, in" }
+    )]
+    Content {
+        repo: String,
+        file: String,
+        size: u64,
+        too_long: bool,
+    },
+    #[error("{file} ended after {at} of {size} bytes; run again: what has come is kept")]
+    Short { file: String, size: u64, at: u64 },
+    #[error("{} is being downloaded by another process; wait for it", path.display())]
+    Busy { path: PathBuf },
+    #[error("HF_TOKEN is not a token")]
+    Token,
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error("{id}: {reason}")]
+    Other { id: String, reason: String },
+}
+
+/// What a request was about.
+#[derive(Clone, Debug)]
+pub(crate) struct Context {
+    pub id: String,
+    pub kind: Kind,
+    pub revision: String,
+    pub endpoint: String,
+}
+
+impl HubError {
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl Fn(io::Error) -> Self {
+        let path: PathBuf = path.into();
+        move |source| HubError::Io {
+            path: path.clone(),
+            source,
+        }
+    }
+
+    /// Says what an error of the client means for the user.
+    pub(crate) fn from_hub(error: HFError, context: Context) -> Self {
+        let Context {
+            id,
+            kind,
+            revision,
+            endpoint,
+        } = context;
+        let no_repo = |code: &Option<String>| code.as_deref() == Some("RepoNotFound");
+        match error {
+            HFError::RevisionNotFound {
+                context: Some(http),
+                ..
+            } if !no_repo(&http.error_code) => HubError::NoRevision { id, revision },
+            HFError::RepoNotFound { .. } | HFError::RevisionNotFound { .. } => {
+                HubError::NoRepo { id, kind, endpoint }
+            }
+            HFError::AuthRequired { context: http } | HFError::Forbidden { context: http } => {
+                match http.error_code.as_deref() {
+                    Some("GatedRepo") => HubError::Gated {
+                        page: match kind {
+                            Kind::Model => format!("{endpoint}/{id}"),
+                            Kind::Dataset => format!("{endpoint}/datasets/{id}"),
+                        },
+                        id,
+                    },
+                    _ => HubError::Closed { id },
+                }
+            }
+            HFError::RateLimited { retry_after, .. } => HubError::Slower {
+                endpoint,
+                when: match retry_after {
+                    Some(wait) => format!("in {} s", wait.as_secs()),
+                    None => "later".to_owned(),
+                },
+            },
+            HFError::Http { context: http } => match http.status.as_u16() {
+                404 if http.error_code.as_deref() == Some("RevisionNotFound") => {
+                    HubError::NoRevision { id, revision }
+                }
+                404 => HubError::NoRepo { id, kind, endpoint },
+                status => HubError::Refused {
+                    endpoint,
+                    id,
+                    status,
+                },
+            },
+            HFError::Request { source, .. } => HubError::Unreachable {
+                endpoint,
+                reason: innermost(&source),
+            },
+            other => HubError::Other {
+                id,
+                reason: other.to_string().replace('\n', "; "),
+            },
+        }
+    }
+
+    /// Whether the Hub could not be asked at all.
+    pub(crate) fn is_unreachable(&self) -> bool {
+        matches!(self, HubError::Unreachable { .. })
+    }
+}
+
+/// The message at the bottom of an error: "connection refused" rather than "request failed".
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string().replace('\n', "; ")
+}

@@ -1,0 +1,245 @@
+//! What a repository is called, and what it holds at a commit.
+
+use std::fmt;
+use std::path::{Component, Path};
+
+use futures::{Stream, TryStreamExt};
+use hf_hub::repository::{RepoTreeEntry, RepoTypeDataset, RepoTypeModel};
+use hf_hub::{HFClient, HFError, HFRepository};
+
+use crate::HubError;
+use crate::error::Context;
+
+/// `owner/name`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RepoId {
+    owner: String,
+    name: String,
+}
+
+/// What a repository is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Weights, config, tokenizer.
+    Model,
+    /// Rows.
+    Dataset,
+}
+
+impl RepoId {
+    /// `owner/name`, both of letters, digits, `-`, `_` and `.`, starting with a letter or digit; or
+    /// `None`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (owner, name) = text.split_once('/')?;
+        let valid = |part: &str| {
+            part.len() <= 96
+                && part.starts_with(|c: char| c.is_ascii_alphanumeric())
+                && part
+                    .chars()
+                    .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+                && !part.contains("..")
+        };
+        (valid(owner) && valid(name)).then(|| RepoId {
+            owner: owner.into(),
+            name: name.into(),
+        })
+    }
+}
+
+impl fmt::Display for RepoId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.owner, self.name)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Model => "model",
+            Kind::Dataset => "dataset",
+        })
+    }
+}
+
+/// A file of a repository.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// Within the repository: relative, without `..`.
+    pub path: String,
+    pub size: u64,
+    /// Git's name for the file, or for the pointer to it: 40 hexadecimal digits.
+    pub oid: String,
+    /// Whether git holds a pointer, and the content lies elsewhere.
+    pub pointer: bool,
+}
+
+/// Bytes as they arrive.
+pub(crate) type Bytes<'a> = Box<dyn Stream<Item = Result<Vec<u8>, HFError>> + Unpin + Send + 'a>;
+
+/// A repository of either kind.
+pub(crate) struct Repo {
+    id: RepoId,
+    kind: Kind,
+    endpoint: String,
+    handle: Handle,
+}
+
+enum Handle {
+    Model(HFRepository<RepoTypeModel>),
+    Dataset(HFRepository<RepoTypeDataset>),
+}
+
+impl Repo {
+    pub(crate) fn new(client: &HFClient, kind: Kind, id: &RepoId) -> Self {
+        let handle = match kind {
+            Kind::Model => Handle::Model(client.model(&id.owner, &id.name)),
+            Kind::Dataset => Handle::Dataset(client.dataset(&id.owner, &id.name)),
+        };
+        Repo {
+            id: id.clone(),
+            kind,
+            endpoint: client.endpoint().to_owned(),
+            handle,
+        }
+    }
+
+    /// The client's own handle, for what only models are asked for.
+    pub(crate) fn model(&self) -> Option<&HFRepository<RepoTypeModel>> {
+        match &self.handle {
+            Handle::Model(repo) => Some(repo),
+            Handle::Dataset(_) => None,
+        }
+    }
+
+    /// What an error is told with.
+    pub(crate) fn context(&self, revision: &str) -> Context {
+        Context {
+            id: self.id.to_string(),
+            kind: self.kind,
+            revision: revision.to_owned(),
+            endpoint: self.endpoint.clone(),
+        }
+    }
+
+    /// The commit that `revision` is.
+    pub(crate) async fn commit(&self, revision: &str) -> Result<String, HFError> {
+        let commit = match &self.handle {
+            Handle::Model(repo) => repo.info().revision(revision).send().await?.sha,
+            Handle::Dataset(repo) => repo.info().revision(revision).send().await?.sha,
+        };
+        let commit = commit.filter(|sha| is_git_hash(sha));
+        commit.ok_or_else(|| HFError::malformed_response("the commit of the revision"))
+    }
+
+    /// Every file at `commit`.
+    pub(crate) async fn tree(&self, commit: &str) -> Result<Vec<Entry>, HubError> {
+        let refused = |e| HubError::from_hub(e, self.context(commit));
+        let entries: Vec<RepoTreeEntry> = match &self.handle {
+            Handle::Model(repo) => {
+                let tree = repo.list_tree().revision(commit).recursive(true).send();
+                tree.map_err(refused)?.try_collect().await
+            }
+            Handle::Dataset(repo) => {
+                let tree = repo.list_tree().revision(commit).recursive(true).send();
+                tree.map_err(refused)?.try_collect().await
+            }
+        }
+        .map_err(refused)?;
+        let mut files = Vec::new();
+        for entry in entries {
+            if let RepoTreeEntry::File {
+                oid,
+                size,
+                path,
+                lfs,
+                ..
+            } = entry
+            {
+                if !is_plain(&path) || !is_git_hash(&oid) {
+                    return Err(HubError::Entry {
+                        repo: self.id.to_string(),
+                        path,
+                    });
+                }
+                files.push(Entry {
+                    path,
+                    size,
+                    oid,
+                    pointer: lfs.is_some(),
+                });
+            }
+        }
+        Ok(files)
+    }
+
+    /// The bytes of a file from `start` on.
+    pub(crate) async fn bytes(
+        &self,
+        commit: &str,
+        entry: &Entry,
+        start: u64,
+    ) -> Result<Bytes<'static>, HFError> {
+        let range = (start > 0).then_some(start..entry.size);
+        let path = entry.path.as_str();
+        let (_, stream) = match &self.handle {
+            Handle::Model(repo) => {
+                let request = repo.download_file_stream().filename(path).revision(commit);
+                request.maybe_range(range).send().await?
+            }
+            Handle::Dataset(repo) => {
+                let request = repo.download_file_stream().filename(path).revision(commit);
+                request.maybe_range(range).send().await?
+            }
+        };
+        Ok(Box::new(stream.map_ok(|bytes| bytes.to_vec())))
+    }
+}
+
+/// A name from elsewhere becomes a path only when it cannot leave its directory.
+pub(crate) fn is_plain(path: &str) -> bool {
+    let components = Path::new(path).components();
+    !path.is_empty()
+        && !path.contains(['\\', '\0'])
+        && components
+            .into_iter()
+            .all(|c| matches!(c, Component::Normal(_)))
+}
+
+pub(crate) fn is_git_hash(text: &str) -> bool {
+    text.len() == 40 && text.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_owner_and_name_make_a_repository() {
+        for text in ["epfl-llm/meditron-7b", "a/b", "TheBloke/Llama-2-7B.GPTQ_x"] {
+            assert_eq!(RepoId::parse(text).unwrap().to_string(), text);
+        }
+        for text in [
+            "meditron", "a/b/c", "/a", "a/", "./a", "../a", "a/..", "a b/c", "a/.b", "a/b..c",
+            "a\\b/c",
+        ] {
+            assert!(RepoId::parse(text).is_none(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_leaves_its_directory_is_no_path() {
+        for path in ["a", "a/b.json", "a b", "default/train/0000.parquet"] {
+            assert!(is_plain(path), "{path}");
+        }
+        for path in [
+            "",
+            "../../etc/passwd",
+            "/etc/passwd",
+            "a/../b",
+            "a\\b",
+            "./a",
+        ] {
+            assert!(!is_plain(path), "{path}");
+        }
+    }
+}
