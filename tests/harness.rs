@@ -11,18 +11,39 @@ pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// Runs `gptq` with these arguments in the repository's root.
-pub(crate) fn gptq<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_gptq"))
+/// `gptq` with these arguments in the repository's root, away from any cache, token or proxy of
+/// whoever runs the tests.
+pub(crate) fn command<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gptq"));
+    command
         .args(args)
         .current_dir(root())
-        .output()
-        .expect("the binary runs")
+        .env("HF_HOME", "/nonexistent")
+        .env("NO_PROXY", "*");
+    for name in [
+        "HF_TOKEN",
+        "HF_TOKEN_PATH",
+        "HF_ENDPOINT",
+        "HF_HUB_OFFLINE",
+        "HF_HUB_CACHE",
+    ] {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// Runs `gptq` with these arguments.
+pub(crate) fn gptq<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Output {
+    command(args).output().expect("the binary runs")
 }
 
 /// Runs `gptq` and returns its output; panics with what it said if it failed.
 pub(crate) fn succeed<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> String {
-    let output = gptq(args);
+    succeeded(gptq(args))
+}
+
+/// What a run that must have succeeded printed.
+pub(crate) fn succeeded(output: Output) -> String {
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{stdout}\n{stderr}");
@@ -31,7 +52,11 @@ pub(crate) fn succeed<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = 
 
 /// Runs `gptq`, which must fail with status 1 and one line; returns that line.
 pub(crate) fn refuse<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> String {
-    let output = gptq(args);
+    refused(gptq(args))
+}
+
+/// The one line of a run that must have failed.
+pub(crate) fn refused(output: Output) -> String {
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     let errors: Vec<&str> = stderr.lines().filter(|l| !l.contains("warning:")).collect();

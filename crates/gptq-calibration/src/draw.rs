@@ -1,12 +1,21 @@
-//! Drawing windows, and the manifest of what was drawn.
+//! Drawing windows.
 
-use std::path::{Path, PathBuf};
+use std::panic::resume_unwind;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-use crate::{CalibrationError, RowRange, Template, TextTokenizer, source};
+use crate::chat::ChatTemplate;
+use crate::rendering::Document;
+use crate::source::SourceFile;
+use crate::token_file::{TokenFile, TokenWriter};
+use crate::{
+    CalibrationError, Manifest, Overlap, Rendering, RowRange, Source, TextTokenizer, documents,
+    overlap,
+};
 
 /// How windows are taken from the joined rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,12 +31,16 @@ pub enum Sampling {
 /// What to calibrate on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CalibrationSettings {
-    /// A JSON file with a list of rows.
-    pub source: PathBuf,
+    /// Where rows come from.
+    pub source: Source,
     /// A row as one document.
-    pub template: Template,
-    /// Which rows.
+    pub rendering: Rendering,
+    /// Which rows, counted over all files of the source.
     pub rows: RowRange,
+    /// Rows of fewer tokens, as encoded, are left out.
+    pub min_tokens: usize,
+    /// Of equal documents, only the first is kept.
+    pub dedupe: bool,
     /// Windows.
     pub samples: usize,
     /// Tokens per window.
@@ -38,73 +51,67 @@ pub struct CalibrationSettings {
     pub sampling: Sampling,
 }
 
-/// What went into a calibration; names no path of the machine.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Manifest {
-    /// File name of the source.
-    pub source: String,
-    /// SHA-256 of the source.
-    pub source_sha256: String,
-    /// The range of rows asked for.
-    pub rows: String,
-    /// Rows used.
-    pub row_count: usize,
-    /// The template.
-    pub template: String,
-    /// SHA-256 of `tokenizer.json`.
-    pub tokenizer_sha256: String,
-    /// Tokens in the joined rows.
-    pub available_tokens: usize,
-    /// How windows were taken.
-    pub sampling: Sampling,
-    /// Seed of the draw.
-    pub seed: u64,
-    /// Windows drawn.
-    pub samples: usize,
-    /// Tokens per window.
-    pub seq_len: usize,
-    /// Positions of the joined rows that lie in at least one window.
-    pub unique_tokens: usize,
-}
-
 /// Token windows and where they came from.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Calibration {
     /// `samples` windows of `seq_len` tokens, all full.
     pub windows: Vec<Vec<u32>>,
     /// Where they came from.
     pub manifest: Manifest,
+    tokens: TokenFile,
 }
 
 impl Calibration {
-    /// Reads, renders, tokenises and samples.
+    /// Reads, renders, tokenises and samples: one thread reads, all tokenise, and consecutive
+    /// windows stop both once they are full.
     ///
-    /// Errors when the source does not parse, a row lacks a column, or the text is too short for the
+    /// Errors when a file does not parse, a row lacks a column, or the text is too short for the
     /// windows; nothing is padded or repeated.
     pub fn draw(
         settings: &CalibrationSettings,
         tokenizer: &TextTokenizer,
     ) -> Result<Self, CalibrationError> {
-        let source::Rows { rows, sha256 } = source::read_rows(&settings.source, settings.rows)?;
-        let documents = rows
-            .iter()
-            .map(|(index, row)| settings.template.render(*index, row))
-            .collect::<Result<Vec<_>, _>>()?;
-        let tokens = tokenizer.join(documents)?;
+        let files = settings.source.files()?;
+        let chat = match settings.rendering {
+            Rendering::Messages { chatml: true, .. } => Some(ChatTemplate::chatml()),
+            Rendering::Messages { chatml: false, .. } => ChatTemplate::of(tokenizer.dir())?,
+            _ => None,
+        };
+        let (hashed, row_count, tokens) = thread::scope(|scope| {
+            let (files, chat) = (&files, chat.as_ref());
+            let hashing = scope.spawn(|| {
+                let hashes = files.iter().map(SourceFile::hash);
+                hashes.collect::<Result<Vec<_>, CalibrationError>>()
+            });
+            let (sender, batches) = sync_channel(2);
+            let reading = scope.spawn(move || documents::send(settings, files, chat, &sender));
+            let joined = join(settings, tokenizer, batches);
+            // What stopped the reader explains more than what its lack led to.
+            reading
+                .join()
+                .unwrap_or_else(|panic| resume_unwind(panic))?;
+            let (row_count, tokens) = joined?;
+            let hashed = hashing
+                .join()
+                .unwrap_or_else(|panic| resume_unwind(panic))?;
+            Ok::<_, CalibrationError>((hashed, row_count, tokens))
+        })?;
         let starts = starts(settings, tokens.len())?;
         let windows = starts
             .iter()
-            .map(|&start| tokens[start..start + settings.seq_len].to_vec())
-            .collect();
-        let name = settings.source.file_name().unwrap_or_default();
+            .map(|&start| tokens.read(start, settings.seq_len))
+            .collect::<Result<_, _>>()?;
         Ok(Calibration {
             windows,
             manifest: Manifest {
-                source: name.to_string_lossy().into_owned(),
-                source_sha256: sha256,
+                source: settings.source.name(),
+                revision: settings.source.revision().map(str::to_owned),
+                files: hashed,
                 rows: settings.rows.to_string(),
-                row_count: rows.len(),
-                template: settings.template.as_str().to_owned(),
+                row_count,
+                min_tokens: settings.min_tokens,
+                dedupe: settings.dedupe,
+                template: settings.rendering.describe(),
                 tokenizer_sha256: tokenizer.sha256().to_owned(),
                 available_tokens: tokens.len(),
                 sampling: settings.sampling,
@@ -113,8 +120,40 @@ impl Calibration {
                 seq_len: settings.seq_len,
                 unique_tokens: covered(starts, settings.seq_len),
             },
+            tokens,
         })
     }
+
+    /// How much of an evaluation text occurs in the rows used.
+    pub fn overlap(&self, evaluation: &[u32]) -> Result<Overlap, CalibrationError> {
+        overlap::overlap(&self.tokens, evaluation)
+    }
+}
+
+/// Batches as joined tokens, and the rows that went in.
+fn join(
+    settings: &CalibrationSettings,
+    tokenizer: &TextTokenizer,
+    batches: Receiver<Vec<Document>>,
+) -> Result<(usize, TokenFile), CalibrationError> {
+    let enough = match settings.sampling {
+        Sampling::Concatenate => settings.samples.saturating_mul(settings.seq_len),
+        Sampling::RandomWindows => usize::MAX,
+    };
+    let mut writer = TokenWriter::new()?;
+    let mut row_count = 0;
+    for batch in batches {
+        for tokens in tokenizer.encode_all(batch)? {
+            if tokens.len() >= settings.min_tokens {
+                writer.push(&tokens)?;
+                row_count += 1;
+            }
+        }
+        if writer.len() >= enough {
+            break;
+        }
+    }
+    Ok((row_count, writer.finish()?))
 }
 
 fn starts(
@@ -168,112 +207,7 @@ fn covered(mut starts: Vec<usize>, seq_len: usize) -> usize {
     total
 }
 
-/// The joined tokens of an evaluation text: `.json` holds a list of texts, anything else is one
-/// text. Errors when they do not fill a window.
-pub fn evaluation_tokens(
-    path: &Path,
-    tokenizer: &TextTokenizer,
-    window: usize,
-) -> Result<Vec<u32>, CalibrationError> {
-    let tokens = tokenizer.join(source::read_texts(path)?)?;
-    if tokens.len() < window {
-        return Err(CalibrationError::TooLittleEvaluation {
-            available: tokens.len(),
-            window,
-        });
-    }
-    Ok(tokens)
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn root(path: &str) -> PathBuf {
-        [env!("CARGO_MANIFEST_DIR"), "../..", path].iter().collect()
-    }
-
-    fn settings(sampling: Sampling) -> CalibrationSettings {
-        CalibrationSettings {
-            source: root("calibration/wikidoc/wikidoc_patient_information_1000.json"),
-            template: Template::parse("{input}\n{output}").unwrap(),
-            rows: "0:50".parse().unwrap(),
-            samples: 4,
-            seq_len: 512,
-            seed: 3,
-            sampling,
-        }
-    }
-
-    fn tokenizer() -> TextTokenizer {
-        TextTokenizer::load(&root("tests/models/medi-tiny")).unwrap()
-    }
-
-    #[test]
-    fn concatenated_windows_are_the_text_from_its_start() {
-        let tokenizer = tokenizer();
-        let drawn = Calibration::draw(&settings(Sampling::Concatenate), &tokenizer).unwrap();
-        assert_eq!(drawn.windows.len(), 4);
-        assert_eq!(drawn.windows[0][0], 1, "the tokenizer's own <s> leads");
-        assert!(
-            drawn.windows.concat().contains(&2),
-            "documents end with </s>"
-        );
-        assert_eq!(drawn.manifest.unique_tokens, 4 * 512);
-        assert_eq!(drawn.manifest.row_count, 50);
-    }
-
-    #[test]
-    fn a_seed_gives_the_same_windows_and_another_seed_others() {
-        let tokenizer = tokenizer();
-        let draw = |seed| {
-            let settings = CalibrationSettings {
-                seed,
-                ..settings(Sampling::RandomWindows)
-            };
-            Calibration::draw(&settings, &tokenizer).unwrap().windows
-        };
-        assert_eq!(draw(3), draw(3));
-        assert_ne!(draw(3), draw(4));
-        assert!(draw(3).iter().all(|w| w.len() == 512));
-    }
-
-    #[test]
-    fn too_little_text_says_what_would_fit() {
-        let tokenizer = tokenizer();
-        let settings = CalibrationSettings {
-            samples: 1000,
-            ..settings(Sampling::Concatenate)
-        };
-        let error = Calibration::draw(&settings, &tokenizer).unwrap_err();
-        let CalibrationError::TooLittleText {
-            available,
-            needed,
-            fit,
-            fit_len,
-            ..
-        } = error
-        else {
-            panic!("{error}");
-        };
-        assert_eq!(needed, 512_000);
-        assert_eq!((fit, fit_len), (available / 512, available / 1000));
-        let rows = CalibrationSettings {
-            rows: "5000:".parse().unwrap(),
-            ..settings
-        };
-        assert!(matches!(
-            Calibration::draw(&rows, &tokenizer),
-            Err(CalibrationError::NoRows {
-                available: 1000,
-                ..
-            })
-        ));
-    }
-
-    #[test]
-    fn covered_positions_are_counted_once() {
-        assert_eq!(covered(vec![0, 10, 3], 5), 13);
-        assert_eq!(covered(vec![4, 4], 5), 5);
-    }
-}
+mod formats;
+#[cfg(test)]
+mod tests;

@@ -15,12 +15,32 @@ pub enum CalibrationError {
     },
     #[error("{}: {reason}", path.display())]
     Malformed { path: PathBuf, reason: String },
-    #[error("row {row} has no text in column {column:?}; its columns are {}", columns.join(", "))]
+    #[error(
+        "{}: not a kind of file that rows are read from; known are .json, .jsonl, .parquet, .arrow, \
+         .csv and .txt, each also as .gz or .zst",
+        path.display()
+    )]
+    UnknownFormat { path: PathBuf },
+    #[error("tokens cannot be kept in the temporary directory (TMPDIR): {source}")]
+    Scratch { source: std::io::Error },
+    #[error(
+        "row {row} has no text in column {column:?}; its columns are {}; choose with template, \
+         column, messages or tokens",
+        columns.join(", ")
+    )]
     Column {
         row: usize,
         column: String,
         columns: Vec<String>,
     },
+    #[error("row {row}, column {column:?}: not {wanted}")]
+    Cell {
+        row: usize,
+        column: String,
+        wanted: &'static str,
+    },
+    #[error("the tokenizer has no chat template; chat_template = \"chatml\" uses ChatML")]
+    NoChatTemplate,
     #[error("template {template:?}: {reason}")]
     Template { template: String, reason: String },
     #[error("rows = {text:?} is not a range like \"0:1000\"")]

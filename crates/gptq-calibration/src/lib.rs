@@ -1,23 +1,39 @@
-//! Text to token windows: rows, template, tokenizer, seeded sampling, and a manifest that says
-//! exactly what went in.
+//! Text to token windows: rows of any file, templates, tokenizer, seeded sampling, and a manifest
+//! that says exactly what went in.
 //!
-//! Reading order: [`CalibrationSettings`] says what is wanted, [`Template`] and [`RowRange`] are
-//! its parts, [`TextTokenizer`] encodes, [`Calibration::draw`] does it all; [`evaluation_tokens`] prepares
-//! text for perplexity the same way. [`ChatTemplate`] writes a conversation as a model knows it,
-//! and [`TextDecoder`] turns its answer back into text.
+//! Reading order: [`CalibrationSettings`] says what is wanted; [`Source`], [`RowRange`],
+//! [`Rendering`] and [`Template`] are its parts, [`TextTokenizer`] encodes, [`Calibration::draw`]
+//! does it all and leaves a [`Manifest`]; [`evaluation_tokens`] prepares text for perplexity the
+//! same way. [`ChatTemplate`] writes a conversation as a model knows it, and
+//! [`TextDecoder`] turns its answer back into text.
 
 mod chat;
+mod columnar;
 mod decode;
+mod documents;
 mod draw;
 mod error;
+mod evaluation;
+mod json;
+mod manifest;
+mod overlap;
+mod reader;
+mod rendering;
+mod row_range;
 mod source;
 mod template;
+mod token_file;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Message};
 pub use decode::TextDecoder;
-pub use draw::{Calibration, CalibrationSettings, Manifest, Sampling, evaluation_tokens};
+pub use draw::{Calibration, CalibrationSettings, Sampling};
 pub use error::CalibrationError;
-pub use source::RowRange;
+pub use evaluation::evaluation_tokens;
+pub use manifest::Manifest;
+pub use overlap::{Overlap, RUN};
+pub use rendering::Rendering;
+pub use row_range::RowRange;
+pub use source::{HashedFile, Source};
 pub use template::Template;
 pub use tokenizer::TextTokenizer;

@@ -1,103 +1,198 @@
-//! Rows from a file.
+//! Where rows come from: a file, a glob, or the files of a dataset; their formats and hashes.
 
-use std::fmt;
-use std::fs;
-use std::path::Path;
-use std::str::FromStr;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::CalibrationError;
 
-/// A half-open range of rows, written `"0:1000"`, `"500:"` or `":1000"`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RowRange {
-    start: usize,
-    end: Option<usize>,
+/// Where calibration rows come from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Source {
+    /// A file of this machine, or a glob over files.
+    Local(PathBuf),
+    /// A dataset whose files are already on this machine.
+    Dataset {
+        /// `owner/name`.
+        name: String,
+        /// The commit.
+        revision: String,
+        /// Each file's path in the dataset, and where it lies here.
+        files: Vec<(String, PathBuf)>,
+    },
 }
 
-impl FromStr for RowRange {
-    type Err = CalibrationError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let error = || CalibrationError::Rows { text: text.into() };
-        let bound = |text: &str| match text {
-            "" => Ok(None),
-            n => n.parse().map(Some).map_err(|_| error()),
-        };
-        let (start, end) = text.split_once(':').ok_or_else(error)?;
-        let range = RowRange {
-            start: bound(start)?.unwrap_or(0),
-            end: bound(end)?,
-        };
-        match range.end {
-            Some(end) if end <= range.start => Err(error()),
-            _ => Ok(range),
-        }
-    }
-}
-
-impl fmt::Display for RowRange {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:", self.start)?;
-        self.end.iter().try_for_each(|end| end.fmt(f))
-    }
-}
-
-/// Rows of a file.
-pub(crate) struct Rows {
-    /// Each with its number from the start of the file.
-    pub rows: Vec<(usize, Map<String, Value>)>,
-    /// SHA-256 of the file.
+/// A file that rows were read from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HashedFile {
+    /// Its name, without the directories of this machine.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Its SHA-256, lower-case hexadecimal.
     pub sha256: String,
 }
 
-/// Rows of a JSON file that holds one list of objects.
-pub(crate) fn read_rows(path: &Path, range: RowRange) -> Result<Rows, CalibrationError> {
-    let bytes = fs::read(path).map_err(CalibrationError::io(path))?;
-    let rows: Vec<Map<String, Value>> =
-        serde_json::from_slice(&bytes).map_err(|e| CalibrationError::Malformed {
-            path: path.into(),
-            reason: format!("not a JSON list of objects: {e}"),
-        })?;
-    let available = rows.len();
-    let end = range.end.unwrap_or(available).min(available);
-    if range.start >= end {
-        return Err(CalibrationError::NoRows {
-            range: range.to_string(),
-            available,
-        });
+/// How rows are written down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Format {
+    Json,
+    JsonLines,
+    Parquet,
+    Arrow,
+    Csv,
+    Text,
+}
+
+/// What the whole file is wrapped in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Compression {
+    None,
+    Gzip,
+    Zstd,
+}
+
+/// One file of a source.
+#[derive(Clone, Debug)]
+pub(crate) struct SourceFile {
+    pub name: String,
+    pub path: PathBuf,
+    pub format: Format,
+    pub compression: Compression,
+}
+
+impl Source {
+    /// A name without any path of this machine: the dataset's, or a local file's or glob's last
+    /// component.
+    pub fn name(&self) -> String {
+        match self {
+            Source::Local(path) => last_component(path),
+            Source::Dataset { name, .. } => name.clone(),
+        }
     }
-    let rows = rows.into_iter().enumerate();
-    Ok(Rows {
-        rows: rows.take(end).skip(range.start).collect(),
-        sha256: sha256(&bytes),
-    })
+
+    /// The dataset's commit.
+    pub fn revision(&self) -> Option<&str> {
+        match self {
+            Source::Local(_) => None,
+            Source::Dataset { revision, .. } => Some(revision),
+        }
+    }
+
+    /// Whether rows can be read from a file of this name.
+    pub fn reads(name: &str) -> bool {
+        format(name).is_some()
+    }
+
+    /// Its files in order: a glob's sorted by path. Errors when there is none, or one is of an
+    /// unknown kind.
+    pub(crate) fn files(&self) -> Result<Vec<SourceFile>, CalibrationError> {
+        let paths = match self {
+            Source::Local(path) => {
+                let paths = expand(path)?.into_iter();
+                paths.map(|path| (last_component(&path), path)).collect()
+            }
+            Source::Dataset { files, .. } => files.clone(),
+        };
+        paths
+            .into_iter()
+            .map(|(name, path)| match format(&name) {
+                Some((format, compression)) => Ok(SourceFile {
+                    name,
+                    path,
+                    format,
+                    compression,
+                }),
+                None => Err(CalibrationError::UnknownFormat { path }),
+            })
+            .collect()
+    }
 }
 
-/// Lower-case hexadecimal SHA-256.
-pub(crate) fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+fn last_component(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
 }
 
-/// Documents for evaluation: a JSON list of texts, or one plain text.
-pub(crate) fn read_texts(path: &Path) -> Result<Vec<String>, CalibrationError> {
-    let bytes = fs::read(path).map_err(CalibrationError::io(path))?;
+/// A path that exists is taken as it is, even if it looks like a glob.
+fn expand(path: &Path) -> Result<Vec<PathBuf>, CalibrationError> {
+    let pattern = path.to_string_lossy();
+    if path.exists() || !pattern.contains(['*', '?', '[']) {
+        return Ok(vec![path.to_owned()]);
+    }
     let malformed = |reason: String| CalibrationError::Malformed {
         path: path.into(),
         reason,
     };
-    if path.extension().is_some_and(|e| e == "json") {
-        return serde_json::from_slice(&bytes)
-            .map_err(|e| malformed(format!("not a JSON list of texts: {e}")));
+    let mut paths = Vec::new();
+    for entry in glob::glob(&pattern).map_err(|e| malformed(e.to_string()))? {
+        let entry = entry.map_err(|e| malformed(e.to_string()))?;
+        if entry.is_file() {
+            paths.push(entry);
+        }
     }
-    String::from_utf8(bytes)
-        .map(|text| vec![text])
-        .map_err(|_| malformed("not UTF-8 text".into()))
+    paths.sort();
+    match paths.is_empty() {
+        true => Err(malformed("no file matches".into())),
+        false => Ok(paths),
+    }
+}
+
+/// From the name's endings.
+fn format(name: &str) -> Option<(Format, Compression)> {
+    let name = name.to_ascii_lowercase();
+    let (name, compression) = match name.rsplit_once('.') {
+        Some((stem, "gz")) => (stem, Compression::Gzip),
+        Some((stem, "zst")) => (stem, Compression::Zstd),
+        _ => (name.as_str(), Compression::None),
+    };
+    let format = match name.rsplit_once('.')?.1 {
+        "json" => Format::Json,
+        "jsonl" | "ndjson" => Format::JsonLines,
+        "parquet" => Format::Parquet,
+        "arrow" => Format::Arrow,
+        "csv" => Format::Csv,
+        "txt" => Format::Text,
+        _ => return None,
+    };
+    Some((format, compression))
+}
+
+impl SourceFile {
+    /// Reads the whole file once, a piece at a time.
+    pub(crate) fn hash(&self) -> Result<HashedFile, CalibrationError> {
+        let mut file = File::open(&self.path).map_err(CalibrationError::io(&self.path))?;
+        let mut hasher = Sha256::new();
+        let mut piece = vec![0; 1 << 20];
+        let mut bytes = 0;
+        loop {
+            let n = file
+                .read(&mut piece)
+                .map_err(CalibrationError::io(&self.path))?;
+            if n == 0 {
+                break;
+            }
+            bytes += n as u64;
+            hasher.update(&piece[..n]);
+        }
+        Ok(HashedFile {
+            name: self.name.clone(),
+            bytes,
+            sha256: hexadecimal(&hasher.finalize()),
+        })
+    }
+}
+
+/// Lower-case hexadecimal SHA-256.
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    hexadecimal(&Sha256::digest(bytes))
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
@@ -105,19 +200,49 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_parse_as_they_print_and_wrong_ones_are_refused() {
-        for text in ["0:1000", "5:", "7:8"] {
-            assert_eq!(text.parse::<RowRange>().unwrap().to_string(), text);
-        }
-        assert_eq!(":9".parse::<RowRange>().unwrap().to_string(), "0:9");
-        for text in ["", "5", "9:9", "9:3", "a:b", "-1:4", "1:2:3"] {
-            assert!(text.parse::<RowRange>().is_err(), "{text}");
+    fn a_hash_is_the_published_one() {
+        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(sha256(b"abc"), abc);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("abc.txt");
+        std::fs::write(&path, "abc").unwrap();
+        let file = &Source::Local(path).files().unwrap()[0];
+        let hashed = file.hash().unwrap();
+        assert_eq!((hashed.bytes, hashed.sha256.as_str()), (3, abc));
+        assert_eq!(hashed.name, "abc.txt", "no directory of this machine");
+    }
+
+    #[test]
+    fn a_name_says_format_and_compression() {
+        assert_eq!(format("a.JSON"), Some((Format::Json, Compression::None)));
+        assert_eq!(
+            format("x/a.jsonl.gz"),
+            Some((Format::JsonLines, Compression::Gzip))
+        );
+        assert_eq!(
+            format("a.parquet.zst"),
+            Some((Format::Parquet, Compression::Zstd))
+        );
+        for name in ["a", "a.gz", "a.xlsx", "json", ".gitattributes"] {
+            assert_eq!(format(name), None, "{name}");
         }
     }
 
     #[test]
-    fn a_hash_is_the_published_one() {
-        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(sha256(b"abc"), abc);
+    fn a_glob_is_sorted_and_one_without_files_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["b.txt", "a.txt", "c.json"] {
+            std::fs::write(dir.path().join(name), "x").unwrap();
+        }
+        let names = |pattern: &str| {
+            let files = Source::Local(dir.path().join(pattern)).files()?;
+            Ok(files.into_iter().map(|f| f.name).collect::<Vec<_>>())
+        };
+        let found: Result<_, CalibrationError> = names("*.txt");
+        assert_eq!(found.unwrap(), ["a.txt", "b.txt"]);
+        let none = names("*.csv").unwrap_err().to_string();
+        assert!(none.contains("no file matches"), "{none}");
+        let unknown = names("*.x").unwrap_err();
+        assert!(matches!(unknown, CalibrationError::Malformed { .. }));
     }
 }

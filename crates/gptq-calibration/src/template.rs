@@ -68,6 +68,23 @@ impl Template {
         })
     }
 
+    /// A row that is one column and nothing else.
+    pub fn column(name: &str) -> Self {
+        Template {
+            text: format!("{{{}}}", name.replace('{', "{{").replace('}', "}}")),
+            parts: vec![Part::Column(name.to_owned())],
+        }
+    }
+
+    /// The columns it names.
+    pub(crate) fn columns(&self) -> Vec<&str> {
+        let columns = self.parts.iter().filter_map(|part| match part {
+            Part::Column(column) => Some(column.as_str()),
+            Part::Literal(_) => None,
+        });
+        columns.collect()
+    }
+
     /// As typed.
     pub fn as_str(&self) -> &str {
         &self.text

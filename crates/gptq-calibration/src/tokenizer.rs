@@ -1,16 +1,19 @@
 //! A model's own tokenizer, from the `tokenizer.json` beside it.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use crate::chat::special_token;
+use crate::rendering::Document;
 use crate::{CalibrationError, TextDecoder, source};
 
 /// Encodes documents: the tokenizer's own special tokens, then the end token after each document.
 pub struct TextTokenizer {
+    dir: PathBuf,
     tokenizer: Tokenizer,
     end: u32,
     sha256: String,
@@ -33,6 +36,7 @@ impl TextTokenizer {
             .and_then(|token| tokenizer.token_to_id(&token))
             .ok_or_else(|| CalibrationError::NoEndToken { dir: dir.into() })?;
         Ok(TextTokenizer {
+            dir: dir.into(),
             tokenizer,
             end,
             sha256: source::sha256(&bytes),
@@ -44,11 +48,21 @@ impl TextTokenizer {
         &self.sha256
     }
 
+    /// The directory it was loaded from.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// A text as tokens, with the tokenizer's own special tokens around it if asked for; those that
     /// the text spells out are recognised either way.
     pub fn encode(&self, text: &str, special_tokens: bool) -> Result<Vec<u32>, CalibrationError> {
         let encoding = self.tokenizer.encode_fast(text, special_tokens);
         Ok(encoding.map_err(failed)?.get_ids().to_vec())
+    }
+
+    /// Tokens as text, special tokens included.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String, CalibrationError> {
+        self.tokenizer.decode(tokens, false).map_err(failed)
     }
 
     /// Text of tokens that come one by one after `prompt`.
@@ -58,16 +72,25 @@ impl TextTokenizer {
 
     /// All documents encoded, each followed by the end token, joined.
     pub fn join(&self, documents: Vec<String>) -> Result<Vec<u32>, CalibrationError> {
-        let encodings = self
-            .tokenizer
-            .encode_batch_fast(documents, true)
-            .map_err(failed)?;
-        let mut tokens = Vec::new();
-        for encoding in &encodings {
-            tokens.extend_from_slice(encoding.get_ids());
-            tokens.push(self.end);
-        }
-        Ok(tokens)
+        let documents = documents.into_iter().map(Document::Text).collect();
+        Ok(self.encode_all(documents)?.concat())
+    }
+
+    /// Each document's tokens, in order; encoded in parallel.
+    pub(crate) fn encode_all(
+        &self,
+        documents: Vec<Document>,
+    ) -> Result<Vec<Vec<u32>>, CalibrationError> {
+        let encode = |document| match document {
+            Document::Tokens(ids) => Ok(ids),
+            Document::Complete(text) => self.encode(&text, false),
+            Document::Text(text) => {
+                let mut ids = self.encode(&text, true)?;
+                ids.push(self.end);
+                Ok(ids)
+            }
+        };
+        documents.into_par_iter().map(encode).collect()
     }
 }
 

@@ -7,6 +7,7 @@
 mod branch_plan;
 mod branch_writer;
 mod error;
+mod inputs;
 mod memory;
 mod overrides;
 mod pattern;
@@ -20,8 +21,9 @@ mod write_behind;
 
 pub use branch_plan::BranchPlan;
 pub use error::PipelineError;
+pub use inputs::{Fetched, InputSource};
 pub use memory::Memory;
-pub use overrides::RecipeOverrides;
+pub use overrides::{RecipeOverrides, RenderingOverride};
 pub use plan::{Plan, Preset, Propagation, parse_size};
 pub use profile::{Phase, Profile};
 pub use recipe::{Recipe, RecipeError};

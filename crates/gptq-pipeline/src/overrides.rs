@@ -12,8 +12,12 @@ use crate::{Recipe, RecipeError};
 pub struct RecipeOverrides {
     /// Only these branches; all when empty.
     pub branches: Vec<String>,
-    /// Calibration source.
-    pub calibration: Option<PathBuf>,
+    /// Calibration source: other data, so the recipe's `rows`, `files` and `revision` do not hold.
+    pub calibration: Option<String>,
+    /// How its rows become documents, in place of the recipe's way.
+    pub rendering: Option<RenderingOverride>,
+    /// Which rows.
+    pub rows: Option<String>,
     /// Output directory.
     pub output: Option<PathBuf>,
     /// Windows.
@@ -24,6 +28,19 @@ pub struct RecipeOverrides {
     pub seed: Option<u64>,
     /// Text to measure each finished branch's perplexity on.
     pub evaluation: Option<PathBuf>,
+}
+
+/// One of the ways a row becomes a document; the values are the recipe's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RenderingOverride {
+    /// `template = "..."`.
+    Template(String),
+    /// `column = "..."`.
+    Column(String),
+    /// `messages = "..."`.
+    Messages(String),
+    /// `tokens = "..."`.
+    Tokens(String),
 }
 
 impl Recipe {
@@ -53,8 +70,25 @@ impl Recipe {
         };
         set(overrides.samples, &mut file.calibration.samples);
         set(overrides.seq_len, &mut file.calibration.seq_len);
+        let calibration = &mut file.calibration;
         if let Some(source) = overrides.calibration {
-            *file.calibration.source.get_mut() = source;
+            *calibration.source.get_mut() = source;
+            *calibration.rows.get_mut() = "0:".to_owned();
+            (calibration.files, calibration.revision) = (None, None);
+        }
+        if let Some(rows) = overrides.rows {
+            *calibration.rows.get_mut() = rows;
+        }
+        if let Some(rendering) = overrides.rendering {
+            (calibration.template, calibration.column) = (None, None);
+            (calibration.messages, calibration.tokens) = (None, None);
+            let (slot, value) = match rendering {
+                RenderingOverride::Template(value) => (&mut calibration.template, value),
+                RenderingOverride::Column(value) => (&mut calibration.column, value),
+                RenderingOverride::Messages(value) => (&mut calibration.messages, value),
+                RenderingOverride::Tokens(value) => (&mut calibration.tokens, value),
+            };
+            *slot = Some(Spanned::new(0..0, value));
         }
         if let Some(seed) = overrides.seed {
             file.calibration.seed = seed;

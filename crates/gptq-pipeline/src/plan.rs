@@ -2,13 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use gptq_calibration::{CalibrationSettings, RowRange, Template};
+use gptq_calibration::CalibrationSettings;
 use gptq_model::ModelConfig;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
+use crate::inputs::looks_like_repo;
 use crate::recipe::{Dtype, Propagate};
-use crate::{BranchPlan, Memory, Recipe, RecipeError};
+use crate::{BranchPlan, Fetched, InputSource, Memory, Recipe, RecipeError};
 
 /// Which hidden states a branch's Hessians are computed from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,32 +61,23 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Resolves and checks `recipe` against the model in its `source` directory.
-    pub fn new(recipe: &Recipe) -> Result<Plan, crate::PipelineError> {
-        let source = &recipe.file.model.source;
-        let dir = Path::new(source.get_ref());
-        if !dir.is_dir() {
-            return Err(recipe
-                .refuse(
-                    source,
-                    format!(
-                        "model source {:?} is not a directory here; download the checkpoint and \
-                         name its directory",
-                        source.get_ref()
-                    ),
-                )
-                .into());
-        }
-        if let Some(revision) = &recipe.file.model.revision {
-            return Err(recipe
-                .refuse(
-                    revision,
-                    "a revision means nothing for a local directory; remove it",
-                )
-                .into());
-        }
+    /// Resolves and checks `recipe` against its model; what is on the Hub is in `fetched`.
+    pub fn new(recipe: &Recipe, fetched: &Fetched) -> Result<Plan, crate::PipelineError> {
+        let dir = match (&fetched.model, recipe.model_source()?) {
+            (Some(dir), _) => dir.clone(),
+            (None, InputSource::Local(dir)) => dir,
+            (None, InputSource::Hub { repo, .. }) => {
+                let source = &recipe.file.model.source;
+                return Err(recipe
+                    .refuse(source, format!("{repo} was not fetched"))
+                    .into());
+            }
+        };
         let config = ModelConfig::read(&dir.join("config.json"))?;
-        Ok(Plan::for_config(recipe, config)?)
+        let calibration = recipe.calibration(fetched)?;
+        let mut plan = Plan::for_config(recipe, config)?;
+        (plan.model_dir, plan.calibration) = (dir, calibration);
+        Ok(plan)
     }
 
     /// Resolves and checks `recipe` against shapes alone: nothing is read from its `source`.
@@ -103,7 +95,7 @@ impl Plan {
                  a run stops at one that f16 cannot hold",
             ));
         }
-        let calibration = calibration(recipe)?;
+        let calibration = recipe.calibration(&Fetched::default())?;
         let mut branches: Vec<BranchPlan> = Vec::new();
         for branch in &file.branch {
             let plan = BranchPlan::new(recipe, branch, &config)?;
@@ -179,41 +171,11 @@ impl Plan {
 /// A directory's last component, or a Hub id as it is: never a path of this machine.
 fn public_name(source: &str) -> String {
     let path = Path::new(source);
-    let is_hub_id =
-        !path.exists() && source.matches('/').count() == 1 && !source.starts_with(['.', '/']);
+    let is_repo = !path.exists() && looks_like_repo(source);
     match path.file_name() {
-        Some(name) if !is_hub_id => name.to_string_lossy().into_owned(),
+        Some(name) if !is_repo => name.to_string_lossy().into_owned(),
         _ => source.to_owned(),
     }
-}
-
-fn calibration(recipe: &Recipe) -> Result<CalibrationSettings, RecipeError> {
-    let file = &recipe.file.calibration;
-    let rows: RowRange =
-        file.rows
-            .get_ref()
-            .parse()
-            .map_err(|e: gptq_calibration::CalibrationError| {
-                recipe.refuse(&file.rows, e.to_string())
-            })?;
-    let template = Template::parse(file.template.get_ref())
-        .map_err(|e| recipe.refuse(&file.template, e.to_string()))?;
-    let at_least = |value: &Spanned<usize>, least: usize, name: &str| match *value.get_ref() {
-        v if v >= least && v <= 1 << 24 => Ok(v),
-        v => Err(recipe.refuse(
-            value,
-            format!("{name} = {v} is not between {least} and 2^24"),
-        )),
-    };
-    Ok(CalibrationSettings {
-        source: file.source.get_ref().clone(),
-        template,
-        rows,
-        samples: at_least(&file.samples, 1, "samples")?,
-        seq_len: at_least(&file.seq_len, 2, "seq_len")?,
-        seed: file.seed,
-        sampling: file.sampling,
-    })
 }
 
 /// `"4GB"`, `"512MiB"`, `"1000000"` in bytes; the error is a sentence.

@@ -87,11 +87,20 @@ pub(crate) enum Dtype {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Calibration {
-    pub source: Spanned<PathBuf>,
-    #[serde(default = "default_template")]
-    pub template: Spanned<String>,
+    pub source: Spanned<String>,
+    pub revision: Option<Spanned<String>>,
+    pub files: Option<Spanned<String>>,
+    pub template: Option<Spanned<String>>,
+    pub column: Option<Spanned<String>>,
+    pub messages: Option<Spanned<String>>,
+    pub tokens: Option<Spanned<String>>,
+    pub chat_template: Option<Spanned<ChatChoice>>,
     #[serde(default = "default_rows")]
     pub rows: Spanned<String>,
+    #[serde(default)]
+    pub min_tokens: usize,
+    #[serde(default)]
+    pub dedupe: bool,
     #[serde(default = "default_samples")]
     pub samples: Spanned<usize>,
     #[serde(default = "default_seq_len")]
@@ -100,6 +109,14 @@ pub(crate) struct Calibration {
     pub seed: u64,
     #[serde(default)]
     pub sampling: Sampling,
+}
+
+/// How `messages` are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ChatChoice {
+    Tokenizer,
+    Chatml,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -163,10 +180,6 @@ pub(crate) struct Override {
 
 fn spanned<T>(value: T) -> Spanned<T> {
     Spanned::new(0..0, value)
-}
-
-fn default_template() -> Spanned<String> {
-    spanned("{input}\n{output}".into())
 }
 
 fn default_rows() -> Spanned<String> {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use gptq_kernels::Device;
-use gptq_pipeline::{Plan, Recipe, RecipeOverrides, parse_size};
+use gptq_pipeline::{Plan, Recipe, RecipeOverrides, RenderingOverride, parse_size};
 
 use crate::completions::CompletionsArgs;
 use crate::generate::GenerateArgs;
@@ -35,6 +35,13 @@ pub(crate) enum Command {
         after_help = "Example:\n  gptq plan configs/meditron-7b.toml --model-config config.json"
     )]
     Plan(PlanArgs),
+    /// Make finished branches again on other calibration data, and compare
+    #[command(
+        after_help = "Example:\n  gptq requantize out/medi-tiny-GPTQ --calibration my.jsonl --column text"
+    )]
+    Requantize(RequantizeArgs),
+    /// Look at calibration data
+    Calibration(CalibrationArgs),
     /// Reopen a branch or a whole matrix, check every tensor, and run it beside the dense model
     #[command(
         after_help = "Example:\n  gptq verify out/medi-tiny-GPTQ --text eval.json --against models/medi-tiny"
@@ -71,9 +78,11 @@ pub(crate) struct RecipeArgs {
     /// Only this branch; may be repeated
     #[arg(long, value_name = "NAME")]
     pub branch: Vec<String>,
-    /// Calibrate on this file instead
-    #[arg(long, value_name = "PATH")]
-    pub calibration: Option<PathBuf>,
+    /// Calibrate on this instead: a file, a glob, or a dataset on the Hub
+    #[arg(long, value_name = "SOURCE")]
+    pub calibration: Option<String>,
+    #[command(flatten)]
+    pub rows: RowArgs,
     /// Write branches below this directory instead
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
@@ -88,10 +97,40 @@ pub(crate) struct RecipeArgs {
     pub seed: Option<u64>,
 }
 
+/// What a row of the calibration data is, and which rows.
 #[derive(Args)]
-pub(crate) struct QuantizeArgs {
-    #[command(flatten)]
-    pub recipe: RecipeArgs,
+pub(crate) struct RowArgs {
+    /// A row is this text over its columns, such as "{question}\n{answer}"
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["column", "messages", "tokens"])]
+    template: Option<String>,
+    /// A row is the text in this column
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["messages", "tokens"])]
+    column: Option<String>,
+    /// A row is the conversation in this column
+    #[arg(long, value_name = "NAME", conflicts_with = "tokens")]
+    messages: Option<String>,
+    /// A row is the token ids in this column
+    #[arg(long, value_name = "NAME")]
+    tokens: Option<String>,
+    /// Only these rows, such as 0:1000
+    #[arg(long, value_name = "RANGE")]
+    pub rows: Option<String>,
+}
+
+impl RowArgs {
+    /// The way that was asked for, if any.
+    pub(crate) fn rendering(&self) -> Option<RenderingOverride> {
+        let template = self.template.clone().map(RenderingOverride::Template);
+        let column = self.column.clone().map(RenderingOverride::Column);
+        let messages = self.messages.clone().map(RenderingOverride::Messages);
+        let tokens = self.tokens.clone().map(RenderingOverride::Tokens);
+        template.or(column).or(messages).or(tokens)
+    }
+}
+
+/// How to run a recipe.
+#[derive(Args)]
+pub(crate) struct RunArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: Device,
@@ -105,10 +144,69 @@ pub(crate) struct QuantizeArgs {
     /// Measure each finished branch's perplexity on this text
     #[arg(long, value_name = "FILE")]
     pub perplexity: Option<PathBuf>,
+    /// Print the result as JSON, and progress to standard error
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct QuantizeArgs {
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    #[command(flatten)]
+    pub run: RunArgs,
     /// Check everything and show the plan, but run nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Print the result as JSON, and progress to standard error
+}
+
+#[derive(Args)]
+pub(crate) struct RequantizeArgs {
+    /// A directory of finished branches, or one of them
+    pub dir: PathBuf,
+    /// Calibrate on this: a file, a glob, or a dataset on the Hub
+    #[arg(long, value_name = "SOURCE")]
+    pub calibration: String,
+    /// Only this branch; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub branch: Vec<String>,
+    /// Write branches below this directory; DIR-recalibrated if left out
+    #[arg(long, value_name = "DIR2")]
+    pub output: Option<PathBuf>,
+    #[command(flatten)]
+    pub rows: RowArgs,
+    /// Calibration windows; as many as before if left out
+    #[arg(long, value_name = "N")]
+    pub samples: Option<usize>,
+    /// Tokens per calibration window; as many as before if left out
+    #[arg(long, value_name = "N")]
+    pub seq_len: Option<usize>,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+#[derive(Args)]
+pub(crate) struct CalibrationArgs {
+    #[command(subcommand)]
+    pub command: CalibrationCommand,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum CalibrationCommand {
+    /// Show what a recipe calibrates on, its first window, and whether it overlaps the evaluation
+    /// text
+    #[command(after_help = "Example:\n  gptq calibration show configs/tiny.toml")]
+    Show(ShowArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct ShowArgs {
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// The evaluation text to compare with, in place of the recipe's
+    #[arg(long, value_name = "FILE")]
+    pub perplexity: Option<PathBuf>,
+    /// Print JSON
     #[arg(long)]
     pub json: bool,
 }
@@ -180,6 +278,8 @@ impl RecipeArgs {
         recipe.apply(RecipeOverrides {
             branches: self.branch,
             calibration: self.calibration,
+            rendering: self.rows.rendering(),
+            rows: self.rows.rows,
             output: self.output,
             samples: self.samples,
             seq_len: self.seq_len,

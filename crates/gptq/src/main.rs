@@ -2,15 +2,18 @@
 //!
 //! Exit status: 0 when everything asked for held, 1 when something did not, 2 for a wrong command line.
 
+mod calibration;
 mod card;
 mod cli;
 mod completions;
 mod generate;
+mod hub;
 mod inspect;
 mod plan;
 mod progress;
 mod quantize;
 mod report;
+mod requantize;
 mod size;
 mod table;
 mod verify;
@@ -39,6 +42,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Quantize(args) => quantize::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Requantize(args) => requantize::run(args),
+        Command::Calibration(args) => calibration::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Inspect(args) => inspect::run(args),

@@ -6,13 +6,14 @@ use gptq_pipeline::Plan;
 use serde_json::{Value, json};
 
 use crate::cli::{PlanArgs, warn};
+use crate::hub::{self, Need};
 use crate::{size, table};
 
 pub(crate) fn run(args: PlanArgs) -> Result<()> {
     let recipe = args.recipe.load(None)?;
     let plan = match args.model_config {
         Some(path) => Plan::for_config(&recipe, ModelConfig::read(&path)?)?,
-        None => Plan::new(&recipe)?,
+        None => Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?,
     };
     warn(&plan);
     show(&plan, args.json)

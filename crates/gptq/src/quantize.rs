@@ -5,23 +5,52 @@ use std::path::Path;
 
 use anyhow::Result;
 use gptq_pipeline::{
-    BranchReport, Outcome, Perplexity, Phase, Plan, Profile, RunOptions, quantise,
+    BranchReport, Outcome, Perplexity, Phase, Plan, Profile, Recipe, RunOptions, quantise,
 };
 use gptq_verify::{Evaluation, Request, verify};
 use serde_json::json;
 
-use crate::cli::{QuantizeArgs, warn};
+use crate::cli::{QuantizeArgs, RunArgs, warn};
+use crate::hub::{self, Need};
 use crate::progress::Progress;
 use crate::{plan, size, table};
 
+/// Finished branches.
+pub(crate) struct Produced {
+    pub plan: Plan,
+    /// In the plan's order.
+    pub reports: Vec<BranchReport>,
+    /// One each, where the plan has an evaluation text.
+    pub perplexities: Vec<f64>,
+    profile: Profile,
+}
+
 pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
-    let recipe = args.recipe.load(args.perplexity)?;
-    let mut plan = Plan::new(&recipe)?;
+    let recipe = args.recipe.load(args.run.perplexity.clone())?;
+    if args.dry_run {
+        let plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
+        warn(&plan);
+        return plan::show(&plan, args.run.json);
+    }
+    let made = produce(&recipe, &args.run)?;
+    if args.run.json {
+        let record = record(&made.plan, &made.reports, &made.perplexities, &made.profile);
+        println!("{}", serde_json::to_string_pretty(&record)?);
+        return Ok(());
+    }
+    println!("\n{}", summary(&made.reports, &made.perplexities));
+    println!("written to {}", made.plan.output.display());
+    if args.run.profile {
+        println!("\n{}", time(&made.profile).trim_end());
+    }
+    Ok(())
+}
+
+/// Carries a recipe out.
+pub(crate) fn produce(recipe: &Recipe, args: &RunArgs) -> Result<Produced> {
+    let mut plan = Plan::new(recipe, &hub::fetch(recipe, Need::Weights, true)?)?;
     plan.command = Some(command(std::env::args_os().skip(1)));
     warn(&plan);
-    if args.dry_run {
-        return plan::show(&plan, args.json);
-    }
     let mut progress = Progress::new(&plan, args.json);
     let options = RunOptions {
         profile: args.profile,
@@ -63,17 +92,12 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
             }
         }
     }
-    if args.json {
-        let record = record(&plan, &reports, &perplexities, &profile);
-        println!("{}", serde_json::to_string_pretty(&record)?);
-        return Ok(());
-    }
-    println!("\n{}", summary(&reports, &perplexities));
-    println!("written to {}", plan.output.display());
-    if args.profile {
-        println!("\n{}", time(&profile).trim_end());
-    }
-    Ok(())
+    Ok(Produced {
+        plan,
+        reports,
+        perplexities,
+        profile,
+    })
 }
 
 /// The command line as a shell reads it. Of an absolute path only the last component stays, so that

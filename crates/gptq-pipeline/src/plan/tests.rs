@@ -1,5 +1,6 @@
 //! What recipes mean, and what is refused, with its place.
 
+use gptq_calibration::{Rendering, Template};
 use gptq_format::{Bits, CheckpointFormat, Client, GroupSize};
 use serde_json::json;
 
@@ -300,6 +301,70 @@ fn no_local_path_becomes_a_models_name() {
         public_name("src/plan.rs"),
         "plan.rs",
         "it exists, so it is a path"
+    );
+}
+
+#[test]
+fn what_is_here_is_local_and_owner_and_name_are_on_the_hub() {
+    let recipe = |model: &str, calibration: &str| {
+        let text = HEAD.replace("\"m\"", &format!("{model:?}"));
+        let text = text.replace("\"c.json\"", &format!("{calibration:?}"));
+        Recipe::parse(Path::new("r.toml"), text).unwrap()
+    };
+    let hub = |repo: &str| InputSource::Hub {
+        repo: repo.into(),
+        revision: "main".into(),
+    };
+    let plain = recipe("epfl-llm/meditron-7b", "medalpaca/medical_meadow_wikidoc");
+    assert_eq!(plain.model_source(), Ok(hub("epfl-llm/meditron-7b")));
+    assert_eq!(
+        plain.calibration_source(),
+        Ok(hub("medalpaca/medical_meadow_wikidoc"))
+    );
+    // Tests run in the crate's directory, where these are.
+    for (model, calibration) in [
+        ("src", "src/plan.rs"),
+        ("src/plan", "data/rows.jsonl"),
+        ("src", "data/*"),
+        ("src", "rows"),
+    ] {
+        let recipe = recipe(model, calibration);
+        assert_eq!(recipe.model_source(), Ok(InputSource::Local(model.into())));
+        assert_eq!(
+            recipe.calibration_source(),
+            Ok(InputSource::Local(calibration.into()))
+        );
+    }
+    for model in ["/no/where", "./no/where", "nowhere", "a/b/c"] {
+        let error = recipe(model, "c.json").model_source().unwrap_err();
+        assert!(error.to_string().contains("owner/name"), "{error}");
+    }
+}
+
+#[test]
+fn a_row_is_read_in_one_way() {
+    let rendering = |keys: &str| {
+        let text = HEAD.replace("\"c.json\"", &format!("\"c.json\"\n{keys}"));
+        let text = format!("{text}[[branch]]\nname = \"a\"\nbits = 4\n");
+        let recipe = Recipe::parse(Path::new("r.toml"), text).map_err(|e| e.to_string())?;
+        let plan = Plan::for_config(&recipe, tiny()).map_err(|e| e.to_string())?;
+        Ok::<_, String>(plan.calibration.rendering)
+    };
+    let column = Rendering::Template(Template::parse("{text}").unwrap());
+    assert_eq!(rendering("column = \"text\""), Ok(column));
+    let default = Template::parse("{input}\n{output}").unwrap();
+    assert_eq!(rendering(""), Ok(Rendering::Template(default)));
+    for (keys, chatml) in [("", false), ("chat_template = \"chatml\"", true)] {
+        let column = "talk".to_owned();
+        assert_eq!(
+            rendering(&format!("messages = \"talk\"\n{keys}")),
+            Ok(Rendering::Messages { column, chatml })
+        );
+    }
+    let two = rendering("column = \"a\"\ntokens = \"b\"").unwrap_err();
+    assert!(
+        two.starts_with("r.toml:6:10") && two.contains("keep one"),
+        "{two}"
     );
 }
 

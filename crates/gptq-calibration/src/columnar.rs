@@ -1,0 +1,236 @@
+//! Rows of Parquet and Arrow files, a batch at a time and only the columns that are wanted. Arrow
+//! files may be in the stream form, which Hugging Face `datasets` writes, or in the file form.
+//!
+//! Values become JSON values: text, numbers, booleans, lists and structs; any other type reads as
+//! null.
+
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
+use arrow::datatypes::{
+    DataType, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, Schema,
+    UInt8Type, UInt16Type, UInt32Type, UInt64Type,
+};
+use arrow::error::ArrowError;
+use arrow::ipc::reader::{FileReader, StreamReader};
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::file::metadata::ParquetMetaData;
+use serde_json::{Map, Value};
+
+use crate::CalibrationError;
+use crate::reader::{EachRow, Row, malformed};
+use crate::source::SourceFile;
+
+/// Rows decoded together from a Parquet file.
+const BATCH: usize = 64;
+
+/// Largest columnar file that is unpacked from gzip or zstd, in bytes as decompressed: it has to
+/// lie on disk to be read by columns.
+const LARGEST_UNPACKED: u64 = 4 << 30;
+
+/// First bytes of the file form of Arrow.
+const ARROW_FILE: &[u8; 6] = b"ARROW1";
+
+/// Which of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Parquet,
+    Arrow,
+}
+
+/// Calls `each` with every row until it breaks; errors when a column of `columns` is not there.
+pub(crate) fn read(
+    kind: Kind,
+    opened: File,
+    file: &SourceFile,
+    columns: &[&str],
+    each: &mut EachRow<'_>,
+) -> Result<ControlFlow<()>, CalibrationError> {
+    // Both libraries panic on some malformed files instead of returning an error.
+    let read = AssertUnwindSafe(|| match kind {
+        Kind::Parquet => parquet(opened, file, columns, each),
+        Kind::Arrow => arrow(opened, file, columns, each),
+    });
+    catch_unwind(read).unwrap_or_else(|_| Err(malformed(file, "the file is malformed")))
+}
+
+/// Copies a decompressed file to an unnamed temporary one.
+pub(crate) fn spool(packed: impl Read, file: &SourceFile) -> Result<File, CalibrationError> {
+    let mut unpacked =
+        tempfile::tempfile().map_err(|source| CalibrationError::Scratch { source })?;
+    let copied = io::copy(&mut packed.take(LARGEST_UNPACKED + 1), &mut unpacked);
+    if copied.map_err(|e| malformed(file, e))? > LARGEST_UNPACKED {
+        let reason = "over 4 GiB when decompressed; decompress it first";
+        return Err(malformed(file, reason));
+    }
+    unpacked
+        .seek(SeekFrom::Start(0))
+        .map_err(|source| CalibrationError::Scratch { source })?;
+    Ok(unpacked)
+}
+
+fn parquet(
+    opened: File,
+    file: &SourceFile,
+    columns: &[&str],
+    each: &mut EachRow<'_>,
+) -> Result<ControlFlow<()>, CalibrationError> {
+    let builder =
+        ParquetRecordBatchReaderBuilder::try_new(opened).map_err(|e| malformed(file, e))?;
+    let promised = check_counts(builder.metadata()).map_err(|why| malformed(file, why))?;
+    let wanted = wanted(builder.schema(), columns)?;
+    let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
+    let reader = builder.with_projection(mask).with_batch_size(BATCH).build();
+    let batches = reader.map_err(|e| malformed(file, e))?;
+    let (flow, rows) = batches_to_rows(batches, file, columns, each)?;
+    if flow.is_continue() && rows != promised {
+        let reason = format!("its footer promises {promised} rows, and it holds {rows}");
+        return Err(malformed(file, reason));
+    }
+    Ok(flow)
+}
+
+/// The number of rows, if the footer agrees with itself about it.
+fn check_counts(metadata: &ParquetMetaData) -> Result<u64, String> {
+    let total = metadata.file_metadata().num_rows();
+    let groups = metadata.row_groups();
+    let sum: i128 = groups.iter().map(|g| i128::from(g.num_rows())).sum();
+    if i128::from(total) != sum || groups.iter().any(|g| g.num_rows() < 0) {
+        return Err(format!(
+            "its footer promises {total} rows, and its row groups {sum}"
+        ));
+    }
+    for group in groups {
+        // A list has any number of values in a row; a flat column has one.
+        let flat = group
+            .columns()
+            .iter()
+            .filter(|c| c.column_descr().max_rep_level() == 0);
+        for column in flat {
+            if column.num_values() != group.num_rows() {
+                return Err(format!(
+                    "a row group of {} rows has {} values in column {}",
+                    group.num_rows(),
+                    column.num_values(),
+                    column.column_path()
+                ));
+            }
+        }
+    }
+    Ok(total as u64)
+}
+
+fn arrow(
+    mut opened: File,
+    file: &SourceFile,
+    columns: &[&str],
+    each: &mut EachRow<'_>,
+) -> Result<ControlFlow<()>, CalibrationError> {
+    let mut magic = Vec::new();
+    (&opened)
+        .take(ARROW_FILE.len() as u64)
+        .read_to_end(&mut magic)
+        .and_then(|_| opened.seek(SeekFrom::Start(0)))
+        .map_err(CalibrationError::io(&file.path))?;
+    let buffered = BufReader::new(opened);
+    let (flow, _) = if magic == ARROW_FILE {
+        let batches = FileReader::try_new(buffered, None).map_err(|e| malformed(file, e))?;
+        wanted(&batches.schema(), columns)?;
+        batches_to_rows(batches, file, columns, each)?
+    } else {
+        let batches = StreamReader::try_new(buffered, None).map_err(|e| malformed(file, e))?;
+        wanted(&batches.schema(), columns)?;
+        batches_to_rows(batches, file, columns, each)?
+    };
+    Ok(flow)
+}
+
+/// Places of the wanted columns.
+fn wanted(schema: &Schema, columns: &[&str]) -> Result<Vec<usize>, CalibrationError> {
+    let place = |column: &&str| {
+        schema
+            .index_of(column)
+            .map_err(|_| CalibrationError::Column {
+                row: 0,
+                column: (*column).to_owned(),
+                columns: schema.fields().iter().map(|f| f.name().clone()).collect(),
+            })
+    };
+    columns.iter().map(place).collect()
+}
+
+/// Rows given to `each`, and how many there were.
+fn batches_to_rows(
+    batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
+    file: &SourceFile,
+    columns: &[&str],
+    each: &mut EachRow<'_>,
+) -> Result<(ControlFlow<()>, u64), CalibrationError> {
+    let mut rows = 0;
+    for batch in batches {
+        let batch = batch.map_err(|e| malformed(file, e))?;
+        let mut arrays: Vec<(&str, ArrayRef)> = Vec::new();
+        for &column in columns {
+            let array = batch.column_by_name(column);
+            let array = array.ok_or_else(|| malformed(file, "a batch lacks a column"))?;
+            arrays.push((column, plain(array).map_err(|e| malformed(file, e))?));
+        }
+        for i in 0..batch.num_rows() {
+            rows += 1;
+            let cells = arrays.iter();
+            let row: Row = cells
+                .map(|(column, array)| ((*column).to_owned(), value(array, i)))
+                .collect();
+            if each(row)?.is_break() {
+                return Ok((ControlFlow::Break(()), rows));
+            }
+        }
+    }
+    Ok((ControlFlow::Continue(()), rows))
+}
+
+/// A dictionary's values in place of its keys.
+fn plain(array: &ArrayRef) -> Result<ArrayRef, ArrowError> {
+    match array.data_type() {
+        DataType::Dictionary(_, values) => arrow::compute::cast(array, values),
+        _ => Ok(array.clone()),
+    }
+}
+
+fn value(array: &dyn Array, i: usize) -> Value {
+    if array.is_null(i) {
+        return Value::Null;
+    }
+    let list = |values: ArrayRef| (0..values.len()).map(|j| value(&values, j)).collect();
+    match array.data_type() {
+        DataType::Utf8 => array.as_string::<i32>().value(i).into(),
+        DataType::LargeUtf8 => array.as_string::<i64>().value(i).into(),
+        DataType::Utf8View => array.as_string_view().value(i).into(),
+        DataType::Boolean => array.as_boolean().value(i).into(),
+        DataType::Int8 => array.as_primitive::<Int8Type>().value(i).into(),
+        DataType::Int16 => array.as_primitive::<Int16Type>().value(i).into(),
+        DataType::Int32 => array.as_primitive::<Int32Type>().value(i).into(),
+        DataType::Int64 => array.as_primitive::<Int64Type>().value(i).into(),
+        DataType::UInt8 => array.as_primitive::<UInt8Type>().value(i).into(),
+        DataType::UInt16 => array.as_primitive::<UInt16Type>().value(i).into(),
+        DataType::UInt32 => array.as_primitive::<UInt32Type>().value(i).into(),
+        DataType::UInt64 => array.as_primitive::<UInt64Type>().value(i).into(),
+        DataType::Float32 => array.as_primitive::<Float32Type>().value(i).into(),
+        DataType::Float64 => array.as_primitive::<Float64Type>().value(i).into(),
+        DataType::List(_) => Value::Array(list(array.as_list::<i32>().value(i))),
+        DataType::LargeList(_) => Value::Array(list(array.as_list::<i64>().value(i))),
+        DataType::FixedSizeList(..) => Value::Array(list(array.as_fixed_size_list().value(i))),
+        DataType::Struct(fields) => {
+            let members = fields.iter().zip(array.as_struct().columns());
+            let object: Map<String, Value> = members
+                .map(|(field, member)| (field.name().clone(), value(member, i)))
+                .collect();
+            Value::Object(object)
+        }
+        _ => Value::Null,
+    }
+}

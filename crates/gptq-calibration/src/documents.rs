@@ -1,0 +1,76 @@
+//! Rows of a source as batches of documents, read on a thread of its own while others tokenise.
+
+use std::collections::HashSet;
+use std::ops::ControlFlow;
+use std::sync::mpsc::SyncSender;
+
+use crate::chat::ChatTemplate;
+use crate::rendering::Document;
+use crate::row_range::Place;
+use crate::source::SourceFile;
+use crate::{CalibrationError, CalibrationSettings, reader};
+
+/// A batch is full with this many documents, or this many bytes.
+const BATCH_DOCUMENTS: usize = 256;
+const BATCH_BYTES: usize = 1 << 20;
+
+/// Sends every document of `files` in the settings' range of rows, until the end or until nobody
+/// receives any more. Errors when the files end before the range begins.
+pub(crate) fn send(
+    settings: &CalibrationSettings,
+    files: &[SourceFile],
+    chat: Option<&ChatTemplate>,
+    sender: &SyncSender<Vec<Document>>,
+) -> Result<(), CalibrationError> {
+    let columns = settings.rendering.columns();
+    let mut seen = HashSet::new();
+    let mut batch = Batch::default();
+    let (mut index, mut inside) = (0, 0);
+    for file in files {
+        let flow = reader::read(file, &columns, &mut |row| {
+            let place = settings.rows.place(index);
+            index += 1;
+            match place {
+                Place::Before => return Ok(ControlFlow::Continue(())),
+                Place::Past => return Ok(ControlFlow::Break(())),
+                Place::Inside => inside += 1,
+            }
+            let document = settings.rendering.render(index - 1, &row, chat)?;
+            if settings.dedupe && !seen.insert(document.digest()) {
+                return Ok(ControlFlow::Continue(()));
+            }
+            batch.bytes += document.size();
+            batch.documents.push(document);
+            let full = batch.documents.len() >= BATCH_DOCUMENTS || batch.bytes >= BATCH_BYTES;
+            Ok(match full && sender.send(batch.take()).is_err() {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            })
+        })?;
+        if flow.is_break() {
+            break;
+        }
+    }
+    if inside == 0 {
+        return Err(CalibrationError::NoRows {
+            range: settings.rows.to_string(),
+            available: index,
+        });
+    }
+    // Whoever stopped receiving has what it needs.
+    let _ = sender.send(batch.take());
+    Ok(())
+}
+
+#[derive(Default)]
+struct Batch {
+    documents: Vec<Document>,
+    bytes: usize,
+}
+
+impl Batch {
+    fn take(&mut self) -> Vec<Document> {
+        self.bytes = 0;
+        std::mem::take(&mut self.documents)
+    }
+}

@@ -1,0 +1,287 @@
+//! The same rows in every format and compression are the same windows; broken files are refused.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow::array::{RecordBatch, StringArray};
+use arrow::datatypes::{DataType, Field, Schema};
+use arrow::ipc::writer::{FileWriter, StreamWriter};
+use parquet::arrow::ArrowWriter;
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::*;
+use crate::Template;
+
+fn root(path: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "../..", path].iter().collect()
+}
+
+fn tokenizer() -> TextTokenizer {
+    TextTokenizer::load(&root("tests/models/medi-tiny")).unwrap()
+}
+
+fn settings(path: &Path, template: &str) -> CalibrationSettings {
+    CalibrationSettings {
+        source: Source::Local(path.into()),
+        rendering: Rendering::Template(Template::parse(template).unwrap()),
+        rows: "3:".parse().unwrap(),
+        min_tokens: 0,
+        dedupe: false,
+        samples: 5,
+        seq_len: 100,
+        seed: 11,
+        sampling: Sampling::RandomWindows,
+    }
+}
+
+/// `(input, output)` of 40 rows, with quotes, commas, line breaks and letters beyond ASCII.
+fn rows() -> Vec<(String, String)> {
+    (0..40)
+        .map(|i| {
+            (
+                format!("What is \"fever\", no. {i}?"),
+                format!("Température of {i} °C,\nand more, \\ and {{so}} on."),
+            )
+        })
+        .collect()
+}
+
+fn json_rows() -> Vec<serde_json::Value> {
+    let rows = rows().into_iter();
+    rows.map(|(input, output)| serde_json::json!({"id": 1, "input": input, "output": output}))
+        .collect()
+}
+
+fn batch(rows: &[(String, String)]) -> RecordBatch {
+    let column = |text: fn(&(String, String)) -> &String| {
+        Arc::new(StringArray::from_iter_values(rows.iter().map(text)))
+    };
+    let fields = ["unused", "input", "output"].map(|n| Field::new(n, DataType::Utf8, true));
+    let schema = Arc::new(Schema::new(fields.to_vec()));
+    let columns: Vec<arrow::array::ArrayRef> =
+        vec![column(|r| &r.0), column(|r| &r.0), column(|r| &r.1)];
+    RecordBatch::try_new(schema, columns).unwrap()
+}
+
+/// Every format's file name and bytes.
+fn files() -> Vec<(&'static str, Vec<u8>)> {
+    let rows = rows();
+    let list = serde_json::to_vec(&json_rows()).unwrap();
+    let object = serde_json::json!({"version": 1, "about": {"tags": ["a"]}, "data": json_rows()});
+    let lines: Vec<String> = json_rows().iter().map(|row| row.to_string()).collect();
+    let mut csv = csv::Writer::from_writer(Vec::new());
+    csv.write_record(["input", "id", "output"]).unwrap();
+    for (input, output) in &rows {
+        csv.write_record([input, "7", output]).unwrap();
+    }
+    let batches = [batch(&rows[..25]), batch(&rows[25..])];
+    let schema = batches[0].schema();
+    let mut parquet = ArrowWriter::try_new(Vec::new(), schema.clone(), None).unwrap();
+    let mut stream = StreamWriter::try_new(Vec::new(), &schema).unwrap();
+    let mut file = FileWriter::try_new(Vec::new(), &schema).unwrap();
+    for batch in &batches {
+        parquet.write(batch).unwrap();
+        stream.write(batch).unwrap();
+        file.write(batch).unwrap();
+    }
+    vec![
+        ("list.json", list),
+        ("object.json", serde_json::to_vec_pretty(&object).unwrap()),
+        ("rows.jsonl", (lines.join("\r\n") + "\n\n").into_bytes()),
+        ("rows.csv", csv.into_inner().unwrap()),
+        ("rows.parquet", parquet.into_inner().unwrap()),
+        ("stream.arrow", stream.into_inner().unwrap()),
+        ("file.arrow", file.into_inner().unwrap()),
+    ]
+}
+
+/// Writes `bytes` as they are, gzipped and as zstd.
+fn write_all(dir: &TempDir, name: &str, bytes: &[u8]) -> [PathBuf; 3] {
+    let path = |ending: &str| dir.path().join(format!("{name}{ending}"));
+    fs::write(path(""), bytes).unwrap();
+    let file = File::create(path(".gz")).unwrap();
+    let mut gzip = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
+    gzip.write_all(bytes).unwrap();
+    gzip.finish().unwrap();
+    fs::write(path(".zst"), zstd::encode_all(bytes, 1).unwrap()).unwrap();
+    [path(""), path(".gz"), path(".zst")]
+}
+
+#[test]
+fn every_format_and_compression_gives_the_same_windows() {
+    let tokenizer = tokenizer();
+    let dir = TempDir::new().unwrap();
+    let mut expected: Option<Vec<Vec<u32>>> = None;
+    for (name, bytes) in files() {
+        for path in write_all(&dir, name, &bytes) {
+            let drawn = Calibration::draw(&settings(&path, "{input}\n{output}"), &tokenizer);
+            let drawn = drawn.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            assert_eq!(drawn.manifest.row_count, 37, "{}", path.display());
+            let expected = expected.get_or_insert(drawn.windows.clone());
+            assert_eq!(&drawn.windows, expected, "{}", path.display());
+        }
+    }
+}
+
+#[test]
+fn lines_of_text_are_the_rows_of_a_list_of_texts() {
+    let tokenizer = tokenizer();
+    let dir = TempDir::new().unwrap();
+    let lines: Vec<String> = (0..60).map(|i| format!("Line {i} of a text.")).collect();
+    let list = dir.path().join("list.json");
+    fs::write(&list, serde_json::to_string(&lines).unwrap()).unwrap();
+    let draw = |path: &Path| Calibration::draw(&settings(path, "{text}"), &tokenizer).unwrap();
+    let expected = draw(&list).windows;
+    for path in write_all(&dir, "lines.txt", lines.join("\n").as_bytes()) {
+        assert_eq!(draw(&path).windows, expected, "{}", path.display());
+    }
+}
+
+#[test]
+fn files_of_a_glob_are_one_after_the_other() {
+    let tokenizer = tokenizer();
+    let dir = TempDir::new().unwrap();
+    let (head, tail) = (json_rows()[..15].to_vec(), json_rows()[15..].to_vec());
+    let whole = dir.path().join("whole.json");
+    fs::write(&whole, serde_json::to_vec(&json_rows()).unwrap()).unwrap();
+    for (name, rows) in [("part-0.json", head), ("part-1.json", tail)] {
+        fs::write(dir.path().join(name), serde_json::to_vec(&rows).unwrap()).unwrap();
+    }
+    let draw = |name: &str| {
+        let settings = settings(&dir.path().join(name), "{input}\n{output}");
+        Calibration::draw(&settings, &tokenizer).unwrap()
+    };
+    let (parts, whole) = (draw("part-*.json"), draw("whole.json"));
+    assert_eq!(parts.windows, whole.windows);
+    let names: Vec<&str> = parts
+        .manifest
+        .files
+        .iter()
+        .map(|f| f.name.as_str())
+        .collect();
+    assert_eq!(names, ["part-0.json", "part-1.json"]);
+    assert_eq!(parts.manifest.source, "part-*.json");
+}
+
+fn refusal(path: &Path) -> String {
+    let settings = settings(path, "{input}\n{output}");
+    let error = Calibration::draw(&settings, &tokenizer())
+        .unwrap_err()
+        .to_string();
+    assert!(!error.contains('\n'), "one line: {error}");
+    error
+}
+
+#[test]
+fn a_bomb_is_refused_when_one_row_grows_too_long() {
+    let dir = TempDir::new().unwrap();
+    let blank = vec![b' '; 1 << 20];
+    for (name, start) in [
+        ("a.json.gz", "[{\"input\": \""),
+        ("a.jsonl.gz", "{\"input\": \""),
+        ("a.csv.gz", "input,output\n\""),
+        ("a.txt.gz", ""),
+    ] {
+        let path = dir.path().join(name);
+        let file = File::create(&path).unwrap();
+        let mut gzip = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
+        gzip.write_all(start.as_bytes()).unwrap();
+        for _ in 0..80 {
+            gzip.write_all(&blank).unwrap();
+        }
+        gzip.finish().unwrap();
+        assert!(fs::metadata(&path).unwrap().len() < 1 << 20, "a small file");
+        let error = refusal(&path);
+        assert!(error.contains(name) && error.contains("64 MiB"), "{error}");
+    }
+}
+
+#[test]
+fn a_parquet_file_with_a_lying_row_count_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("lying.parquet");
+    let (_, bytes) = files().into_iter().find(|f| f.0 == "rows.parquet").unwrap();
+    // The footer: Thrift compact, where a count of 40 rows is the field 0x16 with zigzag 80.
+    let footer = bytes.len()
+        - 8
+        - u32::from_le_bytes(bytes[bytes.len() - 8..][..4].try_into().unwrap()) as usize;
+    let counts: Vec<usize> = (footer..bytes.len() - 8)
+        .filter(|&at| bytes[at..at + 2] == [0x16, 80])
+        .collect();
+    assert!(counts.len() >= 2, "of the file and of its row group");
+    for at in counts {
+        let mut lying = bytes.clone();
+        lying[at + 1] = 120; // 60 rows
+        fs::write(&path, lying).unwrap();
+        let error = refusal(&path);
+        assert!(error.contains("lying.parquet"), "{error}");
+    }
+}
+
+#[test]
+fn broken_and_unknown_files_are_refused_by_name() {
+    let dir = TempDir::new().unwrap();
+    for (name, text, words) in [
+        ("a.json", "[{\"input\": 1}", "row 0"),
+        ("b.json", "{\"a\": 1}", "without a list"),
+        ("c.json", "{\"a\": [], \"b\": []}", "more than one list"),
+        ("d.json", "[1]", "neither an object nor a text"),
+        ("e.jsonl", "{\"input\": \"a\"", "line 1"),
+        ("f.csv", "a,b\n1\n", "f.csv"),
+        ("g.txt", "\u{fffd}", "its columns are text"),
+        ("h.parquet", "PAR1", "h.parquet"),
+        ("i.arrow", "ARROW1", "i.arrow"),
+        ("j.arrow", "nonsense", "j.arrow"),
+        ("k.json.gz", "not gzip", "k.json.gz"),
+        ("l.jsonl.zst", "not zstd", "l.jsonl.zst"),
+        ("m.xlsx", "", "known are"),
+        ("n.json", "", "n.json"),
+    ] {
+        let path = dir.path().join(name);
+        fs::write(&path, text).unwrap();
+        let settings = CalibrationSettings {
+            rows: RowRange::default(),
+            ..settings(&path, "{input}\n{output}")
+        };
+        let error = Calibration::draw(&settings, &tokenizer())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains(words) && !error.contains('\n'),
+            "{name}: {error}"
+        );
+    }
+    let missing = refusal(&dir.path().join("none.json"));
+    assert!(missing.contains("none.json"), "{missing}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whatever a damaged file says, it is read or refused; nothing panics and nothing is taken on
+    /// trust.
+    #[test]
+    fn damaged_columnar_files_are_read_or_refused(
+        which in 4usize..7, at in any::<prop::sample::Index>(), byte in any::<u8>(), cut in any::<bool>()
+    ) {
+        let (name, mut bytes) = files().swap_remove(which);
+        let at = at.index(bytes.len());
+        match cut {
+            true => bytes.truncate(at),
+            false => bytes[at] = byte,
+        }
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        let file = &Source::Local(path).files().unwrap()[0];
+        let mut rows = 0;
+        let read = crate::reader::read(file, &["input"], &mut |_| {
+            rows += 1;
+            Ok(std::ops::ControlFlow::Continue(()))
+        });
+        prop_assert!(read.is_err() || rows <= 1000, "{rows} rows");
+    }
+}

@@ -1,0 +1,165 @@
+//! Rows of one file, a row at a time: nothing here holds more than one row of a text format or
+//! one batch of a columnar one.
+//!
+//! | file | a row |
+//! |---|---|
+//! | `.json` | an element of the list, or of the one list in the object; a string is a row with the column `text` |
+//! | `.jsonl` | a line |
+//! | `.csv` | a record; the first names the columns |
+//! | `.txt` | a line that is not blank, in the column `text` |
+//! | `.parquet`, `.arrow` | a row ([`columnar`]) |
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::ops::ControlFlow;
+use std::rc::Rc;
+
+use serde_json::{Map, Value};
+
+use crate::source::{Compression, Format, SourceFile};
+use crate::{CalibrationError, columnar, json};
+
+/// Column names and values.
+pub(crate) type Row = Map<String, Value>;
+
+/// Takes one row; breaks when it wants no more.
+pub(crate) type EachRow<'a> = dyn FnMut(Row) -> Result<ControlFlow<()>, CalibrationError> + 'a;
+
+/// The column of rows that are plain text.
+const TEXT: &str = "text";
+
+/// Longest row of a text format, in bytes as decompressed: what keeps a compressed bomb small.
+const LONGEST_ROW: u64 = 64 << 20;
+
+/// Calls `each` with every row of `file` until it breaks. Columnar formats read `columns` alone.
+pub(crate) fn read(
+    file: &SourceFile,
+    columns: &[&str],
+    each: &mut EachRow<'_>,
+) -> Result<ControlFlow<()>, CalibrationError> {
+    let opened = File::open(&file.path).map_err(CalibrationError::io(&file.path))?;
+    let columnar = match file.format {
+        Format::Parquet => Some(columnar::Kind::Parquet),
+        Format::Arrow => Some(columnar::Kind::Arrow),
+        _ => None,
+    };
+    if let Some(kind) = columnar {
+        return match file.compression {
+            Compression::None => columnar::read(kind, opened, file, columns, each),
+            _ => {
+                let unpacked = columnar::spool(decompress(opened, file)?, file)?;
+                columnar::read(kind, unpacked, file, columns, each)
+            }
+        };
+    }
+    let since_row = Rc::new(Cell::new(0));
+    let metered = BufReader::new(Metered {
+        inner: decompress(opened, file)?,
+        since_row: since_row.clone(),
+    });
+    let mut each = |row| {
+        since_row.set(0);
+        each(row)
+    };
+    match file.format {
+        Format::Json => json::read_list(metered, file, &mut each),
+        Format::Csv => csv(metered, file, &mut each),
+        Format::JsonLines => lines(metered, file, &mut |number, line| {
+            let row =
+                json::row(line).map_err(|why| malformed(file, format!("line {number}: {why}")))?;
+            each(row)
+        }),
+        _ => lines(metered, file, &mut |_, line| each(text_row(line.into()))),
+    }
+}
+
+/// A row that is one text.
+pub(crate) fn text_row(text: String) -> Row {
+    Row::from_iter([(TEXT.to_owned(), Value::String(text))])
+}
+
+pub(crate) fn malformed(file: &SourceFile, reason: impl ToString) -> CalibrationError {
+    CalibrationError::Malformed {
+        path: file.path.clone(),
+        reason: reason.to_string().replace('\n', "; "),
+    }
+}
+
+fn decompress(opened: File, file: &SourceFile) -> Result<Box<dyn Read>, CalibrationError> {
+    Ok(match file.compression {
+        Compression::None => Box::new(opened),
+        Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(BufReader::new(opened))),
+        Compression::Zstd => Box::new(
+            zstd::stream::read::Decoder::new(opened).map_err(CalibrationError::io(&file.path))?,
+        ),
+    })
+}
+
+/// Refuses to go on when a single row grows past [`LONGEST_ROW`].
+struct Metered<R> {
+    inner: R,
+    since_row: Rc<Cell<u64>>,
+}
+
+impl<R: Read> Read for Metered<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        let total = self.since_row.get() + n as u64;
+        self.since_row.set(total);
+        match total > LONGEST_ROW {
+            true => Err(io::Error::other("a single row is over 64 MiB")),
+            false => Ok(n),
+        }
+    }
+}
+
+/// Lines that are not blank, numbered from 1, without their ends.
+fn lines(
+    mut reader: impl BufRead,
+    file: &SourceFile,
+    each: &mut dyn FnMut(usize, &str) -> Result<ControlFlow<()>, CalibrationError>,
+) -> Result<ControlFlow<()>, CalibrationError> {
+    let mut bytes = Vec::new();
+    for number in 1.. {
+        bytes.clear();
+        let read = reader.read_until(b'\n', &mut bytes);
+        if read.map_err(|e| malformed(file, e))? == 0 {
+            break;
+        }
+        let line = std::str::from_utf8(&bytes)
+            .map_err(|_| malformed(file, format!("line {number} is not UTF-8 text")))?;
+        let line = match number {
+            1 => line.trim_start_matches('\u{feff}'),
+            _ => line,
+        };
+        let line = line.trim_end_matches(['\n', '\r']);
+        if !line.trim().is_empty() && each(number, line)?.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+    }
+    Ok(ControlFlow::Continue(()))
+}
+
+fn csv(
+    reader: impl Read,
+    file: &SourceFile,
+    each: &mut EachRow<'_>,
+) -> Result<ControlFlow<()>, CalibrationError> {
+    let mut reader = csv::Reader::from_reader(reader);
+    let headers = reader.headers().map_err(|e| malformed(file, e))?.clone();
+    for record in reader.records() {
+        let record = record.map_err(|e| malformed(file, e))?;
+        let cells = record.iter().map(|cell| Value::String(cell.to_owned()));
+        let names = headers.iter().enumerate();
+        // A byte-order mark would hide the first column's name.
+        let names = names.map(|(i, name)| match i {
+            0 => name.trim_start_matches('\u{feff}').to_owned(),
+            _ => name.to_owned(),
+        });
+        if each(names.zip(cells).collect())?.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+    }
+    Ok(ControlFlow::Continue(()))
+}

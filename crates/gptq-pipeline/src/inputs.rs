@@ -1,0 +1,192 @@
+//! Where a recipe's inputs come from, and where they were put.
+//!
+//! A model source that is a directory here is that directory; any other of the form `owner/name` is
+//! a model on the Hub. A calibration source that exists here, is a glob, or is named like a file of
+//! rows is local; any other of the form `owner/name` is a dataset on the Hub.
+
+use std::path::{Path, PathBuf};
+
+use gptq_calibration::{CalibrationSettings, Rendering, RowRange, Source, Template};
+use toml::Spanned;
+
+use crate::recipe::ChatChoice;
+use crate::{Recipe, RecipeError};
+
+/// Where an input is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InputSource {
+    /// On this machine.
+    Local(PathBuf),
+    /// On the Hub.
+    Hub {
+        /// `owner/name`.
+        repo: String,
+        /// A branch, tag or commit.
+        revision: String,
+    },
+}
+
+/// Inputs from the Hub that are on this machine now.
+#[derive(Clone, Debug, Default)]
+pub struct Fetched {
+    /// Directory of the model.
+    pub model: Option<PathBuf>,
+    /// Files of the dataset.
+    pub calibration: Option<Source>,
+}
+
+impl Recipe {
+    /// Where the model is.
+    pub fn model_source(&self) -> Result<InputSource, RecipeError> {
+        let model = &self.file.model;
+        let source = model.source.get_ref();
+        if Path::new(source).is_dir() {
+            return self.local(&model.source, &model.revision);
+        }
+        match looks_like_repo(source) {
+            true => Ok(hub(&model.source, &model.revision)),
+            false => Err(self.refuse(
+                &model.source,
+                format!(
+                    "model source {source:?} is neither a directory here nor owner/name on the Hub; \
+                     download the checkpoint and name its directory"
+                ),
+            )),
+        }
+    }
+
+    /// Where the calibration rows are.
+    pub fn calibration_source(&self) -> Result<InputSource, RecipeError> {
+        let calibration = &self.file.calibration;
+        let source = calibration.source.get_ref();
+        let is_local = Path::new(source).exists()
+            || source.contains(['*', '?', '['])
+            || Source::reads(source)
+            || !looks_like_repo(source);
+        if !is_local {
+            return Ok(hub(&calibration.source, &calibration.revision));
+        }
+        if let Some(files) = &calibration.files {
+            let reason =
+                "files chooses among a dataset's files on the Hub; name local files by source";
+            return Err(self.refuse(files, reason));
+        }
+        self.local(&calibration.source, &calibration.revision)
+    }
+
+    /// Which files of a Hub dataset, as a glob.
+    pub fn calibration_files(&self) -> Option<&str> {
+        let files = self.file.calibration.files.as_ref();
+        files.map(|files| files.get_ref().as_str())
+    }
+
+    fn local(
+        &self,
+        source: &Spanned<String>,
+        revision: &Option<Spanned<String>>,
+    ) -> Result<InputSource, RecipeError> {
+        match revision {
+            None => Ok(InputSource::Local(source.get_ref().into())),
+            Some(revision) => Err(self.refuse(
+                revision,
+                "a revision means nothing for what is local; remove it",
+            )),
+        }
+    }
+
+    /// The `[calibration]` part made valid.
+    pub(crate) fn calibration(
+        &self,
+        fetched: &Fetched,
+    ) -> Result<CalibrationSettings, RecipeError> {
+        let file = &self.file.calibration;
+        let rows: RowRange =
+            file.rows
+                .get_ref()
+                .parse()
+                .map_err(|e: gptq_calibration::CalibrationError| {
+                    self.refuse(&file.rows, e.to_string())
+                })?;
+        let at_least = |value: &Spanned<usize>, least: usize, name: &str| match *value.get_ref() {
+            v if v >= least && v <= 1 << 24 => Ok(v),
+            v => Err(self.refuse(
+                value,
+                format!("{name} = {v} is not between {least} and 2^24"),
+            )),
+        };
+        let source = match (&fetched.calibration, self.calibration_source()?) {
+            (Some(fetched), _) => fetched.clone(),
+            (None, InputSource::Local(path)) => Source::Local(path),
+            (None, InputSource::Hub { repo, revision }) => Source::Dataset {
+                name: repo,
+                revision,
+                files: Vec::new(),
+            },
+        };
+        Ok(CalibrationSettings {
+            source,
+            rendering: self.rendering()?,
+            rows,
+            min_tokens: file.min_tokens,
+            dedupe: file.dedupe,
+            samples: at_least(&file.samples, 1, "samples")?,
+            seq_len: at_least(&file.seq_len, 2, "seq_len")?,
+            seed: file.seed,
+            sampling: file.sampling,
+        })
+    }
+
+    fn rendering(&self) -> Result<Rendering, RecipeError> {
+        let file = &self.file.calibration;
+        let given: Vec<(&str, &Spanned<String>)> = [
+            ("template", &file.template),
+            ("column", &file.column),
+            ("messages", &file.messages),
+            ("tokens", &file.tokens),
+        ]
+        .into_iter()
+        .filter_map(|(key, value)| Some((key, value.as_ref()?)))
+        .collect();
+        if let [(first, _), (second, at), ..] = given[..] {
+            let reason = format!("{first} and {second} both say what a row is; keep one");
+            return Err(self.refuse(at, reason));
+        }
+        if let (Some(choice), None) = (&file.chat_template, &file.messages) {
+            return Err(self.refuse(choice, "chat_template has no use without messages"));
+        }
+        let (key, value) = match given.first() {
+            Some((key, value)) => (*key, value.get_ref().clone()),
+            None => ("template", "{input}\n{output}".to_owned()),
+        };
+        Ok(match key {
+            "column" => Rendering::Template(Template::column(&value)),
+            "tokens" => Rendering::Tokens { column: value },
+            "messages" => Rendering::Messages {
+                column: value,
+                chatml: file.chat_template.as_ref().map(|c| *c.get_ref())
+                    == Some(ChatChoice::Chatml),
+            },
+            _ => Rendering::Template(Template::parse(&value).map_err(|e| match given.first() {
+                Some((_, at)) => self.refuse(at, e.to_string()),
+                None => self.refuse(&file.source, e.to_string()),
+            })?),
+        })
+    }
+}
+
+fn hub(source: &Spanned<String>, revision: &Option<Spanned<String>>) -> InputSource {
+    InputSource::Hub {
+        repo: source.get_ref().clone(),
+        revision: match revision {
+            Some(revision) => revision.get_ref().clone(),
+            None => "main".to_owned(),
+        },
+    }
+}
+
+/// One slash, and not the beginning of a path.
+pub(crate) fn looks_like_repo(source: &str) -> bool {
+    source.matches('/').count() == 1
+        && !source.starts_with(['.', '/', '~'])
+        && !source.ends_with('/')
+}

@@ -1,0 +1,127 @@
+//! A recipe's inputs from the Hub. The environment is read here and nowhere else.
+
+use std::cell::OnceCell;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+use anyhow::{Result, anyhow};
+use gptq_calibration::Source;
+use gptq_hub::{DataFiles, Hub, HubSettings, RepoId, Snapshot};
+use gptq_pipeline::{Fetched, InputSource, Recipe};
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// How much of the model a command needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// Config and tokenizer.
+    Shapes,
+    /// Weights too.
+    Weights,
+}
+
+/// Fetches what `recipe` names on the Hub; a recipe of local files asks nobody.
+pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched> {
+    let mut fetched = Fetched::default();
+    let hub = OnceCell::new();
+    let connect = || match hub.get() {
+        Some(hub) => Ok(hub),
+        None => Hub::new(settings()).map(|new| hub.get_or_init(|| new)),
+    };
+    if let InputSource::Hub { repo, revision } = recipe.model_source()? {
+        let id = repo_id(&repo)?;
+        let snapshot = match model {
+            Need::Shapes => connect()?.model_side(&id, &revision)?,
+            Need::Weights => {
+                with_bar(&repo, |progress| connect()?.model(&id, &revision, progress))?
+            }
+        };
+        warn_if_stale(&repo, &snapshot);
+        fetched.model = Some(snapshot.dir);
+    }
+    if rows && let InputSource::Hub { repo, revision } = recipe.calibration_source()? {
+        let id = repo_id(&repo)?;
+        let wanted = DataFiles {
+            readable: &Source::reads,
+            pattern: recipe.calibration_files(),
+        };
+        let snapshot = with_bar(&repo, |progress| {
+            connect()?.dataset(&id, &revision, wanted, progress)
+        })?;
+        warn_if_stale(&repo, &snapshot);
+        let files = snapshot.files.into_iter();
+        fetched.calibration = Some(Source::Dataset {
+            name: repo,
+            revision: snapshot.commit,
+            files: files
+                .map(|name| (name.clone(), snapshot.dir.join(name)))
+                .collect(),
+        });
+    }
+    Ok(fetched)
+}
+
+/// What `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HOME` and `HF_HUB_CACHE` say.
+pub(crate) fn settings() -> HubSettings {
+    let text = |name| env::var(name).ok().filter(|value| !value.is_empty());
+    let path = |name| text(name).map(PathBuf::from);
+    let home = path("HF_HOME").unwrap_or_else(|| {
+        let cache = path("XDG_CACHE_HOME");
+        let cache = cache.or_else(|| Some(env::home_dir()?.join(".cache")));
+        cache.unwrap_or_default().join("huggingface")
+    });
+    let saved_token = || {
+        let file = path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
+        let token = fs::read_to_string(file).ok()?;
+        Some(token.trim().to_owned()).filter(|token| !token.is_empty())
+    };
+    let is_on = |value: String| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str());
+    HubSettings {
+        endpoint: text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned()),
+        token: text("HF_TOKEN").or_else(saved_token),
+        cache: path("HF_HUB_CACHE").unwrap_or_else(|| home.join("hub")),
+        offline: text("HF_HUB_OFFLINE").is_some_and(is_on),
+    }
+}
+
+/// `owner/name`, or an error that says what else a source can be.
+pub(crate) fn repo_id(text: &str) -> Result<RepoId> {
+    RepoId::parse(text).ok_or_else(|| {
+        anyhow!("{text:?} is neither a path here nor the owner/name of a repository on the Hub")
+    })
+}
+
+fn warn_if_stale(repo: &str, snapshot: &Snapshot) {
+    if snapshot.stale {
+        eprintln!(
+            "gptq: warning: the Hub cannot be reached; using {repo} at {} from the cache",
+            snapshot.commit
+        );
+    }
+}
+
+/// A bar in bytes on a terminal; nothing where a file is read from a pipe.
+fn with_bar<T>(
+    repo: &str,
+    work: impl FnOnce(&dyn Fn(gptq_hub::Progress)) -> Result<T, gptq_hub::HubError>,
+) -> Result<T, gptq_hub::HubError> {
+    if !std::io::stderr().is_terminal() {
+        return work(&|_| ());
+    }
+    let style = "{prefix} {bar:30} {bytes:>10}/{total_bytes:<10} {bytes_per_sec:>12} {eta:>4}";
+    let style = ProgressStyle::with_template(style).expect("the template is a constant");
+    let bar = ProgressBar::new(0)
+        .with_style(style)
+        .with_prefix(last(repo));
+    let result = work(&|progress| {
+        bar.set_length(progress.total);
+        bar.set_position(progress.done);
+    });
+    bar.finish_and_clear();
+    result
+}
+
+fn last(repo: &str) -> String {
+    let name = Path::new(repo).file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}

@@ -1,0 +1,149 @@
+//! `gptq requantize`: the recipe of finished branches again, on other calibration data.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use gptq_pipeline::{BranchReport, Recipe, RecipeOverrides};
+use gptq_verify::{Evaluation, Request, verify};
+use serde::Serialize;
+
+use crate::cli::RequantizeArgs;
+use crate::{quantize, table};
+
+pub(crate) fn run(args: RequantizeArgs) -> Result<()> {
+    let before = branches(&args.dir, &args.branch)?;
+    let recipe = recipe(&args, &before)?;
+    let after = quantize::produce(&recipe, &args.run)?;
+    let evaluation = after.plan.evaluation.clone();
+    let request = evaluation.map(|(text, window)| Request {
+        evaluation: Some(Evaluation { text, window }),
+        ..Request::default()
+    });
+    let mut compared = Vec::new();
+    for (i, new) in after.reports.iter().enumerate() {
+        let old = before.iter().find(|(_, old)| old.branch == new.branch);
+        let (dir, old) = old.context("every branch came from a report")?;
+        let perplexity = match &request {
+            Some(request) => verify(dir, request, args.run.device, &mut |_, _| {})?.perplexity,
+            None => None,
+        };
+        compared.push(Compared {
+            branch: new.branch.clone(),
+            mean_error: [new, old].map(|report| report.summary().mean_error),
+            perplexity: after
+                .perplexities
+                .get(i)
+                .copied()
+                .zip(perplexity)
+                .map(|(new, old)| [new, old.value]),
+        });
+    }
+    if args.run.json {
+        println!("{}", serde_json::to_string_pretty(&compared)?);
+        return Ok(());
+    }
+    println!("\n{}", comparison(&compared));
+    println!("written to {}", after.plan.output.display());
+    println!(
+        "was: {}; each error is on its own calibration data",
+        args.dir.display()
+    );
+    Ok(())
+}
+
+/// A branch as it is and as it was.
+#[derive(Serialize)]
+struct Compared {
+    branch: String,
+    mean_error: [f64; 2],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    perplexity: Option<[f64; 2]>,
+}
+
+fn comparison(compared: &[Compared]) -> String {
+    let mut heading = vec!["branch", "mean error", "was"];
+    if compared.iter().any(|branch| branch.perplexity.is_some()) {
+        heading.extend(["perplexity", "was"]);
+    }
+    let mut rows = vec![heading.into_iter().map(String::from).collect::<Vec<_>>()];
+    for branch in compared {
+        let mut row = vec![branch.branch.clone()];
+        row.extend(branch.mean_error.map(|error| format!("{error:.3e}")));
+        let perplexity = branch.perplexity.into_iter().flatten();
+        row.extend(perplexity.map(|p| format!("{p:.4}")));
+        rows.push(row);
+    }
+    table::render(&rows)
+}
+
+/// Directory and report of every branch asked for, in the order of their names.
+fn branches(dir: &Path, names: &[String]) -> Result<Vec<(PathBuf, BranchReport)>> {
+    let mut dirs = Vec::new();
+    if dir.join("report.json").is_file() {
+        dirs.push(dir.to_owned());
+    } else {
+        let entries = fs::read_dir(dir).map_err(|e| anyhow::anyhow!("{}: {e}", dir.display()))?;
+        for entry in entries {
+            let path = entry?.path();
+            if path.join("report.json").is_file() {
+                dirs.push(path);
+            }
+        }
+    }
+    dirs.sort();
+    let mut found = Vec::new();
+    for dir in dirs {
+        let report = BranchReport::read(&dir)?;
+        found.push((dir, report));
+    }
+    let known: Vec<String> = found.iter().map(|(_, r)| r.branch.clone()).collect();
+    if let Some(name) = names.iter().find(|name| !known.contains(name)) {
+        bail!(
+            "{}: no branch {name:?}; it has: {}",
+            dir.display(),
+            known.join(", ")
+        );
+    }
+    found.retain(|(_, report)| names.is_empty() || names.contains(&report.branch));
+    ensure!(
+        !found.is_empty(),
+        "{}: no branch with a report.json here; name the directory that gptq quantize wrote",
+        dir.display()
+    );
+    Ok(found)
+}
+
+/// The recipe the branches were made by, with what flags had changed then and change now.
+fn recipe(args: &RequantizeArgs, before: &[(PathBuf, BranchReport)]) -> Result<Recipe> {
+    let (dir, first) = &before[0];
+    let settings = |report: &BranchReport| {
+        let made = &report.calibration;
+        (report.recipe.clone(), made.samples, made.seq_len, made.seed)
+    };
+    if let Some((_, other)) = before.iter().find(|(_, r)| settings(r) != settings(first)) {
+        bail!(
+            "{} and {} were made by different recipes; take one at a time with --branch",
+            first.branch,
+            other.branch
+        );
+    }
+    let mut recipe = Recipe::parse(&dir.join("report.json"), first.recipe.clone())?;
+    let output = args.output.clone().unwrap_or_else(|| {
+        let mut name = args.dir.file_name().unwrap_or_default().to_owned();
+        name.push("-recalibrated");
+        args.dir.with_file_name(name)
+    });
+    recipe.apply(RecipeOverrides {
+        branches: before.iter().map(|(_, r)| r.branch.clone()).collect(),
+        calibration: Some(args.calibration.clone()),
+        rendering: args.rows.rendering(),
+        rows: args.rows.rows.clone(),
+        output: Some(output),
+        samples: Some(args.samples.unwrap_or(first.calibration.samples)),
+        seq_len: Some(args.seq_len.unwrap_or(first.calibration.seq_len)),
+        seed: Some(first.calibration.seed),
+        evaluation: args.run.perplexity.clone(),
+    })?;
+    Ok(recipe)
+}

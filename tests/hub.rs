@@ -1,0 +1,408 @@
+//! Models and datasets from a Hub on the loopback: what is fetched, what is resumed, what is
+//! refused.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use crate::harness::{Scratch, command, medi_tiny, refused, root, succeed, succeeded};
+use crate::hub_server::{HubServer, Wrong, commit};
+
+const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";
+const MODEL: &str = "medi/tiny";
+const DATASET: &str = "medi/wikidoc";
+const WIKIDOC: &str = "calibration/wikidoc/wikidoc_patient_information_1000.json";
+const TOKEN: &str = "hf_secretSecretSECRET";
+
+/// A Hub with the bundled model, and files beside it that nobody needs.
+fn hub() -> HubServer {
+    let hub = HubServer::start();
+    for entry in fs::read_dir(root().join(medi_tiny())).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        hub.put("models", MODEL, "main", name, &fs::read(&path).unwrap());
+    }
+    for name in ["pytorch_model.bin", "tf_model.h5", "onnx/model.onnx"] {
+        hub.put("models", MODEL, "main", name, &[7; 30_000]);
+    }
+    hub
+}
+
+/// Runs `gptq` against the Hub, with a cache in the scratch directory.
+fn run(scratch: &Scratch, hub: &str, args: &[&str]) -> Output {
+    let output = command(args)
+        .env("HF_HOME", scratch.path("hf"))
+        .env("HF_ENDPOINT", hub)
+        .env("HF_TOKEN", TOKEN)
+        .output()
+        .unwrap();
+    for text in [&output.stdout, &output.stderr] {
+        let text = String::from_utf8_lossy(text);
+        assert!(!text.contains(TOKEN), "the token is told: {text}");
+    }
+    output
+}
+
+fn quantize(scratch: &Scratch, hub: &HubServer) -> Output {
+    let recipe = scratch.recipe(Path::new(MODEL), ONE);
+    run(scratch, &hub.url(), &["quantize", recipe.to_str().unwrap()])
+}
+
+fn weights(scratch: &Scratch) -> Vec<u8> {
+    fs::read(scratch.out().join("a/model.safetensors")).unwrap()
+}
+
+fn snapshot(scratch: &Scratch) -> PathBuf {
+    let commit = commit(MODEL, "main");
+    scratch
+        .path("hf/hub/models--medi--tiny/snapshots")
+        .join(commit)
+}
+
+/// The bundled model in two shards.
+fn shards() -> Vec<(String, Vec<u8>)> {
+    let whole = fs::read(root().join(medi_tiny()).join("model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&whole).unwrap();
+    let mut map = serde_json::Map::new();
+    let mut files = Vec::new();
+    for part in 0..2 {
+        let name = format!("model-{}-of-2.safetensors", part + 1);
+        let own = tensors.tensors().into_iter().enumerate();
+        let own: Vec<_> = own.filter(|(i, _)| i % 2 == part).map(|(_, t)| t).collect();
+        for (tensor, _) in &own {
+            map.insert(tensor.clone(), name.clone().into());
+        }
+        files.push((name, safetensors::serialize(own, None).unwrap()));
+    }
+    let index = serde_json::json!({"weight_map": map});
+    files.push((
+        "model.safetensors.index.json".into(),
+        index.to_string().into_bytes(),
+    ));
+    files
+}
+
+#[test]
+fn every_route_of_a_model_gives_the_same_bytes() {
+    let local = Scratch::new();
+    let recipe = local.recipe(&medi_tiny(), ONE);
+    succeed(["quantize", recipe.to_str().unwrap()]);
+
+    let (single, hub) = (Scratch::new(), hub());
+    succeeded(quantize(&single, &hub));
+    assert!(weights(&single) == weights(&local), "from the Hub");
+    let asked = hub.requests().join("\n");
+    for file in ["pytorch_model.bin", "tf_model.h5", "onnx", "README"] {
+        assert!(
+            !asked.contains(&format!("resolve/{}/{file}", commit(MODEL, "main"))),
+            "{asked}"
+        );
+    }
+    assert!(asked.contains(&format!("Bearer {TOKEN}")), "{asked}");
+
+    // Again, with nobody there and nobody asked.
+    let args = [
+        "quantize",
+        &single.path("recipe.toml").display().to_string(),
+    ]
+    .map(str::to_owned);
+    let offline = command(&args)
+        .env("HF_HOME", single.path("hf"))
+        .env("HF_ENDPOINT", hub.url())
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
+    succeeded(offline);
+    assert_eq!(hub.requests(), Vec::<String>::new());
+    assert!(weights(&single) == weights(&local), "offline");
+    let gone = "http://127.0.0.1:9";
+    let stale = run(&single, gone, &["quantize", &args[1]]);
+    let told = String::from_utf8_lossy(&stale.stderr).into_owned();
+    succeeded(stale);
+    assert!(
+        told.contains("cannot be reached") && told.contains(MODEL),
+        "{told}"
+    );
+
+    let (sharded, hub) = (Scratch::new(), HubServer::start());
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+        let bytes = fs::read(root().join(medi_tiny()).join(name)).unwrap();
+        hub.put("models", MODEL, "main", name, &bytes);
+    }
+    for (name, bytes) in shards() {
+        hub.put("models", MODEL, "main", &name, &bytes);
+    }
+    hub.put(
+        "models",
+        MODEL,
+        "main",
+        "model-9-of-9.safetensors",
+        b"not in the index",
+    );
+    succeeded(quantize(&sharded, &hub));
+    assert!(weights(&sharded) == weights(&local), "in shards");
+    assert!(!hub.requests().join("\n").contains("model-9-of-9"));
+}
+
+#[test]
+fn the_cache_is_laid_out_as_every_tool_expects() {
+    let (scratch, hub) = (Scratch::new(), hub());
+    let recipe = scratch.recipe(Path::new(MODEL), ONE);
+    let args = ["calibration", "show", recipe.to_str().unwrap()];
+    succeeded(run(&scratch, &hub.url(), &args));
+    let repo = scratch.path("hf/hub/models--medi--tiny");
+    let main = fs::read_to_string(repo.join("refs/main")).unwrap();
+    assert_eq!(main, commit(MODEL, "main"));
+    let link = fs::read_link(snapshot(&scratch).join("tokenizer.json")).unwrap();
+    assert!(link.starts_with("../../blobs"), "{}", link.display());
+    assert!(
+        !snapshot(&scratch).join("model.safetensors").exists(),
+        "weights are not needed to look at calibration data"
+    );
+    // The same commit again: nothing is fetched a second time.
+    hub.requests();
+    succeeded(run(&scratch, &hub.url(), &args));
+    let asked = hub.requests().join("\n");
+    assert!(
+        !asked.contains("resolve") && asked.contains("revision/main"),
+        "{asked}"
+    );
+}
+
+#[test]
+fn a_broken_connection_is_taken_up_where_it_broke() {
+    let (scratch, hub) = (Scratch::new(), hub());
+    hub.fail("cdn", 1, Wrong::Cut(100_000));
+    succeeded(quantize(&scratch, &hub));
+    let asked = hub.requests().join("\n");
+    assert!(asked.contains("bytes=100000-"), "{asked}");
+
+    // Broken off for good, and taken up by the next run.
+    let scratch = Scratch::new();
+    hub.fail("cdn", 1, Wrong::Cut(150_000));
+    hub.fail("cdn", 100, Wrong::Cut(0));
+    let line = refused(quantize(&scratch, &hub));
+    assert!(line.contains("what has come is kept"), "{line}");
+    scratch.assert_nothing_written();
+    hub.heal();
+    hub.requests();
+    succeeded(quantize(&scratch, &hub));
+    let asked = hub.requests().join("\n");
+    assert!(asked.contains("bytes=150000-"), "{asked}");
+
+    // A server that starts anew is taken from its start.
+    let scratch = Scratch::new();
+    hub.fail("cdn", 1, Wrong::Cut(50_000));
+    hub.fail("cdn", 1, Wrong::Whole);
+    succeeded(quantize(&scratch, &hub));
+    let whole = fs::read(root().join(medi_tiny()).join("model.safetensors")).unwrap();
+    let fetched = fs::read(snapshot(&scratch).join("model.safetensors")).unwrap();
+    assert!(fetched == whole, "byte for byte");
+}
+
+#[test]
+fn what_is_not_what_git_says_is_refused() {
+    for (path, wrong, word) in [
+        ("cdn", Wrong::Flipped, "another hash"),
+        ("cdn", Wrong::Longer(10), "longer than"),
+        ("tokenizer_config.json", Wrong::Flipped, "another hash"),
+    ] {
+        let (scratch, hub) = (Scratch::new(), hub());
+        hub.fail(path, 100, wrong);
+        let line = refused(quantize(&scratch, &hub));
+        assert!(line.contains(word) && line.contains(MODEL), "{line}");
+        scratch.assert_nothing_written();
+        hub.heal();
+        succeeded(quantize(&scratch, &hub));
+    }
+}
+
+#[test]
+fn a_refusal_of_the_hub_is_one_line_with_a_remedy() {
+    for (path, status, code, words) in [
+        (
+            "revision",
+            404,
+            "RepoNotFound",
+            ["no model medi/tiny", "HF_TOKEN"],
+        ),
+        (
+            "revision",
+            404,
+            "RevisionNotFound",
+            ["no revision \"main\"", "branch, tag or commit"],
+        ),
+        (
+            "revision",
+            401,
+            "",
+            ["not open to this account", "HF_TOKEN"],
+        ),
+        ("resolve", 403, "GatedRepo", ["gated", "/medi/tiny"]),
+        ("resolve", 401, "GatedRepo", ["gated", "accept its terms"]),
+        ("tree", 429, "", ["429", "run again"]),
+        (
+            "revision",
+            429,
+            "",
+            ["fewer requests", "what has come is kept"],
+        ),
+        ("revision", 503, "", ["503", "run again"]),
+        ("cdn", 500, "", ["500", "what has come is kept"]),
+    ] {
+        let (scratch, hub) = (Scratch::new(), hub());
+        hub.fail(path, 1000, Wrong::Status(status, code));
+        let line = refused(quantize(&scratch, &hub));
+        assert!(
+            words.iter().all(|word| line.contains(word)),
+            "{status}: {line}"
+        );
+        scratch.assert_nothing_written();
+    }
+    // What passes is asked for again.
+    let (scratch, hub) = (Scratch::new(), hub());
+    for (path, status) in [
+        ("revision", 503),
+        ("tree", 429),
+        ("resolve", 502),
+        ("cdn", 500),
+    ] {
+        hub.fail(path, 1, Wrong::Status(status, ""));
+    }
+    succeeded(quantize(&scratch, &hub));
+}
+
+#[test]
+fn nobody_there_and_nothing_cached_is_said_plainly() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(Path::new(MODEL), ONE);
+    let args = ["quantize", recipe.to_str().unwrap()];
+    let line = refused(run(&scratch, "http://127.0.0.1:9", &args));
+    assert!(
+        line.contains("cannot be reached") && line.contains("HF_ENDPOINT"),
+        "{line}"
+    );
+    let offline = command(args)
+        .env("HF_HOME", scratch.path("hf"))
+        .env("HF_HUB_OFFLINE", "1")
+        .output();
+    let line = refused(offline.unwrap());
+    assert!(
+        line.contains("HF_HUB_OFFLINE") && line.contains("run once without it"),
+        "{line}"
+    );
+    // Half a model in the cache is not a model.
+    let hub = hub();
+    hub.fail("cdn", 1000, Wrong::Status(404, ""));
+    refused(quantize(&scratch, &hub));
+    let offline = command(args)
+        .env("HF_HOME", scratch.path("hf"))
+        .env("HF_HUB_OFFLINE", "1")
+        .output();
+    let line = refused(offline.unwrap());
+    assert!(line.contains("not wholly in"), "{line}");
+}
+
+#[test]
+fn a_file_name_that_leaves_the_cache_is_refused() {
+    for name in ["../../etc/passwd", "/etc/passwd", "a/../../b"] {
+        let (scratch, hub) = (Scratch::new(), hub());
+        hub.put("models", MODEL, "main", name, b"root");
+        let line = refused(quantize(&scratch, &hub));
+        assert!(
+            line.contains(name) && line.contains("not a safe path"),
+            "{line}"
+        );
+        assert!(!snapshot(&scratch).exists());
+    }
+    // An index that names one: refused too, though the Hub lists no such file.
+    let (scratch, hub) = (Scratch::new(), hub());
+    let index = br#"{"weight_map": {"model.norm.weight": "../../etc/passwd"}}"#;
+    hub.put(
+        "models",
+        MODEL,
+        "main",
+        "model.safetensors.index.json",
+        index,
+    );
+    let line = refused(quantize(&scratch, &hub));
+    assert!(line.contains("../../etc/passwd"), "{line}");
+}
+
+/// What `calibration show --json` says of a recipe with this source.
+fn shown(scratch: &Scratch, hub: &HubServer, source: &str, more: &str) -> serde_json::Value {
+    let recipe = scratch.recipe(&medi_tiny(), ONE);
+    let text = fs::read_to_string(&recipe).unwrap();
+    let text = text.replace(&format!("{WIKIDOC:?}"), &format!("{source:?}\n{more}"));
+    fs::write(&recipe, text).unwrap();
+    let args = ["calibration", "show", recipe.to_str().unwrap(), "--json"];
+    serde_json::from_str(&succeeded(run(scratch, &hub.url(), &args))).unwrap()
+}
+
+#[test]
+fn a_dataset_s_own_files_or_its_parquet_conversion_give_the_local_windows() {
+    let (scratch, hub) = (Scratch::new(), HubServer::start());
+    let local = shown(&scratch, &hub, WIKIDOC, "");
+    let rows = fs::read(root().join(WIKIDOC)).unwrap();
+    hub.put("datasets", DATASET, "main", "README.md", b"rows");
+    hub.put(
+        "datasets",
+        DATASET,
+        "main",
+        "medical_meadow_wikidoc.json",
+        &rows,
+    );
+    let own = shown(&scratch, &hub, DATASET, "");
+    assert_eq!(own["first_window"], local["first_window"]);
+    assert_eq!(own["manifest"]["source"], DATASET);
+    assert_eq!(
+        own["manifest"]["revision"],
+        commit(DATASET, "main").as_str()
+    );
+    assert_eq!(
+        own["manifest"]["files"][0]["name"],
+        "medical_meadow_wikidoc.json"
+    );
+    assert_eq!(
+        own["manifest"]["files"][0]["sha256"],
+        local["manifest"]["files"][0]["sha256"]
+    );
+
+    // A script and archives: the rows are where the Hub converted them to.
+    let other = "medi/scripted";
+    hub.put("datasets", other, "main", "scripted.py", b"import os");
+    hub.put("datasets", other, "main", "data.tar", &[0; 512]);
+    let converted = "refs/convert/parquet";
+    for (part, rows) in [
+        ("train", crate::inputs::parquet(&rows)),
+        ("test", vec![1, 2, 3]),
+    ] {
+        let path = format!("default/{part}/0000.parquet");
+        hub.put("datasets", other, converted, &path, &rows);
+    }
+    let parquet = shown(&scratch, &hub, other, "");
+    assert_eq!(parquet["first_window"], local["first_window"]);
+    let files = parquet["manifest"]["files"].as_array().unwrap();
+    assert_eq!(files.len(), 1, "the training part: {files:?}");
+
+    // A choice of files, and of a revision.
+    hub.put("datasets", DATASET, "v2", "a.jsonl", b"{\"text\": \"x\"}\n");
+    hub.put("datasets", DATASET, "v2", "part/b.json", &rows);
+    let chosen = shown(
+        &scratch,
+        &hub,
+        DATASET,
+        "revision = \"v2\"\nfiles = \"part/*\"",
+    );
+    assert_eq!(chosen["first_window"], local["first_window"]);
+    assert_eq!(chosen["manifest"]["files"][0]["name"], "part/b.json");
+    let args = [
+        "calibration",
+        "show",
+        "configs/tiny.toml",
+        "--calibration",
+        "medi/none",
+    ];
+    let line = refused(run(&scratch, &hub.url(), &args));
+    assert!(line.contains("no dataset medi/none"), "{line}");
+}

@@ -1,0 +1,431 @@
+//! A Hub on the loopback: the real routes over files in memory, and the ways they go wrong.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use serde_json::{Value, json};
+use sha1::{Digest, Sha1};
+use sha2::Sha256;
+
+/// What goes wrong with requests whose path contains `path`, the next `times` times.
+#[derive(Clone)]
+pub(crate) struct Fault {
+    pub path: &'static str,
+    pub times: usize,
+    pub what: Wrong,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum Wrong {
+    /// This status, with this `X-Error-Code`.
+    Status(u16, &'static str),
+    /// The connection breaks after this many bytes of the body.
+    Cut(usize),
+    /// The body is this many bytes longer than it should be, and says so.
+    Longer(usize),
+    /// A byte of the body is another.
+    Flipped,
+    /// The range is not heeded.
+    Whole,
+}
+
+/// Runs until it is dropped.
+pub(crate) struct HubServer {
+    port: u16,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    /// By kind, name and revision.
+    repos: BTreeMap<(String, String), BTreeMap<String, Files>>,
+    faults: Vec<Fault>,
+    log: Vec<String>,
+    down: bool,
+}
+
+type Files = BTreeMap<String, Vec<u8>>;
+
+/// Files from this size on lie behind a pointer and a redirect, as large ones do.
+const LARGE: usize = 20_000;
+
+impl HubServer {
+    pub(crate) fn start() -> HubServer {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let state = Arc::new(Mutex::new(State::default()));
+        let shared = state.clone();
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                if shared.lock().unwrap().down {
+                    break;
+                }
+                let shared = shared.clone();
+                thread::spawn(move || answer(stream, port, &shared));
+            }
+        });
+        HubServer { port, state }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Puts a file into `models` or `datasets`, at a revision.
+    pub(crate) fn put(&self, kind: &str, repo: &str, revision: &str, path: &str, bytes: &[u8]) {
+        let mut state = self.state.lock().unwrap();
+        let repo = state.repos.entry((kind.into(), repo.into())).or_default();
+        let files = repo.entry(revision.into()).or_default();
+        files.insert(path.into(), bytes.into());
+    }
+
+    /// The files of a revision.
+    pub(crate) fn files(&self, kind: &str, repo: &str, revision: &str) -> Option<Files> {
+        let state = self.state.lock().unwrap();
+        let repo = state.repos.get(&(kind.into(), repo.into()))?;
+        repo.get(revision).cloned()
+    }
+
+    pub(crate) fn fail(&self, path: &'static str, times: usize, what: Wrong) {
+        let fault = Fault { path, times, what };
+        self.state.lock().unwrap().faults.push(fault);
+    }
+
+    pub(crate) fn heal(&self) {
+        self.state.lock().unwrap().faults.clear();
+    }
+
+    /// Every request since the last call: method, path, range and credentials.
+    pub(crate) fn requests(&self) -> Vec<String> {
+        std::mem::take(&mut self.state.lock().unwrap().log)
+    }
+}
+
+impl Drop for HubServer {
+    fn drop(&mut self) {
+        self.state.lock().unwrap().down = true;
+        // Wakes the listener, which then sees that it is over.
+        let _ = TcpStream::connect(("127.0.0.1", self.port));
+    }
+}
+
+struct Request {
+    method: String,
+    path: String,
+    query: String,
+    headers: BTreeMap<String, String>,
+    body: Vec<u8>,
+}
+
+#[derive(Default)]
+struct Reply {
+    status: u16,
+    headers: Vec<(&'static str, String)>,
+    body: Vec<u8>,
+}
+
+impl Reply {
+    fn json(value: Value) -> Reply {
+        Reply {
+            status: 200,
+            headers: vec![("Content-Type", "application/json".into())],
+            body: value.to_string().into_bytes(),
+        }
+    }
+
+    fn refuse(status: u16, code: &str) -> Reply {
+        let mut reply = Reply::json(json!({"error": "refused"}));
+        reply.status = status;
+        reply.headers.push(("X-Error-Code", code.into()));
+        reply
+    }
+}
+
+fn answer(stream: TcpStream, port: u16, state: &Mutex<State>) -> Option<()> {
+    let request = parse(&stream)?;
+    let mut state = state.lock().unwrap();
+    let header = |name: &str| request.headers.get(name).map_or("", String::as_str);
+    state.log.push(format!(
+        "{} {} {} {}",
+        request.method,
+        request.path,
+        header("range"),
+        header("authorization")
+    ));
+    let fault = state.faults.iter_mut().find(|fault| {
+        let body_needed = !matches!(fault.what, Wrong::Status(..));
+        fault.times > 0
+            && request.path.contains(fault.path)
+            && !(body_needed && request.method == "HEAD")
+    });
+    let wrong = fault.map(|fault| {
+        fault.times -= 1;
+        fault.what
+    });
+    let mut reply = match wrong {
+        Some(Wrong::Status(status, code)) => Reply::refuse(status, code),
+        _ => route(&mut state, port, &request),
+    };
+    drop(state);
+    if reply.status == 200 && !matches!(wrong, Some(Wrong::Whole)) {
+        heed_range(&mut reply, header("range"));
+    }
+    let mut sent = reply.body.len();
+    match wrong {
+        Some(Wrong::Cut(n)) => sent = n.min(sent),
+        Some(Wrong::Longer(n)) => {
+            reply.body.extend(vec![0; n]);
+            sent += n;
+        }
+        Some(Wrong::Flipped) => *reply.body.last_mut()? ^= 1,
+        _ => {}
+    }
+    let mut head = format!(
+        "HTTP/1.1 {} X\r\nContent-Length: {}\r\nConnection: close\r\n",
+        reply.status,
+        reply.body.len()
+    );
+    for (name, value) in &reply.headers {
+        head += &format!("{name}: {value}\r\n");
+    }
+    let mut stream = &stream;
+    stream.write_all((head + "\r\n").as_bytes()).ok()?;
+    if request.method != "HEAD" {
+        stream.write_all(&reply.body[..sent]).ok()?;
+    }
+    Some(())
+}
+
+fn parse(stream: &TcpStream) -> Option<Request> {
+    let mut reader = BufReader::new(stream);
+    let mut line = String::new();
+    reader.read_line(&mut line).ok()?;
+    let mut words = line.split_whitespace();
+    let (method, target) = (words.next()?.to_owned(), words.next()?.to_owned());
+    let mut headers = BTreeMap::new();
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        match line.trim_end().split_once(": ") {
+            Some((name, value)) => headers.insert(name.to_lowercase(), value.to_owned()),
+            None => break,
+        };
+    }
+    let length = headers.get("content-length");
+    let mut body = vec![0; length.map_or(0, |n| n.parse().unwrap())];
+    reader.read_exact(&mut body).ok()?;
+    let (path, query) = target.split_once('?').unwrap_or((&target, ""));
+    Some(Request {
+        method,
+        path: path.replace("%2F", "/"),
+        query: query.to_owned(),
+        headers,
+        body,
+    })
+}
+
+fn heed_range(reply: &mut Reply, range: &str) {
+    if let Some((start, end)) = range
+        .strip_prefix("bytes=")
+        .and_then(|range| range.split_once('-'))
+    {
+        let start: usize = start.parse().unwrap();
+        let end = end.parse().map_or(reply.body.len(), |end: usize| end + 1);
+        reply.status = 206;
+        reply.body = reply.body[start..end.min(reply.body.len())].to_vec();
+    }
+}
+
+fn route(state: &mut State, port: u16, request: &Request) -> Reply {
+    let path = request.path.trim_start_matches('/');
+    if let Some(hash) = path.strip_prefix("cdn/") {
+        let files = state.repos.values().flat_map(BTreeMap::values).flatten();
+        let found = files.into_iter().find(|(_, bytes)| sha256(bytes) == hash);
+        return found.map_or(Reply::refuse(404, ""), |(_, bytes)| Reply {
+            status: 200,
+            body: bytes.clone(),
+            ..Reply::default()
+        });
+    }
+    if path == "api/repos/create" {
+        let body: Value = serde_json::from_slice(&request.body).unwrap();
+        let text = |key: &str| body[key].as_str().unwrap_or_default().to_owned();
+        let name = format!("{}/{}", text("organization"), text("name"));
+        let key = ("models".to_owned(), name.clone());
+        if state.repos.contains_key(&key) {
+            return Reply::refuse(409, "");
+        }
+        let empty = BTreeMap::from([("main".to_owned(), Files::new())]);
+        state.repos.insert(key, empty);
+        return Reply::json(json!({"url": format!("http://127.0.0.1/{name}")}));
+    }
+    let (api, path) = match path.strip_prefix("api/") {
+        Some(path) => (true, path),
+        None => (false, path),
+    };
+    let (kind, path) = match path.split_once('/') {
+        Some((kind @ ("models" | "datasets"), path)) => (kind, path),
+        _ => ("models", path),
+    };
+    let mut parts = path.splitn(4, '/');
+    let mut part = || parts.next().unwrap_or_default().to_owned();
+    let (repo, action, rest) = (format!("{}/{}", part(), part()), part(), part());
+    let Some(revisions) = state.repos.get_mut(&(kind.to_owned(), repo.clone())) else {
+        return Reply::refuse(404, "RepoNotFound");
+    };
+    if action == "branch" {
+        let start = revisions.get("main").cloned().unwrap_or_default();
+        revisions.insert(rest, start);
+        return Reply::json(json!({}));
+    }
+    // A revision may hold slashes; a commit stands for the revision it is of.
+    let revision = revisions.keys().find(|revision| {
+        let starts = |name: &str| rest == name || rest.starts_with(&format!("{name}/"));
+        starts(revision) || starts(&commit(&repo, revision))
+    });
+    let Some(revision) = revision.cloned() else {
+        return Reply::refuse(404, "RevisionNotFound");
+    };
+    let commit = commit(&repo, &revision);
+    let named = match rest.starts_with(&commit) {
+        true => commit.len(),
+        false => revision.len(),
+    };
+    let file = rest[named..].trim_start_matches('/').to_owned();
+    let files = revisions.get_mut(&revision).expect("it was found");
+    match (api, action.as_str()) {
+        (true, "revision") => Reply::json(json!({"id": repo, "sha": commit})),
+        (true, "tree") => tree(files, port, request),
+        (true, "preupload") => {
+            let body: Value = serde_json::from_slice(&request.body).unwrap();
+            let entries = body["files"].as_array().unwrap().iter();
+            let entries = entries.map(|f| json!({"path": f["path"], "uploadMode": "regular"}));
+            Reply::json(json!({"files": entries.collect::<Vec<_>>()}))
+        }
+        (true, "commit") => {
+            upload(files, &request.body);
+            Reply::json(json!({"commitOid": commit, "commitUrl": "http://127.0.0.1/"}))
+        }
+        (false, "resolve") => match files.get(&file) {
+            Some(bytes) => resolve(bytes, port, &commit),
+            None => Reply::refuse(404, "EntryNotFound"),
+        },
+        _ => Reply::refuse(404, ""),
+    }
+}
+
+/// Two entries a page, to make clients follow the link to the next.
+fn tree(files: &Files, port: u16, request: &Request) -> Reply {
+    let page: usize = request
+        .query
+        .split("page=")
+        .nth(1)
+        .map_or(0, |n| n.parse().unwrap());
+    let entries = files.iter().map(|(path, bytes)| {
+        let large = bytes.len() >= LARGE;
+        let pointer = format!(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n",
+            sha256(bytes),
+            bytes.len()
+        );
+        let oid = match large {
+            true => git_oid(pointer.as_bytes()),
+            false => git_oid(bytes),
+        };
+        let mut entry = json!({"type": "file", "path": path, "size": bytes.len(), "oid": oid});
+        if large {
+            let size = bytes.len();
+            entry["lfs"] =
+                json!({"oid": sha256(bytes), "size": size, "pointerSize": pointer.len()});
+        }
+        entry
+    });
+    let entries: Vec<Value> = entries.skip(2 * page).take(2).collect();
+    let mut reply = Reply::json(Value::Array(entries));
+    if files.len() > 2 * (page + 1) {
+        let next = format!(
+            "<http://127.0.0.1:{port}{}?recursive=true&page={}>; rel=\"next\"",
+            request.path,
+            page + 1
+        );
+        reply.headers.push(("Link", next));
+    }
+    reply
+}
+
+fn resolve(bytes: &[u8], port: u16, commit: &str) -> Reply {
+    let commit = ("X-Repo-Commit", commit.to_owned());
+    if bytes.len() < LARGE {
+        return Reply {
+            status: 200,
+            headers: vec![commit, ("ETag", format!("\"{}\"", git_oid(bytes)))],
+            body: bytes.to_vec(),
+        };
+    }
+    let hash = sha256(bytes);
+    Reply {
+        status: 302,
+        headers: vec![
+            commit,
+            ("X-Linked-Etag", format!("\"{hash}\"")),
+            ("X-Linked-Size", bytes.len().to_string()),
+            ("Location", format!("http://127.0.0.1:{port}/cdn/{hash}")),
+        ],
+        body: Vec::new(),
+    }
+}
+
+/// A commit's lines of JSON: files inline, as base64.
+fn upload(files: &mut Files, body: &[u8]) {
+    for line in body.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {
+        let line: Value = serde_json::from_slice(line).unwrap();
+        let value = &line["value"];
+        let path = || value["path"].as_str().unwrap().to_owned();
+        match line["key"].as_str() {
+            Some("file") => {
+                files.insert(path(), base64(value["content"].as_str().unwrap()));
+            }
+            Some("deletedFile") => {
+                files.remove(&path());
+            }
+            _ => {}
+        }
+    }
+}
+
+fn base64(text: &str) -> Vec<u8> {
+    const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let (mut bits, mut count, mut bytes) = (0u32, 0, Vec::new());
+    for c in text.bytes().filter(|&c| c != b'=') {
+        let value = ALPHABET.iter().position(|&a| a == c).unwrap() as u32;
+        (bits, count) = (bits << 6 | value, count + 6);
+        if count >= 8 {
+            count -= 8;
+            bytes.push((bits >> count) as u8);
+        }
+    }
+    bytes
+}
+
+/// A revision's commit, made up.
+pub(crate) fn commit(repo: &str, revision: &str) -> String {
+    git_oid(format!("{repo}@{revision}").as_bytes())
+}
+
+fn git_oid(bytes: &[u8]) -> String {
+    let mut hasher = Sha1::new();
+    hasher.update(format!("blob {}\0", bytes.len()));
+    hasher.update(bytes);
+    hexadecimal(&hasher.finalize())
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    hexadecimal(&Sha256::digest(bytes))
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
