@@ -11,6 +11,7 @@ mod hub_server;
 mod inputs;
 mod inspect;
 mod matrix;
+mod publish;
 mod report;
 mod requantize;
 mod verify;

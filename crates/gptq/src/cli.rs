@@ -42,6 +42,11 @@ pub(crate) enum Command {
     Requantize(RequantizeArgs),
     /// Look at calibration data
     Calibration(CalibrationArgs),
+    /// Put every verified branch on the Hub, as the revision of its name
+    #[command(
+        after_help = "Example:\n  gptq publish out/meditron-7B-GPTQ --repo user/meditron-7B-GPTQ --dry-run"
+    )]
+    Publish(PublishArgs),
     /// Reopen a branch or a whole matrix, check every tensor, and run it beside the dense model
     #[command(
         after_help = "Example:\n  gptq verify out/medi-tiny-GPTQ --text eval.json --against models/medi-tiny"
@@ -183,6 +188,24 @@ pub(crate) struct RequantizeArgs {
     pub seq_len: Option<usize>,
     #[command(flatten)]
     pub run: RunArgs,
+}
+
+#[derive(Args)]
+pub(crate) struct PublishArgs {
+    /// A directory of finished branches
+    pub dir: PathBuf,
+    /// Where to: owner/name; made if there is none
+    #[arg(long, value_name = "OWNER/NAME")]
+    pub repo: String,
+    /// Make the repository private, if it is made
+    #[arg(long)]
+    pub private: bool,
+    /// Say what would be sent, but send nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Send branches that have no passing verify.json too
+    #[arg(long)]
+    pub unverified: bool,
 }
 
 #[derive(Args)]

@@ -11,6 +11,7 @@ mod hub;
 mod inspect;
 mod plan;
 mod progress;
+mod publish;
 mod quantize;
 mod report;
 mod requantize;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(args),
         Command::Requantize(args) => requantize::run(args),
         Command::Calibration(args) => calibration::run(args),
+        Command::Publish(args) => publish::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Inspect(args) => inspect::run(args),

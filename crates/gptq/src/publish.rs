@@ -1,0 +1,130 @@
+//! `gptq publish`: finished branches to the Hub, each as the revision of its name.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, anyhow, bail, ensure};
+use gptq_hub::{Hub, LocalFile, RepoId};
+use gptq_verify::{RECEIPT, Receipt};
+
+use crate::cli::PublishArgs;
+use crate::{hub, size};
+
+/// The card of the whole repository, beside the branches.
+const CARD: &str = "README.md";
+
+pub(crate) fn run(args: PublishArgs) -> Result<()> {
+    let id = RepoId::parse(&args.repo);
+    let id = id.ok_or_else(|| anyhow!("--repo {:?} is not owner/name", args.repo))?;
+    let branches = branches(&args.dir)?;
+    let mut uploads = Vec::new();
+    for (name, dir) in &branches {
+        let mut files = LocalFile::list(dir)?;
+        if !args.unverified {
+            check_receipt(dir, &files)?;
+        }
+        let card = args.dir.join(CARD);
+        if name == "main" && card.is_file() {
+            files.retain(|file| file.name != CARD);
+            files.push(LocalFile {
+                name: CARD.to_owned(),
+                bytes: fs::metadata(&card)?.len(),
+                path: card,
+            });
+        }
+        uploads.push((name, files));
+    }
+    let settings = hub::settings();
+    ensure!(
+        !settings.offline,
+        "HF_HUB_OFFLINE is set; publishing needs the Hub"
+    );
+    ensure!(
+        args.dry_run || settings.token.is_some(),
+        "publishing needs a token that may write; set HF_TOKEN"
+    );
+    let hub = Hub::new(settings)?;
+    if !args.dry_run {
+        hub.create(&id, args.private)?;
+    }
+    for (name, files) in uploads {
+        let changes = match args.dry_run {
+            true => hub.changes(&id, name, &files)?,
+            false => hub.upload(&id, name, &files)?,
+        };
+        let bytes = changes.upload.iter().map(|file| file.bytes).sum();
+        println!(
+            "{id} {name}: {} of {} files, {}{}{}",
+            changes.upload.len(),
+            changes.upload.len() + changes.same,
+            size::decimal(bytes),
+            if changes.create {
+                ", a new revision"
+            } else {
+                ""
+            },
+            if args.dry_run { " (not sent)" } else { "" },
+        );
+        if args.dry_run {
+            for file in &changes.upload {
+                println!("  {} {}", file.name, size::decimal(file.bytes));
+            }
+            for path in &changes.delete {
+                println!("  {path} goes");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Name and directory of every branch; main first, because others begin as a copy of it.
+fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let entries = fs::read_dir(dir).map_err(|e| anyhow!("{}: {e}", dir.display()))?;
+    let mut branches = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        if path.join("quantize_config.json").is_file() {
+            let name = path.file_name().unwrap_or_default();
+            branches.push((name.to_string_lossy().into_owned(), path));
+        }
+    }
+    branches.sort_by_key(|(name, _)| (name != "main", name.clone()));
+    if branches.is_empty() {
+        bail!(
+            "{}: no branch here; name the directory that gptq quantize wrote",
+            dir.display()
+        );
+    }
+    Ok(branches)
+}
+
+/// A branch goes out only as it was judged: passed, and not a byte changed since.
+fn check_receipt(dir: &Path, files: &[LocalFile]) -> Result<()> {
+    let remedy = format!("run gptq verify {}, or say --unverified", dir.display());
+    let receipt = Receipt::read(dir)?;
+    let receipt = receipt.ok_or_else(|| anyhow!("{}: not verified; {remedy}", dir.display()))?;
+    ensure!(receipt.pass, "{}: did not pass; {remedy}", dir.display());
+    for file in files.iter().filter(|file| file.name != RECEIPT) {
+        let judged = receipt.files.get(&file.name);
+        let same = match judged {
+            Some(judged) => judged.bytes == file.bytes && judged.sha256 == file.sha256()?,
+            None => !file.name.ends_with(".safetensors"),
+        };
+        ensure!(
+            same,
+            "{}: not what was verified; {remedy}",
+            file.path.display()
+        );
+    }
+    if let Some(gone) = receipt
+        .files
+        .keys()
+        .find(|name| !files.iter().any(|file| &file.name == *name))
+    {
+        bail!(
+            "{}: {gone}, which was verified, is missing; {remedy}",
+            dir.display()
+        );
+    }
+    Ok(())
+}
