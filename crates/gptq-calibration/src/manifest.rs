@@ -13,7 +13,8 @@ pub struct Manifest {
     /// The dataset's commit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
-    /// Every file of the source.
+    /// Every file of the source; older reports name none.
+    #[serde(default)]
     pub files: Vec<HashedFile>,
     /// The range of rows asked for.
     pub rows: String,

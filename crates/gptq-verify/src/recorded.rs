@@ -12,7 +12,7 @@ pub(crate) struct Recorded {
     /// Digests of every linear's tensors by module; `None` where they were not recorded.
     pub digests: Option<BTreeMap<String, LinearDigests>>,
     /// SHA-256 of the calibration's source.
-    pub calibration_sha256: Option<String>,
+    pub calibration_sha256: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -30,7 +30,15 @@ struct Linear {
 
 #[derive(Deserialize)]
 struct Calibration {
+    /// Of reports from before several files could be read.
     source_sha256: Option<String>,
+    #[serde(default)]
+    files: Vec<CalibrationFile>,
+}
+
+#[derive(Deserialize)]
+struct CalibrationFile {
+    sha256: String,
 }
 
 impl Recorded {
@@ -48,7 +56,10 @@ impl Recorded {
             .collect();
         Ok(Recorded {
             digests: (!digests.is_empty()).then_some(digests),
-            calibration_sha256: report.calibration.and_then(|c| c.source_sha256),
+            calibration_sha256: report.calibration.map_or_else(Vec::new, |calibration| {
+                let files = calibration.files.into_iter().map(|file| file.sha256);
+                files.chain(calibration.source_sha256).collect()
+            }),
         })
     }
 }

@@ -1,34 +1,17 @@
 //! `gptq publish`: finished branches to the Hub, each as the revision of its name.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail, ensure};
-use gptq_format::read_json;
 use gptq_hub::{Hub, LocalFile, RepoId};
-use serde::Deserialize;
+use gptq_verify::{RECEIPT, Receipt};
 
 use crate::cli::PublishArgs;
 use crate::{hub, size};
 
-/// What `gptq verify` left in a branch: the files it judged.
-const RECEIPT: &str = "verify.json";
-
 /// The card of the whole repository, beside the branches.
 const CARD: &str = "README.md";
-
-#[derive(Deserialize)]
-struct Receipt {
-    pass: bool,
-    files: BTreeMap<String, Judged>,
-}
-
-#[derive(Deserialize)]
-struct Judged {
-    bytes: u64,
-    sha256: String,
-}
 
 pub(crate) fn run(args: PublishArgs) -> Result<()> {
     let id = RepoId::parse(&args.repo);
@@ -117,11 +100,10 @@ fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
 
 /// A branch goes out only as it was judged: passed, and not a byte changed since.
 fn check_receipt(dir: &Path, files: &[LocalFile]) -> Result<()> {
-    let path = dir.join(RECEIPT);
     let remedy = format!("run gptq verify {}, or say --unverified", dir.display());
-    ensure!(path.is_file(), "{}: not verified; {remedy}", dir.display());
-    let receipt: Receipt = read_json(&path)?;
-    ensure!(receipt.pass, "{}: did not pass; {remedy}", path.display());
+    let receipt = Receipt::read(dir)?;
+    let receipt = receipt.ok_or_else(|| anyhow!("{}: not verified; {remedy}", dir.display()))?;
+    ensure!(receipt.pass, "{}: did not pass; {remedy}", dir.display());
     for file in files.iter().filter(|file| file.name != RECEIPT) {
         let judged = receipt.files.get(&file.name);
         let same = match judged {

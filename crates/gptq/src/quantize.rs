@@ -22,28 +22,31 @@ pub(crate) struct Produced {
     pub reports: Vec<BranchReport>,
     /// One each, where the plan has an evaluation text.
     pub perplexities: Vec<f64>,
-    pub profile: Profile,
+    profile: Profile,
 }
 
 pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     let recipe = args.recipe.load(args.run.perplexity.clone())?;
-    match args.dry_run {
-        true => {
-            let plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
-            warn(&plan);
-            plan::show(&plan, args.run.json)
-        }
-        false => {
-            let produced = produce(&recipe, &args.run)?;
-            if args.run.json {
-                println!("{}", serde_json::to_string_pretty(&record(&produced))?);
-            }
-            Ok(())
-        }
+    if args.dry_run {
+        let plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
+        warn(&plan);
+        return plan::show(&plan, args.run.json);
     }
+    let made = produce(&recipe, &args.run)?;
+    if args.run.json {
+        let record = record(&made);
+        println!("{}", serde_json::to_string_pretty(&record)?);
+        return Ok(());
+    }
+    println!("\n{}", summary(&made.reports, &made.perplexities));
+    println!("written to {}", made.plan.output.display());
+    if args.run.profile {
+        println!("\n{}", time(&made.profile).trim_end());
+    }
+    Ok(())
 }
 
-/// Carries a recipe out, and prints what came of it unless that is to be JSON.
+/// Carries a recipe out.
 pub(crate) fn produce(recipe: &Recipe, args: &RunArgs) -> Result<Produced> {
     let mut plan = Plan::new(recipe, &hub::fetch(recipe, Need::Weights, true)?)?;
     plan.command = Some(command(std::env::args_os().skip(1)));
@@ -87,13 +90,6 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs) -> Result<Produced> {
                 };
                 report.record_perplexity(&dir, measured)?;
             }
-        }
-    }
-    if !args.json {
-        println!("\n{}", summary(&reports, &perplexities));
-        println!("written to {}", plan.output.display());
-        if args.profile {
-            println!("\n{}", time(&profile).trim_end());
         }
     }
     Ok(Produced {

@@ -16,70 +16,65 @@ pub(crate) fn run(args: RequantizeArgs) -> Result<()> {
     let recipe = recipe(&args, &before)?;
     let after = quantize::produce(&recipe, &args.run)?;
     let evaluation = after.plan.evaluation.clone();
-    let request = Request {
-        evaluation: evaluation.map(|(text, window)| Evaluation { text, window }),
+    let request = evaluation.map(|(text, window)| Request {
+        evaluation: Some(Evaluation { text, window }),
         ..Request::default()
-    };
-
-    let mut compared = Vec::with_capacity(after.reports.len());
-    for (i, report) in after.reports.iter().enumerate() {
-        let old = before.iter().find(|(_, old)| old.branch == report.branch);
+    });
+    let mut compared = Vec::new();
+    for (i, new) in after.reports.iter().enumerate() {
+        let old = before.iter().find(|(_, old)| old.branch == new.branch);
         let (dir, old) = old.context("every branch came from a report")?;
-        let was = match &request.evaluation {
+        let perplexity = match &request {
+            Some(request) => verify(dir, request, args.run.device, &mut |_, _| {})?.perplexity,
             None => None,
-            Some(_) => verify(dir, &request, args.run.device, &mut |_, _| {})?.perplexity,
         };
-        compared.push(Comparison {
-            branch: report.branch.clone(),
-            mean_error: report.summary().mean_error,
-            mean_error_was: old.summary().mean_error,
-            perplexity: after.perplexities.get(i).copied(),
-            perplexity_was: was.map(|measured| measured.value),
+        compared.push(Compared {
+            branch: new.branch.clone(),
+            mean_error: [new, old].map(|report| report.summary().mean_error),
+            perplexity: after
+                .perplexities
+                .get(i)
+                .copied()
+                .zip(perplexity)
+                .map(|(new, old)| [new, old.value]),
         });
     }
     if args.run.json {
         println!("{}", serde_json::to_string_pretty(&compared)?);
         return Ok(());
     }
-    println!("\n{}", Comparison::table(&compared));
+    println!("\n{}", comparison(&compared));
+    println!("written to {}", after.plan.output.display());
     println!(
-        "each error is on its own calibration data; was: {}",
+        "was: {}; each error is on its own calibration data",
         args.dir.display()
     );
     Ok(())
 }
 
-/// A branch, made again, beside what it was.
+/// A branch as it is and as it was.
 #[derive(Serialize)]
-struct Comparison {
+struct Compared {
     branch: String,
-    mean_error: f64,
-    mean_error_was: f64,
-    perplexity: Option<f64>,
-    perplexity_was: Option<f64>,
+    mean_error: [f64; 2],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    perplexity: Option<[f64; 2]>,
 }
 
-impl Comparison {
-    /// A row per branch; columns for the perplexities if there are any.
-    fn table(all: &[Comparison]) -> String {
-        let measured = all.iter().any(|it| it.perplexity.is_some());
-        let mut heading = vec!["branch", "mean error", "was"];
-        if measured {
-            heading.extend(["perplexity", "was"]);
-        }
-        let mut rows = vec![heading.into_iter().map(String::from).collect::<Vec<_>>()];
-        for it in all {
-            let errors = [it.mean_error, it.mean_error_was].map(|e| format!("{e:.3e}"));
-            let mut row = vec![it.branch.clone()];
-            row.extend(errors);
-            if measured {
-                let both = [it.perplexity, it.perplexity_was];
-                row.extend(both.map(|p| p.map_or_else(String::new, |p| format!("{p:.4}"))));
-            }
-            rows.push(row);
-        }
-        table::render(&rows)
+fn comparison(compared: &[Compared]) -> String {
+    let mut heading = vec!["branch", "mean error", "was"];
+    if compared.iter().any(|branch| branch.perplexity.is_some()) {
+        heading.extend(["perplexity", "was"]);
     }
+    let mut rows = vec![heading.into_iter().map(String::from).collect::<Vec<_>>()];
+    for branch in compared {
+        let mut row = vec![branch.branch.clone()];
+        row.extend(branch.mean_error.map(|error| format!("{error:.3e}")));
+        let perplexity = branch.perplexity.into_iter().flatten();
+        row.extend(perplexity.map(|p| format!("{p:.4}")));
+        rows.push(row);
+    }
+    table::render(&rows)
 }
 
 /// Directory and report of every branch asked for, in the order of their names.

@@ -305,32 +305,6 @@ fn no_local_path_becomes_a_models_name() {
 }
 
 #[test]
-fn windows_longer_than_the_sliding_window_are_refused_at_their_place() {
-    let plan = |calibration: &str, evaluation: &str| {
-        let text = format!(
-            "[model]\nsource = \"m\"\n[calibration]\nsource = \"c.json\"\n{calibration}\n\
-             [output]\ndir = \"out\"\n[evaluation]\ntext = \"e.json\"\n{evaluation}\n\
-             [[branch]]\nname = \"a\"\nbits = 4\n"
-        );
-        let config = ModelConfig {
-            sliding_window: Some(512),
-            ..tiny()
-        };
-        let recipe = Recipe::parse(Path::new("r.toml"), text).unwrap();
-        Plan::for_config(&recipe, config).map_err(|e| e.to_string())
-    };
-    assert!(plan("seq_len = 512", "window = 512").is_ok());
-    let line = plan("seq_len = 513", "window = 512").unwrap_err();
-    assert!(line.starts_with("r.toml:5:11: seq_len: "), "{line}");
-    assert!(
-        line.contains("sliding window of 512") && line.contains("use at most 512"),
-        "{line}"
-    );
-    let line = plan("seq_len = 512", "window = 600").unwrap_err();
-    assert!(line.starts_with("r.toml:10:10: window: "), "{line}");
-}
-
-#[test]
 fn what_is_here_is_local_and_owner_and_name_are_on_the_hub() {
     let recipe = |model: &str, calibration: &str| {
         let text = HEAD.replace("\"m\"", &format!("{model:?}"));
@@ -392,4 +366,30 @@ fn a_row_is_read_in_one_way() {
         two.starts_with("r.toml:6:10") && two.contains("keep one"),
         "{two}"
     );
+}
+
+#[test]
+fn windows_longer_than_the_sliding_window_are_refused_at_their_place() {
+    let plan = |calibration: &str, evaluation: &str| {
+        let text = format!(
+            "[model]\nsource = \"m\"\n[calibration]\nsource = \"c.json\"\n{calibration}\n\
+             [output]\ndir = \"out\"\n[evaluation]\ntext = \"e.json\"\n{evaluation}\n\
+             [[branch]]\nname = \"a\"\nbits = 4\n"
+        );
+        let config = ModelConfig {
+            sliding_window: Some(512),
+            ..tiny()
+        };
+        let recipe = Recipe::parse(Path::new("r.toml"), text).unwrap();
+        Plan::for_config(&recipe, config).map_err(|e| e.to_string())
+    };
+    assert!(plan("seq_len = 512", "window = 512").is_ok());
+    let line = plan("seq_len = 513", "window = 512").unwrap_err();
+    assert!(line.starts_with("r.toml:5:11: seq_len: "), "{line}");
+    assert!(
+        line.contains("sliding window of 512") && line.contains("use at most 512"),
+        "{line}"
+    );
+    let line = plan("seq_len = 512", "window = 600").unwrap_err();
+    assert!(line.starts_with("r.toml:10:10: window: "), "{line}");
 }
