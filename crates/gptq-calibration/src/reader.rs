@@ -114,12 +114,15 @@ impl<R: Read> Read for Metered<R> {
     }
 }
 
+/// Whether to go on, or why not.
+type Flow = Result<ControlFlow<()>, CalibrationError>;
+
 /// Lines that are not blank, numbered from 1, without their ends.
 fn lines(
     mut reader: impl BufRead,
     file: &SourceFile,
-    each: &mut dyn FnMut(usize, &str) -> Result<ControlFlow<()>, CalibrationError>,
-) -> Result<ControlFlow<()>, CalibrationError> {
+    each: &mut dyn FnMut(usize, &str) -> Flow,
+) -> Flow {
     let mut bytes = Vec::new();
     for number in 1.. {
         bytes.clear();

@@ -10,5 +10,5 @@ mod stops;
 
 pub use error::GenerateError;
 pub use sampler::{Choice, Sampler};
-pub use session::{Finish, Prompt, Reply, Settings, generate};
+pub use session::{Finish, Next, Prompt, Reply, Settings, generate};
 pub use stops::Stops;

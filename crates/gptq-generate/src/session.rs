@@ -80,6 +80,9 @@ impl Reply {
     }
 }
 
+/// Gives the next prompt, if there is one, after the reply to the one before.
+pub type Next<'a> = dyn FnMut(Option<&Reply>) -> Result<Option<Prompt>, GenerateError> + 'a;
+
 /// Loads the checkpoint in `dir`, dense or quantised, and answers the prompts that `next` gives,
 /// until it gives none. `next` gets the reply to the prompt before; `show` gets text as it comes.
 ///
@@ -89,7 +92,7 @@ pub fn generate(
     dir: &Path,
     device: Device,
     settings: &Settings,
-    next: &mut dyn FnMut(Option<&Reply>) -> Result<Option<Prompt>, GenerateError>,
+    next: &mut Next<'_>,
     show: &mut dyn FnMut(&str),
 ) -> Result<(), GenerateError> {
     device.resolve()?.run(Generate {
@@ -103,7 +106,7 @@ pub fn generate(
 struct Generate<'a> {
     dir: &'a Path,
     settings: &'a Settings,
-    next: &'a mut dyn FnMut(Option<&Reply>) -> Result<Option<Prompt>, GenerateError>,
+    next: &'a mut Next<'a>,
     show: &'a mut dyn FnMut(&str),
 }
 

@@ -1,6 +1,7 @@
 //! Files into the cache: several at once, resumed where they broke off, checked before they count.
 
 use std::cell::Cell;
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Seek, SeekFrom, Write};
 use std::time::Duration;
@@ -49,11 +50,19 @@ pub(crate) async fn fetch(
         commit,
         meter: &meter,
     };
-    stream::iter(entries.iter().copied())
-        .map(|entry| download.place(entry))
-        .buffer_unordered(AT_ONCE)
-        .try_collect::<()>()
-        .await
+    // A content that several files have is downloaded once: it has one place in the cache.
+    let mut contents = HashSet::new();
+    let (first, repeated): (Vec<&Entry>, Vec<&Entry>) = entries
+        .iter()
+        .partition(|entry| contents.insert(&entry.oid));
+    for entries in [first, repeated] {
+        stream::iter(entries)
+            .map(|entry| download.place(entry))
+            .buffer_unordered(AT_ONCE)
+            .try_collect::<()>()
+            .await?;
+    }
+    Ok(())
 }
 
 struct Meter<'a> {

@@ -103,23 +103,17 @@ impl Hub {
             weights.map_err(|e| e.to_string())?;
             Ok(names.into_iter().map(str::to_owned).collect())
         };
-        self.snapshot(
-            Kind::Model,
-            id,
-            revision,
-            &cached,
-            &|repo, cache, commit| {
-                self.wait(async {
-                    let tree = repo.tree(commit).await?;
-                    let side = self.side(&tree, repo, cache, commit).await?;
-                    let names: Vec<&str> = tree.iter().map(|e| e.path.as_str()).collect();
-                    let snapshot = cache.snapshot(commit);
-                    let weights = files::model_weights(&id.to_string(), &names, &snapshot)?;
-                    fetch(repo, cache, commit, &select(&tree, &weights), on_progress).await?;
-                    Ok([side, weights].concat())
-                })
-            },
-        )
+        self.snapshot(Kind::Model, id, revision, cached, |repo, cache, commit| {
+            self.wait(async {
+                let tree = repo.tree(commit).await?;
+                let side = self.side(&tree, repo, cache, commit).await?;
+                let names: Vec<&str> = tree.iter().map(|e| e.path.as_str()).collect();
+                let snapshot = cache.snapshot(commit);
+                let weights = files::model_weights(&id.to_string(), &names, &snapshot)?;
+                fetch(repo, cache, commit, &select(&tree, &weights), on_progress).await?;
+                Ok([side, weights].concat())
+            })
+        })
     }
 
     /// A model's config and tokenizer, without its weights.
@@ -131,18 +125,12 @@ impl Hub {
                 false => Err("no config.json".to_owned()),
             }
         };
-        self.snapshot(
-            Kind::Model,
-            id,
-            revision,
-            &cached,
-            &|repo, cache, commit| {
-                self.wait(async {
-                    let tree = repo.tree(commit).await?;
-                    self.side(&tree, repo, cache, commit).await
-                })
-            },
-        )
+        self.snapshot(Kind::Model, id, revision, cached, |repo, cache, commit| {
+            self.wait(async {
+                let tree = repo.tree(commit).await?;
+                self.side(&tree, repo, cache, commit).await
+            })
+        })
     }
 
     /// Fetches config, tokenizer, and the index of the weights.
@@ -184,8 +172,8 @@ impl Hub {
                 Kind::Dataset,
                 id,
                 revision,
-                &cached,
-                &|repo, cache, commit| {
+                cached,
+                |repo, cache, commit| {
                     self.wait(async {
                         let tree = repo.tree(commit).await?;
                         let names: Vec<&str> = tree.iter().map(|e| e.path.as_str()).collect();
@@ -215,8 +203,8 @@ impl Hub {
         kind: Kind,
         id: &RepoId,
         revision: &str,
-        cached: &dyn Fn(&Cache, &str) -> Result<Vec<String>, String>,
-        fetched: &dyn Fn(&Repo, &Cache, &str) -> Result<Vec<String>, HubError>,
+        cached: impl Fn(&Cache, &str) -> Result<Vec<String>, String>,
+        fetched: impl Fn(&Repo, &Cache, &str) -> Result<Vec<String>, HubError>,
     ) -> Result<Snapshot, HubError> {
         let cache = Cache::new(&self.settings.cache, kind, id);
         let from_cache = |stale| {

@@ -67,6 +67,8 @@ impl<B: Engine> Model<B> {
     ) -> Result<Vec<Flow<B>>, ModelError> {
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
         self.config.check_window(longest)?;
+        // Before the table is read: its shape would be blamed for a tokenizer of another model.
+        check_tokens(windows.iter().flatten(), self.config.vocabulary)?;
         let embedding = self.embedding()?;
         windows
             .chunks(chunk)
@@ -144,12 +146,8 @@ impl<B: Engine> Embedding<B> {
     /// # Errors
     /// A token outside the vocabulary.
     pub(crate) fn flow(&self, windows: &[Vec<u32>], keep: DType) -> Result<Flow<B>, ModelError> {
-        let vocabulary = self.table.dims()[0];
-        let ids: Vec<u32> = windows.concat();
-        if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
-            return Err(ModelError::TokenOutOfRange { id, vocabulary });
-        }
-        let ids: Vec<i32> = ids.into_iter().map(|id| id as i32).collect();
+        check_tokens(windows.iter().flatten(), self.table.dims()[0])?;
+        let ids: Vec<i32> = windows.iter().flatten().map(|&id| id as i32).collect();
         let n = ids.len();
         let ids = Tensor::<B, 1, Int>::from_data(
             TensorData::new(ids, [n]),
@@ -160,6 +158,17 @@ impl<B: Engine> Embedding<B> {
             residual: B::embed(ids, self.table.clone()).cast(keep),
             activation: None,
         })
+    }
+}
+
+/// Errors on a token outside the vocabulary.
+fn check_tokens<'a>(
+    mut ids: impl Iterator<Item = &'a u32>,
+    vocabulary: usize,
+) -> Result<(), ModelError> {
+    match ids.find(|&&id| id as usize >= vocabulary) {
+        Some(&id) => Err(ModelError::TokenOutOfRange { id, vocabulary }),
+        None => Ok(()),
     }
 }
 

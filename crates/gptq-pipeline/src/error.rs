@@ -36,6 +36,6 @@ pub enum PipelineError {
     Solver {
         branch: String,
         modules: String,
-        source: SolveError,
+        source: Box<SolveError>,
     },
 }

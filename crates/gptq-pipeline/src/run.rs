@@ -332,7 +332,7 @@ impl<B: Engine> Run<'_, '_, B> {
             PipelineError::Solver {
                 branch: settings.name.clone(),
                 modules: modules.collect::<Vec<_>>().join(", "),
-                source,
+                source: Box::new(source),
             }
         })?;
         let seconds = started.elapsed().as_secs_f64();

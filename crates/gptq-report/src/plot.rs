@@ -4,6 +4,9 @@ use std::fmt::{self, Write};
 
 use minijinja::HtmlEscape;
 
+/// How an axis writes its numbers.
+type Format = fn(f64) -> String;
+
 /// Drawing size and margins (left, right, top, bottom), in SVG units.
 const SIZE: (f64, f64) = (440.0, 264.0);
 const MARGIN: (f64, f64, f64, f64) = (58.0, 14.0, 12.0, 42.0);
@@ -120,7 +123,7 @@ pub(crate) fn scatter(
     points: &[Point],
     level: Option<(f64, &str)>,
     names: (&str, &str),
-    formats: (fn(f64) -> String, fn(f64) -> String),
+    formats: (Format, Format),
 ) -> String {
     let (width, height) = SIZE;
     let (left, right, top, bottom) = MARGIN;
@@ -222,11 +225,7 @@ fn apart(a: &[f64; 4], b: &[f64; 4]) -> bool {
 }
 
 /// Lines over a whole-numbered x, with a logarithmic y; values that are not positive are left out.
-pub(crate) fn lines(
-    series: &[Series],
-    names: (&str, &str),
-    formats: (fn(f64) -> String, fn(f64) -> String),
-) -> String {
+pub(crate) fn lines(series: &[Series], names: (&str, &str), formats: (Format, Format)) -> String {
     let (width, height) = SIZE;
     let (left, right, top, bottom) = MARGIN;
     let all = || series.iter().flat_map(|s| &s.points).filter(|p| p.1 > 0.0);
@@ -281,11 +280,7 @@ fn svg((x_name, y_name): (&str, &str), draw: impl FnOnce(&mut String) -> fmt::Re
     svg
 }
 
-fn axes(
-    svg: &mut String,
-    (x, y): (&Axis, &Axis),
-    formats: (fn(f64) -> String, fn(f64) -> String),
-) -> fmt::Result {
+fn axes(svg: &mut String, (x, y): (&Axis, &Axis), formats: (Format, Format)) -> fmt::Result {
     for tick in y.ticks() {
         let at = y.at(tick);
         write!(

@@ -182,7 +182,7 @@ fn order(packed: &PackedLinear) -> Option<Vec<i32>> {
         .iter()
         .enumerate()
         .all(|(at, &column)| packed.g_idx[column as usize] as usize == at / size);
-    let words = size * packed.bits.get() % 32 == 0;
+    let words = (size * packed.bits.get()).is_multiple_of(32);
     (matches!(packed.bits.get(), 4 | 8) && regular && words).then_some(order)
 }
 
