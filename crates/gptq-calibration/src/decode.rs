@@ -113,8 +113,9 @@ mod tests {
     #[test]
     fn a_word_after_a_special_token_keeps_its_space() {
         let tokenizer = tokenizer();
+        // The tokenizer itself begins each stretch of text with a space.
         let tokens = tokenizer
-            .encode("a cough.</s><s> What is it", false)
+            .encode("a cough.</s><s>What is it", false)
             .unwrap();
         let mut decoder = tokenizer.decoder(&tokens[..1]).unwrap();
         let text: String = (tokens[1..].iter())
