@@ -4,7 +4,9 @@
 //! [`fail`], which unwinds with an [`Error`] and prints nothing; [`run_guarded`] catches it at the
 //! one place where a backend is entered.
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::{self, AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Once;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::tensor::DType;
 
@@ -131,20 +133,38 @@ pub(crate) fn fail(error: Error) -> ! {
     resume_unwind(Box::new(error))
 }
 
+/// The allocation that the device thread could not make, in bytes; 0 while there was none. CubeCL
+/// panics on that thread, and all that its callers get from then on is that the thread is gone.
+static DENIED: AtomicU64 = AtomicU64::new(0);
+
+/// Has panics over an allocation remembered instead of printed, and what they lead to not printed
+/// either; every other panic is reported as before.
+fn watch_allocations() {
+    static WATCHING: Once = Once::new();
+    WATCHING.call_once(|| {
+        let report = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| {
+            match panic.payload_as_str().and_then(allocation) {
+                Some(bytes) => DENIED.store(bytes, Ordering::Relaxed),
+                None if DENIED.load(Ordering::Relaxed) > 0 => {}
+                None => report(panic),
+            }
+        }));
+    });
+}
+
 /// Does `work`, whose device failures become errors; any other panic goes on.
 pub(crate) fn run_guarded<T>(device: Device, work: impl FnOnce() -> T) -> Result<T, DeviceError> {
+    watch_allocations();
     catch_unwind(AssertUnwindSafe(work)).map_err(|payload| {
-        let payload = match payload.downcast::<Error>() {
-            Ok(error) => return error.on(device),
-            Err(payload) => payload,
-        };
-        // Burn's own panic where an allocation fails under one of its operations.
-        match payload
-            .downcast_ref::<String>()
-            .and_then(|it| allocation(it))
-        {
-            Some(bytes) => DeviceError::OutOfMemory { device, bytes },
-            None => resume_unwind(payload),
+        let denied = DENIED.swap(0, Ordering::Relaxed);
+        if denied > 0 {
+            let bytes = denied;
+            return DeviceError::OutOfMemory { device, bytes };
+        }
+        match payload.downcast::<Error>() {
+            Ok(error) => error.on(device),
+            Err(payload) => resume_unwind(payload),
         }
     })
 }
@@ -162,6 +182,17 @@ mod tests {
         let expected = Err(DeviceError::OutOfMemory {
             device,
             bytes: 4096,
+        });
+        assert_eq!(found, expected);
+        // On CubeCL's thread, of which the caller sees no more than that it ended.
+        let found = run_guarded(device, || -> u8 {
+            let lost = std::thread::spawn(|| panic!("unwrap on {TOO_BIG}8192\n  0: somewhere"));
+            assert!(lost.join().is_err());
+            fail(Error::runtime("CallError"))
+        });
+        let expected = Err(DeviceError::OutOfMemory {
+            device,
+            bytes: 8192,
         });
         assert_eq!(found, expected);
         let found = run_guarded(device, || -> u8 { fail(Error::Stream) });
