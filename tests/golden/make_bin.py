@@ -63,7 +63,7 @@ torch.save({"w": torch.ones(2)}, out / "legacy.bin", _use_new_zipfile_serializat
 
 class Command:
     def __reduce__(self):
-        return os.system, ("touch /tmp/gptq-test-was-here",)
+        return os.system, ("touch gptq-os-system-was-here",)
 
 
 torch.save({"w": torch.ones(2), "x": Command()}, out / "os_system.bin")
