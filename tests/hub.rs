@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use crate::harness::{Scratch, command, medi_tiny, refused, root, succeed, succeeded};
-use crate::hub_server::{HubServer, Wrong, commit};
+use crate::hub_server::{HubServer, Wrong, commit, silent};
 
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";
 const MODEL: &str = "medi/tiny";
@@ -30,17 +30,7 @@ fn hub() -> HubServer {
 
 /// Runs `gptq` against the Hub, with a cache in the scratch directory.
 fn run(scratch: &Scratch, hub: &str, args: &[&str]) -> Output {
-    let output = command(args)
-        .env("HF_HOME", scratch.path("hf"))
-        .env("HF_ENDPOINT", hub)
-        .env("HF_TOKEN", TOKEN)
-        .output()
-        .unwrap();
-    for text in [&output.stdout, &output.stderr] {
-        let text = String::from_utf8_lossy(text);
-        assert!(!text.contains(TOKEN), "the token is told: {text}");
-    }
-    output
+    silent(command(args).env("HF_HOME", scratch.path("hf")), hub, TOKEN)
 }
 
 fn quantize(scratch: &Scratch, hub: &HubServer) -> Output {

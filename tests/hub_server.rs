@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -428,4 +429,18 @@ fn sha256(bytes: &[u8]) -> String {
 
 fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Runs `command` against the Hub at `url`; whatever it says, it never says the token.
+pub(crate) fn silent(command: &mut Command, url: &str, token: &str) -> Output {
+    let output = command
+        .env("HF_ENDPOINT", url)
+        .env("HF_TOKEN", token)
+        .output()
+        .unwrap();
+    for text in [&output.stdout, &output.stderr] {
+        let text = String::from_utf8_lossy(text);
+        assert!(!text.contains(token), "the token is told: {text}");
+    }
+    output
 }

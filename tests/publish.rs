@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Output;
 
 use crate::harness::{Scratch, command, medi_tiny, refused, succeed, succeeded};
-use crate::hub_server::{HubServer, Wrong};
+use crate::hub_server::{HubServer, Wrong, silent};
 
 const TWO: &str = "[[branch]]\nname = \"main\"\nbits = 4\ngroup_size = 64\n\
                    [[branch]]\nname = \"8bit\"\nbits = 8\ngroup_size = -1\n";
@@ -15,16 +15,7 @@ const TOKEN: &str = "hf_writeWriteWRITE";
 fn publish(hub: &HubServer, dir: &Path, more: &[&str]) -> Output {
     let dir = dir.to_str().unwrap();
     let args = ["publish", dir, "--repo", REPO];
-    let output = command(args.iter().chain(more))
-        .env("HF_ENDPOINT", hub.url())
-        .env("HF_TOKEN", TOKEN)
-        .output()
-        .unwrap();
-    for text in [&output.stdout, &output.stderr] {
-        let text = String::from_utf8_lossy(text);
-        assert!(!text.contains(TOKEN), "the token is told: {text}");
-    }
-    output
+    silent(&mut command(args.iter().chain(more)), &hub.url(), TOKEN)
 }
 
 /// Verifies a branch; what it says may then be changed.

@@ -80,7 +80,7 @@ impl<B: Engine> Model<B> {
     pub(crate) fn embedding(&self) -> Result<Embedding<B>, ModelError> {
         let (rows, cols) = (self.config.vocabulary, self.config.hidden_size);
         Ok(Embedding {
-            table: self.matrix("model.embed_tokens.weight", rows, cols)?,
+            table: self.tensor("model.embed_tokens.weight", [rows, cols])?,
         })
     }
 
@@ -113,18 +113,10 @@ impl<B: Engine> Model<B> {
             false => "lm_head.weight",
         };
         Ok(Head {
-            norm: self.vector("model.norm.weight", self.config.hidden_size)?,
-            weight: self.matrix(name, self.config.vocabulary, self.config.hidden_size)?,
+            norm: self.tensor("model.norm.weight", [self.config.hidden_size])?,
+            weight: self.tensor(name, [self.config.vocabulary, self.config.hidden_size])?,
             eps: self.config.rms_norm_eps,
         })
-    }
-
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor<B, 2>, ModelError> {
-        self.tensor(name, [rows, cols])
-    }
-
-    fn vector(&self, name: &str, len: usize) -> Result<Tensor<B, 1>, ModelError> {
-        self.tensor(name, [len])
     }
 
     /// A tensor of the checkpoint on the device, in compute dtype.
