@@ -304,6 +304,7 @@ fn solving(device: &Device) -> f64 {
             static_groups: false,
             scale_search: !std::env::args().any(|arg| arg == "plain"),
             f16_scales: true,
+            refine: 0,
         };
         let layers: Vec<_> = outs
             .iter()
@@ -318,7 +319,8 @@ fn solving(device: &Device) -> f64 {
         };
         let mut errors = [0.0; 2];
         let time = seconds(device, 3, || {
-            let subset = solve(gram.clone(), hessian, &layers, CheckpointFormat::Gptq).unwrap();
+            let subset =
+                solve(gram.clone(), None, hessian, &layers, CheckpointFormat::Gptq).unwrap();
             errors = [subset.solved[0].relative_error, subset.solved[0].rtn_error];
         });
         println!(

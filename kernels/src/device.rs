@@ -52,8 +52,8 @@ pub enum DeviceError {
     NoSuchIndex { index: usize, count: usize },
     #[error("{0}, or use --device cpu")]
     Missing(MissingLibrary),
-    #[error("{device}: out of device memory at an allocation of {bytes} bytes")]
-    OutOfMemory { device: Device, bytes: u64 },
+    #[error("{device}: out of device memory at {place}")]
+    OutOfMemory { device: Device, place: String },
     #[error("{device}: {reason}")]
     Failed { device: Device, reason: String },
     #[error("{text:?} is not a device; valid are auto, cpu, cuda and cuda:N")]

@@ -7,7 +7,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use crate::{
-    Hessian, HostBuffer, PackedWeight, Request, SolveError, Subset, attention, host_solve,
+    Drift, Hessian, HostBuffer, PackedWeight, Request, SolveError, Subset, attention, host_solve,
 };
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
@@ -127,19 +127,30 @@ pub trait Engine: Backend {
         gram
     }
 
+    /// `cross + (dense - x)ᵀx` for `dense` and `x` `[tokens, in]` and `cross` f32 `[in, in]`.
+    fn cross_add(
+        cross: Tensor<Self, 2>,
+        dense: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+    ) -> Tensor<Self, 2> {
+        let (dense, x) = (dense.cast(DType::F32), x.cast(DType::F32));
+        cross + (dense - x.clone()).transpose().matmul(x)
+    }
+
     /// Solves every linear that shares one input: orders, damps and factors its Gram matrix once,
-    /// then quantises each weight of `requests` and packs it for `format`.
+    /// then quantises each weight of `requests`, or what `drift` makes of it, and packs it for `format`.
     ///
     /// # Errors
     /// A Gram matrix that is not finite or cannot be factored, or a result that `format` cannot
     /// hold.
     fn solve(
         gram: Tensor<Self, 2>,
+        drift: Option<Drift<Self>>,
         hessian: Hessian,
         requests: Vec<Request<Self>>,
         format: CheckpointFormat,
     ) -> Result<Subset<Self>, SolveError> {
-        host_solve::solve(gram, hessian, requests, format)
+        host_solve::solve(gram, drift, hessian, requests, format)
     }
 
     /// The weights a packed linear stands for, `[out, in]` in the compute dtype. Its `g_idx` has

@@ -5,28 +5,35 @@ use std::time::Instant;
 
 use burn::tensor::{DType, Tensor, TensorData};
 use gptq_format::CheckpointFormat;
-use gptq_solver::{Factor, output_energy, round_to_nearest, solve as solve_linear};
+use gptq_solver::{Factor, Target, output_energy, refine, round_to_nearest, solve as solve_linear};
 use nalgebra::DMatrix;
 
-use crate::{Engine, Hessian, Request, SolveError, SolveTimes, Solved, Subset};
+use crate::{Drift, Engine, Hessian, Request, SolveError, SolveTimes, Solved, Subset};
 
 pub(crate) fn solve<B: Engine>(
     gram: Tensor<B, 2>,
+    drift: Option<Drift<B>>,
     hessian: Hessian,
     requests: Vec<Request<B>>,
     format: CheckpointFormat,
 ) -> Result<Subset<B>, SolveError> {
     let started = Instant::now();
-    let mut gram = to_matrix(gram);
-    gram.fill_lower_triangle_with_upper_triangle();
+    let gram = symmetric(gram);
     let factor = Factor::new(&gram, hessian.act_order, hessian.damping)?;
+    let target = match drift {
+        Some(drift) => {
+            let (gram, cross) = (symmetric(drift.gram), to_matrix(drift.cross));
+            Some(Target::new(&gram, cross, hessian.damping, drift.strength)?)
+        }
+        None => None,
+    };
     let mut times = SolveTimes {
         factor: started.elapsed().as_secs_f64(),
         ..SolveTimes::default()
     };
     let solved = requests
         .into_iter()
-        .map(|request| solve_one(request, &gram, &factor, format, &mut times))
+        .map(|request| solve_one(request, &gram, &factor, target.as_ref(), format, &mut times))
         .collect::<Result<_, _>>()?;
     Ok(Subset {
         solved,
@@ -40,6 +47,7 @@ fn solve_one<B: Engine>(
     request: Request<B>,
     gram: &DMatrix<f64>,
     factor: &Factor<f64>,
+    target: Option<&Target<f64>>,
     format: CheckpointFormat,
     times: &mut SolveTimes,
 ) -> Result<Solved<B>, SolveError> {
@@ -53,7 +61,15 @@ fn solve_one<B: Engine>(
         0.0 => 0.0,
         energy => output_energy(&(&w - q), gram) / energy,
     };
-    let solution = solve_linear(&w, factor, &request.settings);
+    let target = target.map_or_else(|| w.clone(), |target| target.of(&w));
+    let mut solution = solve_linear(&target, factor, &request.settings);
+    refine(
+        &target,
+        gram,
+        factor,
+        &mut solution,
+        request.settings.refine,
+    );
     let relative_error = relative(solution.dequantise());
     let rtn_error = relative(round_to_nearest(&w, &request.settings).dequantise());
     let quantized = solution.into_quantized();
@@ -69,6 +85,13 @@ fn solve_one<B: Engine>(
         relative_error,
         rtn_error,
     })
+}
+
+/// A Gram matrix in f64 on the host, both triangles.
+fn symmetric<B: Engine>(gram: Tensor<B, 2>) -> DMatrix<f64> {
+    let mut gram = to_matrix(gram);
+    gram.fill_lower_triangle_with_upper_triangle();
+    gram
 }
 
 /// A device matrix `[rows, cols]` in f64 on the host.

@@ -18,4 +18,4 @@ pub use device::{Cpu, Cuda, Device, DeviceError, Work};
 pub use engine::{Engine, map_lanes};
 pub use host_buffer::HostBuffer;
 pub use packed_weight::PackedWeight;
-pub use solve_types::{Hessian, Incoming, Request, SolveError, SolveTimes, Solved, Subset};
+pub use solve_types::{Drift, Hessian, Incoming, Request, SolveError, SolveTimes, Solved, Subset};

@@ -16,6 +16,18 @@ pub struct Hessian {
     pub damping: f64,
 }
 
+/// How the inputs of the quantised model have drifted from the dense model's, over tokens that both
+/// ran on; see [`gptq_solver::Target`].
+#[derive(Clone, Debug)]
+pub struct Drift<B: Engine> {
+    /// `XᵀX` of those tokens, f32 `[in, in]`, upper triangle.
+    pub gram: Tensor<B, 2>,
+    /// `(X_d - X)ᵀX` with the dense model's `X_d`, f32 `[in, in]`.
+    pub cross: Tensor<B, 2>,
+    /// How much of it to make up for, 0 to 1.
+    pub strength: f64,
+}
+
 /// One linear to quantise.
 #[derive(Clone, Debug)]
 pub struct Request<B: Engine> {

@@ -1,6 +1,7 @@
 //! Development tasks: `cargo xtask tidy`, `cargo xtask validate`, `cargo xtask golden`,
-//! `cargo xtask synth`, `cargo xtask bench`.
+//! `cargo xtask synth`, `cargo xtask bench`, `cargo xtask ablate`.
 
+mod ablate;
 mod bench;
 mod golden;
 mod synth;
@@ -52,6 +53,8 @@ enum Task {
     },
     /// Measure whole runs and device operations, and print the table
     Bench(bench::BenchArgs),
+    /// Measure every option of the method alone and together, and write ACCURACY.md
+    Ablate(ablate::AblateArgs),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -75,6 +78,7 @@ fn main() -> anyhow::Result<()> {
             tokenizer,
         } => synth::run(&dir, shape, layers, tokenizer.as_deref()),
         Task::Bench(args) => bench::run(&args),
+        Task::Ablate(args) => ablate::run(&args),
     }
 }
 

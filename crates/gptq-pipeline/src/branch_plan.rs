@@ -11,7 +11,7 @@ use toml::Spanned;
 
 use crate::pattern::{expression, matches};
 use crate::recipe::{Branch, Override};
-use crate::{Preset, Recipe, RecipeError};
+use crate::{Method, Preset, Recipe, RecipeError};
 
 /// Longest branch name taken: it becomes a directory and a Hub revision.
 const MAX_NAME: usize = 96;
@@ -35,8 +35,10 @@ pub struct BranchPlan {
     pub damp_percent: f64,
     /// Later linears of a block see the error of earlier ones.
     pub true_sequential: bool,
-    /// How codes and scales are found.
+    /// Which preset the method comes from.
     pub preset: Preset,
+    /// How codes and scales are found.
+    pub method: Method,
     overrides: Vec<ModuleOverride>,
 }
 
@@ -84,6 +86,7 @@ impl BranchPlan {
                 return Err(recipe.refuse(damp, reason));
             }
         };
+        let preset = branch.preset.or(defaults.preset).unwrap_or_default();
         let mut plan = BranchPlan {
             name: branch.name.get_ref().clone(),
             bits: *bits.get_ref(),
@@ -99,7 +102,8 @@ impl BranchPlan {
                 .true_sequential
                 .or(defaults.true_sequential)
                 .unwrap_or(true),
-            preset: branch.preset.or(defaults.preset).unwrap_or_default(),
+            preset,
+            method: method(recipe, branch, preset.method(*bits.get_ref()))?,
             overrides: Vec::new(),
         };
         for own in &branch.overrides {
@@ -187,8 +191,9 @@ impl BranchPlan {
             group_size,
             sym: self.sym,
             static_groups: self.static_groups,
-            scale_search: self.preset == Preset::Standard,
+            scale_search: self.method.scale_search,
             f16_scales: true,
+            refine: self.method.refine,
         })
     }
 
@@ -324,6 +329,36 @@ impl BranchPlan {
             .collect();
         client_support(&linears, self.sym, !self.overrides.is_empty())
     }
+}
+
+/// Passes of refinement that a recipe may ask for.
+const MAX_PASSES: usize = 100;
+
+/// `preset` with what the branch, or else the defaults, say of single options.
+fn method(recipe: &Recipe, branch: &Branch, preset: Method) -> Result<Method, RecipeError> {
+    let defaults = &recipe.file.defaults;
+    let mut method = preset;
+    if let Some(search) = branch.scale_search.or(defaults.scale_search) {
+        method.scale_search = search;
+    }
+    if let Some(passes) = branch.refine.as_ref().or(defaults.refine.as_ref()) {
+        method.refine = *passes.get_ref();
+        if method.refine > MAX_PASSES {
+            let reason = format!(
+                "refine = {} is more than {MAX_PASSES} passes",
+                method.refine
+            );
+            return Err(recipe.refuse(passes, reason));
+        }
+    }
+    if let Some(strength) = branch.asymmetric.as_ref().or(defaults.asymmetric.as_ref()) {
+        method.asymmetric = *strength.get_ref();
+        if !(0.0..=1.0).contains(&method.asymmetric) {
+            let reason = format!("asymmetric = {} is not between 0 and 1", method.asymmetric);
+            return Err(recipe.refuse(strength, reason));
+        }
+    }
+    Ok(method)
 }
 
 fn group_reason(group_size: GroupSize, module: &str, n_in: usize) -> String {

@@ -3,6 +3,7 @@
 use gptq_kernels::{Cpu, Cuda, Engine};
 use gptq_model::{Projection, Stage};
 
+use crate::stream::DENSE_SHARE;
 use crate::{PipelineError, Plan, Propagation};
 
 /// Peak memory in bytes.
@@ -37,6 +38,8 @@ struct Sizes {
     table: u64,
     widest: u64,
     hidden: u64,
+    /// Square matrices beside the factor: Gram matrices, and what a refinement or a drift needs.
+    squares: u64,
 }
 
 impl Sizes {
@@ -52,9 +55,13 @@ impl Sizes {
             .map(|stage| stage.in_features(config) as u64)
             .max()
             .unwrap_or(hidden);
+        let asymmetric = u64::from(plan.asymmetric());
+        let refined = plan.branches.iter().any(|b| b.method.refine > 0);
+        // The dense model's residual before and after attention, at the end, and both activations.
+        let dense = asymmetric * (4 * hidden + widest) / DENSE_SHARE as u64;
         Sizes {
             tokens: plan.tokens() as u64,
-            states: streams * hidden + widest,
+            states: streams * hidden + widest + dense,
             block: Projection::ALL
                 .iter()
                 .map(|p| p.shape(config))
@@ -63,6 +70,7 @@ impl Sizes {
             table: config.vocabulary as u64 * hidden,
             widest,
             hidden,
+            squares: 4 + 3 * asymmetric + u64::from(refined),
         }
     }
 
@@ -76,7 +84,7 @@ impl Sizes {
     /// embedding, a chunk's transients, the largest Gram matrix with its factors.
     fn fixed<B: Engine>(&self, seq_len: usize) -> u64 {
         (2 * self.block + self.table + self.transients::<B>(seq_len)) * 2
-            + 4 * self.widest * self.widest * 4
+            + self.squares * self.widest * self.widest * 4
     }
 }
 
@@ -96,7 +104,7 @@ impl Memory {
             cpu: states
                 + (2 * sizes.block).max(sizes.table) * 4
                 + Cpu::LANES as u64 * sizes.transients::<Cpu>(seq_len) * 4
-                + 4 * sizes.widest * sizes.widest * 8
+                + sizes.squares * sizes.widest * sizes.widest * 8
                 + on_host,
         }
     }

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use gptq_calibration::CalibrationSettings;
 use gptq_model::ModelConfig;
-use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::inputs::looks_like_repo;
@@ -18,17 +17,6 @@ pub enum Propagation {
     Quantised,
     /// The dense model's, shared by all branches.
     Dense,
-}
-
-/// How codes and scales are found; the format is the same.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Preset {
-    /// Exactly AutoGPTQ's method: every scale just spans its group.
-    Autogptq,
-    /// Each scale searched for the least error, weighted by what the solver pays for it.
-    #[default]
-    Standard,
 }
 
 /// A valid run.
@@ -124,16 +112,23 @@ impl Plan {
                 calibration.seq_len, config.max_positions
             ));
         }
+        let propagation = match file.propagate {
+            Propagate::Quantised => Propagation::Quantised,
+            Propagate::Dense => Propagation::Dense,
+        };
+        if propagation == Propagation::Dense {
+            // The inputs are the dense model's: there is no drift to make up for.
+            for branch in &mut branches {
+                branch.method.asymmetric = 0.0;
+            }
+        }
         let source = file.model.source.get_ref();
         Ok(Plan {
             model_dir: source.into(),
             model_name: public_name(source),
             config,
             calibration,
-            propagation: match file.propagate {
-                Propagate::Quantised => Propagation::Quantised,
-                Propagate::Dense => Propagation::Dense,
-            },
+            propagation,
             output: file.output.dir.clone(),
             shard_size: file
                 .output
@@ -160,6 +155,11 @@ impl Plan {
     /// Calibration tokens.
     pub fn tokens(&self) -> usize {
         self.calibration.samples * self.calibration.seq_len
+    }
+
+    /// Whether any branch makes up for drift, and so needs the dense model beside its own.
+    pub fn asymmetric(&self) -> bool {
+        self.branches.iter().any(|b| b.method.asymmetric > 0.0)
     }
 
     /// What the run will hold at once.

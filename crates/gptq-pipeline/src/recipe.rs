@@ -146,6 +146,9 @@ pub(crate) struct Settings {
     pub damp_percent: Option<Spanned<f64>>,
     pub true_sequential: Option<bool>,
     pub preset: Option<Preset>,
+    pub scale_search: Option<bool>,
+    pub refine: Option<Spanned<usize>>,
+    pub asymmetric: Option<Spanned<f64>>,
 }
 
 /// One branch. Its settings are spelled out rather than flattened from [`Settings`]: serde cannot
@@ -162,6 +165,9 @@ pub(crate) struct Branch {
     pub damp_percent: Option<Spanned<f64>>,
     pub true_sequential: Option<bool>,
     pub preset: Option<Preset>,
+    pub scale_search: Option<bool>,
+    pub refine: Option<Spanned<usize>>,
+    pub asymmetric: Option<Spanned<f64>>,
     #[serde(default, rename = "override")]
     pub overrides: Vec<Override>,
 }

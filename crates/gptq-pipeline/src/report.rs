@@ -10,7 +10,7 @@ use gptq_format::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::Preset;
+use crate::{Method, Preset};
 
 /// Its name in a branch directory.
 const FILE: &str = "report.json";
@@ -83,6 +83,9 @@ pub struct BranchReport {
     pub quantize_config: QuantizeConfig,
     /// How codes and scales were found.
     pub preset: Preset,
+    /// The options themselves.
+    #[serde(default)]
+    pub method: Method,
     /// "quantised" or "dense": the hidden states the Hessians came from.
     pub propagation: String,
     /// What it was calibrated on.

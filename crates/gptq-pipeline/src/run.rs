@@ -4,16 +4,16 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{Scope, scope};
 use std::time::Instant;
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::DType;
 use gptq_calibration::{Calibration, Manifest, TextTokenizer};
 use gptq_format::StagedDir;
-use gptq_kernels::{Device, DeviceError, Engine, Hessian, Request, Work};
+use gptq_kernels::{Device, DeviceError, Drift, Engine, Hessian, Request, Work};
 use gptq_model::{Block, Flow, HostBlock, Model, ModelError, Stage};
 
 use crate::branch_writer::BranchWriter;
 use crate::memory::{chunk_windows, resident_chunks};
 use crate::profile::{Clock, Phase, Profile};
-use crate::stream::Stream;
+use crate::stream::{Dense, Grams, Stream};
 use crate::write_behind::WriteBehind;
 use crate::{BranchReport, LinearReport, PipelineError, Plan, Propagation};
 
@@ -142,8 +142,9 @@ impl Work for Quantise<'_> {
             };
             run.clock.add_start();
             run.announce();
+            let dense = plan.asymmetric().then(|| Dense::new(&flows, resident));
             let streams = run.streams(flows, resident);
-            run.blocks(streams, &blocks)?;
+            run.blocks(streams, dense, &blocks)?;
             run.finish(&calibration.manifest, &self.device.to_string())
         })
     }
@@ -164,6 +165,12 @@ fn read_ahead<'scope, 'env, B: Engine>(
         }
     });
     receiver
+}
+
+/// A block that the branches are in, as loaded.
+struct Entered<'a, B: Engine> {
+    layer: usize,
+    dense: Option<&'a Dense<B>>,
 }
 
 /// One branch as it grows.
@@ -218,6 +225,7 @@ impl<B: Engine> Run<'_, '_, B> {
     fn blocks(
         &mut self,
         mut streams: Vec<Stream<B>>,
+        mut dense: Option<Dense<B>>,
         blocks: &Receiver<Result<HostBlock, ModelError>>,
     ) -> Result<(), PipelineError> {
         let model = self.model;
@@ -230,6 +238,13 @@ impl<B: Engine> Run<'_, '_, B> {
                         .expect("the reader ends with an error or the last block");
                     block.map(|block| model.upload(block))
                 })?;
+            if let Some(dense) = &mut dense {
+                dense.enter(&block, model.device(), &mut self.clock);
+            }
+            let entered = Entered {
+                layer,
+                dense: dense.as_ref(),
+            };
             let mut next = Vec::with_capacity(self.plan.branches.len());
             for stream in streams {
                 let sequential = self.plan.branches[stream.branches[0]].true_sequential;
@@ -237,7 +252,7 @@ impl<B: Engine> Run<'_, '_, B> {
                     true => Stage::ALL.chunks(1).collect(),
                     false => vec![&Stage::ALL],
                 };
-                self.stages(layer, stream, &block, &groups, &mut next)?;
+                self.stages(&entered, stream, &block, &groups, &mut next)?;
             }
             streams = next;
         }
@@ -249,7 +264,7 @@ impl<B: Engine> Run<'_, '_, B> {
     /// block's end are pushed to `done`.
     fn stages(
         &mut self,
-        layer: usize,
+        entered: &Entered<'_, B>,
         mut stream: Stream<B>,
         block: &Block<B>,
         groups: &[&[Stage]],
@@ -260,16 +275,20 @@ impl<B: Engine> Run<'_, '_, B> {
             return Ok(());
         };
         let started = Instant::now();
-        let (config, device) = (&self.plan.config, self.model.device());
-        let grams = stream.grams(block, group, config, device, &mut self.clock);
+        let device = self.model.device();
+        let asymmetric = |&branch: &usize| self.plan.branches[branch].method.asymmetric > 0.0;
+        let dense = entered
+            .dense
+            .filter(|_| stream.branches.iter().any(asymmetric));
+        let grams = stream.grams(block, group, dense, device, &mut self.clock);
         let branches = std::mem::take(&mut stream.branches);
         let shared = started.elapsed().as_secs_f64() / branches.len() as f64;
         let mut parent = Some(stream);
         for (i, &branch) in branches.iter().enumerate() {
             let started = Instant::now();
             let mut quantised = block.clone();
-            for (&stage, gram) in group.iter().zip(&grams) {
-                self.solve(layer, branch, stage, gram.clone(), &mut quantised)?;
+            for (&stage, grams) in group.iter().zip(&grams) {
+                self.solve(entered.layer, branch, stage, grams.clone(), &mut quantised)?;
             }
             if self.plan.propagation == Propagation::Dense {
                 self.outputs[branch].seconds += shared + started.elapsed().as_secs_f64();
@@ -287,12 +306,12 @@ impl<B: Engine> Run<'_, '_, B> {
                 B::release_memory(device);
             }
             self.outputs[branch].seconds += shared + started.elapsed().as_secs_f64();
-            self.stages(layer, own, &quantised, rest, done)?;
+            self.stages(entered, own, &quantised, rest, done)?;
         }
         if let Some(mut stream) = parent {
             stream.branches = branches;
             let stream = stream.advance(block, group, device, &mut self.clock);
-            self.stages(layer, stream, block, rest, done)?;
+            self.stages(entered, stream, block, rest, done)?;
         }
         Ok(())
     }
@@ -303,7 +322,7 @@ impl<B: Engine> Run<'_, '_, B> {
         layer: usize,
         branch: usize,
         stage: Stage,
-        gram: Tensor<B, 2>,
+        grams: Grams<B>,
         block: &mut Block<B>,
     ) -> Result<(), PipelineError> {
         let settings = &self.plan.branches[branch];
@@ -325,9 +344,16 @@ impl<B: Engine> Run<'_, '_, B> {
             act_order: settings.desc_act,
             damping: settings.damp_percent,
         };
+        let strength = settings.method.asymmetric;
+        let drift = grams.drift.filter(|_| strength > 0.0);
+        let drift = drift.map(|[gram, cross]| Drift {
+            gram,
+            cross,
+            strength,
+        });
         let started = Instant::now();
         let format = settings.format();
-        let subset = B::solve(gram, hessian, requests, format).map_err(|source| {
+        let subset = B::solve(grams.all, drift, hessian, requests, format).map_err(|source| {
             let modules = projections.iter().map(|(p, _)| p.module(layer));
             PipelineError::Solver {
                 branch: settings.name.clone(),
@@ -389,6 +415,7 @@ impl<B: Engine> Run<'_, '_, B> {
                 branch: branch.name.clone(),
                 quantize_config: branch.quantize_config(&plan.model_name),
                 preset: branch.preset,
+                method: branch.method,
                 propagation: match plan.propagation {
                     Propagation::Quantised => "quantised".to_owned(),
                     Propagation::Dense => "dense".to_owned(),

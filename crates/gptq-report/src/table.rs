@@ -93,10 +93,7 @@ pub fn csv(rows: &[Row]) -> String {
             row.desc_act.to_string(),
             row.sym.to_string(),
             row.damp_percent.to_string(),
-            match row.preset {
-                Preset::Autogptq => "autogptq".to_owned(),
-                Preset::Standard => "standard".to_owned(),
-            },
+            row.preset.name().to_owned(),
             row.bytes.to_string(),
             row.mean_error.to_string(),
             row.worst_error.to_string(),

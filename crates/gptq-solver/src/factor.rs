@@ -33,6 +33,44 @@ pub fn dead_columns<T: Real>(gram: &DMatrix<T>) -> Vec<usize> {
     (0..gram.nrows()).filter(zero).collect()
 }
 
+/// `gram` with `damping` times the mean diagonal added to the diagonal, 1 where a column is dead.
+pub(crate) fn with_damping<T: Real>(gram: &DMatrix<T>, damping: f64) -> DMatrix<T> {
+    let n = gram.nrows();
+    let mean = (0..n).map(|j| gram[(j, j)].exact()).sum::<f64>() / n as f64;
+    let mut damped = gram.clone();
+    for j in 0..n {
+        match damped[(j, j)] == T::zero() {
+            true => damped[(j, j)] = T::one(),
+            false => damped[(j, j)] += T::of(damping * mean),
+        }
+    }
+    damped
+}
+
+/// What `factor` makes of the damped matrix, and the damping that succeeded: where it fails, damping
+/// is raised, doubling, up to the mean diagonal itself.
+pub(crate) fn damped<T: Real, F>(
+    gram: &DMatrix<T>,
+    damping: f64,
+    factor: impl Fn(DMatrix<T>) -> Option<F>,
+) -> Result<(F, f64), SolverError> {
+    let n = gram.nrows();
+    if let Some(at) = gram.iter().position(|v| !v.is_finite()) {
+        let (row, col) = (at % n, at / n);
+        return Err(SolverError::NonFiniteGram { row, col });
+    }
+    let mut tried = damping;
+    loop {
+        if let Some(factor) = factor(with_damping(gram, tried)) {
+            return Ok((factor, tried));
+        }
+        if tried >= MAX_DAMPING {
+            return Err(SolverError::NotPositiveDefinite { tried });
+        }
+        tried = (2.0 * tried).clamp(FIRST_RAISE, MAX_DAMPING);
+    }
+}
+
 impl<T: Real> Factor<T> {
     /// Factors `gram [in, in]` (symmetric; scaling it changes nothing).
     ///
@@ -45,42 +83,24 @@ impl<T: Real> Factor<T> {
     pub fn new(gram: &DMatrix<T>, act_order: bool, damping: f64) -> Result<Self, SolverError> {
         let n = gram.nrows();
         assert_eq!(gram.ncols(), n, "a Gram matrix is square");
-        if let Some(at) = gram.iter().position(|v| !v.is_finite()) {
-            let (row, col) = (at % n, at / n);
-            return Err(SolverError::NonFiniteGram { row, col });
-        }
-        let diagonal: Vec<f64> = (0..n).map(|j| gram[(j, j)].exact()).collect();
-        let mean = diagonal.iter().sum::<f64>() / n as f64;
         let mut order: Vec<usize> = (0..n).collect();
         if act_order {
+            let diagonal: Vec<f64> = (0..n).map(|j| gram[(j, j)].exact()).collect();
             order.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a]).then(a.cmp(&b)));
         }
 
-        let mut tried = damping;
-        loop {
-            let ridge = T::of(tried * mean);
-            let reversed = DMatrix::from_fn(n, n, |r, c| {
-                let (r, c) = (order[n - 1 - r], order[n - 1 - c]);
-                match r == c {
-                    false => gram[(r, c)],
-                    true if diagonal[r] == 0.0 => T::one(),
-                    true => gram[(r, r)] + ridge,
-                }
-            });
-            if let Some(lower) = cholesky::lower(reversed) {
-                let upper = DMatrix::from_fn(n, n, |r, c| lower[(n - 1 - r, n - 1 - c)]);
-                return Ok(Factor {
-                    order,
-                    upper,
-                    dead: dead_columns(gram),
-                    damping: tried,
-                });
-            }
-            if tried >= MAX_DAMPING {
-                return Err(SolverError::NotPositiveDefinite { tried });
-            }
-            tried = (2.0 * tried).clamp(FIRST_RAISE, MAX_DAMPING);
-        }
+        let reversed = |damped: DMatrix<T>| {
+            let at = |k: usize| order[n - 1 - k];
+            cholesky::lower(DMatrix::from_fn(n, n, |r, c| damped[(at(r), at(c))]))
+        };
+        let (lower, damping) = damped(gram, damping, reversed)?;
+        let upper = DMatrix::from_fn(n, n, |r, c| lower[(n - 1 - r, n - 1 - c)]);
+        Ok(Factor {
+            order,
+            upper,
+            dead: dead_columns(gram),
+            damping,
+        })
     }
 
     /// What a squared rounding error of the column solved `k`-th costs.

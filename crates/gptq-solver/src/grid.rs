@@ -111,6 +111,7 @@ mod tests {
             static_groups: false,
             scale_search: false,
             f16_scales: true,
+            refine: 0,
         }
     }
 

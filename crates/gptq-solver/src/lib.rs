@@ -7,19 +7,24 @@
 //!
 //! Reading order: [`Settings`] says what is wanted, [`Grid`] is a group's scale and zero,
 //! [`Factor`] is the one factorisation of `H`, [`solve`] is the column sweep, and
-//! [`output_energy`] measures what came out.
+//! [`refine`] goes over the codes again with all of them known, and [`output_energy`] measures what
+//! came out. [`Target`] is what to round instead of `W` when the inputs have drifted.
 
 mod cholesky;
 mod energy;
 mod error;
 mod factor;
 mod grid;
+mod refine;
 mod settings;
 mod solve;
+mod target;
 
 pub use energy::output_energy;
 pub use error::SolverError;
 pub use factor::{Factor, dead_columns};
 pub use grid::{Grid, SCALE_FACTORS};
+pub use refine::refine;
 pub use settings::{Real, Settings};
 pub use solve::{Solution, round_to_nearest, solve};
+pub use target::Target;

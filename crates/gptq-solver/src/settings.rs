@@ -23,6 +23,8 @@ pub struct Settings {
     /// Round each scale to f16 before it is used. Readers multiply by the f16 value, so this is
     /// always on but for comparisons with AutoGPTQ, which rounds afterwards.
     pub f16_scales: bool,
+    /// Passes of coordinate descent over the codes after the sweep; see [`refine`](crate::refine()).
+    pub refine: usize,
 }
 
 impl Settings {

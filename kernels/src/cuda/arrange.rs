@@ -5,7 +5,7 @@
 //! shared memory, so that reads and writes are contiguous.
 
 use burn::tensor::DType;
-use cubecl::prelude::*;
+use cubecl::{cuda::CudaRuntime, prelude::*};
 use half::f16;
 
 use super::{
@@ -18,8 +18,8 @@ const STRIPES: usize = 8;
 
 /// `out[position[c], offset + r] = weight[r, c]`, zero for dead columns.
 #[cube(launch_unchecked)]
-fn columns_kernel(
-    weight: &Array<f16>,
+fn columns_kernel<F: Float>(
+    weight: &Array<F>,
     position: &Array<u32>,
     diagonal: &Array<f32>,
     out: &mut Array<f32>,
@@ -108,7 +108,7 @@ fn tiles(rows: usize, columns: usize) -> (CubeCount, CubeDim) {
     )
 }
 
-/// Writes the layer `weight`, f16 `[out, in]`, to rows `offset..` of `out`, f32
+/// Writes the layer `weight`, f16 or f32 `[out, in]`, to rows `offset..` of `out`, f32
 /// `[in, all_rows]`, in the sweep's column order, with zeros where `diagonal` is zero.
 pub(crate) fn into_columns(
     weight: &Buffer,
@@ -119,9 +119,13 @@ pub(crate) fn into_columns(
 ) {
     let [rows, columns] = [weight.meta.shape()[0], weight.meta.shape()[1]];
     let (count, dim) = tiles(rows, columns);
+    let launch = match weight.dtype {
+        DType::F32 => columns_kernel::launch_unchecked::<f32, CudaRuntime>,
+        _ => columns_kernel::launch_unchecked::<f16, CudaRuntime>,
+    };
     // SAFETY: indices stay inside the shapes; `offset + rows <= all_rows`.
     unsafe {
-        columns_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+        launch(
             &out.client,
             count,
             dim,
@@ -145,7 +149,7 @@ pub(crate) fn dequantise(swept: &Swept, position: &Buffer, offset: usize, rows: 
     let (count, dim) = tiles(rows, columns);
     // SAFETY: indices stay inside the shapes; `offset + rows <= swept.rows`.
     unsafe {
-        dequantise_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+        dequantise_kernel::launch_unchecked::<CudaRuntime>(
             &out.client,
             count,
             dim,

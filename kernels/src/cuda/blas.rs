@@ -2,7 +2,8 @@
 //!
 //! cuBLAS is column-major: a row-major `C = A·B` is its `Cᵀ = Bᵀ·Aᵀ`, so the operands change
 //! places and keep their transposition. f16 products accumulate in f32; f32 products are true
-//! f32 (`CUBLAS_COMPUTE_32F` in the default math mode uses no TF32).
+//! f32 (`CUBLAS_COMPUTE_32F` in the default math mode uses no TF32), but for those that say
+//! [`Element::Tf32`].
 
 use std::ffi::{c_int, c_void};
 
@@ -19,6 +20,8 @@ pub(crate) enum Element {
     F16,
     Bf16,
     F32,
+    /// f32 in memory, rounded to 11 significant bits as it enters a product.
+    Tf32,
 }
 
 impl Element {
@@ -26,14 +29,14 @@ impl Element {
         match self {
             Self::F16 => cudaDataType::CUDA_R_16F,
             Self::Bf16 => cudaDataType::CUDA_R_16BF,
-            Self::F32 => cudaDataType::CUDA_R_32F,
+            Self::F32 | Self::Tf32 => cudaDataType::CUDA_R_32F,
         }
     }
 
     pub(crate) fn size(self) -> u64 {
         match self {
             Self::F16 | Self::Bf16 => 2,
-            Self::F32 => 4,
+            Self::F32 | Self::Tf32 => 4,
         }
     }
 }
@@ -97,6 +100,10 @@ pub(crate) unsafe fn product(
         return Ok(());
     }
     let alpha = 1.0_f32;
+    let compute = match a.element {
+        Element::Tf32 => cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+        _ => cublasComputeType_t::CUBLAS_COMPUTE_32F,
+    };
     // SAFETY: the caller vouches for the matrices; alpha and beta are host memory, which
     // cuBLAS reads before it returns.
     unsafe {
@@ -118,7 +125,7 @@ pub(crate) unsafe fn product(
             c.pointer as *mut c_void,
             c.element.cuda(),
             dimension(c.stride)?,
-            cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            compute,
             cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         )
     }

@@ -11,7 +11,9 @@ use super::{
     error::{Error, fail},
     transfer::{self, Pinned},
 };
-use crate::{Engine, Hessian, HostBuffer, PackedWeight, Request, SolveError, Subset, attention};
+use crate::{
+    Drift, Engine, Hessian, HostBuffer, PackedWeight, Request, SolveError, Subset, attention,
+};
 
 impl Engine for Cuda {
     const COMPUTE: DType = DType::F16;
@@ -59,13 +61,22 @@ impl Engine for Cuda {
         super::gram_add(gram, x).unwrap_or_else(|error| fail(error))
     }
 
+    fn cross_add(
+        cross: Tensor<Self, 2>,
+        dense: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+    ) -> Tensor<Self, 2> {
+        super::cross_add(cross, dense, x).unwrap_or_else(|error| fail(error))
+    }
+
     fn solve(
         gram: Tensor<Self, 2>,
+        drift: Option<Drift<Self>>,
         hessian: Hessian,
         requests: Vec<Request<Self>>,
         format: CheckpointFormat,
     ) -> Result<Subset<Self>, SolveError> {
-        super::solve(gram, hessian, &requests, format).map_err(|error| match error {
+        super::solve(gram, drift, hessian, &requests, format).map_err(|error| match error {
             Error::NotFinite { column } => SolverError::NonFiniteGram {
                 row: column,
                 col: column,

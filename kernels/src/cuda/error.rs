@@ -9,6 +9,9 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::tensor::DType;
+use cudarc::cublas::{result::CublasError, sys::cublasStatus_t};
+use cudarc::cusolver::{result::CusolverError, sys::cusolverStatus_t};
+use cudarc::driver::{DriverError, sys::CUresult};
 
 use super::library::MissingLibrary;
 use crate::{Device, DeviceError};
@@ -45,7 +48,7 @@ pub enum Error {
         /// The routine that was called.
         operation: &'static str,
         /// The status that it returned.
-        source: cudarc::cublas::result::CublasError,
+        source: CublasError,
     },
     /// cuSOLVER refused a call.
     #[error("{operation}: cuSOLVER: {source}")]
@@ -53,7 +56,7 @@ pub enum Error {
         /// The routine that was called.
         operation: &'static str,
         /// The status that it returned.
-        source: cudarc::cusolver::result::CusolverError,
+        source: CusolverError,
     },
     /// The CUDA driver refused a call.
     #[error("{operation}: CUDA driver: {source}")]
@@ -61,7 +64,7 @@ pub enum Error {
         /// The call that failed.
         operation: &'static str,
         /// The driver's error.
-        source: cudarc::driver::DriverError,
+        source: DriverError,
     },
     /// A kernel written in CUDA C++ did not compile.
     #[error("{kernel}: NVRTC: {log}")]
@@ -112,12 +115,35 @@ impl Error {
     fn on(self, device: Device) -> DeviceError {
         match self {
             Self::Library(missing) => DeviceError::Missing(missing),
-            Self::OutOfMemory { bytes } => DeviceError::OutOfMemory { device, bytes },
+            Self::OutOfMemory { bytes } => denied(device, bytes),
+            // A library's own workspace, whose size it does not tell.
+            Self::Cublas {
+                operation,
+                source: CublasError(cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED),
+            }
+            | Self::Cusolver {
+                operation,
+                source: CusolverError(cusolverStatus_t::CUSOLVER_STATUS_ALLOC_FAILED),
+            }
+            | Self::Driver {
+                operation,
+                source: DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY),
+            } => DeviceError::OutOfMemory {
+                device,
+                place: operation.to_owned(),
+            },
             error => DeviceError::Failed {
                 device,
                 reason: error.to_string(),
             },
         }
+    }
+}
+
+fn denied(device: Device, bytes: u64) -> DeviceError {
+    DeviceError::OutOfMemory {
+        device,
+        place: format!("an allocation of {bytes} bytes"),
     }
 }
 
@@ -157,10 +183,9 @@ fn watch_allocations() {
 pub(crate) fn run_guarded<T>(device: Device, work: impl FnOnce() -> T) -> Result<T, DeviceError> {
     watch_allocations();
     catch_unwind(AssertUnwindSafe(work)).map_err(|payload| {
-        let denied = DENIED.swap(0, Ordering::Relaxed);
-        if denied > 0 {
-            let bytes = denied;
-            return DeviceError::OutOfMemory { device, bytes };
+        let bytes = DENIED.swap(0, Ordering::Relaxed);
+        if bytes > 0 {
+            return denied(device, bytes);
         }
         match payload.downcast::<Error>() {
             Ok(error) => error.on(device),
@@ -179,22 +204,20 @@ mod tests {
         assert_eq!(run_guarded(device, || 5), Ok(5));
         let message = "can't allocate buffer of size: 4096\n  0: somewhere";
         let found = run_guarded(device, || -> u8 { fail(Error::runtime(message)) });
-        let expected = Err(DeviceError::OutOfMemory {
-            device,
-            bytes: 4096,
-        });
-        assert_eq!(found, expected);
+        assert_eq!(found, Err(denied(device, 4096)));
         // On CubeCL's thread, of which the caller sees no more than that it ended.
         let found = run_guarded(device, || -> u8 {
             let lost = std::thread::spawn(|| panic!("unwrap on {TOO_BIG}8192\n  0: somewhere"));
             assert!(lost.join().is_err());
             fail(Error::runtime("CallError"))
         });
-        let expected = Err(DeviceError::OutOfMemory {
-            device,
-            bytes: 8192,
-        });
-        assert_eq!(found, expected);
+        assert_eq!(found, Err(denied(device, 8192)));
+        let failed = || Error::Cublas {
+            operation: "cublasCreate",
+            source: CublasError(cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED),
+        };
+        let found = run_guarded(device, || -> u8 { fail(failed()) }).unwrap_err();
+        assert!(matches!(&found, DeviceError::OutOfMemory { .. }), "{found}");
         let found = run_guarded(device, || -> u8 { fail(Error::Stream) });
         assert!(found.unwrap_err().to_string().starts_with("cuda:1: "));
         let bug = catch_unwind(|| run_guarded(device, || resume_unwind(Box::new("a bug"))));

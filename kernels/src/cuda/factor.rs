@@ -63,6 +63,29 @@ fn arrange_kernel(
     }
 }
 
+/// The damped Gram matrix in the sweep's order, both triangles.
+#[cube(launch_unchecked)]
+fn reordered_kernel(
+    gram: &Array<f32>,
+    order: &Array<u32>,
+    diagonal: &Array<f32>,
+    out: &mut Array<f32>,
+    n: u32,
+) {
+    let i = CUBE_POS_Y;
+    let j = CUBE_POS_X * UNITS + UNIT_POS;
+    if j < n {
+        let a = order[i as usize];
+        let b = order[j as usize];
+        let row = a.min(b) as usize;
+        let mut value = gram[row * n as usize + a.max(b) as usize];
+        if i == j {
+            value = diagonal[a as usize];
+        }
+        out[i as usize * n as usize + j as usize] = value;
+    }
+}
+
 /// Reverses the whole array in place.
 #[cube(launch_unchecked)]
 fn reverse_kernel(values: &mut Array<f32>, length: u32) {
@@ -146,31 +169,113 @@ pub(crate) struct Factor {
 pub(crate) fn factor(gram: &Buffer, activation_order: bool, damping: f64) -> Result<Factor, Error> {
     let n = gram.meta.shape()[0];
     let columns = sorted(diagonal(gram)?, activation_order);
-    let mean = columns.diagonal.iter().copied().map(f64::from).sum::<f64>() / n as f64;
     let order = buffer::upload(gram, &columns.order, DType::U32);
     let m = buffer::empty(gram, [n, n], DType::F32);
+    let damping = cholesky_of(gram, &order, &columns.diagonal, damping, &m)?;
+    reverse(&m);
+    Ok(Factor {
+        pivots: diagonal_of(&m),
+        m,
+        columns,
+        damping,
+    })
+}
+
+/// The Cholesky factor of a Gram matrix damped, its columns in their own order, for [`solve_right`].
+///
+/// # Errors
+///
+/// As [`factor`].
+pub(crate) fn unordered(gram: &Buffer, damping: f64) -> Result<Buffer, Error> {
+    let n = gram.meta.shape()[0];
+    let reversed: Vec<u32> = (0..n as u32).rev().collect();
+    let order = buffer::upload(gram, &reversed, DType::U32);
+    let lower = buffer::empty(gram, [n, n], DType::F32);
+    cholesky_of(gram, &order, &diagonal(gram)?, damping, &lower)?;
+    Ok(lower)
+}
+
+/// Writes the Cholesky factor of the damped Gram matrix, from the last column of `order` to its first,
+/// to `out`: lower, column-major. Returns the damping that succeeded.
+fn cholesky_of(
+    gram: &Buffer,
+    order: &Buffer,
+    diagonal: &[f32],
+    damping: f64,
+    out: &Buffer,
+) -> Result<f64, Error> {
     let mut tried = damping;
     loop {
-        let damped = |&value: &f32| match value {
-            0.0 => 1.0,
-            value => (f64::from(value) + tried * mean) as f32,
-        };
-        let diagonal: Vec<f32> = columns.diagonal.iter().map(damped).collect();
-        arrange(gram, &order, &diagonal, &m);
-        if cholesky(&m)? {
-            break;
+        arrange(gram, order, &damped(diagonal, tried), out);
+        if cholesky(out)? {
+            return Ok(tried);
         }
         if tried >= MAX_DAMPING {
             return Err(Error::NotPositiveDefinite { damping: tried });
         }
         tried = (2.0 * tried).clamp(FIRST_RAISE, MAX_DAMPING);
     }
-    reverse(&m);
-    Ok(Factor {
-        pivots: diagonal_of(&m),
-        m,
-        columns,
-        damping: tried,
+}
+
+/// The diagonal with a fraction of its mean added, 1 for dead columns.
+fn damped(diagonal: &[f32], damping: f64) -> Vec<f32> {
+    let mean = diagonal.iter().copied().map(f64::from).sum::<f64>() / diagonal.len() as f64;
+    let damped = |&value: &f32| match value {
+        0.0 => 1.0,
+        value => (f64::from(value) + damping * mean) as f32,
+    };
+    diagonal.iter().map(damped).collect()
+}
+
+/// The damped Gram matrix that `factor` was made from, f32 `[n, n]` in the sweep's order.
+pub(crate) fn reordered(gram: &Buffer, factor: &Factor) -> Buffer {
+    let n = factor.columns.order.len();
+    let out = buffer::empty(gram, [n, n], DType::F32);
+    let diagonal = damped(&factor.columns.diagonal, factor.damping);
+    // SAFETY: `i` and `j` stay below n, and the order holds columns below n.
+    unsafe {
+        reordered_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+            &out.client,
+            CubeCount::new_2d((n as u32).div_ceil(UNITS), n as u32),
+            CubeDim::new_1d(UNITS),
+            array(gram),
+            array(&buffer::upload(gram, &factor.columns.order, DType::U32)),
+            array(&buffer::upload(gram, &diagonal, DType::F32)),
+            array(&out),
+            n as u32,
+        );
+    }
+    out
+}
+
+/// `x ← x A⁻¹` for `x` f32 `[rows, n]`, given the factor of `A` from [`unordered`].
+///
+/// # Errors
+///
+/// A cuSOLVER failure.
+pub(crate) fn solve_right(lower: &Buffer, x: &Buffer) -> Result<(), Error> {
+    let [rows, n] = [x.meta.shape()[0], x.meta.shape()[1]].map(|size| size as i32);
+    let info = buffer::empty(x, [1], DType::I32);
+    on_stream(&[lower, x, &info], |libraries, pointers| {
+        // SAFETY: the factor is n by n; x, column-major, is n by rows; info is one integer.
+        unsafe {
+            cusolver::cusolverDnSpotrs(
+                libraries.cusolver,
+                cusolver::cublasFillMode_t::CUBLAS_FILL_MODE_LOWER,
+                n,
+                rows,
+                pointers[0] as *const f32,
+                n,
+                pointers[1] as *mut f32,
+                n,
+                pointers[2] as *mut i32,
+            )
+        }
+        .result()
+        .map_err(|source: CusolverError| Error::Cusolver {
+            operation: "cusolverDnSpotrs",
+            source,
+        })
     })
 }
 

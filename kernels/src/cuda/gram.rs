@@ -1,4 +1,5 @@
-//! The Gram matrix of a linear layer's input, `G += XᵀX`, half of it.
+//! The Gram matrix of a linear layer's input, `G += XᵀX`, half of it, and how the input drifted from the
+//! dense model's, `C += (X_d - X)ᵀX`, all of it.
 //!
 //! Row panels of the upper half: `G[s..e, s..] += X[:, s..e]ᵀ · X[:, s..]`, f16 inputs, f32
 //! accumulation (a product of two f16 is exact in f32). With panels of `w` columns this does
@@ -87,4 +88,46 @@ pub fn gram_add(gram: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor<Cuda
         Ok(())
     })?;
     Ok(buffer::into_float(gram))
+}
+
+/// `C += (D - X)ᵀX` for `cross` f32 `[in, in]`, `dense` and `x` f16 `[tokens, in]`; the difference is
+/// rounded to f16. In place when nothing else holds `cross`.
+///
+/// # Errors
+///
+/// Other dtypes, shapes that do not fit, or a cuBLAS failure.
+pub fn cross_add(
+    cross: Tensor<Cuda, 2>,
+    dense: Tensor<Cuda, 2>,
+    x: Tensor<Cuda, 2>,
+) -> Result<Tensor<Cuda, 2>, Error> {
+    let [tokens, n] = x.dims();
+    if cross.dims() != [n, n] || dense.dims() != x.dims() {
+        return Err(Error::Shape {
+            operation: "cross_add",
+            reason: format!(
+                "cross {:?}, dense {:?} and x {:?}",
+                cross.dims(),
+                dense.dims(),
+                x.dims()
+            ),
+        });
+    }
+    let cross = buffer::float("cross_add", "cross", cross, DType::F32)?;
+    let cross = if cross.can_mut() { cross } else { cross.copy() };
+    let drift = buffer::float("cross_add", "dense", dense - x.clone(), DType::F16)?;
+    let x = buffer::float("cross_add", "x", x, DType::F16)?;
+    on_stream(&[&cross, &drift, &x], |libraries, pointers| {
+        for first in (0..tokens).step_by(CHUNK) {
+            let length = CHUNK.min(tokens - first);
+            let part = |pointer| Matrix::at(pointer, first * n, n, Element::F16);
+            let (drift, x) = (part(pointers[1]), part(pointers[2]));
+            let c = Matrix::at(pointers[0], 0, n, Element::F32);
+            // SAFETY: rows `first..first + length` of both inputs and all of cross lie inside their
+            // checked buffers, and cross is uniquely held.
+            unsafe { product(libraries, [n, n, length], drift.t(), x, 1.0, c)? };
+        }
+        Ok(())
+    })?;
+    Ok(buffer::into_float(cross))
 }

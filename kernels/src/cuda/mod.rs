@@ -25,9 +25,11 @@ mod arrange;
 mod factor;
 mod groups;
 mod pack;
+mod refine;
 mod relative_error;
 mod solve;
 mod sweep;
+mod target;
 
 mod engine;
 
@@ -47,7 +49,7 @@ pub use attention::causal_attention;
 pub use embedding::embedding;
 pub use error::Error;
 pub(crate) use error::run_guarded;
-pub use gram::{gram_add, gram_zeros};
+pub use gram::{cross_add, gram_add, gram_zeros};
 pub use kernel_cache::keep_kernels;
 pub use library::MissingLibrary;
 pub(crate) use library::{device_count, missing_library};

@@ -24,14 +24,16 @@ use super::{
     blas::{Element, Matrix, product},
     buffer::{self, Buffer},
     error::Error,
-    factor::{Factor, PANEL, block_inverses, factor, panels},
+    factor::{Factor, PANEL, block_inverses, factor, panels, reordered},
     groups::{Search, Source, parameters, round_to_nearest},
     pack::pack,
+    refine::refine,
     relative_error::{Correlation, Measurement},
     stream::{Failures, on_stream_later},
     sweep::{Swept, sweep},
+    target::Target,
 };
-use crate::{Hessian, Request, SolveTimes, Solved, Subset};
+use crate::{Drift, Hessian, Request, SolveTimes, Solved, Subset};
 
 /// Columns whose errors from before them are taken together.
 const STRETCH: usize = 8 * PANEL;
@@ -48,6 +50,7 @@ const STRETCH: usize = 8 * PANEL;
 /// failure.
 pub fn solve(
     gram: Tensor<Cuda, 2>,
+    drift: Option<Drift<Cuda>>,
     hessian: Hessian,
     requests: &[Request<Cuda>],
     format: CheckpointFormat,
@@ -61,7 +64,12 @@ pub fn solve(
         .map(|request| buffer::float("solve", "weight", request.weight.clone(), DType::F16))
         .collect::<Result<Vec<_>, _>>()?;
     let factor = factor(&gram, hessian.act_order, hessian.damping)?;
+    let target = drift
+        .map(|drift| Target::new(drift, n, hessian.damping))
+        .transpose()?;
     let factored = Instant::now();
+    let refined = requests.iter().any(|request| request.settings.refine > 0);
+    let h = refined.then(|| reordered(&gram, &factor));
     let position = buffer::upload(&gram, &factor.columns.position, DType::U32);
     let diagonal = buffer::upload(&gram, &factor.columns.diagonal, DType::F32);
     let correlation = Correlation::new(&gram, &factor.columns.diagonal);
@@ -82,10 +90,15 @@ pub fn solve(
         let all = buffer::empty(&position, [n, rows], DType::F32);
         let mut offset = 0;
         for &at in &members {
-            into_columns(&weights[at], &position, &diagonal, &all, offset);
+            let target = target.as_ref().map(|it| it.of(&weights[at])).transpose()?;
+            let weight = target.as_ref().unwrap_or(&weights[at]);
+            into_columns(weight, &position, &diagonal, &all, offset);
             offset += weights[at].meta.shape()[0];
         }
         let (swept, g_idx) = sweep_all(&factor, &position, all, settings, &failures);
+        if let Some(h) = h.as_ref().filter(|_| settings.refine > 0) {
+            refine(h, &swept, settings, &failures);
+        }
         let mut offset = 0;
         for at in members {
             let rows = weights[at].meta.shape()[0];

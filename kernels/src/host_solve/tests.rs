@@ -188,6 +188,7 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
         static_groups: false,
         scale_search: false,
         f16_scales: true,
+        refine: 0,
     };
     let request = Request {
         weight: tensor(&w, [out, n]),
@@ -197,7 +198,7 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
         act_order: true,
         damping: 0.01,
     };
-    let subset = Cpu::solve(gram, hessian, vec![request], CheckpointFormat::Gptq).unwrap();
+    let subset = Cpu::solve(gram, None, hessian, vec![request], CheckpointFormat::Gptq).unwrap();
     let solved = subset.solved.into_iter().next().unwrap();
     let dense = Cpu::matmul_nt(tensor(&x, [tokens, n]), tensor(&w, [out, n]));
     let quantised = Cpu::matmul_nt(tensor(&x, [tokens, n]), solved.weight.clone());

@@ -107,7 +107,7 @@ fn defaults_fill_in_what_a_branch_leaves_out() {
         (b.bits, b.group_size, b.desc_act),
         (Bits::Eight, GroupSize::Row, false)
     );
-    assert_eq!((a.damp_percent, a.preset), (0.01, Preset::Autogptq));
+    assert_eq!((a.damp_percent, a.preset), (0.01, crate::Preset::Autogptq));
     assert_eq!(
         (a.format(), b.format()),
         (CheckpointFormat::Gptq, CheckpointFormat::GptqV2)

@@ -18,6 +18,7 @@ fn settings(bits: Bits, group_size: GroupSize) -> Settings {
         static_groups: false,
         scale_search: false,
         f16_scales: true,
+        refine: 0,
     }
 }
 
@@ -248,6 +249,7 @@ fn case_settings(case: &serde_json::Value) -> Settings {
         static_groups: flag("static_groups"),
         scale_search: false,
         f16_scales: false,
+        refine: 0,
     }
 }
 

@@ -45,6 +45,7 @@ fn settings(case: &Value, scale_search: bool) -> Settings {
         static_groups: flag("static_groups"),
         scale_search,
         f16_scales: true,
+        refine: 0,
     }
 }
 
@@ -68,6 +69,7 @@ fn each_case(scale_search: bool, least_share: f64) {
         };
         let subset = solve(
             tensor_f32(&gram, [n, n], &device),
+            None,
             prepared,
             &[request(&weight, n, settings, &device)],
             format(&settings),

@@ -1,15 +1,17 @@
 //! The solver on the device against the one on the host.
 
 use gptq_format::{Bits, CheckpointFormat, GroupSize};
-use gptq_solver::{Factor, Settings, output_energy, round_to_nearest, solve as host_solve};
+use gptq_solver::{
+    Factor, Settings, Target, output_energy, refine, round_to_nearest, solve as host_solve,
+};
 use half::f16;
 use nalgebra::DMatrix;
 
 use crate::cuda::{
-    Cuda, Device, Error, dequantise, gram_add, gram_zeros, solve,
-    testing::{Random, device, tensor, tensor_f32, values},
+    Cuda, Device, Error, cross_add, dequantise, gram_add, gram_zeros, solve,
+    testing::{Random, device, distance, tensor, tensor_f32, values},
 };
-use crate::{Hessian, Request, Solved, Subset};
+use crate::{Drift, Hessian, Request, Solved, Subset};
 
 /// Correlated inputs of very different scales, the last column dead.
 fn inputs(random: &mut Random, tokens: usize, n: usize) -> Vec<f16> {
@@ -32,6 +34,7 @@ pub(super) fn settings(bits: Bits, group_size: GroupSize) -> Settings {
         static_groups: false,
         scale_search: false,
         f16_scales: true,
+        refine: 0,
     }
 }
 
@@ -67,11 +70,14 @@ pub(super) fn judge(
     weight: &[f16],
     gram: &DMatrix<f64>,
     factor: &Factor<f64>,
+    target: Option<&Target<f64>>,
     settings: &Settings,
 ) {
     let n = gram.nrows();
     let w = DMatrix::from_row_iterator(weight.len() / n, n, weight.iter().map(|v| v.to_f64()));
-    let expected = host_solve(&w, factor, settings);
+    let target = target.map_or_else(|| w.clone(), |target| target.of(&w));
+    let mut expected = host_solve(&target, factor, settings);
+    refine(&target, gram, factor, &mut expected, settings.refine);
     let lost = |q: DMatrix<f64>| output_energy(&(&w - q), gram) / output_energy(&w, gram);
     let expected_error = lost(expected.dequantise());
     let rtn_error = lost(round_to_nearest(&w, settings).dequantise());
@@ -122,7 +128,7 @@ fn compare(n: usize, rows: [usize; 2], settings: Settings, act_order: bool, seed
         act_order,
         damping: 0.1,
     };
-    let subset = solve(gram, hessian, &requests, format(&settings)).unwrap();
+    let subset = solve(gram, None, hessian, &requests, format(&settings)).unwrap();
     assert_eq!(subset.dead_columns, 1);
     assert!((subset.damping - 0.1).abs() < 1e-12);
     let x = DMatrix::from_row_iterator(tokens, n, x.iter().map(|v| v.to_f64()));
@@ -133,7 +139,7 @@ fn compare(n: usize, rows: [usize; 2], settings: Settings, act_order: bool, seed
             "{n} {} {settings:?} act order {act_order}",
             weight.len() / n
         );
-        judge(&label, solved, weight, &gram, &factor, &settings);
+        judge(&label, solved, weight, &gram, &factor, None, &settings);
     }
 }
 
@@ -200,6 +206,68 @@ fn searched_scales_agree_with_the_host() {
 }
 
 #[test]
+fn refined_codes_agree_with_the_host() {
+    let refined = |bits, columns, refine| Settings {
+        refine,
+        scale_search: true,
+        ..settings(bits, GroupSize::Columns(columns))
+    };
+    compare(256, [64, 32], refined(Bits::Two, 64, 1), true, 80);
+    compare(1312, [96, 32], refined(Bits::Three, 32, 1), true, 81);
+    compare(480, [32, 64], refined(Bits::Four, 160, 2), true, 82);
+    let asymmetric = Settings {
+        sym: false,
+        static_groups: true,
+        ..refined(Bits::Four, 32, 1)
+    };
+    compare(288, [32, 32], asymmetric, true, 83);
+}
+
+#[test]
+fn drifted_inputs_are_made_up_for_as_on_the_host() {
+    let Some(device) = device() else { return };
+    for (n, rows, strength, seed) in [(256, 64, 1.0, 90), (1312, 32, 0.5, 91), (32, 96, 1.0, 92)] {
+        let mut random = Random(seed);
+        let tokens = 3 * n;
+        let x = inputs(&mut random, tokens, n);
+        let dense: Vec<f16> = x
+            .iter()
+            .map(|v| f16::from_f64(v.to_f64() * (1.0 + 0.3 * random.normal())))
+            .collect();
+        let weight = random.halves(rows * n, 0.05);
+        let s = settings(Bits::Four, GroupSize::Columns(32));
+        let [x_here, dense_here] = [&x, &dense].map(|v| tensor(v, [tokens, n], &device));
+        let gram = gram_add(gram_zeros(n, &device).unwrap(), x_here.clone()).unwrap();
+        let cross = cross_add(gram_zeros(n, &device).unwrap(), dense_here, x_here).unwrap();
+        let drift = Drift {
+            gram: gram.clone(),
+            cross: cross.clone(),
+            strength,
+        };
+        let hessian = Hessian {
+            act_order: true,
+            damping: 0.1,
+        };
+        let requests = [request(&weight, n, s, &device)];
+        let subset = solve(gram, Some(drift), hessian, &requests, format(&s)).unwrap();
+
+        let [x, dense] =
+            [x, dense].map(|v| DMatrix::from_row_iterator(tokens, n, v.iter().map(|v| v.to_f64())));
+        let gram = x.transpose() * &x;
+        let expected = (dense - &x).transpose() * x;
+        let row_major: Vec<f64> = expected.transpose().iter().copied().collect();
+        // The difference is rounded to f16, 2^-11 of each at most; the signs are random.
+        let off = distance(&values(cross), &row_major);
+        assert!(off < 5e-4, "{n}: {off}");
+        let factor = Factor::new(&gram, true, 0.1).unwrap();
+        let target = Target::new(&gram, expected, 0.1, strength).unwrap();
+        let solved = subset.solved.into_iter().next().unwrap();
+        let label = format!("{n} {rows} {strength}");
+        judge(&label, solved, &weight, &gram, &factor, Some(&target), &s);
+    }
+}
+
+#[test]
 fn codes_agree_with_the_host_where_columns_cross_a_stretch() {
     let s = settings(Bits::Four, GroupSize::Columns(128));
     compare(1312, [32, 32], s, true, 50);
@@ -221,7 +289,13 @@ fn solve_indefinite(gram: &[f32], device: &Device) -> Result<Subset<Cuda>, Error
         damping: 0.001,
     };
     let gram = tensor_f32(gram, [n, n], device);
-    solve(gram, hessian, &[request(&weight, n, s, device)], format(&s))
+    solve(
+        gram,
+        None,
+        hessian,
+        &[request(&weight, n, s, device)],
+        format(&s),
+    )
 }
 
 #[test]
@@ -256,7 +330,7 @@ fn asymmetric_layers_are_refused_in_the_first_format() {
         act_order: false,
         damping: 0.1,
     };
-    let failure = solve(gram, hessian, &[layer], CheckpointFormat::Gptq);
+    let failure = solve(gram, None, hessian, &[layer], CheckpointFormat::Gptq);
     assert!(matches!(failure, Err(Error::Shape { .. })));
 }
 
@@ -278,6 +352,7 @@ fn the_widest_factor_solves_as_the_host_does_on_a_diagonal() {
     let gram = tensor_f32(&gram, [n, n], &device);
     let subset = solve(
         gram,
+        None,
         hessian,
         &[request(&weight, n, s, &device)],
         format(&s),

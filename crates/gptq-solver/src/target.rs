@@ -1,0 +1,122 @@
+//! The weights to round when the model's inputs have already drifted.
+//!
+//! A linear of the quantised model is given `X`, not the `X_d` of the dense model, and what it should
+//! reproduce is the dense output `X_d Wᵀ` (rows are tokens). The weights that come closest on `X`,
+//! `argmin ‖X_d Wᵀ - X W'ᵀ‖² + λ ‖W' - W‖²`, are
+//!
+//! `W' = W + W C (XᵀX + λI)⁻¹`, `C = (X_d - X)ᵀX`,
+//!
+//! and what is then lost in rounding `W'` is measured with the same `XᵀX` as ever: GPTQ needs no change
+//! (Li et al., GPTAQ, 2025, fold the same term into each column's update). `λ` is the damping; a
+//! strength between 0 and 1 goes only part of the way.
+
+use nalgebra::DMatrix;
+use rayon::prelude::*;
+
+use crate::{Real, SolverError, cholesky, factor::damped};
+
+/// Rows solved for at once.
+const STRIP: usize = 64;
+
+/// The target for any weights that share an input.
+#[derive(Clone, Debug)]
+pub struct Target<T: Real> {
+    /// Lower factor of the damped Gram matrix, in the columns' own order.
+    lower: DMatrix<T>,
+    cross: DMatrix<T>,
+    strength: T,
+}
+
+impl<T: Real> Target<T> {
+    /// From `gram = XᵀX` and `cross = (X_d - X)ᵀX`, `[in, in]` over the same tokens. The damping is a
+    /// fraction of the mean diagonal and is raised as by [`Factor::new`](crate::Factor::new).
+    ///
+    /// # Errors
+    /// A non-finite element, or no factor at any damping.
+    pub fn new(
+        gram: &DMatrix<T>,
+        cross: DMatrix<T>,
+        damping: f64,
+        strength: f64,
+    ) -> Result<Self, SolverError> {
+        let n = gram.nrows();
+        if let Some(at) = cross.iter().position(|v| !v.is_finite()) {
+            let (row, col) = (at % n, at / n);
+            return Err(SolverError::NonFiniteGram { row, col });
+        }
+        let (lower, _) = damped(gram, damping, cholesky::lower)?;
+        Ok(Target {
+            lower,
+            cross,
+            strength: T::of(strength),
+        })
+    }
+
+    /// `W'` for `w [out, in]`.
+    pub fn of(&self, w: &DMatrix<T>) -> DMatrix<T> {
+        let starts: Vec<usize> = (0..w.nrows()).step_by(STRIP).collect();
+        let strips: Vec<DMatrix<T>> = starts
+            .par_iter()
+            .map(|&start| {
+                let w = w.rows(start, STRIP.min(w.nrows() - start));
+                let mut shift = w * &self.cross;
+                cholesky::solve_right(&self.lower, &mut shift);
+                w + shift * self.strength
+            })
+            .collect();
+        let mut target = w.clone();
+        for (start, strip) in starts.into_iter().zip(strips) {
+            target.rows_mut(start, strip.nrows()).copy_from(&strip);
+        }
+        target
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix(rows: usize, cols: usize, seed: usize) -> DMatrix<f64> {
+        DMatrix::from_fn(rows, cols, |r, c| {
+            ((r * 37 + c * 101 + seed * 13 + r * c * 7) % 97) as f64 / 48.0 - 1.0
+        })
+    }
+
+    #[test]
+    fn no_weights_near_the_target_come_closer_to_the_dense_output() {
+        let (tokens, n) = (150, 70);
+        let (x, w) = (matrix(tokens, n, 1), matrix(3, n, 2));
+        let dense = &x + matrix(tokens, n, 3) * 0.2;
+        let (gram, cross) = (x.transpose() * &x, (&dense - &x).transpose() * &x);
+        let target = Target::new(&gram, cross, 0.01, 1.0).unwrap().of(&w);
+        let ridge = 0.01 * gram.trace() / n as f64;
+        let loss = |v: &DMatrix<f64>| {
+            (&dense * w.transpose() - &x * v.transpose()).norm_squared()
+                + ridge * (v - &w).norm_squared()
+        };
+        let least = loss(&target);
+        assert!(least < loss(&w));
+        for (r, c) in [(0, 0), (1, 33), (2, 69)] {
+            for step in [1e-3, -1e-3] {
+                let mut other = target.clone();
+                other[(r, c)] += step;
+                assert!(least < loss(&other), "({r}, {c}) {step}");
+            }
+        }
+    }
+
+    #[test]
+    fn strength_zero_leaves_the_weights_as_they_are() {
+        let (x, w) = (matrix(40, 12, 1), matrix(130, 12, 2));
+        let (gram, cross) = (x.transpose() * &x, matrix(12, 12, 5));
+        assert_eq!(Target::new(&gram, cross, 0.1, 0.0).unwrap().of(&w), w);
+    }
+
+    #[test]
+    fn inputs_that_have_not_drifted_leave_the_weights_as_they_are() {
+        let (x, w) = (matrix(40, 12, 1), matrix(5, 12, 2));
+        let gram = x.transpose() * &x;
+        let cross = DMatrix::zeros(12, 12);
+        assert_eq!(Target::new(&gram, cross, 0.1, 1.0).unwrap().of(&w), w);
+    }
+}

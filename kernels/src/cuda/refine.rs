@@ -1,0 +1,208 @@
+//! Coordinate descent on the codes after the sweep (`gptq_solver::refine`), one row per unit.
+//!
+//! With `D = W - Q` and `R = H D` (all column by column, `[in, rows]`, `H` damped, in the sweep's order),
+//! each column in turn goes to the code nearest to `q_j + r_j / H_jj`; a step `δ` takes `δ H_jk` off
+//! `r_k` for the later columns of the panel. A panel's steps are then taken off all of `R` by one product.
+//! Registers and shared memory are used as in the sweep.
+
+use std::ops::Range;
+
+use burn::tensor::DType;
+use cubecl::{cuda::CudaRuntime, prelude::*};
+use gptq_solver::Settings;
+
+use super::{
+    blas::{Element, Matrix, product},
+    buffer::{self, Buffer, array},
+    factor::{PANEL, panels},
+    stream::{Failures, on_stream_later},
+    sweep::{Swept, divide},
+};
+
+const UNITS: usize = 64;
+/// Columns held in registers.
+const HELD: usize = 32;
+/// Values per shared-memory access.
+const QUAD: usize = 4;
+
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn refine_kernel(
+    h: &Array<Vector<f32, Const<4>>>,
+    residual: &Array<f32>,
+    scales: &Array<f32>,
+    zeros: &Array<f32>,
+    group_of: &Array<u32>,
+    off: &mut Array<f32>,
+    codes: &mut Array<u8>,
+    back: &mut Array<f32>,
+    start: u32,
+    width: u32,
+    columns: u32,
+    rows: u32,
+    max_code: f32,
+) {
+    let mut block = SharedMemory::<Vector<f32, Const<4>>>::new(PANEL * PANEL / QUAD);
+    let mut inverse = SharedMemory::<f32>::new(PANEL);
+    let mut steps = SharedMemory::<f32>::new(PANEL * UNITS);
+    let unit = UNIT_POS as usize;
+    let rows = rows as usize;
+    let start = start as usize;
+    let width = width as usize;
+    let columns = columns as usize;
+    #[unroll]
+    for turn in 0..PANEL * PANEL / QUAD / UNITS {
+        let at = turn * UNITS + unit;
+        let i = at * QUAD / PANEL;
+        let j = at * QUAD % PANEL;
+        // A panel is a multiple of 32 columns wide.
+        let mut four = Vector::<f32, Const<4>>::new(0.0);
+        if i < width && j < width {
+            four = h[((start + i) * columns + start + j) / QUAD];
+        }
+        block[at] = four;
+    }
+    sync_cube();
+    #[unroll]
+    for half in 0..PANEL / UNITS {
+        let column = half * UNITS + unit;
+        let quad = block[(column * PANEL + column) / QUAD];
+        let mut value = quad[0];
+        #[unroll]
+        for lane in 1..QUAD {
+            if column % QUAD == lane {
+                value = quad[lane];
+            }
+        }
+        inverse[column] = 0.0;
+        if column < width {
+            inverse[column] = 1.0 / value;
+        }
+    }
+    sync_cube();
+
+    let row = CUBE_POS_X as usize * UNITS + unit;
+    if row < rows {
+        let mut first = 0;
+        while first < width {
+            let mut r = Array::<f32>::new(HELD);
+            let mut scale = Array::<f32>::new(HELD);
+            let mut zero = Array::<f32>::new(HELD);
+            let mut code = Array::<f32>::new(HELD);
+            #[unroll]
+            for c in 0..HELD {
+                let at = start + first + c;
+                let group = group_of[at] as usize * rows + row;
+                scale[c] = scales[group];
+                zero[c] = zeros[group];
+                code[c] = f32::cast_from(codes[at * rows + row]);
+                r[c] = residual[at * rows + row];
+            }
+            let mut j = 0;
+            while j < first {
+                let step = steps[j * UNITS + unit];
+                #[unroll]
+                for quad in 0..HELD / QUAD {
+                    let factors = block[(j * PANEL + first) / QUAD + quad];
+                    #[unroll]
+                    for lane in 0..QUAD {
+                        r[quad * QUAD + lane] -= step * factors[lane];
+                    }
+                }
+                j += 1;
+            }
+            #[unroll]
+            for c in 0..HELD {
+                let column = first + c;
+                let best = scale[c] * (code[c] - zero[c]) + r[c] * inverse[column];
+                let new = (divide(best, scale[c], 1.0 / scale[c]).round() + zero[c])
+                    .max(f32::new(0.0))
+                    .min(max_code);
+                let step = scale[c] * (new - zero[c]) - scale[c] * (code[c] - zero[c]);
+                #[unroll]
+                for quad in 0..HELD / QUAD {
+                    if comptime!(quad * QUAD + 3 > c) {
+                        let factors = block[(column * PANEL + first) / QUAD + quad];
+                        #[unroll]
+                        for lane in 0..QUAD {
+                            if comptime!(quad * QUAD + lane > c) {
+                                r[quad * QUAD + lane] -= step * factors[lane];
+                            }
+                        }
+                    }
+                }
+                steps[column * UNITS + unit] = step;
+                back[column * rows + row] = -step;
+                let at = (start + column) * rows + row;
+                codes[at] = u8::cast_from(new);
+                off[at] -= step;
+            }
+            first += HELD;
+        }
+    }
+}
+
+/// Goes over the codes `settings.refine` times; `h` is the damped Gram matrix in the sweep's order.
+pub(crate) fn refine(h: &Buffer, swept: &Swept, settings: Settings, failures: &Failures) {
+    let n = h.meta.shape()[0];
+    let residual = buffer::empty(&swept.weight, [n, swept.rows], DType::F32);
+    let back = buffer::empty(&swept.weight, [PANEL, swept.rows], DType::F32);
+    add_product(h, 0..n, &swept.weight, &residual, 0.0, failures);
+    for _ in 0..settings.refine {
+        for panel in panels(n, PANEL) {
+            launch(h, &residual, swept, &back, &panel, settings);
+            add_product(h, panel, &back, &residual, 1.0, failures);
+        }
+    }
+}
+
+fn launch(
+    h: &Buffer,
+    residual: &Buffer,
+    swept: &Swept,
+    back: &Buffer,
+    panel: &Range<usize>,
+    settings: Settings,
+) {
+    let rows = swept.rows as u32;
+    // SAFETY: the panel is a multiple of 32 columns (the number of columns is), all of them columns of
+    // every buffer; rows stay below `rows`, shared indices below PANEL² and PANEL * UNITS.
+    unsafe {
+        refine_kernel::launch_unchecked::<CudaRuntime>(
+            &h.client,
+            CubeCount::new_1d(rows.div_ceil(UNITS as u32)),
+            CubeDim::new_1d(UNITS as u32),
+            array(h),
+            array(residual),
+            array(&swept.scales),
+            array(&swept.zeros),
+            array(&swept.group_of),
+            array(&swept.weight),
+            array(&swept.codes),
+            array(back),
+            panel.start as u32,
+            panel.len() as u32,
+            h.meta.shape()[0] as u32,
+            rows,
+            f32::from(settings.bits.max_code()),
+        );
+    }
+}
+
+/// `out = H[:, columns] · x + beta · out` for `x` f32 `[columns, rows]`.
+fn add_product(
+    h: &Buffer,
+    columns: Range<usize>,
+    x: &Buffer,
+    out: &Buffer,
+    beta: f32,
+    failures: &Failures,
+) {
+    let [n, rows] = [out.meta.shape()[0], out.meta.shape()[1]];
+    on_stream_later(&[h, x, out], failures, move |libraries, pointers| {
+        let h = Matrix::at(pointers[0], columns.start, n, Element::F32);
+        let [x, out] = [1, 2].map(|at| Matrix::at(pointers[at], 0, rows, Element::F32));
+        // SAFETY: the columns lie inside H, x has as many rows, and out is `[n, rows]`.
+        unsafe { product(libraries, [n, rows, columns.len()], h, x, beta, out) }
+    });
+}
