@@ -1,7 +1,10 @@
 //! Development tasks: `cargo xtask tidy`, `cargo xtask validate`, `cargo xtask golden`,
 //! `cargo xtask synth`, `cargo xtask bench`.
 
+#![forbid(unsafe_code)]
+
 mod bench;
+mod dependencies;
 mod golden;
 mod synth;
 mod tidy;
