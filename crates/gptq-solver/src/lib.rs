@@ -9,6 +9,8 @@
 //! [`Factor`] is the one factorisation of `H`, [`solve`] is the column sweep, and
 //! [`output_energy`] measures what came out.
 
+#![forbid(unsafe_code)]
+
 mod cholesky;
 mod energy;
 mod error;
