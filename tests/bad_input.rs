@@ -233,3 +233,19 @@ fn a_missing_cuda_device_is_said_plainly() {
     );
     scratch.assert_nothing_written();
 }
+
+#[test]
+fn files_over_their_limits_are_refused_unread() {
+    let scratch = Scratch::new();
+    let recipe = scratch.path("long.toml");
+    fs::write(&recipe, "#".repeat((1 << 20) + 1)).unwrap();
+    let line = refuse(["plan", recipe.to_str().unwrap()]);
+    assert!(line.contains("over 1048576 bytes"), "{line}");
+
+    // A sparse file: nothing but its length says how long it is.
+    let model = scratch.copy_model();
+    let config = fs::File::create(model.join("config.json")).unwrap();
+    config.set_len(100 << 20).unwrap();
+    let recipe = scratch.recipe(&model, ONE);
+    expect(&scratch, &recipe, &["config.json", "33554432"]);
+}

@@ -396,3 +396,49 @@ fn a_dataset_s_own_files_or_its_parquet_conversion_give_the_local_windows() {
     let line = refused(run(&scratch, &hub.url(), &args));
     assert!(line.contains("no dataset medi/none"), "{line}");
 }
+
+#[test]
+fn pytorch_shards_from_the_hub_give_the_bytes_of_the_same_model_in_safetensors() {
+    let families = root().join("tests/golden/families");
+    let put = |hub: &HubServer, from: &Path, name: &str| {
+        let bytes = fs::read(from.join(name)).unwrap();
+        hub.put("models", MODEL, "main", name, &bytes);
+    };
+    let made = |files: &[(&str, &str)]| {
+        let (scratch, hub) = (Scratch::new(), HubServer::start());
+        for name in ["tokenizer.json", "tokenizer_config.json"] {
+            put(&hub, &families, name);
+        }
+        for (dir, name) in files {
+            put(&hub, &families.join(dir), name);
+        }
+        let recipe = scratch.recipe(Path::new(MODEL), ONE);
+        let recipe = recipe.to_str().unwrap();
+        let args = ["quantize", recipe, "--seq-len", "64", "--device", "cpu"];
+        succeeded(run(&scratch, &hub.url(), &args));
+        weights(&scratch)
+    };
+    let safetensors = made(&[("llama", "config.json"), ("llama", "model.safetensors")]);
+    let torch = made(&[
+        ("llama", "config.json"),
+        ("bin", "pytorch_model.bin.index.json"),
+        ("bin", "pytorch_model-00001-of-00002.bin"),
+        ("bin", "pytorch_model-00002-of-00002.bin"),
+    ]);
+    assert!(torch == safetensors, "other bytes");
+}
+
+#[test]
+fn the_token_is_in_no_log_however_much_is_logged() {
+    let (scratch, hub) = (Scratch::new(), hub());
+    let recipe = scratch.recipe(Path::new(MODEL), ONE);
+    let log = scratch.path("all.log");
+    let args = ["quantize", recipe.to_str().unwrap(), "--log-file"];
+    let mut run = command(args.iter().chain(&[log.to_str().unwrap()]));
+    run.env("HF_HOME", scratch.path("hf"))
+        .env("RUST_LOG", "trace");
+    succeeded(silent(&mut run, &hub.url(), TOKEN));
+    let text = fs::read_to_string(&log).unwrap();
+    assert!(text.contains("TRACE") && text.contains("hyper"), "much");
+    assert!(!text.contains(TOKEN), "the token is logged");
+}

@@ -67,6 +67,20 @@ fn verified_branches_become_revisions_and_only_changes_are_sent_again() {
         !hub.requests().join("\n").contains("POST"),
         "a dry run changes nothing"
     );
+    let record = succeeded(publish(&hub, &out, &["--dry-run", "--json"]));
+    let record: serde_json::Value = serde_json::from_str(&record).unwrap();
+    assert_eq!(
+        (&record["repo"], &record["sent"]),
+        (&REPO.into(), &false.into())
+    );
+    let main = &record["branches"][0];
+    assert_eq!(
+        (&main["branch"], &main["new_revision"]),
+        (&"main".into(), &true.into())
+    );
+    let files = main["upload"].as_array().unwrap();
+    let here = fs::read_dir(out.join("main")).unwrap().count() + 1;
+    assert_eq!(files.len(), here, "and the card: {files:?}");
 
     // A connection that breaks at the second branch: run again.
     hub.fail("commit/8bit", 100, Wrong::Status(503, ""));

@@ -7,7 +7,8 @@ use half::f16;
 use rayon::prelude::*;
 
 use crate::{
-    Drift, Hessian, HostBuffer, PackedWeight, Request, SolveError, Subset, attention, host_solve,
+    Drift, Hessian, HostBuffer, NotFinite, PackedWeight, Request, SolveError, Subset, attention,
+    finite, host_solve,
 };
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
@@ -196,6 +197,18 @@ pub trait Engine: Backend {
     fn download(x: Tensor<Self, 2>) -> HostBuffer {
         let values = x.into_data().into_vec::<f16>();
         values.expect("the caller gives an f16 tensor").into()
+    }
+
+    /// `x` with what lies beyond f16's range replaced by the nearest that f16 holds, and how many values
+    /// that were; NaN stays. Waits for the device.
+    fn clamp_to_f16(x: Tensor<Self, 2>) -> (Tensor<Self, 2>, usize) {
+        finite::clamp(x)
+    }
+
+    /// What of `x` is not finite. For explaining a failure: a run finds one on its Gram matrices'
+    /// diagonals, which a solve looks at anyway.
+    fn not_finite(x: Tensor<Self, 2>) -> Option<NotFinite> {
+        finite::not_finite(x)
     }
 
     /// Gives device memory that no tensor uses back to the driver, where an engine keeps it for reuse.

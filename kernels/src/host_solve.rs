@@ -105,4 +105,6 @@ fn to_matrix<B: Engine>(tensor: Tensor<B, 2>) -> DMatrix<f64> {
 }
 
 #[cfg(test)]
+mod hard_inputs;
+#[cfg(test)]
 mod tests;

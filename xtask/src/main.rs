@@ -1,8 +1,11 @@
 //! Development tasks: `cargo xtask tidy`, `cargo xtask validate`, `cargo xtask golden`,
 //! `cargo xtask synth`, `cargo xtask bench`, `cargo xtask ablate`.
 
+#![forbid(unsafe_code)]
+
 mod ablate;
 mod bench;
+mod dependencies;
 mod golden;
 mod synth;
 mod tidy;

@@ -1,4 +1,5 @@
-//! What the compiler does not check: the top level, which crate may use which, and style.
+//! What the compiler does not check: the top level, which crate may use which, where
+//! dependencies come from and under which licence, and style.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -64,6 +65,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
 fn complaints(root: &Path) -> anyhow::Result<Vec<String>> {
     let mut found = top_level(root)?;
     found.extend(dependencies(root)?);
+    found.extend(crate::dependencies::complaints(root)?);
     for dir in [
         "crates",
         "fuzz/fuzz_targets",

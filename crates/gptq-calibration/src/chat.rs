@@ -2,10 +2,10 @@
 //!
 //! A template is Jinja as Transformers renders it (`apply_chat_template`): blocks swallow their own
 //! line, `break` and `continue` work, strings have Python's methods, and `raise_exception` ends the
-//! rendering with a message. It comes from a checkpoint, so its work is limited.
+//! rendering with a message. It comes from a checkpoint, so its length ([`MAX_TEMPLATE`]) and its work
+//! ([`FUEL`]) are limited.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::CalibrationError;
+use crate::small_file::{self, MAX_TEMPLATE};
 
 /// ChatML: each message between `<|im_start|>role` and `<|im_end|>`.
 const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
@@ -55,6 +56,10 @@ pub struct ChatTemplate {
 
 impl ChatTemplate {
     /// The built-in ChatML.
+    #[expect(
+        clippy::expect_used,
+        reason = "the template is a constant, and a test parses it"
+    )]
     pub fn chatml() -> Self {
         ChatTemplate::parse(CHATML, BTreeMap::new(), false).expect("the built-in template parses")
     }
@@ -66,26 +71,26 @@ impl ChatTemplate {
     /// # Errors
     /// A file that cannot be read, or a template that does not parse.
     pub fn of(dir: &Path) -> Result<Option<Self>, CalibrationError> {
-        let path = dir.join("tokenizer_config.json");
-        let config: Value = match fs::read(&path) {
-            Ok(bytes) => {
-                serde_json::from_slice(&bytes).map_err(|e| CalibrationError::Malformed {
-                    path,
-                    reason: e.to_string(),
-                })?
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Value::Null,
-            Err(e) => return Err(CalibrationError::io(path)(e)),
+        let config = match small_file::tokenizer_config(dir) {
+            Err(error) if error.is_missing_file() => Value::Null,
+            other => other?,
         };
         let own = dir.join("chat_template.jinja");
-        let source = match fs::read_to_string(&own) {
-            Ok(text) => Some(text),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => named(&config["chat_template"]),
-            Err(e) => return Err(CalibrationError::io(own)(e)),
+        let source = match small_file::read(&own, MAX_TEMPLATE) {
+            Ok(bytes) => {
+                Some(
+                    String::from_utf8(bytes).map_err(|_| CalibrationError::Malformed {
+                        path: own,
+                        reason: "not UTF-8 text".into(),
+                    })?,
+                )
+            }
+            Err(error) if error.is_missing_file() => config.get("chat_template").and_then(named),
+            Err(error) => return Err(error),
         };
         let special = ["bos_token", "eos_token", "unk_token", "pad_token"]
             .into_iter()
-            .filter_map(|name| Some((name.to_owned(), special_token(&config[name])?)))
+            .filter_map(|name| Some((name.to_owned(), special_token(config.get(name)?)?)))
             .collect();
         source
             .map(|source| ChatTemplate::parse(&source, special, true))
@@ -97,6 +102,12 @@ impl ChatTemplate {
         special: BTreeMap<String, String>,
         complete: bool,
     ) -> Result<Self, CalibrationError> {
+        if source.len() as u64 > MAX_TEMPLATE {
+            return Err(CalibrationError::ChatTemplate {
+                line: 0,
+                reason: format!("over the limit of {MAX_TEMPLATE} bytes"),
+            });
+        }
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder()
             .trim_blocks(true)
@@ -151,8 +162,9 @@ impl ChatTemplate {
 /// A template by itself, or the one called "default" of several.
 fn named(value: &Value) -> Option<String> {
     let default = |list: &Vec<Value>| {
-        let entry = list.iter().find(|entry| entry["name"] == "default")?;
-        entry["template"].as_str().map(str::to_owned)
+        let is_default = |entry: &&Value| entry.get("name").is_some_and(|name| name == "default");
+        let entry = list.iter().find(is_default)?;
+        entry.get("template")?.as_str().map(str::to_owned)
     };
     match value {
         Value::Array(list) => default(list),
@@ -162,7 +174,7 @@ fn named(value: &Value) -> Option<String> {
 
 /// A special token of `tokenizer_config.json`: a string, or an object with `content`.
 pub(crate) fn special_token(value: &Value) -> Option<String> {
-    let text = value.as_str().or_else(|| value["content"].as_str());
+    let text = value.as_str().or_else(|| value.get("content")?.as_str());
     text.map(str::to_owned)
 }
 
@@ -178,6 +190,8 @@ fn refused(error: Error) -> CalibrationError {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn talk() -> Vec<Message> {

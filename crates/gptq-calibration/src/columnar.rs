@@ -15,7 +15,8 @@ use arrow::datatypes::{
     UInt8Type, UInt16Type, UInt32Type, UInt64Type,
 };
 use arrow::error::ArrowError;
-use arrow::ipc::reader::{FileReader, StreamReader};
+use arrow::ipc::reader::{FileReader, StreamReader, read_footer_length};
+use arrow::ipc::{Block, root_as_footer};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::file::metadata::ParquetMetaData;
@@ -32,8 +33,11 @@ const BATCH: usize = 64;
 /// lie on disk to be read by columns.
 const LARGEST_UNPACKED: u64 = 4 << 30;
 
-/// First bytes of the file form of Arrow.
+/// First and last bytes of the file form of Arrow.
 const ARROW_FILE: &[u8; 6] = b"ARROW1";
+
+/// Largest footer of an Arrow file, in bytes: 24 for each batch, and the schema.
+const MAX_FOOTER: u64 = 64 << 20;
 
 /// Which of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,8 +140,12 @@ fn arrow(
         .read_to_end(&mut magic)
         .and_then(|_| opened.seek(SeekFrom::Start(0)))
         .map_err(CalibrationError::io(&file.path))?;
+    let is_file = magic == ARROW_FILE;
+    if is_file {
+        check_footer(&mut opened).map_err(|why| malformed(file, why))?;
+    }
     let buffered = BufReader::new(opened);
-    let (flow, _) = if magic == ARROW_FILE {
+    let (flow, _) = if is_file {
         let batches = FileReader::try_new(buffered, None).map_err(|e| malformed(file, e))?;
         wanted(&batches.schema(), columns)?;
         batches_to_rows(batches, file, columns, each)?
@@ -147,6 +155,43 @@ fn arrow(
         batches_to_rows(batches, file, columns, each)?
     };
     Ok(flow)
+}
+
+/// Checks that the footer, and what it points to, lie in the file: the library takes their lengths for
+/// memory before it reads. Leaves `file` at its start.
+fn check_footer(file: &mut File) -> Result<(), String> {
+    let end = file.seek(SeekFrom::End(-10)).map_err(|e| e.to_string())?;
+    let mut tail = [0; 10];
+    file.read_exact(&mut tail).map_err(|e| e.to_string())?;
+    let length = read_footer_length(tail).map_err(|e| e.to_string())? as u64;
+    if length > end.min(MAX_FOOTER) {
+        return Err(format!(
+            "a footer of {length} bytes, over what there can be"
+        ));
+    }
+    let mut footer = vec![0; length as usize];
+    file.seek(SeekFrom::Start(end - length))
+        .and_then(|_| file.read_exact(&mut footer))
+        .and_then(|()| file.seek(SeekFrom::Start(0)))
+        .map_err(|e| e.to_string())?;
+    let footer = root_as_footer(&footer).map_err(|e| format!("its footer: {e}"))?;
+    let batches = footer.recordBatches().into_iter().flatten();
+    let blocks = batches.chain(footer.dictionaries().into_iter().flatten());
+    let inside = |block: &Block| {
+        let lengths = [
+            block.offset(),
+            block.metaDataLength().into(),
+            block.bodyLength(),
+        ];
+        let sum = lengths.iter().try_fold(0, |sum: u64, &length| {
+            sum.checked_add(u64::try_from(length).ok()?)
+        });
+        sum.is_some_and(|sum| sum <= end)
+    };
+    match blocks.into_iter().all(inside) {
+        true => Ok(()),
+        false => Err("its footer points outside the file".into()),
+    }
 }
 
 /// Places of the wanted columns.

@@ -26,7 +26,8 @@ pub struct TextDecoder<'a> {
 
 impl<'a> TextDecoder<'a> {
     pub(crate) fn new(tokenizer: &'a Tokenizer, prompt: &[u32]) -> Result<Self, CalibrationError> {
-        let window = prompt[prompt.len().saturating_sub(CONTEXT)..].to_vec();
+        let (_, last) = prompt.split_at(prompt.len().saturating_sub(CONTEXT));
+        let window = last.to_vec();
         Ok(TextDecoder {
             tokenizer,
             given: window.len(),
@@ -54,7 +55,8 @@ impl<'a> TextDecoder<'a> {
             .take_while(|(a, b)| a == b)
             .map(|(c, _)| c.len_utf8())
             .sum();
-        let new = text[common..].to_owned();
+        // The end of a character that both share.
+        let new = text.get(common..).unwrap_or_default().to_owned();
         if new.is_empty() {
             // A special token is no neighbour: the words before it stay.
             self.given = self.window.len();

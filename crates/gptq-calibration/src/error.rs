@@ -70,6 +70,10 @@ pub enum CalibrationError {
 }
 
 impl CalibrationError {
+    pub(crate) fn is_missing_file(&self) -> bool {
+        matches!(self, CalibrationError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
+    }
+
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| CalibrationError::Io { path, source }

@@ -7,6 +7,17 @@
 //! same way. [`ChatTemplate`] writes a conversation as a model knows it, and
 //! [`TextDecoder`] turns its answer back into text.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing
+    )
+)]
+
 mod chat;
 mod columnar;
 mod decode;
@@ -20,6 +31,7 @@ mod overlap;
 mod reader;
 mod rendering;
 mod row_range;
+mod small_file;
 mod source;
 mod template;
 mod token_file;
@@ -32,6 +44,7 @@ pub use error::CalibrationError;
 pub use evaluation::evaluation_tokens;
 pub use manifest::Manifest;
 pub use overlap::{Overlap, RUN};
+pub use reader::{EachRow, Row};
 pub use rendering::Rendering;
 pub use row_range::RowRange;
 pub use source::{HashedFile, Source};

@@ -78,7 +78,9 @@ impl<F: FnMut(u64)> Rolling<F> {
 
     fn extend(&mut self, tokens: &[u32]) {
         for &token in tokens {
-            let slot = &mut self.last[self.seen % RUN];
+            let Some(slot) = self.last.get_mut(self.seen % RUN) else {
+                return;
+            };
             // Tokens count from 1, so that a run of token 0 has a length too.
             let oldest = match self.seen < RUN {
                 true => 0,

@@ -21,16 +21,19 @@ use crate::source::{Compression, Format, SourceFile};
 use crate::{CalibrationError, columnar, json};
 
 /// Column names and values.
-pub(crate) type Row = Map<String, Value>;
+pub type Row = Map<String, Value>;
 
 /// Takes one row; breaks when it wants no more.
-pub(crate) type EachRow<'a> = dyn FnMut(Row) -> Result<ControlFlow<()>, CalibrationError> + 'a;
+pub type EachRow<'a> = dyn FnMut(Row) -> Result<ControlFlow<()>, CalibrationError> + 'a;
 
 /// The column of rows that are plain text.
 const TEXT: &str = "text";
 
 /// Longest row of a text format, in bytes as decompressed: what keeps a compressed bomb small.
-const LONGEST_ROW: u64 = 64 << 20;
+const LONGEST_ROW: u64 = 16 << 20;
+
+/// Most columns of a `.csv` file.
+const MAX_COLUMNS: usize = 1 << 12;
 
 /// Calls `each` with every row of `file` until it breaks. Columnar formats read `columns` alone.
 pub(crate) fn read(
@@ -108,7 +111,7 @@ impl<R: Read> Read for Metered<R> {
         let total = self.since_row.get() + n as u64;
         self.since_row.set(total);
         match total > LONGEST_ROW {
-            true => Err(io::Error::other("a single row is over 64 MiB")),
+            true => Err(io::Error::other("a single row is over 16 MiB")),
             false => Ok(n),
         }
     }
@@ -151,6 +154,10 @@ fn csv(
 ) -> Result<ControlFlow<()>, CalibrationError> {
     let mut reader = csv::Reader::from_reader(reader);
     let headers = reader.headers().map_err(|e| malformed(file, e))?.clone();
+    if headers.len() > MAX_COLUMNS {
+        let reason = format!("{} columns, over {MAX_COLUMNS}", headers.len());
+        return Err(malformed(file, reason));
+    }
     for record in reader.records() {
         let record = record.map_err(|e| malformed(file, e))?;
         let cells = record.iter().map(|cell| Value::String(cell.to_owned()));

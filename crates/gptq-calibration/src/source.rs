@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::CalibrationError;
+use crate::reader::{self, EachRow};
 
 /// Where calibration rows come from.
 #[derive(Clone, Debug, PartialEq)]
@@ -85,6 +86,20 @@ impl Source {
     /// Whether rows can be read from a file of this name.
     pub fn reads(name: &str) -> bool {
         format(name).is_some()
+    }
+
+    /// Calls `each` with every row of every file, in order, until it breaks. Files that are stored by
+    /// columns give `columns` alone.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is malformed, a column that is missing, and what `each` refuses.
+    pub fn rows(&self, columns: &[&str], each: &mut EachRow<'_>) -> Result<(), CalibrationError> {
+        for file in self.files()? {
+            if reader::read(&file, columns, each)?.is_break() {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Its files in order: a glob's sorted by path. Errors when there is none, or one is of an
@@ -176,7 +191,7 @@ impl SourceFile {
                 break;
             }
             bytes += n as u64;
-            hasher.update(&piece[..n]);
+            hasher.update(piece.get(..n).unwrap_or_default());
         }
         Ok(HashedFile {
             name: self.name.clone(),

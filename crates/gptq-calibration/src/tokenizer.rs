@@ -1,14 +1,13 @@
 //! A model's own tokenizer, from the `tokenizer.json` beside it.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use crate::chat::special_token;
 use crate::rendering::Document;
+use crate::small_file::{self, MAX_TOKENIZER};
 use crate::{CalibrationError, TextDecoder, source};
 
 /// Encodes documents: the tokenizer's own special tokens, then the end token after each document.
@@ -23,7 +22,7 @@ impl TextTokenizer {
     /// Loads `tokenizer.json` and the end token that `tokenizer_config.json` names.
     pub fn load(dir: &Path) -> Result<Self, CalibrationError> {
         let path = dir.join("tokenizer.json");
-        let bytes = fs::read(&path).map_err(CalibrationError::io(&path))?;
+        let bytes = small_file::read(&path, MAX_TOKENIZER)?;
         let mut tokenizer =
             Tokenizer::from_bytes(&bytes).map_err(|e| CalibrationError::Malformed {
                 path,
@@ -102,12 +101,6 @@ pub(crate) fn failed(error: tokenizers::Error) -> CalibrationError {
 
 /// `eos_token` of `tokenizer_config.json`: a string, or an object with `content`.
 fn end_token(dir: &Path) -> Result<Option<String>, CalibrationError> {
-    let path = dir.join("tokenizer_config.json");
-    let bytes = fs::read(&path).map_err(CalibrationError::io(&path))?;
-    let config: Value =
-        serde_json::from_slice(&bytes).map_err(|e| CalibrationError::Malformed {
-            path,
-            reason: e.to_string(),
-        })?;
-    Ok(special_token(&config["eos_token"]))
+    let config = small_file::tokenizer_config(dir)?;
+    Ok(config.get("eos_token").and_then(special_token))
 }

@@ -139,8 +139,15 @@ impl Checkpoint {
             dtype: place.dtype,
             shape: &place.shape,
             strides: place.strides.as_deref(),
-            storage: &self.shards[*shard][place.bytes.clone()],
+            storage: self.bytes(*shard, place),
         })
+    }
+
+    /// The bytes of a place in a shard; both were checked when the file was opened.
+    fn bytes(&self, shard: usize, place: &Place) -> &[u8] {
+        let file = self.shards.get(shard);
+        let bytes = file.and_then(|file| file.get(place.bytes.clone()));
+        bytes.unwrap_or_default()
     }
 
     fn shaped<'a>(&'a self, name: &'a str, shape: &[usize]) -> Result<TensorView<'a>, FormatError> {
@@ -186,9 +193,10 @@ impl Checkpoint {
     /// As [`Checkpoint::f16_into`].
     pub fn f16_bytes(&self, name: &str, shape: &[usize]) -> Result<Cow<'_, [u8]>, FormatError> {
         let values = self.f16(name, shape)?;
-        let (shard, place) = &self.tensors[name];
-        Ok(match (place.dtype, &place.strides) {
-            (Dtype::F16, None) => Cow::Borrowed(&self.shards[*shard][place.bytes.clone()]),
+        Ok(match self.tensors.get(name) {
+            Some((shard, place)) if place.dtype == Dtype::F16 && place.strides.is_none() => {
+                Cow::Borrowed(self.bytes(*shard, place))
+            }
             _ => Cow::Owned(le_bytes(&values).into_owned()),
         })
     }

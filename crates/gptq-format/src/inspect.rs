@@ -145,7 +145,9 @@ impl Inspection {
                 (_, CheckpointFormat::Gptq) => "gptq",
                 (_, CheckpointFormat::GptqV2) => "gptq_v2",
             },
-            model_type: config["model_type"].as_str().map(str::to_owned),
+            model_type: config
+                .get("model_type")
+                .and_then(|name| Some(name.as_str()?.to_owned())),
             base_model: own.and_then(|c| c.model_name_or_path.clone()),
             files: match path.is_dir() {
                 true => files(path)?,
@@ -180,6 +182,7 @@ pub fn files(dir: &Path) -> Result<Vec<FileInfo>, FormatError> {
     paths.par_iter().map(|path| file(path)).collect()
 }
 
+#[expect(unsafe_code, reason = "a memory map")]
 fn file(path: &Path) -> Result<FileInfo, FormatError> {
     let opened = fs::File::open(path).map_err(FormatError::io(path))?;
     // SAFETY: read-only and private to this function, as for the checkpoint's own maps.

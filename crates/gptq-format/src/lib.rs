@@ -6,6 +6,17 @@
 //! [`Checkpoint`] reads; [`StagedDir`] and [`ShardedWriter`] write; [`client_support`] says who can load the
 //! result, and [`Inspection`] what a checkpoint is.
 
+#![deny(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing
+    )
+)]
+
 mod bits;
 mod checkpoint;
 mod clients;

@@ -20,13 +20,16 @@ pub fn pack_down(codes: &[u8], rows: usize, cols: usize, bits: Bits) -> Vec<u32>
     let mut words = vec![0u32; rows * b / 32 * cols];
     for (r, row) in codes.chunks_exact(cols.max(1)).enumerate() {
         let (word, shift) = (r * b / 32, r * b % 32);
-        let start = word * cols;
-        for (w, &code) in words[start..start + cols].iter_mut().zip(row) {
-            *w |= u32::from(code) << shift;
+        let mut rest = words.chunks_exact_mut(cols.max(1)).skip(word);
+        if let Some(words) = rest.next() {
+            for (w, &code) in words.iter_mut().zip(row) {
+                *w |= u32::from(code) << shift;
+            }
         }
-        if shift + b > 32 {
-            let next = start + cols;
-            for (w, &code) in words[next..next + cols].iter_mut().zip(row) {
+        if shift + b > 32
+            && let Some(words) = rest.next()
+        {
+            for (w, &code) in words.iter_mut().zip(row) {
                 *w |= u32::from(code) >> (32 - shift);
             }
         }
@@ -46,13 +49,16 @@ pub fn unpack_down(words: &[u32], rows: usize, cols: usize, bits: Bits) -> Vec<u
     let mut codes = vec![0u8; rows * cols];
     for (r, row) in codes.chunks_exact_mut(cols.max(1)).enumerate() {
         let (word, shift) = (r * b / 32, r * b % 32);
-        let start = word * cols;
-        for (code, &w) in row.iter_mut().zip(&words[start..start + cols]) {
-            *code = (w >> shift & mask) as u8;
+        let mut rest = words.chunks_exact(cols.max(1)).skip(word);
+        if let Some(words) = rest.next() {
+            for (code, &w) in row.iter_mut().zip(words) {
+                *code = (w >> shift & mask) as u8;
+            }
         }
-        if shift + b > 32 {
-            let next = start + cols;
-            for (code, &w) in row.iter_mut().zip(&words[next..next + cols]) {
+        if shift + b > 32
+            && let Some(words) = rest.next()
+        {
+            for (code, &w) in row.iter_mut().zip(words) {
                 *code |= ((w << (32 - shift)) & mask) as u8;
             }
         }

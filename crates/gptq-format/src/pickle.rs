@@ -120,13 +120,17 @@ struct Machine<'a> {
 
 type Step<T = ()> = Result<T, String>;
 
+const BEYOND: &str = "its pickle takes more from the stack than there is";
+/// A handle that this machine made and then did not find: only a mistake in it could lead here.
+const LOST: &str = "its pickle lost a value";
+
 impl<'a> Machine<'a> {
     /// Runs until STOP; returns the top of the stack.
     fn run(&mut self) -> Step<Value<'a>> {
-        if self.bytes(1)?[0] != 0x80 {
+        if self.byte()? != 0x80 {
             return Err("its pickle does not start with a protocol number".into());
         }
-        match self.bytes(1)?[0] {
+        match self.byte()? {
             2 => {}
             n => {
                 return Err(format!(
@@ -135,7 +139,7 @@ impl<'a> Machine<'a> {
             }
         }
         loop {
-            let opcode = self.bytes(1)?[0];
+            let opcode = self.byte()?;
             match opcode {
                 b'.' => return self.pop(),
                 b'(' => self.mark()?,
@@ -252,17 +256,19 @@ impl<'a> Machine<'a> {
         let floor = self.marks.last().copied().unwrap_or(0);
         match self.stack.len().checked_sub(count) {
             Some(height) if height >= floor => Ok(height),
-            _ => Err("its pickle takes more from the stack than there is".into()),
+            _ => Err(BEYOND.into()),
         }
     }
 
     fn pop(&mut self) -> Step<Value<'a>> {
-        self.height(1)?;
-        Ok(self.stack.pop().expect("just checked"))
+        let height = self.height(1)?;
+        let top = self.stack.drain(height..).next();
+        top.ok_or_else(|| BEYOND.into())
     }
 
     fn top(&self) -> Step<Value<'a>> {
-        Ok(self.stack[self.height(1)?])
+        let height = self.height(1)?;
+        self.stack.get(height).copied().ok_or_else(|| BEYOND.into())
     }
 
     fn mark(&mut self) -> Step {
@@ -296,7 +302,10 @@ impl<'a> Machine<'a> {
 
     fn tuple_of(&self, value: Value<'a>) -> Step<&[Value<'a>]> {
         match value {
-            Value::Tuple(start, end) => Ok(&self.kept[start as usize..end as usize]),
+            Value::Tuple(start, end) => {
+                let elements = self.kept.get(start as usize..end as usize);
+                elements.ok_or_else(|| LOST.into())
+            }
             other => Err(format!(
                 "its pickle has {other:?} where a tuple is expected"
             )),
@@ -329,7 +338,8 @@ impl<'a> Machine<'a> {
         };
         self.entries += pairs.len() / 2;
         let pairs = pairs.as_chunks().0.iter();
-        self.dicts[dict as usize].extend(pairs.map(|[key, value]| (*key, *value)));
+        let dict = self.dicts.get_mut(dict as usize).ok_or(LOST)?;
+        dict.extend(pairs.map(|[key, value]| (*key, *value)));
         Ok(())
     }
 
@@ -398,7 +408,7 @@ impl<'a> Machine<'a> {
                 ],
             ) => {
                 let tensor = TorchTensor {
-                    storage: self.storages[storage as usize],
+                    storage: *self.storages.get(storage as usize).ok_or(LOST)?,
                     offset: size(offset)?,
                     shape: self.sizes(shape)?,
                     strides: self.sizes(strides)?,
@@ -451,10 +461,11 @@ impl<'a> Machine<'a> {
             return Err("its pickle holds no dict of tensors".into());
         };
         let mut state = StateDict::new();
-        for entry in &self.dicts[dict as usize] {
+        for entry in self.dicts.get(dict as usize).ok_or(LOST)? {
             match *entry {
                 (Value::Text(name), Value::Tensor(tensor)) => {
-                    state.insert(name, self.tensors[tensor as usize].clone());
+                    let tensor = self.tensors.get(tensor as usize).ok_or(LOST)?;
+                    state.insert(name, tensor.clone());
                 }
                 // A number or a list beside the weights.
                 (Value::Text(_), _) => {}

@@ -3,13 +3,22 @@
 //! Key names are AutoGPTQ's; `dynamic` is GPTQModel's way to give single modules their own
 //! settings (also read by vLLM): a regular expression over module names, prefixed `+:` for other
 //! settings or `-:` for "left in full precision".
+//!
+//! Limits: [`MAX_PATTERNS`] patterns of [`MAX_PATTERN`] bytes, [`MAX_COMPILED`] bytes each as compiled.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use regex::RegexBuilder;
 use serde::{Deserialize, Serialize};
 
 use crate::{Bits, FormatError, GroupSize, read_json};
+
+const MAX_PATTERNS: usize = 256;
+/// Bytes of a pattern.
+const MAX_PATTERN: usize = 1024;
+/// Bytes of a pattern's automaton: `(a{1000}){1000}` is short and would be large.
+const MAX_COMPILED: usize = 1 << 20;
 
 /// How zero points are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,10 +117,11 @@ impl QuantizeConfig {
             }
         };
         // GPTQModel's older files say `format` where others say `checkpoint_format`.
-        if value.get("checkpoint_format").is_none()
-            && let Some(format) = value.get("format").cloned()
+        if let Some(keys) = value.as_object_mut()
+            && !keys.contains_key("checkpoint_format")
+            && let Some(format) = keys.get("format").cloned()
         {
-            value["checkpoint_format"] = format;
+            keys.insert("checkpoint_format".to_owned(), format);
         }
         let config: QuantizeConfig =
             serde_json::from_value(value).map_err(|source| FormatError::Json {
@@ -122,6 +132,19 @@ impl QuantizeConfig {
             return Err(FormatError::Malformed {
                 path,
                 reason: format!("quant_method is {:?}, not \"gptq\"", config.quant_method),
+            });
+        }
+        let patterns = config.dynamic.iter().flatten();
+        if patterns.clone().count() > MAX_PATTERNS
+            || patterns
+                .into_iter()
+                .any(|(pattern, _)| pattern.len() > MAX_PATTERN)
+        {
+            return Err(FormatError::Malformed {
+                path,
+                reason: format!(
+                    "dynamic has over {MAX_PATTERNS} patterns, or one of over {MAX_PATTERN} bytes"
+                ),
             });
         }
         Ok(Some(config))
@@ -137,12 +160,13 @@ impl QuantizeConfig {
                 None => (true, pattern.strip_prefix("+:").unwrap_or(pattern)),
             };
             // GPTQModel matches at the start of the name, like Python's `re.match`.
-            let matcher = regex::Regex::new(&format!("^(?:{expression})")).map_err(|e| {
-                FormatError::Malformed {
+            let matcher = RegexBuilder::new(&format!("^(?:{expression})"))
+                .size_limit(MAX_COMPILED)
+                .build()
+                .map_err(|e| FormatError::Malformed {
                     path: "quantize_config.json".into(),
-                    reason: format!("dynamic pattern {pattern:?}: {e}"),
-                }
-            })?;
+                    reason: format!("dynamic pattern {pattern:?}: {e}").replace('\n', " "),
+                })?;
             if matcher.is_match(name) {
                 return Ok(keep.then(|| {
                     (
@@ -189,6 +213,26 @@ mod tests {
             let config = QuantizeConfig::read(dir.path()).unwrap().unwrap();
             assert_eq!(config.checkpoint_format, expected);
         }
+    }
+
+    #[test]
+    fn patterns_over_a_limit_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = |patterns: Vec<String>| {
+            let dynamic: BTreeMap<_, _> =
+                patterns.iter().map(|p| (p, Dynamic::default())).collect();
+            let config = serde_json::json!({"bits": 4, "group_size": 64, "dynamic": dynamic});
+            std::fs::write(dir.path().join("quantize_config.json"), config.to_string()).unwrap();
+            QuantizeConfig::read(dir.path()).map(|config| config.unwrap())
+        };
+        let many = |n: usize| (0..n).map(|i| format!("-:{i}")).collect();
+        assert!(read(many(MAX_PATTERNS)).is_ok());
+        assert!(read(many(MAX_PATTERNS + 1)).is_err());
+        assert!(read(vec!["x".repeat(MAX_PATTERN + 1)]).is_err());
+        let bomb = read(vec!["((a{100}){100}){100}".into()]).unwrap();
+        let error = bomb.module("m").unwrap_err().to_string();
+        assert!(error.contains("size limit"), "{error}");
+        assert!(!error.contains('\n'), "{error}");
     }
 
     #[test]

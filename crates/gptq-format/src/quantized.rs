@@ -55,6 +55,10 @@ impl QuantizedLinear {
     }
 
     /// The weights the codes stand for, `[out, in]` f32 (each product is one f32 rounding).
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "the innermost loop; shapes and g_idx are checked where a linear is read"
+    )]
     pub fn dequantise(&self) -> Vec<f32> {
         let (n_in, n_out) = (self.in_features, self.out_features);
         let scales: Vec<f32> = self.scales.iter().map(|s| s.to_f32()).collect();

@@ -25,13 +25,14 @@ pub const SIDE_FILES: [&str; 12] = [
     "LICENSE",
 ];
 
-/// Most bytes of a JSON file that is read.
-const MAX_JSON: u64 = 256 << 20;
+/// Most bytes of a JSON file that is read: parsed, it may take twenty times as much memory. The index of a
+/// model of a trillion parameters has about 10 MB.
+const MAX_JSON: u64 = 32 << 20;
 
 /// Reads a JSON file.
 ///
 /// # Errors
-/// A file that cannot be read, is over 256 MiB, or does not parse.
+/// A file that cannot be read, is over 32 MiB, or does not parse.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FormatError> {
     let length = fs::metadata(path).map_err(FormatError::io(path))?.len();
     if length > MAX_JSON {

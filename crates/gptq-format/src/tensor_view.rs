@@ -59,7 +59,8 @@ impl<'a> TensorView<'a> {
                 let size = self.dtype.bitsize() / 8;
                 let mut bytes = Vec::with_capacity(self.elements() * size);
                 for at in offsets(self.shape, strides, 0).take(self.elements()) {
-                    bytes.extend_from_slice(&self.storage[at * size..][..size]);
+                    let element = self.storage.get(at * size..(at + 1) * size);
+                    bytes.extend_from_slice(element.unwrap_or_default());
                 }
                 Cow::Owned(bytes)
             }
@@ -114,10 +115,10 @@ impl<'a> TensorView<'a> {
             }
             return flaws;
         }
-        let mut wide = [0f32; RUN];
+        let mut buffer = [0f32; RUN];
         for (run, out) in out.chunks_mut(RUN).enumerate() {
             let first = first + run * RUN;
-            let wide = &mut wide[..out.len()];
+            let (wide, _) = buffer.split_at_mut(out.len().min(RUN));
             match float {
                 Float::F32 => self.copy(first, wide, f32::from_le_bytes),
                 _ => self.copy(first, wide, |b| bf16::from_le_bytes(b).to_f32()),
@@ -143,13 +144,13 @@ impl<'a> TensorView<'a> {
         let storage = self.storage.as_chunks::<N>().0;
         match self.strides {
             None => {
-                for (out, element) in out.iter_mut().zip(&storage[first..]) {
+                for (out, element) in out.iter_mut().zip(storage.iter().skip(first)) {
                     *out = from(*element);
                 }
             }
             Some(strides) => {
                 for (out, at) in out.iter_mut().zip(offsets(self.shape, strides, first)) {
-                    *out = from(storage[at]);
+                    *out = from(storage.get(at).copied().unwrap_or([0; N]));
                 }
             }
         }
@@ -224,7 +225,7 @@ fn find<T>(values: &[T], start: usize, bad: impl Fn(&T) -> bool) -> Found {
     let first = values.iter().position(&bad)?;
     Some((
         start + first,
-        values[first..].iter().filter(|v| bad(v)).count(),
+        values.iter().skip(first).filter(|v| bad(v)).count(),
     ))
 }
 
@@ -237,21 +238,21 @@ fn offsets<'a>(
 ) -> impl Iterator<Item = usize> + use<'a> {
     let mut index = vec![0; shape.len()];
     let (mut rest, mut at) = (first, 0);
-    for (dim, &size) in shape.iter().enumerate().rev() {
-        index[dim] = rest.checked_rem(size).unwrap_or(0);
+    for ((i, &size), &stride) in index.iter_mut().zip(shape).zip(strides).rev() {
+        *i = rest.checked_rem(size).unwrap_or(0);
         rest = rest.checked_div(size).unwrap_or(0);
-        at += index[dim] * strides[dim];
+        at += *i * stride;
     }
     std::iter::repeat_with(move || {
         let here = at;
-        for dim in (0..shape.len()).rev() {
-            index[dim] += 1;
-            at += strides[dim];
-            if index[dim] < shape[dim] {
+        for ((i, &size), &stride) in index.iter_mut().zip(shape).zip(strides).rev() {
+            *i += 1;
+            at += stride;
+            if *i < size {
                 break;
             }
-            at -= index[dim] * strides[dim];
-            index[dim] = 0;
+            at -= *i * stride;
+            *i = 0;
         }
         here
     })

@@ -8,7 +8,8 @@
 //!
 //! Entries are stored without compression, so that a tensor is a view of the mapped file. An entry
 //! that is compressed or encrypted, or shares bytes with another, is refused: nothing is ever
-//! inflated. Over [`MAX_ENTRIES`] entries, or a name over [`MAX_NAME`] bytes, are refused.
+//! inflated. Over [`MAX_ENTRIES`] entries, a name over [`MAX_NAME`] bytes, or views that repeat elements
+//! [`MAX_REPEATED`] times over, are refused.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -23,6 +24,10 @@ use crate::pickle::{self, TorchTensor};
 const MAX_ENTRIES: usize = 1 << 17;
 /// Bytes in an entry's name.
 const MAX_NAME: usize = 512;
+
+/// Elements that all tensors together have beyond those of their storages. A view with a stride of 0
+/// repeats elements as often as it likes.
+const MAX_REPEATED: usize = 1 << 24;
 
 /// How `torch.save` began its files before it wrote zip archives: the pickle of a magic number.
 const LEGACY: [u8; 6] = [0x80, 0x02, 0x8a, 0x0a, 0x6c, 0xfc];
@@ -55,19 +60,26 @@ fn read(bytes: &[u8]) -> Result<Vec<(String, Place)>, String> {
         return Err("it is a zip file without exactly one data.pkl".into());
     };
     let entry = |name: &str| entries.get(format!("{prefix}{name}").as_str());
-    if let Some(order) = entry("byteorder")
-        && &bytes[order.clone()] != b"little"
-    {
+    let content = |name: &str| bytes.get(entry(name)?.clone());
+    if content("byteorder").is_some_and(|order| order != b"little") {
         return Err("its elements are big-endian".into());
     }
-    let pickle = entry("data.pkl").expect("the prefix came from it").clone();
-    pickle::read(&bytes[pickle])?
+    let pickle = content("data.pkl").ok_or("its data.pkl lies outside the file")?;
+    let mut repeated = 0;
+    pickle::read(pickle)?
         .into_iter()
         .map(|(name, tensor)| {
             let key = tensor.storage.key;
             let storage = entry(&format!("data/{key}"))
                 .ok_or_else(|| format!("storage {key:?} of tensor {name} is missing"))?;
             let place = place(&tensor, storage).map_err(|why| format!("tensor {name} {why}"))?;
+            let elements: usize = place.shape.iter().product();
+            repeated += elements.saturating_sub(tensor.storage.elements);
+            if repeated > MAX_REPEATED {
+                return Err(format!(
+                    "tensor {name} repeats the elements of its storage; save a copy of it"
+                ));
+            }
             Ok((name.to_owned(), place))
         })
         .collect()
@@ -115,8 +127,7 @@ fn entries(bytes: &[u8]) -> Result<BTreeMap<String, Range<usize>>, String> {
     }
     let mut ranges: Vec<_> = entries.iter().map(|(n, r)| (r, n.as_str())).collect();
     ranges.sort_by_key(|(range, _)| (range.start, range.end));
-    for pair in ranges.windows(2) {
-        let ((before, one), (after, other)) = (&pair[0], &pair[1]);
+    for ((before, one), (after, other)) in ranges.iter().zip(ranges.iter().skip(1)) {
         if before.end > after.start {
             return Err(format!("entries {one} and {other} overlap"));
         }

@@ -8,6 +8,9 @@ use memmap2::Mmap;
 
 use crate::{FormatError, read_json};
 
+/// Most shards that an index may name.
+const MAX_SHARDS: usize = 1 << 12;
+
 /// How the weights are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Container {
@@ -39,6 +42,12 @@ impl WeightFiles {
                 let mut files: Vec<String> = weight_map.values().cloned().collect();
                 files.sort();
                 files.dedup();
+                if files.len() > MAX_SHARDS {
+                    return Err(FormatError::Malformed {
+                        path: index,
+                        reason: format!("it names {} files, over {MAX_SHARDS}", files.len()),
+                    });
+                }
                 return Ok(WeightFiles {
                     container,
                     files,
@@ -58,6 +67,7 @@ impl WeightFiles {
 }
 
 /// Maps a file.
+#[expect(unsafe_code, reason = "a memory map")]
 pub(crate) fn map(path: &Path) -> Result<Mmap, FormatError> {
     let file = File::open(path).map_err(FormatError::io(path))?;
     // SAFETY: the map is read-only and private to the checkpoint. A file that another process
@@ -131,6 +141,22 @@ mod tests {
             let error = WeightFiles::find(dir.path()).unwrap_err().to_string();
             assert!(error.contains("not to a file name"), "{file}: {error}");
         }
+    }
+
+    #[test]
+    fn an_index_of_too_many_files_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = |n: usize| {
+            let map: serde_json::Map<_, _> = (0..n)
+                .map(|i| (i.to_string(), format!("{i}.bin").into()))
+                .collect();
+            let text = serde_json::json!({"weight_map": map}).to_string();
+            fs::write(dir.path().join("pytorch_model.bin.index.json"), text).unwrap();
+            WeightFiles::find(dir.path())
+        };
+        assert_eq!(index(MAX_SHARDS).unwrap().files.len(), MAX_SHARDS);
+        let error = index(MAX_SHARDS + 1).unwrap_err().to_string();
+        assert!(error.contains("4097 files"), "{error}");
     }
 
     proptest! {

@@ -165,9 +165,10 @@ impl ShardedWriter {
         let place = self
             .pending
             .remove(name)
-            .filter(|place| place.bytes == bytes.len())
-            .ok_or_else(|| FormatError::UnplannedWrite { name: name.into() })?;
-        let shard = &mut self.shards[place.shard];
+            .filter(|place| place.bytes == bytes.len());
+        let planned = place.and_then(|place| Some((self.shards.get_mut(place.shard)?, place)));
+        let (shard, place) =
+            planned.ok_or_else(|| FormatError::UnplannedWrite { name: name.into() })?;
         shard.unsynced += bytes.len();
         shard
             .file
@@ -201,19 +202,18 @@ impl ShardedWriter {
 
 /// Greedy split in order; a tensor larger than `shard_size` gets a shard of its own.
 fn split(specs: &[TensorSpec], shard_size: u64) -> Vec<Vec<&TensorSpec>> {
-    let mut shards: Vec<Vec<&TensorSpec>> = vec![Vec::new()];
+    let (mut shards, mut shard) = (Vec::new(), Vec::new());
     let mut filled = 0u64;
     for spec in specs {
         let bytes = spec.bytes() as u64;
-        let last = shards.len() - 1;
-        if !shards[last].is_empty() && filled.saturating_add(bytes) > shard_size {
-            shards.push(Vec::new());
+        if !shard.is_empty() && filled.saturating_add(bytes) > shard_size {
+            shards.push(std::mem::take(&mut shard));
             filled = 0;
         }
         filled += bytes;
-        let last = shards.len() - 1;
-        shards[last].push(spec);
+        shard.push(spec);
     }
+    shards.push(shard);
     shards
 }
 

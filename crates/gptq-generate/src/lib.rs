@@ -3,6 +3,8 @@
 //! Reading order: [`Settings`] says how to choose and when to stop; [`Sampler`] turns logits into a
 //! choice; [`Stops`] watches the text; [`generate`] runs prompts and gives [`Reply`] for each.
 
+#![forbid(unsafe_code)]
+
 mod error;
 mod sampler;
 mod session;

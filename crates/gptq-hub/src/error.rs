@@ -59,6 +59,8 @@ pub enum HubError {
     },
     #[error("{repo} lists a file named {path:?}, which is not a safe path; nothing was fetched")]
     Entry { repo: String, path: String },
+    #[error("{repo} lists over {most} files; nothing was fetched")]
+    TooManyFiles { repo: String, most: usize },
     #[error("{repo} has neither safetensors nor PyTorch weights; name another model")]
     NoWeights { repo: String },
     #[error("{repo} has no {file}, which its index names; name another revision")]

@@ -8,6 +8,8 @@
 //! Reading order: [`RepoId`] names a repository, [`Hub`] is the connection, [`Hub::model`] and
 //! [`Hub::dataset`] make a [`Snapshot`]; [`Hub::upload`] brings a [`LocalFile`] list there.
 
+#![forbid(unsafe_code)]
+
 mod cache;
 mod content;
 mod download;

@@ -3,12 +3,17 @@
 use std::fmt;
 use std::path::{Component, Path};
 
-use futures::{Stream, TryStreamExt};
+use futures::{Stream, StreamExt, TryStreamExt};
 use hf_hub::repository::{RepoTreeEntry, RepoTypeDataset, RepoTypeModel};
 use hf_hub::{HFClient, HFError, HFRepository};
 
 use crate::HubError;
 use crate::error::Context;
+
+/// Most files and directories of a repository that are listed.
+const MAX_FILES: usize = 1 << 16;
+/// Bytes of a file's path in a repository.
+const MAX_PATH: usize = 1024;
 
 /// `owner/name`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,14 +142,26 @@ impl Repo {
         let entries: Vec<RepoTreeEntry> = match &self.handle {
             Handle::Model(repo) => {
                 let tree = repo.list_tree().revision(commit).recursive(true).send();
-                tree.map_err(refused)?.try_collect().await
+                tree.map_err(refused)?
+                    .take(MAX_FILES + 1)
+                    .try_collect()
+                    .await
             }
             Handle::Dataset(repo) => {
                 let tree = repo.list_tree().revision(commit).recursive(true).send();
-                tree.map_err(refused)?.try_collect().await
+                tree.map_err(refused)?
+                    .take(MAX_FILES + 1)
+                    .try_collect()
+                    .await
             }
         }
         .map_err(refused)?;
+        if entries.len() > MAX_FILES {
+            return Err(HubError::TooManyFiles {
+                repo: self.id.to_string(),
+                most: MAX_FILES,
+            });
+        }
         let mut files = Vec::new();
         for entry in entries {
             if let RepoTreeEntry::File {
@@ -199,6 +216,7 @@ impl Repo {
 pub(crate) fn is_plain(path: &str) -> bool {
     let components = Path::new(path).components();
     !path.is_empty()
+        && path.len() <= MAX_PATH
         && !path.contains(['\\', '\0'])
         && components
             .into_iter()
@@ -241,5 +259,6 @@ mod tests {
         ] {
             assert!(!is_plain(path), "{path}");
         }
+        assert!(is_plain(&"a".repeat(MAX_PATH)) && !is_plain(&"a".repeat(MAX_PATH + 1)));
     }
 }

@@ -69,6 +69,9 @@ const FAMILIES: [Family; 3] = [
 const DEFAULT_SLIDING_WINDOW: usize = 4096;
 const DEFAULT_MAX_WINDOW_LAYERS: usize = 28;
 
+/// More blocks than any model has. Every linear of every block is named and planned.
+const MAX_LAYERS: usize = 1 << 12;
+
 /// More than any model has; bytes of a model of this size are still counted in 64 bits.
 const MAX_PARAMETERS: u128 = 1 << 48;
 
@@ -266,6 +269,10 @@ impl ModelConfig {
                 return Err(format!("{name} = {value} is not between 1 and 2^24"));
             }
         }
+        if self.layers > MAX_LAYERS {
+            let layers = self.layers;
+            return Err(format!("num_hidden_layers = {layers} is over {MAX_LAYERS}"));
+        }
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(format!(
                 "num_attention_heads = {} is not a multiple of num_key_value_heads = {}",
@@ -363,7 +370,8 @@ mod tests {
             ("hidden_size", json!("wide"), "invalid type"),
             ("hidden_size", json!(-1), "invalid value"),
             ("vocab_size", json!(1u64 << 40), "vocab_size"),
-            ("num_hidden_layers", json!(1 << 24), "2^48"),
+            ("num_hidden_layers", json!((1 << 12) + 1), "over 4096"),
+            ("head_dim", json!(1 << 24), "2^48"),
             ("rope_theta", json!(0.0), "rope_theta"),
             ("rms_norm_eps", json!(-1e-5), "rms_norm_eps"),
         ] {

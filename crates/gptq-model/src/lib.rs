@@ -6,6 +6,8 @@
 //! a [`Flow`] of hidden states; [`HostBlock`] is a block read ahead; [`Model`] loads the parts from a checkpoint,
 //! dense or quantised; [`Decoder`] holds all of them and a [`Cache`] per block to predict token after token.
 
+#![forbid(unsafe_code)]
+
 mod block;
 mod cache;
 mod config;

@@ -6,7 +6,7 @@ use gptq_kernels::{DeviceError, SolveError};
 use gptq_model::ModelError;
 use thiserror::Error;
 
-use crate::RecipeError;
+use crate::{Overflow, RecipeError};
 
 /// Why a run could not be planned or finished.
 #[derive(Debug, Error)]
@@ -37,5 +37,21 @@ pub enum PipelineError {
         branch: String,
         modules: String,
         source: Box<SolveError>,
+    },
+    #[error("branch {branch}, {modules}: {source}")]
+    HiddenStates {
+        branch: String,
+        modules: String,
+        source: Overflow,
+    },
+    #[error(
+        "branch {branch}, {modules}: the Hessian is not positive definite below damping {needed}, and \
+         [numerics] max_damping is {most}; use more calibration tokens or allow more"
+    )]
+    Damping {
+        branch: String,
+        modules: String,
+        needed: f64,
+        most: f64,
     },
 }

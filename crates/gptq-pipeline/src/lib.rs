@@ -4,9 +4,12 @@
 //! model's shapes, and below it nothing is checked again; [`quantise`] is the run; [`BranchReport`]
 //! is what each branch directory says about itself.
 
+#![forbid(unsafe_code)]
+
 mod branch_plan;
 mod branch_writer;
 mod error;
+mod hidden_range;
 mod inputs;
 mod memory;
 mod method;
@@ -22,11 +25,12 @@ mod write_behind;
 
 pub use branch_plan::BranchPlan;
 pub use error::PipelineError;
+pub use hidden_range::{Clamped, Overflow};
 pub use inputs::{Fetched, InputSource};
 pub use memory::Memory;
 pub use method::{Method, Preset};
 pub use overrides::{RecipeOverrides, RenderingOverride};
-pub use plan::{Plan, Propagation, parse_size};
+pub use plan::{Numerics, Plan, Propagation, parse_size};
 pub use profile::{Phase, Profile};
 pub use recipe::{Recipe, RecipeError};
 pub use report::{BranchReport, LinearReport, Perplexity, PhaseSeconds, Summary};

@@ -7,7 +7,7 @@ use gptq_model::ModelConfig;
 use toml::Spanned;
 
 use crate::inputs::looks_like_repo;
-use crate::recipe::{Dtype, Propagate};
+use crate::recipe::{Dtype, OnOverflow, Propagate};
 use crate::{BranchPlan, Fetched, InputSource, Memory, Recipe, RecipeError};
 
 /// Which hidden states a branch's Hessians are computed from.
@@ -17,6 +17,15 @@ pub enum Propagation {
     Quantised,
     /// The dense model's, shared by all branches.
     Dense,
+}
+
+/// What may be done about numbers that do not fit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Numerics {
+    /// Hidden states beyond f16's range become its largest number; otherwise they end the run.
+    pub clamp_overflow: bool,
+    /// Most damping a linear may need, as a fraction of the mean diagonal.
+    pub max_damping: f64,
 }
 
 /// A valid run.
@@ -38,6 +47,8 @@ pub struct Plan {
     pub shard_size: Option<u64>,
     /// Text and window to measure perplexity on.
     pub evaluation: Option<(PathBuf, usize)>,
+    /// What may be done about numbers that do not fit.
+    pub numerics: Numerics,
     /// The branches, in the recipe's order.
     pub branches: Vec<BranchPlan>,
     /// Things a user should know but that do not stop a run.
@@ -104,6 +115,27 @@ impl Plan {
                 .check_window(*tokens.get_ref())
                 .map_err(|why| recipe.refuse(tokens, format!("{key}: {why}")))?;
         }
+        let numerics = Numerics {
+            clamp_overflow: file.numerics.overflow == OnOverflow::Clamp,
+            max_damping: match &file.numerics.max_damping {
+                None => 1.0,
+                Some(most) if (0.0..=1.0).contains(most.get_ref()) => *most.get_ref(),
+                Some(most) => {
+                    let reason = format!("max_damping = {} is not between 0 and 1", most.get_ref());
+                    return Err(recipe.refuse(most, reason));
+                }
+            },
+        };
+        if let Some(branch) = (branches.iter()).find(|b| b.damp_percent > numerics.max_damping) {
+            let start = Spanned::new(0..0, ());
+            let at = file.numerics.max_damping.as_ref().map(Spanned::span);
+            let place = at.map_or(start, |span| Spanned::new(span, ()));
+            let reason = format!(
+                "max_damping = {} is below the damp_percent = {} of branch {}",
+                numerics.max_damping, branch.damp_percent, branch.name
+            );
+            return Err(recipe.refuse(&place, reason));
+        }
         let mut warnings = Vec::new();
         if calibration.seq_len > config.max_positions {
             warnings.push(format!(
@@ -140,6 +172,7 @@ impl Plan {
                 .evaluation
                 .as_ref()
                 .map(|e| (e.text.clone(), *e.window.get_ref())),
+            numerics,
             branches,
             warnings,
             recipe: recipe.text.clone(),

@@ -1,7 +1,8 @@
 //! The recipe file as typed: TOML, every key optional that has a sensible default, unknown keys
 //! refused. Values that a plan may later refuse keep their place in the file.
 
-use std::fs;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::Sampling;
@@ -11,6 +12,9 @@ use thiserror::Error;
 use toml::Spanned;
 
 use crate::Preset;
+
+/// Most bytes of a recipe.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// A recipe and the text it came from.
 #[derive(Clone, Debug)]
@@ -51,6 +55,8 @@ pub(crate) struct RecipeFile {
     pub calibration: Calibration,
     pub output: Output,
     pub evaluation: Option<Evaluation>,
+    #[serde(default)]
+    pub numerics: Numerics,
     #[serde(default)]
     pub defaults: Settings,
     #[serde(default)]
@@ -134,6 +140,24 @@ pub(crate) struct Evaluation {
     pub window: Spanned<usize>,
 }
 
+/// What may be done about numbers that do not fit.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Numerics {
+    #[serde(default)]
+    pub overflow: OnOverflow,
+    pub max_damping: Option<Spanned<f64>>,
+}
+
+/// Of hidden states beyond f16's range.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum OnOverflow {
+    #[default]
+    Stop,
+    Clamp,
+}
+
 /// Settings of a branch, or of all of them.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -207,11 +231,18 @@ pub(crate) fn default_window() -> Spanned<usize> {
 impl Recipe {
     /// Reads and parses a recipe file.
     pub fn read(path: &Path) -> Result<Self, RecipeError> {
-        let text = fs::read_to_string(path).map_err(|e| RecipeError::Unreadable {
+        let unreadable = |reason: String| RecipeError::Unreadable {
             path: path.into(),
-            reason: e.to_string(),
-        })?;
-        Self::parse(path, text)
+            reason,
+        };
+        let mut text = String::new();
+        File::open(path)
+            .and_then(|file| file.take(MAX_BYTES + 1).read_to_string(&mut text))
+            .map_err(|e| unreadable(e.to_string()))?;
+        match text.len() as u64 > MAX_BYTES {
+            true => Err(unreadable(format!("it has over {MAX_BYTES} bytes"))),
+            false => Self::parse(path, text),
+        }
     }
 
     /// Parses recipe text; `path` is for messages.

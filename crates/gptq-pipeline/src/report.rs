@@ -10,7 +10,7 @@ use gptq_format::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{Method, Preset};
+use crate::{Clamped, Method, Preset};
 
 /// Its name in a branch directory.
 const FILE: &str = "report.json";
@@ -43,6 +43,13 @@ pub struct LinearReport {
     /// Of its tensors as written; older reports have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digests: Option<LinearDigests>,
+}
+
+impl LinearReport {
+    /// Whether plain rounding would have lost less. Where both lose nothing, it would not.
+    pub fn is_worse_than_rtn(&self) -> bool {
+        self.relative_error > self.rtn_error
+    }
 }
 
 /// Perplexity on some text.
@@ -104,6 +111,9 @@ pub struct BranchReport {
     /// The command line, absolute paths shortened to their last component.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<String>,
+    /// Hidden states that were brought back into f16's range, where the recipe allowed it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub clamped: Vec<Clamped>,
     /// Perplexity, if the run measured it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub perplexity: Option<Perplexity>,

@@ -7,15 +7,16 @@ use std::time::Instant;
 use burn::tensor::DType;
 use gptq_calibration::{Calibration, Manifest, TextTokenizer};
 use gptq_format::StagedDir;
-use gptq_kernels::{Device, DeviceError, Drift, Engine, Hessian, Request, Work};
+use gptq_kernels::{Device, DeviceError, Drift, Engine, Hessian, Request, SolveError, Work};
 use gptq_model::{Block, Flow, HostBlock, Model, ModelError, Stage};
+use gptq_solver::SolverError;
 
 use crate::branch_writer::BranchWriter;
 use crate::memory::{chunk_windows, resident_chunks};
 use crate::profile::{Clock, Phase, Profile};
 use crate::stream::{Dense, Grams, Stream};
 use crate::write_behind::WriteBehind;
-use crate::{BranchReport, LinearReport, PipelineError, Plan, Propagation};
+use crate::{BranchReport, Clamped, LinearReport, PipelineError, Plan, Propagation, hidden_range};
 
 /// How to run a plan; nothing here changes what comes out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -142,11 +143,47 @@ impl Work for Quantise<'_> {
             };
             run.clock.add_start();
             run.announce();
-            let dense = plan.asymmetric().then(|| Dense::new(&flows, resident));
+            let clamp = plan.numerics.clamp_overflow;
+            let dense = plan
+                .asymmetric()
+                .then(|| Dense::new(&flows, resident, clamp));
             let streams = run.streams(flows, resident);
             run.blocks(streams, dense, &blocks)?;
             run.finish(&calibration.manifest, &self.device.to_string())
         })
+    }
+}
+
+/// Says which hidden states a Gram matrix that is not finite came from, if it was the ones that are kept.
+fn explained<B: Engine>(
+    error: PipelineError,
+    stream: Option<&Stream<B>>,
+    device: &B::Device,
+) -> PipelineError {
+    match error {
+        PipelineError::Solver {
+            branch,
+            modules,
+            source,
+        } if matches!(
+            *source,
+            SolveError::Solver(SolverError::NonFiniteGram { .. })
+        ) =>
+        {
+            match stream.and_then(|stream| stream.not_finite(device)) {
+                Some(source) => PipelineError::HiddenStates {
+                    branch,
+                    modules,
+                    source,
+                },
+                None => PipelineError::Solver {
+                    branch,
+                    modules,
+                    source,
+                },
+            }
+        }
+        error => error,
     }
 }
 
@@ -177,6 +214,7 @@ struct Entered<'a, B: Engine> {
 #[derive(Default)]
 struct Output {
     linears: Vec<LinearReport>,
+    clamped: Vec<Clamped>,
     seconds: f64,
 }
 
@@ -218,7 +256,10 @@ impl<B: Engine> Run<'_, '_, B> {
                     .collect::<Vec<_>>()
             })
             .filter(|branches| !branches.is_empty())
-            .map(|branches| Stream::new(flows.clone(), branches, resident))
+            .map(|branches| {
+                let clamp = self.plan.numerics.clamp_overflow;
+                Stream::new(flows.clone(), branches, resident, clamp)
+            })
             .collect()
     }
 
@@ -288,7 +329,8 @@ impl<B: Engine> Run<'_, '_, B> {
             let started = Instant::now();
             let mut quantised = block.clone();
             for (&stage, grams) in group.iter().zip(&grams) {
-                self.solve(entered.layer, branch, stage, grams.clone(), &mut quantised)?;
+                self.solve(entered.layer, branch, stage, grams.clone(), &mut quantised)
+                    .map_err(|error| explained(error, parent.as_ref(), self.model.device()))?;
             }
             if self.plan.propagation == Propagation::Dense {
                 self.outputs[branch].seconds += shared + started.elapsed().as_secs_f64();
@@ -301,7 +343,8 @@ impl<B: Engine> Run<'_, '_, B> {
             }
             .expect("taken only by the last branch");
             own.branches = vec![branch];
-            let own = own.advance(&quantised, group, device, &mut self.clock);
+            let (own, clamped) = own.advance(&quantised, group, device, &mut self.clock);
+            self.note_clamped(entered.layer, group, &[branch], clamped);
             if self.frugal {
                 B::release_memory(device);
             }
@@ -310,10 +353,24 @@ impl<B: Engine> Run<'_, '_, B> {
         }
         if let Some(mut stream) = parent {
             stream.branches = branches;
-            let stream = stream.advance(block, group, device, &mut self.clock);
+            let (stream, clamped) = stream.advance(block, group, device, &mut self.clock);
+            self.note_clamped(entered.layer, group, &stream.branches, clamped);
             self.stages(entered, stream, block, rest, done)?;
         }
         Ok(())
+    }
+
+    fn note_clamped(&mut self, layer: usize, group: &[Stage], branches: &[usize], values: usize) {
+        if values > 0 {
+            let after = hidden_range::after(group);
+            for &branch in branches {
+                self.outputs[branch].clamped.push(Clamped {
+                    layer,
+                    after: after.to_owned(),
+                    values,
+                });
+            }
+        }
     }
 
     /// Quantises one stage's linears for one branch: codes to its files, weights into `block`.
@@ -353,14 +410,26 @@ impl<B: Engine> Run<'_, '_, B> {
         });
         let started = Instant::now();
         let format = settings.format();
-        let subset = B::solve(grams.all, drift, hessian, requests, format).map_err(|source| {
+        let modules = || {
             let modules = projections.iter().map(|(p, _)| p.module(layer));
+            modules.collect::<Vec<_>>().join(", ")
+        };
+        let subset = B::solve(grams.all, drift, hessian, requests, format).map_err(|source| {
             PipelineError::Solver {
                 branch: settings.name.clone(),
-                modules: modules.collect::<Vec<_>>().join(", "),
+                modules: modules(),
                 source: Box::new(source),
             }
         })?;
+        let most = self.plan.numerics.max_damping;
+        if subset.damping > most {
+            return Err(PipelineError::Damping {
+                branch: settings.name.clone(),
+                modules: modules(),
+                needed: subset.damping,
+                most,
+            });
+        }
         let seconds = started.elapsed().as_secs_f64();
         let packing = subset.times.pack;
         self.clock.add(Phase::Factor, subset.times.factor);
@@ -427,6 +496,7 @@ impl<B: Engine> Run<'_, '_, B> {
                 phases: self.clock.profile().phases(),
                 recipe: plan.recipe.clone(),
                 command: plan.command.clone(),
+                clamped: output.clamped,
                 perplexity: None,
                 linears: output.linears,
             };

@@ -13,6 +13,7 @@ use burn::tensor::{DType, Tensor};
 use gptq_kernels::{Engine, HostBuffer, map_lanes};
 use gptq_model::{Block, Flow, Stage};
 
+use crate::hidden_range::{self, Overflow};
 use crate::profile::{Clock, Phase, timed};
 
 /// Hidden states between stages are kept in this type: half the memory, and its rounding is far below
@@ -24,6 +25,8 @@ const KEEP: DType = DType::F16;
 pub(crate) struct Stream<B: Engine> {
     chunks: Vec<Chunk<B>>,
     pub(crate) branches: Vec<usize>,
+    /// What lies beyond f16's range is brought back into it.
+    clamp: bool,
 }
 
 /// One chunk's states, where they are kept between stages.
@@ -96,8 +99,15 @@ impl<B: Engine> Chunk<B> {
         }
     }
 
-    /// Runs `stages`.
-    fn advance(self, block: &Block<B>, stages: &[Stage], device: &B::Device) -> Self {
+    /// Runs `stages`; with `clamp`, brings what comes of them into f16's range. Also how many values
+    /// that took.
+    fn advance(
+        self,
+        block: &Block<B>,
+        stages: &[Stage],
+        device: &B::Device,
+        clamp: bool,
+    ) -> (Self, usize) {
         // Stages that end in an activation leave the residual as it was.
         let ends_inside = stages.len() == 1 && !stages[0].ends_in_residual();
         let (flow, kept) = match self {
@@ -110,10 +120,15 @@ impl<B: Engine> Chunk<B> {
         let end = stages
             .iter()
             .fold(flow, |flow, &stage| block.advance(stage, flow));
-        match kept {
+        let (end, clamped) = match clamp {
+            true => hidden_range::clamp(end),
+            false => (end, 0),
+        };
+        let chunk = match kept {
             None => Chunk::Device(end.cast(KEEP)),
             Some(residual) => Chunk::on_host(end, residual),
-        }
+        };
+        (chunk, clamped)
     }
 }
 
@@ -130,11 +145,11 @@ pub(crate) struct Dense<B: Engine> {
 
 impl<B: Engine> Dense<B> {
     /// From the embedded chunks, of which the first `resident` stay on the device.
-    pub(crate) fn new(flows: &[Flow<B>], resident: usize) -> Self {
+    pub(crate) fn new(flows: &[Flow<B>], resident: usize, clamp: bool) -> Self {
         let own = flows.iter().step_by(DENSE_SHARE).cloned().collect();
         Dense {
             before: Vec::new(),
-            end: Stream::new(own, Vec::new(), resident.div_ceil(DENSE_SHARE)),
+            end: Stream::new(own, Vec::new(), resident.div_ceil(DENSE_SHARE), clamp),
         }
     }
 
@@ -142,7 +157,7 @@ impl<B: Engine> Dense<B> {
     pub(crate) fn enter(&mut self, block: &Block<B>, device: &B::Device, clock: &mut Clock) {
         self.before.clear();
         for stage in Stage::ALL {
-            let next = self.end.clone().advance(block, &[stage], device, clock);
+            let (next, _) = self.end.clone().advance(block, &[stage], device, clock);
             self.before.push(std::mem::replace(&mut self.end, next));
         }
     }
@@ -167,7 +182,12 @@ pub(crate) struct Grams<B: Engine> {
 
 impl<B: Engine> Stream<B> {
     /// The first `resident` chunks stay on the device.
-    pub(crate) fn new(flows: Vec<Flow<B>>, branches: Vec<usize>, resident: usize) -> Self {
+    pub(crate) fn new(
+        flows: Vec<Flow<B>>,
+        branches: Vec<usize>,
+        resident: usize,
+        clamp: bool,
+    ) -> Self {
         let keep = |(i, flow): (usize, Flow<B>)| match i < resident {
             true => Chunk::Device(flow.cast(KEEP)),
             false => Chunk::on_host(flow, None),
@@ -175,7 +195,13 @@ impl<B: Engine> Stream<B> {
         Stream {
             chunks: flows.into_iter().enumerate().map(keep).collect(),
             branches,
+            clamp,
         }
+    }
+
+    /// What of the states is not finite, for explaining a failure.
+    pub(crate) fn not_finite(&self, device: &B::Device) -> Option<Overflow> {
+        hidden_range::search(self.chunks.iter().map(|chunk| chunk.flow(device)))
     }
 
     /// The Gram matrices of each stage's input, with `block`'s weights in between; the stream stays
@@ -216,21 +242,27 @@ impl<B: Engine> Stream<B> {
         grams
     }
 
-    /// Runs `stages` with `block`'s weights.
+    /// Runs `stages` with `block`'s weights. Also how many values were clamped.
     pub(crate) fn advance(
         self,
         block: &Block<B>,
         stages: &[Stage],
         device: &B::Device,
         clock: &mut Clock,
-    ) -> Self {
-        let chunks = clock.measure::<B, _>(Phase::Forward, device, || {
-            map_lanes::<B, _, _>(self.chunks, |chunk| chunk.advance(block, stages, device))
+    ) -> (Self, usize) {
+        let clamp = self.clamp;
+        let advanced = clock.measure::<B, _>(Phase::Forward, device, || {
+            map_lanes::<B, _, _>(self.chunks, |chunk| {
+                chunk.advance(block, stages, device, clamp)
+            })
         });
-        Stream {
+        let (chunks, clamped): (Vec<_>, Vec<usize>) = advanced.into_iter().unzip();
+        let stream = Stream {
             chunks,
             branches: self.branches,
-        }
+            clamp,
+        };
+        (stream, clamped.iter().sum())
     }
 }
 

@@ -39,13 +39,16 @@ pub(crate) struct Kind {
     pub percent: f64,
 }
 
-/// A linear that needed more damping than was asked for, or has dead columns.
+/// A linear that needed more damping than was asked for, has dead columns, or came out worse than
+/// round-to-nearest.
 #[derive(Serialize)]
 pub(crate) struct Unusual {
     pub name: String,
     pub damp_percent: f64,
     pub raised: bool,
     pub dead_columns: usize,
+    pub ratio: String,
+    pub worse: bool,
 }
 
 #[derive(Serialize)]
@@ -204,8 +207,11 @@ fn unusual(linears: &[LinearReport], asked: f64) -> Vec<Unusual> {
         damp_percent: l.damp_percent,
         raised: l.damp_percent != asked,
         dead_columns: l.dead_columns,
+        ratio: format!("{:.3}", l.ratio),
+        worse: l.is_worse_than_rtn(),
     });
-    all.filter(|l| l.raised || l.dead_columns > 0).collect()
+    all.filter(|l| l.raised || l.dead_columns > 0 || l.worse)
+        .collect()
 }
 
 /// Seconds of solving, by the linears that share an input and a factor.

@@ -4,6 +4,8 @@
 //! Reading order: [`Matrix`] reads the branches below a directory; [`rows`] are its numbers as a
 //! table, written as CSV and JSON; [`html`] is the page; [`card()`] is the repository's `README.md`, from [`facts`].
 
+#![forbid(unsafe_code)]
+
 mod base_card;
 mod branch_page;
 mod card;

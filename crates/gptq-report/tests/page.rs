@@ -102,6 +102,21 @@ fn unusual_damping_and_dead_columns_are_named() {
 }
 
 #[test]
+fn a_linear_that_is_worse_than_round_to_nearest_is_named() {
+    let page = html(&matrix_with(|report| {
+        let linear = &mut report.linears[1];
+        linear.relative_error = 1.25 * linear.rtn_error;
+        linear.ratio = 1.25;
+    }))
+    .unwrap();
+    for branch in [0, 1] {
+        let section = section(&page, branch);
+        assert!(section.contains("<strong>1.250</strong>"), "{section}");
+        assert!(!section.contains("Damping was 0.1 everywhere"));
+    }
+}
+
+#[test]
 fn nothing_from_a_file_is_read_as_markup() {
     let bad = "\"><script>alert(1)</script>";
     let page = html(&matrix_with(|report| {

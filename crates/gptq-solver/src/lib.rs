@@ -10,6 +10,8 @@
 //! [`refine`] goes over the codes again with all of them known, and [`output_energy`] measures what
 //! came out. [`Target`] is what to round instead of `W` when the inputs have drifted.
 
+#![forbid(unsafe_code)]
+
 mod cholesky;
 mod energy;
 mod error;

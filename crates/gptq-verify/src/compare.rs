@@ -39,7 +39,8 @@ pub(crate) fn measure<B: Engine>(
     windows: &[Vec<u32>],
     on_block: &mut dyn FnMut(usize),
 ) -> Result<Measured, VerifyError> {
-    let per_chunk = (CHUNK / windows[0].len()).max(1);
+    let window = windows.first().map_or(1, Vec::len).max(1);
+    let per_chunk = (CHUNK / window).max(1);
     let mut flows = model.embed(windows, per_chunk, B::COMPUTE)?;
     let mut dense_flows = match dense {
         Some(dense) => dense.embed(windows, per_chunk, B::COMPUTE)?,
@@ -101,7 +102,7 @@ fn energy<B: Engine>(a: &Flow<B>, b: &Flow<B>) -> f64 {
     let wide = |flow: &Flow<B>| flow.residual.clone().cast(DType::F32);
     let difference = wide(a) - wide(b);
     let sum = (difference.clone() * difference).sum();
-    f64::from(sum.into_data().to_vec::<f32>().expect("cast to f32")[0])
+    sum.into_data().iter::<f64>().sum()
 }
 
 /// Sums over scored tokens.
@@ -125,10 +126,10 @@ impl Sums {
         for (i, tokens) in windows.iter().enumerate() {
             let window = tokens.len();
             // Position p predicts token p + 1.
-            for start in (0..window - 1).step_by(LOGIT_ROWS) {
-                let end = (start + LOGIT_ROWS).min(window - 1);
-                let rows = i * window + start..i * window + end;
-                let targets = &tokens[start + 1..end + 1];
+            let all = tokens.get(1..).unwrap_or_default();
+            for (piece, targets) in all.chunks(LOGIT_ROWS).enumerate() {
+                let start = i * window + piece * LOGIT_ROWS;
+                let rows = start..start + targets.len();
                 let log_p = |head: &Head<B>, flow: &Flow<B>| {
                     let states = flow.residual.clone().slice([rows.clone()]);
                     log_softmax(head.logits(states), 1)
@@ -159,6 +160,6 @@ fn loss<B: Engine>(log_p: Tensor<B, 2>, targets: &[u32]) -> f64 {
 }
 
 fn floats<B: Engine>(x: Tensor<B, 2>) -> impl Iterator<Item = f64> {
-    let values = x.into_data().to_vec::<f32>().expect("logits are f32");
-    values.into_iter().map(f64::from)
+    let values: Vec<f64> = x.into_data().iter().collect();
+    values.into_iter()
 }

@@ -5,6 +5,17 @@
 //! Reading order: [`Request`] says what to check and what to tolerate, [`verify`] does it, and
 //! [`Receipt`] is what comes of it.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing
+    )
+)]
+
 mod compare;
 mod error;
 mod receipt;

@@ -128,13 +128,14 @@ fn tensors(
 }
 
 fn scales_are_positive(module: &str, packed: &PackedLinear) -> Result<(), VerifyError> {
-    match packed.scales.iter().position(|s| s.to_f32() <= 0.0) {
+    let mut scales = packed.scales.iter().map(|s| s.to_f32()).enumerate();
+    match scales.find(|(_, scale)| *scale <= 0.0) {
         None => Ok(()),
-        Some(at) => Err(VerifyError::Scale {
+        Some((at, value)) => Err(VerifyError::Scale {
             module: module.into(),
             group: at / packed.out_features,
             output: at % packed.out_features,
-            value: packed.scales[at].to_f32(),
+            value,
         }),
     }
 }
@@ -187,12 +188,16 @@ impl Linears {
         }
         let mut sizes = vec![0; groups];
         for &g in &packed.g_idx {
-            sizes[g as usize] += 1;
+            // Within the groups: that was checked when the linear was read.
+            if let Some(size) = sizes.get_mut(g as usize) {
+                *size += 1;
+            }
         }
         let size = |g: usize| columns.min(packed.in_features - g * columns);
-        if let Some(g) = (0..groups).find(|&g| sizes[g] != size(g)) {
+        let mut sizes = sizes.into_iter().enumerate();
+        if let Some((g, n)) = sizes.find(|&(g, n)| n != size(g)) {
             let found = || {
-                let (n, expected) = (sizes[g], size(g));
+                let expected = size(g);
                 format!("{module}: group {g} has {n} inputs in g_idx, expected {expected}")
             };
             self.sizes.get_or_insert_with(found);
@@ -200,12 +205,12 @@ impl Linears {
         if sym && self.zeros.is_none() {
             let middle = packed.bits.symmetric_zero();
             let zeros = packed.unpack().zeros;
-            self.zeros = zeros.iter().position(|&z| z != middle).map(|at| {
+            let mut zeros = zeros.into_iter().enumerate();
+            self.zeros = zeros.find(|&(_, zero)| zero != middle).map(|(at, zero)| {
                 format!(
-                    "{module}: zero point [{}, {}] is {}, symmetric codes have {middle}",
+                    "{module}: zero point [{}, {}] is {zero}, symmetric codes have {middle}",
                     at / packed.out_features,
                     at % packed.out_features,
-                    zeros[at]
                 )
             });
         }

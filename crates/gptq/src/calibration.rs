@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::cli::{CalibrationArgs, CalibrationCommand, warn};
 use crate::hub::{self, Need};
-use crate::size;
+use crate::{log, size};
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -56,10 +56,10 @@ pub(crate) fn run(args: CalibrationArgs) -> Result<()> {
     }
     if let Some(Overlap { shared, total }) = overlap.filter(|o| o.shared > 0) {
         let share = 100.0 * shared as f64 / total as f64;
-        eprintln!(
-            "gptq: warning: {shared} of the evaluation text's {total} tokens ({share:.1} %) lie in runs of \
+        log::warning(&format!(
+            "{shared} of the evaluation text's {total} tokens ({share:.1} %) lie in runs of \
              {RUN} or more that the calibration rows hold too; perplexity on them says little"
-        );
+        ));
     }
     Ok(())
 }

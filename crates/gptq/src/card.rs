@@ -7,6 +7,7 @@ use anyhow::{Result, anyhow, bail};
 use gptq_report::{CardSettings, Matrix, PromptTemplate, card, facts};
 
 use crate::cli::CardArgs;
+use crate::log;
 
 pub(crate) fn run(args: CardArgs) -> Result<()> {
     let matrix = Matrix::read(&args.dir)?;
@@ -42,7 +43,7 @@ pub(crate) fn run(args: CardArgs) -> Result<()> {
     }
     fs::write(&path, text).map_err(|e| anyhow!("{}: {e}", path.display()))?;
     for (key, option) in facts.missing() {
-        eprintln!("gptq: warning: the card does not say {key}; {option} adds it");
+        log::warning(&format!("the card does not say {key}; {option} adds it"));
     }
     println!("written to {}", path.display());
     Ok(())

@@ -6,9 +6,11 @@ use clap::{Args, Parser, Subcommand};
 use gptq_kernels::Device;
 use gptq_pipeline::{Plan, Recipe, RecipeOverrides, RenderingOverride, parse_size};
 
+use crate::bug;
 use crate::completions::CompletionsArgs;
 use crate::generate::GenerateArgs;
 use crate::inspect::InspectArgs;
+use crate::log;
 use crate::verify::VerifyArgs;
 
 /// Turn a Llama-family checkpoint into GPTQ branches, from one config file.
@@ -19,6 +21,9 @@ use crate::verify::VerifyArgs;
     after_help = "Example:\n  gptq quantize configs/tiny.toml"
 )]
 pub(crate) struct Cli {
+    /// Write a log to this file, after what is there; RUST_LOG chooses what is logged
+    #[arg(long, global = true, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
     #[command(subcommand)]
     pub command: Command,
 }
@@ -74,6 +79,31 @@ pub(crate) enum Command {
                       --base-card models/meditron-7b/README.md"
     )]
     Card(CardArgs),
+}
+
+impl Command {
+    /// What a bug report says was asked for: no path of this machine.
+    pub(crate) fn about(&self) -> String {
+        let (name, path) = match self {
+            Command::Quantize(args) => ("quantize", Some(&args.recipe.recipe)),
+            Command::Plan(args) => ("plan", Some(&args.recipe.recipe)),
+            Command::Calibration(CalibrationArgs {
+                command: CalibrationCommand::Show(args),
+            }) => ("calibration show", Some(&args.recipe.recipe)),
+            Command::Requantize(args) => ("requantize", Some(&args.dir)),
+            Command::Publish(args) => ("publish", Some(&args.dir)),
+            Command::Report(args) => ("report", Some(&args.dir)),
+            Command::Card(args) => ("card", Some(&args.dir)),
+            Command::Verify(_) => ("verify", None),
+            Command::Generate(_) => ("generate", None),
+            Command::Inspect(_) => ("inspect", None),
+            Command::Completions(_) => ("completions", None),
+        };
+        match path {
+            Some(path) => format!("{name} {}", bug::public(path)),
+            None => name.to_owned(),
+        }
+    }
 }
 
 #[derive(Args)]
@@ -206,6 +236,9 @@ pub(crate) struct PublishArgs {
     /// Send branches that have no passing verify.json too
     #[arg(long)]
     pub unverified: bool,
+    /// Print what was sent as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Args)]
@@ -316,6 +349,6 @@ impl RecipeArgs {
 /// Prints a plan's warnings where a person sees them without mixing them into the output.
 pub(crate) fn warn(plan: &Plan) {
     for warning in &plan.warnings {
-        eprintln!("gptq: warning: {warning}");
+        log::warning(warning);
     }
 }

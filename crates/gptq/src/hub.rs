@@ -11,6 +11,8 @@ use gptq_hub::{DataFiles, Hub, HubSettings, RepoId, Snapshot};
 use gptq_pipeline::{Fetched, InputSource, Recipe};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::log;
+
 /// How much of the model a command needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Need {
@@ -93,10 +95,10 @@ pub(crate) fn repo_id(text: &str) -> Result<RepoId> {
 
 fn warn_if_stale(repo: &str, snapshot: &Snapshot) {
     if snapshot.stale {
-        eprintln!(
-            "gptq: warning: the Hub cannot be reached; using {repo} at {} from the cache",
+        log::warning(&format!(
+            "the Hub cannot be reached; using {repo} at {} from the cache",
             snapshot.commit
-        );
+        ));
     }
 }
 

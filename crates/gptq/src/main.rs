@@ -2,6 +2,9 @@
 //!
 //! Exit status: 0 when everything asked for held, 1 when something did not, 2 for a wrong command line.
 
+#![forbid(unsafe_code)]
+
+mod bug;
 mod calibration;
 mod card;
 mod cli;
@@ -9,6 +12,7 @@ mod completions;
 mod generate;
 mod hub;
 mod inspect;
+mod log;
 mod plan;
 mod progress;
 mod publish;
@@ -40,7 +44,27 @@ fn main() -> ExitCode {
     if let Some(directory) = cache_directory() {
         gptq_kernels::keep_kernels(&directory.join("kernels"));
     }
-    let result = match Cli::parse().command {
+    let Cli { log_file, command } = Cli::parse();
+    // A token that is kept in a file is a secret even where the environment has none.
+    let secrets = hub::settings().token.into_iter().collect();
+    let result = log::start(log_file.as_deref(), std::env::var("RUST_LOG").ok(), secrets);
+    let result = result.and_then(|()| {
+        let about = command.about();
+        bug::guard(&about, || run(command)).unwrap_or_else(|line| Err(anyhow::Error::msg(line)))
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            // One line: a library's message names the thing and the remedy, and holds its source's.
+            eprintln!("gptq: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Quantize(args) => quantize::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Requantize(args) => requantize::run(args),
@@ -52,13 +76,5 @@ fn main() -> ExitCode {
         Command::Completions(args) => completions::run(args),
         Command::Report(args) => report::run(args),
         Command::Card(args) => card::run(args),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // One line: a library's message names the thing and the remedy, and holds its source's.
-            eprintln!("gptq: {error}");
-            ExitCode::FAILURE
-        }
     }
 }

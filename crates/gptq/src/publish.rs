@@ -1,11 +1,15 @@
 //! `gptq publish`: finished branches to the Hub, each as the revision of its name.
 
 use std::fs;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail, ensure};
-use gptq_hub::{Hub, LocalFile, RepoId};
+use gptq_hub::{Changes, Hub, LocalFile, RepoId};
 use gptq_verify::{RECEIPT, Receipt};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
 
 use crate::cli::PublishArgs;
 use crate::{hub, size};
@@ -47,13 +51,21 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
     if !args.dry_run {
         hub.create(&id, args.private)?;
     }
+    let bar = bar(uploads.len());
+    let mut published = Vec::new();
     for (name, files) in uploads {
+        bar.set_message(name.clone());
         let changes = match args.dry_run {
             true => hub.changes(&id, name, &files)?,
             false => hub.upload(&id, name, &files)?,
         };
+        bar.inc(1);
+        if args.json {
+            published.push(record(name, &changes));
+            continue;
+        }
         let bytes = changes.upload.iter().map(|file| file.bytes).sum();
-        println!(
+        let line = format!(
             "{id} {name}: {} of {} files, {}{}{}",
             changes.upload.len(),
             changes.upload.len() + changes.same,
@@ -65,6 +77,7 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
             },
             if args.dry_run { " (not sent)" } else { "" },
         );
+        bar.suspend(|| println!("{line}"));
         if args.dry_run {
             for file in &changes.upload {
                 println!("  {} {}", file.name, size::decimal(file.bytes));
@@ -74,7 +87,38 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
             }
         }
     }
+    bar.finish_and_clear();
+    if args.json {
+        let record = json!({"repo": id.to_string(), "sent": !args.dry_run, "branches": published});
+        println!("{}", serde_json::to_string_pretty(&record)?);
+    }
     Ok(())
+}
+
+/// A branch for programs.
+fn record(name: &str, changes: &Changes) -> Value {
+    let upload = changes.upload.iter();
+    json!({
+        "branch": name,
+        "new_revision": changes.create,
+        "upload": upload
+            .map(|file| json!({"name": file.name, "bytes": file.bytes}))
+            .collect::<Vec<_>>(),
+        "delete": changes.delete,
+        "same": changes.same,
+    })
+}
+
+/// Branches done, on a terminal.
+fn bar(branches: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}")
+        .expect("the template is a constant");
+    let bar = match std::io::stderr().is_terminal() {
+        true => ProgressBar::new(branches as u64),
+        false => ProgressBar::hidden(),
+    };
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar.with_style(style)
 }
 
 /// Name and directory of every branch; main first, because others begin as a copy of it.

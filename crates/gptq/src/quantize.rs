@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::cli::{QuantizeArgs, RunArgs, warn};
 use crate::hub::{self, Need};
 use crate::progress::Progress;
-use crate::{plan, size, table};
+use crate::{log, plan, size, table};
 
 /// Finished branches.
 pub(crate) struct Produced {
@@ -51,6 +51,7 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs) -> Result<Produced> {
     let mut plan = Plan::new(recipe, &hub::fetch(recipe, Need::Weights, true)?)?;
     plan.command = Some(command(std::env::args_os().skip(1)));
     warn(&plan);
+    log::plan(&plan, &args.device.to_string());
     let mut progress = Progress::new(&plan, args.json);
     let options = RunOptions {
         profile: args.profile,
@@ -60,9 +61,11 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs) -> Result<Produced> {
         mut reports,
         profile,
     } = quantise(&plan, args.device, options, &mut |event| {
+        log::event(&plan, &event);
         progress.show(event)
     })?;
 
+    log::concerns(&reports);
     let evaluation = plan.evaluation.clone();
     let mut perplexities = Vec::new();
     if let Some((text, window)) = evaluation {

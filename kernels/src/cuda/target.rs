@@ -10,7 +10,7 @@ use super::{
     blas::{Element, Matrix, product},
     buffer::{self, Buffer},
     error::Error,
-    factor::{solve_right, unordered},
+    factor::{diagonal, solve_right, unordered},
     stream::on_stream,
 };
 use crate::Drift;
@@ -27,7 +27,7 @@ impl Target {
     ///
     /// # Errors
     ///
-    /// As [`factor`](super::factor::factor), or matrices that are not `[n, n]`.
+    /// As [`factor`](super::factor::factor()), or matrices that are not `[n, n]`.
     pub(crate) fn new(drift: Drift<Cuda>, n: usize, damping: f64) -> Result<Self, Error> {
         if drift.gram.dims() != [n, n] || drift.cross.dims() != [n, n] {
             return Err(Error::Shape {
@@ -40,9 +40,12 @@ impl Target {
             });
         }
         let gram = buffer::float("target", "gram", drift.gram, DType::F32)?;
+        let cross = buffer::float("target", "cross", drift.cross, DType::F32)?;
+        // A dense input that is not finite reaches the diagonal.
+        diagonal(&cross)?;
         Ok(Target {
             lower: unordered(&gram, damping)?,
-            cross: buffer::float("target", "cross", drift.cross, DType::F32)?,
+            cross,
             strength: drift.strength,
         })
     }

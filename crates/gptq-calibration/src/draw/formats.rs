@@ -195,7 +195,7 @@ fn a_bomb_is_refused_when_one_row_grows_too_long() {
         gzip.finish().unwrap();
         assert!(fs::metadata(&path).unwrap().len() < 1 << 20, "a small file");
         let error = refusal(&path);
-        assert!(error.contains(name) && error.contains("64 MiB"), "{error}");
+        assert!(error.contains(name) && error.contains("16 MiB"), "{error}");
     }
 }
 
@@ -222,6 +222,37 @@ fn a_parquet_file_with_a_lying_row_count_is_refused() {
 }
 
 #[test]
+fn an_arrow_file_whose_footer_lies_about_a_length_is_refused_before_memory_is_taken() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("lying.arrow");
+    let (_, bytes) = files().into_iter().find(|f| f.0 == "file.arrow").unwrap();
+    let tail = bytes.len() - 10;
+    let length = u32::from_le_bytes(bytes[tail..tail + 4].try_into().unwrap()) as usize;
+    let mut footer = bytes.clone();
+    footer[tail..tail + 4].copy_from_slice(&0x7fff_0000u32.to_le_bytes());
+    fs::write(&path, footer).unwrap();
+    let error = refusal(&path);
+    assert!(error.contains("footer of 2147418112 bytes"), "{error}");
+
+    // A batch's block: its offset, the length of its metadata, and of its body.
+    let body: Vec<usize> = (tail - length..tail - 8)
+        .filter(|&at| {
+            let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+            (8..bytes.len() as u64).contains(&long(at)) && long(at) % 8 == 0 && long(at) > 1000
+        })
+        .collect();
+    assert!(!body.is_empty(), "no block found");
+    let mut refused = 0;
+    for at in body {
+        let mut lying = bytes.clone();
+        lying[at..at + 8].copy_from_slice(&(1u64 << 40).to_le_bytes());
+        fs::write(&path, lying).unwrap();
+        refused += usize::from(refusal(&path).contains("outside the file"));
+    }
+    assert!(refused >= 2, "both blocks' bodies, or their offsets");
+}
+
+#[test]
 fn broken_and_unknown_files_are_refused_by_name() {
     let dir = TempDir::new().unwrap();
     for (name, text, words) in [
@@ -231,6 +262,7 @@ fn broken_and_unknown_files_are_refused_by_name() {
         ("d.json", "[1]", "neither an object nor a text"),
         ("e.jsonl", "{\"input\": \"a\"", "line 1"),
         ("f.csv", "a,b\n1\n", "f.csv"),
+        ("f2.csv", &",".repeat(5000), "5001 columns"),
         ("g.txt", "\u{fffd}", "its columns are text"),
         ("h.parquet", "PAR1", "h.parquet"),
         ("i.arrow", "ARROW1", "i.arrow"),

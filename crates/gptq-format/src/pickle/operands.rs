@@ -2,25 +2,31 @@
 
 use super::{MAX_NAME, Machine, Step};
 
+const TRUNCATED: &str = "its pickle ends in the middle; the file may be truncated";
+
 impl<'a> Machine<'a> {
     pub(super) fn bytes(&mut self, count: usize) -> Step<&'a [u8]> {
-        let (taken, rest) = self
-            .rest
-            .split_at_checked(count)
-            .ok_or("its pickle ends in the middle; the file may be truncated")?;
+        let (taken, rest) = self.rest.split_at_checked(count).ok_or(TRUNCATED)?;
         self.rest = rest;
         Ok(taken)
     }
 
+    pub(super) fn byte(&mut self) -> Step<u8> {
+        self.array().map(|[byte]| byte)
+    }
+
     pub(super) fn array<const N: usize>(&mut self) -> Step<[u8; N]> {
-        Ok(*self.bytes(N)?.first_chunk().expect("taken with length N"))
+        let (taken, rest) = self.rest.split_first_chunk().ok_or(TRUNCATED)?;
+        self.rest = rest;
+        Ok(*taken)
     }
 
     pub(super) fn line(&mut self) -> Step<&'a str> {
         let end = self.rest.iter().take(MAX_NAME).position(|&b| b == b'\n');
         let end = end.ok_or_else(|| format!("its pickle has a name over {MAX_NAME} bytes"))?;
-        let line = self.bytes(end + 1)?;
-        utf8(&line[..end])
+        let line = self.bytes(end)?;
+        self.bytes(1)?;
+        utf8(line)
     }
 
     /// A little-endian two's complement number of up to 8 bytes.
@@ -34,7 +40,9 @@ impl<'a> Machine<'a> {
             .last()
             .map_or(0, |b| if b & 0x80 == 0 { 0 } else { 0xff });
         let mut wide = [sign; 8];
-        wide[..bytes.len()].copy_from_slice(bytes);
+        for (wide, byte) in wide.iter_mut().zip(bytes) {
+            *wide = *byte;
+        }
         Ok(i64::from_le_bytes(wide))
     }
 }

@@ -137,6 +137,22 @@ fn refusal(bytes: &[u8]) -> String {
 }
 
 #[test]
+fn a_view_that_repeats_its_elements_without_end_is_refused() {
+    for (shape, taken) in [
+        (vec![6, 1 << 20], true),
+        (vec![1 << 15, 1 << 15], false),
+        (vec![i32::MAX, i32::MAX], false),
+    ] {
+        let strides = vec![0; shape.len()];
+        let file = zip(&entries_of(&pickle(0, &shape, &strides)), false);
+        match taken {
+            true => assert_eq!(read(&file).unwrap().len(), 1),
+            false => assert!(refusal(&file).contains("repeats the elements"), "{shape:?}"),
+        }
+    }
+}
+
+#[test]
 fn tensors_are_views_of_the_mapped_file() {
     for zip64 in [false, true] {
         let bytes = zip(&whole(), zip64);

@@ -1,0 +1,187 @@
+//! Hidden states beyond f16's range, in which they are kept between stages: refused by name, or brought
+//! back to its largest number where the recipe allows it (`[numerics] overflow = "clamp"`).
+//!
+//! Looking for them costs nothing: whatever is not finite makes the next Gram matrix's diagonal not
+//! finite, which a solve looks at anyway. Only then is it searched for.
+
+use burn::tensor::Tensor;
+use gptq_kernels::{Engine, NotFinite};
+use gptq_model::{Flow, Stage};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// Values of a stage's hidden states that were brought back into f16's range.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clamped {
+    /// Block index.
+    pub layer: usize,
+    /// The linears whose outputs they follow: "qkv", "o", "gate_up", "down", or "block".
+    pub after: String,
+    /// How many.
+    pub values: usize,
+}
+
+/// Hidden states that are not finite, first of them in the order of the windows.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub struct Overflow {
+    /// "residual" or "activation".
+    pub tensor: &'static str,
+    /// Window of the calibration data.
+    pub window: usize,
+    /// Token in it.
+    pub token: usize,
+    /// Feature.
+    pub feature: usize,
+    /// How many values there are, over all windows.
+    pub count: usize,
+    /// Whether a NaN is among them.
+    pub nan: bool,
+}
+
+impl std::fmt::Display for Overflow {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let what = match self.nan {
+            true => "not finite, NaN among them",
+            false => "beyond f16's range of 65504",
+        };
+        write!(
+            f,
+            "the {} before it has {} values {what}, first window {}, token {}, feature {}",
+            self.tensor, self.count, self.window, self.token, self.feature
+        )?;
+        match self.nan {
+            true => write!(f, "; check the checkpoint's weights"),
+            false => write!(
+                f,
+                "; [numerics] overflow = \"clamp\" goes on with 65504 instead"
+            ),
+        }
+    }
+}
+
+/// As [`Clamped::after`] says it.
+pub(crate) fn after(stages: &[Stage]) -> &'static str {
+    match stages {
+        [Stage::Qkv] => "qkv",
+        [Stage::AttentionOut] => "o",
+        [Stage::GateUp] => "gate_up",
+        [Stage::Down] => "down",
+        _ => "block",
+    }
+}
+
+/// Brings a flow's states into f16's range; how many values were outside.
+pub(crate) fn clamp<B: Engine>(flow: Flow<B>) -> (Flow<B>, usize) {
+    let (residual, mut count) = B::clamp_to_f16(flow.residual);
+    let activation = flow.activation.map(|states| {
+        let (states, more) = B::clamp_to_f16(states);
+        count += more;
+        states
+    });
+    let flow = Flow {
+        windows: flow.windows,
+        residual,
+        activation,
+    };
+    (flow, count)
+}
+
+/// What is not finite in the flows, in their order.
+pub(crate) fn search<B: Engine>(flows: impl Iterator<Item = Flow<B>>) -> Option<Overflow> {
+    let mut found: Option<Overflow> = None;
+    let mut windows = 0;
+    for flow in flows {
+        let parts = [
+            ("activation", flow.activation.as_ref()),
+            ("residual", Some(&flow.residual)),
+        ];
+        for (tensor, states) in parts {
+            let Some((states, bad)) = states.and_then(|s| Some((s, B::not_finite(s.clone())?)))
+            else {
+                continue;
+            };
+            let place = place(states, bad, flow.windows);
+            let found = found.get_or_insert(Overflow {
+                tensor,
+                window: windows + place[0],
+                token: place[1],
+                feature: bad.column,
+                count: 0,
+                nan: false,
+            });
+            if found.tensor == tensor {
+                found.count += bad.count;
+                found.nan |= bad.nan;
+            }
+        }
+        windows += flow.windows;
+    }
+    found
+}
+
+/// Window and token of a row.
+fn place<B: Engine>(states: &Tensor<B, 2>, bad: NotFinite, windows: usize) -> [usize; 2] {
+    let seq_len = (states.dims()[0] / windows.max(1)).max(1);
+    [bad.row / seq_len, bad.row % seq_len]
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{DType, TensorData};
+    use gptq_kernels::Cpu;
+
+    use super::*;
+
+    /// Two windows of two tokens of two features.
+    fn flow(residual: [f32; 8], activation: Option<[f32; 8]>) -> Flow<Cpu> {
+        let tensor = |values: [f32; 8]| {
+            let data = TensorData::new(values.to_vec(), [4, 2]);
+            Tensor::from_data(data, (&Default::default(), DType::F32))
+        };
+        Flow {
+            windows: 2,
+            residual: tensor(residual),
+            activation: activation.map(tensor),
+        }
+    }
+
+    #[test]
+    fn the_first_is_named_by_window_token_and_feature() {
+        let fine = [1.0; 8];
+        let mut bad = fine;
+        bad[5] = f32::INFINITY;
+        bad[7] = f32::INFINITY;
+        let flows = || [flow(fine, None), flow(bad, None), flow(bad, None)].into_iter();
+        let found = search(flows()).unwrap();
+        let expected = Overflow {
+            tensor: "residual",
+            window: 3,
+            token: 0,
+            feature: 1,
+            count: 4,
+            nan: false,
+        };
+        assert_eq!(found, expected);
+        assert!(found.to_string().contains("overflow = \"clamp\""));
+        assert_eq!(search([flow(fine, Some(fine))].into_iter()), None);
+
+        let mut nan = fine;
+        nan[0] = f32::NAN;
+        let found = search([flow(fine, Some(nan))].into_iter()).unwrap();
+        assert_eq!(
+            (found.tensor, found.count, found.nan),
+            ("activation", 1, true)
+        );
+        assert!(found.to_string().contains("NaN"), "{found}");
+    }
+
+    #[test]
+    fn both_parts_are_clamped_and_counted() {
+        let mut large = [1.0; 8];
+        large[2] = 1e6;
+        large[3] = -1e6;
+        let (clamped, count) = clamp(flow(large, Some(large)));
+        assert_eq!(count, 4);
+        assert_eq!(search([clamped.cast(DType::F16)].into_iter()), None);
+    }
+}

@@ -1,0 +1,256 @@
+//! What a run says for later: `--log-file FILE`, and `RUST_LOG` as everywhere in Rust.
+//!
+//! Without either, nothing is logged: warnings are printed anyway. `RUST_LOG` alone logs to standard
+//! error; with `--log-file` the log goes to the file, at `info` for this program and `warn` for
+//! libraries where `RUST_LOG` does not say otherwise. The Hub's token is never in it: it is taken out of
+//! every line, whichever library wrote it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Result, anyhow};
+use gptq_calibration::Manifest;
+use gptq_pipeline::{BranchReport, Event, LinearReport, Plan};
+use tracing::{info, warn};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+/// What is logged to a file where `RUST_LOG` is not set.
+const DEFAULT: &str = "warn,gptq=info";
+
+/// Written where a secret was.
+const HIDDEN: &str = "[secret]";
+
+/// Starts logging. `secrets` are taken out of every line.
+///
+/// # Errors
+/// A log file that cannot be written, or a `RUST_LOG` that does not parse.
+pub(crate) fn start(
+    file: Option<&Path>,
+    rust_log: Option<String>,
+    secrets: Vec<String>,
+) -> Result<()> {
+    if file.is_none() && rust_log.is_none() {
+        return Ok(());
+    }
+    let filter = EnvFilter::try_new(rust_log.as_deref().unwrap_or(DEFAULT))
+        .map_err(|e| anyhow!("RUST_LOG: {e}"))?;
+    let sink = match file {
+        Some(path) => Sink::File(
+            OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .map_err(|e| anyhow!("--log-file {}: {e}", path.display()))?,
+        ),
+        None => Sink::StandardError,
+    };
+    // A second call has nothing to add.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .with_writer(Log(Arc::new(Mutex::new(Inner {
+            sink,
+            secrets: secrets.into_iter().filter(|s| !s.is_empty()).collect(),
+        }))))
+        .try_init();
+    Ok(())
+}
+
+/// Prints a warning where a person sees it, and logs it.
+pub(crate) fn warning(text: &str) {
+    eprintln!("gptq: warning: {text}");
+    warn!("{text}");
+}
+
+/// What a run is going to do.
+pub(crate) fn plan(plan: &Plan, device: &str) {
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        model = plan.model_name,
+        device,
+        command = plan.command.as_deref().unwrap_or_default(),
+        propagation = ?plan.propagation,
+        "run"
+    );
+    for branch in &plan.branches {
+        info!(
+            branch = branch.name,
+            bits = %branch.bits,
+            group_size = %branch.group_size,
+            desc_act = branch.desc_act,
+            static_groups = branch.static_groups,
+            sym = branch.sym,
+            true_sequential = branch.true_sequential,
+            damp_percent = branch.damp_percent,
+            preset = ?branch.preset,
+            "branch"
+        );
+    }
+    info!(recipe = plan.recipe, "recipe");
+}
+
+/// What happened in a run.
+pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
+    match event {
+        Event::Started { tokens, .. } => info!(tokens, "calibrating"),
+        Event::Linear { branch, report } => {
+            let branch = &plan.branches[*branch];
+            linear(&branch.name, branch.damp_percent, report);
+        }
+        Event::Finished { report, .. } => branch(report),
+    }
+}
+
+/// What a person should know about finished branches, in a line each.
+pub(crate) fn concerns(reports: &[BranchReport]) {
+    for report in reports {
+        let worse = report.linears.iter().filter(|l| l.is_worse_than_rtn());
+        if let Some(worst) = worse.clone().max_by(|a, b| a.ratio.total_cmp(&b.ratio)) {
+            warning(&format!(
+                "{}: {} of {} linears are worse than round-to-nearest, {} most (ratio {:.3}); use more \
+                 calibration tokens, or text more like what the model is for",
+                report.branch,
+                worse.count(),
+                report.linears.len(),
+                worst.name,
+                worst.ratio
+            ));
+        }
+        if let Some(first) = report.clamped.first() {
+            let values: usize = report.clamped.iter().map(|c| c.values).sum();
+            warning(&format!(
+                "{}: {values} values of hidden states were beyond f16's range and clamped, first after \
+                 {} of block {}",
+                report.branch, first.after, first.layer
+            ));
+        }
+    }
+}
+
+/// A linear that was quantised; what is unusual about it is a warning.
+fn linear(branch: &str, asked: f64, report: &LinearReport) {
+    let name = &report.name;
+    info!(
+        branch,
+        layer = report.layer,
+        name,
+        bits = %report.bits,
+        group_size = %report.group_size,
+        relative_error = report.relative_error,
+        rtn_error = report.rtn_error,
+        ratio = report.ratio,
+        damping = report.damp_percent,
+        dead_columns = report.dead_columns,
+        seconds = report.seconds,
+        "linear"
+    );
+    if report.damp_percent > asked {
+        let used = report.damp_percent;
+        warn!(
+            branch,
+            name, asked, used, "damping raised: the factorisation failed below it"
+        );
+    }
+    if report.dead_columns > 0 {
+        let dead_columns = report.dead_columns;
+        warn!(
+            branch,
+            name, dead_columns, "inputs that were always zero; their weights are zero"
+        );
+    }
+    if report.is_worse_than_rtn() {
+        let (error, rtn) = (report.relative_error, report.rtn_error);
+        warn!(branch, name, error, rtn, "worse than round-to-nearest");
+    }
+}
+
+/// A branch that is in place.
+fn branch(report: &BranchReport) {
+    calibration(&report.calibration);
+    let numbers = report.summary();
+    info!(
+        branch = report.branch,
+        device = report.device,
+        bytes = report.bytes,
+        seconds = report.seconds,
+        mean_error = numbers.mean_error,
+        worst_error = numbers.worst_error,
+        mean_ratio = numbers.mean_ratio,
+        "written"
+    );
+    for phase in &report.phases {
+        info!(phase = phase.phase, seconds = phase.seconds, "time");
+    }
+}
+
+fn calibration(manifest: &Manifest) {
+    match serde_json::to_string(manifest) {
+        Ok(manifest) => info!(manifest, "calibration"),
+        Err(error) => warn!(%error, "the calibration manifest cannot be written"),
+    }
+}
+
+/// Where lines go.
+enum Sink {
+    File(File),
+    StandardError,
+}
+
+struct Inner {
+    sink: Sink,
+    secrets: Vec<String>,
+}
+
+/// Takes a whole line at a time, as `tracing_subscriber::fmt` writes them.
+#[derive(Clone)]
+struct Log(Arc<Mutex<Inner>>);
+
+impl<'a> MakeWriter<'a> for Log {
+    type Writer = Log;
+
+    fn make_writer(&'a self) -> Log {
+        self.clone()
+    }
+}
+
+impl Write for Log {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let clean = hide(&String::from_utf8_lossy(line), &inner.secrets);
+        match &mut inner.sink {
+            Sink::File(file) => file.write_all(clean.as_bytes())?,
+            Sink::StandardError => io::stderr().write_all(clean.as_bytes())?,
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn hide(line: &str, secrets: &[String]) -> String {
+    secrets
+        .iter()
+        .fold(line.to_owned(), |line, secret| line.replace(secret, HIDDEN))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_is_hidden_wherever_it_stands() {
+        let secrets = ["hf_abc".to_owned(), "other".to_owned()];
+        assert_eq!(
+            hide(
+                "Authorization: Bearer hf_abc\\n{\"t\":\"hf_abc\"} other",
+                &secrets
+            ),
+            "Authorization: Bearer [secret]\\n{\"t\":\"[secret]\"} [secret]"
+        );
+    }
+}

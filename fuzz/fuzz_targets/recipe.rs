@@ -1,0 +1,27 @@
+//! Any text as a recipe, planned against a small model's shapes.
+#![no_main]
+
+use std::path::Path;
+
+use gptq_fuzz::{Plan, Recipe, small_model};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    let Ok(recipe) = Recipe::parse(Path::new("recipe.toml"), text.to_owned()) else {
+        return;
+    };
+    let config = small_model();
+    if let Ok(plan) = Plan::for_config(&recipe, config.clone()) {
+        assert!(plan.tokens() > 0);
+        for branch in &plan.branches {
+            assert!(branch.bytes(&config) > 0);
+            assert!(!branch.clients(&config).is_empty());
+            let written = branch.quantize_config(&plan.model_name);
+            for (module, _, own) in branch.quantised_modules(&config) {
+                // What readers are told of a module is what the solver does to it.
+                let told = written.module(&module).expect("the pattern is ours");
+                assert_eq!(told, Some((own.bits, own.group_size)), "{module}");
+            }
+        }
+    }
+});

@@ -1,0 +1,6 @@
+//! Any bytes as an Arrow file of calibration rows, in the stream or the file form.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|file: &[u8]| gptq_fuzz::rows("rows.arrow", file));

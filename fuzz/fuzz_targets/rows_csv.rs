@@ -1,0 +1,6 @@
+//! Any bytes as a CSV file of calibration rows.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|file: &[u8]| gptq_fuzz::rows("rows.csv", file));

@@ -1,0 +1,114 @@
+//! Values that f16 cannot hold: found, counted, and brought back into its range. From Burn's own
+//! operations, so on any backend.
+
+use burn::tensor::{DType, Tensor};
+
+use crate::Engine;
+
+/// The largest f16.
+const LARGEST: f64 = 65504.0;
+
+/// Values of a matrix that are not finite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotFinite {
+    /// Row of the first, row-major.
+    pub row: usize,
+    /// Its column.
+    pub column: usize,
+    /// How many there are.
+    pub count: usize,
+    /// Whether one of them is a NaN: an infinity may have been too large a number, a NaN never was one.
+    pub nan: bool,
+}
+
+/// `x` with every number beyond f16's range, infinities included, replaced by the nearest that f16
+/// holds, and how many those were. NaN stays what it is.
+pub(crate) fn clamp<B: Engine>(x: Tensor<B, 2>) -> (Tensor<B, 2>, usize) {
+    let over = x.clone().abs().greater_elem(LARGEST);
+    let count = over.clone().int().sum().into_data();
+    let count = count.iter::<i64>().next().unwrap_or(0) as usize;
+    match count {
+        0 => (x, 0),
+        _ => {
+            let bound = x.clone().sign().mul_scalar(LARGEST);
+            (x.mask_where(over, bound), count)
+        }
+    }
+}
+
+/// What of `x` is not finite. Brings it to the host.
+pub(crate) fn not_finite<B: Engine>(x: Tensor<B, 2>) -> Option<NotFinite> {
+    let [_, columns] = x.dims();
+    let values = x.cast(DType::F32).into_data();
+    let bad = values
+        .iter::<f32>()
+        .enumerate()
+        .filter(|(_, v)| !v.is_finite());
+    bad.fold(None, |found, (at, value)| {
+        let mut found = found.unwrap_or(NotFinite {
+            row: at / columns,
+            column: at % columns,
+            count: 0,
+            nan: false,
+        });
+        found.count += 1;
+        found.nan |= value.is_nan();
+        Some(found)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::TensorData;
+
+    use super::*;
+    use crate::Cpu;
+
+    fn tensor(values: &[f32], dtype: DType) -> Tensor<Cpu, 2> {
+        let data = TensorData::new(values.to_vec(), [2, values.len() / 2]);
+        let tensor: Tensor<Cpu, 2> = Tensor::from_data(data, (&Default::default(), DType::F32));
+        tensor.cast(dtype)
+    }
+
+    #[test]
+    fn what_f16_cannot_hold_is_clamped_and_counted_and_nan_stays() {
+        for dtype in [DType::F32, DType::F16] {
+            let values = [
+                1.0,
+                -7e4,
+                f32::INFINITY,
+                f32::NAN,
+                65504.0,
+                f32::NEG_INFINITY,
+            ];
+            let (clamped, count) = Cpu::clamp_to_f16(tensor(&values, dtype));
+            assert_eq!(count, 3, "{dtype:?}");
+            let found: Vec<f32> = clamped.into_data().iter::<f32>().collect();
+            assert_eq!(found[..3], [1.0, -65504.0, 65504.0]);
+            assert!(found[3].is_nan());
+            assert_eq!(found[4..], [65504.0, -65504.0]);
+        }
+        let (same, count) = Cpu::clamp_to_f16(tensor(&[0.0, -3.5], DType::F32));
+        assert_eq!(count, 0);
+        assert_eq!(
+            same.into_data().iter::<f32>().collect::<Vec<_>>(),
+            [0.0, -3.5]
+        );
+    }
+
+    #[test]
+    fn the_first_value_that_is_not_finite_is_named_and_all_are_counted() {
+        let values = [1.0, 2.0, 3.0, 4.0, f32::INFINITY, f32::NAN];
+        let found = Cpu::not_finite(tensor(&values, DType::F16));
+        let expected = NotFinite {
+            row: 1,
+            column: 1,
+            count: 2,
+            nan: true,
+        };
+        assert_eq!(found, Some(expected));
+        assert_eq!(Cpu::not_finite(tensor(&values[..4], DType::F32)), None);
+        let found = Cpu::not_finite(tensor(&[0.0, f32::INFINITY], DType::F32)).unwrap();
+        assert!(!found.nan);
+    }
+}

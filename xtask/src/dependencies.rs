@@ -1,0 +1,156 @@
+//! Licences and sources of every dependency, as `.cargo/deny.toml` allows them. cargo-deny reads the same
+//! file and does more; this needs nothing but cargo.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+
+/// What dependencies may be.
+struct Policy {
+    licences: BTreeSet<String>,
+    registries: BTreeSet<String>,
+}
+
+/// One line for each dependency that may not be.
+pub(crate) fn complaints(root: &Path) -> anyhow::Result<Vec<String>> {
+    let policy = Policy::read(&root.join(".cargo/deny.toml"))?;
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args(["metadata", "--format-version", "1", "--locked"])
+        .args(["--filter-platform", "x86_64-unknown-linux-gnu"])
+        .current_dir(root)
+        .output()?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "cargo metadata: {errors}");
+    let metadata: Value = serde_json::from_slice(&output.stdout)?;
+    let nodes = metadata["resolve"]["nodes"].as_array();
+    let used: BTreeSet<&str> = (nodes.context("no nodes")?.iter())
+        .filter_map(|node| node["id"].as_str())
+        .collect();
+    let packages = metadata["packages"].as_array().context("no packages")?;
+    let used = packages
+        .iter()
+        .filter(|package| package["id"].as_str().is_some_and(|id| used.contains(id)));
+    Ok(used
+        .filter_map(|package| policy.complaint(package))
+        .collect())
+}
+
+impl Policy {
+    fn read(path: &Path) -> anyhow::Result<Policy> {
+        let deny: toml::Value = toml::from_str(&fs::read_to_string(path)?)?;
+        let list = |table: &str, key: &str| {
+            let list = deny[table][key].as_array();
+            let list = list.with_context(|| format!("{table}.{key} is no list"))?;
+            let texts = list.iter().filter_map(|text| text.as_str());
+            anyhow::Ok(texts.map(str::to_owned).collect())
+        };
+        Ok(Policy {
+            licences: list("licenses", "allow")?,
+            registries: list("sources", "allow-registry")?,
+        })
+    }
+
+    fn complaint(&self, package: &Value) -> Option<String> {
+        let name = package["name"].as_str().unwrap_or_default();
+        // Without a source it is our own.
+        let source = package["source"].as_str()?;
+        let known = source
+            .strip_prefix("registry+")
+            .is_some_and(|url| self.registries.contains(url));
+        if !known {
+            return Some(format!("{name}: comes from {source}"));
+        }
+        let licence = package["license"].as_str().unwrap_or_default();
+        (!self.permits(licence)).then(|| format!("{name}: its licence is {licence:?}"))
+    }
+
+    /// Whether an SPDX expression can be met: one side of every OR, both of every AND. Older manifests
+    /// write OR as a slash.
+    fn permits(&self, expression: &str) -> bool {
+        let spaced = expression
+            .replace('/', " OR ")
+            .replace('(', " ( ")
+            .replace(')', " ) ");
+        let mut words = spaced.split_whitespace().peekable();
+        self.either(&mut words) && words.next().is_none()
+    }
+
+    fn either<'a>(&self, words: &mut Words<impl Iterator<Item = &'a str>>) -> bool {
+        let mut met = self.both(words);
+        while words.next_if_eq(&"OR").is_some() {
+            met |= self.both(words);
+        }
+        met
+    }
+
+    fn both<'a>(&self, words: &mut Words<impl Iterator<Item = &'a str>>) -> bool {
+        let mut met = self.one(words);
+        while words.next_if_eq(&"AND").is_some() {
+            met &= self.one(words);
+        }
+        met
+    }
+
+    fn one<'a>(&self, words: &mut Words<impl Iterator<Item = &'a str>>) -> bool {
+        match words.next() {
+            Some("(") => self.either(words) & words.next_if_eq(&")").is_some(),
+            Some(name) => match words.next_if_eq(&"WITH").and_then(|_| words.next()) {
+                Some(exception) => self.licences.contains(&format!("{name} WITH {exception}")),
+                None => self.licences.contains(name),
+            },
+            None => false,
+        }
+    }
+}
+
+/// The words of an expression.
+type Words<I> = std::iter::Peekable<I>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn policy() -> Policy {
+        Policy {
+            licences: ["MIT", "ISC", "Apache-2.0 WITH LLVM-exception"]
+                .map(String::from)
+                .into(),
+            registries: ["https://crates".to_owned()].into(),
+        }
+    }
+
+    #[test]
+    fn an_expression_is_met_by_one_side_of_or_and_both_of_and() {
+        for (expression, met) in [
+            ("MIT", true),
+            ("GPL-3.0", false),
+            ("GPL-3.0 OR MIT", true),
+            ("GPL-3.0/MIT", true),
+            ("GPL-3.0 AND MIT", false),
+            ("(GPL-3.0 OR MIT) AND ISC", true),
+            ("ISC AND (GPL-3.0 OR Zlib)", false),
+            ("Apache-2.0 WITH LLVM-exception", true),
+            ("Apache-2.0", false),
+            ("MIT MIT", false),
+            ("(MIT", false),
+            ("", false),
+        ] {
+            assert_eq!(policy().permits(expression), met, "{expression}");
+        }
+    }
+
+    #[test]
+    fn a_dependency_from_elsewhere_or_under_another_licence_is_complained_about() {
+        let package = |source: &str, license: &str| serde_json::json!({"name": "x", "source": source, "license": license});
+        let complain = |p| policy().complaint(&p);
+        assert_eq!(complain(package("registry+https://crates", "MIT")), None);
+        assert!(complain(package("git+https://crates", "MIT")).is_some());
+        assert!(complain(package("registry+https://crates", "GPL-3.0")).is_some());
+        assert!(complain(serde_json::json!({"name": "own", "source": null})).is_none());
+    }
+}
