@@ -14,4 +14,5 @@ mod matrix;
 mod publish;
 mod report;
 mod requantize;
+mod resume;
 mod verify;

@@ -6,26 +6,34 @@
 
 mod branch_plan;
 mod branch_writer;
+mod disk_space;
 mod error;
+mod fingerprint;
 mod inputs;
+mod journal;
 mod memory;
 mod overrides;
 mod pattern;
 mod plan;
 mod profile;
+mod quantise;
 mod recipe;
 mod report;
+mod resume;
 mod run;
+mod scratch;
 mod stream;
 mod write_behind;
 
 pub use branch_plan::BranchPlan;
 pub use error::PipelineError;
+pub use fingerprint::Fingerprint;
 pub use inputs::{Fetched, InputSource};
 pub use memory::Memory;
 pub use overrides::{RecipeOverrides, RenderingOverride};
 pub use plan::{Plan, Preset, Propagation, parse_size};
 pub use profile::{Phase, Profile};
+pub use quantise::{Event, Outcome, RunOptions, quantise};
 pub use recipe::{Recipe, RecipeError};
 pub use report::{BranchReport, LinearReport, Perplexity, PhaseSeconds, Summary};
-pub use run::{Event, Outcome, RunOptions, quantise};
+pub use resume::unfinished;

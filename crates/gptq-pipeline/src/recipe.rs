@@ -10,7 +10,7 @@ use serde::Deserialize;
 use thiserror::Error;
 use toml::Spanned;
 
-use crate::Preset;
+use crate::{Preset, RecipeOverrides};
 
 /// A recipe and the text it came from.
 #[derive(Clone, Debug)]
@@ -18,6 +18,8 @@ pub struct Recipe {
     pub(crate) path: PathBuf,
     pub(crate) text: String,
     pub(crate) file: RecipeFile,
+    /// What the command line changed.
+    pub(crate) overrides: RecipeOverrides,
 }
 
 /// What is wrong with a recipe, where, and what would be valid.
@@ -215,6 +217,7 @@ impl Recipe {
                 path: path.into(),
                 text,
                 file,
+                overrides: RecipeOverrides::default(),
             }),
             Err(error) => {
                 let at = error.span().map_or(0, |span| span.start);

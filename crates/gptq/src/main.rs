@@ -1,6 +1,7 @@
 //! `gptq`: produce a matrix of GPTQ branches from one config file, and verify what was written.
 //!
-//! Exit status: 0 when everything asked for held, 1 when something did not, 2 for a wrong command line.
+//! Exit status: 0 when everything asked for held, 1 when something did not, 2 for a wrong command line,
+//! 130 and 143 when SIGINT or SIGTERM stopped it.
 
 mod calibration;
 mod card;
@@ -15,6 +16,7 @@ mod publish;
 mod quantize;
 mod report;
 mod requantize;
+mod signals;
 mod size;
 mod table;
 mod verify;
@@ -25,6 +27,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::cli::{Cli, Command};
+use crate::signals::Signals;
 
 /// `gptq` below the user's cache directory, as the XDG specification has it.
 fn cache_directory() -> Option<PathBuf> {
@@ -40,10 +43,18 @@ fn main() -> ExitCode {
     if let Some(directory) = cache_directory() {
         gptq_kernels::keep_kernels(&directory.join("kernels"));
     }
-    let result = match Cli::parse().command {
-        Command::Quantize(args) => quantize::run(args),
+    let command = Cli::parse().command;
+    let signals = match Signals::install() {
+        Ok(signals) => signals,
+        Err(error) => {
+            eprintln!("gptq: signals cannot be taken over: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = match command {
+        Command::Quantize(args) => quantize::run(args, &signals),
         Command::Plan(args) => plan::run(args),
-        Command::Requantize(args) => requantize::run(args),
+        Command::Requantize(args) => requantize::run(args, &signals),
         Command::Calibration(args) => calibration::run(args),
         Command::Publish(args) => publish::run(args),
         Command::Verify(args) => verify::run(args),
@@ -58,7 +69,7 @@ fn main() -> ExitCode {
         Err(error) => {
             // One line: a library's message names the thing and the remedy, and holds its source's.
             eprintln!("gptq: {error}");
-            ExitCode::FAILURE
+            signals.status().map_or(ExitCode::FAILURE, ExitCode::from)
         }
     }
 }
