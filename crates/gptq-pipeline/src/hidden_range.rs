@@ -87,10 +87,13 @@ pub(crate) fn clamp<B: Engine>(flow: Flow<B>) -> (Flow<B>, usize) {
 }
 
 /// What is not finite in the flows, in their order.
-pub(crate) fn search<B: Engine>(flows: impl Iterator<Item = Flow<B>>) -> Option<Overflow> {
+pub(crate) fn search<B: Engine, E>(
+    flows: impl Iterator<Item = Result<Flow<B>, E>>,
+) -> Result<Option<Overflow>, E> {
     let mut found: Option<Overflow> = None;
     let mut windows = 0;
     for flow in flows {
+        let flow = flow?;
         let parts = [
             ("activation", flow.activation.as_ref()),
             ("residual", Some(&flow.residual)),
@@ -116,7 +119,7 @@ pub(crate) fn search<B: Engine>(flows: impl Iterator<Item = Flow<B>>) -> Option<
         }
         windows += flow.windows;
     }
-    found
+    Ok(found)
 }
 
 /// Window and token of a row.
@@ -151,8 +154,11 @@ mod tests {
         let mut bad = fine;
         bad[5] = f32::INFINITY;
         bad[7] = f32::INFINITY;
-        let flows = || [flow(fine, None), flow(bad, None), flow(bad, None)].into_iter();
-        let found = search(flows()).unwrap();
+        let flows = [flow(fine, None), flow(bad, None), flow(bad, None)];
+        let search = |flows: &[Flow<Cpu>]| {
+            search(flows.iter().cloned().map(Ok::<_, std::convert::Infallible>)).unwrap()
+        };
+        let found = search(&flows).unwrap();
         let expected = Overflow {
             tensor: "residual",
             window: 3,
@@ -163,11 +169,11 @@ mod tests {
         };
         assert_eq!(found, expected);
         assert!(found.to_string().contains("overflow = \"clamp\""));
-        assert_eq!(search([flow(fine, Some(fine))].into_iter()), None);
+        assert_eq!(search(&[flow(fine, Some(fine))]), None);
 
         let mut nan = fine;
         nan[0] = f32::NAN;
-        let found = search([flow(fine, Some(nan))].into_iter()).unwrap();
+        let found = search(&[flow(fine, Some(nan))]).unwrap();
         assert_eq!(
             (found.tensor, found.count, found.nan),
             ("activation", 1, true)
@@ -182,6 +188,7 @@ mod tests {
         large[3] = -1e6;
         let (clamped, count) = clamp(flow(large, Some(large)));
         assert_eq!(count, 4);
-        assert_eq!(search([clamped.cast(DType::F16)].into_iter()), None);
+        let found = search([Ok::<_, ()>(clamped.cast(DType::F16))].into_iter());
+        assert_eq!(found, Ok(None));
     }
 }

@@ -1,19 +1,18 @@
 //! What a branch says about itself: `report.json`, and `report.csv` with a row per linear.
 
 use std::fmt::Write;
-use std::fs;
 use std::path::Path;
 
 use gptq_calibration::Manifest;
 use gptq_format::{
-    Bits, FormatError, GroupSize, LinearDigests, QuantizeConfig, read_json, write_json,
+    Bits, FormatError, GroupSize, LinearDigests, QuantizeConfig, read_json, write_file, write_json,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{Clamped, Method, Preset};
+use crate::{Clamped, Fingerprint, Method, Preset};
 
 /// Its name in a branch directory.
-const FILE: &str = "report.json";
+pub(crate) const FILE: &str = "report.json";
 
 /// One linear's numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -106,6 +105,9 @@ pub struct BranchReport {
     /// The whole run until this branch was put in place, all its branches included, by phase.
     #[serde(default)]
     pub phases: Vec<PhaseSeconds>,
+    /// What its bytes depend on; older reports have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Fingerprint>,
     /// The recipe as typed.
     pub recipe: String,
     /// The command line, absolute paths shortened to their last component.
@@ -160,18 +162,13 @@ impl BranchReport {
         perplexity: Perplexity,
     ) -> Result<(), FormatError> {
         self.perplexity = Some(perplexity);
-        let (partial, path) = (dir.join("report.json.partial"), dir.join(FILE));
-        write_json(&partial, self)?;
-        fs::rename(&partial, &path).map_err(FormatError::io(&path))
+        write_json(&dir.join(FILE), self)
     }
 
     /// Writes `report.json` and `report.csv` into `dir`.
     pub(crate) fn write(&self, dir: &Path) -> Result<(), FormatError> {
         write_json(&dir.join(FILE), self)?;
-        let path = dir.join("report.csv");
-        fs::write(&path, self.csv())
-            .and_then(|()| fs::File::open(&path)?.sync_all())
-            .map_err(FormatError::io(&path))
+        write_file(&dir.join("report.csv"), self.csv().as_bytes())
     }
 
     fn csv(&self) -> String {

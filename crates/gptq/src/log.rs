@@ -101,6 +101,8 @@ pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
             linear(&branch.name, branch.damp_percent, report);
         }
         Event::Finished { report, .. } => branch(report),
+        Event::Kept { report, .. } => info!(branch = report.branch, "finished by an earlier run"),
+        Event::Resumed { layers } => info!(layers, "going on with an earlier run"),
     }
 }
 
