@@ -12,6 +12,7 @@ mod inputs;
 mod inspect;
 mod logs;
 mod matrix;
+mod methods;
 mod numerics;
 mod publish;
 mod report;
