@@ -105,6 +105,14 @@ pub enum FormatError {
     )]
     Occupied { dir: PathBuf },
     #[error(
+        "{}: {holder} is writing here; wait for it, or choose another output directory", dir.display()
+    )]
+    Locked { dir: PathBuf, holder: String },
+    #[error("{}: not a regular file; gptq does not write through links: remove it", path.display())]
+    NotAFile { path: PathBuf },
+    #[error("{}: no space left on the disk; make room, then run the same command again", path.display())]
+    DiskFull { path: PathBuf },
+    #[error(
         "tensor {name} was not in the writer's plan, or was written twice, or has a wrong length"
     )]
     UnplannedWrite { name: String },
@@ -116,6 +124,11 @@ impl FormatError {
     /// Wraps an I/O error with the path it happened on.
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> FormatError {
         let path = path.into();
-        move |source| FormatError::Io { path, source }
+        move |source| match source.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                FormatError::DiskFull { path }
+            }
+            _ => FormatError::Io { path, source },
+        }
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! Reading order: [`Bits`] and [`GroupSize`] name the settings; [`QuantizedLinear`] and
 //! [`PackedLinear`] are one linear before and after packing; [`QuantizeConfig`] describes a branch;
-//! [`Checkpoint`] reads; [`StagedDir`] and [`ShardedWriter`] write; [`client_support`] says who can load the
+//! [`Checkpoint`] reads; [`StagedDir`] and [`ShardedWriter`] write, one run at a time
+//! ([`OutputLock`]); [`client_support`] says who can load the
 //! result, and [`Inspection`] what a checkpoint is.
 
 #![deny(unsafe_code)]
@@ -23,6 +24,7 @@ mod clients;
 mod digests;
 mod error;
 mod inspect;
+mod output_lock;
 mod pack;
 mod pickle;
 mod quantize_config;
@@ -33,6 +35,7 @@ mod staged_dir;
 mod tensor_view;
 mod torch_file;
 mod weight_files;
+mod write_file;
 mod writer;
 
 pub use bits::{Bits, GroupSize};
@@ -43,10 +46,12 @@ pub use error::FormatError;
 pub use inspect::{
     ClientInfo, FileInfo, Inspection, LinearInfo, SharedSettings, TensorInfo, files,
 };
+pub use output_lock::OutputLock;
 pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
 pub use quantize_config::{CheckpointFormat, Dynamic, QuantizeConfig};
 pub use quantized::{PackedLinear, QuantizedLinear};
 pub use side_files::{SIDE_FILES, copy_side_files, read_json, write_json};
 pub use staged_dir::StagedDir;
 pub use tensor_view::TensorView;
+pub use write_file::write_file;
 pub use writer::{LittleEndian, ShardedWriter, TensorSpec, le_bytes};

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::FormatError;
+use crate::{FormatError, write_file};
 
 /// What a tokenizer or a generation setting may be spread over. `config.json` is not among them: it
 /// gains `quantization_config`.
@@ -48,16 +48,14 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FormatError> {
     })
 }
 
-/// Writes a JSON file, indented, with a final newline, and syncs it.
+/// Writes a JSON file, indented, with a final newline, as [`write_file`] does.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), FormatError> {
     let mut text = serde_json::to_string_pretty(value).map_err(|source| FormatError::Json {
         path: path.into(),
         source,
     })?;
     text.push('\n');
-    fs::write(path, text)
-        .and_then(|()| fs::File::open(path)?.sync_all())
-        .map_err(FormatError::io(path))
+    write_file(path, text.as_bytes())
 }
 
 /// Copies the tokenizer and generation files that `from` has into `to`, byte for byte.
@@ -69,9 +67,7 @@ pub fn copy_side_files(from: &Path, to: &Path) -> Result<(), FormatError> {
             // Read and written rather than `fs::copy`: a read-only original must not make a
             // read-only copy.
             let bytes = fs::read(&source).map_err(FormatError::io(&source))?;
-            fs::write(&target, bytes)
-                .and_then(|()| fs::File::open(&target)?.sync_all())
-                .map_err(FormatError::io(&target))?;
+            write_file(&target, &bytes)?;
         }
     }
     Ok(())

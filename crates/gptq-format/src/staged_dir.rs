@@ -1,7 +1,8 @@
 //! A directory that appears under its name only when it is complete.
 //!
 //! Files are written into a `.partial` sibling; [`StagedDir::commit`] syncs it and renames it into
-//! place. Dropped without a commit, it removes the sibling.
+//! place. Until then the sibling stays where it is, whatever happens to the process: an unfinished
+//! run goes on in it.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -16,11 +17,11 @@ const MARKER: &str = "report.json";
 pub struct StagedDir {
     partial: PathBuf,
     target: PathBuf,
-    committed: bool,
 }
 
 impl StagedDir {
-    /// Refuses a target that exists and is neither empty nor an earlier result.
+    /// Refuses a target that exists and is neither empty nor an earlier result, or is a symbolic
+    /// link.
     pub fn check(target: &Path) -> Result<(), FormatError> {
         let occupied = FormatError::Occupied { dir: target.into() };
         match fs::symlink_metadata(target) {
@@ -38,19 +39,42 @@ impl StagedDir {
         }
     }
 
-    /// Starts `target`; a `.partial` left by a run that died is removed.
+    /// Starts `target` anew; a `.partial` left by a run that died is removed.
     pub fn create(target: &Path) -> Result<Self, FormatError> {
         Self::check(target)?;
+        Self::discard(target)?;
         let partial = sibling(target, "partial");
-        if partial.exists() {
-            fs::remove_dir_all(&partial).map_err(FormatError::io(&partial))?;
+        if let Some(parent) = partial.parent() {
+            fs::create_dir_all(parent).map_err(FormatError::io(parent))?;
         }
-        fs::create_dir_all(&partial).map_err(FormatError::io(&partial))?;
+        // Fails on whatever is there by now, a link included.
+        fs::create_dir(&partial).map_err(FormatError::io(&partial))?;
         Ok(StagedDir {
             partial,
             target: target.into(),
-            committed: false,
         })
+    }
+
+    /// Goes on with the `.partial` that an unfinished run left.
+    ///
+    /// # Errors
+    /// There is none, or it is not a directory.
+    pub fn reopen(target: &Path) -> Result<Self, FormatError> {
+        Self::check(target)?;
+        let partial = sibling(target, "partial");
+        let meta = fs::symlink_metadata(&partial).map_err(FormatError::io(&partial))?;
+        match meta.is_dir() {
+            true => Ok(StagedDir {
+                partial,
+                target: target.into(),
+            }),
+            false => Err(FormatError::Occupied { dir: partial }),
+        }
+    }
+
+    /// Removes the `.partial` of `target`, if there is one; a link there goes, not what it leads to.
+    pub fn discard(target: &Path) -> Result<(), FormatError> {
+        remove(&sibling(target, "partial"))
     }
 
     /// Where to write until the commit.
@@ -59,34 +83,31 @@ impl StagedDir {
     }
 
     /// Syncs the directory and puts it in place, replacing an earlier result.
-    pub fn commit(mut self) -> Result<(), FormatError> {
+    pub fn commit(self) -> Result<(), FormatError> {
         sync_dir(&self.partial)?;
         let old = sibling(&self.target, "old");
-        if old.exists() {
-            fs::remove_dir_all(&old).map_err(FormatError::io(&old))?;
-        }
-        if self.target.exists() {
+        remove(&old)?;
+        if fs::symlink_metadata(&self.target).is_ok() {
             fs::rename(&self.target, &old).map_err(FormatError::io(&self.target))?;
         }
         fs::rename(&self.partial, &self.target).map_err(FormatError::io(&self.target))?;
-        self.committed = true;
-        if old.exists() {
-            fs::remove_dir_all(&old).map_err(FormatError::io(&old))?;
-        }
         match self.target.parent() {
-            Some(parent) if parent != Path::new("") => sync_dir(parent),
-            _ => Ok(()),
+            Some(parent) if parent != Path::new("") => sync_dir(parent)?,
+            _ => {}
         }
+        remove(&old)
     }
 }
 
-impl Drop for StagedDir {
-    fn drop(&mut self) {
-        if !self.committed {
-            // Nothing useful can be done about a failure while unwinding from another.
-            let _ = fs::remove_dir_all(&self.partial);
-        }
-    }
+/// Removes a directory with all that is in it, or a link.
+fn remove(path: &Path) -> Result<(), FormatError> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    };
+    removed.map_err(FormatError::io(path))
 }
 
 fn sibling(target: &Path, suffix: &str) -> PathBuf {
@@ -96,7 +117,8 @@ fn sibling(target: &Path, suffix: &str) -> PathBuf {
     target.with_file_name(name)
 }
 
-fn sync_dir(dir: &Path) -> Result<(), FormatError> {
+/// Waits until the entries of `dir` are on the disk.
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), FormatError> {
     File::open(dir)
         .and_then(|d| d.sync_all())
         .map_err(FormatError::io(dir))
@@ -104,6 +126,8 @@ fn sync_dir(dir: &Path) -> Result<(), FormatError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     #[test]
@@ -120,12 +144,20 @@ mod tests {
     }
 
     #[test]
-    fn an_abandoned_directory_leaves_nothing() {
+    fn an_abandoned_directory_can_be_gone_on_with_begun_anew_or_discarded() {
         let root = tempfile::tempdir().unwrap();
-        let staged = StagedDir::create(&root.path().join("main")).unwrap();
+        let target = root.path().join("main");
+        let staged = StagedDir::create(&target).unwrap();
         fs::write(staged.path().join("half"), "x").unwrap();
         drop(staged);
+        assert!(!target.exists());
+        let again = StagedDir::reopen(&target).unwrap();
+        assert!(again.path().join("half").exists());
+        let anew = StagedDir::create(&target).unwrap();
+        assert!(!anew.path().join("half").exists());
+        StagedDir::discard(&target).unwrap();
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+        assert!(StagedDir::reopen(&target).is_err());
     }
 
     #[test]
@@ -136,5 +168,23 @@ mod tests {
             StagedDir::create(root.path()),
             Err(FormatError::Occupied { .. })
         ));
+    }
+
+    #[test]
+    fn links_in_the_place_of_a_branch_are_not_followed() {
+        let root = tempfile::tempdir().unwrap();
+        let (target, elsewhere) = (root.path().join("main"), root.path().join("elsewhere"));
+        fs::create_dir(&elsewhere).unwrap();
+        fs::write(elsewhere.join(MARKER), "mine").unwrap();
+        for suffix in ["partial", "old"] {
+            symlink(&elsewhere, sibling(&target, suffix)).unwrap();
+        }
+        assert!(StagedDir::reopen(&target).is_err());
+        let staged = StagedDir::create(&target).unwrap();
+        fs::write(staged.path().join(MARKER), "new").unwrap();
+        staged.commit().unwrap();
+        symlink(&elsewhere, root.path().join("other")).unwrap();
+        assert!(StagedDir::create(&root.path().join("other")).is_err());
+        assert_eq!(fs::read_to_string(elsewhere.join(MARKER)).unwrap(), "mine");
     }
 }

@@ -1,12 +1,12 @@
 //! What a branch says about itself: `report.json`, and `report.csv` with a row per linear.
 
 use std::fmt::Write;
-use std::fs;
 use std::path::Path;
 
 use gptq_calibration::Manifest;
 use gptq_format::{
-    Bits, FormatError, GroupSize, LinearDigests, QuantizeConfig, read_json, write_json,
+    Bits, FormatError, GroupSize, LinearDigests, QuantizeConfig, read_json, write_file,
+    write_json,
 };
 use serde::{Deserialize, Serialize};
 
@@ -160,18 +160,13 @@ impl BranchReport {
         perplexity: Perplexity,
     ) -> Result<(), FormatError> {
         self.perplexity = Some(perplexity);
-        let (partial, path) = (dir.join("report.json.partial"), dir.join(FILE));
-        write_json(&partial, self)?;
-        fs::rename(&partial, &path).map_err(FormatError::io(&path))
+        write_json(&dir.join(FILE), self)
     }
 
     /// Writes `report.json` and `report.csv` into `dir`.
     pub(crate) fn write(&self, dir: &Path) -> Result<(), FormatError> {
         write_json(&dir.join(FILE), self)?;
-        let path = dir.join("report.csv");
-        fs::write(&path, self.csv())
-            .and_then(|()| fs::File::open(&path)?.sync_all())
-            .map_err(FormatError::io(&path))
+        write_file(&dir.join("report.csv"), self.csv().as_bytes())
     }
 
     fn csv(&self) -> String {

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Result, anyhow, bail};
+use gptq_format::write_file;
 use gptq_report::{CardSettings, Matrix, PromptTemplate, card, facts};
 
 use crate::cli::CardArgs;
@@ -41,7 +42,7 @@ pub(crate) fn run(args: CardArgs) -> Result<()> {
             path.display()
         );
     }
-    fs::write(&path, text).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+    write_file(&path, text.as_bytes())?;
     for (key, option) in facts.missing() {
         log::warning(&format!("the card does not say {key}; {option} adds it"));
     }

@@ -1,8 +1,7 @@
 //! `gptq report`.
 
-use std::fs;
-
-use anyhow::{Result, anyhow};
+use anyhow::Result;
+use gptq_format::write_file;
 use gptq_report::{Matrix, csv, html, rows};
 
 use crate::cli::ReportArgs;
@@ -17,7 +16,7 @@ pub(crate) fn run(args: ReportArgs) -> Result<()> {
         ("report-table.json", &format!("{json}\n")),
     ] {
         let path = args.dir.join(name);
-        fs::write(&path, text).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        write_file(&path, text.as_bytes())?;
         eprintln!("written to {}", path.display());
     }
     if args.json {

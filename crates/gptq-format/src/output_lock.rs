@@ -1,0 +1,128 @@
+//! One run at a time on an output directory.
+//!
+//! The lock is the system's (`flock`) on a file that says who holds it, so a process that died holds
+//! nothing, however it died.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{FormatError, read_json};
+
+const FILE: &str = ".gptq-lock";
+
+/// Held until it is dropped.
+#[derive(Debug)]
+pub struct OutputLock {
+    path: PathBuf,
+    _file: File,
+}
+
+/// What the file says.
+#[derive(Serialize, Deserialize)]
+struct Holder {
+    pid: u32,
+    /// Seconds since 1970.
+    since: u64,
+}
+
+impl OutputLock {
+    /// Takes the lock of `dir`, which is made if there is none.
+    ///
+    /// # Errors
+    /// Another process has it ([`FormatError::Locked`]), or the directory cannot be written to.
+    pub fn acquire(dir: &Path) -> Result<Self, FormatError> {
+        fs::create_dir_all(dir).map_err(FormatError::io(dir))?;
+        let path = dir.join(FILE);
+        let io = |e| FormatError::io(&path)(e);
+        loop {
+            if fs::symlink_metadata(&path).is_ok_and(|m| !m.is_file()) {
+                return Err(FormatError::NotAFile { path });
+            }
+            let mut file = OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(&path)
+                .map_err(io)?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Err(locked(dir, &path)),
+                Err(TryLockError::Error(e)) => return Err(io(e)),
+            }
+            // Who held it before may have removed the file between the two calls above.
+            let ours = file.metadata().map_err(io)?.ino();
+            if fs::symlink_metadata(&path).is_ok_and(|m| m.ino() == ours) {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH);
+                let holder = Holder {
+                    pid: std::process::id(),
+                    since: now.unwrap_or_default().as_secs(),
+                };
+                let text = serde_json::to_vec(&holder).map_err(|e| io(e.into()))?;
+                file.set_len(0)
+                    .and_then(|()| file.write_all(&text))
+                    .map_err(io)?;
+                return Ok(OutputLock { path, _file: file });
+            }
+        }
+    }
+}
+
+impl Drop for OutputLock {
+    fn drop(&mut self) {
+        // Left behind, it would still hold nobody up.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn locked(dir: &Path, path: &Path) -> FormatError {
+    // It may just be changing hands: then nobody can be named.
+    let holder = read_json::<Holder>(path).ok();
+    FormatError::Locked {
+        dir: dir.into(),
+        holder: match holder {
+            None => "another process".to_owned(),
+            Some(Holder { pid, since }) => {
+                let since = UNIX_EPOCH + std::time::Duration::from_secs(since.min(1 << 37));
+                let since = humantime::format_rfc3339_seconds(since);
+                format!("process {pid} since {since}")
+            }
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_holder_is_told_who_has_it_and_a_dead_ones_file_means_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("out");
+        let first = OutputLock::acquire(&dir).unwrap();
+        let error = OutputLock::acquire(&dir).unwrap_err().to_string();
+        let pid = std::process::id();
+        assert!(error.contains(&format!("process {pid} since 20")), "{error}");
+        drop(first);
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+        // What a killed process leaves.
+        fs::write(dir.join(FILE), r#"{"pid": 1, "since": 0}"#).unwrap();
+        drop(OutputLock::acquire(&dir).unwrap());
+    }
+
+    #[test]
+    fn a_lock_that_is_a_link_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let elsewhere = dir.path().join("elsewhere");
+        std::os::unix::fs::symlink(&elsewhere, dir.path().join(FILE)).unwrap();
+        assert!(matches!(
+            OutputLock::acquire(dir.path()),
+            Err(FormatError::NotAFile { .. })
+        ));
+        assert!(!elsewhere.exists());
+    }
+}
