@@ -16,4 +16,5 @@ mod numerics;
 mod publish;
 mod report;
 mod requantize;
+mod resume;
 mod verify;

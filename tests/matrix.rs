@@ -340,7 +340,7 @@ fn windows_beyond_the_models_context_run_with_a_warning() {
 }
 
 #[test]
-fn hidden_states_kept_on_the_host_give_the_same_bytes() {
+fn hidden_states_kept_on_the_host_or_on_disk_give_the_same_bytes() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(
         &medi_tiny(),
@@ -349,26 +349,60 @@ fn hidden_states_kept_on_the_host_give_the_same_bytes() {
     let weights = |budget: &[&str]| {
         let recipe = recipe.to_str().unwrap();
         // 64 windows of 256 are four chunks; a budget of 70 MB has room for one at a time.
-        let args = ["quantize", recipe, "--samples", "64", "--device", "cpu"];
+        let args = [
+            "quantize",
+            recipe,
+            "--samples",
+            "64",
+            "--device",
+            "cpu",
+            "--restart",
+        ];
         succeed(args.iter().chain(budget));
         ["a", "b"].map(|b| fs::read(scratch.out().join(b).join("model.safetensors")).unwrap())
     };
-    assert!(weights(&[]) == weights(&["--device-memory", "70MB"]));
+    let everywhere = weights(&[]);
+    assert!(everywhere == weights(&["--device-memory", "70MB"]));
+    // The least that the plan calls possible: every chunk on disk, where it leaves nothing.
+    let plan = [
+        "plan",
+        recipe.to_str().unwrap(),
+        "--samples",
+        "64",
+        "--json",
+    ];
+    let plan: Value = serde_json::from_str(&succeed(plan)).unwrap();
+    let least = plan["memory"]["least_cpu"].to_string();
+    let disk = scratch.path("disk");
+    fs::create_dir(&disk).unwrap();
+    let flags = ["--host-memory", &least, "--scratch", disk.to_str().unwrap()];
+    assert!(everywhere == weights(&flags));
+    assert_eq!(fs::read_dir(&disk).unwrap().count(), 0);
+    let line = refuse([
+        "quantize",
+        recipe.to_str().unwrap(),
+        "--host-memory",
+        "9MB",
+        "--restart",
+    ]);
+    assert!(line.contains("--host-memory"), "{line}");
     let line = refuse([
         "quantize",
         recipe.to_str().unwrap(),
         "--device-memory",
         "10MB",
+        "--restart",
     ]);
     assert!(line.contains("--device-memory"), "{line}");
 }
 
 #[test]
-fn a_second_run_replaces_the_first() {
+fn a_second_run_replaces_the_first_when_told_to() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), "[[branch]]\nname = \"a\"\nbits = 4\n");
     for seed in ["1", "2"] {
-        succeed(["quantize", recipe.to_str().unwrap(), "--seed", seed]);
+        let recipe = recipe.to_str().unwrap();
+        succeed(["quantize", recipe, "--seed", seed, "--restart"]);
     }
     assert_eq!(
         json(&scratch.out().join("a/report.json"))["calibration"]["seed"],

@@ -102,6 +102,8 @@ pub(crate) fn run(
         for (spec, values) in batch.iter().zip(made) {
             writer.write(&spec.name, &le_bytes(&values))?;
         }
+        // So that little is left to wait for at the end.
+        writer.sync()?;
     }
     let bytes = writer.finish()?;
     // Last: a directory without it holds no model yet.

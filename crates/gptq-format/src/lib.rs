@@ -30,6 +30,7 @@ mod pickle;
 mod quantize_config;
 mod quantized;
 mod safetensors_file;
+mod sample_digest;
 mod side_files;
 mod staged_dir;
 mod tensor_view;

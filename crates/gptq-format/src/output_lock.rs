@@ -106,7 +106,10 @@ mod tests {
         let first = OutputLock::acquire(&dir).unwrap();
         let error = OutputLock::acquire(&dir).unwrap_err().to_string();
         let pid = std::process::id();
-        assert!(error.contains(&format!("process {pid} since 20")), "{error}");
+        assert!(
+            error.contains(&format!("process {pid} since 20")),
+            "{error}"
+        );
         drop(first);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
         // What a killed process leaves.

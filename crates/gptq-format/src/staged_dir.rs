@@ -82,6 +82,15 @@ impl StagedDir {
         &self.partial
     }
 
+    /// Waits until its name and those of its files are on the disk.
+    pub fn sync(&self) -> Result<(), FormatError> {
+        sync_dir(&self.partial)?;
+        match self.partial.parent() {
+            Some(parent) if parent != Path::new("") => sync_dir(parent),
+            _ => Ok(()),
+        }
+    }
+
     /// Syncs the directory and puts it in place, replacing an earlier result.
     pub fn commit(self) -> Result<(), FormatError> {
         sync_dir(&self.partial)?;
@@ -118,7 +127,7 @@ fn sibling(target: &Path, suffix: &str) -> PathBuf {
 }
 
 /// Waits until the entries of `dir` are on the disk.
-pub(crate) fn sync_dir(dir: &Path) -> Result<(), FormatError> {
+fn sync_dir(dir: &Path) -> Result<(), FormatError> {
     File::open(dir)
         .and_then(|d| d.sync_all())
         .map_err(FormatError::io(dir))

@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -12,10 +12,6 @@ use safetensors::Dtype;
 use serde_json::json;
 
 use crate::{FormatError, write_json};
-
-/// Bytes written to a file after which they are sent to the disk, so that little is left to wait
-/// for at the end.
-const SYNC_EVERY: usize = 256 << 20;
 
 /// A tensor's elements as a file holds them.
 pub fn le_bytes<T: LittleEndian>(values: &[T]) -> Cow<'_, [u8]> {
@@ -70,8 +66,8 @@ pub struct ShardedWriter {
 struct Shard {
     path: PathBuf,
     file: File,
-    /// Bytes written since the last sync.
-    unsynced: usize,
+    /// Whether bytes were written since the last sync.
+    unsynced: bool,
 }
 
 struct Place {
@@ -84,79 +80,82 @@ impl ShardedWriter {
     /// Lays `specs` out in their order over as many files as `shard_size` bytes asks for, and writes
     /// every header. One file is `model.safetensors`; several are `model-0000i-of-0000n.safetensors`
     /// with `model.safetensors.index.json`.
+    ///
+    /// # Errors
+    /// A file of such a name is there, or cannot be written.
     pub fn create(
         dir: &Path,
         specs: &[TensorSpec],
         shard_size: Option<u64>,
+    ) -> Result<Self, FormatError> {
+        let mut writer = ShardedWriter::lay_out(dir, specs, shard_size, create_shard)?;
+        if writer.shards.len() > 1 {
+            let total: usize = specs.iter().map(TensorSpec::bytes).sum();
+            let file = |place: &Place| {
+                let path = &writer.shards.get(place.shard)?.path;
+                Some(path.file_name()?.to_string_lossy())
+            };
+            let weight_map: BTreeMap<_, _> = (writer.pending.iter())
+                .filter_map(|(name, place)| Some((name, file(place)?)))
+                .collect();
+            let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+            write_json(&dir.join("model.safetensors.index.json"), &index)?;
+        }
+        writer.sync()?;
+        Ok(writer)
+    }
+
+    /// Opens what [`ShardedWriter::create`] laid out before, to go on. Which tensors are in place is
+    /// for the caller to know ([`ShardedWriter::keep`]).
+    ///
+    /// # Errors
+    /// A file that is missing, is a link, or was laid out otherwise.
+    pub fn reopen(
+        dir: &Path,
+        specs: &[TensorSpec],
+        shard_size: Option<u64>,
+    ) -> Result<Self, FormatError> {
+        ShardedWriter::lay_out(dir, specs, shard_size, open_shard)
+    }
+
+    fn lay_out(
+        dir: &Path,
+        specs: &[TensorSpec],
+        shard_size: Option<u64>,
+        open: fn(&Path, &[u8], u64) -> Result<File, FormatError>,
     ) -> Result<Self, FormatError> {
         let plan = split(specs, shard_size.unwrap_or(u64::MAX));
         let mut writer = ShardedWriter {
             shards: Vec::new(),
             pending: BTreeMap::new(),
         };
-        let mut weight_map = BTreeMap::new();
-        for (i, shard) in plan.iter().enumerate() {
-            let file = match plan.len() {
+        let shards = plan.len();
+        for (i, specs) in plan.iter().enumerate() {
+            let path = dir.join(match shards {
                 1 => "model.safetensors".to_owned(),
                 n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
-            };
-            for spec in shard {
-                weight_map.insert(spec.name.clone(), file.clone());
-            }
-            writer.add_shard(dir.join(file), shard)?;
-        }
-        if plan.len() > 1 {
-            let total: usize = specs.iter().map(TensorSpec::bytes).sum();
-            let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
-            write_json(&dir.join("model.safetensors.index.json"), &index)?;
+            });
+            let (header, places, end) = header(i, specs);
+            let file = open(&path, &header, end)?;
+            writer.shards.push(Shard {
+                path,
+                file,
+                unsynced: true,
+            });
+            writer.pending.extend(places);
         }
         Ok(writer)
     }
 
-    fn add_shard(&mut self, path: PathBuf, specs: &[&TensorSpec]) -> Result<(), FormatError> {
-        // Widest elements first keeps every tensor aligned, as the safetensors library does.
-        let mut order = specs.to_vec();
-        order.sort_by(|a, b| (b.dtype.bitsize(), &a.name).cmp(&(a.dtype.bitsize(), &b.name)));
-        let mut header = serde_json::Map::new();
-        header.insert("__metadata__".into(), json!({"format": "pt"}));
-        let mut end = 0;
-        let mut places = Vec::new();
-        for spec in order {
-            let (start, bytes) = (end, spec.bytes());
-            end += bytes;
-            header.insert(
-                spec.name.clone(),
-                json!({"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [start, end]}),
-            );
-            places.push((spec.name.clone(), start, bytes));
+    /// Counts a tensor as written: the file has it from before.
+    ///
+    /// # Errors
+    /// It was not planned, or was written already.
+    pub fn keep(&mut self, name: &str) -> Result<(), FormatError> {
+        match self.pending.remove(name) {
+            Some(_) => Ok(()),
+            None => Err(FormatError::UnplannedWrite { name: name.into() }),
         }
-        let mut text = serde_json::Value::Object(header).to_string().into_bytes();
-        text.resize(text.len().next_multiple_of(8), b' ');
-        let data = 8 + text.len();
-
-        let file = File::create(&path).map_err(FormatError::io(&path))?;
-        file.write_all_at(&(text.len() as u64).to_le_bytes(), 0)
-            .and_then(|()| file.write_all_at(&text, 8))
-            .and_then(|()| file.set_len((data + end) as u64))
-            .map_err(FormatError::io(&path))?;
-        let shard = self.shards.len();
-        self.shards.push(Shard {
-            path,
-            file,
-            unsynced: 0,
-        });
-        for (name, start, bytes) in places {
-            let offset = (data + start) as u64;
-            self.pending.insert(
-                name,
-                Place {
-                    shard,
-                    offset,
-                    bytes,
-                },
-            );
-        }
-        Ok(())
     }
 
     /// Writes one tensor's little-endian bytes. Errors when it was not planned, was written before,
@@ -169,18 +168,22 @@ impl ShardedWriter {
         let planned = place.and_then(|place| Some((self.shards.get_mut(place.shard)?, place)));
         let (shard, place) =
             planned.ok_or_else(|| FormatError::UnplannedWrite { name: name.into() })?;
-        shard.unsynced += bytes.len();
-        shard
-            .file
+        shard.unsynced = true;
+        (shard.file)
             .write_all_at(bytes, place.offset)
-            .and_then(|()| match shard.unsynced < SYNC_EVERY {
-                true => Ok(()),
-                false => {
-                    shard.unsynced = 0;
-                    shard.file.sync_data()
-                }
-            })
             .map_err(FormatError::io(&shard.path))
+    }
+
+    /// Waits until everything written so far is on the disk.
+    pub fn sync(&mut self) -> Result<(), FormatError> {
+        for shard in self.shards.iter_mut().filter(|shard| shard.unsynced) {
+            shard
+                .file
+                .sync_data()
+                .map_err(FormatError::io(&shard.path))?;
+            shard.unsynced = false;
+        }
+        Ok(())
     }
 
     /// Syncs every file; errors when a planned tensor never came. Returns the bytes on disk.
@@ -197,6 +200,70 @@ impl ShardedWriter {
             total += file.metadata().map_err(FormatError::io(path))?.len();
         }
         Ok(total)
+    }
+}
+
+/// A file's bytes up to its first tensor, where each tensor goes, and the file's length.
+fn header(shard: usize, specs: &[&TensorSpec]) -> (Vec<u8>, Vec<(String, Place)>, u64) {
+    // Widest elements first keeps every tensor aligned, as the safetensors library does.
+    let mut order = specs.to_vec();
+    order.sort_by(|a, b| (b.dtype.bitsize(), &a.name).cmp(&(a.dtype.bitsize(), &b.name)));
+    let mut header = serde_json::Map::new();
+    header.insert("__metadata__".into(), json!({"format": "pt"}));
+    let mut end = 0;
+    for spec in &order {
+        let start = end;
+        end += spec.bytes();
+        header.insert(
+            spec.name.clone(),
+            json!({"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [start, end]}),
+        );
+    }
+    let mut text = serde_json::Value::Object(header).to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let data = 8 + text.len();
+    let mut offset = data as u64;
+    let places = order.into_iter().map(|spec| {
+        let bytes = spec.bytes();
+        let place = Place {
+            shard,
+            offset,
+            bytes,
+        };
+        offset += bytes as u64;
+        (spec.name.clone(), place)
+    });
+    let places = places.collect();
+    let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+    bytes.append(&mut text);
+    (bytes, places, (data + end) as u64)
+}
+
+fn create_shard(path: &Path, header: &[u8], length: u64) -> Result<File, FormatError> {
+    let file = OpenOptions::new().write(true).create_new(true).open(path);
+    file.and_then(|file| {
+        file.write_all_at(header, 0)?;
+        file.set_len(length)?;
+        Ok(file)
+    })
+    .map_err(FormatError::io(path))
+}
+
+fn open_shard(path: &Path, header: &[u8], length: u64) -> Result<File, FormatError> {
+    let meta = std::fs::symlink_metadata(path).map_err(FormatError::io(path))?;
+    if !meta.is_file() {
+        return Err(FormatError::NotAFile { path: path.into() });
+    }
+    let mut found = vec![0; header.len()];
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    let file = file.map_err(FormatError::io(path))?;
+    let same = meta.len() == length && file.read_exact_at(&mut found, 0).is_ok();
+    match same && found == header {
+        true => Ok(file),
+        false => Err(FormatError::Malformed {
+            path: path.into(),
+            reason: "not laid out as this run would; --restart begins anew".into(),
+        }),
     }
 }
 
@@ -253,6 +320,40 @@ mod tests {
             let sharded = dir.path().join("model.safetensors.index.json").exists();
             assert_eq!(sharded, shard_size.is_some());
         }
+    }
+
+    #[test]
+    fn an_unfinished_file_is_gone_on_with_and_another_layout_or_a_link_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let reopen = |specs: &[TensorSpec]| ShardedWriter::reopen(dir.path(), specs, None);
+        let mut writer = ShardedWriter::create(dir.path(), &specs(), None).unwrap();
+        writer.write("b.g_idx", &[7; 16]).unwrap();
+        drop(writer);
+        let mut writer = reopen(&specs()).unwrap();
+        writer.keep("b.g_idx").unwrap();
+        assert!(writer.keep("b.g_idx").is_err());
+        writer.write("a.qweight", &[1; 16]).unwrap();
+        writer.write("a.scales", &[0; 6]).unwrap();
+        writer.finish().unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(checkpoint.i32("b.g_idx", &[4]).unwrap(), [0x0707_0707; 4]);
+        drop(checkpoint);
+
+        assert!(matches!(
+            reopen(&specs()[..2]),
+            Err(FormatError::Malformed { .. })
+        ));
+        let (file, moved) = (
+            dir.path().join("model.safetensors"),
+            dir.path().join("moved"),
+        );
+        std::fs::rename(&file, &moved).unwrap();
+        std::os::unix::fs::symlink(&moved, &file).unwrap();
+        assert!(matches!(
+            reopen(&specs()),
+            Err(FormatError::NotAFile { .. })
+        ));
+        assert!(ShardedWriter::create(dir.path(), &specs(), None).is_err());
     }
 
     #[test]

@@ -65,15 +65,23 @@ impl<B: Engine> Model<B> {
         chunk: usize,
         keep: DType,
     ) -> Result<Vec<Flow<B>>, ModelError> {
+        self.flows(windows, chunk, keep)?.collect()
+    }
+
+    /// As [`Model::embed`], one [`Flow`] at a time.
+    pub fn flows(
+        &self,
+        windows: &[Vec<u32>],
+        chunk: usize,
+        keep: DType,
+    ) -> Result<impl Iterator<Item = Result<Flow<B>, ModelError>>, ModelError> {
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
         self.config.check_window(longest)?;
         // Before the table is read: its shape would be blamed for a tokenizer of another model.
         check_tokens(windows.iter().flatten(), self.config.vocabulary)?;
         let embedding = self.embedding()?;
-        windows
-            .chunks(chunk)
-            .map(|windows| embedding.flow(windows, keep))
-            .collect()
+        let chunks = windows.chunks(chunk);
+        Ok(chunks.map(move |windows| embedding.flow(windows, keep)))
     }
 
     /// The embedding, to use more than once.

@@ -7,6 +7,7 @@ use gptq_format::{
 use gptq_model::{ModelConfig, Projection};
 use gptq_solver::Settings;
 use safetensors::Dtype;
+use serde::Serialize;
 use toml::Spanned;
 
 use crate::pattern::{expression, matches};
@@ -17,7 +18,7 @@ use crate::{Method, Preset, Recipe, RecipeError};
 const MAX_NAME: usize = 96;
 
 /// One branch, every setting known.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct BranchPlan {
     /// Directory name, and later the Hub revision.
     pub name: String,
@@ -42,7 +43,7 @@ pub struct BranchPlan {
     overrides: Vec<ModuleOverride>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 struct ModuleOverride {
     pattern: String,
     /// `None`: left in full precision.
@@ -379,7 +380,8 @@ fn modules(config: &ModelConfig) -> impl Iterator<Item = (String, Projection)> {
         .flat_map(|layer| Projection::ALL.map(|projection| (projection.module(layer), projection)))
 }
 
-fn check_name(name: &str) -> Result<(), String> {
+/// Whether a name can be a directory and a revision; the error is a sentence.
+pub(crate) fn check_name(name: &str) -> Result<(), String> {
     let valid = "use letters, digits, '.', '_' and '-', starting with a letter or digit, without \
                  \"..\" and not ending in '.', .lock, .partial or .old";
     let fits = name.len() <= MAX_NAME

@@ -1,6 +1,7 @@
 //! One branch directory being written while the run goes on.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use gptq_format::{
     Checkpoint, FormatError, LinearDigests, PackedLinear, ShardedWriter, StagedDir, TensorSpec,
@@ -8,9 +9,9 @@ use gptq_format::{
 };
 use serde_json::Value;
 
-use crate::{BranchPlan, BranchReport, Plan};
+use crate::{BranchPlan, BranchReport, LinearReport, Plan};
 
-/// An unfinished branch; dropped, it leaves nothing behind.
+/// An unfinished branch.
 pub(crate) struct BranchWriter {
     dir: StagedDir,
     specs: Vec<TensorSpec>,
@@ -19,18 +20,64 @@ pub(crate) struct BranchWriter {
     digests: HashMap<String, LinearDigests>,
 }
 
+/// A linear's tensors.
+const SUFFIXES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
+
 impl BranchWriter {
-    /// Lays out the branch's files.
+    /// Lays out the branch's files, and writes those that are known beforehand: with its configs the
+    /// directory is a checkpoint from the start, whose tensors come.
     pub(crate) fn create(plan: &Plan, branch: &BranchPlan) -> Result<Self, FormatError> {
         let dir = StagedDir::create(&plan.branch_dir(branch))?;
         let specs = branch.tensors(&plan.config);
         let weights = ShardedWriter::create(dir.path(), &specs, plan.shard_size)?;
+        let path = dir.path();
+        copy_side_files(&plan.model_dir, path)?;
+        let settings = branch.quantize_config(&plan.model_name);
+        let mut config: Value = read_json(&plan.model_dir.join("config.json"))?;
+        config["quantization_config"] =
+            serde_json::to_value(&settings).expect("a config of plain values always serialises");
+        // Whatever the base was in, what is written here is f16.
+        for key in ["dtype", "torch_dtype"] {
+            if let Some(dtype) = config.get_mut(key) {
+                *dtype = "float16".into();
+            }
+        }
+        write_json(&path.join("config.json"), &config)?;
+        write_json(&path.join("quantize_config.json"), &settings)?;
+        dir.sync()?;
         Ok(BranchWriter {
             dir,
             specs,
             weights,
             digests: HashMap::new(),
         })
+    }
+
+    /// Goes on with a branch that was begun, whose `linears` are on the disk.
+    pub(crate) fn reopen(
+        plan: &Plan,
+        branch: &BranchPlan,
+        linears: &[LinearReport],
+    ) -> Result<Self, FormatError> {
+        let dir = StagedDir::reopen(&plan.branch_dir(branch))?;
+        let specs = branch.tensors(&plan.config);
+        let mut weights = ShardedWriter::reopen(dir.path(), &specs, plan.shard_size)?;
+        for linear in linears {
+            for suffix in SUFFIXES {
+                weights.keep(&format!("{}.{suffix}", linear.name))?;
+            }
+        }
+        Ok(BranchWriter {
+            dir,
+            specs,
+            weights,
+            digests: HashMap::new(),
+        })
+    }
+
+    /// Where it is until it is finished.
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
     }
 
     /// Copies in every tensor that stays as it is: what the branch shares with the base model, in
@@ -46,12 +93,13 @@ impl BranchWriter {
 
     /// Writes a quantised linear's four tensors.
     pub(crate) fn write(&mut self, module: &str, linear: &PackedLinear) -> Result<(), FormatError> {
-        for (suffix, bytes) in [
-            ("qweight", le_bytes(&linear.qweight)),
-            ("qzeros", le_bytes(&linear.qzeros)),
-            ("scales", le_bytes(&linear.scales)),
-            ("g_idx", le_bytes(&linear.g_idx)),
-        ] {
+        let tensors = [
+            le_bytes(&linear.qweight),
+            le_bytes(&linear.qzeros),
+            le_bytes(&linear.scales),
+            le_bytes(&linear.g_idx),
+        ];
+        for (suffix, bytes) in SUFFIXES.iter().zip(tensors) {
             self.weights.write(&format!("{module}.{suffix}"), &bytes)?;
         }
         self.digests
@@ -59,32 +107,24 @@ impl BranchWriter {
         Ok(())
     }
 
-    /// Writes configs, side files and the report, and puts the directory in place. Fills in the
-    /// report's `bytes` and its linears' `digests`.
-    pub(crate) fn finish(
-        mut self,
-        plan: &Plan,
-        report: &mut BranchReport,
-    ) -> Result<(), FormatError> {
+    /// Fills in the digests of what was written.
+    pub(crate) fn digest(&self, linears: &mut [LinearReport]) {
+        for linear in linears.iter_mut().filter(|linear| linear.digests.is_none()) {
+            linear.digests = self.digests.get(&linear.name).cloned();
+        }
+    }
+
+    /// Waits until everything written so far is on the disk.
+    pub(crate) fn sync(&mut self) -> Result<(), FormatError> {
+        self.weights.sync()
+    }
+
+    /// Writes the report, and puts the directory in place. Fills in the report's `bytes` and its
+    /// linears' `digests`.
+    pub(crate) fn finish(self, report: &mut BranchReport) -> Result<(), FormatError> {
+        self.digest(&mut report.linears);
         report.bytes = self.weights.finish()?;
-        for linear in &mut report.linears {
-            linear.digests = self.digests.remove(&linear.name);
-        }
-        let dir = self.dir.path();
-        copy_side_files(&plan.model_dir, dir)?;
-        let quantize_config = serde_json::to_value(&report.quantize_config)
-            .expect("a config of plain values always serialises");
-        let mut config: Value = read_json(&plan.model_dir.join("config.json"))?;
-        config["quantization_config"] = quantize_config;
-        // Whatever the base was in, what is written here is f16.
-        for key in ["dtype", "torch_dtype"] {
-            if let Some(dtype) = config.get_mut(key) {
-                *dtype = "float16".into();
-            }
-        }
-        write_json(&dir.join("config.json"), &config)?;
-        write_json(&dir.join("quantize_config.json"), &report.quantize_config)?;
-        report.write(dir)?;
+        report.write(self.dir.path())?;
         self.dir.commit()
     }
 }

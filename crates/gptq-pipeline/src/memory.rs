@@ -15,6 +15,24 @@ pub struct Memory {
     pub host: u64,
     /// On the host of a CPU run.
     pub cpu: u64,
+    /// Hidden states at their most, which `device` and `cpu` count: what a smaller device keeps on
+    /// the host, and a smaller host on disk.
+    pub states: u64,
+    /// The least `--host-memory` of a CUDA run.
+    pub least_host: u64,
+    /// The least `--host-memory` of a CPU run.
+    pub least_cpu: u64,
+}
+
+/// Where a plan's chunks of windows keep their hidden states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Places {
+    /// The first chunks are on the device.
+    pub(crate) device: usize,
+    /// The next are in the host's memory, and the others on disk.
+    pub(crate) host: usize,
+    /// What those on disk take.
+    pub(crate) disk_bytes: u64,
 }
 
 /// Windows whose transient activations are alive together.
@@ -24,6 +42,9 @@ pub(crate) fn chunk_windows<B: Engine>(seq_len: usize) -> usize {
 
 /// Host memory of packed tensors on their way to the files; see `write_behind`.
 const QUEUE: u64 = 1 << 30;
+/// What the program itself takes: the tokenizer, threads' stacks, and with CUDA the driver's part.
+const PROGRAM: u64 = 48 << 20;
+const PROGRAM_WITH_CUDA: u64 = 100 << 20;
 /// Device memory that the runtime's pools and the libraries' workspaces take beyond what is asked
 /// for, as a divisor of the whole.
 const SLACK: u64 = 10;
@@ -31,6 +52,8 @@ const SLACK: u64 = 10;
 /// Sizes that the peaks are sums of, in elements.
 struct Sizes {
     tokens: u64,
+    samples: u64,
+    seq_len: u64,
     /// Residuals of every stream and one stream's widest activation, per token.
     states: u64,
     /// All linears of a block.
@@ -61,6 +84,8 @@ impl Sizes {
         let dense = asymmetric * (4 * hidden + widest) / DENSE_SHARE as u64;
         Sizes {
             tokens: plan.tokens() as u64,
+            samples: plan.calibration.samples as u64,
+            seq_len: plan.calibration.seq_len as u64,
             states: streams * hidden + widest + dense,
             block: Projection::ALL
                 .iter()
@@ -74,64 +99,151 @@ impl Sizes {
         }
     }
 
+    /// Tokens of a chunk.
+    fn chunk<B: Engine>(&self) -> u64 {
+        let windows = chunk_windows::<B>(self.seq_len as usize) as u64;
+        windows.min(self.samples) * self.seq_len
+    }
+
+    /// Chunks of the plan.
+    fn chunks<B: Engine>(&self) -> u64 {
+        self.tokens.div_ceil(self.chunk::<B>().max(1))
+    }
+
+    /// Bytes of one chunk's hidden states.
+    fn chunk_states<B: Engine>(&self) -> u64 {
+        self.chunk::<B>() * self.states * 2
+    }
+
     /// One chunk's transient activations.
-    fn transients<B: Engine>(&self, seq_len: usize) -> u64 {
-        let chunk = (chunk_windows::<B>(seq_len) * seq_len) as u64;
-        chunk * (self.hidden * 6 + self.widest * 4)
+    fn transients<B: Engine>(&self) -> u64 {
+        self.chunk::<B>() * (self.hidden * 6 + self.widest * 4)
     }
 
     /// What a device holds besides hidden states, in bytes: a block dense and quantised, the
     /// embedding, a chunk's transients, the largest Gram matrix with its factors.
-    fn fixed<B: Engine>(&self, seq_len: usize) -> u64 {
-        (2 * self.block + self.table + self.transients::<B>(seq_len)) * 2
+    fn fixed<B: Engine>(&self) -> u64 {
+        (2 * self.block + self.table + self.transients::<B>()) * 2
             + self.squares * self.widest * self.widest * 4
+    }
+
+    /// What the host holds in any run besides hidden states: the blocks being read, packed tensors
+    /// on their way to the files, the windows, the program.
+    fn beside(&self, program: u64) -> u64 {
+        let packed = (2 * self.block).min(QUEUE);
+        2 * self.block * 2 + packed + self.tokens * 4 + program
+    }
+
+    /// What the host holds of a CPU run besides hidden states. It computes in f32 and factors in f64.
+    fn fixed_cpu(&self) -> u64 {
+        let lanes = (Cpu::LANES as u64).min(self.chunks::<Cpu>());
+        (2 * self.block).max(self.table) * 4
+            + lanes * self.transients::<Cpu>() * 4
+            + self.squares * self.widest * self.widest * 8
+            + self.beside(PROGRAM)
+    }
+
+    /// The states of the chunks that run: in memory while they do, wherever they are kept.
+    fn running<B: Engine>(&self) -> u64 {
+        let lanes = (B::LANES as u64).min(self.chunks::<B>());
+        2 * lanes * self.chunk::<B>() * (self.hidden + self.widest) * 2
     }
 }
 
 impl Memory {
     /// Hidden states of every branch and one branch's activations in f16, and what stands beside
-    /// them. A CPU run computes in f32 and factors in f64.
+    /// them.
     pub(crate) fn of(plan: &Plan) -> Memory {
         let sizes = Sizes::of(plan);
-        let seq_len = plan.calibration.seq_len;
         let states = sizes.tokens * sizes.states * 2;
-        let program = 100 << 20;
-        let packed = (2 * sizes.block).min(QUEUE);
-        let on_host = 2 * sizes.block * 2 + packed + sizes.tokens * 4 + program;
         Memory {
-            device: states + sizes.fixed::<Cuda>(seq_len),
-            host: on_host,
-            cpu: states
-                + (2 * sizes.block).max(sizes.table) * 4
-                + Cpu::LANES as u64 * sizes.transients::<Cpu>(seq_len) * 4
-                + sizes.squares * sizes.widest * sizes.widest * 8
-                + on_host,
+            device: states + sizes.fixed::<Cuda>(),
+            host: sizes.beside(PROGRAM_WITH_CUDA),
+            cpu: states + sizes.fixed_cpu(),
+            states,
+            least_host: with_slack(sizes.beside(PROGRAM_WITH_CUDA) + sizes.running::<Cuda>()),
+            least_cpu: with_slack(sizes.fixed_cpu() + sizes.running::<Cpu>()),
         }
     }
 }
 
-/// How many of a plan's chunks of windows can keep their hidden states on a device with `budget`
-/// bytes; the others are kept on the host and brought over when their turn comes.
-///
-/// # Errors
-/// A budget too small for even one chunk.
-pub(crate) fn resident_chunks<B: Engine>(plan: &Plan, budget: u64) -> Result<usize, PipelineError> {
-    let sizes = Sizes::of(plan);
-    let seq_len = plan.calibration.seq_len;
-    let windows = chunk_windows::<B>(seq_len);
-    let chunks = plan.calibration.samples.div_ceil(windows);
-    let chunk = (windows * seq_len) as u64 * sizes.states * 2;
-    let usable = budget - budget / SLACK;
-    let fixed = sizes.fixed::<B>(seq_len);
+/// The budget of which `bytes` are what [`usable`] leaves.
+fn with_slack(bytes: u64) -> u64 {
+    bytes + bytes.div_ceil(SLACK - 1)
+}
+
+fn usable(budget: u64) -> u64 {
+    budget - budget / SLACK
+}
+
+impl Places {
+    /// Within a budget of device memory and one of host memory, each in bytes if there is one.
+    /// `shared`: the device's tensors are in the host's memory.
+    ///
+    /// # Errors
+    /// A budget too small for even one chunk.
+    pub(crate) fn new<B: Engine>(
+        plan: &Plan,
+        device: Option<u64>,
+        host: Option<u64>,
+        shared: bool,
+    ) -> Result<Places, PipelineError> {
+        let sizes = Sizes::of(plan);
+        let chunks = sizes.chunks::<B>();
+        let chunk = sizes.chunk_states::<B>().max(1);
+        let mut on_device = match device {
+            Some(budget) => resident_chunks::<B>(&sizes, budget)?,
+            None => chunks,
+        };
+        let mut on_host = chunks - on_device;
+        if let Some(budget) = host {
+            let (fixed, least) = match shared {
+                true => (sizes.fixed_cpu(), Memory::of(plan).least_cpu),
+                false => (sizes.beside(PROGRAM_WITH_CUDA), Memory::of(plan).least_host),
+            };
+            if budget < least {
+                return Err(PipelineError::HostMemory {
+                    needed: least,
+                    budget,
+                });
+            }
+            let room = |beside: u64| usable(budget).saturating_sub(beside) / chunk;
+            let all = room(fixed);
+            // The chunks that run need their places when some are on disk.
+            let room = match all >= chunks {
+                true => chunks,
+                false => room(fixed + sizes.running::<B>()),
+            };
+            if shared {
+                on_device = on_device.min(room);
+                on_host = (chunks - on_device).min(room - on_device);
+            } else {
+                on_host = on_host.min(room);
+            }
+        }
+        Ok(Places {
+            device: on_device as usize,
+            host: on_host as usize,
+            disk_bytes: (chunks - on_device - on_host) * chunk,
+        })
+    }
+}
+
+/// How many chunks can keep their hidden states on a device with `budget` bytes; the others are
+/// brought over when their turn comes.
+fn resident_chunks<B: Engine>(sizes: &Sizes, budget: u64) -> Result<u64, PipelineError> {
+    let chunks = sizes.chunks::<B>();
+    let chunk = sizes.chunk_states::<B>();
+    let fixed = sizes.fixed::<B>();
     // One chunk's states are on the device while it runs, wherever they are kept.
     let needed = fixed + chunk;
-    if usable < needed {
+    if usable(budget) < needed {
         return Err(PipelineError::DeviceMemory {
-            needed: needed + needed.div_ceil(SLACK - 1),
+            needed: with_slack(needed),
             budget,
         });
     }
-    let room = ((usable - fixed) / chunk.max(1)) as usize;
+    let room = (usable(budget) - fixed) / chunk.max(1);
     // The chunk that runs needs its place even when all places are taken.
     Ok(if room >= chunks { chunks } else { room - 1 })
 }

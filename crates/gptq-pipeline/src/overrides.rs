@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::recipe::{Evaluation, default_window};
 use crate::{Recipe, RecipeError};
 
 /// Command-line values that replace the recipe's.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct RecipeOverrides {
     /// Only these branches; all when empty.
     pub branches: Vec<String>,
@@ -31,7 +32,7 @@ pub struct RecipeOverrides {
 }
 
 /// One of the ways a row becomes a document; the values are the recipe's.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RenderingOverride {
     /// `template = "..."`.
     Template(String),
@@ -46,6 +47,7 @@ pub enum RenderingOverride {
 impl Recipe {
     /// Applies the command line. Errors on a branch the recipe does not have.
     pub fn apply(&mut self, overrides: RecipeOverrides) -> Result<(), RecipeError> {
+        self.overrides = overrides.clone();
         let file = &mut self.file;
         let known: Vec<String> = file
             .branch

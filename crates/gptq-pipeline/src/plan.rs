@@ -8,7 +8,7 @@ use toml::Spanned;
 
 use crate::inputs::looks_like_repo;
 use crate::recipe::{Dtype, OnOverflow, Propagate};
-use crate::{BranchPlan, Fetched, InputSource, Memory, Recipe, RecipeError};
+use crate::{BranchPlan, Fetched, InputSource, Memory, Recipe, RecipeError, RecipeOverrides};
 
 /// Which hidden states a branch's Hessians are computed from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +55,10 @@ pub struct Plan {
     pub warnings: Vec<String>,
     /// The recipe's text.
     pub recipe: String,
+    /// Where the recipe was, for messages.
+    pub recipe_path: PathBuf,
+    /// What the command line changed in it.
+    pub overrides: RecipeOverrides,
     /// The command line that asked for the run, for the report; no local path.
     pub command: Option<String>,
 }
@@ -176,6 +180,8 @@ impl Plan {
             branches,
             warnings,
             recipe: recipe.text.clone(),
+            recipe_path: recipe.path.clone(),
+            overrides: recipe.overrides.clone(),
             command: None,
         })
     }
@@ -183,6 +189,15 @@ impl Plan {
     /// Where a branch goes.
     pub fn branch_dir(&self, branch: &BranchPlan) -> PathBuf {
         self.output.join(&branch.name)
+    }
+
+    /// The same run of these branches alone.
+    pub(crate) fn only(&self, branches: &[usize]) -> Plan {
+        let branches = branches.iter().map(|&i| self.branches[i].clone());
+        Plan {
+            branches: branches.collect(),
+            ..self.clone()
+        }
     }
 
     /// Calibration tokens.

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use thiserror::Error;
 use toml::Spanned;
 
-use crate::Preset;
+use crate::{Preset, RecipeOverrides};
 
 /// Most bytes of a recipe.
 const MAX_BYTES: u64 = 1 << 20;
@@ -22,6 +22,8 @@ pub struct Recipe {
     pub(crate) path: PathBuf,
     pub(crate) text: String,
     pub(crate) file: RecipeFile,
+    /// What the command line changed.
+    pub(crate) overrides: RecipeOverrides,
 }
 
 /// What is wrong with a recipe, where, and what would be valid.
@@ -252,6 +254,7 @@ impl Recipe {
                 path: path.into(),
                 text,
                 file,
+                overrides: RecipeOverrides::default(),
             }),
             Err(error) => {
                 let at = error.span().map_or(0, |span| span.start);

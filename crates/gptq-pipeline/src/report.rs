@@ -5,15 +5,14 @@ use std::path::Path;
 
 use gptq_calibration::Manifest;
 use gptq_format::{
-    Bits, FormatError, GroupSize, LinearDigests, QuantizeConfig, read_json, write_file,
-    write_json,
+    Bits, FormatError, GroupSize, LinearDigests, QuantizeConfig, read_json, write_file, write_json,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{Clamped, Method, Preset};
+use crate::{Clamped, Fingerprint, Method, Preset};
 
 /// Its name in a branch directory.
-const FILE: &str = "report.json";
+pub(crate) const FILE: &str = "report.json";
 
 /// One linear's numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -106,6 +105,9 @@ pub struct BranchReport {
     /// The whole run until this branch was put in place, all its branches included, by phase.
     #[serde(default)]
     pub phases: Vec<PhaseSeconds>,
+    /// What its bytes depend on; older reports have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Fingerprint>,
     /// The recipe as typed.
     pub recipe: String,
     /// The command line, absolute paths shortened to their last component.

@@ -1,158 +1,29 @@
 //! The run: blocks in order, branches in lockstep on each loaded block.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::thread::{Scope, scope};
+use std::thread::Scope;
 use std::time::Instant;
 
-use burn::tensor::DType;
-use gptq_calibration::{Calibration, Manifest, TextTokenizer};
-use gptq_format::StagedDir;
-use gptq_kernels::{Device, DeviceError, Drift, Engine, Hessian, Request, SolveError, Work};
+use gptq_calibration::Manifest;
+use gptq_format::Checkpoint;
+use gptq_kernels::{Drift, Engine, Hessian, Request, SolveError};
 use gptq_model::{Block, Flow, HostBlock, Model, ModelError, Stage};
 use gptq_solver::SolverError;
 
-use crate::branch_writer::BranchWriter;
-use crate::memory::{chunk_windows, resident_chunks};
-use crate::profile::{Clock, Phase, Profile};
+use crate::journal::BranchBlock;
+use crate::memory::Places;
+use crate::profile::{Clock, Phase};
+use crate::quantise::{Event, check_stop};
+use crate::resume::Restored;
+use crate::scratch::Scratch;
 use crate::stream::{Dense, Grams, Stream};
 use crate::write_behind::WriteBehind;
-use crate::{BranchReport, Clamped, LinearReport, PipelineError, Plan, Propagation, hidden_range};
-
-/// How to run a plan; nothing here changes what comes out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RunOptions {
-    /// Wait for the device after each piece of work, so that the profile tells them apart.
-    pub profile: bool,
-    /// Device memory to keep within, in bytes; without it, what is free.
-    pub device_memory: Option<u64>,
-}
-
-/// What came of a run.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Outcome {
-    /// In the plan's order.
-    pub reports: Vec<BranchReport>,
-    /// Where the time went.
-    pub profile: Profile,
-}
-
-/// What happens, as it happens.
-#[derive(Debug)]
-pub enum Event<'a> {
-    /// Windows are drawn and the model is open; the blocks come next.
-    Started {
-        /// Tokens to calibrate on.
-        tokens: usize,
-        /// Linears each branch will quantise.
-        linears: &'a [usize],
-    },
-    /// A linear of branch `branch` (an index into the plan) is done.
-    Linear {
-        /// Index into the plan's branches.
-        branch: usize,
-        /// Its numbers.
-        report: &'a LinearReport,
-    },
-    /// A branch directory is in place.
-    Finished {
-        /// Index into the plan's branches.
-        branch: usize,
-        /// Its report.
-        report: &'a BranchReport,
-    },
-}
-
-/// Carries the plan out on `device`: one load, one tokenisation, one pass over the blocks, every
-/// branch written.
-///
-/// # Errors
-/// Whatever is wrong with the inputs is found before any block is run where it can be; an error
-/// leaves no unfinished branch directory behind.
-pub fn quantise(
-    plan: &Plan,
-    device: Device,
-    options: RunOptions,
-    on_event: &mut dyn FnMut(Event<'_>),
-) -> Result<Outcome, PipelineError> {
-    let clock = Clock::new(options.profile);
-    let device = device.resolve()?;
-    let mut budget = options.device_memory;
-    let work = Quantise {
-        plan,
-        device,
-        clock,
-        budget: &mut budget,
-        frugal: options.device_memory.is_some(),
-        on_event,
-    };
-    match device.run(work) {
-        Ok(outcome) => outcome,
-        Err(source @ DeviceError::OutOfMemory { .. }) => Err(match budget {
-            Some(budget) => PipelineError::OutOfDeviceMemory { source, budget },
-            None => source.into(),
-        }),
-        Err(source) => Err(source.into()),
-    }
-}
-
-struct Quantise<'a> {
-    plan: &'a Plan,
-    device: Device,
-    clock: Clock,
-    /// Device memory in bytes; filled in with what is free.
-    budget: &'a mut Option<u64>,
-    frugal: bool,
-    on_event: &'a mut dyn FnMut(Event<'_>),
-}
-
-impl Work for Quantise<'_> {
-    type Output = Result<Outcome, PipelineError>;
-
-    fn run<B: Engine>(self, device: B::Device) -> Self::Output {
-        let plan = self.plan;
-        for branch in &plan.branches {
-            StagedDir::check(&plan.branch_dir(branch))?;
-        }
-        *self.budget = self.budget.or_else(|| B::free_memory(&device));
-        let resident = match *self.budget {
-            Some(budget) => resident_chunks::<B>(plan, budget)?,
-            None => usize::MAX,
-        };
-        let tokenizer = TextTokenizer::load(&plan.model_dir)?;
-        let calibration = Calibration::draw(&plan.calibration, &tokenizer)?;
-        let model = Model::<B>::open(&plan.model_dir, &device)?;
-        scope(|scope| {
-            let blocks = read_ahead(scope, &model);
-            let flows = model.embed(
-                &calibration.windows,
-                chunk_windows::<B>(plan.calibration.seq_len),
-                DType::F16,
-            )?;
-            let branches = plan.branches.iter();
-            let writers = branches
-                .map(|branch| BranchWriter::create(plan, branch))
-                .collect::<Result<_, _>>()?;
-            let mut run = Run {
-                plan,
-                model: &model,
-                writer: WriteBehind::spawn(scope, writers, model.checkpoint()),
-                outputs: plan.branches.iter().map(|_| Output::default()).collect(),
-                clock: self.clock,
-                frugal: self.frugal,
-                on_event: self.on_event,
-            };
-            run.clock.add_start();
-            run.announce();
-            let clamp = plan.numerics.clamp_overflow;
-            let dense = plan
-                .asymmetric()
-                .then(|| Dense::new(&flows, resident, clamp));
-            let streams = run.streams(flows, resident);
-            run.blocks(streams, dense, &blocks)?;
-            run.finish(&calibration.manifest, &self.device.to_string())
-        })
-    }
-}
+use crate::{
+    BranchReport, Clamped, Fingerprint, LinearReport, PipelineError, Plan, Propagation,
+    hidden_range,
+};
 
 /// Says which hidden states a Gram matrix that is not finite came from, if it was the ones that are kept.
 fn explained<B: Engine>(
@@ -188,7 +59,7 @@ fn explained<B: Engine>(
 }
 
 /// Reads blocks on a thread of their own, one ahead of the run.
-fn read_ahead<'scope, 'env, B: Engine>(
+pub(crate) fn read_ahead<'scope, 'env, B: Engine>(
     scope: &'scope Scope<'scope, 'env>,
     model: &'env Model<B>,
 ) -> Receiver<Result<HostBlock, ModelError>> {
@@ -212,53 +83,70 @@ struct Entered<'a, B: Engine> {
 
 /// One branch as it grows.
 #[derive(Default)]
-struct Output {
-    linears: Vec<LinearReport>,
-    clamped: Vec<Clamped>,
-    seconds: f64,
+pub(crate) struct Output {
+    pub(crate) linears: Vec<LinearReport>,
+    pub(crate) clamped: Vec<Clamped>,
+    pub(crate) seconds: f64,
 }
 
-struct Run<'a, 'scope, B: Engine> {
-    plan: &'a Plan,
-    model: &'a Model<B>,
-    writer: WriteBehind<'scope>,
-    outputs: Vec<Output>,
-    clock: Clock,
+/// What a report says beside the run's own numbers.
+pub(crate) struct About<'a> {
+    pub(crate) manifest: &'a Manifest,
+    pub(crate) device: String,
+    /// The branches', in their order.
+    pub(crate) prints: Vec<&'a Fingerprint>,
+}
+
+/// Some branches on their way through the blocks.
+pub(crate) struct Run<'a, 'scope, B: Engine> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) model: &'a Model<B>,
+    pub(crate) writer: WriteBehind<'scope>,
+    /// What an earlier run did.
+    pub(crate) restored: Restored,
+    /// The branches' files, where there is anything to restore.
+    pub(crate) partials: Vec<Checkpoint>,
+    pub(crate) clock: &'a mut Clock,
     /// Whether device memory is to be given back as soon as it is unused: CubeCL's pools keep what was
     /// once needed, a pool for each range of sizes.
-    frugal: bool,
-    on_event: &'a mut dyn FnMut(Event<'_>),
+    pub(crate) frugal: bool,
+    pub(crate) stop: &'a AtomicBool,
+    pub(crate) outputs: Vec<Output>,
+    pub(crate) on_event: &'a mut dyn FnMut(Event<'_>),
 }
 
 impl<B: Engine> Run<'_, '_, B> {
-    fn announce(&mut self) {
-        let linears: Vec<usize> = self
-            .plan
-            .branches
-            .iter()
-            .map(|b| b.quantised_modules(&self.plan.config).len())
-            .collect();
-        (self.on_event)(Event::Started {
-            tokens: self.plan.tokens(),
-            linears: &linears,
-        });
+    /// Takes hidden states through all blocks, and puts every branch in place.
+    pub(crate) fn carry_out(
+        mut self,
+        flows: impl Iterator<Item = Result<Flow<B>, ModelError>>,
+        places: &Places,
+        scratch: Option<&Arc<Scratch>>,
+        blocks: &Receiver<Result<HostBlock, ModelError>>,
+        about: About<'_>,
+    ) -> Result<Vec<BranchReport>, PipelineError> {
+        // Nothing to go over if only the last files were missing.
+        if self.restored.layers < self.plan.config.layers {
+            let all = (0..self.plan.branches.len()).collect();
+            let clamp = self.plan.numerics.clamp_overflow;
+            let stream = Stream::new(flows, all, places, scratch, clamp)?;
+            let dense = self.plan.asymmetric().then(|| Dense::new(&stream));
+            self.clock.add_start();
+            self.blocks(self.streams(stream), dense, blocks)?;
+        }
+        self.finish(about)
     }
 
     /// Branches that solve a block's stages in different groups cannot share a stream.
-    fn streams(&self, flows: Vec<Flow<B>>, resident: usize) -> Vec<Stream<B>> {
-        [true, false]
-            .into_iter()
-            .map(|sequential| {
-                let branches = self.plan.branches.iter().enumerate();
-                branches
-                    .filter(|(_, b)| b.true_sequential == sequential)
-                    .map(|(i, _)| i)
-                    .collect::<Vec<_>>()
-            })
-            .filter(|branches| !branches.is_empty())
+    fn streams(&self, all: Stream<B>) -> Vec<Stream<B>> {
+        let sequential = |&i: &usize| self.plan.branches[i].true_sequential;
+        let (sequential, not) = all.branches.iter().copied().partition(sequential);
+        let groups: [Vec<usize>; 2] = [sequential, not];
+        (groups.into_iter().filter(|branches| !branches.is_empty()))
             .map(|branches| {
-                let clamp = self.plan.numerics.clamp_overflow;
-                Stream::new(flows.clone(), branches, resident, clamp)
+                let mut own = all.clone();
+                own.branches = branches;
+                own
             })
             .collect()
     }
@@ -280,7 +168,7 @@ impl<B: Engine> Run<'_, '_, B> {
                     block.map(|block| model.upload(block))
                 })?;
             if let Some(dense) = &mut dense {
-                dense.enter(&block, model.device(), &mut self.clock);
+                dense.enter(&block, model.device(), self.clock)?;
             }
             let entered = Entered {
                 layer,
@@ -296,8 +184,26 @@ impl<B: Engine> Run<'_, '_, B> {
                 self.stages(&entered, stream, &block, &groups, &mut next)?;
             }
             streams = next;
+            if layer >= self.restored.layers {
+                self.record(layer)?;
+            }
         }
         Ok(())
+    }
+
+    /// Has a finished block journalled, once it is on the disk.
+    fn record(&mut self, layer: usize) -> Result<(), PipelineError> {
+        let block = |output: &Output| {
+            let linears = output.linears.iter().filter(|it| it.layer == layer);
+            let clamped = output.clamped.iter().filter(|it| it.layer == layer);
+            BranchBlock {
+                seconds: output.seconds,
+                linears: linears.cloned().collect(),
+                clamped: clamped.cloned().collect(),
+            }
+        };
+        let branches = self.outputs.iter().map(block).collect();
+        Ok(self.writer.finish_block(layer, branches)?)
     }
 
     /// Solves the first of `groups` for every branch of `stream`, moves on with the quantised
@@ -315,22 +221,36 @@ impl<B: Engine> Run<'_, '_, B> {
             done.push(stream);
             return Ok(());
         };
+        check_stop(self.stop, self.plan.config.layers)?;
         let started = Instant::now();
         let device = self.model.device();
         let asymmetric = |&branch: &usize| self.plan.branches[branch].method.asymmetric > 0.0;
         let dense = entered
             .dense
             .filter(|_| stream.branches.iter().any(asymmetric));
-        let grams = stream.grams(block, group, dense, device, &mut self.clock);
+        // A block of an earlier run needs none: its codes are known.
+        let grams = (entered.layer >= self.restored.layers)
+            .then(|| stream.grams(block, group, dense, device, self.clock))
+            .transpose()?;
         let branches = std::mem::take(&mut stream.branches);
         let shared = started.elapsed().as_secs_f64() / branches.len() as f64;
         let mut parent = Some(stream);
         for (i, &branch) in branches.iter().enumerate() {
             let started = Instant::now();
             let mut quantised = block.clone();
-            for (&stage, grams) in group.iter().zip(&grams) {
-                self.solve(entered.layer, branch, stage, grams.clone(), &mut quantised)
-                    .map_err(|error| explained(error, parent.as_ref(), self.model.device()))?;
+            for (i, &stage) in group.iter().enumerate() {
+                match &grams {
+                    Some(grams) => self
+                        .solve(
+                            entered.layer,
+                            branch,
+                            stage,
+                            grams[i].clone(),
+                            &mut quantised,
+                        )
+                        .map_err(|error| explained(error, parent.as_ref(), device))?,
+                    None => self.restore(entered.layer, branch, stage, &mut quantised)?,
+                }
             }
             if self.plan.propagation == Propagation::Dense {
                 self.outputs[branch].seconds += shared + started.elapsed().as_secs_f64();
@@ -343,7 +263,7 @@ impl<B: Engine> Run<'_, '_, B> {
             }
             .expect("taken only by the last branch");
             own.branches = vec![branch];
-            let (own, clamped) = own.advance(&quantised, group, device, &mut self.clock);
+            let (own, clamped) = own.advance(&quantised, group, device, self.clock)?;
             self.note_clamped(entered.layer, group, &[branch], clamped);
             if self.frugal {
                 B::release_memory(device);
@@ -353,7 +273,7 @@ impl<B: Engine> Run<'_, '_, B> {
         }
         if let Some(mut stream) = parent {
             stream.branches = branches;
-            let (stream, clamped) = stream.advance(block, group, device, &mut self.clock);
+            let (stream, clamped) = stream.advance(block, group, device, self.clock)?;
             self.note_clamped(entered.layer, group, &stream.branches, clamped);
             self.stages(entered, stream, block, rest, done)?;
         }
@@ -361,7 +281,8 @@ impl<B: Engine> Run<'_, '_, B> {
     }
 
     fn note_clamped(&mut self, layer: usize, group: &[Stage], branches: &[usize], values: usize) {
-        if values > 0 {
+        // An earlier run's block has its own record.
+        if values > 0 && layer >= self.restored.layers {
             let after = hidden_range::after(group);
             for &branch in branches {
                 self.outputs[branch].clamped.push(Clamped {
@@ -382,6 +303,7 @@ impl<B: Engine> Run<'_, '_, B> {
         grams: Grams<B>,
         block: &mut Block<B>,
     ) -> Result<(), PipelineError> {
+        check_stop(self.stop, self.plan.config.layers)?;
         let settings = &self.plan.branches[branch];
         let (mut projections, mut requests) = (Vec::new(), Vec::new());
         for &projection in stage.projections() {
@@ -471,13 +393,38 @@ impl<B: Engine> Run<'_, '_, B> {
         Ok(())
     }
 
-    fn finish(mut self, manifest: &Manifest, device: &str) -> Result<Outcome, PipelineError> {
+    /// Gives `block` the weights that an earlier run found for a stage of one branch.
+    fn restore(
+        &mut self,
+        layer: usize,
+        branch: usize,
+        stage: Stage,
+        block: &mut Block<B>,
+    ) -> Result<(), PipelineError> {
+        let device = self.model.device();
+        let restored = &self.restored.branches[branch];
+        for &projection in stage.projections() {
+            let module = projection.module(layer);
+            let Some(report) = restored.linears.iter().find(|l| l.name == module) else {
+                continue;
+            };
+            let packed = restored.read(&self.partials[branch], report)?;
+            if self.plan.propagation == Propagation::Quantised {
+                block.set_weight(projection, B::dequantise(&packed, device));
+            }
+            (self.on_event)(Event::Linear { branch, report });
+        }
+        Ok(())
+    }
+
+    fn finish(self, about: About<'_>) -> Result<Vec<BranchReport>, PipelineError> {
         let plan = self.plan;
         let started = Instant::now();
         let writers = self.writer.finish()?;
         let mut reports = Vec::with_capacity(plan.branches.len());
         let outputs = plan.branches.iter().zip(self.outputs).zip(writers);
         for (i, ((branch, output), writer)) in outputs.enumerate() {
+            check_stop(self.stop, plan.config.layers)?;
             let mut report = BranchReport {
                 gptq_version: env!("CARGO_PKG_VERSION").to_owned(),
                 model: plan.model_name.clone(),
@@ -489,18 +436,19 @@ impl<B: Engine> Run<'_, '_, B> {
                     Propagation::Quantised => "quantised".to_owned(),
                     Propagation::Dense => "dense".to_owned(),
                 },
-                calibration: manifest.clone(),
-                device: device.to_owned(),
+                calibration: about.manifest.clone(),
+                device: about.device.clone(),
                 bytes: 0,
                 seconds: output.seconds,
                 phases: self.clock.profile().phases(),
+                fingerprint: Some(about.prints[i].clone()),
                 recipe: plan.recipe.clone(),
                 command: plan.command.clone(),
                 clamped: output.clamped,
                 perplexity: None,
                 linears: output.linears,
             };
-            writer.finish(plan, &mut report)?;
+            writer.finish(&mut report)?;
             (self.on_event)(Event::Finished {
                 branch: i,
                 report: &report,
@@ -509,9 +457,6 @@ impl<B: Engine> Run<'_, '_, B> {
         }
         self.clock
             .add(Phase::Write, started.elapsed().as_secs_f64());
-        Ok(Outcome {
-            reports,
-            profile: self.clock.profile(),
-        })
+        Ok(reports)
     }
 }

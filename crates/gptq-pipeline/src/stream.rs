@@ -10,11 +10,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use burn::tensor::{DType, Tensor};
+use gptq_format::{FormatError, le_bytes};
 use gptq_kernels::{Engine, HostBuffer, map_lanes};
-use gptq_model::{Block, Flow, Stage};
+use gptq_model::{Block, Flow, ModelError, Stage};
 
+use crate::PipelineError;
 use crate::hidden_range::{self, Overflow};
+use crate::memory::Places;
 use crate::profile::{Clock, Phase, timed};
+use crate::scratch::{Scratch, Slot};
 
 /// Hidden states between stages are kept in this type: half the memory, and its rounding is far below
 /// the quantisation's error.
@@ -37,65 +41,110 @@ enum Chunk<B: Engine> {
         windows: usize,
         residual: HostStates,
         activation: Option<HostStates>,
+        /// Where states are put, if not into memory.
+        scratch: Option<Arc<Scratch>>,
     },
 }
 
 /// `[tokens, features]` on the host, in [`KEEP`].
 #[derive(Clone)]
 struct HostStates {
-    values: Arc<HostBuffer>,
+    values: Values,
     shape: [usize; 2],
 }
 
+#[derive(Clone)]
+enum Values {
+    Memory(Arc<HostBuffer>),
+    Disk(Arc<Slot>),
+}
+
 impl HostStates {
-    fn new<B: Engine>(states: Tensor<B, 2>) -> Self {
-        HostStates {
-            shape: states.dims(),
-            values: Arc::new(B::download(states.cast(KEEP))),
-        }
+    /// Into `scratch`, if there is one, else into memory.
+    fn new<B: Engine>(
+        states: Tensor<B, 2>,
+        scratch: Option<&Arc<Scratch>>,
+    ) -> Result<Self, FormatError> {
+        let shape = states.dims();
+        let values = B::download(states.cast(KEEP));
+        let values = match scratch {
+            None => Values::Memory(Arc::new(values)),
+            Some(scratch) => Values::Disk(Arc::new(scratch.put(&le_bytes(values.values()))?)),
+        };
+        Ok(HostStates { values, shape })
     }
 
     /// On the device, in compute dtype.
-    fn upload<B: Engine>(&self, device: &B::Device) -> Tensor<B, 2> {
-        B::upload(&self.values, 0, self.shape, device).cast(B::COMPUTE)
+    fn upload<B: Engine>(&self, device: &B::Device) -> Result<Tensor<B, 2>, FormatError> {
+        let upload = |values: &HostBuffer| B::upload(values, 0, self.shape, device);
+        let states = match &self.values {
+            Values::Memory(values) => upload(values),
+            Values::Disk(slot) => {
+                let mut values = B::host_buffer(self.shape.iter().product(), device);
+                // As they were written, on this machine.
+                slot.read(bytemuck::cast_slice_mut(values.values_mut()))?;
+                upload(&values)
+            }
+        };
+        Ok(states.cast(B::COMPUTE))
     }
 }
 
 impl<B: Engine> Chunk<B> {
-    /// Keeps `flow` on the host. `old` is what it came from, whose residual may still serve.
-    fn on_host(flow: Flow<B>, residual: Option<HostStates>) -> Self {
-        Chunk::Host {
+    /// Keeps `flow` on the host. `residual` is what it came from, if that still serves.
+    fn on_host(
+        flow: Flow<B>,
+        residual: Option<HostStates>,
+        scratch: Option<Arc<Scratch>>,
+    ) -> Result<Self, FormatError> {
+        let keep = |states| HostStates::new(states, scratch.as_ref());
+        Ok(Chunk::Host {
             windows: flow.windows,
-            residual: residual.unwrap_or_else(|| HostStates::new(flow.residual)),
-            activation: flow.activation.map(HostStates::new),
-        }
+            residual: match residual {
+                Some(residual) => residual,
+                None => keep(flow.residual)?,
+            },
+            activation: flow.activation.map(keep).transpose()?,
+            scratch,
+        })
     }
 
     /// What a stage that takes the activation as it is would be given: nothing else need be brought
     /// to the device for its Gram matrix.
-    fn kept_input(&self, stages: &[Stage], device: &B::Device) -> Option<Tensor<B, 2>> {
+    fn kept_input(
+        &self,
+        stages: &[Stage],
+        device: &B::Device,
+    ) -> Result<Option<Tensor<B, 2>>, FormatError> {
         if stages.len() > 1 || !stages[0].ends_in_residual() {
-            return None;
+            return Ok(None);
         }
         match self {
-            Chunk::Device(flow) => Some(flow.activation.clone()?.cast(B::COMPUTE)),
-            Chunk::Host { activation, .. } => Some(activation.as_ref()?.upload(device)),
+            Chunk::Device(flow) => Ok(flow.activation.clone().map(|it| it.cast(B::COMPUTE))),
+            Chunk::Host { activation, .. } => {
+                let upload = |states: &HostStates| states.upload(device);
+                activation.as_ref().map(upload).transpose()
+            }
         }
     }
 
     /// The states in compute dtype on `device`.
-    fn flow(&self, device: &B::Device) -> Flow<B> {
+    fn flow(&self, device: &B::Device) -> Result<Flow<B>, FormatError> {
         match self {
-            Chunk::Device(flow) => flow.clone().cast(B::COMPUTE),
+            Chunk::Device(flow) => Ok(flow.clone().cast(B::COMPUTE)),
             Chunk::Host {
                 windows,
                 residual,
                 activation,
-            } => Flow {
-                windows: *windows,
-                residual: residual.upload(device),
-                activation: activation.as_ref().map(|states| states.upload(device)),
-            },
+                ..
+            } => {
+                let upload = |states: &HostStates| states.upload(device);
+                Ok(Flow {
+                    windows: *windows,
+                    residual: upload(residual)?,
+                    activation: activation.as_ref().map(upload).transpose()?,
+                })
+            }
         }
     }
 
@@ -107,14 +156,18 @@ impl<B: Engine> Chunk<B> {
         stages: &[Stage],
         device: &B::Device,
         clamp: bool,
-    ) -> (Self, usize) {
+    ) -> Result<(Self, usize), FormatError> {
         // Stages that end in an activation leave the residual as it was.
         let ends_inside = stages.len() == 1 && !stages[0].ends_in_residual();
         let (flow, kept) = match self {
             Chunk::Device(flow) => (flow.cast(B::COMPUTE), None),
-            Chunk::Host { ref residual, .. } => {
-                let kept = ends_inside.then(|| residual.clone());
-                (self.flow(device), Some(kept))
+            Chunk::Host {
+                ref residual,
+                ref scratch,
+                ..
+            } => {
+                let residual = ends_inside.then(|| residual.clone());
+                (self.flow(device)?, Some((residual, scratch.clone())))
             }
         };
         let end = stages
@@ -126,9 +179,9 @@ impl<B: Engine> Chunk<B> {
         };
         let chunk = match kept {
             None => Chunk::Device(end.cast(KEEP)),
-            Some(residual) => Chunk::on_host(end, residual),
+            Some((residual, scratch)) => Chunk::on_host(end, residual, scratch)?,
         };
-        (chunk, clamped)
+        Ok((chunk, clamped))
     }
 }
 
@@ -144,22 +197,31 @@ pub(crate) struct Dense<B: Engine> {
 }
 
 impl<B: Engine> Dense<B> {
-    /// From the embedded chunks, of which the first `resident` stay on the device.
-    pub(crate) fn new(flows: &[Flow<B>], resident: usize, clamp: bool) -> Self {
-        let own = flows.iter().step_by(DENSE_SHARE).cloned().collect();
+    /// From the embedded chunks.
+    pub(crate) fn new(all: &Stream<B>) -> Self {
         Dense {
             before: Vec::new(),
-            end: Stream::new(own, Vec::new(), resident.div_ceil(DENSE_SHARE), clamp),
+            end: Stream {
+                chunks: all.chunks.iter().step_by(DENSE_SHARE).cloned().collect(),
+                branches: Vec::new(),
+                clamp: all.clamp,
+            },
         }
     }
 
     /// Runs the next block, dense.
-    pub(crate) fn enter(&mut self, block: &Block<B>, device: &B::Device, clock: &mut Clock) {
+    pub(crate) fn enter(
+        &mut self,
+        block: &Block<B>,
+        device: &B::Device,
+        clock: &mut Clock,
+    ) -> Result<(), FormatError> {
         self.before.clear();
         for stage in Stage::ALL {
-            let (next, _) = self.end.clone().advance(block, &[stage], device, clock);
+            let (next, _) = self.end.clone().advance(block, &[stage], device, clock)?;
             self.before.push(std::mem::replace(&mut self.end, next));
         }
+        Ok(())
     }
 
     /// Chunk `chunk` of the branches' before `stage`, where there is one.
@@ -181,27 +243,35 @@ pub(crate) struct Grams<B: Engine> {
 }
 
 impl<B: Engine> Stream<B> {
-    /// The first `resident` chunks stay on the device.
+    /// Keeps each chunk where it belongs as it comes.
     pub(crate) fn new(
-        flows: Vec<Flow<B>>,
+        flows: impl Iterator<Item = Result<Flow<B>, ModelError>>,
         branches: Vec<usize>,
-        resident: usize,
+        places: &Places,
+        scratch: Option<&Arc<Scratch>>,
         clamp: bool,
-    ) -> Self {
-        let keep = |(i, flow): (usize, Flow<B>)| match i < resident {
-            true => Chunk::Device(flow.cast(KEEP)),
-            false => Chunk::on_host(flow, None),
+    ) -> Result<Self, PipelineError> {
+        let keep = |(i, flow): (usize, Result<Flow<B>, ModelError>)| match i {
+            i if i < places.device => Ok(Chunk::Device(flow?.cast(KEEP))),
+            i if i < places.device + places.host => Ok(Chunk::on_host(flow?, None, None)?),
+            _ => Ok(Chunk::on_host(flow?, None, scratch.cloned())?),
         };
-        Stream {
-            chunks: flows.into_iter().enumerate().map(keep).collect(),
+        let chunks = flows.enumerate().map(keep);
+        Ok(Stream {
+            chunks: chunks.collect::<Result<_, PipelineError>>()?,
             branches,
             clamp,
-        }
+        })
     }
 
     /// What of the states is not finite, for explaining a failure.
     pub(crate) fn not_finite(&self, device: &B::Device) -> Option<Overflow> {
-        hidden_range::search(self.chunks.iter().map(|chunk| chunk.flow(device)))
+        // Those that cannot be read explain nothing.
+        let flows = self
+            .chunks
+            .iter()
+            .filter_map(|chunk| chunk.flow(device).ok());
+        hidden_range::search(flows)
     }
 
     /// The Gram matrices of each stage's input, with `block`'s weights in between; the stream stays
@@ -213,7 +283,7 @@ impl<B: Engine> Stream<B> {
         dense: Option<&Dense<B>>,
         device: &B::Device,
         clock: &mut Clock,
-    ) -> Vec<Grams<B>> {
+    ) -> Result<Vec<Grams<B>>, FormatError> {
         let started = Instant::now();
         let chunks: Vec<_> = self.chunks.iter().enumerate().collect();
         let tap = Tap {
@@ -225,6 +295,7 @@ impl<B: Engine> Stream<B> {
         };
         let lane = chunks.len().div_ceil(B::LANES);
         let lanes = map_lanes::<B, _, _>(chunks.chunks(lane).collect(), |chunks| tap.lane(chunks));
+        let lanes = lanes.into_iter().collect::<Result<Vec<_>, FormatError>>()?;
         let [forward, gram] = lanes
             .iter()
             .fold([0.0; 2], |[f, g], lane| [f + lane.forward, g + lane.gram]);
@@ -239,7 +310,7 @@ impl<B: Engine> Stream<B> {
         let share = forward / (forward + gram).max(f64::MIN_POSITIVE);
         clock.add(Phase::Forward, seconds * share);
         clock.add(Phase::Gram, seconds * (1.0 - share));
-        grams
+        Ok(grams)
     }
 
     /// Runs `stages` with `block`'s weights. Also how many values were clamped.
@@ -249,20 +320,23 @@ impl<B: Engine> Stream<B> {
         stages: &[Stage],
         device: &B::Device,
         clock: &mut Clock,
-    ) -> (Self, usize) {
+    ) -> Result<(Self, usize), FormatError> {
         let clamp = self.clamp;
         let advanced = clock.measure::<B, _>(Phase::Forward, device, || {
             map_lanes::<B, _, _>(self.chunks, |chunk| {
                 chunk.advance(block, stages, device, clamp)
             })
         });
+        let advanced = advanced
+            .into_iter()
+            .collect::<Result<Vec<_>, FormatError>>()?;
         let (chunks, clamped): (Vec<_>, Vec<usize>) = advanced.into_iter().unzip();
         let stream = Stream {
             chunks,
             branches: self.branches,
             clamp,
         };
-        (stream, clamped.iter().sum())
+        Ok((stream, clamped.iter().sum()))
     }
 }
 
@@ -340,7 +414,7 @@ struct Tap<'a, B: Engine> {
 
 impl<B: Engine> Tap<'_, B> {
     /// [`Stream::grams`] over some of the chunks.
-    fn lane(&self, chunks: &[(usize, &Chunk<B>)]) -> Lane<B> {
+    fn lane(&self, chunks: &[(usize, &Chunk<B>)]) -> Result<Lane<B>, FormatError> {
         let empty = || Sums {
             apart: None,
             rest: None,
@@ -350,18 +424,21 @@ impl<B: Engine> Tap<'_, B> {
         for &(at, chunk) in chunks {
             let (input, seconds) = self.timed(|| chunk.kept_input(self.stages, self.device));
             forward += seconds;
-            if let Some(input) = input {
+            if let Some(input) = input? {
                 let (dense, seconds) = self.timed(|| self.dense_input(self.stages[0], at));
                 forward += seconds;
+                let dense = dense?;
                 gram += self.timed(|| sums[0].add(input, dense)).1;
                 continue;
             }
-            let (mut flow, seconds) = self.timed(|| chunk.flow(self.device));
+            let (flow, seconds) = self.timed(|| chunk.flow(self.device));
             forward += seconds;
+            let mut flow = flow?;
             for (i, &stage) in self.stages.iter().enumerate() {
                 let inputs = || (self.block.input(stage, &flow), self.dense_input(stage, at));
                 let ((input, dense), seconds) = self.timed(inputs);
                 forward += seconds;
+                let dense = dense?;
                 gram += self.timed(|| sums[i].add(input, dense)).1;
                 if i + 1 < self.stages.len() {
                     let (next, seconds) = self.timed(|| self.block.advance(stage, flow));
@@ -370,20 +447,22 @@ impl<B: Engine> Tap<'_, B> {
                 }
             }
         }
-        Lane {
+        Ok(Lane {
             sums,
             forward,
             gram,
-        }
+        })
     }
 
     /// What the dense model gives `stage` for chunk `at`, where it was run.
-    fn dense_input(&self, stage: Stage, at: usize) -> Option<Tensor<B, 2>> {
-        let chunk = self.dense?.chunk(stage, at)?;
-        Some(match chunk.kept_input(&[stage], self.device) {
+    fn dense_input(&self, stage: Stage, at: usize) -> Result<Option<Tensor<B, 2>>, FormatError> {
+        let Some(chunk) = self.dense.and_then(|dense| dense.chunk(stage, at)) else {
+            return Ok(None);
+        };
+        Ok(Some(match chunk.kept_input(&[stage], self.device)? {
             Some(input) => input,
-            None => self.block.input(stage, &chunk.flow(self.device)),
-        })
+            None => self.block.input(stage, &chunk.flow(self.device)?),
+        }))
     }
 
     fn timed<T>(&self, work: impl FnOnce() -> T) -> (T, f64) {

@@ -7,15 +7,24 @@ use gptq_format::{Checkpoint, FormatError};
 use gptq_kernels::Incoming;
 
 use crate::branch_writer::BranchWriter;
+use crate::journal::{Block, BranchBlock, Journal};
 
 /// Packed linears that may wait for the disk.
 const WAITING: usize = 24;
 
-/// A packed linear of a branch.
-struct Job {
-    branch: usize,
-    module: String,
-    packed: Incoming,
+enum Job {
+    /// A packed linear of a branch.
+    Linear {
+        branch: usize,
+        module: String,
+        packed: Incoming,
+    },
+    /// All of a block has been queued.
+    Block {
+        layer: usize,
+        /// Of each branch: its seconds so far, and the block's linears.
+        branches: Vec<BranchBlock>,
+    },
 }
 
 /// The writing thread's end of the run.
@@ -25,16 +34,21 @@ pub(crate) struct WriteBehind<'scope> {
 }
 
 impl<'scope> WriteBehind<'scope> {
-    /// Starts with what the branches have in common with the base model.
+    /// Starts with what the branches have in common with the base model. Finished blocks go into
+    /// `journal` under `names`, the branches'.
     pub(crate) fn spawn<'env>(
         scope: &'scope Scope<'scope, 'env>,
         writers: Vec<BranchWriter>,
         checkpoint: &'env Checkpoint,
+        mut journal: Journal,
+        names: Vec<String>,
     ) -> Self {
         let (sender, receiver) = sync_channel(WAITING);
         WriteBehind {
             sender: Some(sender),
-            thread: Some(scope.spawn(move || write(writers, checkpoint, receiver))),
+            thread: Some(
+                scope.spawn(move || write(writers, checkpoint, &mut journal, &names, receiver)),
+            ),
         }
     }
 
@@ -48,11 +62,27 @@ impl<'scope> WriteBehind<'scope> {
         module: String,
         packed: Incoming,
     ) -> Result<(), FormatError> {
-        let job = Job {
+        self.send(Job::Linear {
             branch,
             module,
             packed,
-        };
+        })
+    }
+
+    /// Queues the record of a block whose linears were all queued: it goes into the journal once
+    /// they are on the disk.
+    ///
+    /// # Errors
+    /// What stopped the writing thread.
+    pub(crate) fn finish_block(
+        &mut self,
+        layer: usize,
+        branches: Vec<BranchBlock>,
+    ) -> Result<(), FormatError> {
+        self.send(Job::Block { layer, branches })
+    }
+
+    fn send(&mut self, job: Job) -> Result<(), FormatError> {
         let sent = self.sender.as_ref().is_some_and(|it| it.send(job).is_ok());
         match sent {
             true => Ok(()),
@@ -84,13 +114,32 @@ impl<'scope> WriteBehind<'scope> {
 fn write(
     mut writers: Vec<BranchWriter>,
     checkpoint: &Checkpoint,
+    journal: &mut Journal,
+    names: &[String],
     jobs: Receiver<Job>,
 ) -> Result<Vec<BranchWriter>, FormatError> {
     for writer in &mut writers {
         writer.copy_shared(checkpoint)?;
     }
     for job in jobs {
-        writers[job.branch].write(&job.module, &job.packed.wait())?;
+        match job {
+            Job::Linear {
+                branch,
+                module,
+                packed,
+            } => writers[branch].write(&module, &packed.wait())?,
+            Job::Block {
+                layer,
+                mut branches,
+            } => {
+                for (writer, block) in writers.iter_mut().zip(&mut branches) {
+                    writer.sync()?;
+                    writer.digest(&mut block.linears);
+                }
+                let branches = names.iter().cloned().zip(branches).collect();
+                journal.append(&Block { layer, branches })?;
+            }
+        }
     }
     Ok(writers)
 }

@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use gptq_kernels::Device;
@@ -85,7 +85,7 @@ impl Command {
     /// What a bug report says was asked for: no path of this machine.
     pub(crate) fn about(&self) -> String {
         let (name, path) = match self {
-            Command::Quantize(args) => ("quantize", Some(&args.recipe.recipe)),
+            Command::Quantize(args) => ("quantize", args.recipe.as_ref()),
             Command::Plan(args) => ("plan", Some(&args.recipe.recipe)),
             Command::Calibration(CalibrationArgs {
                 command: CalibrationCommand::Show(args),
@@ -110,6 +110,14 @@ impl Command {
 pub(crate) struct RecipeArgs {
     /// The recipe (TOML)
     pub recipe: PathBuf,
+    #[command(flatten)]
+    pub changes: ChangeArgs,
+}
+
+/// What flags change in a recipe.
+#[derive(Args)]
+#[group(id = "changes", multiple = true)]
+pub(crate) struct ChangeArgs {
     /// Only this branch; may be repeated
     #[arg(long, value_name = "NAME")]
     pub branch: Vec<String>,
@@ -173,12 +181,21 @@ pub(crate) struct RunArgs {
     /// host
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub device_memory: Option<u64>,
+    /// Keep host memory within this, such as 64GiB; hidden states that do not fit go to --scratch
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub host_memory: Option<u64>,
+    /// Where hidden states are that do not fit into memory [default: the output directory]
+    #[arg(long, value_name = "DIR")]
+    pub scratch: Option<PathBuf>,
     /// Print where the time went; waits for the device after every step
     #[arg(long)]
     pub profile: bool,
     /// Measure each finished branch's perplexity on this text
     #[arg(long, value_name = "FILE")]
     pub perplexity: Option<PathBuf>,
+    /// Make every branch again, whatever is in the output directory of earlier runs
+    #[arg(long)]
+    pub restart: bool,
     /// Print the result as JSON, and progress to standard error
     #[arg(long)]
     pub json: bool,
@@ -186,8 +203,14 @@ pub(crate) struct RunArgs {
 
 #[derive(Args)]
 pub(crate) struct QuantizeArgs {
+    /// The recipe (TOML)
+    #[arg(required_unless_present = "resume")]
+    pub recipe: Option<PathBuf>,
+    /// Go on with the unfinished run in this directory, by the recipe and flags that it was begun with
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["recipe", "changes", "restart"])]
+    pub resume: Option<PathBuf>,
     #[command(flatten)]
-    pub recipe: RecipeArgs,
+    pub changes: ChangeArgs,
     #[command(flatten)]
     pub run: RunArgs,
     /// Check everything and show the plan, but run nothing
@@ -330,7 +353,14 @@ pub(crate) struct CardArgs {
 impl RecipeArgs {
     /// Reads the recipe and applies the flags.
     pub(crate) fn load(self, perplexity: Option<PathBuf>) -> anyhow::Result<Recipe> {
-        let mut recipe = Recipe::read(&self.recipe)?;
+        self.changes.load(&self.recipe, perplexity)
+    }
+}
+
+impl ChangeArgs {
+    /// Reads the recipe at `path` and applies the flags.
+    pub(crate) fn load(self, path: &Path, perplexity: Option<PathBuf>) -> anyhow::Result<Recipe> {
+        let mut recipe = Recipe::read(path)?;
         recipe.apply(RecipeOverrides {
             branches: self.branch,
             calibration: self.calibration,

@@ -96,6 +96,8 @@ pub(crate) fn plan(plan: &Plan, device: &str) {
 pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
     match event {
         Event::Started { tokens, .. } => info!(tokens, "calibrating"),
+        Event::Kept { report, .. } => info!(branch = report.branch, "is there already"),
+        Event::Resumed { layers } => info!(blocks = layers, "going on with an unfinished run"),
         Event::Linear { branch, report } => {
             let branch = &plan.branches[*branch];
             linear(&branch.name, branch.damp_percent, report);

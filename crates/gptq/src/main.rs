@@ -1,6 +1,7 @@
 //! `gptq`: produce a matrix of GPTQ branches from one config file, and verify what was written.
 //!
-//! Exit status: 0 when everything asked for held, 1 when something did not, 2 for a wrong command line.
+//! Exit status: 0 when everything asked for held, 1 when something did not, 2 for a wrong command line,
+//! 130 and 143 when SIGINT or SIGTERM stopped it.
 
 #![forbid(unsafe_code)]
 
@@ -19,6 +20,7 @@ mod publish;
 mod quantize;
 mod report;
 mod requantize;
+mod signals;
 mod size;
 mod table;
 mod verify;
@@ -29,6 +31,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::cli::{Cli, Command};
+use crate::signals::Signals;
 
 /// `gptq` below the user's cache directory, as the XDG specification has it.
 fn cache_directory() -> Option<PathBuf> {
@@ -45,12 +48,20 @@ fn main() -> ExitCode {
         gptq_kernels::keep_kernels(&directory.join("kernels"));
     }
     let Cli { log_file, command } = Cli::parse();
+    let signals = match Signals::install() {
+        Ok(signals) => signals,
+        Err(error) => {
+            eprintln!("gptq: signals cannot be taken over: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     // A token that is kept in a file is a secret even where the environment has none.
     let secrets = hub::settings().token.into_iter().collect();
     let result = log::start(log_file.as_deref(), std::env::var("RUST_LOG").ok(), secrets);
     let result = result.and_then(|()| {
         let about = command.about();
-        bug::guard(&about, || run(command)).unwrap_or_else(|line| Err(anyhow::Error::msg(line)))
+        bug::guard(&about, || run(command, &signals))
+            .unwrap_or_else(|line| Err(anyhow::Error::msg(line)))
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -58,16 +69,16 @@ fn main() -> ExitCode {
             tracing::error!("{error}");
             // One line: a library's message names the thing and the remedy, and holds its source's.
             eprintln!("gptq: {error}");
-            ExitCode::FAILURE
+            signals.status().map_or(ExitCode::FAILURE, ExitCode::from)
         }
     }
 }
 
-fn run(command: Command) -> anyhow::Result<()> {
+fn run(command: Command, signals: &Signals) -> anyhow::Result<()> {
     match command {
-        Command::Quantize(args) => quantize::run(args),
+        Command::Quantize(args) => quantize::run(args, signals),
         Command::Plan(args) => plan::run(args),
-        Command::Requantize(args) => requantize::run(args),
+        Command::Requantize(args) => requantize::run(args, signals),
         Command::Calibration(args) => calibration::run(args),
         Command::Publish(args) => publish::run(args),
         Command::Verify(args) => verify::run(args),

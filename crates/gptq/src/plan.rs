@@ -55,7 +55,14 @@ fn record(plan: &Plan) -> Value {
         "layers": config.layers,
         "samples": plan.calibration.samples,
         "seq_len": plan.calibration.seq_len,
-        "memory": {"device": memory.device, "host": memory.host, "cpu": memory.cpu},
+        "memory": {
+            "device": memory.device,
+            "host": memory.host,
+            "cpu": memory.cpu,
+            "states": memory.states,
+            "least_host": memory.least_host,
+            "least_cpu": memory.least_cpu,
+        },
         "branches": branches.collect::<Vec<_>>(),
         "warnings": plan.warnings,
     })
@@ -82,6 +89,13 @@ fn print(plan: &Plan) {
         size::binary(memory.device),
         size::binary(memory.host),
         size::binary(memory.cpu)
+    );
+    println!(
+        "hidden states: {} of it; --host-memory can be as small as {} with CUDA, {} without, and the \
+         rest goes to --scratch",
+        size::binary(memory.states),
+        size::binary(memory.least_host),
+        size::binary(memory.least_cpu)
     );
     let mut rows = vec![
         [

@@ -42,6 +42,20 @@ impl<'a> Progress<'a> {
                     self.bars = Some(self.start_bars(linears));
                 }
             }
+            Event::Kept { branch, report } => {
+                let name = &self.plan.branches[branch].name;
+                match &self.bars {
+                    Some(bars) => bars[branch].finish_with_message("is there already"),
+                    None => self.say(&format!(
+                        "{name}: is there already, {}",
+                        size::decimal(report.bytes)
+                    )),
+                }
+            }
+            Event::Resumed { layers } => self.say(&format!(
+                "going on after block {layers} of {} of an unfinished run",
+                self.plan.config.layers
+            )),
             Event::Linear { branch, report } => match &self.bars {
                 Some(bars) => {
                     bars[branch].set_message(format!(
@@ -64,10 +78,10 @@ impl<'a> Progress<'a> {
     }
 
     fn say(&self, line: &str) {
-        match self.aside {
+        self.group.suspend(|| match self.aside {
             true => eprintln!("{line}"),
             false => println!("{line}"),
-        }
+        });
     }
 
     fn start_bars(&self, linears: &[usize]) -> Vec<ProgressBar> {

@@ -1,11 +1,12 @@
 //! `gptq quantize`.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, anyhow, bail};
 use gptq_pipeline::{
-    BranchReport, Outcome, Perplexity, Phase, Plan, Profile, Recipe, RunOptions, quantise,
+    BranchReport, Event, Outcome, Perplexity, Phase, Plan, Profile, Recipe, RunOptions, quantise,
+    unfinished,
 };
 use gptq_verify::{Evaluation, Request, verify};
 use serde_json::json;
@@ -13,6 +14,7 @@ use serde_json::json;
 use crate::cli::{QuantizeArgs, RunArgs, warn};
 use crate::hub::{self, Need};
 use crate::progress::Progress;
+use crate::signals::Signals;
 use crate::{log, plan, size, table};
 
 /// Finished branches.
@@ -25,14 +27,18 @@ pub(crate) struct Produced {
     profile: Profile,
 }
 
-pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
-    let recipe = args.recipe.load(args.run.perplexity.clone())?;
+pub(crate) fn run(args: QuantizeArgs, signals: &Signals) -> Result<()> {
+    let recipe = match (&args.resume, &args.recipe) {
+        (Some(output), _) => resume(output, args.run.perplexity.clone())?,
+        (None, Some(recipe)) => args.changes.load(recipe, args.run.perplexity.clone())?,
+        (None, None) => bail!("no recipe"),
+    };
     if args.dry_run {
         let plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
         warn(&plan);
         return plan::show(&plan, args.run.json);
     }
-    let made = produce(&recipe, &args.run)?;
+    let made = produce(&recipe, &args.run, signals)?;
     if args.run.json {
         let record = record(&made);
         println!("{}", serde_json::to_string_pretty(&record)?);
@@ -46,8 +52,19 @@ pub(crate) fn run(args: QuantizeArgs) -> Result<()> {
     Ok(())
 }
 
+/// The recipe of the unfinished run in `output`, seen from where that was begun.
+fn resume(output: &Path, perplexity: Option<PathBuf>) -> Result<Recipe> {
+    let absolute =
+        |path: &Path| std::path::absolute(path).map_err(|e| anyhow!("{}: {e}", path.display()));
+    let output = absolute(output)?;
+    let perplexity = perplexity.as_deref().map(absolute).transpose()?;
+    let (recipe, directory) = unfinished(&output, perplexity)?;
+    std::env::set_current_dir(&directory).map_err(|e| anyhow!("{}: {e}", directory.display()))?;
+    Ok(recipe)
+}
+
 /// Carries a recipe out.
-pub(crate) fn produce(recipe: &Recipe, args: &RunArgs) -> Result<Produced> {
+pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Result<Produced> {
     let mut plan = Plan::new(recipe, &hub::fetch(recipe, Need::Weights, true)?)?;
     plan.command = Some(command(std::env::args_os().skip(1)));
     warn(&plan);
@@ -56,14 +73,26 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs) -> Result<Produced> {
     let options = RunOptions {
         profile: args.profile,
         device_memory: args.device_memory,
+        host_memory: args.host_memory,
+        scratch: args.scratch.as_deref(),
+        restart: args.restart,
+        stop: signals.stop(),
     };
     let Outcome {
         mut reports,
         profile,
     } = quantise(&plan, args.device, options, &mut |event| {
         log::event(&plan, &event);
+        // Until the blocks begin there is nothing to lose.
+        if matches!(event, Event::Started { .. }) {
+            signals.hold();
+        }
         progress.show(event)
     })?;
+    signals.release();
+    if signals.status().is_some() {
+        bail!("stopped; every branch is in place");
+    }
 
     log::concerns(&reports);
     let evaluation = plan.evaluation.clone();

@@ -9,12 +9,13 @@ use gptq_verify::{Evaluation, Request, verify};
 use serde::Serialize;
 
 use crate::cli::RequantizeArgs;
+use crate::signals::Signals;
 use crate::{quantize, table};
 
-pub(crate) fn run(args: RequantizeArgs) -> Result<()> {
+pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
     let before = branches(&args.dir, &args.branch)?;
     let recipe = recipe(&args, &before)?;
-    let after = quantize::produce(&recipe, &args.run)?;
+    let after = quantize::produce(&recipe, &args.run, signals)?;
     let evaluation = after.plan.evaluation.clone();
     let request = evaluation.map(|(text, window)| Request {
         evaluation: Some(Evaluation { text, window }),

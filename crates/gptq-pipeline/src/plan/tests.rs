@@ -24,6 +24,15 @@ fn meditron() -> ModelConfig {
     .unwrap()
 }
 
+fn llama2_70b() -> ModelConfig {
+    ModelConfig::from_json(json!({
+        "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "vocab_size": 32000, "max_position_embeddings": 4096
+    }))
+    .unwrap()
+}
+
 const HEAD: &str =
     "[model]\nsource = \"m\"\n[calibration]\nsource = \"c.json\"\n[output]\ndir = \"out\"\n";
 
@@ -51,6 +60,7 @@ fn every_recipe_in_configs_plans() {
         let recipe = Recipe::read(&path).unwrap();
         let config = match path.ends_with("tiny.toml") {
             true => tiny(),
+            false if path.ends_with("llama2-70b.toml") => llama2_70b(),
             false => meditron(),
         };
         let plan = Plan::for_config(&recipe, config).unwrap();
@@ -89,6 +99,68 @@ fn the_published_matrix_has_the_published_sizes() {
     }
     assert_eq!(plan.tokens(), 128 * 4096);
     assert!(plan.warnings[0].contains("4096") && plan.warnings[0].contains("2048"));
+}
+
+#[test]
+fn seventy_billion_parameters_plan() {
+    let path = configs()
+        .into_iter()
+        .find(|p| p.ends_with("llama2-70b.toml"))
+        .unwrap();
+    let plan = Plan::for_config(&Recipe::read(&path).unwrap(), llama2_70b()).unwrap();
+    assert_eq!(plan.config.parameters(), 68_976_648_192);
+    // Of a block: q and o, k and v, gate, up and down.
+    let block: u64 = 2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672;
+    let rows: u64 = 2 * 8192 + 2 * 1024 + 2 * 28672 + 8192;
+    let columns: u64 = 6 * 8192 + 28672;
+    let rest: u64 = (2 * 32000 * 8192 + 161 * 8192) * 2;
+    for (branch, (name, bits, group)) in plan.branches.iter().zip([
+        ("main", 4, None),
+        ("gptq-4bit-128g-actorder_True", 4, Some(128)),
+        ("gptq-4bit-64g-actorder_True", 4, Some(64)),
+        ("gptq-4bit-32g-actorder_True", 4, Some(32)),
+        ("gptq-3bit--1g-actorder_True", 3, None),
+        ("gptq-3bit-128g-actorder_True", 3, Some(128)),
+    ]) {
+        assert_eq!(branch.name, name);
+        // A scale of two bytes and a zero point of `bits` for each row of each group.
+        let groups = group.map_or(rows, |group| block / group);
+        let bytes = 80 * (block * bits / 8 + groups * 2 + groups * bits / 8 + columns * 4) + rest;
+        assert_eq!(branch.bytes(&plan.config) as u64, bytes, "{name}");
+    }
+    // Six streams of 524288 tokens by 8192 features and one activation of 28672, in f16.
+    let memory = plan.memory();
+    assert_eq!(memory.states, 524_288 * (6 * 8192 + 28672) * 2);
+    assert!(
+        memory.device > memory.states && memory.least_host < 16 << 30,
+        "{memory:?}"
+    );
+    // 80 GB of device memory and 64 GiB of the host's have room for some, and the disk for the rest.
+    let places =
+        |host| crate::memory::Places::new::<gptq_kernels::Cuda>(&plan, Some(79 << 30), host, false);
+    let free = places(None).unwrap();
+    assert!(
+        free.device > 0 && free.host > 0 && free.device + free.host == 128,
+        "{free:?}"
+    );
+    assert_eq!(free.disk_bytes, 0);
+    let tight = places(Some(24 << 30)).unwrap();
+    let chunk = memory.states / 128;
+    assert_eq!(tight.device, free.device);
+    assert_eq!(
+        tight.disk_bytes,
+        (128 - tight.device - tight.host) as u64 * chunk
+    );
+    assert!(
+        tight.disk_bytes > 0 && (tight.host as u64 * chunk) < 24 << 30,
+        "{tight:?}"
+    );
+    assert!(
+        places(Some(1 << 30))
+            .unwrap_err()
+            .to_string()
+            .contains("--host-memory")
+    );
 }
 
 #[test]

@@ -1,0 +1,57 @@
+//! Whether the disk has room for what a run will write.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use gptq_format::FormatError;
+
+use crate::{PipelineError, Plan};
+
+/// Beside the tensors: headers, the tokenizer's files, reports, the journal.
+const BESIDE: u64 = 8 << 20;
+
+/// Compares what the branches of `plan` will take, less what is there of them, and `states` bytes of
+/// hidden states in `scratch` (or, without one, beside the branches) with what is free.
+///
+/// # Errors
+/// [`PipelineError::DiskSpace`], or a directory that cannot be looked at.
+pub(crate) fn check(plan: &Plan, scratch: Option<&Path>, states: u64) -> Result<(), PipelineError> {
+    let dir = &plan.output;
+    let bytes = plan.branches.iter().map(|b| b.bytes(&plan.config) as u64);
+    let there = plan.branches.iter().map(|branch| {
+        let name = format!("{}.partial", branch.name);
+        allocated(&dir.join(name))
+    });
+    let needed = (bytes.sum::<u64>() + BESIDE).saturating_sub(there.sum());
+    match scratch {
+        None => room(dir, needed + states),
+        Some(scratch) => room(dir, needed).and_then(|()| room(scratch, states)),
+    }
+}
+
+fn room(dir: &Path, needed: u64) -> Result<(), PipelineError> {
+    let free = free(dir)?;
+    match free < needed {
+        true => Err(PipelineError::DiskSpace {
+            dir: dir.into(),
+            needed,
+            free,
+        }),
+        false => Ok(()),
+    }
+}
+
+/// Bytes that the file system of `dir` has for whoever runs this.
+fn free(dir: &Path) -> Result<u64, FormatError> {
+    let found = rustix::fs::statvfs(dir).map_err(|e| FormatError::io(dir)(e.into()))?;
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+/// Bytes on the disk of the files in `dir`; a file with holes has fewer than its length.
+fn allocated(dir: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return 0;
+    };
+    let metas = entries.filter_map(|entry| entry.ok()?.metadata().ok());
+    metas.map(|meta| meta.blocks().saturating_mul(512)).sum()
+}

@@ -1,0 +1,186 @@
+//! What a branch's bytes depend on, key by key: by it a run tells whether what lies in its output
+//! directory is its own.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::UNIX_EPOCH;
+
+use gptq_calibration::Calibration;
+use gptq_format::{Checkpoint, FormatError, SIDE_FILES, le_bytes, sha256};
+use gptq_kernels::Device;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{Plan, Propagation};
+
+/// Differences that a message names; the others are counted.
+const NAMED: usize = 3;
+/// Most characters of a value that a message shows.
+const SHOWN: usize = 60;
+
+/// Keys with dots, and their values as JSON.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Fingerprint(BTreeMap<String, String>);
+
+impl Fingerprint {
+    /// Adds the leaves of `value`.
+    fn add(&mut self, key: &str, value: &Value) {
+        match value {
+            Value::Object(entries) => {
+                for (name, value) in entries {
+                    self.add(&format!("{key}.{name}"), value);
+                }
+            }
+            Value::Array(values) => {
+                for (i, value) in values.iter().enumerate() {
+                    self.add(&format!("{key}.{i}"), value);
+                }
+            }
+            leaf => {
+                self.0.insert(key.to_owned(), leaf.to_string());
+            }
+        }
+    }
+
+    /// What is not as it was, in half a line; `None` when everything is.
+    pub fn difference(&self, now: &Fingerprint) -> Option<String> {
+        let keys: Vec<&String> = (self.0.keys())
+            .chain(now.0.keys().filter(|key| !self.0.contains_key(*key)))
+            .filter(|&key| self.0.get(key) != now.0.get(key))
+            .collect();
+        let show = |values: &Fingerprint, key: &String| match values.0.get(key) {
+            None => "not set".to_owned(),
+            Some(value) => value.chars().take(SHOWN).collect(),
+        };
+        let named = keys.iter().take(NAMED).map(|key| {
+            let (then, now) = (show(self, key), show(now, key));
+            format!("{key} was {then}, is {now}")
+        });
+        let mut named: Vec<String> = named.collect();
+        match keys.len() {
+            0 => None,
+            n => {
+                if n > NAMED {
+                    named.push(format!("and {} more", n - NAMED));
+                }
+                Some(named.join("; "))
+            }
+        }
+    }
+}
+
+/// A plan's.
+pub(crate) struct Fingerprints {
+    /// In the plan's order.
+    pub(crate) branches: Vec<Fingerprint>,
+    /// What must not change while a run is unfinished, and says nothing about a finished branch: the
+    /// program, the kind of device, the model files' times.
+    pub(crate) run: Fingerprint,
+}
+
+impl Fingerprints {
+    pub(crate) fn new(
+        plan: &Plan,
+        calibration: &Calibration,
+        checkpoint: &Checkpoint,
+        device: Device,
+    ) -> Result<Self, FormatError> {
+        let dir = &plan.model_dir;
+        let config = dir.join("config.json");
+        let config = fs::read(&config).map_err(FormatError::io(&config))?;
+        let side = SIDE_FILES.map(|name| fs::read(dir.join(name)).ok().map(|file| sha256(&file)));
+        let tokens = calibration.windows.concat();
+        let mut shared = Fingerprint::default();
+        shared.add(
+            "model",
+            &json!({
+                "name": plan.model_name,
+                "config": sha256(&config),
+                "weights": checkpoint.sample_digest()?,
+                "side_files": sha256(format!("{side:?}").as_bytes()),
+            }),
+        );
+        let manifest = serde_json::to_value(&calibration.manifest);
+        shared.add("calibration", &manifest.unwrap_or_default());
+        shared.add("calibration.windows", &json!(sha256(&le_bytes(&tokens))));
+        let dense = plan.propagation == Propagation::Dense;
+        shared.add(
+            "propagate",
+            &json!(if dense { "dense" } else { "quantised" }),
+        );
+        // A limit to damping stops a run and changes no byte of it.
+        let clamps = plan.numerics.clamp_overflow;
+        shared.add("numerics.clamp_overflow", &json!(clamps));
+        shared.add("output.shard_size", &json!(plan.shard_size));
+        let branches = plan.branches.iter().map(|branch| {
+            let mut all = shared.clone();
+            all.add("branch", &serde_json::to_value(branch).unwrap_or_default());
+            all
+        });
+        Ok(Fingerprints {
+            branches: branches.collect(),
+            run: run(plan, device)?,
+        })
+    }
+}
+
+fn run(plan: &Plan, device: Device) -> Result<Fingerprint, FormatError> {
+    let stamp = |meta: &fs::Metadata| {
+        let modified = meta.modified().ok();
+        let modified = modified.and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+        let seconds = modified.map(|t| t.as_secs_f64());
+        format!("{} bytes of {seconds:?}", meta.len())
+    };
+    let mut run = Fingerprint::default();
+    let program = std::env::current_exe().and_then(fs::metadata);
+    let program = program.map(|meta| stamp(&meta)).unwrap_or_default();
+    run.add(
+        "gptq",
+        &json!({"version": env!("CARGO_PKG_VERSION"), "program": program}),
+    );
+    let kind = match device {
+        Device::Cuda(_) => "cuda",
+        Device::Auto | Device::Cpu => "cpu",
+    };
+    run.add("device", &json!(kind));
+    let dir = &plan.model_dir;
+    for entry in fs::read_dir(dir).map_err(FormatError::io(dir))? {
+        let path = entry.map_err(FormatError::io(dir))?.path();
+        let weights = (path.extension()).is_some_and(|e| e == "safetensors" || e == "bin");
+        if weights && let Ok(meta) = fs::metadata(&path) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            run.add(&format!("model.{name}"), &json!(stamp(&meta)));
+        }
+    }
+    Ok(run)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(value: Value) -> Fingerprint {
+        let mut print = Fingerprint::default();
+        print.add("branch", &value);
+        print
+    }
+
+    #[test]
+    fn differences_are_named_by_key() {
+        let one = of(json!({"bits": 4, "damp": 0.1, "overrides": [{"pattern": "*"}]}));
+        assert_eq!(one.difference(&one), None);
+        let two = of(json!({"bits": 8, "damp": 0.1}));
+        assert_eq!(
+            one.difference(&two).unwrap(),
+            "branch.bits was 4, is 8; branch.overrides.0.pattern was \"*\", is not set"
+        );
+        let many = |n: usize| of(json!(vec![n; 5]));
+        assert!(
+            many(1)
+                .difference(&many(2))
+                .unwrap()
+                .ends_with("and 2 more")
+        );
+    }
+}

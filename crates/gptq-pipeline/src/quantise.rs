@@ -1,0 +1,332 @@
+//! The whole job: what is asked for, less what is there already, in as few passes over the blocks
+//! as that takes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::scope;
+
+use burn::tensor::DType;
+use gptq_calibration::{Calibration, TextTokenizer};
+use gptq_format::{Checkpoint, FormatError, OutputLock, StagedDir};
+use gptq_kernels::{Device, DeviceError, Engine, Work};
+use gptq_model::Model;
+
+use crate::branch_writer::BranchWriter;
+use crate::disk_space;
+use crate::fingerprint::Fingerprints;
+use crate::journal::{Header, Journal, Origin, Recorded};
+use crate::memory::{Places, chunk_windows};
+use crate::profile::{Clock, Profile};
+use crate::resume::{Found, Restored, discard};
+use crate::run::{About, Run, read_ahead};
+use crate::scratch::Scratch;
+use crate::write_behind::WriteBehind;
+use crate::{BranchReport, LinearReport, PipelineError, Plan};
+
+/// How to run a plan; nothing here changes what comes out.
+#[derive(Clone, Copy, Debug)]
+pub struct RunOptions<'a> {
+    /// Wait for the device after each piece of work, so that the profile tells them apart.
+    pub profile: bool,
+    /// Device memory to keep within, in bytes; without it, what is free.
+    pub device_memory: Option<u64>,
+    /// Host memory to keep within, in bytes; without it, none is counted.
+    pub host_memory: Option<u64>,
+    /// Where hidden states go that have no place in memory; without it, the output directory.
+    pub scratch: Option<&'a Path>,
+    /// Make everything again, whatever is there.
+    pub restart: bool,
+    /// Once it is true, the run ends as soon as it can be gone on with.
+    pub stop: &'a AtomicBool,
+}
+
+/// What came of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// In the plan's order.
+    pub reports: Vec<BranchReport>,
+    /// Where the time went.
+    pub profile: Profile,
+}
+
+/// What happens, as it happens. A branch is an index into the plan.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// Windows are drawn and the model is open; the blocks come next.
+    Started {
+        /// Tokens to calibrate on.
+        tokens: usize,
+        /// Linears each branch will quantise.
+        linears: &'a [usize],
+    },
+    /// A branch was finished by an earlier run.
+    Kept {
+        /// Which.
+        branch: usize,
+        /// Its report.
+        report: &'a BranchReport,
+    },
+    /// An earlier run finished some blocks of the branches that come next; they go on from there.
+    Resumed {
+        /// How many.
+        layers: usize,
+    },
+    /// A linear is done, or was and is taken over.
+    Linear {
+        /// Of which branch.
+        branch: usize,
+        /// Its numbers.
+        report: &'a LinearReport,
+    },
+    /// A branch directory is in place.
+    Finished {
+        /// Which.
+        branch: usize,
+        /// Its report.
+        report: &'a BranchReport,
+    },
+}
+
+/// Carries the plan out on `device`: one load, one tokenisation, one pass over the blocks, every
+/// branch written. Branches that are finished are left as they are, and a run that was stopped goes
+/// on from its last finished block.
+///
+/// # Errors
+/// Whatever is wrong with the inputs is found before any block is run where it can be. After an
+/// error in a later block the output directory holds the unfinished run, to be gone on with.
+pub fn quantise(
+    plan: &Plan,
+    device: Device,
+    options: RunOptions<'_>,
+    on_event: &mut dyn FnMut(Event<'_>),
+) -> Result<Outcome, PipelineError> {
+    let clock = Clock::new(options.profile);
+    let device = device.resolve()?;
+    let mut budget = options.device_memory;
+    let work = Quantise {
+        plan,
+        device,
+        options,
+        clock,
+        budget: &mut budget,
+        on_event,
+    };
+    match device.run(work) {
+        Ok(outcome) => outcome,
+        Err(source @ DeviceError::OutOfMemory { .. }) => Err(match budget {
+            Some(budget) => PipelineError::OutOfDeviceMemory { source, budget },
+            None => source.into(),
+        }),
+        Err(source) => Err(source.into()),
+    }
+}
+
+struct Quantise<'a> {
+    plan: &'a Plan,
+    device: Device,
+    options: RunOptions<'a>,
+    clock: Clock,
+    /// Device memory in bytes; filled in with what is free.
+    budget: &'a mut Option<u64>,
+    on_event: &'a mut dyn FnMut(Event<'_>),
+}
+
+/// What every pass takes.
+struct Inputs<B: Engine> {
+    model: Model<B>,
+    calibration: Calibration,
+    prints: Fingerprints,
+    places: Places,
+}
+
+impl Work for Quantise<'_> {
+    type Output = Result<Outcome, PipelineError>;
+
+    fn run<B: Engine>(mut self, device: B::Device) -> Self::Output {
+        let plan = self.plan;
+        let _lock = OutputLock::acquire(&plan.output)?;
+        for branch in &plan.branches {
+            StagedDir::check(&plan.branch_dir(branch))?;
+        }
+        *self.budget = self.budget.or_else(|| B::free_memory(&device));
+        // Where nothing says how much is free, tensors are in the host's memory.
+        let shared = B::free_memory(&device).is_none();
+        let places = Places::new::<B>(plan, *self.budget, self.options.host_memory, shared)?;
+        let tokenizer = TextTokenizer::load(&plan.model_dir)?;
+        let calibration = Calibration::draw(&plan.calibration, &tokenizer)?;
+        let model = Model::<B>::open(&plan.model_dir, &device)?;
+        let prints = Fingerprints::new(plan, &calibration, model.checkpoint(), self.device)?;
+        let mut found = Found::look(plan, &prints, self.options.restart)?;
+        let unfinished = found.passes.iter().any(|pass| pass.recorded.is_some());
+        let inputs = Inputs {
+            model,
+            calibration,
+            prints,
+            places,
+        };
+        let linears: Vec<usize> = (plan.branches.iter())
+            .map(|b| b.quantised_modules(&plan.config).len())
+            .collect();
+        (self.on_event)(Event::Started {
+            tokens: plan.tokens(),
+            linears: &linears,
+        });
+        for (branch, report) in found.finished.iter().enumerate() {
+            if let Some(report) = report {
+                (self.on_event)(Event::Kept { branch, report });
+            }
+        }
+        if !unfinished {
+            discard(plan)?;
+        }
+        for pass in found.passes {
+            let reports = self.pass(&inputs, &pass.branches, pass.recorded)?;
+            for (branch, report) in pass.branches.into_iter().zip(reports) {
+                found.finished[branch] = Some(report);
+            }
+        }
+        Ok(Outcome {
+            reports: found.finished.into_iter().flatten().collect(),
+            profile: self.clock.profile(),
+        })
+    }
+}
+
+impl Quantise<'_> {
+    /// Makes these branches in one pass over the blocks.
+    fn pass<B: Engine>(
+        &mut self,
+        inputs: &Inputs<B>,
+        branches: &[usize],
+        recorded: Option<Recorded>,
+    ) -> Result<Vec<BranchReport>, PipelineError> {
+        let plan = &self.plan.only(branches);
+        let done = self.blocks(inputs, plan, branches, recorded);
+        if done.is_ok() {
+            Journal::remove(&plan.output)?;
+            return done;
+        }
+        let finished = Journal::read(&plan.output)?.map_or(0, |found| found.blocks.len());
+        if finished == 0 {
+            discard(plan)?;
+        }
+        match done {
+            Err(PipelineError::Stopped { layers, .. }) => Err(PipelineError::Stopped {
+                done: finished,
+                layers,
+            }),
+            other => other,
+        }
+    }
+
+    fn blocks<B: Engine>(
+        &mut self,
+        inputs: &Inputs<B>,
+        plan: &Plan,
+        branches: &[usize],
+        recorded: Option<Recorded>,
+    ) -> Result<Vec<BranchReport>, PipelineError> {
+        let prints: Vec<_> = branches
+            .iter()
+            .map(|&i| &inputs.prints.branches[i])
+            .collect();
+        let names: Vec<String> = plan.branches.iter().map(|b| b.name.clone()).collect();
+        let scratch = match inputs.places.disk_bytes {
+            0 => None,
+            _ => Some(Scratch::create(
+                self.options.scratch.unwrap_or(&plan.output),
+            )?),
+        };
+        disk_space::check(plan, self.options.scratch, inputs.places.disk_bytes)?;
+        let (writers, journal, restored) = match recorded {
+            None => {
+                let writers = plan.branches.iter().map(|b| BranchWriter::create(plan, b));
+                let writers = writers.collect::<Result<Vec<_>, FormatError>>()?;
+                let prints = prints.iter().map(|&print| print.clone());
+                let branches: BTreeMap<_, _> = names.iter().cloned().zip(prints).collect();
+                let header = Header::new(origin(plan)?, inputs.prints.run.clone(), branches);
+                let journal = Journal::create(&plan.output, &header)?;
+                (writers, journal, Restored::none(plan))
+            }
+            Some(recorded) => {
+                let journal = Journal::reopen(&plan.output, &recorded)?;
+                let restored = Restored::new(plan, recorded)?;
+                let writers = (plan.branches.iter().zip(&restored.branches))
+                    .map(|(branch, restored)| BranchWriter::reopen(plan, branch, &restored.linears))
+                    .collect::<Result<Vec<_>, FormatError>>()?;
+                let layers = restored.layers;
+                (self.on_event)(Event::Resumed { layers });
+                (writers, journal, restored)
+            }
+        };
+        let partials = match restored.layers {
+            0 => Vec::new(),
+            _ => (writers.iter().map(|writer| Checkpoint::open(writer.path())))
+                .collect::<Result<_, _>>()?,
+        };
+        let (model, on_event) = (&inputs.model, &mut *self.on_event);
+        scope(|scope| {
+            let blocks = read_ahead(scope, model);
+            let flows = model.flows(
+                &inputs.calibration.windows,
+                chunk_windows::<B>(plan.calibration.seq_len),
+                DType::F16,
+            )?;
+            let checkpoint = model.checkpoint();
+            let run = Run {
+                plan,
+                model,
+                writer: WriteBehind::spawn(scope, writers, checkpoint, journal, names),
+                outputs: restored.outputs(),
+                restored,
+                partials,
+                clock: &mut self.clock,
+                frugal: self.options.device_memory.is_some(),
+                stop: self.options.stop,
+                on_event: &mut |event| on_event(event.of(branches)),
+            };
+            let about = About {
+                manifest: &inputs.calibration.manifest,
+                device: self.device.to_string(),
+                prints,
+            };
+            run.carry_out(flows, &inputs.places, scratch.as_ref(), &blocks, about)
+        })
+    }
+}
+
+impl<'a> Event<'a> {
+    /// The same, its branch an index into `branches`.
+    fn of(self, branches: &[usize]) -> Event<'a> {
+        match self {
+            Event::Linear { branch, report } => Event::Linear {
+                branch: branches[branch],
+                report,
+            },
+            Event::Finished { branch, report } => Event::Finished {
+                branch: branches[branch],
+                report,
+            },
+            other => other,
+        }
+    }
+}
+
+fn origin(plan: &Plan) -> Result<Origin, FormatError> {
+    let here = Path::new(".");
+    Ok(Origin {
+        path: plan.recipe_path.clone(),
+        recipe: plan.recipe.clone(),
+        overrides: plan.overrides.clone(),
+        directory: here.canonicalize().map_err(FormatError::io(here))?,
+    })
+}
+
+/// An error once `stop` is true.
+pub(crate) fn check_stop(stop: &AtomicBool, layers: usize) -> Result<(), PipelineError> {
+    match stop.load(Ordering::Relaxed) {
+        false => Ok(()),
+        true => Err(PipelineError::Stopped { done: 0, layers }),
+    }
+}

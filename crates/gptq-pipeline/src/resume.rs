@@ -1,0 +1,255 @@
+//! What lies in the output directory before a run: finished branches, and a run that was stopped.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use gptq_format::{Checkpoint, LinearDigests, PackedLinear, StagedDir};
+use gptq_model::Projection;
+
+use crate::branch_plan::check_name;
+use crate::fingerprint::{Fingerprint, Fingerprints};
+use crate::journal::{Block, Journal, Recorded};
+use crate::run::Output;
+use crate::{BranchReport, Clamped, LinearReport, PipelineError, Plan, Recipe, RecipeOverrides};
+
+/// What there is to do, and what was done before.
+pub(crate) struct Found {
+    /// In the plan's order.
+    pub(crate) finished: Vec<Option<BranchReport>>,
+    /// Branches that go through the model together, by their index in the plan: those of the
+    /// unfinished run, then those nobody has begun.
+    pub(crate) passes: Vec<Pass>,
+}
+
+/// Branches to make in one pass over the blocks.
+pub(crate) struct Pass {
+    pub(crate) branches: Vec<usize>,
+    /// What was done of them.
+    pub(crate) recorded: Option<Recorded>,
+}
+
+impl Found {
+    /// Looks, and changes nothing.
+    ///
+    /// # Errors
+    /// What is there was made, or begun, with anything else than `prints` say; not if it is to be
+    /// made again (`restart`).
+    pub(crate) fn look(
+        plan: &Plan,
+        prints: &Fingerprints,
+        restart: bool,
+    ) -> Result<Found, PipelineError> {
+        let mut found = Found {
+            finished: vec![None; plan.branches.len()],
+            passes: Vec::new(),
+        };
+        let mut rest: Vec<usize> = (0..plan.branches.len()).collect();
+        if restart {
+            found.passes.push(Pass::new(rest, None));
+            return Ok(found);
+        }
+        for (i, branch) in plan.branches.iter().enumerate() {
+            found.finished[i] = finished(&plan.branch_dir(branch), &prints.branches[i])?;
+        }
+        rest.retain(|&i| found.finished[i].is_none());
+        // A run that has not finished a block has nothing to go on with.
+        let recorded = Journal::read(&plan.output)?.filter(|found| !found.blocks.is_empty());
+        if let Some(recorded) = recorded {
+            check(plan, prints, &recorded)?;
+            let begun = |i: &usize| {
+                let name = &plan.branches[*i].name;
+                recorded.header.branches.contains_key(name)
+            };
+            let (begun, unbegun) = rest.into_iter().partition(begun);
+            rest = unbegun;
+            found.passes.push(Pass::new(begun, Some(recorded)));
+        }
+        found.passes.push(Pass::new(rest, None));
+        found.passes.retain(|pass| !pass.branches.is_empty());
+        Ok(found)
+    }
+}
+
+impl Pass {
+    fn new(branches: Vec<usize>, recorded: Option<Recorded>) -> Self {
+        Pass { branches, recorded }
+    }
+}
+
+/// The report of a finished branch, if there is one.
+fn finished(dir: &Path, print: &Fingerprint) -> Result<Option<BranchReport>, PipelineError> {
+    let changed = |difference: String| PipelineError::Finished {
+        dir: dir.into(),
+        difference,
+    };
+    if !dir.join(crate::report::FILE).exists() {
+        return Ok(None);
+    }
+    let report = BranchReport::read(dir)?;
+    let made = report.fingerprint.as_ref();
+    let made = made.ok_or_else(|| changed("it does not say with which".to_owned()))?;
+    match made.difference(print) {
+        Some(difference) => Err(changed(difference)),
+        None => Ok(Some(report)),
+    }
+}
+
+/// Whether an unfinished run is the one that is asked for.
+fn check(plan: &Plan, prints: &Fingerprints, recorded: &Recorded) -> Result<(), PipelineError> {
+    let changed = |difference: String| {
+        Err(PipelineError::Unfinished {
+            dir: plan.output.clone(),
+            difference,
+        })
+    };
+    for (name, begun) in &recorded.header.branches {
+        match plan.branches.iter().position(|branch| &branch.name == name) {
+            None => return changed(format!("branch {name} was asked for, is not")),
+            Some(i) => {
+                if let Some(difference) = begun.difference(&prints.branches[i]) {
+                    return changed(format!("branch {name}: {difference}"));
+                }
+            }
+        }
+    }
+    match recorded.header.run.difference(&prints.run) {
+        Some(difference) => changed(difference),
+        None => Ok(()),
+    }
+}
+
+/// Removes what an unfinished run left: its journal, and the beginnings of its branches and of
+/// those of `plan`.
+pub(crate) fn discard(plan: &Plan) -> Result<(), PipelineError> {
+    let mut names: Vec<String> = plan.branches.iter().map(|b| b.name.clone()).collect();
+    if let Ok(Some(recorded)) = Journal::read(&plan.output) {
+        // Names from a file: only what could have been a branch becomes a path.
+        let begun = recorded.header.branches.into_keys();
+        names.extend(begun.filter(|name| check_name(name).is_ok()));
+    }
+    Journal::remove(&plan.output)?;
+    for name in names {
+        StagedDir::discard(&plan.output.join(name))?;
+    }
+    Ok(())
+}
+
+/// The recipe of the unfinished run in `output` with what flags changed in it, and the directory
+/// that its paths start from. `evaluation` replaces the text to measure on.
+///
+/// # Errors
+/// There is none, or it cannot be read.
+pub fn unfinished(
+    output: &Path,
+    evaluation: Option<PathBuf>,
+) -> Result<(Recipe, PathBuf), PipelineError> {
+    let recorded = Journal::read(output)?
+        .ok_or_else(|| PipelineError::NothingUnfinished { dir: output.into() })?;
+    let origin = recorded.header.origin;
+    let mut recipe = Recipe::parse(&origin.path, origin.recipe)?;
+    recipe.apply(RecipeOverrides {
+        output: Some(output.into()),
+        evaluation: evaluation.or(origin.overrides.evaluation),
+        ..origin.overrides
+    })?;
+    Ok((recipe, origin.directory))
+}
+
+/// The finished blocks of some branches, to be gone over again.
+pub(crate) struct Restored {
+    /// How many blocks.
+    pub(crate) layers: usize,
+    /// For each branch of the pass, in its order.
+    pub(crate) branches: Vec<RestoredBranch>,
+}
+
+/// One branch's part.
+#[derive(Default)]
+pub(crate) struct RestoredBranch {
+    pub(crate) seconds: f64,
+    pub(crate) linears: Vec<LinearReport>,
+    pub(crate) clamped: Vec<Clamped>,
+}
+
+impl Restored {
+    /// A run from the start.
+    pub(crate) fn none(plan: &Plan) -> Self {
+        let branches = plan.branches.iter().map(|_| RestoredBranch::default());
+        Restored {
+            layers: 0,
+            branches: branches.collect(),
+        }
+    }
+
+    /// What each branch begins with.
+    pub(crate) fn outputs(&self) -> Vec<Output> {
+        let output = |branch: &RestoredBranch| Output {
+            linears: branch.linears.clone(),
+            clamped: branch.clamped.clone(),
+            seconds: branch.seconds,
+        };
+        self.branches.iter().map(output).collect()
+    }
+
+    /// Of the branches of `plan`.
+    pub(crate) fn new(plan: &Plan, recorded: Recorded) -> Result<Self, PipelineError> {
+        let layers = recorded.blocks.len();
+        let mut found: BTreeMap<String, RestoredBranch> = BTreeMap::new();
+        for Block { branches, .. } in recorded.blocks {
+            for (name, block) in branches {
+                let branch = found.entry(name).or_default();
+                branch.seconds = block.seconds;
+                branch.linears.extend(block.linears);
+                branch.clamped.extend(block.clamped);
+            }
+        }
+        let damaged = |reason: String| PipelineError::Journal {
+            path: plan.output.clone(),
+            reason,
+        };
+        if layers > plan.config.layers {
+            return Err(damaged(format!("the model has no {layers} blocks")));
+        }
+        let branches = plan.branches.iter().map(|branch| {
+            let restored = found.remove(&branch.name).unwrap_or_default();
+            let modules = (0..layers).flat_map(|layer| Projection::ALL.map(|p| p.module(layer)));
+            let mut expected: Vec<String> =
+                modules.filter(|m| branch.module(m).is_some()).collect();
+            let names = restored.linears.iter().map(|linear| linear.name.clone());
+            let mut names: Vec<String> = names.collect();
+            expected.sort();
+            names.sort();
+            match names == expected {
+                true => Ok(restored),
+                false => Err(damaged(format!(
+                    "it has not the linears of branch {}",
+                    branch.name
+                ))),
+            }
+        });
+        Ok(Restored {
+            layers,
+            branches: branches.collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+impl RestoredBranch {
+    /// Reads a linear back from the branch's unfinished files.
+    ///
+    /// # Errors
+    /// It is not what was written.
+    pub(crate) fn read(
+        &self,
+        partial: &Checkpoint,
+        report: &LinearReport,
+    ) -> Result<PackedLinear, PipelineError> {
+        let [n_out, n_in] = report.shape;
+        let packed = partial.packed(&report.name, n_in, n_out)?;
+        let same = |packed: &PackedLinear| Some(LinearDigests::of(packed)) == report.digests;
+        packed.filter(same).ok_or_else(|| PipelineError::Journal {
+            path: partial.dir().into(),
+            reason: format!("{} is not what was written", report.name),
+        })
+    }
+}

@@ -1,0 +1,105 @@
+//! Hidden states on disk: an unnamed file, gone with the process, in which places are used again.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use gptq_format::FormatError;
+
+/// The file.
+pub(crate) struct Scratch {
+    dir: PathBuf,
+    file: File,
+    places: Mutex<Places>,
+}
+
+#[derive(Default)]
+struct Places {
+    /// Bytes of the file.
+    end: u64,
+    /// Where places of a length begin that nobody has.
+    free: BTreeMap<u64, Vec<u64>>,
+}
+
+/// Bytes in the file; its place is free again once it is dropped.
+pub(crate) struct Slot {
+    scratch: Arc<Scratch>,
+    start: u64,
+    length: u64,
+}
+
+impl Scratch {
+    /// A file on the file system of `dir`.
+    pub(crate) fn create(dir: &Path) -> Result<Arc<Self>, FormatError> {
+        Ok(Arc::new(Scratch {
+            dir: dir.into(),
+            file: tempfile::tempfile_in(dir).map_err(FormatError::io(dir))?,
+            places: Mutex::default(),
+        }))
+    }
+
+    /// Writes `bytes` somewhere.
+    pub(crate) fn put(self: &Arc<Self>, bytes: &[u8]) -> Result<Slot, FormatError> {
+        let length = bytes.len() as u64;
+        let start = {
+            let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+            let free = places.free.get_mut(&length).and_then(Vec::pop);
+            free.unwrap_or_else(|| {
+                let end = places.end;
+                places.end += length;
+                end
+            })
+        };
+        let slot = Slot {
+            scratch: self.clone(),
+            start,
+            length,
+        };
+        let written = self.file.write_all_at(bytes, start);
+        written.map_err(FormatError::io(&self.dir))?;
+        Ok(slot)
+    }
+}
+
+impl Slot {
+    /// Reads what was put there into `bytes`, which are as many.
+    pub(crate) fn read(&self, bytes: &mut [u8]) -> Result<(), FormatError> {
+        let read = self.scratch.file.read_exact_at(bytes, self.start);
+        read.map_err(FormatError::io(&self.scratch.dir))
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let places = self.scratch.places.lock();
+        let mut places = places.unwrap_or_else(PoisonError::into_inner);
+        let free = places.free.entry(self.length).or_default();
+        free.push(self.start);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_used_again_and_the_file_has_no_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let scratch = Scratch::create(dir.path()).unwrap();
+        let mut slots: Vec<Slot> = (0..4).map(|i| scratch.put(&[i; 100]).unwrap()).collect();
+        for round in 4..20 {
+            slots.remove(usize::from(round) % 4);
+            slots.push(scratch.put(&[round; 100]).unwrap());
+        }
+        let mut bytes = [0; 100];
+        for slot in &slots {
+            slot.read(&mut bytes).unwrap();
+            assert!(bytes[0] >= 4 && bytes == [bytes[0]; 100]);
+        }
+        assert_eq!(scratch.places.lock().unwrap().end, 400);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert!(Scratch::create(Path::new("/no/such/dir")).is_err());
+    }
+}

@@ -1,0 +1,147 @@
+//! A run keeps within its host memory budget: what it allocates is counted, on checkpoints and
+//! hidden states larger than the budget. One test alone, because it counts the whole process.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use gptq_format::{ShardedWriter, TensorSpec, le_bytes, write_json};
+use gptq_kernels::Device;
+use gptq_model::ModelConfig;
+use gptq_pipeline::{Fetched, PipelineError, Plan, Recipe, RunOptions, quantise};
+use half::f16;
+use peak_alloc::PeakAlloc;
+use safetensors::Dtype;
+use serde_json::json;
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
+/// A checkpoint of `layers` blocks with the bundled model's tokenizer; the bytes of its weights.
+fn checkpoint(dir: &Path, hidden: usize, wide: usize, layers: usize) -> u64 {
+    fs::create_dir(dir).unwrap();
+    let tokenizer = Path::new(REPOSITORY).join("tests/models/medi-tiny/tokenizer.json");
+    fs::copy(tokenizer, dir.join("tokenizer.json")).unwrap();
+    let config = json!({
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": wide,
+        "num_hidden_layers": layers, "num_attention_heads": hidden / 64, "vocab_size": 4096,
+        "max_position_embeddings": 2048,
+    });
+    write_json(&dir.join("config.json"), &config).unwrap();
+    let mut specs = Vec::new();
+    let mut add = |name: String, shape: &[usize]| {
+        let shape = shape.into();
+        let dtype = Dtype::F16;
+        specs.push(TensorSpec { name, dtype, shape });
+    };
+    for name in ["model.embed_tokens", "lm_head"] {
+        add(format!("{name}.weight"), &[4096, hidden]);
+    }
+    add("model.norm.weight".into(), &[hidden]);
+    for layer in 0..layers {
+        for (name, shape) in [
+            ("input_layernorm", &[hidden][..]),
+            ("post_attention_layernorm", &[hidden]),
+            ("self_attn.q_proj", &[hidden, hidden]),
+            ("self_attn.k_proj", &[hidden, hidden]),
+            ("self_attn.v_proj", &[hidden, hidden]),
+            ("self_attn.o_proj", &[hidden, hidden]),
+            ("mlp.gate_proj", &[wide, hidden]),
+            ("mlp.up_proj", &[wide, hidden]),
+            ("mlp.down_proj", &[hidden, wide]),
+        ] {
+            add(format!("model.layers.{layer}.{name}.weight"), shape);
+        }
+    }
+    let mut writer = ShardedWriter::create(dir, &specs, None).unwrap();
+    let mut state = 1u64;
+    for spec in &specs {
+        let one = |_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            // Uniform in ±0.035: a deviation of 0.02.
+            f16::from_f32(((state >> 40) as f32 / 8_388_608.0 - 1.0) * 0.035)
+        };
+        let values: Vec<f16> = match spec.shape.len() {
+            1 => vec![f16::ONE; hidden],
+            _ => (0..spec.bytes() / 2).map(one).collect(),
+        };
+        writer.write(&spec.name, &le_bytes(&values)).unwrap();
+    }
+    writer.finish().unwrap()
+}
+
+fn plan(dir: &Path, samples: usize, branches: &str) -> Plan {
+    let rows =
+        Path::new(REPOSITORY).join("calibration/wikidoc/wikidoc_patient_information_1000.json");
+    let (model, out) = (dir.join("model"), dir.join("out"));
+    let text = format!(
+        "[model]\nsource = {model:?}\n[calibration]\nsource = {rows:?}\nrows = \"0:300\"\n\
+         samples = {samples}\nseq_len = 128\n[output]\ndir = {out:?}\n{branches}"
+    );
+    let recipe = Recipe::parse(&dir.join("r.toml"), text).unwrap();
+    let plan = Plan::new(&recipe, &Fetched::default()).unwrap();
+    assert_eq!(
+        plan.config,
+        ModelConfig::read(&model.join("config.json")).unwrap()
+    );
+    plan
+}
+
+/// Runs within `budget`; the most bytes that were allocated.
+fn peak(plan: &Plan, budget: u64) -> Result<u64, PipelineError> {
+    let options = RunOptions {
+        profile: false,
+        device_memory: None,
+        host_memory: Some(budget),
+        scratch: None,
+        restart: true,
+        stop: &AtomicBool::new(false),
+    };
+    ALLOCATOR.reset_peak_usage();
+    quantise(plan, Device::Cpu, options, &mut |_| {})?;
+    Ok(ALLOCATOR.peak_usage() as u64)
+}
+
+#[test]
+fn host_memory_stays_within_its_budget() {
+    // A checkpoint several times larger than the budget: the blocks come and go. Only one linear in
+    // each is solved, which takes as much memory as all of them, and less time.
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = checkpoint(&dir.path().join("model"), 256, 512, 320);
+    let skip: String = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+    ]
+    .map(|name| format!("[[branch.override]]\nmatch = \"*.{name}\"\nskip = true\n"))
+    .concat();
+    let branch = format!("[[branch]]\nname = \"a\"\nbits = 4\n{skip}");
+    let large = plan(dir.path(), 4, &branch);
+    let budget = large.memory().least_cpu;
+    assert!(bytes > 4 * budget, "{bytes} bytes for a budget of {budget}");
+    let used = peak(&large, budget).unwrap();
+    println!("checkpoint {bytes}, budget {budget}, used {used}");
+    assert!(used <= budget + budget / 10, "{used} of {budget}");
+    let error = peak(&large, budget / 2).unwrap_err().to_string();
+    assert!(error.contains("--host-memory"), "{error}");
+
+    // Hidden states larger than the budget: they come and go as well.
+    let dir = tempfile::tempdir().unwrap();
+    checkpoint(&dir.path().join("model"), 64, 64, 1);
+    let branches: String = (0..6)
+        .map(|i| format!("[[branch]]\nname = \"b{i}\"\nbits = 4\ngroup_size = 64\n"))
+        .collect();
+    let wide = plan(dir.path(), 1200, &branches);
+    let (budget, states) = (wide.memory().least_cpu, wide.memory().states);
+    assert!(states > budget, "{states} bytes for a budget of {budget}");
+    let used = peak(&wide, budget).unwrap();
+    println!("states {states}, budget {budget}, used {used}");
+    assert!(used <= budget + budget / 10, "{used} of {budget}");
+}

@@ -1,0 +1,464 @@
+//! Runs that are killed, stopped, crowded out or asked for again: nothing is lost, nothing made
+//! twice, and the bytes are those of a run that nothing happened to.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::harness::{Scratch, command, medi_tiny, refuse, refused, succeed, succeeded};
+
+const TWO: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n\
+                   [[branch]]\nname = \"b\"\nbits = 3\ntrue_sequential = false\n\
+                   [[branch.override]]\nmatch = \"*.1.self_attn.o_proj\"\nskip = true\n";
+const QUICK: [&str; 6] = ["--device", "cpu", "--samples", "2", "--seq-len", "128"];
+/// Enough text for a run to be met under way.
+const SLOW: [&str; 6] = ["--device", "cpu", "--samples", "4", "--seq-len", "512"];
+
+fn quantize(recipe: &Path, flags: &[&str]) -> Command {
+    let mut command = command(["quantize", recipe.to_str().unwrap()]);
+    command.args(flags);
+    command
+}
+
+fn start(mut command: Command) -> Child {
+    let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().unwrap()
+}
+
+/// Finished blocks of the run in `out`.
+fn blocks(out: &Path) -> usize {
+    let journal = fs::read_to_string(out.join(".gptq-journal.jsonl")).unwrap_or_default();
+    journal.matches('\n').count().saturating_sub(1)
+}
+
+fn wait(what: &str, mut holds: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(
+            started.elapsed() < Duration::from_secs(120),
+            "never: {what}"
+        );
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn signal(child: &Child, names: &[&str]) {
+    let kills = names
+        .iter()
+        .map(|name| format!("kill -{name} {}", child.id()));
+    let script = kills.collect::<Vec<_>>().join("; ");
+    assert!(
+        Command::new("sh")
+            .args(["-c", &script])
+            .status()
+            .unwrap()
+            .success()
+    );
+}
+
+/// Every file below `out`, without the times in reports.
+fn contents(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for branch in fs::read_dir(out).unwrap() {
+        let branch = branch.unwrap().path();
+        assert!(branch.is_dir(), "left behind: {}", branch.display());
+        for file in fs::read_dir(&branch).unwrap() {
+            let file = file.unwrap().path();
+            let bytes = match file.file_name().unwrap().to_str().unwrap() {
+                "report.json" => timeless(&fs::read(&file).unwrap()),
+                "report.csv" => {
+                    let text = fs::read_to_string(&file).unwrap();
+                    let rows = text.lines().map(|row| row.rsplit_once(',').unwrap().0);
+                    rows.collect::<Vec<_>>().join("\n").into_bytes()
+                }
+                _ => fs::read(&file).unwrap(),
+            };
+            found.insert(file.strip_prefix(out).unwrap().to_owned(), bytes);
+        }
+    }
+    found
+}
+
+fn timeless(report: &[u8]) -> Vec<u8> {
+    let mut report: Value = serde_json::from_slice(report).unwrap();
+    // The recipe names its output directory.
+    for key in ["seconds", "phases", "command", "recipe"] {
+        report.as_object_mut().unwrap().remove(key).unwrap();
+    }
+    for linear in report["linears"].as_array_mut().unwrap() {
+        linear.as_object_mut().unwrap().remove("seconds").unwrap();
+    }
+    report.to_string().into_bytes()
+}
+
+fn assert_same(found: &Path, expected: &BTreeMap<PathBuf, Vec<u8>>) {
+    let found = contents(found);
+    assert!(found.keys().eq(expected.keys()), "{:?}", found.keys());
+    for (file, bytes) in &found {
+        assert!(bytes == &expected[file], "{} differs", file.display());
+    }
+}
+
+/// What a run that nothing happens to writes, and the time it takes.
+fn uninterrupted(branches: &str, flags: &[&str]) -> (BTreeMap<PathBuf, Vec<u8>>, Duration) {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), branches);
+    let started = Instant::now();
+    succeeded(quantize(&recipe, flags).output().unwrap());
+    (contents(&scratch.out()), started.elapsed())
+}
+
+/// SplitMix64.
+fn random(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[test]
+fn a_run_killed_at_twenty_random_moments_gives_the_same_bytes() {
+    let (expected, whole) = uninterrupted(TWO, &QUICK);
+    let mut state = 6;
+    let (mut killed, mut resumed) = (0, 0);
+    // Five runs, each killed four times on its way.
+    for _ in 0..5 {
+        let scratch = Scratch::new();
+        let recipe = scratch.recipe(&medi_tiny(), TWO);
+        for _ in 0..4 {
+            let mut child = start(quantize(&recipe, &QUICK));
+            let share = (random(&mut state) >> 11) as f64 / (1u64 << 53) as f64;
+            std::thread::sleep(whole.mul_f64(share));
+            killed += usize::from(child.try_wait().unwrap().is_none());
+            child.kill().unwrap();
+            let output = child.wait_with_output().unwrap();
+            resumed += usize::from(String::from_utf8_lossy(&output.stdout).contains("going on"));
+        }
+        let output = succeeded(quantize(&recipe, &QUICK).output().unwrap());
+        resumed += usize::from(output.contains("going on"));
+        assert_same(&scratch.out(), &expected);
+    }
+    // The moments are shares of a run's time, so that most meet it.
+    assert!(
+        killed >= 5 && resumed >= 1,
+        "{killed} killed, {resumed} resumed"
+    );
+}
+
+#[test]
+fn dense_propagation_and_shards_resume_too() {
+    let run = |kill: bool| {
+        let scratch = Scratch::new();
+        let (top, output) = ("propagate = \"dense\"", "shard_size = \"2MB\"");
+        let recipe = scratch.recipe_with(&medi_tiny(), top, output, TWO);
+        if kill {
+            let mut child = start(quantize(&recipe, &SLOW));
+            wait("a block", || blocks(&scratch.out()) > 0);
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        let said = succeeded(quantize(&recipe, &SLOW).output().unwrap());
+        assert_eq!(said.contains("going on after block"), kill, "{said}");
+        contents(&scratch.out())
+    };
+    assert!(run(true) == run(false));
+}
+
+#[test]
+fn a_changed_recipe_model_or_calibration_is_named_and_restart_begins_anew() {
+    let scratch = Scratch::new();
+    let model = scratch.copy_model();
+    let recipe = scratch.recipe(&model, TWO);
+    let mut child = start(quantize(&recipe, &SLOW));
+    wait("a block", || blocks(&scratch.out()) > 0);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let (text, bytes) = (
+        fs::read_to_string(&recipe).unwrap(),
+        fs::read(model.join("model.safetensors")).unwrap(),
+    );
+    let refuse = |flags: &[&str], words: &[&str]| {
+        let line = refused(
+            quantize(&recipe, &[&SLOW[..], flags].concat())
+                .output()
+                .unwrap(),
+        );
+        for word in words.iter().chain(&["--restart", "unfinished"]) {
+            assert!(line.contains(word), "no {word:?} in: {line}");
+        }
+    };
+    refuse(&["--seed", "7"], &["calibration.seed was 0, is 7"]);
+    refuse(&["--branch", "a"], &["branch b was asked for, is not"]);
+    fs::write(&recipe, text.replace("bits = 4", "bits = 8")).unwrap();
+    refuse(&[], &["branch a", "branch.bits was 4, is 8"]);
+    fs::write(&recipe, format!("propagate = \"dense\"\n{text}")).unwrap();
+    refuse(&[], &["propagate was \"quantised\", is \"dense\""]);
+    fs::write(&recipe, &text).unwrap();
+    // The last tensor's middle, in place.
+    let mut other = bytes.clone();
+    let header = 8 + u64::from_le_bytes(other[..8].try_into().unwrap()) as usize;
+    let at = header + (other.len() - header) / 2;
+    for byte in &mut other[at..] {
+        *byte &= 0x3b;
+    }
+    fs::write(model.join("model.safetensors"), &other).unwrap();
+    refuse(&[], &["model.weights was"]);
+    // A comment changes nothing, nor does the name of the recipe.
+    fs::write(model.join("model.safetensors"), &bytes).unwrap();
+    refuse(&[], &["model.model.safetensors was", "bytes of"]);
+
+    fs::write(&recipe, text.replace("bits = 4", "bits = 8")).unwrap();
+    let said = quantize(&recipe, &[&SLOW[..], &["--restart"]].concat()).output();
+    assert!(!succeeded(said.unwrap()).contains("going on"));
+    let line = refused(
+        quantize(&recipe, &[&SLOW[..], &["--seed", "7"]].concat())
+            .output()
+            .unwrap(),
+    );
+    assert!(
+        line.contains("out/a") && line.contains("--restart"),
+        "{line}"
+    );
+}
+
+#[test]
+fn a_finished_branch_is_kept_and_one_added_later_is_made_alone() {
+    let scratch = Scratch::new();
+    let one = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";
+    let recipe = scratch.recipe(&medi_tiny(), one);
+    let run = |recipe: &Path| succeeded(quantize(recipe, &QUICK).output().unwrap());
+    run(&recipe);
+    let weights = scratch.out().join("a/model.safetensors");
+    let made = fs::metadata(&weights).unwrap().modified().unwrap();
+    let said = run(&recipe);
+    assert!(said.contains("a: is there already"), "{said}");
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    let said = run(&recipe);
+    assert!(
+        said.contains("a: is there already") && said.contains("b: written"),
+        "{said}"
+    );
+    assert_eq!(fs::metadata(&weights).unwrap().modified().unwrap(), made);
+    // As if made together.
+    let (expected, _) = uninterrupted(TWO, &QUICK);
+    assert_same(&scratch.out(), &expected);
+}
+
+#[test]
+fn an_unfinished_run_goes_on_by_its_directory_alone() {
+    let (expected, _) = uninterrupted(TWO, &SLOW);
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    let mut child = start(quantize(&recipe, &SLOW));
+    wait("a block", || blocks(&scratch.out()) > 0);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    fs::remove_file(&recipe).unwrap();
+    let out = scratch.out();
+    let mut resume = command(["quantize", "--device", "cpu", "--resume", "out"]);
+    resume.current_dir(out.parent().unwrap());
+    let said = succeeded(resume.output().unwrap());
+    assert!(said.contains("going on after block"), "{said}");
+    assert_same(&out, &expected);
+    let line = refuse(["quantize", "--resume", out.to_str().unwrap()]);
+    assert!(line.contains("no unfinished run"), "{line}");
+}
+
+#[test]
+fn a_signal_stops_a_run_so_that_it_can_go_on() {
+    let (expected, _) = uninterrupted(TWO, &SLOW);
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    let stopped = |name: &str, status: i32| -> Output {
+        let before = blocks(&scratch.out());
+        let child = start(quantize(&recipe, &SLOW));
+        wait("a block", || blocks(&scratch.out()) > before);
+        let asked = Instant::now();
+        signal(&child, &[name]);
+        let output = child.wait_with_output().unwrap();
+        assert!(
+            asked.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            asked.elapsed()
+        );
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(status), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.contains("goes on from there"), "{said}");
+        output
+    };
+    stopped("INT", 130);
+    stopped("TERM", 143);
+    succeeded(quantize(&recipe, &SLOW).output().unwrap());
+    assert_same(&scratch.out(), &expected);
+}
+
+#[test]
+fn a_second_signal_ends_a_run_at_once_and_one_before_the_first_block_leaves_nothing() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    let begun = || {
+        let child = start(quantize(&recipe, &SLOW));
+        wait("the journal", || {
+            scratch.out().join(".gptq-journal.jsonl").exists()
+        });
+        child
+    };
+    let child = begun();
+    signal(&child, &["INT"]);
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(130), "{said}");
+    assert!(said.contains("nothing is left behind"), "{said}");
+    scratch.assert_nothing_written();
+
+    let child = begun();
+    signal(&child, &["INT", "TERM"]);
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    // Of two that are pending together the system may deliver either last.
+    assert!(matches!(output.status.code(), Some(130 | 143)), "{said}");
+    assert!(said.is_empty(), "it took its leave: {said}");
+}
+
+#[test]
+fn a_second_run_on_a_directory_is_told_who_holds_it_until_that_dies() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    let mut first = start(quantize(&recipe, &SLOW));
+    wait("the journal", || {
+        scratch.out().join(".gptq-journal.jsonl").exists()
+    });
+    let line = refused(quantize(&recipe, &QUICK).output().unwrap());
+    let holder = format!("process {} since 20", first.id());
+    assert!(line.contains(&holder) && line.contains("out"), "{line}");
+    first.kill().unwrap();
+    first.wait().unwrap();
+    assert!(scratch.out().join(".gptq-lock").exists());
+    succeeded(
+        quantize(&recipe, &[&QUICK[..], &["--restart"]].concat())
+            .output()
+            .unwrap(),
+    );
+    assert!(!scratch.out().join(".gptq-lock").exists());
+}
+
+#[test]
+fn links_in_an_output_directory_are_not_followed() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    let (out, elsewhere) = (scratch.out(), scratch.path("elsewhere"));
+    fs::create_dir_all(&out).unwrap();
+    fs::create_dir(&elsewhere).unwrap();
+    fs::write(elsewhere.join("report.json"), "mine").unwrap();
+    let link = |name: &str| std::os::unix::fs::symlink(&elsewhere, out.join(name)).unwrap();
+    link("a");
+    let line = refused(quantize(&recipe, &QUICK).output().unwrap());
+    assert!(
+        line.contains("out/a") && line.contains("did not write"),
+        "{line}"
+    );
+    fs::remove_file(out.join("a")).unwrap();
+    link("a.partial");
+    link("b.old");
+    succeeded(quantize(&recipe, &QUICK).output().unwrap());
+    assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 1);
+    assert_eq!(fs::read(elsewhere.join("report.json")).unwrap(), b"mine");
+}
+
+/// A file system of its own, unmounted at the end.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn new(dir: PathBuf, megabytes: usize) -> Option<Mount> {
+        fs::create_dir(&dir).unwrap();
+        let size = format!("size={megabytes}m");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&dir);
+        let mounted = mount.stderr(Stdio::null()).status();
+        mounted
+            .is_ok_and(|status| status.success())
+            .then_some(Mount(dir))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_stops_a_run_which_goes_on_when_there_is_room() {
+    let (expected, _) = uninterrupted(TWO, &SLOW);
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    let Some(_mount) = Mount::new(scratch.out(), 30) else {
+        // Without the right to mount: a limit on the length of files, which a weight file meets at once.
+        let (recipe, gptq) = (recipe.display(), env!("CARGO_BIN_EXE_gptq"));
+        let script = format!("trap '' XFSZ; ulimit -f 1000; {gptq} quantize {recipe} --device cpu");
+        let mut limited = Command::new("sh");
+        limited
+            .args(["-c", &script])
+            .current_dir(crate::harness::root());
+        let line = refused(limited.output().unwrap());
+        assert!(line.contains("model.safetensors"), "{line}");
+        scratch.assert_nothing_written();
+        return;
+    };
+    let filler = scratch.out().join("filler");
+    fs::write(&filler, vec![1; 25 << 20]).unwrap();
+    let line = refused(quantize(&recipe, &SLOW).output().unwrap());
+    assert!(
+        line.contains("bytes are needed") && line.contains("are free"),
+        "{line}"
+    );
+    fs::remove_file(&filler).unwrap();
+
+    let child = start(quantize(&recipe, &SLOW));
+    wait("a block", || blocks(&scratch.out()) > 0);
+    let mut crowd = fs::File::create(&filler).unwrap();
+    while std::io::Write::write_all(&mut crowd, &[1; 4096]).is_ok() {}
+    let line = refused(child.wait_with_output().unwrap());
+    assert!(
+        line.contains("no space left") && line.contains("same command"),
+        "{line}"
+    );
+    assert!(blocks(&scratch.out()) > 0);
+    drop(crowd);
+    fs::remove_file(&filler).unwrap();
+    let said = succeeded(quantize(&recipe, &SLOW).output().unwrap());
+    assert!(said.contains("going on after block"), "{said}");
+    assert_same(&scratch.out(), &expected);
+}
+
+#[test]
+fn requantize_goes_on_too() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    succeeded(quantize(&recipe, &QUICK).output().unwrap());
+    let (out, again) = (scratch.out(), scratch.path("out-recalibrated"));
+    let args = [
+        "requantize",
+        out.to_str().unwrap(),
+        "--calibration",
+        "calibration/wikidoc/wikidoc_patient_information_1000.json",
+        "--rows",
+        "100:400",
+        "--samples",
+        "4",
+        "--seq-len",
+        "512",
+    ];
+    let mut child = start(command(args));
+    wait("a block", || blocks(&again) > 0);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let said = succeed(args);
+    assert!(said.contains("going on after block"), "{said}");
+}
