@@ -109,13 +109,9 @@ impl Fingerprints {
             "propagate",
             &json!(if dense { "dense" } else { "quantised" }),
         );
-        shared.add(
-            "numerics",
-            &json!({
-                "clamp_overflow": plan.numerics.clamp_overflow,
-                "max_damping": plan.numerics.max_damping,
-            }),
-        );
+        // A limit to damping stops a run and changes no byte of it.
+        let clamps = plan.numerics.clamp_overflow;
+        shared.add("numerics.clamp_overflow", &json!(clamps));
         shared.add("output.shard_size", &json!(plan.shard_size));
         let branches = plan.branches.iter().map(|branch| {
             let mut all = shared.clone();

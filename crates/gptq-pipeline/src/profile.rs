@@ -121,9 +121,11 @@ impl Clock {
         done
     }
 
-    /// Puts all the time so far on the start's account.
+    /// Puts all the time so far on the start's account, the first time.
     pub(crate) fn add_start(&mut self) {
-        self.add(Phase::Start, self.started.elapsed().as_secs_f64());
+        if self.seconds[Phase::Start as usize] == 0.0 {
+            self.add(Phase::Start, self.started.elapsed().as_secs_f64());
+        }
     }
 
     /// Puts seconds on a phase's account.

@@ -22,8 +22,10 @@ const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 /// A checkpoint of `layers` blocks with the bundled model's tokenizer; the bytes of its weights.
 fn checkpoint(dir: &Path, hidden: usize, wide: usize, layers: usize) -> u64 {
     fs::create_dir(dir).unwrap();
-    let tokenizer = Path::new(REPOSITORY).join("tests/models/medi-tiny/tokenizer.json");
-    fs::copy(tokenizer, dir.join("tokenizer.json")).unwrap();
+    let tokenizer = Path::new(REPOSITORY).join("tests/models/medi-tiny");
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(tokenizer.join(file), dir.join(file)).unwrap();
+    }
     let config = json!({
         "model_type": "llama", "hidden_size": hidden, "intermediate_size": wide,
         "num_hidden_layers": layers, "num_attention_heads": hidden / 64, "vocab_size": 4096,

@@ -12,6 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::cli::PublishArgs;
+use crate::verify::is_unfinished;
 use crate::{hub, size};
 
 /// The card of the whole repository, beside the branches.
@@ -127,7 +128,7 @@ fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut branches = Vec::new();
     for entry in entries {
         let path = entry?.path();
-        if path.join("quantize_config.json").is_file() {
+        if path.join("quantize_config.json").is_file() && !is_unfinished(&path) {
             let name = path.file_name().unwrap_or_default();
             branches.push((name.to_string_lossy().into_owned(), path));
         }

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::cli::RequantizeArgs;
 use crate::signals::Signals;
+use crate::verify::is_unfinished;
 use crate::{quantize, table};
 
 pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
@@ -87,7 +88,7 @@ fn branches(dir: &Path, names: &[String]) -> Result<Vec<(PathBuf, BranchReport)>
         let entries = fs::read_dir(dir).map_err(|e| anyhow::anyhow!("{}: {e}", dir.display()))?;
         for entry in entries {
             let path = entry?.path();
-            if path.join("report.json").is_file() {
+            if path.join("report.json").is_file() && !is_unfinished(&path) {
                 dirs.push(path);
             }
         }

@@ -108,9 +108,7 @@ fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
         for entry in fs::read_dir(dir)? {
             let path = entry?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            // What a run that was stopped left behind is no branch.
-            let unfinished = name.ends_with(".partial") || name.ends_with(".old");
-            if path.join("config.json").exists() && !unfinished {
+            if path.join("config.json").exists() && !is_unfinished(&path) {
                 found.push((name.into_owned(), path));
             }
         }
@@ -123,6 +121,12 @@ fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     );
     found.sort_by(|a, b| (a.0 != "main", &a.0).cmp(&(b.0 != "main", &b.0)));
     Ok(found)
+}
+
+/// What a run that was stopped left behind is no branch.
+pub(crate) fn is_unfinished(dir: &Path) -> bool {
+    let ends = |end| dir.extension().is_some_and(|extension| extension == end);
+    ends("partial") || ends("old")
 }
 
 /// With a bar on a terminal.

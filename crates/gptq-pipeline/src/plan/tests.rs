@@ -139,18 +139,12 @@ fn seventy_billion_parameters_plan() {
     let places =
         |host| crate::memory::Places::new::<gptq_kernels::Cuda>(&plan, Some(79 << 30), host, false);
     let free = places(None).unwrap();
-    assert!(
-        free.device > 0 && free.host > 0 && free.device + free.host == 128,
-        "{free:?}"
-    );
+    assert!(free.device > 0 && free.host > 0, "{free:?}");
     assert_eq!(free.disk_bytes, 0);
+    let chunk = memory.states / (free.device + free.host) as u64;
     let tight = places(Some(24 << 30)).unwrap();
-    let chunk = memory.states / 128;
     assert_eq!(tight.device, free.device);
-    assert_eq!(
-        tight.disk_bytes,
-        (128 - tight.device - tight.host) as u64 * chunk
-    );
+    assert_eq!(tight.disk_bytes, (free.host - tight.host) as u64 * chunk);
     assert!(
         tight.disk_bytes > 0 && (tight.host as u64 * chunk) < 24 << 30,
         "{tight:?}"
