@@ -51,7 +51,6 @@ fn hidden_states_beyond_f16_stop_a_run_with_block_tensor_place_and_count() {
     ] {
         assert!(line.contains(part), "{part}: {line}");
     }
-    scratch.assert_nothing_written();
 }
 
 #[test]

@@ -34,7 +34,9 @@ pub(crate) fn guard<T>(about: &str, work: impl FnOnce() -> T) -> Result<T, Strin
         let print = panic::take_hook();
         panic::set_hook(Box::new(move |panic| {
             remember(panic);
-            if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
+            let closed =
+                (panic.payload_as_str()).is_some_and(|text| text.starts_with(CLOSED_OUTPUT));
+            if !closed && std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
                 print(panic);
             }
         }));
