@@ -15,6 +15,8 @@ mod error;
 mod inputs;
 #[path = "../../crates/gptq-model/src/layout.rs"]
 mod layout;
+#[path = "../../crates/gptq-pipeline/src/method.rs"]
+mod method;
 #[path = "../../crates/gptq-pipeline/src/overrides.rs"]
 mod overrides;
 #[path = "../../crates/gptq-pipeline/src/pattern.rs"]
@@ -40,8 +42,9 @@ pub use config::ModelConfig;
 pub use error::ModelError;
 pub use inputs::{Fetched, InputSource};
 pub use layout::{Projection, Stage};
+pub use method::{Method, Preset};
 pub use overrides::{RecipeOverrides, RenderingOverride};
-pub use plan::{Plan, Preset, Propagation, parse_size};
+pub use plan::{Numerics, Plan, Propagation, parse_size};
 pub use recipe::{Recipe, RecipeError};
 
 /// In place of `gptq-pipeline`'s, which knows devices.
