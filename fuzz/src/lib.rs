@@ -21,6 +21,7 @@ mod method;
 mod overrides;
 #[path = "../../crates/gptq-pipeline/src/pattern.rs"]
 mod pattern;
+#[expect(dead_code, reason = "only a run takes branches out of a plan")]
 #[path = "../../crates/gptq-pipeline/src/plan.rs"]
 mod plan;
 #[path = "../../crates/gptq-pipeline/src/recipe.rs"]
