@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::harness::{Scratch, command, medi_tiny, refuse, refused, succeed, succeeded};
 
 const TWO: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n\
-                   [[branch]]\nname = \"b\"\nbits = 3\ntrue_sequential = false\npreset = \"best\"\n\
+                   [[branch]]\nname = \"b\"\nbits = 3\ntrue_sequential = false\n\
                    [[branch.override]]\nmatch = \"*.1.self_attn.o_proj\"\nskip = true\n";
 const QUICK: [&str; 6] = ["--device", "cpu", "--samples", "2", "--seq-len", "128"];
 /// Enough text for a run to be met under way.
