@@ -14,6 +14,9 @@ use crate::harness::{Scratch, command, medi_tiny, refuse, refused, succeed, succ
 const TWO: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n\
                    [[branch]]\nname = \"b\"\nbits = 3\ntrue_sequential = false\n\
                    [[branch.override]]\nmatch = \"*.1.self_attn.o_proj\"\nskip = true\n";
+/// A branch that compares its hidden states with the dense model's, beside one that does not.
+const BEST: &str = "[[branch]]\nname = \"a\"\nbits = 3\npreset = \"best\"\n\
+                    [[branch]]\nname = \"b\"\nbits = 8\n";
 const QUICK: [&str; 6] = ["--device", "cpu", "--samples", "2", "--seq-len", "128"];
 /// Enough text for a run to be met under way.
 const SLOW: [&str; 6] = ["--device", "cpu", "--samples", "4", "--seq-len", "512"];
@@ -208,7 +211,7 @@ fn a_changed_recipe_model_or_calibration_is_named_and_restart_begins_anew() {
     }
     fs::write(model.join("model.safetensors"), &other).unwrap();
     refuse(&[], &["model.weights was"]);
-    // A comment changes nothing, nor does the name of the recipe.
+    // The same bytes, written again.
     fs::write(model.join("model.safetensors"), &bytes).unwrap();
     refuse(&[], &["model.model.safetensors was", "bytes of"]);
 
@@ -251,9 +254,9 @@ fn a_finished_branch_is_kept_and_one_added_later_is_made_alone() {
 
 #[test]
 fn an_unfinished_run_goes_on_by_its_directory_alone() {
-    let (expected, _) = uninterrupted(TWO, &SLOW);
+    let (expected, _) = uninterrupted(BEST, &SLOW);
     let scratch = Scratch::new();
-    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    let recipe = scratch.recipe(&medi_tiny(), BEST);
     let mut child = start(quantize(&recipe, &SLOW));
     wait("a block", || blocks(&scratch.out()) > 0);
     child.kill().unwrap();
