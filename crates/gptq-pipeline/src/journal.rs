@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value};
 
 use crate::fingerprint::Fingerprint;
-use crate::{LinearReport, PipelineError, RecipeOverrides};
+use crate::{Clamped, LinearReport, PipelineError, RecipeOverrides};
 
 const FILE: &str = ".gptq-journal.jsonl";
 /// Of this format.
@@ -64,6 +64,7 @@ pub(crate) struct BranchBlock {
     pub(crate) seconds: f64,
     /// With digests.
     pub(crate) linears: Vec<LinearReport>,
+    pub(crate) clamped: Vec<Clamped>,
 }
 
 /// A journal as it was found.
@@ -271,6 +272,7 @@ mod tests {
         let one = BranchBlock {
             seconds: 2.0,
             linears: vec![linear],
+            clamped: Vec::new(),
         };
         Block {
             layer,

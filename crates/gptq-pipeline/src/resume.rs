@@ -10,7 +10,7 @@ use crate::branch_plan::check_name;
 use crate::fingerprint::{Fingerprint, Fingerprints};
 use crate::journal::{Block, Journal, Recorded};
 use crate::run::Output;
-use crate::{BranchReport, LinearReport, PipelineError, Plan, Recipe, RecipeOverrides};
+use crate::{BranchReport, Clamped, LinearReport, PipelineError, Plan, Recipe, RecipeOverrides};
 
 /// What there is to do, and what was done before.
 pub(crate) struct Found {
@@ -168,6 +168,7 @@ pub(crate) struct Restored {
 pub(crate) struct RestoredBranch {
     pub(crate) seconds: f64,
     pub(crate) linears: Vec<LinearReport>,
+    pub(crate) clamped: Vec<Clamped>,
 }
 
 impl Restored {
@@ -184,8 +185,7 @@ impl Restored {
     pub(crate) fn outputs(&self) -> Vec<Output> {
         let output = |branch: &RestoredBranch| Output {
             linears: branch.linears.clone(),
-            // Counted again as the blocks are gone over.
-            clamped: Vec::new(),
+            clamped: branch.clamped.clone(),
             seconds: branch.seconds,
         };
         self.branches.iter().map(output).collect()
@@ -200,6 +200,7 @@ impl Restored {
                 let branch = found.entry(name).or_default();
                 branch.seconds = block.seconds;
                 branch.linears.extend(block.linears);
+                branch.clamped.extend(block.clamped);
             }
         }
         let damaged = |reason: String| PipelineError::Journal {

@@ -195,10 +195,12 @@ impl<B: Engine> Run<'_, '_, B> {
     /// Has a finished block journalled, once it is on the disk.
     fn record(&mut self, layer: usize) -> Result<(), PipelineError> {
         let block = |output: &Output| {
-            let own = output.linears.iter().filter(|linear| linear.layer == layer);
+            let linears = output.linears.iter().filter(|it| it.layer == layer);
+            let clamped = output.clamped.iter().filter(|it| it.layer == layer);
             BranchBlock {
                 seconds: output.seconds,
-                linears: own.cloned().collect(),
+                linears: linears.cloned().collect(),
+                clamped: clamped.cloned().collect(),
             }
         };
         let branches = self.outputs.iter().map(block).collect();
@@ -275,7 +277,8 @@ impl<B: Engine> Run<'_, '_, B> {
     }
 
     fn note_clamped(&mut self, layer: usize, group: &[Stage], branches: &[usize], values: usize) {
-        if values > 0 {
+        // An earlier run's block has its own record.
+        if values > 0 && layer >= self.restored.layers {
             let after = hidden_range::after(group);
             for &branch in branches {
                 self.outputs[branch].clamped.push(Clamped {
