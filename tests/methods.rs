@@ -52,6 +52,35 @@ fn presets_and_options_decide_the_codes_and_best_is_closest_to_the_dense_model()
 }
 
 #[test]
+fn branches_that_make_up_for_drift_do_not_change_those_that_do_not_nor_the_other_way_round() {
+    let branches = [
+        "[[branch]]\nname = \"plain\"\nbits = 4\n",
+        "[[branch]]\nname = \"best\"\nbits = 4\npreset = \"best\"\n",
+        "[[branch]]\nname = \"at-once\"\nbits = 4\npreset = \"best\"\ntrue_sequential = false\n",
+    ];
+    // Enough windows for several chunks, some of which the dense model runs too.
+    let quantise = |scratch: &Scratch, branches: &str| {
+        let recipe = scratch.recipe(&medi_tiny(), branches);
+        let recipe = recipe.to_str().unwrap();
+        let flags = ["--samples", "40", "--seq-len", "256", "--device", "cpu"];
+        succeed([&["quantize", recipe], &flags[..]].concat());
+    };
+    let weights = |scratch: &Scratch, name: &str| {
+        fs::read(scratch.out().join(name).join("model.safetensors"))
+    };
+    let together = Scratch::new();
+    quantise(&together, &branches.concat());
+    for (branch, name) in branches.into_iter().zip(["plain", "best", "at-once"]) {
+        let alone = Scratch::new();
+        quantise(&alone, branch);
+        assert!(
+            weights(&together, name).unwrap() == weights(&alone, name).unwrap(),
+            "{name}"
+        );
+    }
+}
+
+#[test]
 fn with_dense_propagation_there_is_no_drift_to_make_up_for() {
     let scratch = Scratch::new();
     let branches = "[[branch]]\nname = \"plain\"\nbits = 4\n\

@@ -226,9 +226,12 @@ impl<B: Engine> Run<'_, '_, B> {
         let started = Instant::now();
         let (layer, device) = (entered.layer, self.model.device());
         let asymmetric = |&branch: &usize| self.plan.branches[branch].method.asymmetric > 0.0;
+        // The model's first input has not drifted; asked all the same, its Gram matrix would be summed
+        // in another order, and for branches that do not ask.
+        let embedded = layer == 0 && group[0] == Stage::ALL[0];
         let dense = entered
             .dense
-            .filter(|_| stream.branches.iter().any(asymmetric));
+            .filter(|_| !embedded && stream.branches.iter().any(asymmetric));
         // A block of an earlier run needs none: its codes are known.
         let grams = (layer >= self.restored.layers)
             .then(|| stream.grams(block, group, dense, device, self.clock))
