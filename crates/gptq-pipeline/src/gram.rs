@@ -13,8 +13,8 @@ use gptq_model::{Block, Stage};
 use crate::profile::{Clock, Phase, timed};
 use crate::stream::{Chunk, Stream};
 
-/// Of how many chunks one is run through the dense model too. What a quarter of the windows says about
-/// the drift is nearly what all say, at a quarter of the cost (`crates/gptq-solver/ACCURACY.md`).
+/// Of how many chunks one is run through the dense model too: a quarter of the windows says most of what
+/// all say about the drift, at a quarter of the cost (`crates/README.md` has figures).
 pub(crate) const DENSE_SHARE: usize = 4;
 
 /// The dense model's states of every [`DENSE_SHARE`]-th chunk.
