@@ -61,15 +61,10 @@ fn solve_one<B: Engine>(
         0.0 => 0.0,
         energy => output_energy(&(&w - q), gram) / energy,
     };
-    let target = target.map_or_else(|| w.clone(), |target| target.of(&w));
-    let mut solution = solve_linear(&target, factor, &request.settings);
-    refine(
-        &target,
-        gram,
-        factor,
-        &mut solution,
-        request.settings.refine,
-    );
+    let shifted = target.map(|target| target.of(&w));
+    let target = shifted.as_ref().unwrap_or(&w);
+    let mut solution = solve_linear(target, factor, &request.settings);
+    refine(target, gram, factor, &mut solution, request.settings.refine);
     let relative_error = relative(solution.dequantise());
     let rtn_error = relative(round_to_nearest(&w, &request.settings).dequantise());
     let quantized = solution.into_quantized();

@@ -89,9 +89,9 @@ pub struct BranchReport {
     pub quantize_config: QuantizeConfig,
     /// How codes and scales were found.
     pub preset: Preset,
-    /// The options themselves.
-    #[serde(default)]
-    pub method: Method,
+    /// The options themselves; not in reports of before there were any to choose.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub method: Option<Method>,
     /// "quantised" or "dense": the hidden states the Hessians came from.
     pub propagation: String,
     /// What it was calibrated on.

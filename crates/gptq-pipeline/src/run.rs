@@ -430,7 +430,7 @@ impl<B: Engine> Run<'_, '_, B> {
                 branch: branch.name.clone(),
                 quantize_config: branch.quantize_config(&plan.model_name),
                 preset: branch.preset,
-                method: branch.method,
+                method: Some(branch.method),
                 propagation: match plan.propagation {
                     Propagation::Quantised => "quantised".to_owned(),
                     Propagation::Dense => "dense".to_owned(),

@@ -86,6 +86,7 @@ pub(crate) fn plan(plan: &Plan, device: &str) {
             true_sequential = branch.true_sequential,
             damp_percent = branch.damp_percent,
             preset = ?branch.preset,
+            method = ?branch.method,
             "branch"
         );
     }
