@@ -10,8 +10,8 @@ use burn::tensor::{DType, Distribution, Int, Tensor, TensorData, backend::Backen
 use cudarc::driver::CudaContext;
 use gptq_format::{Bits, CheckpointFormat, GroupSize, PackedLinear};
 use gptq_kernels::cuda::{
-    Cuda, Device, causal_attention, embedding, gram_add, gram_zeros, linear, packed_linear,
-    resident, rms_norm, rotary, solve, swiglu,
+    Cuda, Device, attend_next, causal_attention, embedding, gram_add, gram_zeros, linear,
+    packed_linear, resident, rms_norm, rotary, solve, swiglu,
 };
 use gptq_kernels::{Hessian, Request};
 use gptq_solver::Settings;
@@ -245,9 +245,33 @@ fn forward(device: &Device, ceilings: &Ceilings) -> f64 {
     forward
 }
 
-/// Linear layers on packed weights, one token. More layers than the card's cache holds take turns.
+/// One token: attention over a cache, and linear layers on packed weights. More of them than the card's
+/// cache holds take turns.
 fn generate(device: &Device, ceilings: &Ceilings) {
     const BYTES: usize = 400 << 20;
+    for held in [128, 1024, WINDOW] {
+        let bytes = 2 * 2 * HEADS * held * HEAD;
+        let one = || random([1, 1, HEADS, HEAD], 1.0, device);
+        let table = || random([1, HEAD / 2], 1.0, device).cast(DType::F32);
+        let (q, k, v, cos, sin) = (one(), one(), one(), table(), table());
+        let mut caches: Vec<_> = (0..BYTES.div_ceil(bytes).min(64))
+            .map(|_| [0; 2].map(|_| random([HEADS, held + 1, HEAD], 1.0, device)))
+            .collect();
+        let count = caches.len();
+        let time = seconds(device, 10, || {
+            let each = caches.iter_mut().map(|[keys, values]| {
+                let qkv = [q.clone(), k.clone(), v.clone()];
+                attend_next(qkv, [cos.clone(), sin.clone()], keys, values, held).unwrap()
+            });
+            each.collect::<Vec<_>>()
+        });
+        ceilings.row(
+            &format!("attention of one token over {held}, 32 heads of 128"),
+            time / count as f64,
+            bytes as f64 / 1e9,
+            "GB/s",
+        );
+    }
     for (bits, code) in [(Bits::Four, 0x7654_3210), (Bits::Eight, 0x7080_9010)] {
         for [inside, out] in [[HIDDEN, HIDDEN], [HIDDEN, WIDE], [WIDE, HIDDEN]] {
             let (b, groups) = (bits.get(), inside / 128);

@@ -107,3 +107,28 @@ pub(crate) fn cached_attention<B: Engine>(
         .swap_dims(1, 2)
         .reshape([1, n, heads * dim])
 }
+
+/// Writes keys or values `new [1, n, kv_heads, dim]` to the rows from `at` of a cache `[kv_heads, capacity,
+/// dim]`.
+pub fn append<B: Engine>(held: &mut Tensor<B, 3>, new: Tensor<B, 4>, at: usize) {
+    let [_, n, kv_heads, dim] = new.dims();
+    let new = new.squeeze_dim::<3>(0).swap_dims(0, 1);
+    // Without a second owner the assignment is in place.
+    let nothing = Tensor::empty([1, 1, 1], (&new.device(), DType::F32));
+    let old = std::mem::replace(held, nothing);
+    *held = old.slice_assign([0..kv_heads, at..at + n, 0..dim], new);
+}
+
+/// See [`Engine::attend_next`].
+pub(crate) fn attend_next<B: Engine>(
+    [q, k, v]: [Tensor<B, 4>; 3],
+    [cos, sin]: [Tensor<B, 2>; 2],
+    keys: &mut Tensor<B, 3>,
+    values: &mut Tensor<B, 3>,
+    at: usize,
+) -> Tensor<B, 3> {
+    let q = B::rotary(q, cos.clone(), sin.clone());
+    append(keys, B::rotary(k, cos, sin), at);
+    append(values, v, at);
+    B::cached_attention(q, keys.clone(), values.clone(), at)
+}

@@ -102,6 +102,20 @@ pub trait Engine: Backend {
         attention::cached_attention(q, keys, values, start)
     }
 
+    /// Attention of the token at position `at` over a cache that it joins: rotates `q [1, 1, heads, dim]`
+    /// and `k [1, 1, kv_heads, dim]` by `cos` and `sin [1, dim / 2]`, writes the key and the value to row
+    /// `at` of `keys` and `values [kv_heads, capacity, dim]`, and gives the attention over the rows up to
+    /// it, `[1, 1, heads * dim]`. `at` is below `capacity`.
+    fn attend_next(
+        qkv: [Tensor<Self, 4>; 3],
+        tables: [Tensor<Self, 2>; 2],
+        keys: &mut Tensor<Self, 3>,
+        values: &mut Tensor<Self, 3>,
+        at: usize,
+    ) -> Tensor<Self, 3> {
+        attention::attend_next(qkv, tables, keys, values, at)
+    }
+
     /// `silu(gate) * up`.
     fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
         gate.clone() * sigmoid(gate) * up

@@ -14,10 +14,11 @@ mod host_solve;
 mod packed_weight;
 mod solve_types;
 
+pub use attention::append;
 pub use cuda::keep_kernels;
 pub use device::{Cpu, Cuda, Device, DeviceError, Work};
 pub use engine::{Engine, map_lanes};
 pub use finite::NotFinite;
 pub use host_buffer::HostBuffer;
-pub use packed_weight::PackedWeight;
+pub use packed_weight::{PackedLayout, PackedWeight};
 pub use solve_types::{Drift, Hessian, Incoming, Request, SolveError, SolveTimes, Solved, Subset};

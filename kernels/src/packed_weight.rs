@@ -1,11 +1,11 @@
-//! A quantised linear's four tensors on a device, still packed as they are on disk.
+//! A quantised linear on a device, its codes still packed.
 //!
-//! `w[o, i] = scales[g, o] (code[i, o] - zero[g, o])` with `g = g_idx[i]`; `gptq-format` has the layout
+//! `w[o, i] = scale[g, o] (code[i, o] - zero[g, o])` with `g = g_idx[i]`; `gptq-format` has the layout
 //! of codes and zeros in words.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
-use gptq_format::{Bits, CheckpointFormat, PackedLinear};
+use gptq_format::{Bits, CheckpointFormat, PackedLinear, QuantizedLinear};
 use half::f16;
 
 /// Packed weights `[out, in]`. Cloning shares the tensors.
@@ -13,22 +13,41 @@ use half::f16;
 pub struct PackedWeight<B: Backend> {
     /// Code width.
     pub bits: Bits,
-    /// How `qzeros` is stored.
+    /// How zero points are stored.
     pub format: CheckpointFormat,
-    /// i32 `[in * bits / 32, out]`.
-    pub qweight: Tensor<B, 2, Int>,
-    /// i32 `[groups, out * bits / 32]`.
-    pub qzeros: Tensor<B, 2, Int>,
-    /// f16 `[groups, out]`.
-    pub scales: Tensor<B, 2>,
-    /// i32 `[in]`, each below `groups`.
-    pub g_idx: Tensor<B, 1, Int>,
-    /// i32 `[in]`: the input column of each position of `qweight`, where an engine reordered it.
-    pub order: Option<Tensor<B, 1, Int>>,
+    /// The tensors.
+    pub layout: PackedLayout<B>,
+}
+
+/// Where codes, scales and zero points lie.
+#[derive(Clone, Debug)]
+pub enum PackedLayout<B: Backend> {
+    /// As in a checkpoint.
+    Stored {
+        /// i32 `[in * bits / 32, out]`.
+        qweight: Tensor<B, 2, Int>,
+        /// i32 `[groups, out * bits / 32]`.
+        qzeros: Tensor<B, 2, Int>,
+        /// f16 `[groups, out]`.
+        scales: Tensor<B, 2>,
+        /// i32 `[in]`, each below `groups`.
+        g_idx: Tensor<B, 1, Int>,
+    },
+    /// The codes of one output row next to each other, a group's columns too: for 2, 4 and 8 bits, where
+    /// a group is a whole number of 16-byte runs.
+    Rows {
+        /// i32 `[out, in * bits / 32]`, the first code of a word in its lowest bits.
+        codes: Tensor<B, 2, Int>,
+        /// i32 `[out, groups]`: the scale's f16 bits, and above them the zero point.
+        grid: Tensor<B, 2, Int>,
+        /// i32 `[in]`: the input column of each position.
+        order: Tensor<B, 1, Int>,
+    },
 }
 
 impl<B: Backend> PackedWeight<B> {
-    /// Puts the tensors on a device. The lengths and `g_idx` were checked when they were read.
+    /// Puts the tensors on a device as they are. The lengths and `g_idx` were checked when they were
+    /// read.
     pub fn upload(packed: &PackedLinear, device: &B::Device) -> Self {
         let (n_out, groups) = (
             packed.out_features,
@@ -43,50 +62,106 @@ impl<B: Backend> PackedWeight<B> {
         PackedWeight {
             bits: packed.bits,
             format: packed.format,
-            qweight: ints(&packed.qweight, [words_in, n_out]),
-            qzeros: ints(&packed.qzeros, [groups, words_out]),
-            scales: Tensor::from_data(
-                TensorData::new(packed.scales.clone(), [groups, n_out]),
-                (device, DType::F16),
-            ),
-            g_idx: Tensor::from_data(
-                TensorData::new(packed.g_idx.clone(), [packed.in_features]),
-                (device, DType::I32),
-            ),
-            order: None,
+            layout: PackedLayout::Stored {
+                qweight: ints(&packed.qweight, [words_in, n_out]),
+                qzeros: ints(&packed.qzeros, [groups, words_out]),
+                scales: Tensor::from_data(
+                    TensorData::new(packed.scales.clone(), [groups, n_out]),
+                    (device, DType::F16),
+                ),
+                g_idx: Tensor::from_data(
+                    TensorData::new(packed.g_idx.clone(), [packed.in_features]),
+                    (device, DType::I32),
+                ),
+            },
         }
     }
 
-    /// The tensors on the host; waits for the device.
-    pub fn download(&self) -> PackedLinear {
-        let words = |tensor: &Tensor<B, 2, Int>| ints(tensor.clone().into_data());
-        let unsigned = |values: Vec<i32>| values.into_iter().map(|v| v as u32).collect();
-        let packed = PackedLinear {
-            bits: self.bits,
-            in_features: self.g_idx.dims()[0],
-            out_features: self.qweight.dims()[1],
-            format: self.format,
-            qweight: unsigned(words(&self.qweight)),
-            qzeros: unsigned(words(&self.qzeros)),
-            scales: (self.scales.clone().into_data())
-                .to_vec::<f16>()
-                .expect("scales are f16"),
-            g_idx: ints(self.g_idx.clone().into_data()),
-        };
-        let Some(order) = &self.order else {
-            return packed;
-        };
-        let n_out = packed.out_features;
-        let mut linear = packed.unpack();
-        let reordered = linear.codes.clone();
-        let order = ints(order.clone().into_data());
-        for (row, column) in reordered.chunks(n_out).zip(order) {
-            linear.codes[column as usize * n_out..][..n_out].copy_from_slice(row);
+    /// `[out, in]`.
+    pub fn dims(&self) -> [usize; 2] {
+        match &self.layout {
+            PackedLayout::Stored { qweight, g_idx, .. } => [qweight.dims()[1], g_idx.dims()[0]],
+            PackedLayout::Rows { codes, order, .. } => [codes.dims()[0], order.dims()[0]],
         }
-        linear
-            .pack(packed.format)
-            .expect("zero points that were packed before")
     }
+
+    /// Where the tensors are.
+    pub fn device(&self) -> B::Device {
+        match &self.layout {
+            PackedLayout::Stored { qweight, .. } => qweight.device(),
+            PackedLayout::Rows { codes, .. } => codes.device(),
+        }
+    }
+
+    /// The tensors as a checkpoint has them, on the host; waits for the device.
+    pub fn download(&self) -> PackedLinear {
+        let [out_features, in_features] = self.dims();
+        match &self.layout {
+            PackedLayout::Stored {
+                qweight,
+                qzeros,
+                scales,
+                g_idx,
+            } => PackedLinear {
+                bits: self.bits,
+                in_features,
+                out_features,
+                format: self.format,
+                qweight: words(qweight),
+                qzeros: words(qzeros),
+                scales: (scales.clone().into_data())
+                    .to_vec::<f16>()
+                    .expect("scales are f16"),
+                g_idx: ints(g_idx.clone().into_data()),
+            },
+            PackedLayout::Rows { codes, grid, order } => {
+                let order = ints(order.clone().into_data());
+                self.stored(&words(codes), &words(grid), &order)
+            }
+        }
+    }
+
+    /// Undoes [`PackedLayout::Rows`].
+    fn stored(&self, codes: &[u32], grid: &[u32], order: &[i32]) -> PackedLinear {
+        let [n_out, n_in] = self.dims();
+        let groups = grid.len() / n_out;
+        let (bits, max) = (self.bits.get(), self.bits.max_code());
+        let mut linear = QuantizedLinear {
+            bits: self.bits,
+            in_features: n_in,
+            out_features: n_out,
+            codes: vec![0; n_in * n_out],
+            scales: vec![f16::ZERO; groups * n_out],
+            zeros: vec![0; groups * n_out],
+            g_idx: vec![0; n_in],
+        };
+        for (position, &column) in order.iter().enumerate() {
+            let column = column as usize;
+            linear.g_idx[column] = (position / (n_in / groups)) as i32;
+            let bit = position * bits;
+            for row in 0..n_out {
+                let word = codes[row * (n_in * bits / 32) + bit / 32];
+                linear.codes[column * n_out + row] = (word >> (bit % 32)) as u8 & max;
+            }
+        }
+        for (at, cell) in grid.iter().enumerate() {
+            let to = at % groups * n_out + at / groups;
+            linear.scales[to] = f16::from_bits(*cell as u16);
+            // As stored: what [`PackedLinear::unpack`] makes a zero point of.
+            let zero = (cell >> 16) as u8;
+            linear.zeros[to] = zero.wrapping_sub(self.format.zero_offset()) & max;
+        }
+        let packed = linear.pack(CheckpointFormat::GptqV2);
+        PackedLinear {
+            format: self.format,
+            ..packed.expect("v2 stores every zero point, and the shape was packed before")
+        }
+    }
+}
+
+fn words<B: Backend>(tensor: &Tensor<B, 2, Int>) -> Vec<u32> {
+    let values = ints(tensor.clone().into_data());
+    values.into_iter().map(|word| word as u32).collect()
 }
 
 fn ints(data: TensorData) -> Vec<i32> {
@@ -96,7 +171,6 @@ fn ints(data: TensorData) -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use burn::tensor::Tolerance;
-    use gptq_format::QuantizedLinear;
 
     use super::*;
     use crate::{Cpu, Engine};

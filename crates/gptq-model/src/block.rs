@@ -38,7 +38,7 @@ impl<B: Engine> Weight<B> {
     pub fn dense(&self) -> Tensor<B, 2> {
         match self {
             Weight::Dense(weight) => weight.clone(),
-            Weight::Packed(packed) => B::dequantise(&packed.download(), &packed.scales.device()),
+            Weight::Packed(packed) => B::dequantise(&packed.download(), &packed.device()),
         }
     }
 }
@@ -121,7 +121,7 @@ impl<B: Engine> Block<B> {
         match stage {
             Stage::Qkv => {
                 let tokens = x.dims()[0];
-                let [q, k, v] = self.qkv(x, flow.windows, 0);
+                let [q, k, v] = self.rotated(self.qkv(x, flow.windows), 0);
                 let attended = B::causal_attention(q, k, v);
                 Flow {
                     activation: Some(attended.reshape([tokens, self.attention_width()])),
@@ -159,11 +159,22 @@ impl<B: Engine> Block<B> {
     pub fn forward_cached(&self, flow: Flow<B>, cache: &mut Cache<B>) -> Flow<B> {
         let x = self.input(Stage::Qkv, &flow);
         let (tokens, start) = (x.dims()[0], cache.len());
-        let [q, k, v] = self.qkv(x, 1, start);
-        cache.push(k.clone(), v.clone());
-        let attended = match start {
-            0 => B::causal_attention(q, k, v),
-            _ => B::cached_attention(q, cache.keys(), cache.values(), start),
+        let qkv = self.qkv(x, 1);
+        let attended = match (tokens, start) {
+            (_, 0) => {
+                let [q, k, v] = self.rotated(qkv, 0);
+                cache.push(k.clone(), v.clone());
+                B::causal_attention(q, k, v)
+            }
+            (1, _) => {
+                let (cos, sin) = self.rope.get(&self.config, start, 1, &qkv[0].device());
+                cache.attend_next(qkv, [cos, sin])
+            }
+            _ => {
+                let [q, k, v] = self.rotated(qkv, start);
+                cache.push(k, v);
+                B::cached_attention(q, cache.keys(), cache.values(), start)
+            }
         };
         let flow = Flow {
             activation: Some(attended.reshape([tokens, self.attention_width()])),
@@ -173,22 +184,28 @@ impl<B: Engine> Block<B> {
         rest.fold(flow, |flow, stage| self.advance(stage, flow))
     }
 
-    /// Queries and keys, rotated for positions from `start`, and values, each
-    /// `[windows, seq, heads, dim]`, of `x [windows * seq, hidden]`.
-    fn qkv(&self, x: Tensor<B, 2>, windows: usize, start: usize) -> [Tensor<B, 4>; 3] {
+    /// Queries, keys and values, each `[windows, seq, heads, dim]`, of `x [windows * seq, hidden]`.
+    fn qkv(&self, x: Tensor<B, 2>, windows: usize) -> [Tensor<B, 4>; 3] {
         let seq = x.dims()[0] / windows;
         let run = |p: Projection, heads: usize| {
             let y = self.linear(p).forward(x.clone());
             y.reshape([windows, seq, heads, self.config.head_dim])
         };
-        let (cos, sin) = self.rope.get(&self.config, start, seq, &x.device());
-        let q = B::rotary(
+        [
             run(Projection::Q, self.config.heads),
-            cos.clone(),
-            sin.clone(),
-        );
-        let k = B::rotary(run(Projection::K, self.config.kv_heads), cos, sin);
-        [q, k, run(Projection::V, self.config.kv_heads)]
+            run(Projection::K, self.config.kv_heads),
+            run(Projection::V, self.config.kv_heads),
+        ]
+    }
+
+    /// The same with queries and keys rotated for positions from `start`.
+    fn rotated(&self, [q, k, v]: [Tensor<B, 4>; 3], start: usize) -> [Tensor<B, 4>; 3] {
+        let (cos, sin) = (self.rope).get(&self.config, start, q.dims()[1], &q.device());
+        [
+            B::rotary(q, cos.clone(), sin.clone()),
+            B::rotary(k, cos, sin),
+            v,
+        ]
     }
 
     fn attention_width(&self) -> usize {

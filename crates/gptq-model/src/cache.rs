@@ -1,7 +1,7 @@
 //! A block's keys and values of the tokens so far, kept between steps of generation.
 
-use burn::tensor::{DType, Tensor};
-use gptq_kernels::Engine;
+use burn::tensor::Tensor;
+use gptq_kernels::{Engine, append};
 
 /// Tokens a cache grows by.
 const GROWTH: usize = 256;
@@ -41,19 +41,40 @@ impl<B: Engine> Cache<B> {
         self.len = self.len.min(len);
     }
 
-    /// Adds the keys and values `[1, n, kv_heads, dim]` of `n` tokens.
+    /// Adds the rotated keys and the values `[1, n, kv_heads, dim]` of `n` tokens.
     pub(crate) fn push(&mut self, k: Tensor<B, 4>, v: Tensor<B, 4>) {
-        let [_, n, kv_heads, dim] = k.dims();
+        let n = k.dims()[1];
+        self.make_room(n);
+        append(&mut self.keys, k, self.len);
+        append(&mut self.values, v, self.len);
+        self.len += n;
+    }
+
+    /// Adds one token, and gives its attention, `[1, 1, heads * dim]`: `q`, `k` and `v`
+    /// `[1, 1, heads, dim]` not rotated yet, `tables` the cosines and sines of its position.
+    pub(crate) fn attend_next(
+        &mut self,
+        qkv: [Tensor<B, 4>; 3],
+        tables: [Tensor<B, 2>; 2],
+    ) -> Tensor<B, 3> {
+        self.make_room(1);
+        let attended = B::attend_next(qkv, tables, &mut self.keys, &mut self.values, self.len);
+        self.len += 1;
+        attended
+    }
+
+    /// Makes room for `n` tokens more.
+    fn make_room(&mut self, n: usize) {
+        let [heads, capacity, dim] = self.keys.dims();
         let end = self.len + n;
-        for (held, new) in [(&mut self.keys, k), (&mut self.values, v)] {
-            let new = new.squeeze_dim::<3>(0).swap_dims(0, 1);
-            let at = [0..kv_heads, self.len..end, 0..dim];
-            // Without a second owner the assignment is in place.
-            let old =
-                std::mem::replace(held, Tensor::empty([1, 1, 1], (&new.device(), DType::F32)));
-            *held = grown(old, end).slice_assign(at, new);
+        if end <= capacity {
+            return;
         }
-        self.len = end;
+        let extra = end.next_multiple_of(GROWTH) - capacity;
+        for held in [&mut self.keys, &mut self.values] {
+            let zeros = Tensor::zeros([heads, extra, dim], (&held.device(), held.dtype()));
+            *held = Tensor::cat(vec![held.clone(), zeros], 1);
+        }
     }
 
     /// `[kv_heads, capacity, dim]`, the first [`Cache::len`] rows of a head filled.
@@ -65,15 +86,4 @@ impl<B: Engine> Cache<B> {
     pub(crate) fn values(&self) -> Tensor<B, 3> {
         self.values.clone()
     }
-}
-
-/// Room for at least `end` tokens.
-fn grown<B: Engine>(held: Tensor<B, 3>, end: usize) -> Tensor<B, 3> {
-    let [heads, capacity, dim] = held.dims();
-    if end <= capacity {
-        return held;
-    }
-    let extra = end.next_multiple_of(GROWTH) - capacity;
-    let zeros = Tensor::zeros([heads, extra, dim], (&held.device(), held.dtype()));
-    Tensor::cat(vec![held, zeros], 1)
 }

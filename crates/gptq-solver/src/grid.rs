@@ -2,23 +2,29 @@
 
 use crate::{Real, Settings};
 
-/// Ranges tried by the search, relative to the one that just spans the group: narrower ones clip
-/// outliers for the sake of the rest; wider ones put the largest weight on a code instead of half a
-/// step past the last.
-pub const SCALE_FACTORS: [f64; 32] = {
-    let mut factors = [0.0; 32];
-    let mut i = 0;
-    while i < 32 {
-        factors[i] = 0.7 + 0.0125 * i as f64; // 0.7 to 1.0875
-        i += 1;
+/// Ranges tried by a search, relative to the one that just spans the group; the last is that one.
+///
+/// Narrower ones clip outliers for the sake of the rest. A symmetric grid has one code more below zero than
+/// above: the search turns it round (its scale is negative, the format allows that) where the largest
+/// weight is positive, so that this code is used, and tries 0.65 to 1.025 times the scale that puts the
+/// largest weight right on it, `max|w| / 2^(b-1)`. The asymmetric ones go from 0.7 to 1.075.
+pub fn scale_factors(settings: &Settings) -> [f64; 32] {
+    let codes = f64::from(settings.bits.max_code()) + 1.0;
+    let (first, unit) = match settings.sym {
+        true => (0.65, (codes - 1.0) / codes),
+        false => (0.7, 1.0),
+    };
+    let mut factors = [1.0; 32];
+    for (i, factor) in factors[..31].iter_mut().enumerate() {
+        *factor = (first + 0.0125 * i as f64) * unit;
     }
     factors
-};
+}
 
 /// Scale and zero point of one group of one row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Grid<T> {
-    /// Step between neighbouring codes; positive.
+    /// Step between neighbouring codes; negative where the grid is turned round.
     pub scale: T,
     /// The code of 0, an integer.
     pub zero: T,
@@ -32,14 +38,15 @@ impl<T: Real> Grid<T> {
     ///
     /// Symmetric: `scale = 2 max|w| / (2^b - 1)`, `zero = 2^(b-1)`. Asymmetric: from the minimum to
     /// the maximum, 0 included. A group of zeros gets the grid of ±1. With
-    /// [`Settings::scale_search`], the range is then multiplied by the one of [`SCALE_FACTORS`] whose
-    /// grid loses least.
+    /// [`Settings::scale_search`], the range is then multiplied by the one of [`scale_factors`] whose
+    /// grid loses least; a plain one that loses as little stays.
     pub fn fit(weights: impl Iterator<Item = (T, T)> + Clone, settings: &Settings) -> Grid<T> {
         let (mut low, mut high) = (T::zero(), T::zero());
         for (w, _) in weights.clone() {
             low = low.min(w);
             high = high.max(w);
         }
+        let turned = settings.sym && high > -low;
         if settings.sym {
             high = high.max(-low);
             low = -high;
@@ -53,8 +60,12 @@ impl<T: Real> Grid<T> {
             return plain;
         }
         let mut best = (plain.loss(weights.clone()), plain);
-        for factor in SCALE_FACTORS.map(T::of) {
-            let grid = Grid::spanning(low * factor, high * factor, settings);
+        let [factors @ .., _] = scale_factors(settings).map(T::of);
+        for factor in factors {
+            let mut grid = Grid::spanning(low * factor, high * factor, settings);
+            if turned {
+                grid.scale = -grid.scale;
+            }
             let loss = grid.loss(weights.clone());
             if loss < best.0 {
                 best = (loss, grid);
@@ -158,6 +169,25 @@ mod tests {
                 let found = Grid::fit(weights.clone(), &searched).loss(weights.clone());
                 assert!(found <= plain, "{found} over {plain}");
             }
+        }
+    }
+
+    #[test]
+    fn a_searched_symmetric_grid_is_turned_towards_its_largest_weight() {
+        for sign in [1.0f64, -1.0] {
+            // Only a code of ±8 steps of 1/8 has all three.
+            let weights = [1.0, -0.875, 0.125].map(|w| (sign * w, 1.0));
+            let searched = Settings {
+                scale_search: true,
+                ..settings(true)
+            };
+            let grid = Grid::fit(weights.into_iter(), &searched);
+            assert_eq!(grid.scale, -sign / 8.0);
+            assert_eq!(
+                weights.map(|(w, _)| grid.round(w)).map(|(code, _)| code),
+                [0.0, 15.0, 7.0]
+            );
+            assert_eq!(grid.loss(weights.into_iter()), 0.0);
         }
     }
 

@@ -25,7 +25,7 @@ mod target;
 pub use energy::output_energy;
 pub use error::SolverError;
 pub use factor::{Factor, dead_columns};
-pub use grid::{Grid, SCALE_FACTORS};
+pub use grid::{Grid, scale_factors};
 pub use refine::refine;
 pub use settings::{Real, Settings};
 pub use solve::{Solution, round_to_nearest, solve};

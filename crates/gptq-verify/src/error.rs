@@ -27,12 +27,11 @@ pub enum VerifyError {
          one or the other", dir.display()
     )]
     ConfigsDisagree { dir: PathBuf },
-    #[error("{module}: scale [{group}, {output}] is {value}, not positive")]
+    #[error("{module}: scale [{group}, {output}] is 0: its weights are lost")]
     Scale {
         module: String,
         group: usize,
         output: usize,
-        value: f32,
     },
     #[error("{}: its output is not finite on the evaluation text", dir.display())]
     NonFiniteOutput { dir: PathBuf },

@@ -91,7 +91,7 @@ fn tensors(
             let (n_in, n_out) = projection.shape(config);
             match checkpoint.packed(&module, n_in, n_out)? {
                 Some(packed) => {
-                    scales_are_positive(&module, &packed)?;
+                    scales_are_not_zero(&module, &packed)?;
                     linears.add(&module, &packed, checkpoint, recorded)?;
                     packed_modules.push(module.clone());
                 }
@@ -127,15 +127,14 @@ fn tensors(
     ))
 }
 
-fn scales_are_positive(module: &str, packed: &PackedLinear) -> Result<(), VerifyError> {
+fn scales_are_not_zero(module: &str, packed: &PackedLinear) -> Result<(), VerifyError> {
     let mut scales = packed.scales.iter().map(|s| s.to_f32()).enumerate();
-    match scales.find(|(_, scale)| *scale <= 0.0) {
+    match scales.find(|(_, scale)| *scale == 0.0) {
         None => Ok(()),
-        Some((at, value)) => Err(VerifyError::Scale {
+        Some((at, _)) => Err(VerifyError::Scale {
             module: module.into(),
             group: at / packed.out_features,
             output: at % packed.out_features,
-            value,
         }),
     }
 }

@@ -49,6 +49,19 @@ impl Engine for Cuda {
         super::causal_attention(q, k, v).unwrap_or_else(|error| fail(error))
     }
 
+    fn attend_next(
+        qkv: [Tensor<Self, 4>; 3],
+        tables: [Tensor<Self, 2>; 2],
+        keys: &mut Tensor<Self, 3>,
+        values: &mut Tensor<Self, 3>,
+        at: usize,
+    ) -> Tensor<Self, 3> {
+        if !super::decode_attention::attends(qkv[0].dims()[3]) {
+            return attention::attend_next(qkv, tables, keys, values, at);
+        }
+        super::attend_next(qkv, tables, keys, values, at).unwrap_or_else(|error| fail(error))
+    }
+
     fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
         super::swiglu(gate, up).unwrap_or_else(|error| fail(error))
     }

@@ -6,15 +6,16 @@
 //! smallest positive value if it would vanish), and the rounded one is used throughout,
 //! because that is what readers multiply by.
 //!
-//! With a scale search, the range is multiplied by the one of `SCALE_FACTORS` whose grid loses
+//! With a scale search, the range is multiplied by the one of `scale_factors` whose grid loses
 //! least, `Σ M_kk² (w_k - q_k)²` over the group's columns: what an error in each of them costs the
-//! sweep (`gptq_solver::Grid::fit`). A group that loses as little with its plain range keeps that.
+//! sweep (`gptq_solver::Grid::fit`). A symmetric grid is turned round, by a negative scale, where the largest
+//! weight is positive. A group that loses as little with its plain range keeps that.
 
 use std::ops::Range;
 
 use burn::tensor::DType;
 use cubecl::prelude::*;
-use gptq_solver::{SCALE_FACTORS, Settings};
+use gptq_solver::{Settings, scale_factors};
 use half::f16;
 
 use super::{
@@ -34,9 +35,9 @@ const ROWS: usize = 32;
 /// Units that share a row's factors and columns.
 const SLICES: usize = 8;
 /// Factors per unit.
-const EACH: usize = SCALE_FACTORS.len() / SLICES;
-/// Where the factors have 1, the plain range.
-const PLAIN: usize = 24;
+const EACH: usize = 4;
+/// Where the factors have the plain range.
+const PLAIN: usize = SLICES * EACH - 1;
 
 /// The f16-rounded scale of a range.
 #[cube]
@@ -180,6 +181,12 @@ fn search_kernel(
         low = low.min(lows[slice * ROWS + x]);
         high = high.max(highs[slice * ROWS + x]);
     }
+    let mut sign = f32::new(1.0);
+    if comptime!(symmetric) {
+        if high > -low {
+            sign = f32::new(-1.0);
+        }
+    }
     if low == 0.0 && high == 0.0 {
         low = f32::new(-1.0);
         high = f32::new(1.0);
@@ -193,8 +200,9 @@ fn search_kernel(
     for i in 0..EACH {
         let factor = factors[i * SLICES + y];
         let tried = scale_of(low * factor, high * factor, max_code, symmetric);
-        scale[i] = tried;
-        reciprocal[i] = 1.0 / tried;
+        let turned = select(i * SLICES + y == PLAIN, f32::new(1.0), sign);
+        scale[i] = tried * turned;
+        reciprocal[i] = turned / tried;
         zero[i] = zero_of(low * factor, high * factor, tried, max_code, symmetric);
         loss[i] = f32::new(0.0);
     }
@@ -228,16 +236,18 @@ fn search_kernel(
     if y == 0 {
         let mut best = losses[PLAIN * ROWS + x];
         let mut factor = f32::new(1.0);
+        let mut turned = f32::new(1.0);
         #[unroll]
-        for i in 0..EACH * SLICES {
+        for i in 0..PLAIN {
             if losses[i * ROWS + x] < best {
                 best = losses[i * ROWS + x];
                 factor = factors[i];
+                turned = sign;
             }
         }
         let chosen = scale_of(low * factor, high * factor, max_code, symmetric);
         let group = first / group_columns as usize;
-        scales[group * rows + row] = chosen;
+        scales[group * rows + row] = chosen * turned;
         zeros[group * rows + row] =
             zero_of(low * factor, high * factor, chosen, max_code, symmetric);
     }
@@ -303,10 +313,11 @@ pub(crate) struct Search {
 }
 
 impl Search {
-    pub(crate) fn new(pivots: &Buffer) -> Self {
+    pub(crate) fn new(pivots: &Buffer, settings: &Settings) -> Self {
+        let factors = scale_factors(settings).map(|f| f as f32);
         Self {
             pivots: pivots.clone(),
-            factors: buffer::upload(pivots, &SCALE_FACTORS.map(|f| f as f32), DType::F32),
+            factors: buffer::upload(pivots, &factors, DType::F32),
         }
     }
 }
@@ -401,13 +412,4 @@ pub(crate) fn round_to_nearest(weight: &Buffer, settings: Settings) -> Buffer {
     out
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_plain_range_is_among_the_factors() {
-        assert_eq!(SCALE_FACTORS[PLAIN] as f32, 1.0);
-        assert_eq!(EACH * SLICES, SCALE_FACTORS.len());
-    }
-}
+const _: () = assert!(SLICES * EACH == 32, "a factor each");

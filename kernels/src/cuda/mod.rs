@@ -34,9 +34,11 @@ mod target;
 mod engine;
 
 mod attention;
+mod decode_attention;
 mod embedding;
 mod norm;
 mod packed_linear;
+mod packed_rows;
 mod rotary;
 mod swiglu;
 
@@ -46,6 +48,7 @@ mod testing;
 mod tests;
 
 pub use attention::causal_attention;
+pub use decode_attention::attend_next;
 pub use embedding::embedding;
 pub use error::Error;
 pub(crate) use error::run_guarded;
@@ -57,7 +60,8 @@ pub use linear::linear;
 pub use norm::rms_norm;
 pub(crate) use pack::Fetched;
 pub use pack::dequantise;
-pub use packed_linear::{packed_linear, resident};
+pub use packed_linear::packed_linear;
+pub use packed_rows::resident;
 pub use relative_error::relative_error;
 pub use rotary::rotary;
 pub use solve::solve;

@@ -155,7 +155,7 @@ fn unpack_kernel(
             if shift + comptime!(bits as u32) > 32 {
                 zero |= qzeros[group * words + word + 1] << (32 - shift);
             }
-            let zero = ((zero & mask) + plus) & comptime!(2 * ((1u32 << bits) - 1) + 1);
+            let zero = (zero + plus) & mask;
             let value = f32::cast_from(scales[group * rows + row])
                 * (f32::cast_from(code) - f32::cast_from(zero));
             out[row * columns as usize + run * RUN + j] = f16::cast_from(value);

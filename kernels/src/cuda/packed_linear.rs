@@ -1,249 +1,212 @@
 //! A linear layer on weights that stay packed: `y = x wᵀ`, `w[o, i] = s (code[i, o] - z)`.
 //!
-//! Act order scatters a group over the input columns. [`resident`] therefore reorders `qweight` once, on the
-//! device, so that groups are contiguous, and keeps the original column of each position. One token is
-//! multiplied by the codes as they are, in f32: a group's columns first give `Σ x code` and `Σ x`, and only
-//! their combination `s (Σ x code - z Σ x)` meets scale and zero. A code becomes a float without a
-//! conversion: its bits in the mantissa of 1 are `1 + code / 2^b`. More tokens than one are multiplied by the
-//! dequantised weights, by cuBLAS, their columns in the same order.
+//! One token is multiplied by the codes as they are, in f32: the columns of a load first give `Σ x code` and
+//! `Σ x`, and only their combination `s (Σ x code - z Σ x)` meets scale and zero. A code becomes a float
+//! without a conversion: its bits in the mantissa of 1 are `1 + code / 2^b`. More tokens than one are
+//! multiplied by the dequantised weights, by cuBLAS.
 //!
-//! A cube of 32 planes has 32 output rows, one per unit of a plane; each plane takes every 32nd segment of
-//! input columns, and the planes' sums meet in shared memory in a fixed order.
+//! Memory is all that counts here. A plane has two output rows, and its units next to each other read 16 bytes
+//! each of a row; what a unit reads in one step is asked for before anything is waited for. The inputs of a
+//! step are gathered into shared memory, a run of columns padded by 16 bytes so that no two units of a
+//! quarter of a plane meet in a bank. A plane's sums meet in a fixed order.
 
-use burn::tensor::{DType, Int, Tensor};
+use burn::tensor::{DType, Tensor};
 use cubecl::{cuda::CudaRuntime, prelude::*};
-use gptq_format::PackedLinear;
 use half::f16;
 
 use super::{
-    Cuda, Device,
-    buffer::{self, Buffer, array},
+    Cuda,
+    buffer::{self, array},
     error::Error,
     linear,
-    pack::{RUN, put, unpack},
+    pack::unpack,
+    packed_rows::{LOAD, dense, scale_of},
 };
-use crate::PackedWeight;
+use crate::{PackedLayout, PackedWeight};
 
-/// Units of a plane, and planes of a cube.
-const SIDE: usize = 32;
-/// The most words of a column that a unit holds at once.
-const WORDS: usize = 16;
+/// Units of a plane.
+const UNITS: usize = 32;
+/// Output rows of a cube, which every number of rows is a multiple of.
+const CUBE: usize = 32;
+/// Quads of inputs that a unit gathers at once.
+const TURNS: usize = 4;
 /// Inputs per shared-memory access.
 const QUAD: usize = 4;
-const UNITS: usize = 128;
 
-/// `1 + code / 2^bits` for code `j` of a word.
+/// `1 + code / 2^bits` for code `j` of a word. `one` has the bits of 1: a constant here would take an
+/// instruction of its own beside the mask.
 #[cube]
-fn fraction(word: u32, #[comptime] j: usize, #[comptime] bits: usize) -> f32 {
+fn fraction(word: u32, one: u32, #[comptime] j: usize, #[comptime] bits: usize) -> f32 {
     let low = comptime!((j * bits) as u32);
     let place = comptime!((23 - bits) as u32);
     let mask = comptime!(((1u32 << bits) - 1) << (23 - bits));
     if comptime!(low <= place) {
-        f32::reinterpret(((word << comptime!(place - low)) & mask) | 0x3f80_0000u32)
+        f32::reinterpret(((word << comptime!(place - low)) & mask) | one)
     } else {
-        f32::reinterpret(((word >> comptime!(low - place)) & mask) | 0x3f80_0000u32)
+        f32::reinterpret(((word >> comptime!(low - place)) & mask) | one)
+    }
+}
+
+/// What a kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Shape {
+    bits: usize,
+    /// Input columns.
+    columns: usize,
+    /// Loads of a row that share a scale.
+    per_group: usize,
+    planes: usize,
+    rows: usize,
+    held: usize,
+}
+
+/// Asks for what this unit multiplies from load `first` on: codes, and the cells of their groups.
+#[cube]
+fn fetch(
+    codes: &Array<Vector<u32, Const<4>>>,
+    grid: &Array<u32>,
+    held: &mut Array<Vector<u32, Const<4>>>,
+    cells: &mut Array<u32>,
+    row: usize,
+    first: usize,
+    #[comptime] shape: Shape,
+) {
+    let loads = comptime!(shape.columns * shape.bits / LOAD);
+    #[unroll]
+    for load in 0..shape.held {
+        let at = first + load * UNITS + UNIT_POS_X as usize;
+        if at < loads {
+            #[unroll]
+            for r in 0..shape.rows {
+                held[load * shape.rows + r] = codes[(row + r) * loads + at];
+                cells[load * shape.rows + r] =
+                    grid[(row + r) * comptime!(loads / shape.per_group) + at / shape.per_group];
+            }
+        }
     }
 }
 
 #[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
 fn one_token_kernel(
     x: &Array<f16>,
-    order: &Array<u32>,
-    qweight: &Array<u32>,
-    qzeros: &Array<u32>,
-    scales: &Array<f16>,
+    order: &Array<Vector<u32, Const<4>>>,
+    codes: &Array<Vector<u32, Const<4>>>,
+    grid: &Array<u32>,
     out: &mut Array<f16>,
-    rows: u32,
-    segments: u32,
-    per_group: u32,
-    plus: u32,
-    #[comptime] bits: usize,
-    #[comptime] words: usize,
+    all_rows: u32,
+    one: u32,
+    #[comptime] shape: Shape,
 ) {
-    let codes = comptime!(32 / bits);
-    let columns = comptime!(words * 32 / bits);
-    let mut inputs = SharedMemory::<Vector<f32, Const<4>>>::new(comptime!(SIDE * columns / QUAD));
-    let mut partial = SharedMemory::<f32>::new(comptime!(SIDE * SIDE));
+    let bits = comptime!(shape.bits);
+    let rows = comptime!(shape.rows);
+    let units = comptime!(shape.planes * UNITS);
+    let loads = comptime!(shape.columns * shape.bits / LOAD);
+    // Quads of columns in a load, and with the padding.
+    let quads = comptime!(LOAD / shape.bits / QUAD);
+    let pitch = comptime!(quads + 1);
+    let mut plain = SharedMemory::<f16>::new(comptime!(shape.columns));
+    let mut inputs = SharedMemory::<Vector<f32, Const<4>>>::new(comptime!(loads * pitch));
     let lane = UNIT_POS_X as usize;
-    let plane = UNIT_POS_Y as usize;
-    let rows = rows as usize;
-    let segments = segments as usize;
-    let row = CUBE_POS_X as usize * SIDE + lane;
-    let bit = row % RUN * bits;
-    let zero_word = row / RUN * bits + bit / 32;
-    let zero_words = rows / RUN * bits;
-    let mut total = f32::new(0.0);
-    let turns = segments.div_ceil(SIDE);
-    let mut turn = 0;
-    while turn < turns {
-        let segment = turn * SIDE + plane;
-        let mut held = Array::<u32>::new(words);
-        let mut sum = f32::new(0.0);
-        if segment < segments {
-            #[unroll]
-            for word in 0..words {
-                held[word] = qweight[(segment * words + word) * rows + row];
+    let unit = UNIT_POS_Y as usize * UNITS + lane;
+    let mut row = (CUBE_POS_X as usize * shape.planes + UNIT_POS_Y as usize) * rows;
+
+    let mut held = Array::<Vector<u32, Const<4>>>::new(comptime!(shape.held * shape.rows));
+    let mut cells = Array::<u32>::new(comptime!(shape.held * shape.rows));
+    fetch(codes, grid, &mut held, &mut cells, row, 0, shape);
+    #[unroll]
+    for turn in 0..comptime!(shape.columns.div_ceil(units)) {
+        let column = turn * units + unit;
+        if column < comptime!(shape.columns) {
+            plain[column] = x[column];
+        }
+    }
+    let mut first = 0;
+    while first < comptime!(shape.columns / QUAD) {
+        let mut from = Array::<Vector<u32, Const<4>>>::new(TURNS);
+        #[unroll]
+        for turn in 0..TURNS {
+            let quad = first + turn * units + unit;
+            if quad < comptime!(shape.columns / QUAD) {
+                from[turn] = order[quad];
             }
-            let mut quad = lane;
-            while quad < comptime!(columns / QUAD) {
+        }
+        if first == 0 {
+            sync_cube();
+        }
+        #[unroll]
+        for turn in 0..TURNS {
+            let quad = first + turn * units + unit;
+            if quad < comptime!(shape.columns / QUAD) {
                 let mut four = Vector::<f32, Const<4>>::new(0.0);
                 #[unroll]
                 for at in 0..QUAD {
-                    let column = order[segment * columns + quad * QUAD + at];
-                    let value = f32::cast_from(x[column as usize]);
-                    four[at] = value;
-                    sum += value;
+                    four[at] = f32::cast_from(plain[from[turn][at] as usize]);
                 }
-                inputs[plane * comptime!(columns / QUAD) + quad] = four;
-                quad += SIDE;
+                inputs[quad / quads * pitch + quad % quads] = four;
             }
         }
-        sync_cube();
-        // The planes of a cube may differ here, the units of a plane do not.
-        if segment < segments {
-            let sum = plane_sum(sum);
-            let mut dot = f32::new(0.0);
+        first += comptime!(TURNS * units);
+    }
+    sync_cube();
+
+    while row < all_rows as usize {
+        let mut total = Array::<f32>::new(rows);
+        #[unroll]
+        for r in 0..rows {
+            total[r] = f32::new(0.0);
+        }
+        let next = row + CUBE_COUNT_X as usize * comptime!(shape.planes * shape.rows);
+        let mut first = 0;
+        while first < loads {
             #[unroll]
-            for word in 0..words {
-                #[unroll]
-                for quad in 0..comptime!(codes / QUAD) {
-                    let four = inputs
-                        [plane * comptime!(columns / QUAD) + comptime!(word * codes / QUAD + quad)];
+            for load in 0..shape.held {
+                let at = first + load * UNITS + lane;
+                if at < loads {
+                    let mut sum = f32::new(0.0);
+                    let mut dot = Array::<f32>::new(rows);
                     #[unroll]
-                    for at in 0..QUAD {
-                        let j = comptime!(quad * QUAD + at);
-                        dot += four[at] * fraction(held[word], j, bits);
+                    for r in 0..rows {
+                        dot[r] = f32::new(0.0);
+                    }
+                    #[unroll]
+                    for quad in 0..quads {
+                        let four = inputs[at * pitch + quad];
+                        #[unroll]
+                        for i in 0..QUAD {
+                            let code = comptime!(quad * QUAD + i);
+                            let word = comptime!(code * bits / 32);
+                            let j = comptime!(code % (32 / bits));
+                            sum += four[i];
+                            #[unroll]
+                            for r in 0..rows {
+                                let code = fraction(held[load * rows + r][word], one, j, bits);
+                                dot[r] += four[i] * code;
+                            }
+                        }
+                    }
+                    #[unroll]
+                    for r in 0..rows {
+                        let cell = cells[load * rows + r];
+                        let codes = (dot[r] - sum) * comptime!((1u32 << bits) as f32);
+                        total[r] += scale_of(cell) * (codes - sum * f32::cast_from(cell >> 16u32));
                     }
                 }
             }
-            let group = segment / per_group as usize;
-            let zero = ((qzeros[group * zero_words + zero_word] >> (bit % 32) as u32)
-                & comptime!((1u32 << bits) - 1))
-                + plus;
-            let scale = f32::cast_from(scales[group * rows + row]);
-            total += scale
-                * ((dot - sum) * comptime!((1u32 << bits) as f32) - sum * f32::cast_from(zero));
-        }
-        sync_cube();
-        turn += 1;
-    }
-    partial[plane * SIDE + lane] = total;
-    sync_cube();
-    if plane == 0 {
-        let mut total = f32::new(0.0);
-        #[unroll]
-        for other in 0..SIDE {
-            total += partial[other * SIDE + lane];
-        }
-        out[row] = f16::cast_from(total);
-    }
-}
-
-/// One unit per output row and run of positions.
-#[cube(launch_unchecked)]
-fn reorder_kernel(
-    qweight: &Array<u32>,
-    order: &Array<u32>,
-    out: &mut Array<u32>,
-    rows: u32,
-    #[comptime] bits: usize,
-) {
-    let row = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
-    let run = CUBE_POS_Y as usize;
-    let rows = rows as usize;
-    if row < rows {
-        let mut words = Array::<u32>::new(bits);
-        #[unroll]
-        for word in 0..bits {
-            words[word] = 0u32;
+            first += comptime!(shape.held * UNITS);
+            if first < loads {
+                fetch(codes, grid, &mut held, &mut cells, row, first, shape);
+            } else if next < all_rows as usize {
+                fetch(codes, grid, &mut held, &mut cells, next, 0, shape);
+            }
         }
         #[unroll]
-        for j in 0..RUN {
-            let bit = order[run * RUN + j] as usize * bits;
-            let code = (qweight[bit / 32 * rows + row] >> (bit % 32) as u32)
-                & comptime!((1u32 << bits) - 1);
-            put(&mut words, code, j, bits);
+        for r in 0..rows {
+            let sum = plane_sum(total[r]);
+            if lane == 0 {
+                out[row + r] = f16::cast_from(sum);
+            }
         }
-        #[unroll]
-        for word in 0..bits {
-            out[(run * bits + word) * rows + row] = words[word];
-        }
-    }
-}
-
-/// Columns in the order of their groups, where codes are 4 or 8 bits and every group has as many columns.
-fn order(packed: &PackedLinear) -> Option<Vec<i32>> {
-    let groups = packed.scales.len() / packed.out_features;
-    let size = packed.in_features / groups;
-    let mut order: Vec<i32> = (0..packed.in_features as i32).collect();
-    order.sort_by_key(|&column| packed.g_idx[column as usize]);
-    let regular = order
-        .iter()
-        .enumerate()
-        .all(|(at, &column)| packed.g_idx[column as usize] as usize == at / size);
-    let words = (size * packed.bits.get()).is_multiple_of(32);
-    (matches!(packed.bits.get(), 4 | 8) && regular && words).then_some(order)
-}
-
-/// Packed weights on a device, reordered for [`packed_linear`] where that can be.
-pub fn resident(packed: &PackedLinear, device: &Device) -> Result<PackedWeight<Cuda>, Error> {
-    let mut weight = PackedWeight::upload(packed, device);
-    let Some(order) = order(packed) else {
-        return Ok(weight);
-    };
-    let (rows, bits) = (packed.out_features, packed.bits.get());
-    let from = buffer::int("resident", "qweight", weight.qweight.clone(), DType::I32)?;
-    let position = buffer::upload(&from, &order, DType::I32);
-    let shape = [packed.in_features / 32 * bits, rows];
-    let out = buffer::empty(&from, shape, DType::I32);
-    // SAFETY: one unit per row and run of 32 columns, all of them columns of the layer.
-    unsafe {
-        reorder_kernel::launch_unchecked::<CudaRuntime>(
-            &from.client,
-            CubeCount::new_2d(
-                rows.div_ceil(UNITS) as u32,
-                (packed.in_features / RUN) as u32,
-            ),
-            CubeDim::new_1d(UNITS as u32),
-            array(&from),
-            array(&position),
-            array(&out),
-            rows as u32,
-            bits,
-        );
-    }
-    weight.qweight = Tensor::from_primitive(out);
-    weight.order = Some(Tensor::from_primitive(position));
-    Ok(weight)
-}
-
-/// The tensors of a [`PackedWeight`] as buffers.
-struct Buffers {
-    qweight: Buffer,
-    qzeros: Buffer,
-    scales: Buffer,
-}
-
-impl Buffers {
-    fn of(weight: &PackedWeight<Cuda>) -> Result<Buffers, Error> {
-        let ints = |name, tensor: &Tensor<Cuda, 2, Int>| {
-            buffer::int("packed_linear", name, tensor.clone(), DType::I32)
-        };
-        Ok(Buffers {
-            qweight: ints("qweight", &weight.qweight)?,
-            qzeros: ints("qzeros", &weight.qzeros)?,
-            scales: buffer::float("packed_linear", "scales", weight.scales.clone(), DType::F16)?,
-        })
-    }
-
-    /// The weights f16 `[rows, columns]`, given the group of each column.
-    fn dense(&self, groups: &Buffer, columns: usize, plus: u32, bits: usize) -> Tensor<Cuda, 2> {
-        let rows = self.qweight.meta.shape()[1];
-        let out = buffer::empty(&self.qweight, [rows, columns], DType::F16);
-        let parts = [&self.qweight, &self.qzeros, &self.scales, groups];
-        unpack(parts, plus, bits, &out);
-        buffer::into_float(out)
+        row = next;
     }
 }
 
@@ -256,59 +219,72 @@ pub fn packed_linear(
     x: Tensor<Cuda, 2>,
     weight: &PackedWeight<Cuda>,
 ) -> Result<Tensor<Cuda, 2>, Error> {
-    let [tokens, columns] = x.dims();
-    let rows = weight.scales.dims()[1];
-    if columns != weight.g_idx.dims()[0] {
+    let ([tokens, width], [rows, columns]) = (x.dims(), weight.dims());
+    if width != columns {
         return Err(Error::Shape {
             operation: "packed_linear",
-            reason: format!("x {:?}, w [{rows}, {}]", x.dims(), weight.g_idx.dims()[0]),
+            reason: format!("x {:?}, w [{rows}, {columns}]", x.dims()),
         });
     }
-    let parts = Buffers::of(weight)?;
-    let plus = u32::from(weight.format.zero_offset());
-    let bits = weight.bits.get();
-    let Some(order) = &weight.order else {
-        let groups = buffer::int("packed_linear", "g_idx", weight.g_idx.clone(), DType::I32)?;
-        return linear(x, parts.dense(&groups, columns, plus, bits));
+    let ints = |name, tensor: &Tensor<Cuda, 2, burn::tensor::Int>| {
+        buffer::int("packed_linear", name, tensor.clone(), DType::I32)
     };
-    let groups = weight.scales.dims()[0];
-    if tokens != 1 {
-        let group = |position: usize| (position / (columns / groups)) as i32;
-        let groups: Vec<i32> = (0..columns).map(group).collect();
-        let groups = buffer::upload(&parts.qweight, &groups, DType::I32);
-        let dense = parts.dense(&groups, columns, plus, bits);
-        return linear(x.select(1, order.clone()), dense);
+    let bits = weight.bits.get();
+    match &weight.layout {
+        PackedLayout::Stored {
+            qweight,
+            qzeros,
+            scales,
+            g_idx,
+        } => {
+            let qweight = ints("qweight", qweight)?;
+            let qzeros = ints("qzeros", qzeros)?;
+            let scales = buffer::float("packed_linear", "scales", scales.clone(), DType::F16)?;
+            let g_idx = buffer::int("packed_linear", "g_idx", g_idx.clone(), DType::I32)?;
+            let dense = buffer::empty(&qweight, [rows, columns], DType::F16);
+            let plus = u32::from(weight.format.zero_offset());
+            unpack([&qweight, &qzeros, &scales, &g_idx], plus, bits, &dense);
+            linear(x, buffer::into_float(dense))
+        }
+        PackedLayout::Rows { codes, grid, order } => {
+            let (codes, grid) = (ints("codes", codes)?, ints("grid", grid)?);
+            if tokens != 1 {
+                let dense = buffer::into_float(dense([&codes, &grid], bits));
+                return linear(x.select(1, order.clone()), dense);
+            }
+            let x = buffer::float("packed_linear", "x", x, DType::F16)?;
+            let order = buffer::int("packed_linear", "order", order.clone(), DType::I32)?;
+            let out = buffer::empty(&x, [1, rows], DType::F16);
+            let groups = grid.meta.shape()[1];
+            let v: Vec<usize> = std::env::var("PL")
+                .map(|s| s.split(',').map(|x| x.parse().unwrap()).collect())
+                .unwrap_or(vec![16, 2, 2, 2]);
+            let shape = Shape {
+                bits,
+                columns,
+                per_group: columns * bits / LOAD / groups,
+                planes: v[0],
+                rows: v[1],
+                held: v[2],
+            };
+            // SAFETY: rows are a multiple of 32, a row and a group whole numbers of loads, `order` holds
+            // columns; [`super::packed_rows`] made them so.
+            unsafe {
+                one_token_kernel::launch_unchecked::<CudaRuntime>(
+                    &x.client,
+                    CubeCount::new_1d((rows / (v[0] * v[1])).min(132 * v[3]) as u32),
+                    CubeDim::new_2d(UNITS as u32, v[0] as u32),
+                    array(&x),
+                    array(&order),
+                    array(&codes),
+                    array(&grid),
+                    array(&out),
+                    rows as u32,
+                    1_f32.to_bits(),
+                    shape,
+                );
+            }
+            Ok(buffer::into_float(out))
+        }
     }
-    let x = buffer::float("packed_linear", "x", x, DType::F16)?;
-    let order = buffer::int("packed_linear", "order", order.clone(), DType::I32)?;
-    let out = buffer::empty(&x, [1, rows], DType::F16);
-    let group_words = columns / groups * bits / 32;
-    let words = (1..=WORDS)
-        .rev()
-        .find(|words| {
-            group_words.is_multiple_of(*words) && (words * 32 / bits).is_multiple_of(QUAD)
-        })
-        .unwrap_or(1);
-    // SAFETY: rows are a multiple of 32, segments of `words` words cover the columns, and a group is
-    // a whole number of segments; `order` holds columns.
-    unsafe {
-        one_token_kernel::launch_unchecked::<CudaRuntime>(
-            &x.client,
-            CubeCount::new_1d((rows / SIDE) as u32),
-            CubeDim::new_2d(SIDE as u32, SIDE as u32),
-            array(&x),
-            array(&order),
-            array(&parts.qweight),
-            array(&parts.qzeros),
-            array(&parts.scales),
-            array(&out),
-            rows as u32,
-            (columns * bits / 32 / words) as u32,
-            (group_words / words) as u32,
-            plus,
-            bits,
-            words,
-        );
-    }
-    Ok(buffer::into_float(out))
 }

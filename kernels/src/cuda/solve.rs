@@ -185,7 +185,9 @@ fn sweep_all(
     let [n, rows] = [weight.meta.shape()[0], weight.meta.shape()[1]];
     let group = settings.group_size.columns(n).min(n);
     let groups = settings.group_size.groups(n);
-    let search = settings.scale_search.then(|| Search::new(&factor.pivots));
+    let search = settings
+        .scale_search
+        .then(|| Search::new(&factor.pivots, &settings));
     let search = search.as_ref();
     let by_original = settings.static_groups;
     let group_of: Vec<u32> = (0..n)

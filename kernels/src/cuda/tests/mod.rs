@@ -4,6 +4,7 @@
 //! Inputs are seeded; every output buffer is filled with NaN before its kernel runs. Without a
 //! CUDA device each test prints that it was skipped and passes.
 
+mod decoding;
 mod golden;
 mod model;
 mod ordering;

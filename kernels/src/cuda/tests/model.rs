@@ -119,7 +119,7 @@ fn embedding_gathers_rows() {
 }
 
 /// Softmax attention of one query row in f64.
-fn attend(q: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> Vec<f64> {
+pub(super) fn attend(q: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> Vec<f64> {
     let scale = (q.len() as f64).sqrt().recip();
     let scores: Vec<f64> = keys
         .iter()

@@ -1,6 +1,6 @@
 //! Products with weights that stay packed, against the weights they stand for in f64.
 
-use gptq_format::{Bits, CheckpointFormat, QuantizedLinear};
+use gptq_format::{Bits, CheckpointFormat, PackedLinear, QuantizedLinear};
 
 use crate::cuda::{
     packed_linear, resident,
@@ -34,13 +34,7 @@ fn layer(
         in_features: columns,
         out_features: rows,
         codes: bytes(below(codes, columns * rows)),
-        // A stored zero point is one less: from 1 on.
-        zeros: bytes(
-            below(codes - 1, groups * rows)
-                .into_iter()
-                .map(|z| z + 1)
-                .collect(),
-        ),
+        zeros: bytes(below(codes, groups * rows)),
         scales: random.halves(groups * rows, 0.01),
         g_idx,
     }
@@ -60,16 +54,22 @@ fn packed_weights_multiply_as_the_weights_they_stand_for() {
         ([11008, 32], 128),
         ([11008, 64], 11008),
         ([640, 4096], 640),
+        ([8288, 64], 32),
     ] {
         for bits in Bits::ALL {
             for act_order in [false, true] {
                 for format in [CheckpointFormat::Gptq, CheckpointFormat::GptqV2] {
                     let layer = layer(shape, bits, group, act_order, &mut random);
-                    let packed = layer.pack(format).unwrap();
+                    // Version 1 reads the same words as zero points that are one higher, and the
+                    // highest as 0.
+                    let packed = PackedLinear {
+                        format,
+                        ..layer.pack(CheckpointFormat::GptqV2).unwrap()
+                    };
                     let weight = resident(&packed, &device).unwrap();
                     assert_eq!(weight.download(), packed);
                     let [columns, rows] = shape;
-                    let dense = layer.dequantise();
+                    let dense = packed.unpack().dequantise();
                     for tokens in [1, 3] {
                         let x = random.halves(tokens * columns, 1.0);
                         let found = packed_linear(tensor(&x, [tokens, columns], &device), &weight);
@@ -96,7 +96,7 @@ fn an_input_of_another_width_is_refused() {
     let Some(device) = device() else { return };
     let mut random = Random(72);
     let layer = layer([128, 32], Bits::Four, 32, false, &mut random);
-    let weight = resident(&layer.pack(CheckpointFormat::Gptq).unwrap(), &device).unwrap();
+    let weight = resident(&layer.pack(CheckpointFormat::GptqV2).unwrap(), &device).unwrap();
     let x = tensor(&random.halves(64, 1.0), [1, 64], &device);
     assert!(packed_linear(x, &weight).is_err());
 }
