@@ -4,6 +4,7 @@ mod bad_checkpoint;
 mod bad_input;
 mod card;
 mod checkpoints;
+mod dtype;
 mod generate;
 mod harness;
 mod hub;

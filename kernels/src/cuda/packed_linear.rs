@@ -47,19 +47,20 @@ fn fraction(word: u32, #[comptime] j: usize, #[comptime] bits: usize) -> f32 {
 
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-fn one_token_kernel(
-    x: &Array<f16>,
+fn one_token_kernel<F: Float>(
+    x: &Array<F>,
     order: &Array<u32>,
     qweight: &Array<u32>,
     qzeros: &Array<u32>,
     scales: &Array<f16>,
-    out: &mut Array<f16>,
+    out: &mut Array<F>,
     rows: u32,
     segments: u32,
     per_group: u32,
     plus: u32,
     #[comptime] bits: usize,
     #[comptime] words: usize,
+    #[define(F)] _dtype: StorageType,
 ) {
     let codes = comptime!(32 / bits);
     let columns = comptime!(words * 32 / bits);
@@ -136,7 +137,7 @@ fn one_token_kernel(
         for other in 0..SIDE {
             total += partial[other * SIDE + lane];
         }
-        out[row] = f16::cast_from(total);
+        out[row] = F::cast_from(total);
     }
 }
 
@@ -237,17 +238,23 @@ impl Buffers {
         })
     }
 
-    /// The weights f16 `[rows, columns]`, given the group of each column.
-    fn dense(&self, groups: &Buffer, columns: usize, plus: u32, bits: usize) -> Tensor<Cuda, 2> {
-        let rows = self.qweight.meta.shape()[1];
-        let out = buffer::empty(&self.qweight, [rows, columns], DType::F16);
+    /// The weights `[rows, columns]`, as many columns as `x`, in its dtype, given each one's group.
+    fn dense(
+        &self,
+        x: &Tensor<Cuda, 2>,
+        groups: &Buffer,
+        plus: u32,
+        bits: usize,
+    ) -> Tensor<Cuda, 2> {
+        let (rows, columns) = (self.qweight.meta.shape()[1], x.dims()[1]);
+        let out = buffer::empty(&self.qweight, [rows, columns], x.dtype());
         let parts = [&self.qweight, &self.qzeros, &self.scales, groups];
         unpack(parts, plus, bits, &out);
         buffer::into_float(out)
     }
 }
 
-/// `x wᵀ` for `x` f16 `[tokens, in]`: f16 `[tokens, out]`.
+/// `x wᵀ` for `x` f16 or bf16 `[tokens, in]`: `[tokens, out]` of the same.
 ///
 /// # Errors
 ///
@@ -269,19 +276,20 @@ pub fn packed_linear(
     let bits = weight.bits.get();
     let Some(order) = &weight.order else {
         let groups = buffer::int("packed_linear", "g_idx", weight.g_idx.clone(), DType::I32)?;
-        return linear(x, parts.dense(&groups, columns, plus, bits));
+        let dense = parts.dense(&x, &groups, plus, bits);
+        return linear(x, dense);
     };
     let groups = weight.scales.dims()[0];
     if tokens != 1 {
         let group = |position: usize| (position / (columns / groups)) as i32;
         let groups: Vec<i32> = (0..columns).map(group).collect();
         let groups = buffer::upload(&parts.qweight, &groups, DType::I32);
-        let dense = parts.dense(&groups, columns, plus, bits);
+        let dense = parts.dense(&x, &groups, plus, bits);
         return linear(x.select(1, order.clone()), dense);
     }
-    let x = buffer::float("packed_linear", "x", x, DType::F16)?;
+    let x = buffer::half("packed_linear", "x", x)?;
     let order = buffer::int("packed_linear", "order", order.clone(), DType::I32)?;
-    let out = buffer::empty(&x, [1, rows], DType::F16);
+    let out = buffer::empty(&x, [1, rows], x.dtype);
     let group_words = columns / groups * bits / 32;
     let words = (1..=WORDS)
         .rev()
@@ -308,6 +316,7 @@ pub fn packed_linear(
             plus,
             bits,
             words,
+            x.dtype.into(),
         );
     }
     Ok(buffer::into_float(out))
