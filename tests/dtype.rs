@@ -146,8 +146,8 @@ fn a_weight_beyond_f16_is_refused_in_f16_and_kept_in_bf16() {
         assert!(line.contains("dtype = \"bf16\""), "{line}");
         scratch.assert_nothing_written();
     };
-    refused("model.layers.2.self_attn.q_proj.weight");
-    enlarge(&model, "model.layers.2.self_attn.q_proj.weight", 0.01);
+    refused("model.layers.0.self_attn.q_proj.weight");
+    enlarge(&model, "model.layers.0.self_attn.q_proj.weight", 0.01);
     // The unknown token's row, which no text meets.
     refused("model.embed_tokens.weight");
     succeed(quantize(&recipe(&scratch, &model, "bf16", ONE)));

@@ -8,6 +8,7 @@ mod dtype;
 mod generate;
 mod harness;
 mod hub;
+mod hub_refusals;
 mod hub_server;
 mod inputs;
 mod inspect;
