@@ -192,7 +192,8 @@ fn what_a_repository_lacks_is_said_with_what_to_name_instead() {
 #[test]
 fn a_download_that_another_process_is_at_is_left_to_it() {
     let (scratch, hub) = (Scratch::new(), hub());
-    hub.fail("cdn", 100, Wrong::Cut(1000));
+    hub.fail("cdn", 1, Wrong::Cut(1000));
+    hub.fail("cdn", 100, Wrong::Cut(0));
     refused(quantize(&scratch, &hub));
     hub.heal();
     let blobs = scratch.path("hf/hub/models--medi--tiny/blobs");
