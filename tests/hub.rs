@@ -8,14 +8,14 @@ use std::process::Output;
 use crate::harness::{Scratch, command, medi_tiny, refused, root, succeed, succeeded};
 use crate::hub_server::{HubServer, Wrong, commit, silent};
 
-const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";
-const MODEL: &str = "medi/tiny";
+pub(crate) const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";
+pub(crate) const MODEL: &str = "medi/tiny";
 const DATASET: &str = "medi/wikidoc";
-const WIKIDOC: &str = "calibration/wikidoc/wikidoc_patient_information_1000.json";
+pub(crate) const WIKIDOC: &str = "calibration/wikidoc/wikidoc_patient_information_1000.json";
 const TOKEN: &str = "hf_secretSecretSECRET";
 
 /// A Hub with the bundled model, and files beside it that nobody needs.
-fn hub() -> HubServer {
+pub(crate) fn hub() -> HubServer {
     let hub = HubServer::start();
     for entry in fs::read_dir(root().join(medi_tiny())).unwrap() {
         let path = entry.unwrap().path();
@@ -29,11 +29,11 @@ fn hub() -> HubServer {
 }
 
 /// Runs `gptq` against the Hub, with a cache in the scratch directory.
-fn run(scratch: &Scratch, hub: &str, args: &[&str]) -> Output {
+pub(crate) fn run(scratch: &Scratch, hub: &str, args: &[&str]) -> Output {
     silent(command(args).env("HF_HOME", scratch.path("hf")), hub, TOKEN)
 }
 
-fn quantize(scratch: &Scratch, hub: &HubServer) -> Output {
+pub(crate) fn quantize(scratch: &Scratch, hub: &HubServer) -> Output {
     let recipe = scratch.recipe(Path::new(MODEL), ONE);
     run(scratch, &hub.url(), &["quantize", recipe.to_str().unwrap()])
 }
@@ -42,7 +42,7 @@ fn weights(scratch: &Scratch) -> Vec<u8> {
     fs::read(scratch.out().join("a/model.safetensors")).unwrap()
 }
 
-fn snapshot(scratch: &Scratch) -> PathBuf {
+pub(crate) fn snapshot(scratch: &Scratch) -> PathBuf {
     let commit = commit(MODEL, "main");
     scratch
         .path("hf/hub/models--medi--tiny/snapshots")
@@ -205,118 +205,6 @@ fn what_is_not_what_git_says_is_refused() {
         hub.heal();
         succeeded(quantize(&scratch, &hub));
     }
-}
-
-#[test]
-fn a_refusal_of_the_hub_is_one_line_with_a_remedy() {
-    for (path, status, code, words) in [
-        (
-            "revision",
-            404,
-            "RepoNotFound",
-            ["no model medi/tiny", "HF_TOKEN"],
-        ),
-        (
-            "revision",
-            404,
-            "RevisionNotFound",
-            ["no revision \"main\"", "branch, tag or commit"],
-        ),
-        (
-            "revision",
-            401,
-            "",
-            ["not open to this account", "HF_TOKEN"],
-        ),
-        ("resolve", 403, "GatedRepo", ["gated", "/medi/tiny"]),
-        ("resolve", 401, "GatedRepo", ["gated", "accept its terms"]),
-        ("tree", 429, "", ["429", "run again"]),
-        (
-            "revision",
-            429,
-            "",
-            ["fewer requests", "what has come is kept"],
-        ),
-        ("revision", 503, "", ["503", "run again"]),
-        ("cdn", 500, "", ["500", "what has come is kept"]),
-    ] {
-        let (scratch, hub) = (Scratch::new(), hub());
-        hub.fail(path, 1000, Wrong::Status(status, code));
-        let line = refused(quantize(&scratch, &hub));
-        assert!(
-            words.iter().all(|word| line.contains(word)),
-            "{status}: {line}"
-        );
-        scratch.assert_nothing_written();
-    }
-    // What passes is asked for again.
-    let (scratch, hub) = (Scratch::new(), hub());
-    for (path, status) in [
-        ("revision", 503),
-        ("tree", 429),
-        ("resolve", 502),
-        ("cdn", 500),
-    ] {
-        hub.fail(path, 1, Wrong::Status(status, ""));
-    }
-    succeeded(quantize(&scratch, &hub));
-}
-
-#[test]
-fn nobody_there_and_nothing_cached_is_said_plainly() {
-    let scratch = Scratch::new();
-    let recipe = scratch.recipe(Path::new(MODEL), ONE);
-    let args = ["quantize", recipe.to_str().unwrap()];
-    let line = refused(run(&scratch, "http://127.0.0.1:9", &args));
-    assert!(
-        line.contains("cannot be reached") && line.contains("HF_ENDPOINT"),
-        "{line}"
-    );
-    let offline = command(args)
-        .env("HF_HOME", scratch.path("hf"))
-        .env("HF_HUB_OFFLINE", "1")
-        .output();
-    let line = refused(offline.unwrap());
-    assert!(
-        line.contains("HF_HUB_OFFLINE") && line.contains("run once without it"),
-        "{line}"
-    );
-    // Half a model in the cache is not a model.
-    let hub = hub();
-    hub.fail("cdn", 1000, Wrong::Status(404, ""));
-    refused(quantize(&scratch, &hub));
-    let offline = command(args)
-        .env("HF_HOME", scratch.path("hf"))
-        .env("HF_HUB_OFFLINE", "1")
-        .output();
-    let line = refused(offline.unwrap());
-    assert!(line.contains("not wholly in"), "{line}");
-}
-
-#[test]
-fn a_file_name_that_leaves_the_cache_is_refused() {
-    for name in ["../../etc/passwd", "/etc/passwd", "a/../../b"] {
-        let (scratch, hub) = (Scratch::new(), hub());
-        hub.put("models", MODEL, "main", name, b"root");
-        let line = refused(quantize(&scratch, &hub));
-        assert!(
-            line.contains(name) && line.contains("not a safe path"),
-            "{line}"
-        );
-        assert!(!snapshot(&scratch).exists());
-    }
-    // An index that names one: refused too, though the Hub lists no such file.
-    let (scratch, hub) = (Scratch::new(), hub());
-    let index = br#"{"weight_map": {"model.norm.weight": "../../etc/passwd"}}"#;
-    hub.put(
-        "models",
-        MODEL,
-        "main",
-        "model.safetensors.index.json",
-        index,
-    );
-    let line = refused(quantize(&scratch, &hub));
-    assert!(line.contains("../../etc/passwd"), "{line}");
 }
 
 /// What `calibration show --json` says of a recipe with this source.

@@ -204,6 +204,9 @@ fn a_changed_recipe_model_or_calibration_is_named_and_restart_begins_anew() {
     refuse(&["--branch", "a"], &["branch b was asked for, is not"]);
     fs::write(&recipe, text.replace("bits = 4", "bits = 8")).unwrap();
     refuse(&[], &["branch a", "branch.bits was 4, is 8"]);
+    let bf16 = text.replace("[model]", "[model]\ndtype = \"bf16\"");
+    fs::write(&recipe, bf16).unwrap();
+    refuse(&[], &["model.dtype was \"f16\", is \"bf16\""]);
     fs::write(&recipe, format!("propagate = \"dense\"\n{text}")).unwrap();
     refuse(&[], &["propagate was \"quantised\", is \"dense\""]);
     fs::write(&recipe, &text).unwrap();

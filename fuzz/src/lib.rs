@@ -34,7 +34,7 @@ use std::path::Path;
 use std::sync::Once;
 
 use gptq_calibration::Source;
-use gptq_format::Checkpoint;
+use gptq_format::{Checkpoint, Half};
 use tempfile::TempDir;
 use thiserror::Error;
 
@@ -101,7 +101,9 @@ pub fn open(files: &[(&str, &[u8])]) {
             if view.elements() <= MAX_ELEMENTS {
                 let bytes = view.bytes();
                 assert_eq!(bytes.len(), view.elements() * view.dtype.bitsize() / 8);
-                let _ = checkpoint.f16(name, view.shape);
+                for half in [Half::F16, Half::Bf16] {
+                    let _ = checkpoint.half_bytes(half, name, view.shape);
+                }
             }
         }
     });

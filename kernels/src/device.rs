@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use burn::tensor::DType;
+use gptq_format::Half;
 use half::f16;
 use thiserror::Error;
 
@@ -12,13 +13,20 @@ use crate::cuda::{MissingLibrary, device_count, missing_library, run_guarded};
 
 /// The CPU backend: Burn's Flex, measured faster than NdArray in every operation (`crates/README.md`).
 pub type Cpu = burn_flex::Flex;
-/// The CUDA backend, f16 floats and i32 integers by default, without fusion or autotuning:
+/// The CUDA backend, f16 floats (bf16 where a model is taken so) and i32 integers by default, without fusion or autotuning:
 /// kernels are chosen here, not at run time.
 pub type Cuda = burn_cuda::Cuda<f16, i32>;
 
 impl Engine for Cpu {
-    const COMPUTE: DType = DType::F32;
     const LANES: usize = 4;
+
+    fn compute(_half: Half) -> DType {
+        DType::F32
+    }
+
+    fn kept(_half: Half) -> Half {
+        Half::F16
+    }
 }
 
 /// A device as asked for on the command line.

@@ -2,8 +2,7 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::sigmoid};
-use gptq_format::{CheckpointFormat, PackedLinear};
-use half::f16;
+use gptq_format::{CheckpointFormat, Half, PackedLinear};
 use rayon::prelude::*;
 
 use crate::{
@@ -26,14 +25,11 @@ pub fn map_lanes<B: Engine, T: Send, R: Send>(
 const GRAM_PANEL: usize = 128;
 
 /// Operations of the quantiser on a backend. Shapes are `[rows, cols]`, row-major; every tensor
-/// named `x`, `w` or a weight has dtype [`Engine::COMPUTE`].
+/// named `x`, `w` or a weight has the dtype that [`Engine::compute`] says, in one model the same.
 ///
 /// Like Burn's own operations these return tensors, not results: a device that fails unwinds, and
 /// [`Device::run`](crate::Device::run) turns that into an error.
 pub trait Engine: Backend {
-    /// Element type of weights and activations in the forward pass.
-    const COMPUTE: DType;
-
     /// How many chunks of windows are worth running at the same time: more than 1 where single
     /// operations leave cores idle. A constant, so that sums do not depend on the machine's cores.
     const LANES: usize = 1;
@@ -44,6 +40,12 @@ pub trait Engine: Backend {
     /// Whether generation leaves quantised weights packed on the device and multiplies with them
     /// there; without it they are dequantised once, when they are loaded.
     const KEEPS_PACKED: bool = false;
+
+    /// Element type of weights and activations in the forward pass of a model taken in `half`.
+    fn compute(half: Half) -> DType;
+
+    /// What hidden states of such a model are kept in between the stages of a run.
+    fn kept(half: Half) -> Half;
 
     /// `x [tokens, in] · wᵀ`, `w [out, in]`, giving `[tokens, out]`.
     fn matmul_nt(x: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {
@@ -168,12 +170,12 @@ pub trait Engine: Backend {
         host_solve::solve(gram, drift, hessian, requests, format)
     }
 
-    /// The weights a packed linear stands for, `[out, in]` in the compute dtype. Its `g_idx` has
-    /// been checked against its groups.
-    fn dequantise(packed: &PackedLinear, device: &Self::Device) -> Tensor<Self, 2> {
+    /// The weights a packed linear stands for, `[out, in]` in `dtype`, which [`Engine::compute`] gives.
+    /// Its `g_idx` has been checked against its groups.
+    fn dequantise(packed: &PackedLinear, dtype: DType, device: &Self::Device) -> Tensor<Self, 2> {
         let shape = [packed.out_features, packed.in_features];
         let data = TensorData::new(packed.unpack().dequantise(), shape);
-        Tensor::<Self, 2>::from_data(data, (device, DType::F32)).cast(Self::COMPUTE)
+        Tensor::<Self, 2>::from_data(data, (device, DType::F32)).cast(dtype)
     }
 
     /// A packed linear on the device as [`Engine::packed_matmul_nt`] takes it.
@@ -184,17 +186,18 @@ pub trait Engine: Backend {
     /// `x [tokens, in] · wᵀ` for a packed `w`, giving `[tokens, out]`. The default dequantises by way
     /// of the host at every call: override it together with [`Engine::KEEPS_PACKED`].
     fn packed_matmul_nt(x: Tensor<Self, 2>, w: &PackedWeight<Self>) -> Tensor<Self, 2> {
-        let weight = Self::dequantise(&w.download(), &x.device());
+        let weight = Self::dequantise(&w.download(), x.dtype(), &x.device());
         Self::matmul_nt(x, weight)
     }
 
-    /// Host memory for `len` values, for transfers to `device`; its contents are undefined.
-    fn host_buffer(len: usize, _device: &Self::Device) -> HostBuffer {
-        vec![f16::ZERO; len].into()
+    /// Host memory for `len` values of type `half`, for transfers to `device`; its contents are
+    /// undefined.
+    fn host_buffer(len: usize, half: Half, _device: &Self::Device) -> HostBuffer {
+        HostBuffer::pageable(vec![0; len], half)
     }
 
-    /// The tensor f16 `shape` that starts at value `start` of `from`. The device may still be reading
-    /// when this returns: `from` keeps track of that.
+    /// The tensor of this shape, in the type of `from`, that starts at value `start` of it. The device
+    /// may still be reading when this returns: `from` keeps track of that.
     fn upload<const D: usize>(
         from: &HostBuffer,
         start: usize,
@@ -202,21 +205,21 @@ pub trait Engine: Backend {
         device: &Self::Device,
     ) -> Tensor<Self, D> {
         let len: usize = shape.iter().product();
-        let values = from.values()[start..start + len].to_vec();
-        Tensor::from_data(TensorData::new(values, shape), (device, DType::F16))
+        let data = from.data(start..start + len, shape);
+        let dtype = data.dtype;
+        Tensor::from_data(data, (device, dtype))
     }
 
-    /// An f16 matrix's values. The device may still be writing when this returns: the buffer's
-    /// readers wait.
+    /// The values of a matrix of f16 or bf16. The device may still be writing when this returns: the
+    /// buffer's readers wait.
     fn download(x: Tensor<Self, 2>) -> HostBuffer {
-        let values = x.into_data().into_vec::<f16>();
-        values.expect("the caller gives an f16 tensor").into()
+        HostBuffer::from_data(x.into_data())
     }
 
-    /// `x` with what lies beyond f16's range replaced by the nearest that f16 holds, and how many values
-    /// that were; NaN stays. Waits for the device.
-    fn clamp_to_f16(x: Tensor<Self, 2>) -> (Tensor<Self, 2>, usize) {
-        finite::clamp(x)
+    /// `x` with what lies beyond the range of `half` replaced by the nearest that it holds, and how many
+    /// values that were; NaN stays. Waits for the device.
+    fn clamp(x: Tensor<Self, 2>, half: Half) -> (Tensor<Self, 2>, usize) {
+        finite::clamp(x, half)
     }
 
     /// What of `x` is not finite. For explaining a failure: a run finds one on its Gram matrices'

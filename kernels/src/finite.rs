@@ -1,12 +1,10 @@
-//! Values that f16 cannot hold: found, counted, and brought back into its range. From Burn's own
+//! Values that a 16-bit float cannot hold: found, counted, and brought back into its range. From Burn's own
 //! operations, so on any backend.
 
 use burn::tensor::{DType, Tensor};
+use gptq_format::Half;
 
 use crate::Engine;
-
-/// The largest f16.
-const LARGEST: f64 = 65504.0;
 
 /// Values of a matrix that are not finite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,16 +19,16 @@ pub struct NotFinite {
     pub nan: bool,
 }
 
-/// `x` with every number beyond f16's range, infinities included, replaced by the nearest that f16
-/// holds, and how many those were. NaN stays what it is.
-pub(crate) fn clamp<B: Engine>(x: Tensor<B, 2>) -> (Tensor<B, 2>, usize) {
-    let over = x.clone().abs().greater_elem(LARGEST);
+/// `x` with every number beyond the range of `half`, infinities included, replaced by the nearest that
+/// it holds, and how many those were. NaN stays what it is.
+pub(crate) fn clamp<B: Engine>(x: Tensor<B, 2>, half: Half) -> (Tensor<B, 2>, usize) {
+    let over = x.clone().abs().greater_elem(half.largest());
     let count = over.clone().int().sum().into_data();
     let count = count.iter::<i64>().next().unwrap_or(0) as usize;
     match count {
         0 => (x, 0),
         _ => {
-            let bound = x.clone().sign().mul_scalar(LARGEST);
+            let bound = x.clone().sign().mul_scalar(half.largest());
             (x.mask_where(over, bound), count)
         }
     }
@@ -81,19 +79,32 @@ mod tests {
                 65504.0,
                 f32::NEG_INFINITY,
             ];
-            let (clamped, count) = Cpu::clamp_to_f16(tensor(&values, dtype));
+            let (clamped, count) = Cpu::clamp(tensor(&values, dtype), Half::F16);
             assert_eq!(count, 3, "{dtype:?}");
             let found: Vec<f32> = clamped.into_data().iter::<f32>().collect();
             assert_eq!(found[..3], [1.0, -65504.0, 65504.0]);
             assert!(found[3].is_nan());
             assert_eq!(found[4..], [65504.0, -65504.0]);
         }
-        let (same, count) = Cpu::clamp_to_f16(tensor(&[0.0, -3.5], DType::F32));
+        let (same, count) = Cpu::clamp(tensor(&[0.0, -3.5], DType::F32), Half::F16);
         assert_eq!(count, 0);
         assert_eq!(
             same.into_data().iter::<f32>().collect::<Vec<_>>(),
             [0.0, -3.5]
         );
+    }
+
+    #[test]
+    fn bf16_holds_all_but_the_infinities() {
+        for dtype in [DType::F32, DType::BF16] {
+            let values = [1.0, -7e4, f32::INFINITY, f32::NAN, 3e38, f32::NEG_INFINITY];
+            let (clamped, count) = Cpu::clamp(tensor(&values, dtype), Half::Bf16);
+            assert_eq!(count, 2, "{dtype:?}");
+            let found: Vec<f32> = clamped.into_data().iter::<f32>().collect();
+            let largest = Half::Bf16.largest() as f32;
+            assert_eq!([found[2], found[5]], [largest, -largest]);
+            assert!(found[3].is_nan() && (found[1] + 7e4).abs() < 256.0);
+        }
     }
 
     #[test]

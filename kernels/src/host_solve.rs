@@ -53,7 +53,7 @@ fn solve_one<B: Engine>(
 ) -> Result<Solved<B>, SolveError> {
     let started = Instant::now();
     let device = request.weight.device();
-    let shape = request.weight.dims();
+    let (shape, dtype) = (request.weight.dims(), request.weight.dtype());
     let w = to_matrix(request.weight);
     let energy = output_energy(&w, gram);
     // A linear whose output is zero has nothing to lose.
@@ -69,7 +69,7 @@ fn solve_one<B: Engine>(
     let rtn_error = relative(round_to_nearest(&w, &request.settings).dequantise());
     let quantized = solution.into_quantized();
     let data = TensorData::new(quantized.dequantise(), shape);
-    let weight = Tensor::<B, 2>::from_data(data, (&device, DType::F32)).cast(B::COMPUTE);
+    let weight = Tensor::<B, 2>::from_data(data, (&device, DType::F32)).cast(dtype);
     times.sweep += started.elapsed().as_secs_f64();
     let started = Instant::now();
     let packed = quantized.pack(format)?.into();

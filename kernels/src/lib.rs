@@ -19,6 +19,6 @@ pub use cuda::keep_kernels;
 pub use device::{Cpu, Cuda, Device, DeviceError, Work};
 pub use engine::{Engine, map_lanes};
 pub use finite::NotFinite;
-pub use host_buffer::HostBuffer;
+pub use host_buffer::{HostBuffer, dtype, half_of};
 pub use packed_weight::{PackedLayout, PackedWeight};
 pub use solve_types::{Drift, Hessian, Incoming, Request, SolveError, SolveTimes, Solved, Subset};

@@ -7,12 +7,14 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::f16;
+use half::vec::HalfBitsVecExt;
 use memmap2::Mmap;
 use safetensors::Dtype;
 
 use crate::weight_files::{Container, WeightFiles, map};
 use crate::{
-    FormatError, PackedLinear, QuantizeConfig, TensorView, le_bytes, safetensors_file, torch_file,
+    FormatError, Half, PackedLinear, QuantizeConfig, TensorView, le_bytes, safetensors_file,
+    torch_file,
 };
 
 /// A mapped checkpoint directory.
@@ -162,43 +164,62 @@ impl Checkpoint {
         Ok(view)
     }
 
-    /// A floating-point tensor as f16, row-major, into `out`, which has as many elements as `shape`.
-    /// bf16 and f32 are rounded to nearest even. One tensor is converted by all threads at once.
+    /// The bits of a floating-point tensor as `half`, row-major, into `out`, which has as many elements
+    /// as `shape`. Other floats are rounded to nearest even. One tensor is converted by all threads at
+    /// once.
     ///
     /// # Errors
-    /// A wrong shape or dtype, a non-finite value, a value beyond f16's range.
-    pub fn f16_into(
+    /// A wrong shape or dtype, a non-finite value, a value beyond the range of `half`.
+    pub fn halves_into(
         &self,
+        half: Half,
         name: &str,
         shape: &[usize],
-        out: &mut [f16],
+        out: &mut [u16],
     ) -> Result<(), FormatError> {
-        self.shaped(name, shape)?.f16_into(out)
+        self.shaped(name, shape)?.halves_into(half, out)
     }
 
-    /// As [`Checkpoint::f16_into`], into memory of its own.
+    /// As [`Checkpoint::halves_into`], in little-endian bytes: those of the file where it holds them so.
     ///
     /// # Errors
-    /// As [`Checkpoint::f16_into`].
-    pub fn f16(&self, name: &str, shape: &[usize]) -> Result<Vec<f16>, FormatError> {
-        let view = self.shaped(name, shape)?;
-        let mut values = vec![f16::ZERO; view.elements()];
-        view.f16_into(&mut values)?;
-        Ok(values)
-    }
-
-    /// As [`Checkpoint::f16`], in little-endian bytes: those of the file where it holds them so.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::f16_into`].
-    pub fn f16_bytes(&self, name: &str, shape: &[usize]) -> Result<Cow<'_, [u8]>, FormatError> {
-        let values = self.f16(name, shape)?;
+    /// As [`Checkpoint::halves_into`].
+    pub fn half_bytes(
+        &self,
+        half: Half,
+        name: &str,
+        shape: &[usize],
+    ) -> Result<Cow<'_, [u8]>, FormatError> {
+        let values = self.halves(half, name, shape)?;
         Ok(match self.tensors.get(name) {
-            Some((shard, place)) if place.dtype == Dtype::F16 && place.strides.is_none() => {
+            Some((shard, place)) if place.dtype == half.dtype() && place.strides.is_none() => {
                 Cow::Borrowed(self.bytes(*shard, place))
             }
             _ => Cow::Owned(le_bytes(&values).into_owned()),
         })
+    }
+
+    /// A floating-point tensor as f16, row-major.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::halves_into`].
+    pub fn f16(&self, name: &str, shape: &[usize]) -> Result<Vec<f16>, FormatError> {
+        Ok(self.halves(Half::F16, name, shape)?.reinterpret_into())
+    }
+
+    fn halves(&self, half: Half, name: &str, shape: &[usize]) -> Result<Vec<u16>, FormatError> {
+        let view = self.shaped(name, shape)?;
+        let mut bits = vec![0; view.elements()];
+        view.halves_into(half, &mut bits)?;
+        Ok(bits)
+    }
+
+    /// The 16-bit float that holds what is stored: bf16 where the embedding table is bf16, else f16.
+    pub fn half(&self) -> Half {
+        match self.tensors.get("model.embed_tokens.weight") {
+            Some((_, place)) if place.dtype == Dtype::BF16 => Half::Bf16,
+            _ => Half::F16,
+        }
     }
 
     /// An i32 tensor's words. Errors on a wrong shape or dtype.

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::Half;
+
 /// What can be wrong with bytes on disk. Every message names the thing and, where there is one,
 /// the remedy.
 #[derive(Debug, Error)]
@@ -64,13 +66,21 @@ pub enum FormatError {
         count: usize,
     },
     #[error(
-        "tensor {name} holds {count} value(s) too large for f16 (over 65504), the first at element {first}"
+        "tensor {name} holds {count} value(s) too large for {}, the first at element {first}{}",
+        over(half),
+        wider(half)
     )]
     Overflow {
         name: String,
+        half: Half,
         first: usize,
         count: usize,
     },
+    #[error(
+        "tensor {name}: a scale reaches f16's largest, 65504, and scales are stored in f16; leave this \
+         linear out with an override that says skip = true"
+    )]
+    Scale { name: String },
     #[error(
         "{in_features} x {out_features}: packing needs both in_features and out_features to be multiples of 32"
     )]
@@ -130,5 +140,20 @@ impl FormatError {
             }
             _ => FormatError::Io { path, source },
         }
+    }
+}
+
+fn over(half: &Half) -> &'static str {
+    match half {
+        Half::F16 => "f16 (over 65504)",
+        Half::Bf16 => "bf16 (over 3.39e38)",
+    }
+}
+
+/// What to do about a value too large.
+fn wider(half: &Half) -> &'static str {
+    match half {
+        Half::F16 => "; dtype = \"bf16\" in a recipe's [model] holds such values",
+        Half::Bf16 => "",
     }
 }

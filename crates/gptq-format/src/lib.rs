@@ -23,6 +23,7 @@ mod checkpoint;
 mod clients;
 mod digests;
 mod error;
+mod half_type;
 mod inspect;
 mod output_lock;
 mod pack;
@@ -44,6 +45,7 @@ pub use checkpoint::Checkpoint;
 pub use clients::{Client, LinearShape, Support, client_support};
 pub use digests::{LinearDigests, sha256};
 pub use error::FormatError;
+pub use half_type::Half;
 pub use inspect::{
     ClientInfo, FileInfo, Inspection, LinearInfo, SharedSettings, TensorInfo, files,
 };

@@ -1,4 +1,4 @@
-//! One tensor as it lies in a mapped file, and its conversion to f16.
+//! One tensor as it lies in a mapped file, and its conversion to f16 or bf16.
 //!
 //! Element `(i_0, ..., i_n)` lies at `Σ i_k strides_k` of the storage. safetensors stores every
 //! tensor row-major; PyTorch stores views with whatever strides they had, on storages that
@@ -6,12 +6,11 @@
 
 use std::borrow::Cow;
 
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use crate::FormatError;
+use crate::{FormatError, Half};
 
 /// Elements converted by one task.
 const PIECE: usize = 1 << 18;
@@ -36,12 +35,12 @@ pub struct TensorView<'a> {
 /// What is wrong with elements: the index of the first, and how many.
 type Found = Option<(usize, usize)>;
 
-/// Elements that f16 cannot hold.
+/// Elements that a 16-bit float cannot hold.
 #[derive(Default)]
 struct Flaws {
     /// Not finite in the file.
     non_finite: Found,
-    /// Finite in the file, not in f16.
+    /// Finite in the file only.
     overflow: Found,
 }
 
@@ -67,21 +66,21 @@ impl<'a> TensorView<'a> {
         }
     }
 
-    /// All elements as f16, row-major, into `out`; bf16 and f32 are rounded to nearest even. Runs in
-    /// parallel.
+    /// The bits of all elements as `half`, row-major, into `out`; other floats are rounded to nearest
+    /// even. Runs in parallel.
     ///
     /// # Errors
-    /// A dtype that is no float, a value that is not finite, a value beyond f16's range.
+    /// A dtype that is no float, a value that is not finite, a value beyond the range of `half`.
     ///
     /// # Panics
     /// When `out` has another length.
-    pub fn f16_into(&self, out: &mut [f16]) -> Result<(), FormatError> {
+    pub fn halves_into(&self, half: Half, out: &mut [u16]) -> Result<(), FormatError> {
         assert_eq!(out.len(), self.elements(), "{}", self.name);
         let float = Float::of(self)?;
         let flaws = out
             .par_chunks_mut(PIECE)
             .enumerate()
-            .map(|(piece, out)| self.piece(float, piece * PIECE, out))
+            .map(|(piece, out)| self.piece(float, half, piece * PIECE, out))
             .reduce(Flaws::default, Flaws::join);
         let name = || self.name.to_owned();
         match flaws {
@@ -98,6 +97,7 @@ impl<'a> TensorView<'a> {
                 ..
             } => Err(FormatError::Overflow {
                 name: name(),
+                half,
                 first,
                 count,
             }),
@@ -105,13 +105,13 @@ impl<'a> TensorView<'a> {
         }
     }
 
-    /// Elements from `first` on, as f16.
-    fn piece(&self, float: Float, first: usize, out: &mut [f16]) -> Flaws {
+    /// Elements from `first` on.
+    fn piece(&self, float: Float, half: Half, first: usize, out: &mut [u16]) -> Flaws {
         let mut flaws = Flaws::default();
-        if float == Float::F16 {
-            self.copy(first, out, f16::from_le_bytes);
-            if any_not_finite(out) {
-                flaws.non_finite = find(out, first, |v| !v.is_finite());
+        if self.dtype == half.dtype() {
+            self.copy(first, out, u16::from_le_bytes);
+            if any_not_finite(half, out) {
+                flaws.non_finite = find(out, first, |v| half.is_not_finite(*v));
             }
             return flaws;
         }
@@ -121,14 +121,16 @@ impl<'a> TensorView<'a> {
             let (wide, _) = buffer.split_at_mut(out.len().min(RUN));
             match float {
                 Float::F32 => self.copy(first, wide, f32::from_le_bytes),
-                _ => self.copy(first, wide, |b| bf16::from_le_bytes(b).to_f32()),
+                Float::F16 => self.copy(first, wide, |b| f16::from_le_bytes(b).to_f32()),
+                Float::Bf16 => self.copy(first, wide, |b| bf16::from_le_bytes(b).to_f32()),
             }
-            out.convert_from_f32_slice(wide);
-            if any_not_finite(out) {
+            half.round(wide, out);
+            if any_not_finite(half, out) {
                 // Only the source tells a value that overflowed from one that was never finite.
                 let non_finite = find(wide, first, |v| !v.is_finite());
-                let overflow = find(wide, first, |v| {
-                    v.is_finite() && !f16::from_f32(*v).is_finite()
+                let both: Vec<(f32, u16)> = wide.iter().copied().zip(out.iter().copied()).collect();
+                let overflow = find(&both, first, |(wide, bits)| {
+                    wide.is_finite() && half.is_not_finite(*bits)
                 });
                 flaws = flaws.join(Flaws {
                     non_finite,
@@ -212,10 +214,9 @@ impl Flaws {
 
 /// Whether a value is not finite. In runs that are summed up without a branch: this passes over
 /// every weight of a model.
-fn any_not_finite(values: &[f16]) -> bool {
-    const EXPONENT: u16 = 0x7c00;
+fn any_not_finite(half: Half, values: &[u16]) -> bool {
     values.chunks(4096).any(|run| {
-        let bad = |v: &f16| u32::from(v.to_bits() & EXPONENT == EXPONENT);
+        let bad = |v: &u16| u32::from(half.is_not_finite(*v));
         run.iter().map(bad).sum::<u32>() > 0
     })
 }
@@ -260,6 +261,8 @@ fn offsets<'a>(
 
 #[cfg(test)]
 mod tests {
+    use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+
     use super::*;
 
     /// `[4, 6]` numbers 0..24, as a view of `shape` and `strides`.
@@ -281,17 +284,20 @@ mod tests {
     fn strided_views_are_gathered_in_row_major_order() {
         let storage = numbers();
         let transposed = view(&storage, &[6, 4], &[1, 6]);
-        let mut out = vec![f16::ZERO; 24];
-        transposed.f16_into(&mut out).unwrap();
         let expected: Vec<f32> = (0..24).map(|i| (i % 4 * 6 + i / 4) as f32).collect();
-        assert_eq!(out.to_f32_vec(), expected);
+        let mut out = vec![0; 24];
+        transposed.halves_into(Half::F16, &mut out).unwrap();
+        assert_eq!(out.reinterpret_cast::<f16>().to_f32_vec(), expected);
+        transposed.halves_into(Half::Bf16, &mut out).unwrap();
+        assert_eq!(out.reinterpret_cast::<bf16>().to_f32_vec(), expected);
         let bytes: Vec<u8> = expected.iter().flat_map(|v| v.to_le_bytes()).collect();
         assert_eq!(&*transposed.bytes(), bytes);
 
         let expanded = view(&storage[4..12], &[3, 2], &[0, 1]);
-        let mut out = vec![f16::ZERO; 6];
-        expanded.f16_into(&mut out).unwrap();
-        assert_eq!(out.to_f32_vec(), [1.0, 2.0, 1.0, 2.0, 1.0, 2.0]);
+        let mut out = vec![0; 6];
+        expanded.halves_into(Half::F16, &mut out).unwrap();
+        let out = out.reinterpret_cast::<f16>().to_f32_vec();
+        assert_eq!(out, [1.0, 2.0, 1.0, 2.0, 1.0, 2.0]);
     }
 
     #[test]
@@ -319,21 +325,84 @@ mod tests {
             strides: None,
             storage: &bytes,
         };
-        let mut out = vec![f16::ZERO; n];
+        let mut out = vec![0; n];
         assert!(matches!(
-            tensor.f16_into(&mut out),
+            tensor.halves_into(Half::F16, &mut out),
             Err(FormatError::Overflow {
                 first: 7,
                 count: 3,
                 ..
             })
         ));
+        tensor.halves_into(Half::Bf16, &mut out).unwrap();
+        assert_eq!(out[7], bf16::from_f32(7e4).to_bits());
         let mut bytes = bytes.clone();
         bytes[4 * PIECE..4 * PIECE + 4].copy_from_slice(&f32::NAN.to_le_bytes());
         tensor.storage = &bytes;
         assert!(matches!(
-            tensor.f16_into(&mut out),
+            tensor.halves_into(Half::F16, &mut out),
             Err(FormatError::NonFinite { count: 1, .. })
         ));
+    }
+
+    #[test]
+    fn every_float_becomes_either_half() {
+        let values = [1.0f32, -3.0e-3, 65504.0, 1.0e-20];
+        let views: [(Dtype, Vec<u8>); 3] = [
+            (
+                Dtype::F32,
+                values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            ),
+            (
+                Dtype::BF16,
+                (values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes())).collect(),
+            ),
+            (
+                Dtype::F16,
+                (values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes())).collect(),
+            ),
+        ];
+        for (dtype, storage) in &views {
+            let tensor = TensorView {
+                name: "x",
+                dtype: *dtype,
+                shape: &[4],
+                strides: None,
+                storage,
+            };
+            let stored = |v: f32| match dtype {
+                Dtype::F16 => f16::from_f32(v).to_f32(),
+                Dtype::BF16 => bf16::from_f32(v).to_f32(),
+                _ => v,
+            };
+            let mut out = [0; 4];
+            tensor.halves_into(Half::Bf16, &mut out).unwrap();
+            assert_eq!(out, values.map(|v| bf16::from_f32(stored(v)).to_bits()));
+            // 65504 rounds up to 2^16 in bf16, which f16 cannot hold.
+            match tensor.halves_into(Half::F16, &mut out) {
+                Ok(()) => assert_eq!(out, values.map(|v| f16::from_f32(stored(v)).to_bits())),
+                Err(error) => {
+                    assert_eq!(*dtype, Dtype::BF16);
+                    let error = error.to_string();
+                    assert!(error.contains("too large for f16 (over 65504)"), "{error}");
+                    assert!(error.contains("element 2; dtype = \"bf16\""), "{error}");
+                }
+            }
+        }
+        let storage = f32::MAX.to_le_bytes();
+        let tensor = TensorView {
+            name: "x",
+            dtype: Dtype::F32,
+            shape: &[1],
+            strides: None,
+            storage: &storage,
+        };
+        let error = tensor.halves_into(Half::Bf16, &mut [0]).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains("too large for bf16 (over 3.39e38)"),
+            "{error}"
+        );
+        assert!(!error.contains("dtype"), "{error}");
     }
 }

@@ -37,7 +37,7 @@ macro_rules! little_endian {
     )*};
 }
 
-little_endian!(u32, i32, f16);
+little_endian!(u16, u32, i32, f16);
 
 /// A tensor to come.
 #[derive(Clone, Debug, PartialEq)]

@@ -34,11 +34,11 @@ pub enum Weight<B: Engine> {
 }
 
 impl<B: Engine> Weight<B> {
-    /// In the compute dtype; packed ones are dequantised.
-    pub fn dense(&self) -> Tensor<B, 2> {
+    /// In `dtype`, the compute dtype; packed ones are dequantised.
+    pub fn dense(&self, dtype: DType) -> Tensor<B, 2> {
         match self {
             Weight::Dense(weight) => weight.clone(),
-            Weight::Packed(packed) => B::dequantise(&packed.download(), &packed.device()),
+            Weight::Packed(packed) => B::dequantise(&packed.download(), dtype, &packed.device()),
         }
     }
 }
@@ -69,7 +69,7 @@ pub struct Flow<B: Engine> {
 }
 
 impl<B: Engine> Flow<B> {
-    /// The same states in another dtype: f16 to keep them, the compute dtype to run on.
+    /// The same states in another dtype: a 16-bit one to keep them, the compute dtype to run on.
     pub fn cast(self, dtype: DType) -> Self {
         Flow {
             windows: self.windows,

@@ -1,6 +1,6 @@
 //! A block's keys and values of the tokens so far, kept between steps of generation.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use gptq_kernels::{Engine, append};
 
 /// Tokens a cache grows by.
@@ -16,9 +16,9 @@ pub struct Cache<B: Engine> {
 }
 
 impl<B: Engine> Cache<B> {
-    /// An empty one.
-    pub fn new(kv_heads: usize, dim: usize, device: &B::Device) -> Self {
-        let empty = || Tensor::zeros([kv_heads, GROWTH, dim], (device, B::COMPUTE));
+    /// An empty one, for keys and values of this dtype.
+    pub fn new(kv_heads: usize, dim: usize, dtype: DType, device: &B::Device) -> Self {
+        let empty = || Tensor::zeros([kv_heads, GROWTH, dim], (device, dtype));
         Cache {
             keys: empty(),
             values: empty(),

@@ -1,5 +1,6 @@
 //! A whole model on a device, predicting one token after another.
 
+use burn::tensor::DType;
 use gptq_kernels::Engine;
 
 use crate::model::Embedding;
@@ -8,6 +9,7 @@ use crate::{Block, Cache, Head, Model, ModelConfig, ModelError};
 /// Every block resident, each with its cache.
 pub struct Decoder<B: Engine> {
     config: ModelConfig,
+    dtype: DType,
     embedding: Embedding<B>,
     blocks: Vec<(Block<B>, Cache<B>)>,
     head: Head<B>,
@@ -20,11 +22,13 @@ impl<B: Engine> Decoder<B> {
     pub fn load(model: &Model<B>) -> Result<Self, ModelError> {
         let config = model.config();
         let block = |layer| {
-            let cache = Cache::new(config.kv_heads, config.head_dim, model.device());
+            let (heads, dim) = (config.kv_heads, config.head_dim);
+            let cache = Cache::new(heads, dim, model.dtype(), model.device());
             Ok::<_, ModelError>((model.resident_block(layer)?, cache))
         };
         Ok(Decoder {
             config: config.clone(),
+            dtype: model.dtype(),
             embedding: model.embedding()?,
             blocks: (0..config.layers).map(block).collect::<Result<_, _>>()?,
             head: model.head()?,
@@ -50,7 +54,7 @@ impl<B: Engine> Decoder<B> {
         let start = self.reusable(context);
         let new = context[start..].to_vec();
         let n = new.len();
-        let mut flow = self.embedding.flow(&[new], B::COMPUTE)?;
+        let mut flow = self.embedding.flow(&[new], self.dtype)?;
         for (block, cache) in &mut self.blocks {
             cache.truncate(start);
             flow = block.forward_cached(flow, cache);

@@ -2,13 +2,13 @@
 //! block before.
 
 use burn::tensor::Tensor;
-use gptq_format::{Checkpoint, FormatError, PackedLinear};
+use gptq_format::{Checkpoint, FormatError, Half, PackedLinear};
 use gptq_kernels::{Engine, HostBuffer};
 use rayon::prelude::*;
 
 use crate::{Block, Linear, ModelConfig, ModelError, Projection, Weight, rope};
 
-/// One block, read and checked, not yet on a device. Its f16 tensors lie one after the other in memory
+/// One block, read and checked, not yet on a device. Its 16-bit tensors lie one after the other in memory
 /// that the device copies from.
 pub struct HostBlock {
     config: ModelConfig,
@@ -70,6 +70,7 @@ impl HostBlock {
     pub(crate) fn read<B: Engine>(
         checkpoint: &Checkpoint,
         config: &ModelConfig,
+        half: Half,
         layer: usize,
         device: &B::Device,
     ) -> Result<Self, ModelError> {
@@ -82,17 +83,17 @@ impl HostBlock {
             .into_iter()
             .map(|projection| HostLinear::read(checkpoint, config, projection, layer, &mut layout))
             .collect::<Result<_, _>>()?;
-        let mut values = B::host_buffer(layout.len, device);
-        let mut rest = values.values_mut();
+        let mut values = B::host_buffer(layout.len, half, device);
+        let mut rest = values.bits_mut();
         let mut places = Vec::with_capacity(layout.parts.len());
         for part in &layout.parts {
             let (place, others) = rest.split_at_mut(part.len());
             places.push((part, place));
             rest = others;
         }
-        places
-            .into_par_iter()
-            .try_for_each(|(part, place)| checkpoint.f16_into(&part.name, &part.shape, place))?;
+        places.into_par_iter().try_for_each(|(part, place)| {
+            checkpoint.halves_into(half, &part.name, &part.shape, place)
+        })?;
         Ok(HostBlock {
             config: config.clone(),
             values,
@@ -109,16 +110,17 @@ impl HostBlock {
         rope: &rope::Tables<B>,
         device: &B::Device,
     ) -> Block<B> {
+        let dtype = B::compute(self.values.half());
         let linears = self.linears.iter().map(|linear| Linear {
             weight: match &linear.weight {
                 HostWeight::Dense(start) => {
                     let weight = B::upload(&self.values, *start, linear.shape, device);
-                    Weight::Dense(weight.cast(B::COMPUTE))
+                    Weight::Dense(weight.cast(dtype))
                 }
                 HostWeight::Packed(packed) if keep_packed => {
                     Weight::Packed(B::resident(packed, device))
                 }
-                HostWeight::Packed(packed) => Weight::Dense(B::dequantise(packed, device)),
+                HostWeight::Packed(packed) => Weight::Dense(B::dequantise(packed, dtype, device)),
             },
             bias: linear
                 .bias
@@ -137,7 +139,8 @@ impl HostBlock {
     }
 
     fn vector<B: Engine>(&self, start: usize, len: usize, device: &B::Device) -> Tensor<B, 1> {
-        B::upload(&self.values, start, [len], device).cast(B::COMPUTE)
+        let vector = B::upload(&self.values, start, [len], device);
+        vector.cast(B::compute(self.values.half()))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
-use gptq_format::Checkpoint;
+use gptq_format::{Checkpoint, Half};
 use gptq_kernels::Engine;
 
 use crate::{Block, Flow, HostBlock, ModelConfig, ModelError, rope};
@@ -13,6 +13,7 @@ use crate::{Block, Flow, HostBlock, ModelConfig, ModelError, rope};
 pub struct Model<B: Engine> {
     config: ModelConfig,
     checkpoint: Checkpoint,
+    half: Half,
     device: B::Device,
     rope: rope::Tables<B>,
 }
@@ -30,14 +31,33 @@ pub struct Head<B: Engine> {
 }
 
 impl<B: Engine> Model<B> {
-    /// Opens the checkpoint in `dir`. Nothing is loaded yet.
+    /// Opens the checkpoint in `dir`, its weights to be taken in what they are stored in. Nothing is
+    /// loaded yet.
     pub fn open(dir: &Path, device: &B::Device) -> Result<Self, ModelError> {
+        let config = ModelConfig::read(&dir.join("config.json"))?;
+        let checkpoint = Checkpoint::open(dir)?;
         Ok(Model {
-            config: ModelConfig::read(&dir.join("config.json"))?,
-            checkpoint: Checkpoint::open(dir)?,
+            config,
+            half: checkpoint.half(),
+            checkpoint,
             device: device.clone(),
             rope: rope::Tables::default(),
         })
+    }
+
+    /// The same, its weights taken in `half`.
+    pub fn taken_in(self, half: Half) -> Self {
+        Model { half, ..self }
+    }
+
+    /// What its weights are taken in.
+    pub fn half(&self) -> Half {
+        self.half
+    }
+
+    /// What it computes in.
+    pub fn dtype(&self) -> DType {
+        B::compute(self.half)
     }
 
     /// Where its parts are loaded to.
@@ -99,7 +119,13 @@ impl<B: Engine> Model<B> {
 
     /// Block `layer`, in host memory: on any thread, while the device is busy.
     pub fn read_block(&self, layer: usize) -> Result<HostBlock, ModelError> {
-        HostBlock::read::<B>(&self.checkpoint, &self.config, layer, &self.device)
+        HostBlock::read::<B>(
+            &self.checkpoint,
+            &self.config,
+            self.half,
+            layer,
+            &self.device,
+        )
     }
 
     /// A block that was read before, on the device in compute dtype.
@@ -133,10 +159,10 @@ impl<B: Engine> Model<B> {
         name: &str,
         shape: [usize; D],
     ) -> Result<Tensor<B, D>, ModelError> {
-        let mut values = B::host_buffer(shape.iter().product(), &self.device);
+        let mut values = B::host_buffer(shape.iter().product(), self.half, &self.device);
         self.checkpoint
-            .f16_into(name, &shape, values.values_mut())?;
-        Ok(B::upload(&values, 0, shape, &self.device).cast(B::COMPUTE))
+            .halves_into(self.half, name, &shape, values.bits_mut())?;
+        Ok(B::upload(&values, 0, shape, &self.device).cast(self.dtype()))
     }
 }
 
@@ -175,7 +201,8 @@ fn check_tokens<'a>(
 impl<B: Engine> Head<B> {
     /// Logits `[tokens, vocabulary]` in f32 for hidden states `[tokens, hidden]` after the last block.
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
-        let x = B::rms_norm(hidden.cast(B::COMPUTE), self.norm.clone(), self.eps);
+        let hidden = hidden.cast(self.norm.dtype());
+        let x = B::rms_norm(hidden, self.norm.clone(), self.eps);
         B::matmul_nt(x, self.weight.clone()).cast(DType::F32)
     }
 

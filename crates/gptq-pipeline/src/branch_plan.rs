@@ -1,8 +1,8 @@
 //! One branch made valid: its settings, what each linear gets, what its files will hold.
 
 use gptq_format::{
-    Bits, CheckpointFormat, Dynamic, GroupSize, LinearShape, QuantizeConfig, Support, TensorSpec,
-    client_support,
+    Bits, CheckpointFormat, Dynamic, GroupSize, Half, LinearShape, QuantizeConfig, Support,
+    TensorSpec, client_support,
 };
 use gptq_model::{ModelConfig, Projection};
 use gptq_solver::Settings;
@@ -250,8 +250,8 @@ impl BranchPlan {
         }
     }
 
-    /// Every tensor of the branch's files, in model order.
-    pub fn tensors(&self, config: &ModelConfig) -> Vec<TensorSpec> {
+    /// Every tensor of the branch's files, in model order; what stays unquantised is in `half`.
+    pub fn tensors(&self, config: &ModelConfig, half: Half) -> Vec<TensorSpec> {
         let mut specs = Vec::new();
         let mut add = |name: String, dtype, shape: &[usize]| {
             specs.push(TensorSpec {
@@ -263,14 +263,14 @@ impl BranchPlan {
         let hidden = config.hidden_size;
         add(
             "model.embed_tokens.weight".into(),
-            Dtype::F16,
+            half.dtype(),
             &[config.vocabulary, hidden],
         );
         for layer in 0..config.layers {
             for norm in ["input_layernorm", "post_attention_layernorm"] {
                 add(
                     format!("model.layers.{layer}.{norm}.weight"),
-                    Dtype::F16,
+                    half.dtype(),
                     &[hidden],
                 );
             }
@@ -293,27 +293,30 @@ impl BranchPlan {
                         add(format!("{module}.scales"), Dtype::F16, &[groups, n_out]);
                         add(format!("{module}.g_idx"), Dtype::I32, &[n_in]);
                     }
-                    None => add(format!("{module}.weight"), Dtype::F16, &[n_out, n_in]),
+                    None => add(format!("{module}.weight"), half.dtype(), &[n_out, n_in]),
                 }
                 if projection.has_bias(config) {
-                    add(format!("{module}.bias"), Dtype::F16, &[n_out]);
+                    add(format!("{module}.bias"), half.dtype(), &[n_out]);
                 }
             }
         }
-        add("model.norm.weight".into(), Dtype::F16, &[hidden]);
+        add("model.norm.weight".into(), half.dtype(), &[hidden]);
         if !config.tied_embeddings {
             add(
                 "lm_head.weight".into(),
-                Dtype::F16,
+                half.dtype(),
                 &[config.vocabulary, hidden],
             );
         }
         specs
     }
 
-    /// Bytes of all tensors; the files' headers come on top.
+    /// Bytes of all tensors, the same in either half; the files' headers come on top.
     pub fn bytes(&self, config: &ModelConfig) -> usize {
-        self.tensors(config).iter().map(TensorSpec::bytes).sum()
+        self.tensors(config, Half::F16)
+            .iter()
+            .map(TensorSpec::bytes)
+            .sum()
     }
 
     /// Who can load the branch.

@@ -4,9 +4,10 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use gptq_format::{
-    Checkpoint, FormatError, LinearDigests, PackedLinear, ShardedWriter, StagedDir, TensorSpec,
-    copy_side_files, le_bytes, read_json, write_json,
+    Checkpoint, FormatError, Half, LinearDigests, PackedLinear, ShardedWriter, StagedDir,
+    TensorSpec, copy_side_files, le_bytes, read_json, write_json,
 };
+use half::f16;
 use serde_json::Value;
 
 use crate::{BranchPlan, BranchReport, LinearReport, Plan};
@@ -15,6 +16,7 @@ use crate::{BranchPlan, BranchReport, LinearReport, Plan};
 pub(crate) struct BranchWriter {
     dir: StagedDir,
     specs: Vec<TensorSpec>,
+    half: Half,
     weights: ShardedWriter,
     /// Of what was written, by module.
     digests: HashMap<String, LinearDigests>,
@@ -28,7 +30,7 @@ impl BranchWriter {
     /// directory is a checkpoint from the start, whose tensors come.
     pub(crate) fn create(plan: &Plan, branch: &BranchPlan) -> Result<Self, FormatError> {
         let dir = StagedDir::create(&plan.branch_dir(branch))?;
-        let specs = branch.tensors(&plan.config);
+        let specs = branch.tensors(&plan.config, plan.half);
         let weights = ShardedWriter::create(dir.path(), &specs, plan.shard_size)?;
         let path = dir.path();
         copy_side_files(&plan.model_dir, path)?;
@@ -36,11 +38,14 @@ impl BranchWriter {
         let mut config: Value = read_json(&plan.model_dir.join("config.json"))?;
         config["quantization_config"] =
             serde_json::to_value(&settings).expect("a config of plain values always serialises");
-        // Whatever the base was in, what is written here is f16.
-        for key in ["dtype", "torch_dtype"] {
-            if let Some(dtype) = config.get_mut(key) {
-                *dtype = "float16".into();
-            }
+        // Whatever the base was in, this is what is written here.
+        let spelt = |key: &&str| config.get(*key).is_some();
+        let mut keys: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(spelt).collect();
+        if keys.is_empty() {
+            keys.push("torch_dtype");
+        }
+        for key in keys {
+            config[key] = plan.half.torch_name().into();
         }
         write_json(&path.join("config.json"), &config)?;
         write_json(&path.join("quantize_config.json"), &settings)?;
@@ -48,6 +53,7 @@ impl BranchWriter {
         Ok(BranchWriter {
             dir,
             specs,
+            half: plan.half,
             weights,
             digests: HashMap::new(),
         })
@@ -60,7 +66,7 @@ impl BranchWriter {
         linears: &[LinearReport],
     ) -> Result<Self, FormatError> {
         let dir = StagedDir::reopen(&plan.branch_dir(branch))?;
-        let specs = branch.tensors(&plan.config);
+        let specs = branch.tensors(&plan.config, plan.half);
         let mut weights = ShardedWriter::reopen(dir.path(), &specs, plan.shard_size)?;
         for linear in linears {
             for suffix in SUFFIXES {
@@ -70,6 +76,7 @@ impl BranchWriter {
         Ok(BranchWriter {
             dir,
             specs,
+            half: plan.half,
             weights,
             digests: HashMap::new(),
         })
@@ -85,7 +92,7 @@ impl BranchWriter {
     pub(crate) fn copy_shared(&mut self, checkpoint: &Checkpoint) -> Result<(), FormatError> {
         let shared = |spec: &&TensorSpec| checkpoint.contains(&spec.name);
         for spec in self.specs.iter().filter(shared) {
-            let bytes = checkpoint.f16_bytes(&spec.name, &spec.shape)?;
+            let bytes = checkpoint.half_bytes(self.half, &spec.name, &spec.shape)?;
             self.weights.write(&spec.name, &bytes)?;
         }
         Ok(())
@@ -93,6 +100,11 @@ impl BranchWriter {
 
     /// Writes a quantised linear's four tensors.
     pub(crate) fn write(&mut self, module: &str, linear: &PackedLinear) -> Result<(), FormatError> {
+        // What a solver makes of a scale that f16 cannot hold.
+        if linear.scales.contains(&f16::MAX) {
+            let name = format!("{module}.scales");
+            return Err(FormatError::Scale { name });
+        }
         let tensors = [
             le_bytes(&linear.qweight),
             le_bytes(&linear.qzeros),

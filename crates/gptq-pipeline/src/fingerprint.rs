@@ -96,6 +96,7 @@ impl Fingerprints {
             "model",
             &json!({
                 "name": plan.model_name,
+                "dtype": plan.half,
                 "config": sha256(&config),
                 "weights": checkpoint.sample_digest()?,
                 "side_files": sha256(format!("{side:?}").as_bytes()),

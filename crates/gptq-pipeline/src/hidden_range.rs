@@ -1,16 +1,17 @@
-//! Hidden states beyond f16's range, in which they are kept between stages: refused by name, or brought
-//! back to its largest number where the recipe allows it (`[numerics] overflow = "clamp"`).
+//! Hidden states beyond the range of the 16-bit float they are kept in between stages: refused by name,
+//! or brought back to its largest number where the recipe allows it (`[numerics] overflow = "clamp"`).
 //!
 //! Looking for them costs nothing: whatever is not finite makes the next Gram matrix's diagonal not
 //! finite, which a solve looks at anyway. Only then is it searched for.
 
 use burn::tensor::Tensor;
+use gptq_format::Half;
 use gptq_kernels::{Engine, NotFinite};
 use gptq_model::{Flow, Stage};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// Values of a stage's hidden states that were brought back into f16's range.
+/// Values of a stage's hidden states that were brought back into range.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Clamped {
     /// Block index.
@@ -36,13 +37,19 @@ pub struct Overflow {
     pub count: usize,
     /// Whether a NaN is among them.
     pub nan: bool,
+    /// What they are kept in.
+    pub half: Half,
 }
 
 impl std::fmt::Display for Overflow {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let largest = match self.half {
+            Half::F16 => "65504",
+            Half::Bf16 => "3.39e38",
+        };
         let what = match self.nan {
-            true => "not finite, NaN among them",
-            false => "beyond f16's range of 65504",
+            true => "not finite, NaN among them".to_owned(),
+            false => format!("beyond {}'s range of {largest}", self.half),
         };
         write!(
             f,
@@ -53,7 +60,7 @@ impl std::fmt::Display for Overflow {
             true => write!(f, "; check the checkpoint's weights"),
             false => write!(
                 f,
-                "; [numerics] overflow = \"clamp\" goes on with 65504 instead"
+                "; [numerics] overflow = \"clamp\" goes on with {largest} instead"
             ),
         }
     }
@@ -70,11 +77,11 @@ pub(crate) fn after(stages: &[Stage]) -> &'static str {
     }
 }
 
-/// Brings a flow's states into f16's range; how many values were outside.
-pub(crate) fn clamp<B: Engine>(flow: Flow<B>) -> (Flow<B>, usize) {
-    let (residual, mut count) = B::clamp_to_f16(flow.residual);
+/// Brings a flow's states into the range of `half`; how many values were outside.
+pub(crate) fn clamp<B: Engine>(flow: Flow<B>, half: Half) -> (Flow<B>, usize) {
+    let (residual, mut count) = B::clamp(flow.residual, half);
     let activation = flow.activation.map(|states| {
-        let (states, more) = B::clamp_to_f16(states);
+        let (states, more) = B::clamp(states, half);
         count += more;
         states
     });
@@ -86,8 +93,9 @@ pub(crate) fn clamp<B: Engine>(flow: Flow<B>) -> (Flow<B>, usize) {
     (flow, count)
 }
 
-/// What is not finite in the flows, in their order.
+/// What is not finite in the flows, kept in `half`, in their order.
 pub(crate) fn search<B: Engine, E>(
+    half: Half,
     flows: impl Iterator<Item = Result<Flow<B>, E>>,
 ) -> Result<Option<Overflow>, E> {
     let mut found: Option<Overflow> = None;
@@ -111,6 +119,7 @@ pub(crate) fn search<B: Engine, E>(
                 feature: bad.column,
                 count: 0,
                 nan: false,
+                half,
             });
             if found.tensor == tensor {
                 found.count += bad.count;
@@ -156,7 +165,11 @@ mod tests {
         bad[7] = f32::INFINITY;
         let flows = [flow(fine, None), flow(bad, None), flow(bad, None)];
         let search = |flows: &[Flow<Cpu>]| {
-            search(flows.iter().cloned().map(Ok::<_, std::convert::Infallible>)).unwrap()
+            search(
+                Half::F16,
+                flows.iter().cloned().map(Ok::<_, std::convert::Infallible>),
+            )
+            .unwrap()
         };
         let found = search(&flows).unwrap();
         let expected = Overflow {
@@ -166,6 +179,7 @@ mod tests {
             feature: 1,
             count: 4,
             nan: false,
+            half: Half::F16,
         };
         assert_eq!(found, expected);
         assert!(found.to_string().contains("overflow = \"clamp\""));
@@ -186,9 +200,12 @@ mod tests {
         let mut large = [1.0; 8];
         large[2] = 1e6;
         large[3] = -1e6;
-        let (clamped, count) = clamp(flow(large, Some(large)));
+        let (clamped, count) = clamp(flow(large, Some(large)), Half::F16);
         assert_eq!(count, 4);
-        let found = search([Ok::<_, ()>(clamped.cast(DType::F16))].into_iter());
+        let found = search(
+            Half::F16,
+            [Ok::<_, ()>(clamped.cast(DType::F16))].into_iter(),
+        );
         assert_eq!(found, Ok(None));
     }
 }

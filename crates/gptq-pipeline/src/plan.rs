@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::CalibrationSettings;
+use gptq_format::Half;
 use gptq_model::ModelConfig;
 use toml::Spanned;
 
 use crate::inputs::looks_like_repo;
-use crate::recipe::{Dtype, OnOverflow, Propagate};
+use crate::recipe::{OnOverflow, Propagate};
 use crate::{BranchPlan, Fetched, InputSource, Memory, Recipe, RecipeError, RecipeOverrides};
 
 /// Which hidden states a branch's Hessians are computed from.
@@ -22,7 +23,8 @@ pub enum Propagation {
 /// What may be done about numbers that do not fit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Numerics {
-    /// Hidden states beyond f16's range become its largest number; otherwise they end the run.
+    /// Hidden states beyond the range of what they are kept in become its largest number; otherwise
+    /// they end the run.
     pub clamp_overflow: bool,
     /// Most damping a linear may need, as a fraction of the mean diagonal.
     pub max_damping: f64,
@@ -37,6 +39,8 @@ pub struct Plan {
     pub model_name: String,
     /// Its shapes.
     pub config: ModelConfig,
+    /// What its weights are taken in, and written in where they stay unquantised.
+    pub half: Half,
     /// What to calibrate on.
     pub calibration: CalibrationSettings,
     /// Which hidden states are propagated.
@@ -86,18 +90,6 @@ impl Plan {
     /// Resolves and checks `recipe` against shapes alone: nothing is read from its `source`.
     pub fn for_config(recipe: &Recipe, config: ModelConfig) -> Result<Plan, RecipeError> {
         let file = &recipe.file;
-        if let Some(dtype) = file
-            .model
-            .dtype
-            .as_ref()
-            .filter(|d| *d.get_ref() == Dtype::Bf16)
-        {
-            return Err(recipe.refuse(
-                dtype,
-                "dtype = \"bf16\" is not computed in; leave it out: bf16 weights are rounded to f16, and \
-                 a run stops at one that f16 cannot hold",
-            ));
-        }
         let calibration = recipe.calibration(&Fetched::default())?;
         let mut branches: Vec<BranchPlan> = Vec::new();
         for branch in &file.branch {
@@ -163,6 +155,7 @@ impl Plan {
             model_dir: source.into(),
             model_name: public_name(source),
             config,
+            half: file.model.dtype,
             calibration,
             propagation,
             output: file.output.dir.clone(),

@@ -6,10 +6,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::scope;
 
-use burn::tensor::DType;
 use gptq_calibration::{Calibration, TextTokenizer};
 use gptq_format::{Checkpoint, FormatError, OutputLock, StagedDir};
-use gptq_kernels::{Device, DeviceError, Engine, Work};
+use gptq_kernels::{Device, DeviceError, Engine, Work, dtype};
 use gptq_model::Model;
 
 use crate::branch_writer::BranchWriter;
@@ -155,7 +154,7 @@ impl Work for Quantise<'_> {
         let places = Places::new::<B>(plan, *self.budget, self.options.host_memory, shared)?;
         let tokenizer = TextTokenizer::load(&plan.model_dir)?;
         let calibration = Calibration::draw(&plan.calibration, &tokenizer)?;
-        let model = Model::<B>::open(&plan.model_dir, &device)?;
+        let model = Model::<B>::open(&plan.model_dir, &device)?.taken_in(plan.half);
         let prints = Fingerprints::new(plan, &calibration, model.checkpoint(), self.device)?;
         let mut found = Found::look(plan, &prints, self.options.restart)?;
         let unfinished = found.passes.iter().any(|pass| pass.recorded.is_some());
@@ -275,7 +274,7 @@ impl Quantise<'_> {
             let flows = model.flows(
                 &inputs.calibration.windows,
                 chunk_windows::<B>(plan.calibration.seq_len),
-                DType::F16,
+                dtype(B::kept(plan.half)),
             )?;
             let checkpoint = model.checkpoint();
             let run = Run {

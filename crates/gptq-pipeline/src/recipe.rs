@@ -6,7 +6,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::Sampling;
-use gptq_format::{Bits, GroupSize};
+use gptq_format::{Bits, GroupSize, Half};
 use serde::Deserialize;
 use thiserror::Error;
 use toml::Spanned;
@@ -79,17 +79,8 @@ pub(crate) enum Propagate {
 pub(crate) struct Model {
     pub source: Spanned<String>,
     pub revision: Option<Spanned<String>>,
-    pub dtype: Option<Spanned<Dtype>>,
-}
-
-/// Type of the tensors that stay unquantised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-pub(crate) enum Dtype {
-    #[serde(rename = "f16", alias = "float16")]
-    F16,
-    /// Understood, so that it can be refused with its remedy.
-    #[serde(rename = "bf16", alias = "bfloat16")]
-    Bf16,
+    #[serde(default)]
+    pub dtype: Half,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -151,7 +142,7 @@ pub(crate) struct Numerics {
     pub max_damping: Option<Spanned<f64>>,
 }
 
-/// Of hidden states beyond f16's range.
+/// Of hidden states beyond the range of what they are kept in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum OnOverflow {

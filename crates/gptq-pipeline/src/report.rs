@@ -113,7 +113,7 @@ pub struct BranchReport {
     /// The command line, absolute paths shortened to their last component.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<String>,
-    /// Hidden states that were brought back into f16's range, where the recipe allowed it.
+    /// Hidden states that were brought back into the range of what they are kept in, where the recipe allowed it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub clamped: Vec<Clamped>,
     /// Perplexity, if the run measured it.

@@ -19,7 +19,7 @@ use crate::profile::{Clock, Phase};
 use crate::quantise::{Event, check_stop};
 use crate::resume::Restored;
 use crate::scratch::Scratch;
-use crate::stream::Stream;
+use crate::stream::{Keep, Stream};
 use crate::write_behind::WriteBehind;
 use crate::{
     BranchReport, Clamped, Fingerprint, LinearReport, PipelineError, Plan, Propagation,
@@ -129,8 +129,11 @@ impl<B: Engine> Run<'_, '_, B> {
         // Nothing to go over if only the last files were missing.
         if self.restored.layers < self.plan.config.layers {
             let all = (0..self.plan.branches.len()).collect();
-            let clamp = self.plan.numerics.clamp_overflow;
-            let stream = Stream::new(flows, all, places, scratch, clamp)?;
+            let keep = Keep {
+                half: B::kept(self.plan.half),
+                clamp: self.plan.numerics.clamp_overflow,
+            };
+            let stream = Stream::new(flows, all, places, scratch, keep)?;
             let dense = self.plan.asymmetric().then(|| Dense::new(&stream));
             self.clock.add_start();
             self.blocks(self.streams(stream), dense, blocks)?;
@@ -307,7 +310,7 @@ impl<B: Engine> Run<'_, '_, B> {
         let (mut projections, mut requests) = (Vec::new(), Vec::new());
         for &projection in stage.projections() {
             if let Some(own) = settings.module(&projection.module(layer)) {
-                let weight = block.linear(projection).weight.dense();
+                let weight = block.linear(projection).weight.dense(self.model.dtype());
                 requests.push(Request {
                     weight,
                     settings: own,
@@ -409,7 +412,10 @@ impl<B: Engine> Run<'_, '_, B> {
             };
             let packed = restored.read(&self.partials[branch], report)?;
             if self.plan.propagation == Propagation::Quantised {
-                block.set_weight(projection, B::dequantise(&packed, device));
+                block.set_weight(
+                    projection,
+                    B::dequantise(&packed, self.model.dtype(), device),
+                );
             }
             (self.on_event)(Event::Linear { branch, report });
         }

@@ -7,9 +7,9 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{DType, Tensor};
-use gptq_format::{FormatError, le_bytes};
-use gptq_kernels::{Engine, HostBuffer, map_lanes};
+use burn::tensor::Tensor;
+use gptq_format::{FormatError, Half, le_bytes};
+use gptq_kernels::{Engine, HostBuffer, dtype, half_of, map_lanes};
 use gptq_model::{Block, Flow, ModelError, Stage};
 
 use crate::PipelineError;
@@ -18,17 +18,21 @@ use crate::memory::Places;
 use crate::profile::{Clock, Phase};
 use crate::scratch::{Scratch, Slot};
 
-/// Hidden states between stages are kept in this type: half the memory, and its rounding is far below
-/// the quantisation's error.
-const KEEP: DType = DType::F16;
+/// How hidden states are kept between stages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Keep {
+    /// In this type: half the memory of f32, and its rounding is far below the quantisation's error.
+    pub(crate) half: Half,
+    /// Bring states beyond its range back into it.
+    pub(crate) clamp: bool,
+}
 
 /// Hidden states, in chunks of windows, and the indices of the branches they belong to.
 #[derive(Clone)]
 pub(crate) struct Stream<B: Engine> {
     pub(crate) chunks: Vec<Chunk<B>>,
     pub(crate) branches: Vec<usize>,
-    /// Bring states beyond f16's range back into it.
-    clamp: bool,
+    keep: Keep,
 }
 
 /// One chunk's states, where they are kept between stages.
@@ -44,10 +48,11 @@ pub(crate) enum Chunk<B: Engine> {
     },
 }
 
-/// `[tokens, features]` on the host, in [`KEEP`].
+/// `[tokens, features]` on the host.
 #[derive(Clone)]
 pub(crate) struct HostStates {
     values: Values,
+    half: Half,
     shape: [usize; 2],
 }
 
@@ -61,15 +66,20 @@ impl HostStates {
     /// Into `scratch`, if there is one, else into memory.
     fn new<B: Engine>(
         states: Tensor<B, 2>,
+        half: Half,
         scratch: Option<&Arc<Scratch>>,
     ) -> Result<Self, FormatError> {
         let shape = states.dims();
-        let values = B::download(states.cast(KEEP));
+        let values = B::download(states.cast(dtype(half)));
         let values = match scratch {
             None => Values::Memory(Arc::new(values)),
-            Some(scratch) => Values::Disk(Arc::new(scratch.put(&le_bytes(values.values()))?)),
+            Some(scratch) => Values::Disk(Arc::new(scratch.put(&le_bytes(values.bits()))?)),
         };
-        Ok(HostStates { values, shape })
+        Ok(HostStates {
+            values,
+            half,
+            shape,
+        })
     }
 
     /// On the device, in compute dtype.
@@ -78,24 +88,31 @@ impl HostStates {
         let states = match &self.values {
             Values::Memory(values) => upload(values),
             Values::Disk(slot) => {
-                let mut values = B::host_buffer(self.shape.iter().product(), device);
+                let mut values = B::host_buffer(self.shape.iter().product(), self.half, device);
                 // As they were written, on this machine.
-                slot.read(bytemuck::cast_slice_mut(values.values_mut()))?;
+                slot.read(bytemuck::cast_slice_mut(values.bits_mut()))?;
                 upload(&values)
             }
         };
-        Ok(states.cast(B::COMPUTE))
+        Ok(states.cast(B::compute(self.half)))
     }
+}
+
+/// Kept states in compute dtype.
+fn computed<B: Engine>(flow: Flow<B>) -> Flow<B> {
+    let half = half_of(flow.residual.dtype());
+    flow.cast(B::compute(half))
 }
 
 impl<B: Engine> Chunk<B> {
     /// Keeps `flow` on the host. `residual` is what it came from, if that still serves.
     fn on_host(
         flow: Flow<B>,
+        half: Half,
         residual: Option<HostStates>,
         scratch: Option<Arc<Scratch>>,
     ) -> Result<Self, FormatError> {
-        let keep = |states| HostStates::new(states, scratch.as_ref());
+        let keep = |states| HostStates::new(states, half, scratch.as_ref());
         Ok(Chunk::Host {
             windows: flow.windows,
             residual: match residual {
@@ -118,7 +135,7 @@ impl<B: Engine> Chunk<B> {
             return Ok(None);
         }
         match self {
-            Chunk::Device(flow) => Ok(flow.activation.clone().map(|it| it.cast(B::COMPUTE))),
+            Chunk::Device(flow) => Ok(computed(flow.clone()).activation),
             Chunk::Host { activation, .. } => {
                 let upload = |states: &HostStates| states.upload(device);
                 activation.as_ref().map(upload).transpose()
@@ -129,7 +146,7 @@ impl<B: Engine> Chunk<B> {
     /// The states in compute dtype on `device`.
     pub(crate) fn flow(&self, device: &B::Device) -> Result<Flow<B>, FormatError> {
         match self {
-            Chunk::Device(flow) => Ok(flow.clone().cast(B::COMPUTE)),
+            Chunk::Device(flow) => Ok(computed(flow.clone())),
             Chunk::Host {
                 windows,
                 residual,
@@ -146,19 +163,18 @@ impl<B: Engine> Chunk<B> {
         }
     }
 
-    /// Runs `stages`; with `clamp`, brings what comes of them into f16's range. Also how many values
-    /// that took.
+    /// Runs `stages`, and keeps what comes of them. Also how many values were clamped.
     fn advance(
         self,
         block: &Block<B>,
         stages: &[Stage],
         device: &B::Device,
-        clamp: bool,
+        keep: Keep,
     ) -> Result<(Self, usize), FormatError> {
         // Stages that end in an activation leave the residual as it was.
         let ends_inside = stages.len() == 1 && !stages[0].ends_in_residual();
         let (flow, kept) = match self {
-            Chunk::Device(flow) => (flow.cast(B::COMPUTE), None),
+            Chunk::Device(flow) => (computed(flow), None),
             Chunk::Host {
                 ref residual,
                 ref scratch,
@@ -171,13 +187,13 @@ impl<B: Engine> Chunk<B> {
         let end = stages
             .iter()
             .fold(flow, |flow, &stage| block.advance(stage, flow));
-        let (end, clamped) = match clamp {
-            true => hidden_range::clamp(end),
+        let (end, clamped) = match keep.clamp {
+            true => hidden_range::clamp(end, keep.half),
             false => (end, 0),
         };
         let chunk = match kept {
-            None => Chunk::Device(end.cast(KEEP)),
-            Some((residual, scratch)) => Chunk::on_host(end, residual, scratch)?,
+            None => Chunk::Device(end.cast(dtype(keep.half))),
+            Some((residual, scratch)) => Chunk::on_host(end, keep.half, residual, scratch)?,
         };
         Ok((chunk, clamped))
     }
@@ -190,18 +206,19 @@ impl<B: Engine> Stream<B> {
         branches: Vec<usize>,
         places: &Places,
         scratch: Option<&Arc<Scratch>>,
-        clamp: bool,
+        keep: Keep,
     ) -> Result<Self, PipelineError> {
-        let keep = |(i, flow): (usize, Result<Flow<B>, ModelError>)| match i {
-            i if i < places.device => Ok(Chunk::Device(flow?.cast(KEEP))),
-            i if i < places.device + places.host => Ok(Chunk::on_host(flow?, None, None)?),
-            _ => Ok(Chunk::on_host(flow?, None, scratch.cloned())?),
+        let half = keep.half;
+        let place = |(i, flow): (usize, Result<Flow<B>, ModelError>)| match i {
+            i if i < places.device => Ok(Chunk::Device(flow?.cast(dtype(half)))),
+            i if i < places.device + places.host => Ok(Chunk::on_host(flow?, half, None, None)?),
+            _ => Ok(Chunk::on_host(flow?, half, None, scratch.cloned())?),
         };
-        let chunks = flows.enumerate().map(keep);
+        let chunks = flows.enumerate().map(place);
         Ok(Stream {
             chunks: chunks.collect::<Result<_, PipelineError>>()?,
             branches,
-            clamp,
+            keep,
         })
     }
 
@@ -210,14 +227,14 @@ impl<B: Engine> Stream<B> {
         Stream {
             chunks: self.chunks.iter().step_by(step).cloned().collect(),
             branches: Vec::new(),
-            clamp: self.clamp,
+            keep: self.keep,
         }
     }
 
     /// What of the states is not finite, for explaining a failure.
     pub(crate) fn not_finite(&self, device: &B::Device) -> Result<Option<Overflow>, FormatError> {
         let flows = self.chunks.iter().map(|chunk| chunk.flow(device));
-        hidden_range::search(flows)
+        hidden_range::search(self.keep.half, flows)
     }
 
     /// Runs `stages` with `block`'s weights. Also how many values were clamped.
@@ -228,10 +245,10 @@ impl<B: Engine> Stream<B> {
         device: &B::Device,
         clock: &mut Clock,
     ) -> Result<(Self, usize), FormatError> {
-        let clamp = self.clamp;
+        let keep = self.keep;
         let advanced = clock.measure::<B, _>(Phase::Forward, device, || {
             map_lanes::<B, _, _>(self.chunks, |chunk| {
-                chunk.advance(block, stages, device, clamp)
+                chunk.advance(block, stages, device, keep)
             })
         });
         let advanced = advanced
@@ -241,7 +258,7 @@ impl<B: Engine> Stream<B> {
         let stream = Stream {
             chunks,
             branches: self.branches,
-            clamp,
+            keep,
         };
         Ok((stream, clamped.iter().sum()))
     }

@@ -65,6 +65,8 @@ pub struct Facts {
     /// The first branch that TGI and vLLM load.
     tgi: Option<String>,
     vllm: Option<String>,
+    /// What the branches compute in, as `config.json` says.
+    dtype: String,
     /// Names of the clients, in the order of a branch's `loads`.
     clients: Vec<&'static str>,
     /// What perplexity was measured on: `eval.json, windows of 1024`.
@@ -117,6 +119,10 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
     let license = settings.license.clone();
     let license = license.or_else(|| base.as_ref()?.scalar("license"));
     let model_type = first.config["model_type"].as_str().unwrap_or("llama");
+    let dtype = ["dtype", "torch_dtype"]
+        .iter()
+        .find_map(|key| first.config[key].as_str());
+    let dtype = dtype.unwrap_or("float16");
     let branches: Vec<BranchFacts> = matrix
         .branches
         .iter()
@@ -166,6 +172,7 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
         example: branches.get(1).unwrap_or(&branches[0]).name.clone(),
         tgi: loads(Client::Tgi),
         vllm: loads(Client::Vllm),
+        dtype: dtype.to_owned(),
         clients: Client::ALL.map(Client::name).to_vec(),
         measured_on,
         dense_perplexity: dense.map(|value| format!("{value:.3}")),

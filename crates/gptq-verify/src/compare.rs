@@ -30,8 +30,8 @@ pub(crate) struct Compared {
     pub blocks: Vec<BlockError>,
 }
 
-/// Runs `windows`, all of one length of at least 2, through `model`, and through `dense` in the same
-/// pass. One block of each is resident at a time; the hidden states of all windows are. `on_block` is
+/// Runs `windows`, all of one length of at least 2, through `model`, and through `dense`, taken in the
+/// same type, in the same pass. One block of each is resident at a time; the hidden states of all windows are. `on_block` is
 /// told the number of blocks done.
 pub(crate) fn measure<B: Engine>(
     model: &Model<B>,
@@ -41,9 +41,9 @@ pub(crate) fn measure<B: Engine>(
 ) -> Result<Measured, VerifyError> {
     let window = windows.first().map_or(1, Vec::len).max(1);
     let per_chunk = (CHUNK / window).max(1);
-    let mut flows = model.embed(windows, per_chunk, B::COMPUTE)?;
+    let mut flows = model.embed(windows, per_chunk, model.dtype())?;
     let mut dense_flows = match dense {
-        Some(dense) => dense.embed(windows, per_chunk, B::COMPUTE)?,
+        Some(dense) => dense.embed(windows, per_chunk, dense.dtype())?,
         None => Vec::new(),
     };
     let mut blocks = Vec::new();

@@ -68,7 +68,7 @@ fn tensors(
 ) -> Result<String, VerifyError> {
     let mut expected = BTreeSet::new();
     let mut dense = |name: String, shape: &[usize]| {
-        checkpoint.f16(&name, shape)?;
+        checkpoint.half_bytes(checkpoint.half(), &name, shape)?;
         expected.insert(name);
         Ok::<_, VerifyError>(())
     };

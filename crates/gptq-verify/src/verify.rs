@@ -136,7 +136,7 @@ fn open_dense<B: Engine>(
     dense: &Path,
     device: &B::Device,
 ) -> Result<Model<B>, VerifyError> {
-    let dense = Model::<B>::open(dense, device)?;
+    let dense = Model::<B>::open(dense, device)?.taken_in(model.half());
     let shape = |m: &Model<B>| {
         let c = m.config();
         (c.layers, c.hidden_size, c.vocabulary)

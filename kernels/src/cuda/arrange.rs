@@ -1,12 +1,11 @@
-//! Weights into the sweep's order and layout, and back as f16.
+//! Weights into the sweep's order and layout, and back as f16 or bf16.
 //!
 //! The sweep works column by column on `[in, rows]`, in its own column order; checkpoints and
-//! the forward pass hold f16 `[out, in]` in the original order. Both ways go through a tile in
+//! the forward pass hold `[out, in]` in the original order. Both ways go through a tile in
 //! shared memory, so that reads and writes are contiguous.
 
 use burn::tensor::DType;
 use cubecl::{cuda::CudaRuntime, prelude::*};
-use half::f16;
 
 use super::{
     buffer::{self, Buffer, array},
@@ -27,6 +26,7 @@ fn columns_kernel<F: Float>(
     columns: u32,
     all_rows: u32,
     offset: u32,
+    #[define(F)] _dtype: StorageType,
 ) {
     let mut tile = SharedMemory::<f32>::new(TILE * (TILE + 1));
     let x = UNIT_POS_X as usize;
@@ -60,17 +60,18 @@ fn columns_kernel<F: Float>(
 /// `out[r, c] = scale (code - zero)` of position `position[c]`, row `offset + r`.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-fn dequantise_kernel(
+fn dequantise_kernel<F: Float>(
     codes: &Array<u8>,
     scales: &Array<f32>,
     zeros: &Array<f32>,
     group_of: &Array<u32>,
     position: &Array<u32>,
-    out: &mut Array<f16>,
+    out: &mut Array<F>,
     rows: u32,
     columns: u32,
     all_rows: u32,
     offset: u32,
+    #[define(F)] _dtype: StorageType,
 ) {
     let mut tile = SharedMemory::<f32>::new(TILE * (TILE + 1));
     let x = UNIT_POS_X as usize;
@@ -96,7 +97,7 @@ fn dequantise_kernel(
     for stripe in 0..TILE / STRIPES {
         let r = stripe * STRIPES + y;
         if row0 + r < rows && column0 + x < columns {
-            out[(row0 + r) * columns + column0 + x] = f16::cast_from(tile[r * (TILE + 1) + x]);
+            out[(row0 + r) * columns + column0 + x] = F::cast_from(tile[r * (TILE + 1) + x]);
         }
     }
 }
@@ -108,7 +109,7 @@ fn tiles(rows: usize, columns: usize) -> (CubeCount, CubeDim) {
     )
 }
 
-/// Writes the layer `weight`, f16 or f32 `[out, in]`, to rows `offset..` of `out`, f32
+/// Writes the layer `weight`, any float `[out, in]`, to rows `offset..` of `out`, f32
 /// `[in, all_rows]`, in the sweep's column order, with zeros where `diagonal` is zero.
 pub(crate) fn into_columns(
     weight: &Buffer,
@@ -119,13 +120,9 @@ pub(crate) fn into_columns(
 ) {
     let [rows, columns] = [weight.meta.shape()[0], weight.meta.shape()[1]];
     let (count, dim) = tiles(rows, columns);
-    let launch = match weight.dtype {
-        DType::F32 => columns_kernel::launch_unchecked::<f32, CudaRuntime>,
-        _ => columns_kernel::launch_unchecked::<f16, CudaRuntime>,
-    };
     // SAFETY: indices stay inside the shapes; `offset + rows <= all_rows`.
     unsafe {
-        launch(
+        columns_kernel::launch_unchecked::<CudaRuntime>(
             &out.client,
             count,
             dim,
@@ -137,15 +134,21 @@ pub(crate) fn into_columns(
             columns as u32,
             out.meta.shape()[1] as u32,
             offset as u32,
+            weight.dtype.into(),
         );
     }
 }
 
-/// The dequantised weights of the layer in rows `offset..offset + rows`: f16 `[rows, in]` in
+/// The dequantised weights of the layer in rows `offset..offset + rows`: `[rows, in]` of this dtype in
 /// the original column order.
-pub(crate) fn dequantise(swept: &Swept, position: &Buffer, offset: usize, rows: usize) -> Buffer {
+pub(crate) fn dequantise(
+    swept: &Swept,
+    position: &Buffer,
+    [offset, rows]: [usize; 2],
+    dtype: DType,
+) -> Buffer {
     let columns = position.meta.shape()[0];
-    let out = buffer::empty(&swept.codes, [rows, columns], DType::F16);
+    let out = buffer::empty(&swept.codes, [rows, columns], dtype);
     let (count, dim) = tiles(rows, columns);
     // SAFETY: indices stay inside the shapes; `offset + rows <= swept.rows`.
     unsafe {
@@ -163,6 +166,7 @@ pub(crate) fn dequantise(swept: &Swept, position: &Buffer, offset: usize, rows: 
             columns as u32,
             swept.rows as u32,
             offset as u32,
+            dtype.into(),
         );
     }
     out

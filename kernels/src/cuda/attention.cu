@@ -5,9 +5,22 @@
 // (cp.async); scores, running maximum, running sum and output stay in registers. Rows in
 // shared memory are padded by 16 bytes, so that ldmatrix meets no bank twice.
 //
-// Defined by the host: HEAD_DIM (a multiple of 16), WARPS, TILES, KEYS.
+// Defined by the host: HEAD_DIM (a multiple of 16), WARPS, TILES, KEYS, BF16 (elements are bf16 if it
+// is 1, f16 if it is 0).
 
+#if BF16
+#include <cuda_bf16.h>
+typedef __nv_bfloat16 Half;
+typedef __nv_bfloat162 Half2;
+#define MMA_TYPES "bf16.bf16"
+#define ROUND2 __floats2bfloat162_rn
+#else
 #include <cuda_fp16.h>
+typedef __half Half;
+typedef __half2 Half2;
+#define MMA_TYPES "f16.f16"
+#define ROUND2 __floats2half2_rn
+#endif
 
 constexpr int STRIDE = HEAD_DIM + 8;
 constexpr int ROWS = 16 * TILES * WARPS;
@@ -19,19 +32,19 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
     return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
-__device__ __forceinline__ void copy16(__half* to, const __half* from, bool valid) {
+__device__ __forceinline__ void copy16(Half* to, const Half* from, bool valid) {
     int bytes = valid ? 16 : 0;  // the rest is filled with zeros
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                  "l"(from), "r"(bytes));
 }
 
-__device__ __forceinline__ void load4(unsigned (&r)[4], const __half* p) {
+__device__ __forceinline__ void load4(unsigned (&r)[4], const Half* p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(p)));
 }
 
-__device__ __forceinline__ void load4_transposed(unsigned (&r)[4], const __half* p) {
+__device__ __forceinline__ void load4_transposed(unsigned (&r)[4], const Half* p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(p)));
@@ -40,7 +53,7 @@ __device__ __forceinline__ void load4_transposed(unsigned (&r)[4], const __half*
 __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0,
                                          unsigned b1) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPES ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -53,31 +66,31 @@ __device__ __forceinline__ float power2(float x) {
 }
 
 __device__ __forceinline__ unsigned pack(float low, float high) {
-    __half2 h = __floats2half2_rn(low, high);
+    Half2 h = ROUND2(low, high);
     return *reinterpret_cast<unsigned*>(&h);
 }
 
 // Copies rows first .. first + COUNT of one head into shared memory, zeros past the window.
 template <int COUNT>
-__device__ __forceinline__ void fetch(__half* to, const __half* from, int first, int seq,
+__device__ __forceinline__ void fetch(Half* to, const Half* from, int first, int seq,
                                       size_t pitch) {
     constexpr int PIECES = HEAD_DIM / 8;
     for (int at = threadIdx.x; at < COUNT * PIECES; at += THREADS) {
         int row = at / PIECES, piece = at % PIECES;
         bool valid = first + row < seq;
-        const __half* source = from + (valid ? first + row : 0) * pitch + piece * 8;
+        const Half* source = from + (valid ? first + row : 0) * pitch + piece * 8;
         copy16(to + row * STRIDE + piece * 8, source, valid);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    causal_attention(const __half* __restrict__ q, const __half* __restrict__ k,
-                     const __half* __restrict__ v, __half* __restrict__ out, int seq, int heads,
+    causal_attention(const Half* __restrict__ q, const Half* __restrict__ k,
+                     const Half* __restrict__ v, Half* __restrict__ out, int seq, int heads,
                      int kv_heads, float scale_log2) {
-    extern __shared__ __align__(16) __half shared[];
-    __half* sq = shared;
-    __half* sk = sq + ROWS * STRIDE;
-    __half* sv = sk + 2 * KEYS * STRIDE;
+    extern __shared__ __align__(16) Half shared[];
+    Half* sq = shared;
+    Half* sk = sq + ROWS * STRIDE;
+    Half* sv = sk + 2 * KEYS * STRIDE;
 
     const int head = blockIdx.y, window = blockIdx.z;
     const int kv_head = head / (heads / kv_heads);
@@ -115,8 +128,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         asm volatile("cp.async.commit_group;");
         asm volatile("cp.async.wait_group 1;");
         __syncthreads();
-        const __half* tk = sk + stage * KEYS * STRIDE;
-        const __half* tv = sv + stage * KEYS * STRIDE;
+        const Half* tk = sk + stage * KEYS * STRIDE;
+        const Half* tv = sv + stage * KEYS * STRIDE;
 
         float s[TILES][2 * KEY_STEPS][4] = {};
 #pragma unroll
@@ -212,11 +225,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             const float scale = 1.0f / total;
             const int row = first_row + warp_row + m * 16 + lane / 4 + h * 8;
             if (row < seq) {
-                __half* to = out + row * q_pitch + lane % 4 * 2;
+                Half* to = out + row * q_pitch + lane % 4 * 2;
 #pragma unroll
                 for (int n = 0; n < 2 * DEPTH; n++)
-                    *reinterpret_cast<__half2*>(to + n * 8) =
-                        __floats2half2_rn(o[m][n][2 * h] * scale, o[m][n][2 * h + 1] * scale);
+                    *reinterpret_cast<Half2*>(to + n * 8) =
+                        ROUND2(o[m][n][2 * h] * scale, o[m][n][2 * h + 1] * scale);
             }
         }
 }

@@ -1,12 +1,13 @@
 //! Row-major matrix products through `cublasGemmEx`.
 //!
 //! cuBLAS is column-major: a row-major `C = A·B` is its `Cᵀ = Bᵀ·Aᵀ`, so the operands change
-//! places and keep their transposition. f16 products accumulate in f32; f32 products are true
+//! places and keep their transposition. f16 and bf16 products accumulate in f32; f32 products are true
 //! f32 (`CUBLAS_COMPUTE_32F` in the default math mode uses no TF32), but for those that say
 //! [`Element::Tf32`].
 
 use std::ffi::{c_int, c_void};
 
+use burn::tensor::DType;
 use cudarc::cublas::{
     result::gemm_ex,
     sys::{cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType},
@@ -25,6 +26,15 @@ pub(crate) enum Element {
 }
 
 impl Element {
+    /// Of a buffer of floats.
+    pub(crate) fn of(dtype: DType) -> Self {
+        match dtype {
+            DType::F16 => Self::F16,
+            DType::BF16 => Self::Bf16,
+            _ => Self::F32,
+        }
+    }
+
     fn cuda(self) -> cudaDataType {
         match self {
             Self::F16 => cudaDataType::CUDA_R_16F,

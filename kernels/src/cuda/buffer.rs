@@ -13,6 +13,7 @@ use cubecl::{
 };
 
 use super::{Cuda, error::Error};
+use crate::{dtype, half_of};
 
 /// A tensor on the device, as Burn holds it.
 pub(crate) type Buffer = CubeTensor<CudaRuntime>;
@@ -32,6 +33,16 @@ pub(crate) fn float<const D: usize>(
     dtype: DType,
 ) -> Result<Buffer, Error> {
     checked(operation, name, tensor.into_primitive().tensor(), dtype)
+}
+
+/// An f16 or bf16 tensor as a contiguous buffer. Errors as [`float`].
+pub(crate) fn half<const D: usize>(
+    operation: &'static str,
+    name: &'static str,
+    tensor: Tensor<Cuda, D>,
+) -> Result<Buffer, Error> {
+    let dtype = dtype(half_of(tensor.dtype()));
+    float(operation, name, tensor, dtype)
 }
 
 /// An integer tensor as a contiguous buffer of the given dtype. Errors as [`float`].

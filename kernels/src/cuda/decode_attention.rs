@@ -7,7 +7,6 @@
 
 use burn::tensor::{DType, Tensor};
 use cubecl::{cuda::CudaRuntime, prelude::*};
-use half::f16;
 
 use super::{
     Cuda,
@@ -23,14 +22,14 @@ const KEYS: usize = 4;
 /// Below every score; its difference from any of them is an exponent of zero.
 const LOWEST: f32 = -1e30;
 
-/// This unit's elements of head `start`, rotated, rounded to f16 as [`super::rotary`] does.
+/// This unit's elements of head `start`, rotated, rounded as [`super::rotary`] does.
 #[cube]
-fn rotated<N: Size>(
-    x: &Array<Vector<f16, N>>,
+fn rotated<F: Float, N: Size>(
+    x: &Array<Vector<F, N>>,
     start: usize,
     cos: Vector<f32, N>,
     sin: Vector<f32, N>,
-) -> Vector<f16, N> {
+) -> Vector<F, N> {
     let lane = UNIT_POS_X as usize;
     let own = Vector::<f32, N>::cast_from(x[start + lane]);
     let other = Vector::<f32, N>::cast_from(x[start + (lane + UNITS / 2) % UNITS]);
@@ -38,7 +37,7 @@ fn rotated<N: Size>(
     if lane < UNITS / 2 {
         sign = f32::new(-1.0);
     }
-    Vector::<f16, N>::cast_from(own * cos + other * sin * Vector::<f32, N>::new(sign))
+    Vector::<F, N>::cast_from(own * cos + other * sin * Vector::<f32, N>::new(sign))
 }
 
 /// `Σ a b` over the plane.
@@ -55,19 +54,20 @@ fn dot<N: Size>(a: Vector<f32, N>, b: Vector<f32, N>) -> f32 {
 
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-fn decode_attention_kernel<N: Size>(
-    q: &Array<Vector<f16, N>>,
-    k: &Array<Vector<f16, N>>,
-    v: &Array<Vector<f16, N>>,
+fn decode_attention_kernel<F: Float, N: Size>(
+    q: &Array<Vector<F, N>>,
+    k: &Array<Vector<F, N>>,
+    v: &Array<Vector<F, N>>,
     cos: &Array<Vector<f32, N>>,
     sin: &Array<Vector<f32, N>>,
-    keys: &mut Array<Vector<f16, N>>,
-    values: &mut Array<Vector<f16, N>>,
-    out: &mut Array<Vector<f16, N>>,
+    keys: &mut Array<Vector<F, N>>,
+    values: &mut Array<Vector<F, N>>,
+    out: &mut Array<Vector<F, N>>,
     shared: u32,
     capacity: u32,
     at: u32,
     scale: f32,
+    #[define(F)] _dtype: StorageType,
 ) {
     let mut high = SharedMemory::<f32>::new(PLANES);
     let mut sums = SharedMemory::<f32>::new(PLANES);
@@ -99,8 +99,8 @@ fn decode_attention_kernel<N: Size>(
     }
     let mut j = plane;
     while j < at {
-        let mut key = Array::<Vector<f16, N>>::new(KEYS);
-        let mut value = Array::<Vector<f16, N>>::new(KEYS);
+        let mut key = Array::<Vector<F, N>>::new(KEYS);
+        let mut value = Array::<Vector<F, N>>::new(KEYS);
         let mut score = Array::<f32>::new(KEYS);
         #[unroll]
         for i in 0..KEYS {
@@ -148,7 +148,7 @@ fn decode_attention_kernel<N: Size>(
             total += sums[other] * keep;
             all += parts[other * UNITS + lane] * Vector::<f32, N>::new(keep);
         }
-        out[head * UNITS + lane] = Vector::<f16, N>::cast_from(all / Vector::<f32, N>::new(total));
+        out[head * UNITS + lane] = Vector::<F, N>::cast_from(all / Vector::<f32, N>::new(total));
     }
 }
 
@@ -195,14 +195,13 @@ pub fn attend_next(
             ),
         });
     }
-    let half = |name, x| buffer::float("attend_next", name, x, DType::F16);
+    let half = |name, x| buffer::half("attend_next", name, x);
     let single = |name, x| buffer::float("attend_next", name, x, DType::F32);
     let (q, k, v) = (half("q", q)?, half("k", k)?, half("v", v)?);
     let (cos, sin) = (single("cos", cos)?, single("sin", sin)?);
-    let held =
-        |name, x: &Tensor<Cuda, 3>| buffer::float("attend_next", name, x.clone(), DType::F16);
+    let held = |name, x: &Tensor<Cuda, 3>| buffer::half("attend_next", name, x.clone());
     let (held_keys, held_values) = (held("keys", keys)?, held("values", values)?);
-    let out = buffer::empty(&q, [1, 1, heads * dim], DType::F16);
+    let out = buffer::empty(&q, [1, 1, heads * dim], q.dtype);
     // SAFETY: a cube per query head; rows below `capacity` of `kv_heads` caches, `UNITS` vectors each.
     unsafe {
         decode_attention_kernel::launch_unchecked::<CudaRuntime>(
@@ -222,6 +221,7 @@ pub fn attend_next(
             capacity as u32,
             at as u32,
             (dim as f32).sqrt().recip(),
+            q.dtype.into(),
         );
     }
     // A cache that was not contiguous has been copied: the copy has the new row.

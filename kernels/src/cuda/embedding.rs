@@ -2,7 +2,6 @@
 
 use burn::tensor::{DType, Int, Tensor};
 use cubecl::prelude::*;
-use half::f16;
 
 use super::{
     Cuda,
@@ -14,11 +13,12 @@ const UNITS: u32 = 128;
 
 /// One cube per token.
 #[cube(launch_unchecked)]
-fn embedding_kernel<N: Size>(
+fn embedding_kernel<F: Float, N: Size>(
     ids: &Array<u32>,
-    table: &Array<Vector<f16, N>>,
-    out: &mut Array<Vector<f16, N>>,
+    table: &Array<Vector<F, N>>,
+    out: &mut Array<Vector<F, N>>,
     vectors: u32,
+    #[define(F)] _dtype: StorageType,
 ) {
     let vectors = vectors as usize;
     let token = CUBE_POS_X as usize;
@@ -30,8 +30,8 @@ fn embedding_kernel<N: Size>(
     }
 }
 
-/// Row `ids[t]` of `table` f16 `[vocabulary, hidden]` for each `t` of `ids` i32 `[tokens]`:
-/// f16 `[tokens, hidden]`. The caller has checked that every id is in the vocabulary.
+/// Row `ids[t]` of `table` `[vocabulary, hidden]`, f16 or bf16, for each `t` of `ids` i32 `[tokens]`:
+/// `[tokens, hidden]`. The caller has checked that every id is in the vocabulary.
 ///
 /// # Errors
 ///
@@ -43,9 +43,9 @@ pub fn embedding(
     let [tokens] = ids.dims();
     let [_, hidden] = table.dims();
     let ids = buffer::int("embedding", "ids", ids, DType::I32)?;
-    let table = buffer::float("embedding", "table", table, DType::F16)?;
-    let out = buffer::empty(&table, [tokens, hidden], DType::F16);
-    let lanes = buffer::vector_size(hidden, DType::F16);
+    let table = buffer::half("embedding", "table", table)?;
+    let out = buffer::empty(&table, [tokens, hidden], table.dtype);
+    let lanes = buffer::vector_size(hidden, table.dtype);
     if tokens > 0 {
         // SAFETY: one cube per token; the ids are rows of the table.
         unsafe {
@@ -58,6 +58,7 @@ pub fn embedding(
                 array(&table),
                 array(&out),
                 (hidden / lanes) as u32,
+                table.dtype.into(),
             );
         }
     }

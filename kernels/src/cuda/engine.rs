@@ -2,9 +2,8 @@
 
 use burn::tensor::{DType, Int, Tensor};
 use cubecl::{cuda::CudaRuntime, prelude::*};
-use gptq_format::{CheckpointFormat, PackedLinear};
+use gptq_format::{CheckpointFormat, Half, PackedLinear};
 use gptq_solver::SolverError;
-use half::f16;
 
 use super::{
     Cuda, Device,
@@ -13,12 +12,20 @@ use super::{
 };
 use crate::{
     Drift, Engine, Hessian, HostBuffer, PackedWeight, Request, SolveError, Subset, attention,
+    dtype, half_of,
 };
 
 impl Engine for Cuda {
-    const COMPUTE: DType = DType::F16;
     const CHUNK_TOKENS: usize = 16_384;
     const KEEPS_PACKED: bool = true;
+
+    fn compute(half: Half) -> DType {
+        dtype(half)
+    }
+
+    fn kept(half: Half) -> Half {
+        half
+    }
 
     fn matmul_nt(x: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {
         super::linear(x, w).unwrap_or_else(|error| fail(error))
@@ -102,8 +109,8 @@ impl Engine for Cuda {
         })
     }
 
-    fn dequantise(packed: &PackedLinear, device: &Device) -> Tensor<Self, 2> {
-        super::dequantise(packed, device).unwrap_or_else(|error| fail(error))
+    fn dequantise(packed: &PackedLinear, dtype: DType, device: &Device) -> Tensor<Self, 2> {
+        super::dequantise(packed, dtype, device).unwrap_or_else(|error| fail(error))
     }
 
     fn resident(packed: &PackedLinear, device: &Device) -> PackedWeight<Self> {
@@ -114,10 +121,9 @@ impl Engine for Cuda {
         super::packed_linear(x, w).unwrap_or_else(|error| fail(error))
     }
 
-    fn host_buffer(len: usize, device: &Device) -> HostBuffer {
-        Pinned::take(len * size_of::<f16>(), device.index)
-            .unwrap_or_else(|error| fail(error))
-            .into()
+    fn host_buffer(len: usize, half: Half, device: &Device) -> HostBuffer {
+        let pinned = Pinned::take(len * size_of::<u16>(), device.index);
+        HostBuffer::page_locked(pinned.unwrap_or_else(|error| fail(error)), half)
     }
 
     fn upload<const D: usize>(
@@ -127,13 +133,13 @@ impl Engine for Cuda {
         device: &Device,
     ) -> Tensor<Self, D> {
         match from.pinned() {
-            Some(pinned) => transfer::upload(pinned, start, shape, device),
+            Some(pinned) => transfer::upload(pinned, start, shape, dtype(from.half()), device),
             None => {
-                let mut staged = Self::host_buffer(shape.iter().product(), device);
-                let len = staged.values_mut().len();
+                let mut staged = Self::host_buffer(shape.iter().product(), from.half(), device);
+                let len = staged.bits_mut().len();
                 staged
-                    .values_mut()
-                    .copy_from_slice(&from.values()[start..start + len]);
+                    .bits_mut()
+                    .copy_from_slice(&from.bits()[start..start + len]);
                 return Self::upload(&staged, 0, shape, device);
             }
         }
@@ -141,9 +147,9 @@ impl Engine for Cuda {
     }
 
     fn download(x: Tensor<Self, 2>) -> HostBuffer {
-        transfer::download(x)
-            .unwrap_or_else(|error| fail(error))
-            .into()
+        let half = half_of(x.dtype());
+        let pinned = transfer::download(x).unwrap_or_else(|error| fail(error));
+        HostBuffer::page_locked(pinned, half)
     }
 
     fn release_memory(device: &Device) {

@@ -1,8 +1,8 @@
 //! The Gram matrix of a linear layer's input, `G += XᵀX`, half of it, and how the input drifted from the
 //! dense model's, `C += (X_d - X)ᵀX`, all of it.
 //!
-//! Row panels of the upper half: `G[s..e, s..] += X[:, s..e]ᵀ · X[:, s..]`, f16 inputs, f32
-//! accumulation (a product of two f16 is exact in f32). With panels of `w` columns this does
+//! Row panels of the upper half: `G[s..e, s..] += X[:, s..e]ᵀ · X[:, s..]`, f16 or bf16 inputs, f32
+//! accumulation (a product of two is exact in f32). With panels of `w` columns this does
 //! `(1 + w / in) / 2` of the full product's arithmetic. Tokens are taken in chunks, so that a
 //! tensor core's running sum stays short; the sum of chunks is an f32 addition in memory.
 
@@ -45,7 +45,7 @@ pub fn gram_zeros(in_features: usize, device: &Device) -> Result<Tensor<Cuda, 2>
     Ok(buffer::into_float(gram))
 }
 
-/// `G += XᵀX` for `gram` f32 `[in, in]` and `x` f16 `[tokens, in]`.
+/// `G += XᵀX` for `gram` f32 `[in, in]` and `x` f16 or bf16 `[tokens, in]`.
 ///
 /// Only the upper triangle (row <= column) of the result is valid; of what lies below, some
 /// is stale. In place when nothing else holds `gram`.
@@ -64,7 +64,8 @@ pub fn gram_add(gram: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor<Cuda
     }
     let gram = buffer::float("gram_add", "gram", gram, DType::F32)?;
     let gram = if gram.can_mut() { gram } else { gram.copy() };
-    let x = buffer::float("gram_add", "x", x, DType::F16)?;
+    let x = buffer::half("gram_add", "x", x)?;
+    let element = Element::of(x.dtype);
     on_stream(&[&gram, &x], |libraries, pointers| {
         for first in (0..tokens).step_by(CHUNK) {
             let length = CHUNK.min(tokens - first);
@@ -72,7 +73,7 @@ pub fn gram_add(gram: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor<Cuda
                 let width = PANEL.min(in_features - start);
                 let rest = in_features - start;
                 let offset = first * in_features + start;
-                let x = Matrix::at(pointers[1], offset, in_features, Element::F16);
+                let x = Matrix::at(pointers[1], offset, in_features, element);
                 let g = Matrix::at(
                     pointers[0],
                     start * in_features + start,
@@ -90,8 +91,8 @@ pub fn gram_add(gram: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor<Cuda
     Ok(buffer::into_float(gram))
 }
 
-/// `C += (D - X)ᵀX` for `cross` f32 `[in, in]`, `dense` and `x` f16 `[tokens, in]`; the difference is
-/// rounded to f16. In place when nothing else holds `cross`.
+/// `C += (D - X)ᵀX` for `cross` f32 `[in, in]`, `dense` and `x` `[tokens, in]`, both f16 or both bf16;
+/// the difference is rounded to that. In place when nothing else holds `cross`.
 ///
 /// # Errors
 ///
@@ -115,12 +116,15 @@ pub fn cross_add(
     }
     let cross = buffer::float("cross_add", "cross", cross, DType::F32)?;
     let cross = if cross.can_mut() { cross } else { cross.copy() };
-    let drift = buffer::float("cross_add", "dense", dense - x.clone(), DType::F16)?;
-    let x = buffer::float("cross_add", "x", x, DType::F16)?;
+    let x = buffer::half("cross_add", "x", x)?;
+    let dense = buffer::float("cross_add", "dense", dense, x.dtype)?;
+    let element = Element::of(x.dtype);
+    let drift = buffer::into_float::<2>(dense) - buffer::into_float(x.clone());
+    let drift = buffer::float("cross_add", "drift", drift, x.dtype)?;
     on_stream(&[&cross, &drift, &x], |libraries, pointers| {
         for first in (0..tokens).step_by(CHUNK) {
             let length = CHUNK.min(tokens - first);
-            let part = |pointer| Matrix::at(pointer, first * n, n, Element::F16);
+            let part = |pointer| Matrix::at(pointer, first * n, n, element);
             let (drift, x) = (part(pointers[1]), part(pointers[2]));
             let c = Matrix::at(pointers[0], 0, n, Element::F32);
             // SAFETY: rows `first..first + length` of both inputs and all of cross lie inside their

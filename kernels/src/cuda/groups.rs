@@ -255,15 +255,16 @@ fn search_kernel(
 
 /// Rounds each group of a row to nearest: one plane per group.
 #[cube(launch_unchecked)]
-fn round_to_nearest_kernel(
-    weight: &Array<f16>,
-    out: &mut Array<f16>,
+fn round_to_nearest_kernel<F: Float>(
+    weight: &Array<F>,
+    out: &mut Array<F>,
     columns: u32,
     group_columns: u32,
     groups: u32,
     total: u32,
     max_code: f32,
     #[comptime] symmetric: bool,
+    #[define(F)] _dtype: StorageType,
 ) {
     let plane = CUBE_POS_X as usize * (UNITS / PLANE) + UNIT_POS as usize / PLANE;
     let lane = UNIT_POS as usize % PLANE;
@@ -291,7 +292,7 @@ fn round_to_nearest_kernel(
             let code = ((w / scale).round() + zero)
                 .max(f32::new(0.0))
                 .min(max_code);
-            out[base + column] = f16::cast_from(scale * (code - zero));
+            out[base + column] = F::cast_from(scale * (code - zero));
             column += PLANE;
         }
     }
@@ -386,11 +387,11 @@ pub(crate) fn parameters(
     }
 }
 
-/// The weights, f16 `[out, in]`, rounded to nearest in groups of their original columns and
+/// The weights, f16 or bf16 `[out, in]`, rounded to nearest in groups of their original columns and
 /// dequantised again.
 pub(crate) fn round_to_nearest(weight: &Buffer, settings: Settings) -> Buffer {
     let [rows, columns] = [weight.meta.shape()[0], weight.meta.shape()[1]];
-    let out = buffer::empty(weight, [rows, columns], DType::F16);
+    let out = buffer::empty(weight, [rows, columns], weight.dtype);
     let groups = settings.group_size.groups(columns);
     let total = (rows * groups) as u32;
     // SAFETY: rows and columns stay inside the weight's shape.
@@ -407,6 +408,7 @@ pub(crate) fn round_to_nearest(weight: &Buffer, settings: Settings) -> Buffer {
             total,
             f32::from(settings.bits.max_code()),
             settings.sym,
+            weight.dtype.into(),
         );
     }
     out

@@ -1,6 +1,6 @@
-//! The linear layer `y = x·Wᵀ`, f16 with f32 accumulation, through cuBLAS.
+//! The linear layer `y = x·Wᵀ`, f16 or bf16 with f32 accumulation, through cuBLAS.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 
 use super::{
     Cuda,
@@ -10,7 +10,7 @@ use super::{
     stream::on_stream,
 };
 
-/// `x · wᵀ` for `x` f16 `[tokens, in]` and `w` f16 `[out, in]`: f16 `[tokens, out]`.
+/// `x · wᵀ` for `x` `[tokens, in]` and `w` `[out, in]`, `[tokens, out]`, all f16 or all bf16.
 ///
 /// # Errors
 ///
@@ -24,13 +24,14 @@ pub fn linear(x: Tensor<Cuda, 2>, w: Tensor<Cuda, 2>) -> Result<Tensor<Cuda, 2>,
             reason: format!("x [{tokens}, {in_features}] and w [{out_features}, {w_in}]"),
         });
     }
-    let x = buffer::float("linear", "x", x, DType::F16)?;
-    let w = buffer::float("linear", "w", w, DType::F16)?;
-    let y = buffer::empty(&x, [tokens, out_features], DType::F16);
+    let x = buffer::half("linear", "x", x)?;
+    let w = buffer::float("linear", "w", w, x.dtype)?;
+    let y = buffer::empty(&x, [tokens, out_features], x.dtype);
+    let element = Element::of(x.dtype);
     on_stream(&[&x, &w, &y], |libraries, pointers| {
-        let x = Matrix::at(pointers[0], 0, in_features, Element::F16);
-        let w = Matrix::at(pointers[1], 0, in_features, Element::F16);
-        let y = Matrix::at(pointers[2], 0, out_features, Element::F16);
+        let x = Matrix::at(pointers[0], 0, in_features, element);
+        let w = Matrix::at(pointers[1], 0, in_features, element);
+        let y = Matrix::at(pointers[2], 0, out_features, element);
         let dimensions = [tokens, out_features, in_features];
         // SAFETY: the three are checked contiguous buffers of exactly these shapes, and y is
         // new.

@@ -2,7 +2,8 @@
 //!
 //! Dense products go to cuBLAS and factorisations to cuSOLVER, on Burn's own device memory
 //! and on the stream that Burn's kernels run on; what no library has is a kernel here, one
-//! file per operation. Activations and weights are f16, sums f32; the Gram matrix, its factor
+//! file per operation. Activations and weights are all f16 or, for models taken so, all bf16: an
+//! operation follows its inputs. Sums are f32; the Gram matrix, its factor
 //! and everything that decides a code are f32 throughout.
 //!
 //! Make device tensors on the thread that computes with them: CubeCL gives each thread its

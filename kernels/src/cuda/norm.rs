@@ -1,10 +1,10 @@
-//! RMSNorm as Llama's reference has it: normalised in f32, rounded to f16, then scaled in f16.
+//! RMSNorm as Llama's reference has it: normalised in f32, rounded to f16 (or bf16), then scaled in it.
 //!
-//! `y = w * f16(x / sqrt(mean(x²) + eps))`, one cube per token.
+//! `y = w * f16(x / sqrt(mean(x²) + eps))`, one cube per token. The last product is taken in f32, which
+//! holds it exactly, and rounded once.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use cubecl::prelude::*;
-use half::f16;
 
 use super::{Cuda, buffer, error::Error};
 
@@ -12,13 +12,14 @@ const UNITS: u32 = 256;
 const PLANES: usize = 8;
 
 #[cube(launch_unchecked)]
-fn rms_norm_kernel<N: Size>(
-    x: &Array<Vector<f16, N>>,
-    weight: &Array<Vector<f16, N>>,
-    out: &mut Array<Vector<f16, N>>,
+fn rms_norm_kernel<F: Float, N: Size>(
+    x: &Array<Vector<F, N>>,
+    weight: &Array<Vector<F, N>>,
+    out: &mut Array<Vector<F, N>>,
     vectors: u32,
     hidden: f32,
     eps: f32,
+    #[define(F)] _dtype: StorageType,
 ) {
     let lanes = x.vector_size();
     let vectors = vectors as usize;
@@ -48,13 +49,14 @@ fn rms_norm_kernel<N: Size>(
     let mut at = UNIT_POS as usize;
     while at < vectors {
         let v = Vector::<f32, N>::cast_from(x[start + at]) * factor;
-        out[start + at] = Vector::<f16, N>::cast_from(v) * weight[at];
+        let v = Vector::<f32, N>::cast_from(Vector::<F, N>::cast_from(v));
+        out[start + at] = Vector::<F, N>::cast_from(v * Vector::<f32, N>::cast_from(weight[at]));
         at += CUBE_DIM as usize;
     }
 }
 
-/// RMSNorm of each row of `x` f16 `[tokens, hidden]` with `weight` f16 `[hidden]`: f16
-/// `[tokens, hidden]`.
+/// RMSNorm of each row of `x` `[tokens, hidden]` with `weight` `[hidden]`: `[tokens, hidden]`, all f16
+/// or all bf16.
 ///
 /// # Errors
 ///
@@ -71,11 +73,11 @@ pub fn rms_norm(
             reason: format!("x [{tokens}, {hidden}] and weight {:?}", weight.dims()),
         });
     }
-    let x = buffer::float("rms_norm", "x", x, DType::F16)?;
-    let weight = buffer::float("rms_norm", "weight", weight, DType::F16)?;
-    let out = buffer::empty(&x, [tokens, hidden], DType::F16);
+    let x = buffer::half("rms_norm", "x", x)?;
+    let weight = buffer::float("rms_norm", "weight", weight, x.dtype)?;
+    let out = buffer::empty(&x, [tokens, hidden], x.dtype);
     if tokens > 0 {
-        let lanes = buffer::vector_size(hidden, DType::F16);
+        let lanes = buffer::vector_size(hidden, x.dtype);
         // SAFETY: one cube per row; every index is below `tokens * hidden` elements of x and
         // out, or `hidden` of weight, which their shapes hold.
         unsafe {
@@ -90,6 +92,7 @@ pub fn rms_norm(
                 (hidden / lanes) as u32,
                 hidden as f32,
                 eps as f32,
+                x.dtype.into(),
             );
         }
     }

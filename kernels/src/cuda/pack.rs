@@ -121,16 +121,17 @@ fn scales_kernel(scales: &Array<f32>, out: &mut Array<f16>, rows: u32, all_rows:
 /// One unit per output row and run of input columns.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-fn unpack_kernel(
+fn unpack_kernel<F: Float>(
     qweight: &Array<u32>,
     qzeros: &Array<u32>,
     scales: &Array<f16>,
     group_of: &Array<u32>,
-    out: &mut Array<f16>,
+    out: &mut Array<F>,
     rows: u32,
     columns: u32,
     plus: u32,
     #[comptime] bits: usize,
+    #[define(F)] _dtype: StorageType,
 ) {
     let row = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
     let run = CUBE_POS_Y as usize;
@@ -158,7 +159,7 @@ fn unpack_kernel(
             let zero = (zero + plus) & mask;
             let value = f32::cast_from(scales[group * rows + row])
                 * (f32::cast_from(code) - f32::cast_from(zero));
-            out[row * columns as usize + run * RUN + j] = f16::cast_from(value);
+            out[row * columns as usize + run * RUN + j] = F::cast_from(value);
         }
     }
 }
@@ -288,14 +289,18 @@ impl fmt::Debug for Fetched {
     }
 }
 
-/// The weights that a packed layer stands for: f16 `[out, in]`, `scale (code - zero)` rounded
-/// to f16. Act order needs nothing more: `g_idx` says the group of each column. The caller has
+/// The weights that a packed layer stands for: `[out, in]`, `scale (code - zero)` rounded to
+/// `dtype`, f16 or bf16. Act order needs nothing more: `g_idx` says the group of each column. The caller has
 /// checked that its entries are groups.
 ///
 /// # Errors
 ///
 /// Lengths that do not fit together.
-pub fn dequantise(packed: &PackedLinear, device: &Device) -> Result<Tensor<Cuda, 2>, Error> {
+pub fn dequantise(
+    packed: &PackedLinear,
+    dtype: DType,
+    device: &Device,
+) -> Result<Tensor<Cuda, 2>, Error> {
     let (rows, columns, bits) = (packed.out_features, packed.in_features, packed.bits.get());
     let groups = packed.scales.len() / rows.max(1);
     if columns % RUN != 0
@@ -311,7 +316,7 @@ pub fn dequantise(packed: &PackedLinear, device: &Device) -> Result<Tensor<Cuda,
         });
     }
     let client = CudaRuntime::client(device);
-    let out = buffer::empty_on(&client, device, [rows, columns], DType::F16);
+    let out = buffer::empty_on(&client, device, [rows, columns], dtype);
     let qweight = buffer::upload(&out, &packed.qweight, DType::U32);
     let qzeros = buffer::upload(&out, &packed.qzeros, DType::U32);
     let scales = buffer::upload(&out, &packed.scales, DType::F16);
@@ -322,8 +327,8 @@ pub fn dequantise(packed: &PackedLinear, device: &Device) -> Result<Tensor<Cuda,
     Ok(buffer::into_float(out))
 }
 
-/// Dequantises `qweight`, `qzeros`, `scales` and the group of each of its columns into `out` f16
-/// `[rows, columns]`. Their lengths fit together, and the groups are below their number.
+/// Dequantises `qweight`, `qzeros`, `scales` and the group of each of its columns into `out`
+/// `[rows, columns]`, f16 or bf16. Their lengths fit together, and the groups are below their number.
 pub(crate) fn unpack(
     [qweight, qzeros, scales, group_of]: [&Buffer; 4],
     plus: u32,
@@ -346,6 +351,7 @@ pub(crate) fn unpack(
             columns as u32,
             plus,
             bits,
+            out.dtype.into(),
         );
     }
 }

@@ -10,9 +10,8 @@
 //! step are gathered into shared memory, a run of columns padded by 16 bytes so that no two units of a
 //! quarter of a plane meet in a bank. A plane's sums meet in a fixed order.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 use cubecl::{cuda::CudaRuntime, prelude::*};
-use half::f16;
 
 use super::{
     Cuda,
@@ -87,15 +86,16 @@ fn fetch(
 }
 
 #[cube(launch_unchecked)]
-fn one_token_kernel(
-    x: &Array<f16>,
+fn one_token_kernel<F: Float>(
+    x: &Array<F>,
     order: &Array<Vector<u32, Const<4>>>,
     codes: &Array<Vector<u32, Const<4>>>,
     grid: &Array<u32>,
-    out: &mut Array<f16>,
+    out: &mut Array<F>,
     all_rows: u32,
     one: u32,
     #[comptime] shape: Shape,
+    #[define(F)] _dtype: StorageType,
 ) {
     let bits = comptime!(shape.bits);
     let rows = comptime!(shape.rows);
@@ -104,7 +104,7 @@ fn one_token_kernel(
     // Quads of columns in a load, and with the padding.
     let quads = comptime!(LOAD / shape.bits / QUAD);
     let pitch = comptime!(quads + 1);
-    let mut plain = SharedMemory::<f16>::new(comptime!(shape.columns));
+    let mut plain = SharedMemory::<F>::new(comptime!(shape.columns));
     let mut inputs = SharedMemory::<Vector<f32, Const<4>>>::new(comptime!(loads * pitch));
     let lane = UNIT_POS_X as usize;
     let unit = UNIT_POS_Y as usize * UNITS + lane;
@@ -203,14 +203,14 @@ fn one_token_kernel(
         for r in 0..rows {
             let sum = plane_sum(total[r]);
             if lane == 0 {
-                out[row + r] = f16::cast_from(sum);
+                out[row + r] = F::cast_from(sum);
             }
         }
         row = next;
     }
 }
 
-/// `x wᵀ` for `x` f16 `[tokens, in]`: f16 `[tokens, out]`.
+/// `x wᵀ` for `x` f16 or bf16 `[tokens, in]`: `[tokens, out]` of the same.
 ///
 /// # Errors
 ///
@@ -226,7 +226,7 @@ pub fn packed_linear(
             reason: format!("x {:?}, w [{rows}, {columns}]", x.dims()),
         });
     }
-    let ints = |name, tensor: &Tensor<Cuda, 2, burn::tensor::Int>| {
+    let ints = |name, tensor: &Tensor<Cuda, 2, Int>| {
         buffer::int("packed_linear", name, tensor.clone(), DType::I32)
     };
     let bits = weight.bits.get();
@@ -241,7 +241,7 @@ pub fn packed_linear(
             let qzeros = ints("qzeros", qzeros)?;
             let scales = buffer::float("packed_linear", "scales", scales.clone(), DType::F16)?;
             let g_idx = buffer::int("packed_linear", "g_idx", g_idx.clone(), DType::I32)?;
-            let dense = buffer::empty(&qweight, [rows, columns], DType::F16);
+            let dense = buffer::empty(&qweight, [rows, columns], x.dtype());
             let plus = u32::from(weight.format.zero_offset());
             unpack([&qweight, &qzeros, &scales, &g_idx], plus, bits, &dense);
             linear(x, buffer::into_float(dense))
@@ -249,12 +249,12 @@ pub fn packed_linear(
         PackedLayout::Rows { codes, grid, order } => {
             let (codes, grid) = (ints("codes", codes)?, ints("grid", grid)?);
             if tokens != 1 {
-                let dense = buffer::into_float(dense([&codes, &grid], bits));
+                let dense = buffer::into_float(dense([&codes, &grid], bits, x.dtype()));
                 return linear(x.select(1, order.clone()), dense);
             }
-            let x = buffer::float("packed_linear", "x", x, DType::F16)?;
+            let x = buffer::half("packed_linear", "x", x)?;
             let order = buffer::int("packed_linear", "order", order.clone(), DType::I32)?;
-            let out = buffer::empty(&x, [1, rows], DType::F16);
+            let out = buffer::empty(&x, [1, rows], x.dtype);
             let groups = grid.meta.shape()[1];
             let v: Vec<usize> = std::env::var("PL")
                 .map(|s| s.split(',').map(|x| x.parse().unwrap()).collect())
@@ -282,6 +282,7 @@ pub fn packed_linear(
                     rows as u32,
                     1_f32.to_bits(),
                     shape,
+                    x.dtype.into(),
                 );
             }
             Ok(buffer::into_float(out))

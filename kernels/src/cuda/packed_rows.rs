@@ -80,14 +80,15 @@ fn grid_kernel(
 
 /// One unit per word of codes.
 #[cube(launch_unchecked)]
-fn dense_kernel(
+fn dense_kernel<F: Float>(
     codes: &Array<u32>,
     grid: &Array<u32>,
-    out: &mut Array<f16>,
+    out: &mut Array<F>,
     words: u32,
     per_group: u32,
     total: u32,
     #[comptime] bits: usize,
+    #[define(F)] _dtype: StorageType,
 ) {
     let at = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
     if at < total as usize {
@@ -101,7 +102,7 @@ fn dense_kernel(
         for j in 0..comptime!(32 / bits) {
             let code = (word >> comptime!((j * bits) as u32)) & comptime!((1u32 << bits) - 1);
             let value = scale * (f32::cast_from(code) - zero);
-            out[at * comptime!(32 / bits) + j] = f16::cast_from(value);
+            out[at * comptime!(32 / bits) + j] = F::cast_from(value);
         }
     }
 }
@@ -187,11 +188,11 @@ pub fn resident(packed: &PackedLinear, device: &Device) -> Result<PackedWeight<C
     })
 }
 
-/// The weights f16 `[rows, columns]`, columns by position, of `codes` and their `grid`.
-pub(super) fn dense([codes, grid]: [&Buffer; 2], bits: usize) -> Buffer {
+/// The weights `[rows, columns]` in `dtype`, f16 or bf16, columns by position, of `codes` and their `grid`.
+pub(super) fn dense([codes, grid]: [&Buffer; 2], bits: usize, dtype: DType) -> Buffer {
     let [rows, words] = [0, 1].map(|at| codes.meta.shape()[at]);
     let groups = grid.meta.shape()[1];
-    let out = buffer::empty(codes, [rows, words * 32 / bits], DType::F16);
+    let out = buffer::empty(codes, [rows, words * 32 / bits], dtype);
     let total = rows * words;
     // SAFETY: one unit per word; a group is a whole number of words.
     unsafe {
@@ -206,6 +207,7 @@ pub(super) fn dense([codes, grid]: [&Buffer; 2], bits: usize) -> Buffer {
             (words / groups) as u32,
             total as u32,
             bits,
+            dtype.into(),
         );
     }
     out

@@ -10,7 +10,7 @@
 
 use burn::tensor::{DType, Tensor};
 use cubecl::prelude::*;
-use half::{bf16, f16};
+use half::bf16;
 
 use super::{
     Cuda,
@@ -40,13 +40,14 @@ fn correlation_kernel(gram: &Array<f32>, inverse: &Array<f32>, out: &mut Array<b
 
 /// `out[r, j] = (a[r, j] - b[r, j]) s_j`, or without `b`.
 #[cube(launch_unchecked)]
-fn scaled_kernel(
-    a: &Array<f16>,
-    b: &Array<f16>,
+fn scaled_kernel<F: Float>(
+    a: &Array<F>,
+    b: &Array<F>,
     scale: &Array<f32>,
     out: &mut Array<bf16>,
     columns: u32,
     #[comptime] difference: bool,
+    #[define(F)] _dtype: StorageType,
 ) {
     let column = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
     if column < columns as usize {
@@ -119,7 +120,7 @@ impl Correlation {
         }
     }
 
-    /// Enqueues `tr(D H Dᵀ)` for `D = a - b` (or `a`), f16 `[rows, n]`, into slot `slot` of
+    /// Enqueues `tr(D H Dᵀ)` for `D = a - b` (or `a`), f16 or bf16 `[rows, n]`, into slot `slot` of
     /// `sums`.
     fn energy(
         &self,
@@ -144,6 +145,7 @@ impl Correlation {
                 array(&scaled),
                 n as u32,
                 b.is_some(),
+                a.dtype.into(),
             );
         }
         let buffers = [&scaled, &self.matrix, &image];
@@ -187,7 +189,7 @@ impl Measurement {
         }
     }
 
-    /// Enqueues the relative errors of two approximations of `weight`, all f16 `[out, in]`.
+    /// Enqueues the relative errors of two approximations of `weight`, `[out, in]` of one dtype.
     pub(crate) fn add(
         &mut self,
         correlation: &Correlation,
@@ -224,7 +226,7 @@ impl Measurement {
     }
 }
 
-/// `‖(W - Ŵ)X‖² / ‖WX‖²` for `weight` and `approximation` f16 `[out, in]` and `gram` f32
+/// `‖(W - Ŵ)X‖² / ‖WX‖²` for `weight` and `approximation` `[out, in]`, f16 or bf16, and `gram` f32
 /// `[in, in]`, of which the upper triangle is read. Waits for the device.
 ///
 /// # Errors
@@ -249,8 +251,8 @@ pub fn relative_error(
         });
     }
     let gram = buffer::float(of, "gram", gram, DType::F32)?;
-    let weight = buffer::float(of, "weight", weight, DType::F16)?;
-    let approximation = buffer::float(of, "approximation", approximation, DType::F16)?;
+    let weight = buffer::half(of, "weight", weight)?;
+    let approximation = buffer::float(of, "approximation", approximation, weight.dtype)?;
     let diagonal = super::factor::diagonal(&gram)?;
     let correlation = Correlation::new(&gram, &diagonal);
     let mut measurement = Measurement::new(&gram, 1);

@@ -1,11 +1,10 @@
 //! Rotary position embedding in the half-split form of Llama's reference.
 //!
 //! `y[d] = x[d] cos[d] - x[d + h] sin[d]` and `y[d + h] = x[d + h] cos[d] + x[d] sin[d]` for
-//! `d < h = head_dim / 2`, in f32, rounded to f16 once.
+//! `d < h = head_dim / 2`, in f32, rounded to f16 or bf16 once.
 
 use burn::tensor::{DType, Tensor};
 use cubecl::prelude::*;
-use half::f16;
 
 use super::{
     Cuda,
@@ -17,15 +16,16 @@ const UNITS: u32 = 256;
 
 /// One unit per vector of the lower half of a head.
 #[cube(launch_unchecked)]
-fn rotary_kernel<N: Size>(
-    x: &Array<Vector<f16, N>>,
+fn rotary_kernel<F: Float, N: Size>(
+    x: &Array<Vector<F, N>>,
     cos: &Array<Vector<f32, N>>,
     sin: &Array<Vector<f32, N>>,
-    out: &mut Array<Vector<f16, N>>,
+    out: &mut Array<Vector<F, N>>,
     seq: u32,
     heads: u32,
     vectors: u32,
     total: u32,
+    #[define(F)] _dtype: StorageType,
 ) {
     let unit = CUBE_POS_X * UNITS + UNIT_POS;
     if unit < total {
@@ -39,12 +39,12 @@ fn rotary_kernel<N: Size>(
         let b = Vector::<f32, N>::cast_from(x[high]);
         let cos = cos[table];
         let sin = sin[table];
-        out[low] = Vector::<f16, N>::cast_from(a * cos - b * sin);
-        out[high] = Vector::<f16, N>::cast_from(b * cos + a * sin);
+        out[low] = Vector::<F, N>::cast_from(a * cos - b * sin);
+        out[high] = Vector::<F, N>::cast_from(b * cos + a * sin);
     }
 }
 
-/// Rotates `x` f16 `[windows, seq, heads, head_dim]` by its position in the window, with
+/// Rotates `x` f16 or bf16 `[windows, seq, heads, head_dim]` by its position in the window, with
 /// `cos` and `sin` f32 `[seq, head_dim / 2]`.
 ///
 /// # Errors
@@ -68,10 +68,10 @@ pub fn rotary(
             ),
         });
     }
-    let x = buffer::float("rotary", "x", x, DType::F16)?;
+    let x = buffer::half("rotary", "x", x)?;
     let cos = buffer::float("rotary", "cos", cos, DType::F32)?;
     let sin = buffer::float("rotary", "sin", sin, DType::F32)?;
-    let out = buffer::empty(&x, [windows, seq, heads, head_dim], DType::F16);
+    let out = buffer::empty(&x, [windows, seq, heads, head_dim], x.dtype);
     let lanes = buffer::vector_size(half, DType::F32);
     let total = (windows * seq * heads * half / lanes) as u32;
     if total > 0 {
@@ -91,6 +91,7 @@ pub fn rotary(
                 heads as u32,
                 (half / lanes) as u32,
                 total,
+                x.dtype.into(),
             );
         }
     }

@@ -40,7 +40,8 @@ const STRETCH: usize = 8 * PANEL;
 
 /// Quantises linear layers that share an input.
 ///
-/// `gram` is f32 `[in, in]`, of which the upper triangle is read; each weight is f16 `[out, in]`.
+/// `gram` is f32 `[in, in]`, of which the upper triangle is read; each weight is `[out, in]`, all f16 or
+/// all bf16.
 /// Waits for the device twice for the factor and once for the errors; packed tensors are on their way
 /// to the host when this returns.
 ///
@@ -61,7 +62,7 @@ pub fn solve(
     let gram = buffer::float("solve", "gram", gram, DType::F32)?;
     let weights = requests
         .iter()
-        .map(|request| buffer::float("solve", "weight", request.weight.clone(), DType::F16))
+        .map(|request| buffer::half("solve", "weight", request.weight.clone()))
         .collect::<Result<Vec<_>, _>>()?;
     let factor = factor(&gram, hessian.act_order, hessian.damping)?;
     let target = drift
@@ -102,10 +103,10 @@ pub fn solve(
         let mut offset = 0;
         for at in members {
             let rows = weights[at].meta.shape()[0];
-            let weight = dequantise(&swept, &position, offset, rows);
+            let span = [offset, rows];
+            let weight = dequantise(&swept, &position, span, weights[at].dtype);
             let nearest = round_to_nearest(&weights[at], settings);
             measurement.add(&correlation, &weights[at], [&weight, &nearest]);
-            let span = [offset, rows];
             let packed = pack(&swept, &position, &g_idx, span, settings, format);
             unread.push((packed, buffer::into_float(weight)));
             order.push(at);

@@ -1,8 +1,8 @@
-//! The gate of Llama's feed-forward block, `silu(gate) * up`, in f32, rounded to f16 once.
+//! The gate of Llama's feed-forward block, `silu(gate) * up`, in f32, rounded to f16 or bf16
+//! once.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use cubecl::prelude::*;
-use half::f16;
 
 use super::{
     Cuda,
@@ -13,11 +13,12 @@ use super::{
 const UNITS: u32 = 256;
 
 #[cube(launch_unchecked)]
-fn swiglu_kernel<N: Size>(
-    gate: &Array<Vector<f16, N>>,
-    up: &Array<Vector<f16, N>>,
-    out: &mut Array<Vector<f16, N>>,
+fn swiglu_kernel<F: Float, N: Size>(
+    gate: &Array<Vector<F, N>>,
+    up: &Array<Vector<F, N>>,
+    out: &mut Array<Vector<F, N>>,
     vectors: u32,
+    #[define(F)] _dtype: StorageType,
 ) {
     let at = ABSOLUTE_POS;
     if at < vectors as usize {
@@ -26,11 +27,11 @@ fn swiglu_kernel<N: Size>(
         let one = Vector::<f32, N>::new(1.0);
         // CubeCL 0.10 negates a CUDA vector with an operator that does not exist.
         let minus = Vector::<f32, N>::new(-1.0);
-        out[at] = Vector::<f16, N>::cast_from(g / (one + (g * minus).exp()) * u);
+        out[at] = Vector::<F, N>::cast_from(g / (one + (g * minus).exp()) * u);
     }
 }
 
-/// `silu(gate) * up`, all f16 `[tokens, intermediate]`.
+/// `silu(gate) * up`, `[tokens, intermediate]`, all f16 or all bf16.
 ///
 /// # Errors
 ///
@@ -43,11 +44,11 @@ pub fn swiglu(gate: Tensor<Cuda, 2>, up: Tensor<Cuda, 2>) -> Result<Tensor<Cuda,
             reason: format!("gate {shape:?}, up {:?}", up.dims()),
         });
     }
-    let gate = buffer::float("swiglu", "gate", gate, DType::F16)?;
-    let up = buffer::float("swiglu", "up", up, DType::F16)?;
-    let out = buffer::empty(&gate, shape, DType::F16);
+    let gate = buffer::half("swiglu", "gate", gate)?;
+    let up = buffer::float("swiglu", "up", up, gate.dtype)?;
+    let out = buffer::empty(&gate, shape, gate.dtype);
     let elements = shape[0] * shape[1];
-    let lanes = buffer::vector_size(elements, DType::F16);
+    let lanes = buffer::vector_size(elements, gate.dtype);
     if elements > 0 {
         let vectors = (elements / lanes) as u32;
         // SAFETY: indices stay below the number of vectors in all three.
@@ -61,6 +62,7 @@ pub fn swiglu(gate: Tensor<Cuda, 2>, up: Tensor<Cuda, 2>) -> Result<Tensor<Cuda,
                 array(&up),
                 array(&out),
                 vectors,
+                gate.dtype.into(),
             );
         }
     }

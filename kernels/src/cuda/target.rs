@@ -1,7 +1,7 @@
 //! The weights to round when a layer's input has drifted from the dense model's,
 //! `W' = W + strength · W C (XᵀX + λI)⁻¹` (`gptq_solver::Target`), in f32. `W C` alone is rounded as the
-//! tensor cores do: it is an estimate from a part of the windows, good to a few per cent, and f16
-//! weights fit TF32 exactly.
+//! tensor cores do: it is an estimate from a part of the windows, good to a few per cent, and f16 and
+//! bf16 weights fit TF32 exactly.
 
 use burn::tensor::{DType, Tensor};
 
@@ -50,7 +50,7 @@ impl Target {
         })
     }
 
-    /// `W'`, f32 `[out, in]`, for a weight f16 `[out, in]`.
+    /// `W'`, f32 `[out, in]`, for a weight f16 or bf16 `[out, in]`.
     ///
     /// # Errors
     ///

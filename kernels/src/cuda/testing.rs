@@ -1,8 +1,7 @@
 //! What the device tests share: seeded inputs, poisoned outputs, skipping without a device.
 
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Element, Tensor, TensorData};
 use cudarc::driver;
-use half::f16;
 
 use super::{Cuda, Device, buffer::Buffer, error::Error, stream::on_stream};
 
@@ -53,23 +52,36 @@ impl Random {
         radius * (std::f64::consts::TAU * self.uniform()).cos()
     }
 
-    /// Normal values of this standard deviation, rounded to f16.
-    pub(crate) fn halves(&mut self, count: usize, deviation: f64) -> Vec<f16> {
+    /// Normal values of this standard deviation, rounded to f16 or bf16.
+    pub(crate) fn halves<E: Element>(&mut self, count: usize, deviation: f64) -> Vec<E> {
         (0..count)
-            .map(|_| f16::from_f64(self.normal() * deviation))
+            .map(|_| E::from_elem(self.normal() * deviation))
             .collect()
     }
 }
 
-/// f16 values as a tensor on the device.
-pub(crate) fn tensor<const D: usize>(
-    values: &[f16],
+/// What a value is.
+pub(crate) fn wide<E: Element>(value: E) -> f64 {
+    value.elem()
+}
+
+/// The most that rounding to a type changes a value by, relative to it.
+pub(crate) fn rounding<E: Element>() -> f64 {
+    match E::dtype() {
+        DType::BF16 => 2.0_f64.powi(-9),
+        _ => 2.0_f64.powi(-11),
+    }
+}
+
+/// f16 or bf16 values as a tensor on the device.
+pub(crate) fn tensor<E: Element, const D: usize>(
+    values: &[E],
     shape: [usize; D],
     device: &Device,
 ) -> Tensor<Cuda, D> {
     Tensor::from_data(
         TensorData::new(values.to_vec(), shape),
-        (device, DType::F16),
+        (device, E::dtype()),
     )
 }
 

@@ -20,7 +20,6 @@ use cudarc::driver::{
     CudaContext, DriverError, result as driver,
     sys::{CU_MEMHOSTALLOC_PORTABLE, CUevent, CUevent_flags, CUstream},
 };
-use half::f16;
 
 use super::{
     Cuda, Device,
@@ -154,13 +153,13 @@ impl Pinned {
     }
 
     /// The contents, to be written.
-    pub(crate) fn values_mut(&mut self) -> &mut [f16] {
+    pub(crate) fn bits_mut(&mut self) -> &mut [u16] {
         self.settle();
         // SAFETY: the block is at least this long and aligned to a page; this is its only owner.
         unsafe {
             slice::from_raw_parts_mut(
                 self.block.memory.as_ptr().cast(),
-                self.bytes / size_of::<f16>(),
+                self.bytes / size_of::<u16>(),
             )
         }
     }
@@ -172,7 +171,7 @@ impl Pinned {
     }
 }
 
-/// f16 `shape` from `from`, starting at value `start`.
+/// `shape` of a 16-bit `dtype` from `from`, starting at value `start`.
 ///
 /// # Panics
 /// When `from` ends before the tensor does.
@@ -180,10 +179,11 @@ pub(crate) fn upload<const D: usize>(
     from: &Pinned,
     start: usize,
     shape: [usize; D],
+    dtype: DType,
     device: &Device,
 ) -> Result<Tensor<Cuda, D>, Error> {
-    let out = buffer::empty_on(&CudaRuntime::client(device), device, shape, DType::F16);
-    let size = size_of::<f16>();
+    let out = buffer::empty_on(&CudaRuntime::client(device), device, shape, dtype);
+    let size = dtype.size();
     let (start, bytes) = (start * size, shape.iter().product::<usize>() * size);
     assert!(start + bytes <= from.bytes, "upload: {shape:?} at {start}");
     on_stream(&[&out], |libraries, pointers| {
@@ -215,7 +215,7 @@ pub(crate) fn fetch(buffer: &Buffer) -> Result<Pinned, Error> {
     Ok(to)
 }
 
-/// An f16 matrix, on its way to the host.
+/// A matrix of f16 or bf16, on its way to the host.
 pub(crate) fn download(x: Tensor<Cuda, 2>) -> Result<Pinned, Error> {
-    fetch(&buffer::float("download", "x", x, DType::F16)?)
+    fetch(&buffer::half("download", "x", x)?)
 }

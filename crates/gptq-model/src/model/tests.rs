@@ -145,7 +145,8 @@ fn the_tap_shows_what_the_linears_receive() {
     let before = model.embed(&windows, 2, DType::F32).unwrap().remove(0);
     let block = model.block(0).unwrap();
     let product = |p: Projection, x: &Tensor<Cpu, 2>| {
-        x.clone().matmul(block.linear(p).weight.dense().transpose())
+        x.clone()
+            .matmul(block.linear(p).weight.dense(DType::F32).transpose())
     };
     let close = |a: Tensor<Cpu, 2>, b: Tensor<Cpu, 2>| {
         let (size, error) = (

@@ -330,12 +330,7 @@ fn what_is_wrong_is_refused_with_its_place_and_what_would_be_valid() {
         (
             HEAD.replace("\"m\"", "\"m\"\ndtype = \"f8\""),
             "r.toml:3:9",
-            "f16",
-        ),
-        (
-            HEAD.replace("\"m\"", "\"m\"\ndtype = \"bf16\""),
-            "r.toml:3:9",
-            "rounded to f16",
+            "bf16",
         ),
     ] {
         let recipe = Recipe::parse(Path::new("r.toml"), format!("{text}{branch}"));

@@ -1,22 +1,25 @@
 //! The operations of the forward pass.
 
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Element, Tensor, TensorData};
+use half::{bf16, f16};
 
 use crate::cuda::{
     Cuda, causal_attention, embedding, rms_norm, rotary, swiglu,
-    testing::{Random, device, distance, tensor, tensor_f32, values},
+    testing::{Random, device, distance, rounding, tensor, tensor_f32, values, wide},
 };
-
-/// One rounding to f16.
-const HALF: f64 = 1.0 / 2048.0;
 
 #[test]
 fn rms_norm_normalises_each_row_and_scales_it() {
+    rms_norm_of::<f16>();
+    rms_norm_of::<bf16>();
+}
+
+fn rms_norm_of<E: Element>() {
     let Some(device) = device() else { return };
     let mut random = Random(10);
     for (tokens, hidden) in [(1, 1), (3, 31), (5, 127), (2, 240), (7, 4096)] {
-        let x = random.halves(tokens * hidden, 3.0);
-        let w = random.halves(hidden, 1.0);
+        let x = random.halves::<E>(tokens * hidden, 3.0);
+        let w = random.halves::<E>(hidden, 1.0);
         let found = rms_norm(
             tensor(&x, [tokens, hidden], &device),
             tensor(&w, [hidden], &device),
@@ -25,27 +28,35 @@ fn rms_norm_normalises_each_row_and_scales_it() {
         let expected: Vec<f64> = x
             .chunks_exact(hidden)
             .flat_map(|row| {
-                let square: f64 = row.iter().map(|v| v.to_f64().powi(2)).sum();
+                let square: f64 = row.iter().map(|v| wide(*v).powi(2)).sum();
                 let factor = 1.0 / (square / hidden as f64 + 1e-5).sqrt();
                 row.iter()
                     .zip(&w)
-                    .map(|(v, w)| v.to_f64() * factor * w.to_f64())
+                    .map(|(v, w)| wide(*v) * factor * wide(*w))
                     .collect::<Vec<_>>()
             })
             .collect();
-        // Rounded to f16 twice: before and after the weight.
+        // Rounded twice: before and after the weight.
         let found = distance(&values(found.unwrap()), &expected);
-        assert!(found < 2.0 * HALF, "{tokens} x {hidden}: {found}");
+        assert!(
+            found < 2.0 * rounding::<E>(),
+            "{tokens} x {hidden}: {found}"
+        );
     }
 }
 
 #[test]
 fn rotary_rotates_each_pair_by_its_position() {
+    rotary_of::<f16>();
+    rotary_of::<bf16>();
+}
+
+fn rotary_of<E: Element>() {
     let Some(device) = device() else { return };
     let mut random = Random(11);
     for [windows, seq, heads, dim] in [[1, 1, 1, 2], [2, 31, 3, 64], [1, 127, 2, 128]] {
         let half = dim / 2;
-        let x = random.halves(windows * seq * heads * dim, 1.0);
+        let x = random.halves::<E>(windows * seq * heads * dim, 1.0);
         let angle = |s: usize, d: usize| s as f64 * 1e4_f64.powf(-(d as f64) / half as f64);
         let table = |f: fn(f64) -> f64| -> Vec<f32> {
             (0..seq * half)
@@ -61,23 +72,31 @@ fn rotary_rotates_each_pair_by_its_position() {
             .map(|at| {
                 let (head, d) = (at / dim, at % dim);
                 let angle = angle(head / heads % seq, d % half);
-                let other = x[head * dim + (d + half) % dim].to_f64();
+                let other = wide(x[head * dim + (d + half) % dim]);
                 let sign = if d < half { -1.0 } else { 1.0 };
-                x[at].to_f64() * angle.cos() + sign * other * angle.sin()
+                wide(x[at]) * angle.cos() + sign * other * angle.sin()
             })
             .collect();
         let found = distance(&values(found.unwrap()), &expected);
-        assert!(found < HALF, "{windows} {seq} {heads} {dim}: {found}");
+        assert!(
+            found < rounding::<E>(),
+            "{windows} {seq} {heads} {dim}: {found}"
+        );
     }
 }
 
 #[test]
 fn swiglu_is_silu_of_the_gate_times_up() {
+    swiglu_of::<f16>();
+    swiglu_of::<bf16>();
+}
+
+fn swiglu_of<E: Element>() {
     let Some(device) = device() else { return };
     let mut random = Random(12);
     for (tokens, width) in [(1, 1), (31, 127), (3, 240)] {
-        let gate = random.halves(tokens * width, 4.0);
-        let up = random.halves(tokens * width, 1.0);
+        let gate = random.halves::<E>(tokens * width, 4.0);
+        let up = random.halves::<E>(tokens * width, 1.0);
         let found = swiglu(
             tensor(&gate, [tokens, width], &device),
             tensor(&up, [tokens, width], &device),
@@ -85,19 +104,24 @@ fn swiglu_is_silu_of_the_gate_times_up() {
         let expected: Vec<f64> = gate
             .iter()
             .zip(&up)
-            .map(|(g, u)| g.to_f64() / (1.0 + (-g.to_f64()).exp()) * u.to_f64())
+            .map(|(g, u)| wide(*g) / (1.0 + (-wide(*g)).exp()) * wide(*u))
             .collect();
         let found = distance(&values(found.unwrap()), &expected);
-        assert!(found < HALF, "{tokens} x {width}: {found}");
+        assert!(found < rounding::<E>(), "{tokens} x {width}: {found}");
     }
 }
 
 #[test]
 fn embedding_gathers_rows() {
+    embedding_of::<f16>();
+    embedding_of::<bf16>();
+}
+
+fn embedding_of<E: Element>() {
     let Some(device) = device() else { return };
     let mut random = Random(13);
     for (tokens, vocabulary, hidden) in [(1, 1, 1), (31, 40, 127), (7, 100, 240)] {
-        let table = random.halves(vocabulary * hidden, 1.0);
+        let table = random.halves::<E>(vocabulary * hidden, 1.0);
         let ids: Vec<i32> = (0..tokens)
             .map(|_| (random.next() % vocabulary as u64) as i32)
             .collect();
@@ -106,12 +130,12 @@ fn embedding_gathers_rows() {
                 TensorData::new(ids.clone(), [tokens]),
                 (&device, DType::I32),
             ),
-            tensor::<2>(&table, [vocabulary, hidden], &device),
+            tensor::<E, 2>(&table, [vocabulary, hidden], &device),
         );
         let expected: Vec<f64> = ids
             .iter()
             .flat_map(|&id| &table[id as usize * hidden..][..hidden])
-            .map(|v| v.to_f64())
+            .map(|v| wide(*v))
             .collect();
         let found: Tensor<Cuda, 2> = found.unwrap();
         assert_eq!(values(found), expected);
@@ -142,6 +166,11 @@ pub(super) fn attend(q: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> Vec<f64> 
 
 #[test]
 fn attention_is_the_causal_softmax_with_grouped_heads() {
+    attention_of::<f16>();
+    attention_of::<bf16>();
+}
+
+fn attention_of<E: Element>() {
     let Some(device) = device() else { return };
     let mut random = Random(14);
     for [windows, seq, heads, kv_heads, dim] in [
@@ -152,7 +181,7 @@ fn attention_is_the_causal_softmax_with_grouped_heads() {
         [1, 300, 6, 2, 32],
         [1, 129, 1, 1, 256],
     ] {
-        let mut halves = |count, deviation| random.halves(count, deviation);
+        let mut halves = |count, deviation| random.halves::<E>(count, deviation);
         // Sharp and flat rows: scores with a standard deviation of about 4.
         let q = halves(windows * seq * heads * dim, 2.0);
         let k = halves(windows * seq * kv_heads * dim, 2.0);
@@ -162,8 +191,8 @@ fn attention_is_the_causal_softmax_with_grouped_heads() {
             tensor(&k, [windows, seq, kv_heads, dim], &device),
             tensor(&v, [windows, seq, kv_heads, dim], &device),
         );
-        let wide = |values: &[half::f16]| values.iter().map(|v| v.to_f64()).collect::<Vec<_>>();
-        let (q, k, v) = (wide(&q), wide(&k), wide(&v));
+        let widen = |values: &[E]| values.iter().map(|v| wide(*v)).collect::<Vec<_>>();
+        let (q, k, v) = (widen(&q), widen(&k), widen(&v));
         let mut expected = Vec::new();
         for at in 0..windows * seq * heads {
             let (head, position, window) = (at % heads, at / heads % seq, at / heads / seq);
@@ -181,10 +210,10 @@ fn attention_is_the_causal_softmax_with_grouped_heads() {
             let vals: Vec<&[f64]> = vals.iter().map(Vec::as_slice).collect();
             expected.extend(attend(&q[at * dim..][..dim], &keys, &vals));
         }
-        // Probabilities and output are each rounded to f16 once.
+        // Probabilities and output are each rounded once.
         let found = distance(&values(found.unwrap()), &expected);
         assert!(
-            found < 2.0 * HALF,
+            found < 2.0 * rounding::<E>(),
             "{windows} {seq} {heads}/{kv_heads} {dim}: {found}"
         );
     }

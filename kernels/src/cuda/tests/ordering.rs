@@ -22,7 +22,7 @@ const SIDE: usize = 4096;
 fn inputs(seed: u64, device: &crate::cuda::Device) -> [Tensor<Cuda, 2>; 2] {
     let mut random = Random(seed);
     [1.0, 0.02].map(|deviation| {
-        let row = random.halves(SIDE + 64, deviation);
+        let row = random.halves::<half::f16>(SIDE + 64, deviation);
         let values: Vec<_> = (0..SIDE * SIDE)
             .map(|at| row[(at * 31 + at / SIDE * 7) % row.len()])
             .collect();

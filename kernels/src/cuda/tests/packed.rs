@@ -1,10 +1,12 @@
 //! Products with weights that stay packed, against the weights they stand for in f64.
 
+use burn::tensor::Element;
 use gptq_format::{Bits, CheckpointFormat, PackedLinear, QuantizedLinear};
+use half::{bf16, f16};
 
 use crate::cuda::{
     packed_linear, resident,
-    testing::{Random, device, distance, tensor, values},
+    testing::{Random, device, distance, rounding, tensor, values, wide},
 };
 
 /// A layer of random codes, zeros and scales; with `act_order` a group's columns lie anywhere.
@@ -40,11 +42,15 @@ fn layer(
     }
 }
 
-/// f16 rounds each output by at most 2^-11 of it; the dense path also each weight. Sums are f32.
-const CLOSE: f64 = 1e-3;
-
 #[test]
 fn packed_weights_multiply_as_the_weights_they_stand_for() {
+    packed_of::<f16>();
+    packed_of::<bf16>();
+}
+
+fn packed_of<E: Element>() {
+    // Each output is rounded once; the dense path rounds each weight as well. Sums are f32.
+    let close = 2.0 * rounding::<E>();
     let Some(device) = device() else { return };
     let mut random = Random(71);
     for (shape, group) in [
@@ -71,19 +77,19 @@ fn packed_weights_multiply_as_the_weights_they_stand_for() {
                     let [columns, rows] = shape;
                     let dense = packed.unpack().dequantise();
                     for tokens in [1, 3] {
-                        let x = random.halves(tokens * columns, 1.0);
+                        let x = random.halves::<E>(tokens * columns, 1.0);
                         let found = packed_linear(tensor(&x, [tokens, columns], &device), &weight);
                         let mut expected = Vec::with_capacity(tokens * rows);
                         for x in x.chunks(columns) {
                             for w in dense.chunks(columns) {
                                 let products =
-                                    x.iter().zip(w).map(|(x, w)| x.to_f64() * f64::from(*w));
+                                    x.iter().zip(w).map(|(x, w)| wide(*x) * f64::from(*w));
                                 expected.push(products.sum::<f64>());
                             }
                         }
                         let off = distance(&values(found.unwrap()), &expected);
                         let label = format!("{shape:?} {bits:?} {group} {act_order} {tokens}");
-                        assert!(off < CLOSE, "{label}: {off}");
+                        assert!(off < close, "{label}: {off}");
                     }
                 }
             }
@@ -97,6 +103,6 @@ fn an_input_of_another_width_is_refused() {
     let mut random = Random(72);
     let layer = layer([128, 32], Bits::Four, 32, false, &mut random);
     let weight = resident(&layer.pack(CheckpointFormat::GptqV2).unwrap(), &device).unwrap();
-    let x = tensor(&random.halves(64, 1.0), [1, 64], &device);
+    let x = tensor(&random.halves::<f16>(64, 1.0), [1, 64], &device);
     assert!(packed_linear(x, &weight).is_err());
 }

@@ -1,16 +1,26 @@
 //! The Gram matrix and the linear layer.
 
+use burn::tensor::Element;
+use half::{bf16, f16};
+
 use crate::cuda::{
-    gram_add, gram_zeros, linear, relative_error,
-    testing::{Random, device, distance, tensor, values},
+    cross_add, gram_add, gram_zeros, linear, relative_error,
+    testing::{Random, device, distance, rounding, tensor, values, wide},
 };
 
 #[test]
 fn the_upper_half_of_the_gram_matrix_is_the_sum_over_two_batches() {
+    gram_of::<f16>();
+    gram_of::<bf16>();
+}
+
+fn gram_of<E: Element>() {
     let Some(device) = device() else { return };
     let mut random = Random(1);
     for (tokens, n) in [(1, 1), (17, 31), (300, 127), (64, 240), (40, 1030)] {
-        let batches: Vec<_> = (0..2).map(|_| random.halves(tokens * n, 1.0)).collect();
+        let batches: Vec<_> = (0..2)
+            .map(|_| random.halves::<E>(tokens * n, 1.0))
+            .collect();
         let mut gram = gram_zeros(n, &device).unwrap();
         for x in &batches {
             gram = gram_add(gram, tensor(x, [tokens, n], &device)).unwrap();
@@ -22,7 +32,7 @@ fn the_upper_half_of_the_gram_matrix_is_the_sum_over_two_batches() {
                 let expected: f64 = batches
                     .iter()
                     .flat_map(|x| x.chunks_exact(n))
-                    .map(|row| row[i].to_f64() * row[j].to_f64())
+                    .map(|row| wide(row[i]) * wide(row[j]))
                     .sum();
                 upper.0.push(found[i * n + j]);
                 upper.1.push(expected);
@@ -38,11 +48,16 @@ fn the_upper_half_of_the_gram_matrix_is_the_sum_over_two_batches() {
 
 #[test]
 fn a_linear_layer_is_x_times_w_transposed() {
+    linear_of::<f16>();
+    linear_of::<bf16>();
+}
+
+fn linear_of<E: Element>() {
     let Some(device) = device() else { return };
     let mut random = Random(2);
     for (tokens, inside, out) in [(1, 1, 1), (31, 127, 240), (127, 240, 31), (5, 4096, 64)] {
-        let x = random.halves(tokens * inside, 1.0);
-        let w = random.halves(out * inside, 0.05);
+        let x = random.halves::<E>(tokens * inside, 1.0);
+        let w = random.halves::<E>(out * inside, 0.05);
         let y = linear(
             tensor(&x, [tokens, inside], &device),
             tensor(&w, [out, inside], &device),
@@ -51,14 +66,14 @@ fn a_linear_layer_is_x_times_w_transposed() {
             .chunks_exact(inside)
             .flat_map(|x| {
                 w.chunks_exact(inside)
-                    .map(|w| x.iter().zip(w).map(|(a, b)| a.to_f64() * b.to_f64()).sum())
+                    .map(|w| x.iter().zip(w).map(|(a, b)| wide(*a) * wide(*b)).sum())
                     .collect::<Vec<f64>>()
             })
             .collect();
-        // The output is rounded to f16: at most 2^-11 of each element.
+        // The output is rounded once.
         let found = distance(&values(y.unwrap()), &expected);
         assert!(
-            found < 2.0_f64.powi(-11),
+            found < rounding::<E>(),
             "{tokens} x {inside} x {out}: {found}"
         );
     }
@@ -66,20 +81,25 @@ fn a_linear_layer_is_x_times_w_transposed() {
 
 #[test]
 fn the_relative_error_is_that_of_the_outputs() {
+    relative_error_of::<f16>();
+    relative_error_of::<bf16>();
+}
+
+fn relative_error_of<E: Element>() {
     let Some(device) = device() else { return };
     let mut random = Random(3);
     let (tokens, n, out) = (400, 240, 96);
     let scales: Vec<f64> = (0..n).map(|_| (3.0 * random.normal()).exp()).collect();
     let x: Vec<_> = random
-        .halves(tokens * n, 1.0)
+        .halves::<E>(tokens * n, 1.0)
         .iter()
         .enumerate()
-        .map(|(at, v)| half::f16::from_f64(v.to_f64() * scales[at % n].min(1e3)))
+        .map(|(at, v)| E::from_elem(wide(*v) * scales[at % n].min(1e3)))
         .collect();
-    let w = random.halves(out * n, 0.05);
+    let w = random.halves::<E>(out * n, 0.05);
     let near: Vec<_> = w
         .iter()
-        .map(|v| half::f16::from_f64(v.to_f64() + 0.002 * random.normal()))
+        .map(|v| E::from_elem(wide(*v) + 0.002 * random.normal()))
         .collect();
     let gram = gram_add(
         gram_zeros(n, &device).unwrap(),
@@ -95,17 +115,60 @@ fn the_relative_error_is_that_of_the_outputs() {
         x.chunks_exact(n)
             .flat_map(|x| {
                 (0..out).map(move |r| {
-                    let y: f64 = (0..n).map(|c| x[c].to_f64() * weight(r * n + c)).sum();
+                    let y: f64 = (0..n).map(|c| wide(x[c]) * weight(r * n + c)).sum();
                     y * y
                 })
             })
             .sum()
     };
-    let lost = energy(&|at| w[at].to_f64() - near[at].to_f64());
-    let expected = lost / energy(&|at| w[at].to_f64());
+    let lost = energy(&|at| wide(w[at]) - wide(near[at]));
+    let expected = lost / energy(&|at| wide(w[at]));
     // bf16 operands: 2^-9 per element at random signs.
     assert!(
         (found / expected - 1.0).abs() < 2e-3,
         "{found} for {expected}"
     );
+}
+
+#[test]
+fn drift_is_the_sum_of_the_differences_times_the_inputs() {
+    cross_of::<f16>();
+    cross_of::<bf16>();
+}
+
+fn cross_of<E: Element>() {
+    let Some(device) = device() else { return };
+    let mut random = Random(7);
+    for (tokens, n) in [(1, 1), (300, 127), (64, 240)] {
+        let x = random.halves::<E>(tokens * n, 1.0);
+        let drifted = |v: &E| E::from_elem(wide(*v) * (1.0 + 0.3 * random.normal()));
+        let dense: Vec<E> = x.iter().map(drifted).collect();
+        let found = cross_add(
+            gram_zeros(n, &device).unwrap(),
+            tensor(&dense, [tokens, n], &device),
+            tensor(&x, [tokens, n], &device),
+        );
+        let mut expected = vec![0.0; n * n];
+        for (dense, x) in dense.chunks_exact(n).zip(x.chunks_exact(n)) {
+            for (i, row) in expected.chunks_exact_mut(n).enumerate() {
+                let difference = wide(dense[i]) - wide(x[i]);
+                for (sum, x) in row.iter_mut().zip(x) {
+                    *sum += difference * wide(*x);
+                }
+            }
+        }
+        // The difference is rounded once; the sums' own errors are far below.
+        let found = distance(&values(found.unwrap()), &expected);
+        assert!(found < rounding::<E>(), "{tokens} x {n}: {found}");
+    }
+}
+
+#[test]
+fn inputs_of_two_types_are_refused() {
+    let Some(device) = device() else { return };
+    let x = tensor(&[f16::ONE; 64], [2, 32], &device);
+    let w = tensor(&[bf16::ONE; 64], [2, 32], &device);
+    assert!(linear(x.clone(), w.clone()).is_err());
+    let cross = gram_zeros(32, &device).unwrap();
+    assert!(cross_add(cross, w, x).is_err());
 }

@@ -1,0 +1,221 @@
+//! What the Hub refuses or lacks: one line each, with the remedy, and nothing left behind.
+
+use std::fs;
+use std::path::Path;
+
+use crate::harness::{Scratch, command, medi_tiny, refused, root, succeeded};
+use crate::hub::{MODEL, ONE, WIKIDOC, hub, quantize, run, snapshot};
+use crate::hub_server::{Wrong, silent};
+
+#[test]
+fn a_refusal_of_the_hub_is_one_line_with_a_remedy() {
+    for (path, status, code, words) in [
+        (
+            "revision",
+            404,
+            "RepoNotFound",
+            ["no model medi/tiny", "HF_TOKEN"],
+        ),
+        (
+            "revision",
+            404,
+            "RevisionNotFound",
+            ["no revision \"main\"", "branch, tag or commit"],
+        ),
+        (
+            "revision",
+            401,
+            "",
+            ["not open to this account", "HF_TOKEN"],
+        ),
+        ("resolve", 403, "GatedRepo", ["gated", "/medi/tiny"]),
+        ("resolve", 401, "GatedRepo", ["gated", "accept its terms"]),
+        ("tree", 429, "", ["429", "run again"]),
+        (
+            "revision",
+            429,
+            "",
+            ["fewer requests", "what has come is kept"],
+        ),
+        ("revision", 503, "", ["503", "run again"]),
+        ("cdn", 500, "", ["500", "what has come is kept"]),
+    ] {
+        let (scratch, hub) = (Scratch::new(), hub());
+        hub.fail(path, 1000, Wrong::Status(status, code));
+        let line = refused(quantize(&scratch, &hub));
+        assert!(
+            words.iter().all(|word| line.contains(word)),
+            "{status}: {line}"
+        );
+        scratch.assert_nothing_written();
+    }
+    // What passes is asked for again.
+    let (scratch, hub) = (Scratch::new(), hub());
+    for (path, status) in [
+        ("revision", 503),
+        ("tree", 429),
+        ("resolve", 502),
+        ("cdn", 500),
+    ] {
+        hub.fail(path, 1, Wrong::Status(status, ""));
+    }
+    succeeded(quantize(&scratch, &hub));
+}
+
+#[test]
+fn nobody_there_and_nothing_cached_is_said_plainly() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(Path::new(MODEL), ONE);
+    let args = ["quantize", recipe.to_str().unwrap()];
+    let line = refused(run(&scratch, "http://127.0.0.1:9", &args));
+    assert!(
+        line.contains("cannot be reached") && line.contains("HF_ENDPOINT"),
+        "{line}"
+    );
+    let offline = command(args)
+        .env("HF_HOME", scratch.path("hf"))
+        .env("HF_HUB_OFFLINE", "1")
+        .output();
+    let line = refused(offline.unwrap());
+    assert!(
+        line.contains("HF_HUB_OFFLINE") && line.contains("run once without it"),
+        "{line}"
+    );
+    // Half a model in the cache is not a model.
+    let hub = hub();
+    hub.fail("cdn", 1000, Wrong::Status(404, ""));
+    refused(quantize(&scratch, &hub));
+    let offline = command(args)
+        .env("HF_HOME", scratch.path("hf"))
+        .env("HF_HUB_OFFLINE", "1")
+        .output();
+    let line = refused(offline.unwrap());
+    assert!(line.contains("not wholly in"), "{line}");
+}
+
+#[test]
+fn a_file_name_that_leaves_the_cache_is_refused() {
+    for name in ["../../etc/passwd", "/etc/passwd", "a/../../b"] {
+        let (scratch, hub) = (Scratch::new(), hub());
+        hub.put("models", MODEL, "main", name, b"root");
+        let line = refused(quantize(&scratch, &hub));
+        assert!(
+            line.contains(name) && line.contains("not a safe path"),
+            "{line}"
+        );
+        assert!(!snapshot(&scratch).exists());
+    }
+    // An index that names one: refused too, though the Hub lists no such file.
+    let (scratch, hub) = (Scratch::new(), hub());
+    let index = br#"{"weight_map": {"model.norm.weight": "../../etc/passwd"}}"#;
+    hub.put(
+        "models",
+        MODEL,
+        "main",
+        "model.safetensors.index.json",
+        index,
+    );
+    let line = refused(quantize(&scratch, &hub));
+    assert!(line.contains("../../etc/passwd"), "{line}");
+}
+
+#[test]
+fn what_a_repository_lacks_is_said_with_what_to_name_instead() {
+    let (scratch, hub) = (Scratch::new(), hub());
+    let recipe = scratch.recipe(Path::new(MODEL), ONE);
+    let text = fs::read_to_string(&recipe).unwrap();
+    let refused_with = |edit: (&str, &str)| {
+        fs::write(&recipe, text.replace(edit.0, edit.1)).unwrap();
+        let line = refused(run(
+            &scratch,
+            &hub.url(),
+            &["quantize", recipe.to_str().unwrap()],
+        ));
+        scratch.assert_nothing_written();
+        line
+    };
+    let config = fs::read(root().join(medi_tiny()).join("config.json")).unwrap();
+    hub.put("models", "medi/config", "main", "config.json", &config);
+    let index = br#"{"weight_map": {"model.norm.weight": "model-7-of-9.safetensors"}}"#;
+    hub.put("models", "medi/index", "main", "config.json", &config);
+    let name = "model.safetensors.index.json";
+    hub.put("models", "medi/index", "main", name, index);
+    let rows = br#"[{"input": "a", "output": "b"}]"#;
+    hub.put("datasets", "medi/tar", "main", "rows.tar", &[0; 512]);
+    hub.put("datasets", "medi/two", "main", "a.json", rows);
+    hub.put(
+        "datasets",
+        "medi/two",
+        "main",
+        "b.csv",
+        b"input,output\na,b\n",
+    );
+    let quoted = format!("{WIKIDOC:?}");
+    let chosen = "\"medi/two\"\nfiles = \"[\"";
+    for (from, to, words) in [
+        (
+            MODEL,
+            "medi/config",
+            ["neither safetensors nor PyTorch", "another model"],
+        ),
+        (
+            MODEL,
+            "medi/index",
+            ["has no model-7-of-9.safetensors", "another revision"],
+        ),
+        (
+            "[calibration]",
+            "revision = \"v9\"\n[calibration]",
+            ["no revision \"v9\"", "branch, tag or commit"],
+        ),
+        (
+            &quoted,
+            "\"medi/tar\"",
+            ["medi/tar has no file that rows", "name a local file"],
+        ),
+        (
+            &quoted,
+            "\"medi/two\"",
+            ["several kinds (csv, json)", "files = \"*.csv\""],
+        ),
+        (&quoted, chosen, ["files = \"[\"", "pattern"]),
+    ] {
+        let line = refused_with((from, to));
+        assert!(words.iter().all(|word| line.contains(word)), "{to}: {line}");
+    }
+    hub.fail("datasets", 1000, Wrong::Status(403, "GatedRepo"));
+    let line = refused_with((&quoted, "\"medi/two\""));
+    assert!(line.contains("accept its terms at"), "{line}");
+    assert!(line.contains("/datasets/medi/two"), "{line}");
+}
+
+#[test]
+fn a_download_that_another_process_is_at_is_left_to_it() {
+    let (scratch, hub) = (Scratch::new(), hub());
+    hub.fail("cdn", 1, Wrong::Cut(1000));
+    hub.fail("cdn", 100, Wrong::Cut(0));
+    refused(quantize(&scratch, &hub));
+    hub.heal();
+    let blobs = scratch.path("hf/hub/models--medi--tiny/blobs");
+    let begun = fs::read_dir(&blobs).unwrap().map(|e| e.unwrap().path());
+    let mut begun = begun.filter(|path| path.extension().is_some_and(|e| e == "incomplete"));
+    let path = begun.next().expect("the weights are begun");
+    let held = fs::File::open(&path).unwrap();
+    held.lock().unwrap();
+    let line = refused(quantize(&scratch, &hub));
+    assert!(line.contains("another process; wait for it"), "{line}");
+    drop(held);
+    succeeded(quantize(&scratch, &hub));
+}
+
+#[test]
+fn what_cannot_be_a_token_is_not_sent() {
+    let (scratch, hub) = (Scratch::new(), hub());
+    let recipe = scratch.recipe(Path::new(MODEL), ONE);
+    let mut command = command(["quantize", recipe.to_str().unwrap()]);
+    command.env("HF_HOME", scratch.path("hf"));
+    let line = refused(silent(&mut command, &hub.url(), "two words"));
+    assert!(line.contains("HF_TOKEN is not a token"), "{line}");
+    assert!(!line.contains("two words"), "{line}");
+    assert_eq!(hub.requests(), Vec::<String>::new());
+}
