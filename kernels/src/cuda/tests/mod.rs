@@ -11,3 +11,4 @@ mod ordering;
 mod packed;
 mod products;
 mod solving;
+mod transfers;
