@@ -182,10 +182,8 @@ fn search_kernel(
         high = high.max(highs[slice * ROWS + x]);
     }
     let mut sign = f32::new(1.0);
-    if comptime!(symmetric) {
-        if high > -low {
-            sign = f32::new(-1.0);
-        }
+    if symmetric && high > -low {
+        sign = f32::new(-1.0);
     }
     if low == 0.0 && high == 0.0 {
         low = f32::new(-1.0);

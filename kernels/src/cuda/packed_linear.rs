@@ -25,8 +25,6 @@ use crate::{PackedLayout, PackedWeight};
 
 /// Units of a plane.
 const UNITS: usize = 32;
-/// Output rows of a cube, which every number of rows is a multiple of.
-const CUBE: usize = 32;
 /// Quads of inputs that a unit gathers at once.
 const TURNS: usize = 4;
 /// Inputs per shared-memory access.

@@ -68,7 +68,7 @@ pub(crate) fn wide<E: Element>(value: E) -> f64 {
 /// The most that rounding to a type changes a value by, relative to it.
 pub(crate) fn rounding<E: Element>() -> f64 {
     match E::dtype() {
-        DType::BF16 => 2.0_f64.powi(-9),
+        DType::BF16 => 2.0_f64.powi(-8),
         _ => 2.0_f64.powi(-11),
     }
 }

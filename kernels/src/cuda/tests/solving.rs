@@ -1,6 +1,6 @@
 //! The solver on the device against the one on the host.
 
-use burn::tensor::Element;
+use burn::tensor::{DType, Element};
 use gptq_format::{Bits, CheckpointFormat, GroupSize};
 use gptq_solver::{
     Factor, Settings, Target, output_energy, refine, round_to_nearest, solve as host_solve,
@@ -64,7 +64,8 @@ pub(super) fn request<E: Element>(
 ///
 /// The host solves in f64 here. In f32, sums of up to `n` terms differ in their last bits, and a
 /// weight that lies that close to a tie, where symmetric scales put one per group, is rounded the
-/// other way; the rest of its row follows. 0.5 % of the codes bounds that with room.
+/// other way; the rest of its row follows. 0.5 % of the codes bounds that with room; 1 % in bf16, where
+/// what makes up for drift comes from differences that are rounded eight times as coarsely.
 pub(super) fn judge<E: Element>(
     label: &str,
     found: Solved<Cuda>,
@@ -90,7 +91,12 @@ pub(super) fn judge<E: Element>(
     let pairs = codes.codes.iter().zip(&expected.codes);
     let same = pairs.filter(|(a, b)| a == b).count();
     let share = same as f64 / expected.codes.len() as f64;
-    assert!(share >= 0.995, "{label}: {share} of the codes agree");
+    let least = if E::dtype() == DType::BF16 {
+        0.99
+    } else {
+        0.995
+    };
+    assert!(share >= least, "{label}: {share} of the codes agree");
 
     let dense = values(found.weight.clone());
     let unpacked = dequantise(&packed, E::dtype(), &found.weight.device()).unwrap();
