@@ -5,10 +5,10 @@
 //! without a conversion: its bits in the mantissa of 1 are `1 + code / 2^b`. More tokens than one are
 //! multiplied by the dequantised weights, by cuBLAS.
 //!
-//! Memory is all that counts here. A plane has two output rows, and its units next to each other read 16 bytes
-//! each of a row; what a unit reads in one step is asked for before anything is waited for. The inputs of a
-//! step are gathered into shared memory, a run of columns padded by 16 bytes so that no two units of a
-//! quarter of a plane meet in a bank. A plane's sums meet in a fixed order.
+//! A cube first gathers the input by position into shared memory, a load's columns padded by 16 bytes so
+//! that no two units of a quarter of a plane meet in a bank. Its planes then walk over the rows, two at a
+//! time: units next to each other read 16 bytes each of a row, and ask for the next loads before they wait
+//! for any. A plane's sums meet in a fixed order.
 
 use burn::tensor::{DType, Int, Tensor};
 use cubecl::{cuda::CudaRuntime, prelude::*};
@@ -23,8 +23,13 @@ use super::{
 };
 use crate::{PackedLayout, PackedWeight};
 
-/// Units of a plane.
+/// Units of a plane, and planes of a cube.
 const UNITS: usize = 32;
+const PLANES: usize = 16;
+/// Output rows that a plane has at once; with it, a cube has 32, which every number of rows is a multiple of.
+const ROWS: usize = 2;
+/// Loads of a unit per row that are asked for together.
+const HELD: usize = 2;
 /// Quads of inputs that a unit gathers at once.
 const TURNS: usize = 4;
 /// Inputs per shared-memory access.
@@ -52,9 +57,12 @@ struct Shape {
     columns: usize,
     /// Loads of a row that share a scale.
     per_group: usize,
-    planes: usize,
-    rows: usize,
-    held: usize,
+}
+
+/// Bytes of shared memory that a cube needs for inputs of this many columns.
+pub(super) fn shared_memory(columns: usize, bits: usize) -> usize {
+    let pad = size_of::<[f32; QUAD]>();
+    columns * (size_of::<u16>() + size_of::<f32>()) + columns * bits / LOAD * pad
 }
 
 /// Asks for what this unit multiplies from load `first` on: codes, and the cells of their groups.
@@ -70,13 +78,13 @@ fn fetch(
 ) {
     let loads = comptime!(shape.columns * shape.bits / LOAD);
     #[unroll]
-    for load in 0..shape.held {
+    for load in 0..HELD {
         let at = first + load * UNITS + UNIT_POS_X as usize;
         if at < loads {
             #[unroll]
-            for r in 0..shape.rows {
-                held[load * shape.rows + r] = codes[(row + r) * loads + at];
-                cells[load * shape.rows + r] =
+            for r in 0..ROWS {
+                held[load * ROWS + r] = codes[(row + r) * loads + at];
+                cells[load * ROWS + r] =
                     grid[(row + r) * comptime!(loads / shape.per_group) + at / shape.per_group];
             }
         }
@@ -96,8 +104,7 @@ fn one_token_kernel<F: Float>(
     #[define(F)] _dtype: StorageType,
 ) {
     let bits = comptime!(shape.bits);
-    let rows = comptime!(shape.rows);
-    let units = comptime!(shape.planes * UNITS);
+    let units = comptime!(PLANES * UNITS);
     let loads = comptime!(shape.columns * shape.bits / LOAD);
     // Quads of columns in a load, and with the padding.
     let quads = comptime!(LOAD / shape.bits / QUAD);
@@ -106,10 +113,10 @@ fn one_token_kernel<F: Float>(
     let mut inputs = SharedMemory::<Vector<f32, Const<4>>>::new(comptime!(loads * pitch));
     let lane = UNIT_POS_X as usize;
     let unit = UNIT_POS_Y as usize * UNITS + lane;
-    let mut row = (CUBE_POS_X as usize * shape.planes + UNIT_POS_Y as usize) * rows;
+    let mut row = (CUBE_POS_X as usize * PLANES + UNIT_POS_Y as usize) * ROWS;
 
-    let mut held = Array::<Vector<u32, Const<4>>>::new(comptime!(shape.held * shape.rows));
-    let mut cells = Array::<u32>::new(comptime!(shape.held * shape.rows));
+    let mut held = Array::<Vector<u32, Const<4>>>::new(comptime!(HELD * ROWS));
+    let mut cells = Array::<u32>::new(comptime!(HELD * ROWS));
     fetch(codes, grid, &mut held, &mut cells, row, 0, shape);
     #[unroll]
     for turn in 0..comptime!(shape.columns.div_ceil(units)) {
@@ -148,22 +155,22 @@ fn one_token_kernel<F: Float>(
     sync_cube();
 
     while row < all_rows as usize {
-        let mut total = Array::<f32>::new(rows);
+        let mut total = Array::<f32>::new(ROWS);
         #[unroll]
-        for r in 0..rows {
+        for r in 0..ROWS {
             total[r] = f32::new(0.0);
         }
-        let next = row + CUBE_COUNT_X as usize * comptime!(shape.planes * shape.rows);
+        let next = row + CUBE_COUNT_X as usize * comptime!(PLANES * ROWS);
         let mut first = 0;
         while first < loads {
             #[unroll]
-            for load in 0..shape.held {
+            for load in 0..HELD {
                 let at = first + load * UNITS + lane;
                 if at < loads {
                     let mut sum = f32::new(0.0);
-                    let mut dot = Array::<f32>::new(rows);
+                    let mut dot = Array::<f32>::new(ROWS);
                     #[unroll]
-                    for r in 0..rows {
+                    for r in 0..ROWS {
                         dot[r] = f32::new(0.0);
                     }
                     #[unroll]
@@ -176,21 +183,21 @@ fn one_token_kernel<F: Float>(
                             let j = comptime!(code % (32 / bits));
                             sum += four[i];
                             #[unroll]
-                            for r in 0..rows {
-                                let code = fraction(held[load * rows + r][word], one, j, bits);
+                            for r in 0..ROWS {
+                                let code = fraction(held[load * ROWS + r][word], one, j, bits);
                                 dot[r] += four[i] * code;
                             }
                         }
                     }
                     #[unroll]
-                    for r in 0..rows {
-                        let cell = cells[load * rows + r];
+                    for r in 0..ROWS {
+                        let cell = cells[load * ROWS + r];
                         let codes = (dot[r] - sum) * comptime!((1u32 << bits) as f32);
                         total[r] += scale_of(cell) * (codes - sum * f32::cast_from(cell >> 16u32));
                     }
                 }
             }
-            first += comptime!(shape.held * UNITS);
+            first += comptime!(HELD * UNITS);
             if first < loads {
                 fetch(codes, grid, &mut held, &mut cells, row, first, shape);
             } else if next < all_rows as usize {
@@ -198,7 +205,7 @@ fn one_token_kernel<F: Float>(
             }
         }
         #[unroll]
-        for r in 0..rows {
+        for r in 0..ROWS {
             let sum = plane_sum(total[r]);
             if lane == 0 {
                 out[row + r] = F::cast_from(sum);
@@ -254,24 +261,22 @@ pub fn packed_linear(
             let order = buffer::int("packed_linear", "order", order.clone(), DType::I32)?;
             let out = buffer::empty(&x, [1, rows], x.dtype);
             let groups = grid.meta.shape()[1];
-            let v: Vec<usize> = std::env::var("PL")
-                .map(|s| s.split(',').map(|x| x.parse().unwrap()).collect())
-                .unwrap_or(vec![16, 2, 2, 2]);
             let shape = Shape {
                 bits,
                 columns,
                 per_group: columns * bits / LOAD / groups,
-                planes: v[0],
-                rows: v[1],
-                held: v[2],
             };
+            // A cube per multiprocessor: gathering the inputs is then done once for all of its rows.
+            let hardware = &x.client.properties().hardware;
+            let most = hardware.num_streaming_multiprocessors.unwrap_or(u32::MAX);
+            let cubes = (rows / (PLANES * ROWS)) as u32;
             // SAFETY: rows are a multiple of 32, a row and a group whole numbers of loads, `order` holds
             // columns; [`super::packed_rows`] made them so.
             unsafe {
                 one_token_kernel::launch_unchecked::<CudaRuntime>(
                     &x.client,
-                    CubeCount::new_1d((rows / (v[0] * v[1])).min(132 * v[3]) as u32),
-                    CubeDim::new_2d(UNITS as u32, v[0] as u32),
+                    CubeCount::new_1d(cubes.min(most)),
+                    CubeDim::new_2d(UNITS as u32, PLANES as u32),
                     array(&x),
                     array(&order),
                     array(&codes),

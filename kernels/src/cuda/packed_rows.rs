@@ -15,6 +15,7 @@ use super::{
     buffer::{self, Buffer, array},
     error::Error,
     pack::{RUN, put},
+    packed_linear::shared_memory,
 };
 use crate::{PackedLayout, PackedWeight};
 
@@ -128,7 +129,7 @@ fn order(packed: &PackedLinear) -> Option<Vec<i32>> {
     (matches!(packed.bits.get(), 2 | 4 | 8) && regular && whole).then_some(order)
 }
 
-/// Packed weights on a device, laid out in rows where that can be.
+/// Packed weights on a device, laid out in rows where that can be and an input fits in shared memory.
 pub fn resident(packed: &PackedLinear, device: &Device) -> Result<PackedWeight<Cuda>, Error> {
     let weight = PackedWeight::upload(packed, device);
     let (
@@ -144,6 +145,13 @@ pub fn resident(packed: &PackedLinear, device: &Device) -> Result<PackedWeight<C
         return Ok(weight);
     };
     let (rows, columns, bits) = (packed.out_features, packed.in_features, packed.bits.get());
+    let limit = CudaRuntime::client(device)
+        .properties()
+        .hardware
+        .max_shared_memory_size;
+    if shared_memory(columns, bits) > limit {
+        return Ok(weight);
+    }
     let groups = packed.scales.len() / rows;
     let qweight = buffer::int("resident", "qweight", qweight.clone(), DType::I32)?;
     let qzeros = buffer::int("resident", "qzeros", qzeros.clone(), DType::I32)?;
