@@ -151,6 +151,14 @@ impl BranchPlan {
             );
             return Err(recipe.refuse(&own.pattern, reason));
         }
+        // Written configs hold settings by pattern: a second one would replace the first there.
+        if self.overrides.iter().any(|o| o.pattern == *pattern) {
+            let reason = format!(
+                "match = {pattern:?} is there already, and the first override that matches counts; make \
+                 one of them"
+            );
+            return Err(recipe.refuse(&own.pattern, reason));
+        }
         if own.skip && (own.bits.is_some() || own.group_size.is_some()) {
             return Err(recipe.refuse(
                 &own.pattern,

@@ -271,6 +271,14 @@ fn what_is_wrong_is_refused_with_its_place_and_what_would_be_valid() {
             &["matches no linear", "down_proj"],
         ),
         (
+            format!(
+                "{branch}[[branch.override]]\nmatch = \"*.up_proj\"\nbits = 8\n\
+                 [[branch.override]]\nmatch = \"*.up_proj\"\nbits = 2\n"
+            ),
+            "r.toml:14:9",
+            &["there already", "make one"],
+        ),
+        (
             format!("{branch}[[branch.override]]\nmatch = \"*.up_proj\"\nskip = true\nbits = 8\n"),
             "r.toml:11:9",
             &["keep one"],
