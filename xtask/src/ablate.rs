@@ -291,8 +291,8 @@ fn document(args: &AblateArgs, rows: &[(&str, Vec<Cell>)], [first, second]: [f64
          Written by `cargo xtask ablate`; nothing here is typed. medi-24m (23.5 million parameters, trained on \
          WikiDoc), calibrated on the first 128 windows of 1024 tokens of WikiDoc's first 1000 rows, symmetric, \
          damping 0.1. {}.\n\n\
-         - **searched**: each group's scale is the best of 32 ranges, weighted by what an error in a column costs \
-         the sweep (`src/grid.rs`).\n\
+         - **searched**: each group's scale is the best of 32 ranges, turned towards the largest weight, weighted by what \
+         an error in a column costs the sweep (`src/grid.rs`).\n\
          - **asymmetric**: what is rounded is the weight that reproduces the dense model's output from the \
          quantised model's inputs, measured on a quarter of the windows (`src/target.rs`).\n\
          - **refined**: passes of coordinate descent over the codes after the sweep (`src/refine.rs`).\n\n\
