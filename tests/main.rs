@@ -20,4 +20,5 @@ mod publish;
 mod report;
 mod requantize;
 mod resume;
+mod stop;
 mod verify;

@@ -4,14 +4,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::harness::{Scratch, command, medi_tiny, refuse, refused, succeed, succeeded};
 
-const TWO: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n\
+pub(crate) const TWO: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n\
                    [[branch]]\nname = \"b\"\nbits = 3\ntrue_sequential = false\n\
                    [[branch.override]]\nmatch = \"*.1.self_attn.o_proj\"\nskip = true\n";
 /// A branch that compares its hidden states with the dense model's, beside one that does not.
@@ -19,26 +19,26 @@ const BEST: &str = "[[branch]]\nname = \"a\"\nbits = 3\npreset = \"best\"\n\
                     [[branch]]\nname = \"b\"\nbits = 8\n";
 const QUICK: [&str; 6] = ["--device", "cpu", "--samples", "2", "--seq-len", "128"];
 /// Enough text for a run to be met under way.
-const SLOW: [&str; 6] = ["--device", "cpu", "--samples", "4", "--seq-len", "512"];
+pub(crate) const SLOW: [&str; 6] = ["--device", "cpu", "--samples", "4", "--seq-len", "512"];
 
-fn quantize(recipe: &Path, flags: &[&str]) -> Command {
+pub(crate) fn quantize(recipe: &Path, flags: &[&str]) -> Command {
     let mut command = command(["quantize", recipe.to_str().unwrap()]);
     command.args(flags);
     command
 }
 
-fn start(mut command: Command) -> Child {
+pub(crate) fn start(mut command: Command) -> Child {
     let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().unwrap()
 }
 
 /// Finished blocks of the run in `out`.
-fn blocks(out: &Path) -> usize {
+pub(crate) fn blocks(out: &Path) -> usize {
     let journal = fs::read_to_string(out.join(".gptq-journal.jsonl")).unwrap_or_default();
     journal.matches('\n').count().saturating_sub(1)
 }
 
-fn wait(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) fn wait(what: &str, mut holds: impl FnMut() -> bool) {
     let started = Instant::now();
     while !holds() {
         assert!(
@@ -49,7 +49,7 @@ fn wait(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-fn signal(child: &Child, names: &[&str]) {
+pub(crate) fn signal(child: &Child, names: &[&str]) {
     let kills = names
         .iter()
         .map(|name| format!("kill -{name} {}", child.id()));
@@ -98,7 +98,7 @@ fn timeless(report: &[u8]) -> Vec<u8> {
     report.to_string().into_bytes()
 }
 
-fn assert_same(found: &Path, expected: &BTreeMap<PathBuf, Vec<u8>>) {
+pub(crate) fn assert_same(found: &Path, expected: &BTreeMap<PathBuf, Vec<u8>>) {
     let found = contents(found);
     assert!(found.keys().eq(expected.keys()), "{:?}", found.keys());
     for (file, bytes) in &found {
@@ -107,7 +107,10 @@ fn assert_same(found: &Path, expected: &BTreeMap<PathBuf, Vec<u8>>) {
 }
 
 /// What a run that nothing happens to writes, and the time it takes.
-fn uninterrupted(branches: &str, flags: &[&str]) -> (BTreeMap<PathBuf, Vec<u8>>, Duration) {
+pub(crate) fn uninterrupted(
+    branches: &str,
+    flags: &[&str],
+) -> (BTreeMap<PathBuf, Vec<u8>>, Duration) {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), branches);
     let started = Instant::now();
@@ -134,7 +137,12 @@ fn a_run_killed_at_twenty_random_moments_gives_the_same_bytes() {
         let scratch = Scratch::new();
         let recipe = scratch.recipe(&medi_tiny(), TWO);
         for _ in 0..4 {
-            let mut child = start(quantize(&recipe, &QUICK));
+            // Some of them keep their hidden states after every block.
+            let keep: &[&str] = match random(&mut state) % 2 {
+                0 => &[],
+                _ => &["--keep-every", "0s"],
+            };
+            let mut child = start(quantize(&recipe, &[&QUICK, keep].concat()));
             // From the start or from some block on, not at shares of a run's time alone: a machine that
             // is busier for one run than for another would let most of them finish.
             let after = (random(&mut state) % 3) as usize;
@@ -156,6 +164,36 @@ fn a_run_killed_at_twenty_random_moments_gives_the_same_bytes() {
         killed >= 5 && resumed >= 1,
         "{killed} killed, {resumed} resumed"
     );
+}
+
+#[test]
+fn a_run_goes_on_from_hidden_states_that_were_kept_and_goes_over_its_blocks_again_where_they_are_damaged()
+ {
+    let (expected, _) = uninterrupted(BEST, &SLOW);
+    for damaged in [false, true] {
+        let scratch = Scratch::new();
+        let (recipe, out) = (scratch.recipe(&medi_tiny(), BEST), scratch.out());
+        let keep = [&SLOW[..], &["--keep-every", "0s"]].concat();
+        let mut child = start(quantize(&recipe, &keep));
+        wait("a block", || blocks(&out) > 0);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let done = blocks(&out);
+        let kept = out.join(format!(".gptq-states-{}", done - 1));
+        if damaged {
+            let mut bytes = fs::read(&kept).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            fs::write(&kept, bytes).unwrap();
+        }
+        let said = succeeded(quantize(&recipe, &SLOW).output().unwrap());
+        let again = if damaged { done } else { 0 };
+        assert!(
+            said.contains(&format!("going over {again} again")),
+            "{said}"
+        );
+        assert_same(&out, &expected);
+    }
 }
 
 #[test]
@@ -278,63 +316,6 @@ fn an_unfinished_run_goes_on_by_its_directory_alone() {
     assert_same(&out, &expected);
     let line = refuse(["quantize", "--resume", out.to_str().unwrap()]);
     assert!(line.contains("no unfinished run"), "{line}");
-}
-
-#[test]
-fn a_signal_stops_a_run_so_that_it_can_go_on() {
-    let (expected, _) = uninterrupted(TWO, &SLOW);
-    let scratch = Scratch::new();
-    let recipe = scratch.recipe(&medi_tiny(), TWO);
-    let stopped = |name: &str, status: i32| -> Output {
-        let before = blocks(&scratch.out());
-        let child = start(quantize(&recipe, &SLOW));
-        wait("a block", || blocks(&scratch.out()) > before);
-        let asked = Instant::now();
-        signal(&child, &[name]);
-        let output = child.wait_with_output().unwrap();
-        assert!(
-            asked.elapsed() < Duration::from_secs(5),
-            "{:?}",
-            asked.elapsed()
-        );
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(status), "{said}");
-        assert_eq!(said.lines().count(), 1, "{said}");
-        assert!(said.contains("goes on from there"), "{said}");
-        output
-    };
-    stopped("INT", 130);
-    stopped("TERM", 143);
-    succeeded(quantize(&recipe, &SLOW).output().unwrap());
-    assert_same(&scratch.out(), &expected);
-}
-
-#[test]
-fn a_second_signal_ends_a_run_at_once_and_one_before_the_first_block_leaves_nothing() {
-    let scratch = Scratch::new();
-    let recipe = scratch.recipe(&medi_tiny(), TWO);
-    let begun = || {
-        let child = start(quantize(&recipe, &SLOW));
-        wait("the journal", || {
-            scratch.out().join(".gptq-journal.jsonl").exists()
-        });
-        child
-    };
-    let child = begun();
-    signal(&child, &["INT"]);
-    let output = child.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(130), "{said}");
-    assert!(said.contains("nothing is left behind"), "{said}");
-    scratch.assert_nothing_written();
-
-    let child = begun();
-    signal(&child, &["INT", "TERM"]);
-    let output = child.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    // Of two that are pending together the system may deliver either last.
-    assert!(matches!(output.status.code(), Some(130 | 143)), "{said}");
-    assert!(said.is_empty(), "it took its leave: {said}");
 }
 
 #[test]

@@ -1,9 +1,13 @@
 //! SHA-256 of a linear's tensors: what the maker wrote, for whoever reads it back.
 
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{PackedLinear, le_bytes};
+use crate::{FormatError, PackedLinear, le_bytes};
 
 /// Lower-case hexadecimal SHA-256 of each tensor's raw little-endian bytes, as they lie in the file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +34,25 @@ impl LinearDigests {
 /// Lower-case hexadecimal SHA-256.
 pub fn sha256(bytes: &[u8]) -> String {
     hexadecimal(&Sha256::digest(bytes))
+}
+
+/// Lower-case hexadecimal SHA-256 of a file, read a piece at a time.
+///
+/// # Errors
+/// It cannot be read.
+pub fn sha256_file(path: &Path) -> Result<String, FormatError> {
+    let file = File::open(path).map_err(FormatError::io(path))?;
+    let mut file = BufReader::with_capacity(1 << 16, file);
+    let mut hash = Sha256::new();
+    loop {
+        let piece = file.fill_buf().map_err(FormatError::io(path))?;
+        let read = piece.len();
+        if read == 0 {
+            return Ok(hexadecimal(&hash.finalize()));
+        }
+        hash.update(piece);
+        file.consume(read);
+    }
 }
 
 pub(crate) fn hexadecimal(digest: &[u8]) -> String {

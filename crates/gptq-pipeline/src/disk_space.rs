@@ -16,17 +16,27 @@ const BESIDE: u64 = 8 << 20;
 /// # Errors
 /// [`PipelineError::DiskSpace`], or a directory that cannot be looked at.
 pub(crate) fn check(plan: &Plan, scratch: Option<&Path>, states: u64) -> Result<(), PipelineError> {
+    let (dir, needed) = (&plan.output, missing(plan));
+    match scratch {
+        None => room(dir, needed + states),
+        Some(scratch) => room(dir, needed).and_then(|()| room(scratch, states)),
+    }
+}
+
+/// Whether `bytes` more would leave room for what the branches of `plan` will still take.
+pub(crate) fn has_room(plan: &Plan, bytes: u64) -> Result<bool, FormatError> {
+    Ok(free(&plan.output)? >= missing(plan).saturating_add(bytes))
+}
+
+/// What the branches of `plan` will take, less what is there of them.
+fn missing(plan: &Plan) -> u64 {
     let dir = &plan.output;
     let bytes = plan.branches.iter().map(|b| b.bytes(&plan.config) as u64);
     let there = plan.branches.iter().map(|branch| {
         let name = format!("{}.partial", branch.name);
         allocated(&dir.join(name))
     });
-    let needed = (bytes.sum::<u64>() + BESIDE).saturating_sub(there.sum());
-    match scratch {
-        None => room(dir, needed + states),
-        Some(scratch) => room(dir, needed).and_then(|()| room(scratch, states)),
-    }
+    (bytes.sum::<u64>() + BESIDE).saturating_sub(there.sum())
 }
 
 fn room(dir: &Path, needed: u64) -> Result<(), PipelineError> {

@@ -25,12 +25,17 @@ pub(crate) struct Dense<B: Engine> {
 }
 
 impl<B: Engine> Dense<B> {
-    /// From the embedded chunks.
-    pub(crate) fn new(embedded: &Stream<B>) -> Self {
+    /// From those chunks' states before the next block.
+    pub(crate) fn new(states: Stream<B>) -> Self {
         Dense {
             before: Vec::new(),
-            end: embedded.every(DENSE_SHARE),
+            end: states,
         }
+    }
+
+    /// After the block that was entered last.
+    pub(crate) fn end(&self) -> &Stream<B> {
+        &self.end
     }
 
     /// Runs the next block, dense.

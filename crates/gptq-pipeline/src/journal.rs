@@ -1,9 +1,9 @@
 //! The journal of a run under way: `.gptq-journal.jsonl` in the output directory.
 //!
 //! A line of JSON says what the run is ([`Header`]); a line per finished block follows ([`Block`]),
-//! written and synced after the block's tensors are on the disk in every branch. Hidden states are
-//! not kept: the packed tensors of the finished blocks give them again. The file goes when the last
-//! branch is in place.
+//! written and synced after the block's tensors are on the disk in every branch. The packed tensors of
+//! the finished blocks give the hidden states again; now and then these are kept too, and the block's
+//! line has their digest ([`crate::kept_states`]). The file goes when the last branch is in place.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value};
 
 use crate::fingerprint::Fingerprint;
+use crate::kept_states::prune;
 use crate::{Clamped, LinearReport, PipelineError, RecipeOverrides};
 
 const FILE: &str = ".gptq-journal.jsonl";
@@ -55,6 +56,8 @@ pub(crate) struct Block {
     pub(crate) layer: usize,
     /// By name.
     pub(crate) branches: BTreeMap<String, BranchBlock>,
+    /// SHA-256 of the hidden states after it, where they were kept.
+    pub(crate) states: Option<String>,
 }
 
 /// What a finished block gave one branch.
@@ -128,14 +131,18 @@ impl Journal {
         }
     }
 
-    /// Adds a block, and waits until it is on the disk.
+    /// Adds a block, and waits until it is on the disk. Of hidden states, only the last kept stay.
     pub(crate) fn append(&mut self, block: &Block) -> Result<(), FormatError> {
         let line = line(block);
         let file = &mut self.file;
         file.seek(SeekFrom::End(0))
             .and_then(|_| file.write_all(&line))
             .and_then(|()| file.sync_data())
-            .map_err(FormatError::io(&self.path))
+            .map_err(FormatError::io(&self.path))?;
+        match (&block.states, self.path.parent()) {
+            (Some(_), Some(output)) => prune(output, Some(block.layer)),
+            _ => Ok(()),
+        }
     }
 
     /// The journal in `output`, if there is one.
@@ -184,8 +191,9 @@ impl Journal {
         Ok(Some(found))
     }
 
-    /// Removes the journal of `output`.
+    /// Removes the journal of `output`, and the hidden states that were kept with it.
     pub(crate) fn remove(output: &Path) -> Result<(), FormatError> {
+        prune(output, None)?;
         let path = output.join(FILE);
         match fs::remove_file(&path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(FormatError::io(&path)(e)),
@@ -277,6 +285,7 @@ mod tests {
         Block {
             layer,
             branches: BTreeMap::from([("main".to_owned(), one)]),
+            states: None,
         }
     }
 

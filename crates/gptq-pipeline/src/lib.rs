@@ -15,6 +15,7 @@ mod gram;
 mod hidden_range;
 mod inputs;
 mod journal;
+mod kept_states;
 mod memory;
 mod method;
 mod overrides;

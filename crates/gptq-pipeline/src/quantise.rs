@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::scope;
+use std::time::{Duration, Instant};
 
 use gptq_calibration::{Calibration, TextTokenizer};
 use gptq_format::{Checkpoint, FormatError, OutputLock, StagedDir};
@@ -34,6 +35,9 @@ pub struct RunOptions<'a> {
     pub host_memory: Option<u64>,
     /// Where hidden states go that have no place in memory; without it, the output directory.
     pub scratch: Option<&'a Path>,
+    /// Keep the hidden states on the disk whenever the last kept are this old, so that a run that is
+    /// stopped loses no more than that.
+    pub keep_every: Duration,
     /// Make everything again, whatever is there.
     pub restart: bool,
     /// Once it is true, the run ends as soon as it can be gone on with.
@@ -69,6 +73,18 @@ pub enum Event<'a> {
     /// An earlier run finished some blocks of the branches that come next; they go on from there.
     Resumed {
         /// How many.
+        layers: usize,
+        /// How many of them need not be gone over again: the hidden states after them were kept.
+        kept: usize,
+    },
+    /// Hidden states are on the disk.
+    StatesKept {
+        /// Blocks they have been through.
+        layers: usize,
+    },
+    /// Hidden states were to be kept, but there is no room, or the run is to stop.
+    StatesNotKept {
+        /// Blocks they have been through.
         layers: usize,
     },
     /// A linear is done, or was and is taken over.
@@ -258,8 +274,10 @@ impl Quantise<'_> {
                 let writers = (plan.branches.iter().zip(&restored.branches))
                     .map(|(branch, restored)| BranchWriter::reopen(plan, branch, &restored.linears))
                     .collect::<Result<Vec<_>, FormatError>>()?;
-                let layers = restored.layers;
-                (self.on_event)(Event::Resumed { layers });
+                (self.on_event)(Event::Resumed {
+                    layers: restored.layers,
+                    kept: restored.first(),
+                });
                 (writers, journal, restored)
             }
         };
@@ -270,7 +288,7 @@ impl Quantise<'_> {
         };
         let (model, on_event) = (&inputs.model, &mut *self.on_event);
         scope(|scope| {
-            let blocks = read_ahead(scope, model);
+            let blocks = read_ahead(scope, model, restored.first());
             let flows = model.flows(
                 &inputs.calibration.windows,
                 chunk_windows::<B>(plan.calibration.seq_len),
@@ -287,6 +305,8 @@ impl Quantise<'_> {
                 clock: &mut self.clock,
                 frugal: self.options.device_memory.is_some(),
                 stop: self.options.stop,
+                keep_every: self.options.keep_every,
+                last_kept: Instant::now(),
                 on_event: &mut |event| on_event(event.of(branches)),
             };
             let about = About {

@@ -9,6 +9,7 @@ use gptq_model::Projection;
 use crate::branch_plan::check_name;
 use crate::fingerprint::{Fingerprint, Fingerprints};
 use crate::journal::{Block, Journal, Recorded};
+use crate::kept_states::{Kept, prune};
 use crate::run::Output;
 use crate::{BranchReport, Clamped, LinearReport, PipelineError, Plan, Recipe, RecipeOverrides};
 
@@ -155,10 +156,12 @@ pub fn unfinished(
     Ok((recipe, origin.directory))
 }
 
-/// The finished blocks of some branches, to be gone over again.
+/// The finished blocks of some branches.
 pub(crate) struct Restored {
     /// How many blocks.
     pub(crate) layers: usize,
+    /// The hidden states to go on from; without them, all of the blocks are gone over again.
+    pub(crate) kept: Option<Kept>,
     /// For each branch of the pass, in its order.
     pub(crate) branches: Vec<RestoredBranch>,
 }
@@ -177,8 +180,14 @@ impl Restored {
         let branches = plan.branches.iter().map(|_| RestoredBranch::default());
         Restored {
             layers: 0,
+            kept: None,
             branches: branches.collect(),
         }
+    }
+
+    /// The block to begin with.
+    pub(crate) fn first(&self) -> usize {
+        self.kept.as_ref().map_or(0, |kept| kept.layers)
     }
 
     /// What each branch begins with.
@@ -194,6 +203,12 @@ impl Restored {
     /// Of the branches of `plan`.
     pub(crate) fn new(plan: &Plan, recorded: Recorded) -> Result<Self, PipelineError> {
         let layers = recorded.blocks.len();
+        // With the last block done there is nothing to go over.
+        let kept = match layers < plan.config.layers {
+            true => Kept::find(&plan.output, &recorded.blocks),
+            false => None,
+        };
+        prune(&plan.output, kept.as_ref().map(|kept| kept.layers - 1))?;
         let mut found: BTreeMap<String, RestoredBranch> = BTreeMap::new();
         for Block { branches, .. } in recorded.blocks {
             for (name, block) in branches {
@@ -229,6 +244,7 @@ impl Restored {
         });
         Ok(Restored {
             layers,
+            kept,
             branches: branches.collect::<Result<_, _>>()?,
         })
     }

@@ -4,69 +4,37 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::Scope;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gptq_calibration::Manifest;
 use gptq_format::Checkpoint;
-use gptq_kernels::{Drift, Engine, Hessian, Request, SolveError};
+use gptq_kernels::{Drift, Engine, Hessian, Request};
 use gptq_model::{Block, Flow, HostBlock, Model, ModelError, Stage};
-use gptq_solver::SolverError;
 
 use crate::gram::{Dense, Grams};
 use crate::journal::BranchBlock;
+use crate::kept_states::States;
 use crate::memory::Places;
 use crate::profile::{Clock, Phase};
 use crate::quantise::{Event, check_stop};
 use crate::resume::Restored;
 use crate::scratch::Scratch;
-use crate::stream::{Keep, Stream};
+use crate::stream::{Stream, explained};
 use crate::write_behind::WriteBehind;
 use crate::{
     BranchReport, Clamped, Fingerprint, LinearReport, PipelineError, Plan, Propagation,
     hidden_range,
 };
 
-/// Says which hidden states a Gram matrix that is not finite came from, if it was the ones that are kept.
-fn explained<B: Engine>(
-    error: PipelineError,
-    stream: Option<&Stream<B>>,
-    device: &B::Device,
-) -> PipelineError {
-    match error {
-        PipelineError::Solver {
-            branch,
-            modules,
-            source,
-        } if matches!(
-            *source,
-            SolveError::Solver(SolverError::NonFiniteGram { .. })
-        ) =>
-        {
-            match stream.map(|stream| stream.not_finite(device)) {
-                Some(Ok(Some(source))) => PipelineError::HiddenStates {
-                    branch,
-                    modules,
-                    source,
-                },
-                _ => PipelineError::Solver {
-                    branch,
-                    modules,
-                    source,
-                },
-            }
-        }
-        error => error,
-    }
-}
-
-/// Reads blocks on a thread of their own, one ahead of the run.
+/// Reads blocks from `first` on, on a thread of their own, one ahead of the run.
 pub(crate) fn read_ahead<'scope, 'env, B: Engine>(
     scope: &'scope Scope<'scope, 'env>,
     model: &'env Model<B>,
+    first: usize,
 ) -> Receiver<Result<HostBlock, ModelError>> {
     let (sender, receiver) = sync_channel(0);
     scope.spawn(move || {
-        for layer in 0..model.config().layers {
+        for layer in first..model.config().layers {
             // A run that has ended takes no more.
             if sender.send(model.read_block(layer)).is_err() {
                 break;
@@ -112,6 +80,10 @@ pub(crate) struct Run<'a, 'scope, B: Engine> {
     /// once needed, a pool for each range of sizes.
     pub(crate) frugal: bool,
     pub(crate) stop: &'a AtomicBool,
+    /// How old the last kept hidden states may become.
+    pub(crate) keep_every: Duration,
+    /// When there were some last, or the run began.
+    pub(crate) last_kept: Instant,
     pub(crate) outputs: Vec<Output>,
     pub(crate) on_event: &'a mut dyn FnMut(Event<'_>),
 }
@@ -126,43 +98,30 @@ impl<B: Engine> Run<'_, '_, B> {
         blocks: &Receiver<Result<HostBlock, ModelError>>,
         about: About<'_>,
     ) -> Result<Vec<BranchReport>, PipelineError> {
+        let first = self.restored.first();
         // Nothing to go over if only the last files were missing.
         if self.restored.layers < self.plan.config.layers {
-            let all = (0..self.plan.branches.len()).collect();
-            let keep = Keep {
-                half: B::kept(self.plan.half),
-                clamp: self.plan.numerics.clamp_overflow,
+            let states = match self.restored.kept.take() {
+                Some(kept) => {
+                    self.reread(kept.layers)?;
+                    kept.read(self.plan, places, scratch, self.model.device())?
+                }
+                None => States::begin(self.plan, flows, places, scratch)?,
             };
-            let stream = Stream::new(flows, all, places, scratch, keep)?;
-            let dense = self.plan.asymmetric().then(|| Dense::new(&stream));
             self.clock.add_start();
-            self.blocks(self.streams(stream), dense, blocks)?;
+            self.blocks(first, states, blocks)?;
         }
         self.finish(about)
     }
 
-    /// Branches that solve a block's stages in different groups cannot share a stream.
-    fn streams(&self, all: Stream<B>) -> Vec<Stream<B>> {
-        let sequential = |&i: &usize| self.plan.branches[i].true_sequential;
-        let (sequential, not) = all.branches.iter().copied().partition(sequential);
-        let groups: [Vec<usize>; 2] = [sequential, not];
-        (groups.into_iter().filter(|branches| !branches.is_empty()))
-            .map(|branches| {
-                let mut own = all.clone();
-                own.branches = branches;
-                own
-            })
-            .collect()
-    }
-
     fn blocks(
         &mut self,
-        mut streams: Vec<Stream<B>>,
-        mut dense: Option<Dense<B>>,
+        first: usize,
+        mut states: States<B>,
         blocks: &Receiver<Result<HostBlock, ModelError>>,
     ) -> Result<(), PipelineError> {
         let model = self.model;
-        for layer in 0..self.plan.config.layers {
+        for layer in first..self.plan.config.layers {
             let block = self
                 .clock
                 .measure::<B, _>(Phase::Read, model.device(), || {
@@ -171,15 +130,15 @@ impl<B: Engine> Run<'_, '_, B> {
                         .expect("the reader ends with an error or the last block");
                     block.map(|block| model.upload(block))
                 })?;
-            if let Some(dense) = &mut dense {
+            if let Some(dense) = &mut states.dense {
                 dense.enter(&block, model.device(), self.clock)?;
             }
             let entered = Entered {
                 layer,
-                dense: dense.as_ref(),
+                dense: states.dense.as_ref(),
             };
             let mut next = Vec::with_capacity(self.plan.branches.len());
-            for stream in streams {
+            for stream in states.streams {
                 let sequential = self.plan.branches[stream.branches[0]].true_sequential;
                 let groups: Vec<&[Stage]> = match sequential {
                     true => Stage::ALL.chunks(1).collect(),
@@ -187,16 +146,36 @@ impl<B: Engine> Run<'_, '_, B> {
                 };
                 self.stages(&entered, stream, &block, &groups, &mut next)?;
             }
-            streams = next;
+            states.streams = next;
             if layer >= self.restored.layers {
-                self.record(layer)?;
+                let kept = self.keep(layer, &states)?;
+                self.record(layer, kept)?;
             }
         }
         Ok(())
     }
 
+    /// Keeps the states after a block, if it is time; their digest.
+    fn keep(&mut self, layer: usize, states: &States<B>) -> Result<Option<String>, PipelineError> {
+        let last = layer + 1 == self.plan.config.layers;
+        if last || self.last_kept.elapsed() < self.keep_every {
+            return Ok(None);
+        }
+        let started = Instant::now();
+        let kept = states.keep(self.plan, layer, self.stop)?;
+        self.last_kept = Instant::now();
+        self.clock
+            .add(Phase::Write, started.elapsed().as_secs_f64());
+        let layers = layer + 1;
+        (self.on_event)(match kept {
+            Some(_) => Event::StatesKept { layers },
+            None => Event::StatesNotKept { layers },
+        });
+        Ok(kept)
+    }
+
     /// Has a finished block journalled, once it is on the disk.
-    fn record(&mut self, layer: usize) -> Result<(), PipelineError> {
+    fn record(&mut self, layer: usize, states: Option<String>) -> Result<(), PipelineError> {
         let block = |output: &Output| {
             let linears = output.linears.iter().filter(|it| it.layer == layer);
             let clamped = output.clamped.iter().filter(|it| it.layer == layer);
@@ -207,7 +186,7 @@ impl<B: Engine> Run<'_, '_, B> {
             }
         };
         let branches = self.outputs.iter().map(block).collect();
-        Ok(self.writer.finish_block(layer, branches)?)
+        Ok(self.writer.finish_block(layer, branches, states)?)
     }
 
     /// Solves the first of `groups` for every branch of `stream`, moves on with the quantised
@@ -251,7 +230,7 @@ impl<B: Engine> Run<'_, '_, B> {
                         self.solve(layer, branch, stage, grams[i].clone(), &mut quantised)
                             .map_err(|error| explained(error, parent.as_ref(), device))?;
                     }
-                    None => self.restore(layer, branch, stage, &mut quantised)?,
+                    None => self.restore(layer, branch, stage, Some(&mut quantised))?,
                 }
             }
             if self.plan.propagation == Propagation::Dense {
@@ -395,13 +374,27 @@ impl<B: Engine> Run<'_, '_, B> {
         Ok(())
     }
 
-    /// Gives `block` the weights that an earlier run found for a stage of one branch.
+    /// Looks whether the files still have what an earlier run wrote of the blocks before `layers`.
+    fn reread(&mut self, layers: usize) -> Result<(), PipelineError> {
+        for layer in 0..layers {
+            for branch in 0..self.plan.branches.len() {
+                check_stop(self.stop, self.plan.config.layers)?;
+                for stage in Stage::ALL {
+                    self.restore(layer, branch, stage, None)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the weights that an earlier run found for a stage of one branch, and gives them to
+    /// `block`.
     fn restore(
         &mut self,
         layer: usize,
         branch: usize,
         stage: Stage,
-        block: &mut Block<B>,
+        mut block: Option<&mut Block<B>>,
     ) -> Result<(), PipelineError> {
         let device = self.model.device();
         let restored = &self.restored.branches[branch];
@@ -411,11 +404,11 @@ impl<B: Engine> Run<'_, '_, B> {
                 continue;
             };
             let packed = restored.read(&self.partials[branch], report)?;
-            if self.plan.propagation == Propagation::Quantised {
-                block.set_weight(
-                    projection,
-                    B::dequantise(&packed, self.model.dtype(), device),
-                );
+            if let Some(block) = &mut block
+                && self.plan.propagation == Propagation::Quantised
+            {
+                let dtype = self.model.dtype();
+                block.set_weight(projection, B::dequantise(&packed, dtype, device));
             }
             (self.on_event)(Event::Linear { branch, report });
         }

@@ -5,12 +5,14 @@
 //! stage of block 0, where each branch goes on with its own quantised weights. With dense
 //! propagation it never splits.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use gptq_format::{FormatError, Half, le_bytes};
-use gptq_kernels::{Engine, HostBuffer, dtype, half_of, map_lanes};
-use gptq_model::{Block, Flow, ModelError, Stage};
+use gptq_kernels::{Engine, HostBuffer, SolveError, dtype, half_of, map_lanes};
+use gptq_model::{Block, Flow, Stage};
+use gptq_solver::SolverError;
 
 use crate::PipelineError;
 use crate::hidden_range::{self, Overflow};
@@ -105,6 +107,36 @@ fn computed<B: Engine>(flow: Flow<B>) -> Flow<B> {
 }
 
 impl<B: Engine> Chunk<B> {
+    /// Windows, tokens, and features of the residual.
+    pub(crate) fn shape(&self) -> [usize; 3] {
+        let (windows, [tokens, features]) = match self {
+            Chunk::Device(flow) => (flow.windows, flow.residual.dims()),
+            Chunk::Host {
+                windows, residual, ..
+            } => (*windows, residual.shape),
+        };
+        [windows, tokens, features]
+    }
+
+    /// The residual's bits: all there is at a block's end.
+    pub(crate) fn residual(&self) -> Result<Cow<'_, [u16]>, FormatError> {
+        let states = match self {
+            Chunk::Device(flow) => {
+                let values = B::download(flow.residual.clone());
+                return Ok(Cow::Owned(values.bits().to_vec()));
+            }
+            Chunk::Host { residual, .. } => residual,
+        };
+        match &states.values {
+            Values::Memory(values) => Ok(Cow::Borrowed(values.bits())),
+            Values::Disk(slot) => {
+                let mut bits = vec![0; states.shape.iter().product()];
+                slot.read(bytemuck::cast_slice_mut(&mut bits))?;
+                Ok(Cow::Owned(bits))
+            }
+        }
+    }
+
     /// Keeps `flow` on the host. `residual` is what it came from, if that still serves.
     fn on_host(
         flow: Flow<B>,
@@ -200,16 +232,20 @@ impl<B: Engine> Chunk<B> {
 }
 
 impl<B: Engine> Stream<B> {
-    /// Keeps each chunk where it belongs as it comes.
-    pub(crate) fn new(
-        flows: impl Iterator<Item = Result<Flow<B>, ModelError>>,
+    /// Keeps each chunk where it belongs as it comes: of a run's chunks every `step`-th, in its order.
+    pub(crate) fn new<E>(
+        flows: impl Iterator<Item = Result<Flow<B>, E>>,
+        step: usize,
         branches: Vec<usize>,
         places: &Places,
         scratch: Option<&Arc<Scratch>>,
         keep: Keep,
-    ) -> Result<Self, PipelineError> {
+    ) -> Result<Self, PipelineError>
+    where
+        PipelineError: From<E>,
+    {
         let half = keep.half;
-        let place = |(i, flow): (usize, Result<Flow<B>, ModelError>)| match i {
+        let place = |(i, flow): (usize, Result<Flow<B>, E>)| match i * step {
             i if i < places.device => Ok(Chunk::Device(flow?.cast(dtype(half)))),
             i if i < places.device + places.host => Ok(Chunk::on_host(flow?, half, None, None)?),
             _ => Ok(Chunk::on_host(flow?, half, None, scratch.cloned())?),
@@ -232,7 +268,7 @@ impl<B: Engine> Stream<B> {
     }
 
     /// What of the states is not finite, for explaining a failure.
-    pub(crate) fn not_finite(&self, device: &B::Device) -> Result<Option<Overflow>, FormatError> {
+    fn not_finite(&self, device: &B::Device) -> Result<Option<Overflow>, FormatError> {
         let flows = self.chunks.iter().map(|chunk| chunk.flow(device));
         hidden_range::search(self.keep.half, flows)
     }
@@ -261,5 +297,38 @@ impl<B: Engine> Stream<B> {
             keep,
         };
         Ok((stream, clamped.iter().sum()))
+    }
+}
+
+/// Says which hidden states a Gram matrix that is not finite came from, if it was the ones that are kept.
+pub(crate) fn explained<B: Engine>(
+    error: PipelineError,
+    stream: Option<&Stream<B>>,
+    device: &B::Device,
+) -> PipelineError {
+    match error {
+        PipelineError::Solver {
+            branch,
+            modules,
+            source,
+        } if matches!(
+            *source,
+            SolveError::Solver(SolverError::NonFiniteGram { .. })
+        ) =>
+        {
+            match stream.map(|stream| stream.not_finite(device)) {
+                Some(Ok(Some(source))) => PipelineError::HiddenStates {
+                    branch,
+                    modules,
+                    source,
+                },
+                _ => PipelineError::Solver {
+                    branch,
+                    modules,
+                    source,
+                },
+            }
+        }
+        error => error,
     }
 }

@@ -24,6 +24,8 @@ enum Job {
         layer: usize,
         /// Of each branch: its seconds so far, and the block's linears.
         branches: Vec<BranchBlock>,
+        /// SHA-256 of the hidden states after it, where they were kept.
+        states: Option<String>,
     },
 }
 
@@ -78,8 +80,13 @@ impl<'scope> WriteBehind<'scope> {
         &mut self,
         layer: usize,
         branches: Vec<BranchBlock>,
+        states: Option<String>,
     ) -> Result<(), FormatError> {
-        self.send(Job::Block { layer, branches })
+        self.send(Job::Block {
+            layer,
+            branches,
+            states,
+        })
     }
 
     fn send(&mut self, job: Job) -> Result<(), FormatError> {
@@ -131,13 +138,18 @@ fn write(
             Job::Block {
                 layer,
                 mut branches,
+                states,
             } => {
                 for (writer, block) in writers.iter_mut().zip(&mut branches) {
                     writer.sync()?;
                     writer.digest(&mut block.linears);
                 }
                 let branches = names.iter().cloned().zip(branches).collect();
-                journal.append(&Block { layer, branches })?;
+                journal.append(&Block {
+                    layer,
+                    branches,
+                    states,
+                })?;
             }
         }
     }

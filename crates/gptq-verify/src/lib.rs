@@ -25,4 +25,4 @@ mod verify;
 
 pub use error::VerifyError;
 pub use receipt::{BlockError, Check, FileDigest, Perplexity, RECEIPT, Receipt};
-pub use verify::{Evaluation, Request, Tolerances, verify};
+pub use verify::{Asked, Evaluation, Request, Tolerances, verify};

@@ -1,10 +1,12 @@
 //! The command line.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use gptq_kernels::Device;
 use gptq_pipeline::{Plan, Recipe, RecipeOverrides, RenderingOverride, parse_size};
+use humantime::parse_duration;
 
 use crate::bug;
 use crate::completions::CompletionsArgs;
@@ -187,6 +189,10 @@ pub(crate) struct RunArgs {
     /// Where hidden states are that do not fit into memory [default: the output directory]
     #[arg(long, value_name = "DIR")]
     pub scratch: Option<PathBuf>,
+    /// Keep the hidden states in the output directory whenever this much work was done since: what a
+    /// run that is stopped has to do again at most
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "10min")]
+    pub keep_every: Duration,
     /// Print where the time went; waits for the device after every step
     #[arg(long)]
     pub profile: bool,

@@ -103,7 +103,11 @@ pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
         }
         Event::Finished { report, .. } => branch(report),
         Event::Kept { report, .. } => info!(branch = report.branch, "finished by an earlier run"),
-        Event::Resumed { layers } => info!(layers, "going on with an earlier run"),
+        Event::Resumed { layers, kept } => info!(layers, kept, "going on with an earlier run"),
+        Event::StatesKept { layers } => info!(layers, "hidden states kept"),
+        Event::StatesNotKept { layers } => {
+            info!(layers, "no room to keep hidden states, or stopping")
+        }
     }
 }
 

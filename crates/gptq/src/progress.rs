@@ -52,10 +52,12 @@ impl<'a> Progress<'a> {
                     )),
                 }
             }
-            Event::Resumed { layers } => self.say(&format!(
-                "going on after block {layers} of {} of an unfinished run",
-                self.plan.config.layers
+            Event::Resumed { layers, kept } => self.say(&format!(
+                "going on after block {layers} of {} of an unfinished run; going over {} again",
+                self.plan.config.layers,
+                layers - kept
             )),
+            Event::StatesKept { .. } | Event::StatesNotKept { .. } => {}
             Event::Linear { branch, report } => match &self.bars {
                 Some(bars) => {
                     bars[branch].set_message(format!(

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use gptq_kernels::Device;
-use gptq_verify::{Evaluation, Receipt, Request, Tolerances, verify};
+use gptq_verify::{Asked, Evaluation, Receipt, Request, verify};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::table;
@@ -26,18 +26,22 @@ pub(crate) struct VerifyArgs {
     /// Run this dense model beside it, and compare blocks and predictions
     #[arg(long, value_name = "MODEL", requires = "text")]
     against: Option<PathBuf>,
-    /// Tolerated perplexity over the dense model's, as a fraction of it
-    #[arg(long, value_name = "X", default_value_t = Tolerances::default().perplexity_increase)]
-    max_perplexity_increase: f64,
-    /// Tolerated mean KL divergence from the dense model's predictions, in nats
-    #[arg(long, value_name = "X", default_value_t = Tolerances::default().kl_divergence)]
-    max_kl: f64,
+    /// Tolerated perplexity over the dense model's, as a fraction of it [default: by the fewest bits; 2: 4,
+    /// 3: 0.4, 4 and 8: 0.1]
+    #[arg(long, value_name = "X")]
+    max_perplexity_increase: Option<f64>,
+    /// Tolerated mean KL divergence from the dense model's predictions, in nats [default: 2: 2, 3: 0.5, 4
+    /// and 8: 0.1]
+    #[arg(long, value_name = "X")]
+    max_kl: Option<f64>,
     /// Least fraction of tokens after which both models find the same token the most likely
-    #[arg(long, value_name = "X", default_value_t = Tolerances::default().top1_agreement)]
-    min_top1: f64,
-    /// Tolerated relative error of a block's output, given the dense block's input
-    #[arg(long, value_name = "X", default_value_t = Tolerances::default().block_error)]
-    max_block_error: f64,
+    /// [default: 2: 0.25, 3: 0.6, 4 and 8: 0.8]
+    #[arg(long, value_name = "X")]
+    min_top1: Option<f64>,
+    /// Tolerated relative error of a block's output, given the dense block's input [default: 2: 0.5, 3:
+    /// 0.15, 4 and 8: 0.1]
+    #[arg(long, value_name = "X")]
+    max_block_error: Option<f64>,
     /// Leave no verify.json in the branch directory
     #[arg(long)]
     no_receipt: bool,
@@ -56,7 +60,7 @@ pub(crate) fn run(args: VerifyArgs) -> Result<()> {
             window: args.window,
         }),
         against: args.against.clone(),
-        tolerances: Tolerances {
+        tolerances: Asked {
             perplexity_increase: args.max_perplexity_increase,
             kl_divergence: args.max_kl,
             top1_agreement: args.min_top1,

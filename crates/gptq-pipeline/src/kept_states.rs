@@ -1,0 +1,290 @@
+//! Hidden states kept beside the journal now and then, so that a run that goes on need not go over
+//! all of its finished blocks again: `.gptq-states-N` in the output directory, after block `N`.
+//!
+//! A line of JSON ([`Index`]), then every chunk's f16 or bf16 values in its order, little-endian. The file's
+//! SHA-256 goes into the journal with block `N`, once both are on the disk. A file that is gone or is
+//! not what was written is not used: the packed tensors give the states again, only later.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, BufWriter, ErrorKind, Read, Write};
+use std::iter;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use gptq_format::{FormatError, Half, le_bytes, sha256_file};
+use gptq_kernels::Engine;
+use gptq_model::{Flow, ModelError};
+use serde::{Deserialize, Serialize};
+
+use crate::gram::{DENSE_SHARE, Dense};
+use crate::journal::Block;
+use crate::memory::Places;
+use crate::scratch::Scratch;
+use crate::stream::{Keep, Stream};
+use crate::{PipelineError, Plan, disk_space};
+
+const PREFIX: &str = ".gptq-states-";
+/// Most bytes of the first line: 2^16 chunks in 100 branches, 32 bytes each, and more.
+const MAX_INDEX: u64 = 256 << 20;
+
+#[derive(Serialize, Deserialize)]
+struct Index {
+    streams: Vec<IndexedStream>,
+    /// The dense model's.
+    dense: Option<IndexedStream>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct IndexedStream {
+    /// By name.
+    branches: Vec<String>,
+    /// Windows, tokens and features of each.
+    chunks: Vec<[usize; 3]>,
+}
+
+/// States that a run can go on from.
+pub(crate) struct Kept {
+    /// Blocks they have been through.
+    pub(crate) layers: usize,
+    path: PathBuf,
+}
+
+/// What a run has at a block's end.
+pub(crate) struct States<B: Engine> {
+    pub(crate) streams: Vec<Stream<B>>,
+    pub(crate) dense: Option<Dense<B>>,
+}
+
+fn keep<B: Engine>(plan: &Plan) -> Keep {
+    Keep {
+        half: B::kept(plan.half),
+        clamp: plan.numerics.clamp_overflow,
+    }
+}
+
+impl<B: Engine> States<B> {
+    /// The embedded windows.
+    pub(crate) fn begin(
+        plan: &Plan,
+        flows: impl Iterator<Item = Result<Flow<B>, ModelError>>,
+        places: &Places,
+        scratch: Option<&Arc<Scratch>>,
+    ) -> Result<Self, PipelineError> {
+        let all = Stream::new(flows, 1, Vec::new(), places, scratch, keep::<B>(plan))?;
+        let dense = plan
+            .asymmetric()
+            .then(|| Dense::new(all.every(DENSE_SHARE)));
+        // Branches that solve a block's stages in different groups cannot share a stream.
+        let sequential = |&i: &usize| plan.branches[i].true_sequential;
+        let (sequential, not) = (0..plan.branches.len()).partition(sequential);
+        let groups: [Vec<usize>; 2] = [sequential, not];
+        let groups = groups.into_iter().filter(|branches| !branches.is_empty());
+        let streams = groups.map(|branches| {
+            let mut own = all.clone();
+            own.branches = branches;
+            own
+        });
+        Ok(States {
+            streams: streams.collect(),
+            dense,
+        })
+    }
+
+    /// Puts them on the disk as those after block `layer`, and says their SHA-256; nothing if there is
+    /// no room, or the run is to `stop`: they can be done without.
+    pub(crate) fn keep(
+        &self,
+        plan: &Plan,
+        layer: usize,
+        stop: &AtomicBool,
+    ) -> Result<Option<String>, PipelineError> {
+        let of = |stream: &Stream<B>| IndexedStream {
+            branches: (stream.branches.iter())
+                .map(|&i| plan.branches[i].name.clone())
+                .collect(),
+            chunks: stream.chunks.iter().map(|chunk| chunk.shape()).collect(),
+        };
+        let dense = self.dense.as_ref().map(Dense::end);
+        let index = Index {
+            streams: self.streams.iter().map(of).collect(),
+            dense: dense.map(of),
+        };
+        if !disk_space::has_room(plan, index.bytes().unwrap_or(u64::MAX))? {
+            return Ok(None);
+        }
+        let path = path(&plan.output, layer);
+        let streams = self.streams.iter().chain(dense);
+        match write(&path, &index, streams, stop) {
+            Ok(true) => Ok(Some(sha256_file(&path)?)),
+            Ok(false) => remove(&path).map(|()| None),
+            Err(FormatError::Io { source, .. }) if source.kind() == ErrorKind::StorageFull => {
+                remove(&path).map(|()| None)
+            }
+            Err(error) => {
+                // The first error is the one to tell.
+                let _ = remove(&path);
+                Err(error.into())
+            }
+        }
+    }
+}
+
+/// Whether all of it was written.
+fn write<'a, B: Engine>(
+    path: &Path,
+    index: &Index,
+    streams: impl Iterator<Item = &'a Stream<B>>,
+    stop: &AtomicBool,
+) -> Result<bool, FormatError> {
+    let io = |e| FormatError::io(path)(e);
+    // Whatever has the name is not ours to write through.
+    if let Err(e) = fs::remove_file(path)
+        && e.kind() != ErrorKind::NotFound
+    {
+        return Err(io(e));
+    }
+    let file = OpenOptions::new().write(true).create_new(true).open(path);
+    let mut file = BufWriter::new(file.map_err(io)?);
+    let line = serde_json::to_string(index).expect("an index of plain values always serialises");
+    writeln!(file, "{line}").map_err(io)?;
+    for stream in streams {
+        for chunk in &stream.chunks {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
+            let values = chunk.residual()?;
+            file.write_all(&le_bytes(&values)).map_err(io)?;
+        }
+    }
+    let file = file.into_inner().map_err(|e| io(e.into_error()))?;
+    file.sync_all().map_err(io)?;
+    // Its name is to be on the disk as well.
+    let dir = path.parent().unwrap_or(path);
+    (File::open(dir).and_then(|dir| dir.sync_all())).map_err(FormatError::io(dir))?;
+    Ok(true)
+}
+
+impl Index {
+    /// Of all states; none if there are impossibly many.
+    fn bytes(&self) -> Option<u64> {
+        let chunks = self
+            .streams
+            .iter()
+            .chain(&self.dense)
+            .flat_map(|it| &it.chunks);
+        chunks
+            .into_iter()
+            .try_fold(0u64, |sum, &[_, tokens, features]| {
+                let values = (tokens as u64).checked_mul(features as u64)?;
+                sum.checked_add(values.checked_mul(2)?)
+            })
+    }
+}
+
+impl Kept {
+    /// The last that the journal knows of and that are as they were written.
+    pub(crate) fn find(output: &Path, blocks: &[Block]) -> Option<Kept> {
+        blocks.iter().rev().find_map(|block| {
+            let path = path(output, block.layer);
+            let regular = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
+            let same = || sha256_file(&path).ok() == block.states;
+            (block.states.is_some() && regular && same()).then(|| Kept {
+                layers: block.layer + 1,
+                path: path.clone(),
+            })
+        })
+    }
+
+    /// Reads them, each chunk to where it belongs.
+    ///
+    /// # Errors
+    /// They are not those of `plan`.
+    pub(crate) fn read<B: Engine>(
+        &self,
+        plan: &Plan,
+        places: &Places,
+        scratch: Option<&Arc<Scratch>>,
+        device: &B::Device,
+    ) -> Result<States<B>, PipelineError> {
+        let io = |e| FormatError::io(&self.path)(e);
+        let damaged = || PipelineError::Journal {
+            path: self.path.clone(),
+            reason: "its hidden states are not those of this run".to_owned(),
+        };
+        let file = File::open(&self.path).map_err(io)?;
+        let length = file.metadata().map_err(io)?.len();
+        let mut file = BufReader::new(file);
+        let mut line = Vec::new();
+        (&mut file)
+            .take(MAX_INDEX)
+            .read_until(b'\n', &mut line)
+            .map_err(io)?;
+        let index: Index = serde_json::from_slice(&line).map_err(|_| damaged())?;
+        if index.bytes().and_then(|b| b.checked_add(line.len() as u64)) != Some(length) {
+            return Err(damaged());
+        }
+        let keep = keep::<B>(plan);
+        let mut stream = |indexed: IndexedStream, step| {
+            let named = |name: &String| plan.branches.iter().position(|b| &b.name == name);
+            let branches: Option<Vec<_>> = indexed.branches.iter().map(named).collect();
+            let mut chunks = indexed.chunks.into_iter();
+            let flows =
+                iter::from_fn(|| Some(flow::<B>(&mut file, chunks.next()?, keep.half, device)));
+            let flows = flows.map(|flow| flow.map_err(io));
+            let branches = branches.ok_or_else(damaged)?;
+            Stream::new(flows, step, branches, places, scratch, keep)
+        };
+        let streams = index.streams.into_iter().map(|it| stream(it, 1));
+        let streams: Vec<Stream<B>> = streams.collect::<Result<_, _>>()?;
+        let mut found: Vec<usize> = streams.iter().flat_map(|it| it.branches.clone()).collect();
+        found.sort_unstable();
+        let dense = index.dense.map(|it| stream(it, DENSE_SHARE)).transpose()?;
+        if !found.into_iter().eq(0..plan.branches.len()) || dense.is_some() != plan.asymmetric() {
+            return Err(damaged());
+        }
+        Ok(States {
+            streams,
+            dense: dense.map(Dense::new),
+        })
+    }
+}
+
+/// The next chunk of `file`.
+fn flow<B: Engine>(
+    file: &mut impl Read,
+    [windows, tokens, features]: [usize; 3],
+    half: Half,
+    device: &B::Device,
+) -> std::io::Result<Flow<B>> {
+    let mut values = B::host_buffer(tokens * features, half, device);
+    // As they were written, on this machine.
+    file.read_exact(bytemuck::cast_slice_mut(values.bits_mut()))?;
+    Ok(Flow {
+        windows,
+        residual: B::upload(&values, 0, [tokens, features], device),
+        activation: None,
+    })
+}
+
+/// Removes what was kept in `output`, but for those after block `but`.
+pub(crate) fn prune(output: &Path, but: Option<usize>) -> Result<(), FormatError> {
+    let io = |e| FormatError::io(output)(e);
+    let own = but.map(|layer| path(output, layer));
+    for entry in fs::read_dir(output).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        let ours = entry.file_name().to_string_lossy().starts_with(PREFIX);
+        if ours && Some(entry.path()) != own {
+            fs::remove_file(entry.path()).map_err(io)?;
+        }
+    }
+    Ok(())
+}
+
+fn path(output: &Path, layer: usize) -> PathBuf {
+    output.join(format!("{PREFIX}{layer}"))
+}
+
+fn remove(path: &Path) -> Result<(), PipelineError> {
+    Ok(fs::remove_file(path).map_err(FormatError::io(path))?)
+}
