@@ -249,6 +249,8 @@ fn each(value: Value, f: fn(Value) -> Value) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use gptq_solver::Gains;
+
     use super::*;
 
     fn header() -> Header {
@@ -272,6 +274,10 @@ mod tests {
             relative_error: (layer as f64 + 0.1).ln() * 1e-7,
             rtn_error: std::f64::consts::PI * 1e-300,
             ratio: 1.0 / 3.0,
+            gains: Gains {
+                scale_search: Some(2.0_f64.sqrt() * 1e-5),
+                ..Gains::default()
+            },
             damp_percent: 0.1,
             dead_columns: 0,
             seconds: 1.5e-9,

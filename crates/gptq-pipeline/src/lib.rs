@@ -34,6 +34,7 @@ mod write_behind;
 pub use branch_plan::BranchPlan;
 pub use error::PipelineError;
 pub use fingerprint::Fingerprint;
+pub use gptq_solver::Gains;
 pub use hidden_range::{Clamped, Overflow};
 pub use inputs::{Fetched, InputSource};
 pub use memory::Memory;

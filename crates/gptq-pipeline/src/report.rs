@@ -7,6 +7,7 @@ use gptq_calibration::Manifest;
 use gptq_format::{
     Bits, FormatError, GroupSize, LinearDigests, QuantizeConfig, read_json, write_file, write_json,
 };
+use gptq_solver::Gains;
 use serde::{Deserialize, Serialize};
 
 use crate::{Clamped, Fingerprint, Method, Preset};
@@ -33,6 +34,9 @@ pub struct LinearReport {
     pub rtn_error: f64,
     /// `relative_error / rtn_error`: what GPTQ gained.
     pub ratio: f64,
+    /// What the options beyond plain GPTQ were good for; older reports have none.
+    #[serde(default)]
+    pub gains: Gains,
     /// Damping that was used, as a fraction of the mean diagonal.
     pub damp_percent: f64,
     /// Inputs that were always zero.
@@ -174,13 +178,14 @@ impl BranchReport {
     fn csv(&self) -> String {
         let mut csv = String::from(
             "layer,name,out_features,in_features,bits,group_size,relative_error,rtn_error,ratio,\
-             damp_percent,dead_columns,seconds\n",
+             damp_percent,dead_columns,seconds,search_gain,asymmetric_gain,refine_gain\n",
         );
+        let gain = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:e}"));
         for l in &self.linears {
             let [n_out, n_in] = l.shape;
             writeln!(
                 csv,
-                "{},{},{n_out},{n_in},{},{},{:e},{:e},{:.6},{},{},{:.4}",
+                "{},{},{n_out},{n_in},{},{},{:e},{:e},{:.6},{},{},{:.4},{},{},{}",
                 l.layer,
                 l.name,
                 l.bits,
@@ -190,7 +195,10 @@ impl BranchReport {
                 l.ratio,
                 l.damp_percent,
                 l.dead_columns,
-                l.seconds
+                l.seconds,
+                gain(l.gains.scale_search),
+                gain(l.gains.asymmetric),
+                gain(l.gains.refine)
             )
             .expect("writing to a string cannot fail");
         }

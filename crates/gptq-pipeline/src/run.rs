@@ -360,6 +360,7 @@ impl<B: Engine> Run<'_, '_, B> {
                     0.0 => 1.0,
                     rtn => solved.relative_error / rtn,
                 },
+                gains: solved.gains,
                 damp_percent: subset.damping,
                 dead_columns: subset.dead_columns,
                 seconds,

@@ -149,6 +149,7 @@ fn linear(branch: &str, asked: f64, report: &LinearReport) {
         relative_error = report.relative_error,
         rtn_error = report.rtn_error,
         ratio = report.ratio,
+        gains = gains(report),
         damping = report.damp_percent,
         dead_columns = report.dead_columns,
         seconds = report.seconds,
@@ -172,6 +173,15 @@ fn linear(branch: &str, asked: f64, report: &LinearReport) {
         let (error, rtn) = (report.relative_error, report.rtn_error);
         warn!(branch, name, error, rtn, "worse than round-to-nearest");
     }
+}
+
+/// What the options beyond plain GPTQ took off the error, such as `scale_search 1.2e-3`.
+fn gains(report: &LinearReport) -> String {
+    let used = report.gains.used();
+    let each: Vec<String> = used
+        .map(|(name, gain)| format!("{name} {gain:.2e}"))
+        .collect();
+    each.join(", ")
 }
 
 /// A branch that is in place.
