@@ -178,14 +178,14 @@ impl BranchReport {
     fn csv(&self) -> String {
         let mut csv = String::from(
             "layer,name,out_features,in_features,bits,group_size,relative_error,rtn_error,ratio,\
-             damp_percent,dead_columns,seconds,search_gain,asymmetric_gain,refine_gain\n",
+             damp_percent,dead_columns,search_gain,asymmetric_gain,refine_gain,seconds\n",
         );
         let gain = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:e}"));
         for l in &self.linears {
             let [n_out, n_in] = l.shape;
             writeln!(
                 csv,
-                "{},{},{n_out},{n_in},{},{},{:e},{:e},{:.6},{},{},{:.4},{},{},{}",
+                "{},{},{n_out},{n_in},{},{},{:e},{:e},{:.6},{},{},{},{},{},{:.4}",
                 l.layer,
                 l.name,
                 l.bits,
@@ -195,10 +195,10 @@ impl BranchReport {
                 l.ratio,
                 l.damp_percent,
                 l.dead_columns,
-                l.seconds,
                 gain(l.gains.scale_search),
                 gain(l.gains.asymmetric),
-                gain(l.gains.refine)
+                gain(l.gains.refine),
+                l.seconds
             )
             .expect("writing to a string cannot fail");
         }
