@@ -17,7 +17,7 @@ use serde_json::{Number, Value};
 
 use crate::fingerprint::Fingerprint;
 use crate::kept_states::prune;
-use crate::{Clamped, LinearReport, PipelineError, RecipeOverrides};
+use crate::{Allocation, Clamped, LinearReport, PipelineError, RecipeOverrides};
 
 const FILE: &str = ".gptq-journal.jsonl";
 /// Of this format.
@@ -48,6 +48,9 @@ pub(crate) struct Header {
     pub(crate) run: Fingerprint,
     /// By name.
     pub(crate) branches: BTreeMap<String, Fingerprint>,
+    /// How the budgets of those that have one are spent, by name.
+    #[serde(default)]
+    pub(crate) allocations: BTreeMap<String, Allocation>,
 }
 
 /// A finished block.
@@ -92,12 +95,14 @@ impl Header {
         origin: Origin,
         run: Fingerprint,
         branches: BTreeMap<String, Fingerprint>,
+        allocations: BTreeMap<String, Allocation>,
     ) -> Self {
         Header {
             version: VERSION,
             origin,
             run,
             branches,
+            allocations,
         }
     }
 }
@@ -260,7 +265,12 @@ mod tests {
             overrides: RecipeOverrides::default(),
             directory: "/".into(),
         };
-        Header::new(origin, Fingerprint::default(), BTreeMap::new())
+        Header::new(
+            origin,
+            Fingerprint::default(),
+            BTreeMap::new(),
+            BTreeMap::new(),
+        )
     }
 
     fn block(layer: usize) -> Block {

@@ -10,7 +10,7 @@ use gptq_format::{
 use gptq_solver::Gains;
 use serde::{Deserialize, Serialize};
 
-use crate::{Clamped, Fingerprint, Method, Preset};
+use crate::{Allocation, Clamped, Fingerprint, Method, Preset};
 
 /// Its name in a branch directory.
 pub(crate) const FILE: &str = "report.json";
@@ -96,6 +96,9 @@ pub struct BranchReport {
     /// The options themselves; not in reports of before there were any to choose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub method: Option<Method>,
+    /// How a size budget was spent, where there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Allocation>,
     /// "quantised" or "dense": the hidden states the Hessians came from.
     pub propagation: String,
     /// What it was calibrated on.
