@@ -6,11 +6,13 @@ use gptq_format::{
     CheckpointFormat, Dynamic, Half, LinearShape, QuantizeConfig, Support, TensorSpec,
     client_support,
 };
-use gptq_model::{ModelConfig, Projection};
+use gptq_model::{ModelConfig, Projection, Stage};
 use gptq_solver::Settings;
 
-use crate::pattern::expression;
 use crate::{BranchPlan, Choice};
+
+/// Blocks that one expression names: readers limit its length.
+const LAYERS: usize = 128;
 
 impl BranchPlan {
     /// How zero points are stored: asymmetric branches may have a zero of 0, which v1 cannot hold.
@@ -23,24 +25,7 @@ impl BranchPlan {
 
     /// What readers of a model of `config` are told.
     pub fn quantize_config(&self, model_name: &str, config: &ModelConfig) -> QuantizeConfig {
-        let as_dynamic = |(bits, group_size)| Dynamic {
-            bits: Some(bits),
-            group_size: Some(group_size),
-        };
-        let overrides = self.overrides.iter().map(|own| {
-            let expression = expression(&own.pattern);
-            match own.settings {
-                None => (format!("-:{expression}"), Dynamic::default()),
-                Some(settings) => (format!("+:{expression}"), as_dynamic(settings)),
-            }
-        });
-        // No expression of these matches what an override does.
-        let picked = self.picked_expressions(config.layers).into_iter();
-        let picked = picked.map(|(expression, choice)| {
-            let settings = (choice.bits, choice.group_size);
-            (format!("+:{expression}"), as_dynamic(settings))
-        });
-        let dynamic: BTreeMap<String, Dynamic> = overrides.chain(picked).collect();
+        let dynamic = self.dynamic(config);
         QuantizeConfig {
             bits: self.bits,
             group_size: self.group_size,
@@ -55,6 +40,57 @@ impl BranchPlan {
             checkpoint_format: self.format(),
             dynamic: (!dynamic.is_empty()).then_some(dynamic),
         }
+    }
+
+    /// What linears have other than the branch's own settings, as regular expressions over names, no two of
+    /// which match the same one: readers try them in an order that JSON does not keep. Each names
+    /// blocks and linears, and what readers that run these as one call them.
+    fn dynamic(&self, config: &ModelConfig) -> BTreeMap<String, Dynamic> {
+        let own = Some(Choice {
+            bits: self.bits,
+            group_size: self.group_size,
+        });
+        let mut same: BTreeMap<(Stage, Option<Choice>, Vec<Projection>), Vec<usize>> =
+            BTreeMap::new();
+        for layer in 0..config.layers {
+            for stage in Stage::ALL {
+                let mut settings: BTreeMap<Option<Choice>, Vec<Projection>> = BTreeMap::new();
+                for &projection in stage.projections() {
+                    let choice = self.module(&projection.module(layer)).map(|it| Choice {
+                        bits: it.bits,
+                        group_size: it.group_size,
+                    });
+                    settings.entry(choice).or_default().push(projection);
+                }
+                for (choice, linears) in settings.into_iter().filter(|(it, _)| *it != own) {
+                    let layers = same.entry((stage, choice, linears)).or_default();
+                    layers.push(layer);
+                }
+            }
+        }
+        let mut dynamic = BTreeMap::new();
+        for ((stage, choice, linears), layers) in same {
+            let whole = linears == stage.projections();
+            let names = linears.iter().map(|projection| projection.name());
+            let names = names.chain(stage.fused().filter(|_| whole));
+            let names: Vec<String> = names.map(|name| name.replace('.', "\\.")).collect();
+            let names = names.join("|");
+            for some in layers.chunks(LAYERS) {
+                let numbers: Vec<String> = some.iter().map(usize::to_string).collect();
+                let layers = match layers.len() == config.layers {
+                    true => "\\d+".to_owned(),
+                    false => format!("({})", numbers.join("|")),
+                };
+                let sign = if choice.is_some() { '+' } else { '-' };
+                let expression = format!("{sign}:model\\.layers\\.{layers}\\.({names})$");
+                let settings = Dynamic {
+                    bits: choice.map(|it| it.bits),
+                    group_size: choice.map(|it| it.group_size),
+                };
+                dynamic.insert(expression, settings);
+            }
+        }
+        dynamic
     }
 
     /// Every tensor of the branch's files, in model order; what stays unquantised is in `half`.

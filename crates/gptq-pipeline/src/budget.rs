@@ -306,46 +306,7 @@ impl BranchPlan {
         branch.allocation = Some(allocation.clone());
         Some(branch)
     }
-
-    /// What was picked other than the branch's own settings, as regular expressions over names: each
-    /// names blocks and linears, and what readers that run these as one call them.
-    pub(crate) fn picked_expressions(&self, layers: usize) -> Vec<(String, Choice)> {
-        let own = Choice {
-            bits: self.bits,
-            group_size: self.group_size,
-        };
-        let mut same: BTreeMap<(Stage, Choice, Vec<Projection>), Vec<usize>> = BTreeMap::new();
-        for layer in 0..layers {
-            for stage in Stage::ALL {
-                let all = stage.projections().iter().copied();
-                let of = |p: Projection| Some((p, *self.picked.get(&p.module(layer))?));
-                let picked: Vec<(Projection, Choice)> = all.filter_map(of).collect();
-                if let Some(&(_, choice)) = picked.first().filter(|(_, choice)| *choice != own) {
-                    let linears = picked.into_iter().map(|(p, _)| p).collect();
-                    same.entry((stage, choice, linears))
-                        .or_default()
-                        .push(layer);
-                }
-            }
-        }
-        let mut expressions = Vec::new();
-        for ((stage, choice, linears), layers) in same {
-            let whole = linears == stage.projections();
-            let names = linears.iter().map(|p| p.name());
-            let names = names.chain(stage.fused().filter(|_| whole));
-            let names: Vec<String> = names.map(|name| name.replace('.', "\\.")).collect();
-            for layers in layers.chunks(LAYERS) {
-                let layers: Vec<String> = layers.iter().map(usize::to_string).collect();
-                let (layers, names) = (layers.join("|"), names.join("|"));
-                expressions.push((format!("model\\.layers\\.({layers})\\.({names})$"), choice));
-            }
-        }
-        expressions
-    }
 }
-
-/// Blocks that one expression names: readers limit its length.
-const LAYERS: usize = 128;
 
 impl Choice {
     /// Of a linear of shape `(in, out)`.

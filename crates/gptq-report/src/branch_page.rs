@@ -110,12 +110,18 @@ fn settings(branch: &Branch) -> String {
     let report = &branch.report;
     let config = &report.quantize_config;
     let yes = |on: bool, what: &'static str| on.then_some(what);
-    let mut words = vec![
-        format!("{} bits", config.bits),
-        match i64::from(config.group_size) {
-            -1 => "one group per row".to_owned(),
-            n => format!("groups of {n}"),
-        },
+    let groups = match i64::from(config.group_size) {
+        -1 => "one group per row".to_owned(),
+        n => format!("groups of {n}"),
+    };
+    let mut words = match &report.budget {
+        Some(budget) => vec![
+            format!("{:.3} bits per weight", budget.mean_bits),
+            format!("a budget of {}", budget.budget_bits),
+        ],
+        None => vec![format!("{} bits", config.bits), groups],
+    };
+    words.extend([
         if config.desc_act {
             "act order"
         } else {
@@ -129,7 +135,7 @@ fn settings(branch: &Branch) -> String {
         }
         .to_owned(),
         format!("damping {}", config.damp_percent),
-    ];
+    ]);
     let more = [
         yes(config.static_groups, "static groups"),
         yes(!config.true_sequential, "whole blocks at once"),
