@@ -2,6 +2,7 @@
 
 mod bad_checkpoint;
 mod bad_input;
+mod budget;
 mod card;
 mod checkpoints;
 mod dtype;

@@ -1,5 +1,6 @@
 //! How codes and scales are found: presets and single options, through the binary.
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use serde_json::{Value, json};
@@ -47,6 +48,33 @@ fn presets_and_options_decide_the_codes_and_best_is_closest_to_the_dense_model()
     let perplexity = |name: &str| report(name)["perplexity"]["value"].as_f64().unwrap();
     // At 2 bits the drift is large: on these texts 4 % and more, where two runs differ by 1 %.
     assert!(perplexity("best") < 0.98 * perplexity("standard"));
+    // Which options a linear used, and what each gained. The first input has not drifted.
+    let options = |name: &str, at: usize| {
+        let gains = report(name)["linears"][at]["gains"].clone();
+        let gains: BTreeMap<String, f64> = serde_json::from_value(gains).unwrap();
+        // Of the output's energy: what an option makes smaller cannot fall by much more than all of it.
+        assert!(
+            gains.values().all(|&gain| gain > 0.0 && gain < 1.0),
+            "{gains:?}"
+        );
+        gains.into_keys().collect::<Vec<_>>()
+    };
+    assert_eq!(options("standard", 0), ["scale_search"]);
+    assert_eq!(options("best", 0), ["refine", "scale_search"]);
+    assert_eq!(options("best", 8), ["asymmetric", "refine", "scale_search"]);
+    let csv = fs::read_to_string(scratch.out().join("best/report.csv")).unwrap();
+    let mut lines = csv.lines();
+    assert!(
+        lines
+            .next()
+            .unwrap()
+            .ends_with(",search_gain,asymmetric_gain,refine_gain,seconds")
+    );
+    let gain = report("best")["linears"][8]["gains"]["refine"]
+        .as_f64()
+        .unwrap();
+    let refine_gain = lines.nth(8).unwrap().rsplit(',').nth(1).unwrap();
+    assert_eq!(refine_gain.parse(), Ok(gain));
     let best = scratch.out().join("best");
     succeed(["verify", best.to_str().unwrap(), "--no-receipt"]);
 }

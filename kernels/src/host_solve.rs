@@ -5,7 +5,9 @@ use std::time::Instant;
 
 use burn::tensor::{DType, Tensor, TensorData};
 use gptq_format::CheckpointFormat;
-use gptq_solver::{Factor, Target, output_energy, refine, round_to_nearest, solve as solve_linear};
+use gptq_solver::{
+    Factor, Gains, Target, output_energy, refine, round_to_nearest, solve as solve_linear,
+};
 use nalgebra::DMatrix;
 
 use crate::{Drift, Engine, Hessian, Request, SolveError, SolveTimes, Solved, Subset};
@@ -20,10 +22,11 @@ pub(crate) fn solve<B: Engine>(
     let started = Instant::now();
     let gram = symmetric(gram);
     let factor = Factor::new(&gram, hessian.act_order, hessian.damping)?;
-    let target = match drift {
+    let drift = match drift {
         Some(drift) => {
             let (gram, cross) = (symmetric(drift.gram), to_matrix(drift.cross));
-            Some(Target::new(&gram, cross, hessian.damping, drift.strength)?)
+            let target = Target::new(&gram, cross, hessian.damping, drift.strength)?;
+            Some((target, gram))
         }
         None => None,
     };
@@ -33,7 +36,7 @@ pub(crate) fn solve<B: Engine>(
     };
     let solved = requests
         .into_iter()
-        .map(|request| solve_one(request, &gram, &factor, target.as_ref(), format, &mut times))
+        .map(|request| solve_one(request, &gram, &factor, drift.as_ref(), format, &mut times))
         .collect::<Result<_, _>>()?;
     Ok(Subset {
         solved,
@@ -47,7 +50,7 @@ fn solve_one<B: Engine>(
     request: Request<B>,
     gram: &DMatrix<f64>,
     factor: &Factor<f64>,
-    target: Option<&Target<f64>>,
+    drift: Option<&(Target<f64>, DMatrix<f64>)>,
     format: CheckpointFormat,
     times: &mut SolveTimes,
 ) -> Result<Solved<B>, SolveError> {
@@ -57,16 +60,26 @@ fn solve_one<B: Engine>(
     let w = to_matrix(request.weight);
     let energy = output_energy(&w, gram);
     // A linear whose output is zero has nothing to lose.
-    let relative = |q: DMatrix<f64>| match energy {
+    let part = |of: f64, energy: f64| match energy {
         0.0 => 0.0,
-        energy => output_energy(&(&w - q), gram) / energy,
+        energy => of / energy,
     };
-    let shifted = target.map(|target| target.of(&w));
-    let target = shifted.as_ref().unwrap_or(&w);
-    let mut solution = solve_linear(target, factor, &request.settings);
-    refine(target, gram, factor, &mut solution, request.settings.refine);
+    let relative = |q: DMatrix<f64>| part(output_energy(&(&w - q), gram), energy);
+    let settings = request.settings;
+    let shifted = drift.map(|(target, gram)| {
+        let (target, gain) = target.of(&w);
+        (target, part(gain, output_energy(&w, gram)))
+    });
+    let target = shifted.as_ref().map_or(&w, |(target, _)| target);
+    let mut solution = solve_linear(target, factor, &settings);
+    let refined = refine(target, gram, factor, &mut solution, settings.refine);
+    let gains = Gains {
+        scale_search: (settings.scale_search).then(|| part(solution.search_gain, energy)),
+        asymmetric: shifted.as_ref().map(|&(_, gain)| gain),
+        refine: (settings.refine > 0).then(|| part(refined, energy)),
+    };
     let relative_error = relative(solution.dequantise());
-    let rtn_error = relative(round_to_nearest(&w, &request.settings).dequantise());
+    let rtn_error = relative(round_to_nearest(&w, &settings).dequantise());
     let quantized = solution.into_quantized();
     let data = TensorData::new(quantized.dequantise(), shape);
     let weight = Tensor::<B, 2>::from_data(data, (&device, DType::F32)).cast(dtype);
@@ -79,6 +92,7 @@ fn solve_one<B: Engine>(
         weight,
         relative_error,
         rtn_error,
+        gains,
     })
 }
 

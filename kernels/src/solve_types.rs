@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use gptq_format::{FormatError, PackedLinear};
-use gptq_solver::{Settings, SolverError};
+use gptq_solver::{Gains, Settings, SolverError};
 use thiserror::Error;
 
 use crate::{Engine, cuda::Fetched};
@@ -80,6 +80,8 @@ pub struct Solved<B: Engine> {
     pub relative_error: f64,
     /// The same for round to nearest.
     pub rtn_error: f64,
+    /// What the options beyond plain GPTQ were good for.
+    pub gains: Gains,
 }
 
 /// What came of a set of linears with one input.

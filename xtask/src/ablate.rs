@@ -44,6 +44,15 @@ const OPTIONS: [(&str, &str); 10] = [
     ),
 ];
 
+/// Settings that a size budget is compared with, and the bits per weight that their files take here.
+const SIZES: [(&str, u32, u32, f64); 5] = [
+    ("2-bit g64", 2, 64, 2.342),
+    ("2-bit g32", 2, 32, 2.638),
+    ("3-bit g64", 3, 64, 3.342),
+    ("3-bit g32", 3, 32, 3.638),
+    ("4-bit g128", 4, 128, 4.201),
+];
+
 /// What other tools reach at the first five settings on medi-24m with the same 128 windows, the first
 /// text (400 WikiDoc texts): measured with their releases of 2026.
 const PEERS: [(&str, [Option<f64>; 5]); 6] = [
@@ -127,6 +136,9 @@ pub(crate) struct AblateArgs {
 /// A table's title, and what it shows of a branch.
 type Table = (String, fn(&Cell) -> String);
 
+/// What a row is called, and its branches.
+type Row = (String, Vec<Cell>);
+
 /// One branch's figures.
 struct Cell {
     first: f64,
@@ -136,12 +148,25 @@ struct Cell {
 }
 
 pub(crate) fn run(args: &AblateArgs) -> anyhow::Result<()> {
-    let mut rows = Vec::new();
-    for (name, options) in OPTIONS {
-        let cells = row(args, options).with_context(|| format!("row {name:?}"))?;
+    let settings = SETTINGS.map(|(_, bits, group, act_order)| {
+        format!("bits = {bits}\ngroup_size = {group}\ndesc_act = {act_order}")
+    });
+    let uniform = SIZES.map(|(_, bits, group, _)| format!("bits = {bits}\ngroup_size = {group}"));
+    let budgets = SIZES.map(|(.., budget)| format!("budget_bits = {budget}"));
+    let measure = |name: &str, options: &str, branches: &[String]| -> anyhow::Result<Row> {
+        let cells = row(args, options, branches).with_context(|| format!("row {name:?}"))?;
         let shown: Vec<String> = cells.iter().map(|c| format!("{:.3}", c.first)).collect();
         eprintln!("{name}: {}", shown.join(", "));
-        rows.push((name, cells));
+        Ok((name.to_owned(), cells))
+    };
+    let rows = OPTIONS.map(|(name, options)| measure(name, options, &settings));
+    let rows = rows.into_iter().collect::<anyhow::Result<Vec<Row>>>()?;
+    let mut sizes = Vec::new();
+    for preset in ["standard", "best"] {
+        let options = format!("preset = \"{preset}\"");
+        for (how, branches) in [("one setting", &uniform), ("a budget", &budgets)] {
+            sizes.push(measure(&format!("{preset}, {how}"), &options, branches)?);
+        }
     }
     let dense = dense(args)?;
     let output = args
@@ -149,12 +174,19 @@ pub(crate) fn run(args: &AblateArgs) -> anyhow::Result<()> {
         .clone()
         .unwrap_or_else(|| root().join("crates/gptq-solver"));
     std::fs::create_dir_all(&output)?;
-    std::fs::write(output.join("ACCURACY.md"), document(args, &rows, dense))?;
-    let table: Vec<Value> = rows
-        .iter()
-        .flat_map(|(name, cells)| json_rows(name, cells))
-        .collect();
-    let all = json!({ "dense": { "first": dense[0], "second": dense[1] }, "rows": table });
+    std::fs::write(
+        output.join("ACCURACY.md"),
+        document(args, &rows, &sizes, dense),
+    )?;
+    let json = |rows: &[Row], settings: &[&str]| -> Vec<Value> {
+        let rows = rows.iter();
+        rows.flat_map(|row| json_rows(row, settings)).collect()
+    };
+    let all = json!({
+        "dense": { "first": dense[0], "second": dense[1] },
+        "rows": json(&rows, &SETTINGS.map(|it| it.0)),
+        "sizes": json(&sizes, &SIZES.map(|it| it.0)),
+    });
     std::fs::write(
         output.join("ACCURACY.json"),
         format!("{}\n", serde_json::to_string_pretty(&all)?),
@@ -172,21 +204,22 @@ fn gptq(args: &AblateArgs, command: &str, input: &Path) -> Command {
     gptq
 }
 
-fn row(args: &AblateArgs, options: &str) -> anyhow::Result<Vec<Cell>> {
+/// One run with `options` as defaults and a branch of each of `settings`.
+fn row(args: &AblateArgs, options: &str, settings: &[String]) -> anyhow::Result<Vec<Cell>> {
     if args.work.exists() {
         std::fs::remove_dir_all(&args.work)?;
     }
     std::fs::create_dir_all(&args.work)?;
     let recipe = args.work.join("recipe.toml");
     let branches = args.work.join("branches");
-    std::fs::write(&recipe, recipe_text(args, options, &branches)?)?;
+    std::fs::write(&recipe, recipe_text(args, options, settings, &branches)?)?;
     output(
         gptq(args, "quantize", &recipe)
             .arg("--perplexity")
             .arg(&args.text),
     )?;
     let mut cells = Vec::new();
-    for at in 0..SETTINGS.len() {
+    for at in 0..settings.len() {
         let dir = branches.join(format!("b{at}"));
         let report: Value = serde_json::from_slice(&std::fs::read(dir.join("report.json"))?)?;
         let linears = report["linears"]
@@ -206,7 +239,12 @@ fn row(args: &AblateArgs, options: &str) -> anyhow::Result<Vec<Cell>> {
     Ok(cells)
 }
 
-fn recipe_text(args: &AblateArgs, options: &str, branches: &Path) -> anyhow::Result<String> {
+fn recipe_text(
+    args: &AblateArgs,
+    options: &str,
+    settings: &[String],
+    branches: &Path,
+) -> anyhow::Result<String> {
     let path = |path: &Path| -> anyhow::Result<String> {
         let path = std::path::absolute(path)?;
         Ok(toml_string(&path.to_string_lossy()))
@@ -219,12 +257,8 @@ fn recipe_text(args: &AblateArgs, options: &str, branches: &Path) -> anyhow::Res
         path(&args.calibration)?,
         path(branches)?,
     );
-    for (at, (_, bits, group, act_order)) in SETTINGS.iter().enumerate() {
-        write!(
-            text,
-            "\n[[branch]]\nname = \"b{at}\"\nbits = {bits}\ngroup_size = {group}\n\
-             desc_act = {act_order}\n"
-        )?;
+    for (at, lines) in settings.iter().enumerate() {
+        write!(text, "\n[[branch]]\nname = \"b{at}\"\n{lines}\n")?;
     }
     Ok(text)
 }
@@ -269,10 +303,10 @@ fn number(value: &Value) -> anyhow::Result<f64> {
         .with_context(|| format!("{value} is no number"))
 }
 
-fn json_rows(name: &str, cells: &[Cell]) -> Vec<Value> {
-    let settings = SETTINGS.iter().zip(cells);
+fn json_rows((name, cells): &Row, settings: &[&str]) -> Vec<Value> {
+    let settings = settings.iter().zip(cells);
     settings
-        .map(|((setting, ..), cell)| {
+        .map(|(setting, cell)| {
             json!({
                 "options": name,
                 "setting": setting,
@@ -285,7 +319,7 @@ fn json_rows(name: &str, cells: &[Cell]) -> Vec<Value> {
         .collect()
 }
 
-fn document(args: &AblateArgs, rows: &[(&str, Vec<Cell>)], [first, second]: [f64; 2]) -> String {
+fn document(args: &AblateArgs, rows: &[Row], sizes: &[Row], [first, second]: [f64; 2]) -> String {
     let mut text = format!(
         "# Accuracy, option by option\n\n\
          Written by `cargo xtask ablate`; nothing here is typed. medi-24m (23.5 million parameters, trained on \
@@ -325,22 +359,35 @@ fn document(args: &AblateArgs, rows: &[(&str, Vec<Cell>)], [first, second]: [f64
             |cell| format!("{:.2}", cell.seconds),
         ),
     ];
-    for (at, (title, show)) in tables.into_iter().enumerate() {
-        let _ = write!(text, "\n## {title}\n\n|");
-        for heading in ["options"].into_iter().chain(SETTINGS.map(|s| s.0)) {
-            let _ = write!(text, " {heading} |");
-        }
-        let _ = writeln!(text, "\n|{}", "---|".repeat(SETTINGS.len() + 1));
-        for (name, cells) in rows {
-            let shown: Vec<String> = cells.iter().map(show).collect();
-            let _ = writeln!(text, "| {name} | {} |", shown.join(" | "));
-        }
+    for (at, (title, show)) in tables.iter().enumerate() {
+        text += &table(title, &SETTINGS.map(|it| it.0), rows, *show);
         if at == 0 {
             for (name, figures) in PEERS {
                 let shown = figures.map(|it| it.map_or(String::new(), |it| format!("{it:.3}")));
                 let _ = writeln!(text, "| *{name}* | {} | |", shown.join(" | "));
             }
         }
+    }
+    text += "\nA size budget (`budget_bits`) gives each linear its own bits and group size; here it is what the \
+             one setting named above the column takes for each weight, scales, zero points and `g_idx` included.\n";
+    for (title, show) in &tables[..2] {
+        let title = title.replacen(
+            "Perplexity",
+            "The same size with and without a budget: perplexity",
+            1,
+        );
+        text += &table(&title, &SIZES.map(|it| it.0), sizes, *show);
+    }
+    text
+}
+
+/// Of one figure of each branch: `rows` by `headings`.
+fn table(title: &str, headings: &[&str], rows: &[Row], show: fn(&Cell) -> String) -> String {
+    let mut text = format!("\n## {title}\n\n| options | {} |\n", headings.join(" | "));
+    let _ = writeln!(text, "|{}", "---|".repeat(headings.len() + 1));
+    for (name, cells) in rows {
+        let shown: Vec<String> = cells.iter().map(show).collect();
+        let _ = writeln!(text, "| {name} | {} |", shown.join(" | "));
     }
     text
 }

@@ -6,7 +6,7 @@
 //! Transformers (through GPTQModel or Optimum) has reference kernels for everything the format can
 //! say, but only GPTQModel and vLLM read per-module settings.
 
-use crate::{Bits, GroupSize};
+use crate::{Bits, GroupSize, LinearShape};
 
 /// A program that loads GPTQ checkpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,19 +42,6 @@ impl Client {
             Client::Tgi => "TGI",
         }
     }
-}
-
-/// What a client's rules look at in one quantised linear.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LinearShape {
-    /// Inputs.
-    pub in_features: usize,
-    /// Outputs.
-    pub out_features: usize,
-    /// Code width.
-    pub bits: Bits,
-    /// Columns per group.
-    pub group_size: GroupSize,
 }
 
 /// A client's verdict on a branch.

@@ -25,6 +25,7 @@ mod digests;
 mod error;
 mod half_type;
 mod inspect;
+mod linear_shape;
 mod output_lock;
 mod pack;
 mod pickle;
@@ -42,13 +43,14 @@ mod writer;
 
 pub use bits::{Bits, GroupSize};
 pub use checkpoint::Checkpoint;
-pub use clients::{Client, LinearShape, Support, client_support};
+pub use clients::{Client, Support, client_support};
 pub use digests::{LinearDigests, sha256, sha256_file};
 pub use error::FormatError;
 pub use half_type::Half;
 pub use inspect::{
     ClientInfo, FileInfo, Inspection, LinearInfo, SharedSettings, TensorInfo, files,
 };
+pub use linear_shape::LinearShape;
 pub use output_lock::OutputLock;
 pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
 pub use quantize_config::{CheckpointFormat, Dynamic, QuantizeConfig};

@@ -42,6 +42,15 @@ impl Stage {
         }
     }
 
+    /// What readers that run this stage's linears as one call it within the block.
+    pub fn fused(self) -> Option<&'static str> {
+        match self {
+            Stage::Qkv => Some("self_attn.qkv_proj"),
+            Stage::GateUp => Some("mlp.gate_up_proj"),
+            Stage::AttentionOut | Stage::Down => None,
+        }
+    }
+
     /// Whether [`Block::advance`](crate::Block::advance) adds to the residual here, and leaves no
     /// activation.
     pub fn ends_in_residual(self) -> bool {
@@ -66,9 +75,9 @@ impl Projection {
         Projection::Down,
     ];
 
-    /// The module's name in block `layer` of a checkpoint.
-    pub fn module(self, layer: usize) -> String {
-        let name = match self {
+    /// The module's name within its block.
+    pub fn name(self) -> &'static str {
+        match self {
             Projection::Q => "self_attn.q_proj",
             Projection::K => "self_attn.k_proj",
             Projection::V => "self_attn.v_proj",
@@ -76,8 +85,12 @@ impl Projection {
             Projection::Gate => "mlp.gate_proj",
             Projection::Up => "mlp.up_proj",
             Projection::Down => "mlp.down_proj",
-        };
-        format!("model.layers.{layer}.{name}")
+        }
+    }
+
+    /// The module's name in block `layer` of a checkpoint.
+    pub fn module(self, layer: usize) -> String {
+        format!("model.layers.{layer}.{}", self.name())
     }
 
     /// `(in_features, out_features)`.

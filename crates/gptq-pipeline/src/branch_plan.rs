@@ -1,24 +1,22 @@
-//! One branch made valid: its settings, what each linear gets, what its files will hold.
+//! One branch made valid: its settings, and what each linear gets.
 
-use gptq_format::{
-    Bits, CheckpointFormat, Dynamic, GroupSize, Half, LinearShape, QuantizeConfig, Support,
-    TensorSpec, client_support,
-};
+use std::collections::BTreeMap;
+
+use gptq_format::{Bits, GroupSize};
 use gptq_model::{ModelConfig, Projection};
 use gptq_solver::Settings;
-use safetensors::Dtype;
 use serde::Serialize;
 use toml::Spanned;
 
-use crate::pattern::{expression, matches};
+use crate::pattern::matches;
 use crate::recipe::{Branch, Override};
-use crate::{Method, Preset, Recipe, RecipeError};
+use crate::{Allocation, Budget, Choice, Method, Preset, Recipe, RecipeError};
 
 /// Longest branch name taken: it becomes a directory and a Hub revision.
 const MAX_NAME: usize = 96;
 
 /// One branch, every setting known.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct BranchPlan {
     /// Directory name, and later the Hub revision.
     pub name: String,
@@ -40,14 +38,23 @@ pub struct BranchPlan {
     pub preset: Preset,
     /// How codes and scales are found.
     pub method: Method,
-    overrides: Vec<ModuleOverride>,
+    /// Most bits per weight, and what to choose from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Budget>,
+    /// How the budget was spent; like what it gave single linears, nothing that was asked for, and so
+    /// not in a fingerprint.
+    #[serde(skip)]
+    pub allocation: Option<Allocation>,
+    #[serde(skip)]
+    pub(crate) picked: BTreeMap<String, Choice>,
+    pub(crate) overrides: Vec<ModuleOverride>,
 }
 
-#[derive(Clone, Debug, Serialize)]
-struct ModuleOverride {
-    pattern: String,
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct ModuleOverride {
+    pub(crate) pattern: String,
     /// `None`: left in full precision.
-    settings: Option<(Bits, GroupSize)>,
+    pub(crate) settings: Option<(Bits, GroupSize)>,
 }
 
 impl BranchPlan {
@@ -62,13 +69,16 @@ impl BranchPlan {
         let defaults = &recipe.file.defaults;
         check_name(branch.name.get_ref()).map_err(|why| recipe.refuse(&branch.name, why))?;
 
+        let budget = Budget::of(recipe, branch)?;
         let bits = branch.bits.as_ref().or(defaults.bits.as_ref());
-        let bits = bits.ok_or_else(|| {
-            recipe.refuse(
-                place,
-                "bits is set neither here nor in [defaults]; valid are 2, 3, 4, 8",
-            )
-        })?;
+        let bits = match (bits, &budget) {
+            (Some(bits), _) => *bits.get_ref(),
+            (None, Some((budget, _))) => budget.width(),
+            (None, None) => {
+                let reason = "bits is set neither here nor in [defaults]; valid are 2, 3, 4, 8";
+                return Err(recipe.refuse(place, reason));
+            }
+        };
         let default_group = Spanned::new(branch.name.span(), GroupSize::Columns(128));
         let group_size = branch
             .group_size
@@ -90,7 +100,7 @@ impl BranchPlan {
         let preset = branch.preset.or(defaults.preset).unwrap_or_default();
         let mut plan = BranchPlan {
             name: branch.name.get_ref().clone(),
-            bits: *bits.get_ref(),
+            bits,
             group_size: *group_size.get_ref(),
             desc_act: branch.desc_act.or(defaults.desc_act).unwrap_or(true),
             static_groups: branch
@@ -104,7 +114,18 @@ impl BranchPlan {
                 .or(defaults.true_sequential)
                 .unwrap_or(true),
             preset,
-            method: method(recipe, branch, preset.method(*bits.get_ref()))?,
+            // Of a budget, some linears may have few bits.
+            method: method(
+                recipe,
+                branch,
+                preset.method(match budget {
+                    Some(_) => Bits::Three,
+                    None => bits,
+                }),
+            )?,
+            budget: budget.as_ref().map(|(budget, _)| budget.clone()),
+            allocation: None,
+            picked: BTreeMap::new(),
             overrides: Vec::new(),
         };
         for own in &branch.overrides {
@@ -118,7 +139,7 @@ impl BranchPlan {
                 return Err(recipe.refuse(place, reason));
             }
             // An override's own group size was checked when it was added.
-            if !settings.group_size.divides(n_in) {
+            if budget.is_none() && !settings.group_size.divides(n_in) {
                 return Err(
                     recipe.refuse(group_size, group_reason(settings.group_size, &module, n_in))
                 );
@@ -129,6 +150,9 @@ impl BranchPlan {
                 place,
                 "its overrides skip every linear; nothing is left to quantise",
             ));
+        }
+        if let Some((budget, at)) = &budget {
+            plan.check_budget(recipe, (budget, at), config)?;
         }
         Ok(plan)
     }
@@ -188,12 +212,17 @@ impl BranchPlan {
         Ok(())
     }
 
+    /// The override that names a module.
+    pub(crate) fn overriding(&self, module: &str) -> Option<&ModuleOverride> {
+        self.overrides.iter().find(|o| matches(&o.pattern, module))
+    }
+
     /// Solver settings of a module, or `None` when it stays in full precision.
     pub fn module(&self, module: &str) -> Option<Settings> {
-        let own = self.overrides.iter().find(|o| matches(&o.pattern, module));
-        let (bits, group_size) = match own {
-            Some(own) => own.settings?,
-            None => (self.bits, self.group_size),
+        let (bits, group_size) = match (self.overriding(module), self.picked.get(module)) {
+            (Some(own), _) => own.settings?,
+            (None, Some(picked)) => (picked.bits, picked.group_size),
+            (None, None) => (self.bits, self.group_size),
         };
         Some(Settings {
             bits,
@@ -217,129 +246,6 @@ impl BranchPlan {
                 Some((module, projection.shape(config), settings))
             })
             .collect()
-    }
-
-    /// How zero points are stored: asymmetric branches may have a zero of 0, which v1 cannot hold.
-    pub fn format(&self) -> CheckpointFormat {
-        match self.sym {
-            true => CheckpointFormat::Gptq,
-            false => CheckpointFormat::GptqV2,
-        }
-    }
-
-    /// What readers are told.
-    pub fn quantize_config(&self, model_name: &str) -> QuantizeConfig {
-        let dynamic = self.overrides.iter().map(|own| {
-            let expression = expression(&own.pattern);
-            match own.settings {
-                None => (format!("-:{expression}"), Dynamic::default()),
-                Some((bits, group_size)) => (
-                    format!("+:{expression}"),
-                    Dynamic {
-                        bits: Some(bits),
-                        group_size: Some(group_size),
-                    },
-                ),
-            }
-        });
-        QuantizeConfig {
-            bits: self.bits,
-            group_size: self.group_size,
-            damp_percent: self.damp_percent,
-            desc_act: self.desc_act,
-            static_groups: self.static_groups,
-            sym: self.sym,
-            true_sequential: self.true_sequential,
-            model_name_or_path: Some(model_name.to_owned()),
-            model_file_base_name: Some("model".to_owned()),
-            quant_method: "gptq".to_owned(),
-            checkpoint_format: self.format(),
-            dynamic: (!self.overrides.is_empty()).then(|| dynamic.collect()),
-        }
-    }
-
-    /// Every tensor of the branch's files, in model order; what stays unquantised is in `half`.
-    pub fn tensors(&self, config: &ModelConfig, half: Half) -> Vec<TensorSpec> {
-        let mut specs = Vec::new();
-        let mut add = |name: String, dtype, shape: &[usize]| {
-            specs.push(TensorSpec {
-                name,
-                dtype,
-                shape: shape.into(),
-            });
-        };
-        let hidden = config.hidden_size;
-        add(
-            "model.embed_tokens.weight".into(),
-            half.dtype(),
-            &[config.vocabulary, hidden],
-        );
-        for layer in 0..config.layers {
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
-                add(
-                    format!("model.layers.{layer}.{norm}.weight"),
-                    half.dtype(),
-                    &[hidden],
-                );
-            }
-            for projection in Projection::ALL {
-                let module = projection.module(layer);
-                let (n_in, n_out) = projection.shape(config);
-                match self.module(&module) {
-                    Some(settings) => {
-                        let (b, groups) = (settings.bits.get(), settings.group_size.groups(n_in));
-                        add(
-                            format!("{module}.qweight"),
-                            Dtype::I32,
-                            &[n_in * b / 32, n_out],
-                        );
-                        add(
-                            format!("{module}.qzeros"),
-                            Dtype::I32,
-                            &[groups, n_out * b / 32],
-                        );
-                        add(format!("{module}.scales"), Dtype::F16, &[groups, n_out]);
-                        add(format!("{module}.g_idx"), Dtype::I32, &[n_in]);
-                    }
-                    None => add(format!("{module}.weight"), half.dtype(), &[n_out, n_in]),
-                }
-                if projection.has_bias(config) {
-                    add(format!("{module}.bias"), half.dtype(), &[n_out]);
-                }
-            }
-        }
-        add("model.norm.weight".into(), half.dtype(), &[hidden]);
-        if !config.tied_embeddings {
-            add(
-                "lm_head.weight".into(),
-                half.dtype(),
-                &[config.vocabulary, hidden],
-            );
-        }
-        specs
-    }
-
-    /// Bytes of all tensors, the same in either half; the files' headers come on top.
-    pub fn bytes(&self, config: &ModelConfig) -> usize {
-        self.tensors(config, Half::F16)
-            .iter()
-            .map(TensorSpec::bytes)
-            .sum()
-    }
-
-    /// Who can load the branch.
-    pub fn clients(&self, config: &ModelConfig) -> Vec<Support> {
-        let linears: Vec<LinearShape> = self
-            .quantised_modules(config)
-            .into_iter()
-            .map(|(_, (in_features, out_features), settings)| LinearShape {
-                in_features,
-                out_features,
-                bits: settings.bits,
-                group_size: settings.group_size,
-            })
-            .collect();
-        client_support(&linears, self.sym, !self.overrides.is_empty())
     }
 }
 

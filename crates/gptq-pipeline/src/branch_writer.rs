@@ -34,7 +34,7 @@ impl BranchWriter {
         let weights = ShardedWriter::create(dir.path(), &specs, plan.shard_size)?;
         let path = dir.path();
         copy_side_files(&plan.model_dir, path)?;
-        let settings = branch.quantize_config(&plan.model_name);
+        let settings = branch.quantize_config(&plan.model_name, &plan.config);
         let mut config: Value = read_json(&plan.model_dir.join("config.json"))?;
         config["quantization_config"] =
             serde_json::to_value(&settings).expect("a config of plain values always serialises");

@@ -31,7 +31,7 @@ pub(crate) fn has_room(plan: &Plan, bytes: u64) -> Result<bool, FormatError> {
 /// What the branches of `plan` will take, less what is there of them.
 fn missing(plan: &Plan) -> u64 {
     let dir = &plan.output;
-    let bytes = plan.branches.iter().map(|b| b.bytes(&plan.config) as u64);
+    let bytes = plan.branches.iter().map(|b| b.bytes(&plan.config));
     let there = plan.branches.iter().map(|branch| {
         let name = format!("{}.partial", branch.name);
         allocated(&dir.join(name))

@@ -17,7 +17,7 @@ use serde_json::{Number, Value};
 
 use crate::fingerprint::Fingerprint;
 use crate::kept_states::prune;
-use crate::{Clamped, LinearReport, PipelineError, RecipeOverrides};
+use crate::{Allocation, Clamped, LinearReport, PipelineError, RecipeOverrides};
 
 const FILE: &str = ".gptq-journal.jsonl";
 /// Of this format.
@@ -48,6 +48,9 @@ pub(crate) struct Header {
     pub(crate) run: Fingerprint,
     /// By name.
     pub(crate) branches: BTreeMap<String, Fingerprint>,
+    /// How the budgets of those that have one are spent, by name.
+    #[serde(default)]
+    pub(crate) allocations: BTreeMap<String, Allocation>,
 }
 
 /// A finished block.
@@ -92,12 +95,14 @@ impl Header {
         origin: Origin,
         run: Fingerprint,
         branches: BTreeMap<String, Fingerprint>,
+        allocations: BTreeMap<String, Allocation>,
     ) -> Self {
         Header {
             version: VERSION,
             origin,
             run,
             branches,
+            allocations,
         }
     }
 }
@@ -249,6 +254,8 @@ fn each(value: Value, f: fn(Value) -> Value) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use gptq_solver::Gains;
+
     use super::*;
 
     fn header() -> Header {
@@ -258,7 +265,12 @@ mod tests {
             overrides: RecipeOverrides::default(),
             directory: "/".into(),
         };
-        Header::new(origin, Fingerprint::default(), BTreeMap::new())
+        Header::new(
+            origin,
+            Fingerprint::default(),
+            BTreeMap::new(),
+            BTreeMap::new(),
+        )
     }
 
     fn block(layer: usize) -> Block {
@@ -272,6 +284,10 @@ mod tests {
             relative_error: (layer as f64 + 0.1).ln() * 1e-7,
             rtn_error: std::f64::consts::PI * 1e-300,
             ratio: 1.0 / 3.0,
+            gains: Gains {
+                scale_search: Some(2.0_f64.sqrt() * 1e-5),
+                ..Gains::default()
+            },
             damp_percent: 0.1,
             dead_columns: 0,
             seconds: 1.5e-9,

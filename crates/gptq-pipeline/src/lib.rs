@@ -6,8 +6,11 @@
 
 #![forbid(unsafe_code)]
 
+mod allocate;
+mod branch_files;
 mod branch_plan;
 mod branch_writer;
+mod budget;
 mod disk_space;
 mod error;
 mod fingerprint;
@@ -16,8 +19,10 @@ mod hidden_range;
 mod inputs;
 mod journal;
 mod kept_states;
+mod measure;
 mod memory;
 mod method;
+mod moved;
 mod overrides;
 mod pattern;
 mod plan;
@@ -32,8 +37,10 @@ mod stream;
 mod write_behind;
 
 pub use branch_plan::BranchPlan;
+pub use budget::{AllocatedGroup, Allocation, Budget, Choice};
 pub use error::PipelineError;
 pub use fingerprint::Fingerprint;
+pub use gptq_solver::Gains;
 pub use hidden_range::{Clamped, Overflow};
 pub use inputs::{Fetched, InputSource};
 pub use memory::Memory;

@@ -22,7 +22,7 @@ use crate::resume::{Found, Restored, discard};
 use crate::run::{About, Run, read_ahead};
 use crate::scratch::Scratch;
 use crate::write_behind::WriteBehind;
-use crate::{BranchReport, LinearReport, PipelineError, Plan};
+use crate::{Allocation, BranchReport, LinearReport, PipelineError, Plan};
 
 /// How to run a plan; nothing here changes what comes out.
 #[derive(Clone, Copy, Debug)]
@@ -69,6 +69,18 @@ pub enum Event<'a> {
         branch: usize,
         /// Its report.
         report: &'a BranchReport,
+    },
+    /// What the choices of budgets cost in the first blocks is measured.
+    Measured {
+        /// How many blocks.
+        layers: usize,
+    },
+    /// A budget is spent, now or by an earlier run.
+    Allocated {
+        /// Of which branch.
+        branch: usize,
+        /// How.
+        allocation: &'a Allocation,
     },
     /// An earlier run finished some blocks of the branches that come next; they go on from there.
     Resumed {
@@ -137,22 +149,22 @@ pub fn quantise(
     }
 }
 
-struct Quantise<'a> {
+pub(crate) struct Quantise<'a> {
     plan: &'a Plan,
     device: Device,
-    options: RunOptions<'a>,
-    clock: Clock,
+    pub(crate) options: RunOptions<'a>,
+    pub(crate) clock: Clock,
     /// Device memory in bytes; filled in with what is free.
-    budget: &'a mut Option<u64>,
-    on_event: &'a mut dyn FnMut(Event<'_>),
+    pub(crate) budget: &'a mut Option<u64>,
+    pub(crate) on_event: &'a mut dyn FnMut(Event<'_>),
 }
 
 /// What every pass takes.
-struct Inputs<B: Engine> {
-    model: Model<B>,
-    calibration: Calibration,
+pub(crate) struct Inputs<B: Engine> {
+    pub(crate) model: Model<B>,
+    pub(crate) calibration: Calibration,
     prints: Fingerprints,
-    places: Places,
+    pub(crate) places: Places,
 }
 
 impl Work for Quantise<'_> {
@@ -216,8 +228,12 @@ impl Quantise<'_> {
         branches: &[usize],
         recorded: Option<Recorded>,
     ) -> Result<Vec<BranchReport>, PipelineError> {
-        let plan = &self.plan.only(branches);
-        let done = self.blocks(inputs, plan, branches, recorded);
+        let mut plan = self.plan.only(branches);
+        let done = match self.settle(inputs, &mut plan, branches, recorded.as_ref()) {
+            Ok(()) => self.blocks(inputs, &plan, branches, recorded),
+            Err(error) => Err(error),
+        };
+        let plan = &plan;
         if done.is_ok() {
             Journal::remove(&plan.output)?;
             return done;
@@ -264,7 +280,10 @@ impl Quantise<'_> {
                 let writers = writers.collect::<Result<Vec<_>, FormatError>>()?;
                 let prints = prints.iter().map(|&print| print.clone());
                 let branches: BTreeMap<_, _> = names.iter().cloned().zip(prints).collect();
-                let header = Header::new(origin(plan)?, inputs.prints.run.clone(), branches);
+                let spent = plan.branches.iter();
+                let spent = spent.filter_map(|b| Some((b.name.clone(), b.allocation.clone()?)));
+                let run = inputs.prints.run.clone();
+                let header = Header::new(origin(plan)?, run, branches, spent.collect());
                 let journal = Journal::create(&plan.output, &header)?;
                 (writers, journal, Restored::none(plan))
             }
@@ -298,7 +317,9 @@ impl Quantise<'_> {
             let run = Run {
                 plan,
                 model,
-                writer: WriteBehind::spawn(scope, writers, checkpoint, journal, names),
+                writer: Some(WriteBehind::spawn(
+                    scope, writers, checkpoint, journal, names,
+                )),
                 outputs: restored.outputs(),
                 restored,
                 partials,
@@ -330,6 +351,10 @@ impl<'a> Event<'a> {
             Event::Finished { branch, report } => Event::Finished {
                 branch: branches[branch],
                 report,
+            },
+            Event::Allocated { branch, allocation } => Event::Allocated {
+                branch: branches[branch],
+                allocation,
             },
             other => other,
         }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use thiserror::Error;
 use toml::Spanned;
 
-use crate::{Preset, RecipeOverrides};
+use crate::{Choice, Preset, RecipeOverrides};
 
 /// Most bytes of a recipe.
 const MAX_BYTES: u64 = 1 << 20;
@@ -157,6 +157,8 @@ pub(crate) enum OnOverflow {
 pub(crate) struct Settings {
     pub bits: Option<Spanned<Bits>>,
     pub group_size: Option<Spanned<GroupSize>>,
+    pub budget_bits: Option<Spanned<f64>>,
+    pub budget_choices: Option<Spanned<Vec<Choice>>>,
     pub desc_act: Option<bool>,
     pub static_groups: Option<bool>,
     pub sym: Option<bool>,
@@ -176,6 +178,8 @@ pub(crate) struct Branch {
     pub name: Spanned<String>,
     pub bits: Option<Spanned<Bits>>,
     pub group_size: Option<Spanned<GroupSize>>,
+    pub budget_bits: Option<Spanned<f64>>,
+    pub budget_choices: Option<Spanned<Vec<Choice>>>,
     pub desc_act: Option<bool>,
     pub static_groups: Option<bool>,
     pub sym: Option<bool>,

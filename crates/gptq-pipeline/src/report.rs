@@ -7,9 +7,10 @@ use gptq_calibration::Manifest;
 use gptq_format::{
     Bits, FormatError, GroupSize, LinearDigests, QuantizeConfig, read_json, write_file, write_json,
 };
+use gptq_solver::Gains;
 use serde::{Deserialize, Serialize};
 
-use crate::{Clamped, Fingerprint, Method, Preset};
+use crate::{Allocation, Clamped, Fingerprint, Method, Preset};
 
 /// Its name in a branch directory.
 pub(crate) const FILE: &str = "report.json";
@@ -33,6 +34,9 @@ pub struct LinearReport {
     pub rtn_error: f64,
     /// `relative_error / rtn_error`: what GPTQ gained.
     pub ratio: f64,
+    /// What the options beyond plain GPTQ were good for; older reports have none.
+    #[serde(default)]
+    pub gains: Gains,
     /// Damping that was used, as a fraction of the mean diagonal.
     pub damp_percent: f64,
     /// Inputs that were always zero.
@@ -92,6 +96,9 @@ pub struct BranchReport {
     /// The options themselves; not in reports of before there were any to choose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub method: Option<Method>,
+    /// How a size budget was spent, where there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Allocation>,
     /// "quantised" or "dense": the hidden states the Hessians came from.
     pub propagation: String,
     /// What it was calibrated on.
@@ -174,13 +181,14 @@ impl BranchReport {
     fn csv(&self) -> String {
         let mut csv = String::from(
             "layer,name,out_features,in_features,bits,group_size,relative_error,rtn_error,ratio,\
-             damp_percent,dead_columns,seconds\n",
+             damp_percent,dead_columns,search_gain,asymmetric_gain,refine_gain,seconds\n",
         );
+        let gain = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:e}"));
         for l in &self.linears {
             let [n_out, n_in] = l.shape;
             writeln!(
                 csv,
-                "{},{},{n_out},{n_in},{},{},{:e},{:e},{:.6},{},{},{:.4}",
+                "{},{},{n_out},{n_in},{},{},{:e},{:e},{:.6},{},{},{},{},{},{:.4}",
                 l.layer,
                 l.name,
                 l.bits,
@@ -190,6 +198,9 @@ impl BranchReport {
                 l.ratio,
                 l.damp_percent,
                 l.dead_columns,
+                gain(l.gains.scale_search),
+                gain(l.gains.asymmetric),
+                gain(l.gains.refine),
                 l.seconds
             )
             .expect("writing to a string cannot fail");

@@ -196,6 +196,7 @@ impl Restored {
             linears: branch.linears.clone(),
             clamped: branch.clamped.clone(),
             seconds: branch.seconds,
+            moved: Vec::new(),
         };
         self.branches.iter().map(output).collect()
     }

@@ -56,6 +56,8 @@ pub(crate) struct Output {
     pub(crate) linears: Vec<LinearReport>,
     pub(crate) clamped: Vec<Clamped>,
     pub(crate) seconds: f64,
+    /// Of each block's stages in order, where nothing is written; see [`Stream::moved`].
+    pub(crate) moved: Vec<f64>,
 }
 
 /// What a report says beside the run's own numbers.
@@ -70,7 +72,8 @@ pub(crate) struct About<'a> {
 pub(crate) struct Run<'a, 'scope, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
-    pub(crate) writer: WriteBehind<'scope>,
+    /// Where what is found is written; without it, it is only measured.
+    pub(crate) writer: Option<WriteBehind<'scope>>,
     /// What an earlier run did.
     pub(crate) restored: Restored,
     /// The branches' files, where there is anything to restore.
@@ -114,6 +117,20 @@ impl<B: Engine> Run<'_, '_, B> {
         self.finish(about)
     }
 
+    /// Takes hidden states through all blocks, and says what came of each branch.
+    pub(crate) fn measure(
+        mut self,
+        flows: impl Iterator<Item = Result<Flow<B>, ModelError>>,
+        places: &Places,
+        scratch: Option<&Arc<Scratch>>,
+        blocks: &Receiver<Result<HostBlock, ModelError>>,
+    ) -> Result<Vec<Output>, PipelineError> {
+        let states = States::begin(self.plan, flows, places, scratch)?;
+        self.clock.add_start();
+        self.blocks(0, states, blocks)?;
+        Ok(self.outputs)
+    }
+
     fn blocks(
         &mut self,
         first: usize,
@@ -147,7 +164,9 @@ impl<B: Engine> Run<'_, '_, B> {
                 self.stages(&entered, stream, &block, &groups, &mut next)?;
             }
             states.streams = next;
-            if layer >= self.restored.layers {
+            if self.writer.is_none() {
+                (self.on_event)(Event::Measured { layers: layer + 1 });
+            } else if layer >= self.restored.layers {
                 let kept = self.keep(layer, &states)?;
                 self.record(layer, kept)?;
             }
@@ -186,7 +205,10 @@ impl<B: Engine> Run<'_, '_, B> {
             }
         };
         let branches = self.outputs.iter().map(block).collect();
-        Ok(self.writer.finish_block(layer, branches, states)?)
+        if let Some(writer) = &mut self.writer {
+            writer.finish_block(layer, branches, states)?;
+        }
+        Ok(())
     }
 
     /// Solves the first of `groups` for every branch of `stream`, moves on with the quantised
@@ -232,6 +254,10 @@ impl<B: Engine> Run<'_, '_, B> {
                     }
                     None => self.restore(layer, branch, stage, Some(&mut quantised))?,
                 }
+            }
+            if let (None, Some(stream)) = (&self.writer, &parent) {
+                let moved = stream.moved(block, &quantised, group[0], device, self.clock)?;
+                self.outputs[branch].moved.push(moved);
             }
             if self.plan.propagation == Propagation::Dense {
                 self.outputs[branch].seconds += shared + started.elapsed().as_secs_f64();
@@ -343,7 +369,9 @@ impl<B: Engine> Run<'_, '_, B> {
         for ((projection, own), solved) in projections.into_iter().zip(subset.solved) {
             let module = projection.module(layer);
             let started = Instant::now();
-            self.writer.write(branch, module.clone(), solved.packed)?;
+            if let Some(writer) = &mut self.writer {
+                writer.write(branch, module.clone(), solved.packed)?;
+            }
             let waited = started.elapsed().as_secs_f64();
             self.clock.add(Phase::Write, waited);
             block.set_weight(projection, solved.weight);
@@ -360,6 +388,7 @@ impl<B: Engine> Run<'_, '_, B> {
                     0.0 => 1.0,
                     rtn => solved.relative_error / rtn,
                 },
+                gains: solved.gains,
                 damp_percent: subset.damping,
                 dead_columns: subset.dead_columns,
                 seconds,
@@ -418,7 +447,10 @@ impl<B: Engine> Run<'_, '_, B> {
     fn finish(self, about: About<'_>) -> Result<Vec<BranchReport>, PipelineError> {
         let plan = self.plan;
         let started = Instant::now();
-        let writers = self.writer.finish()?;
+        let writers = match self.writer {
+            Some(writer) => writer.finish()?,
+            None => Vec::new(),
+        };
         let mut reports = Vec::with_capacity(plan.branches.len());
         let outputs = plan.branches.iter().zip(self.outputs).zip(writers);
         for (i, ((branch, output), writer)) in outputs.enumerate() {
@@ -427,9 +459,10 @@ impl<B: Engine> Run<'_, '_, B> {
                 gptq_version: env!("CARGO_PKG_VERSION").to_owned(),
                 model: plan.model_name.clone(),
                 branch: branch.name.clone(),
-                quantize_config: branch.quantize_config(&plan.model_name),
+                quantize_config: branch.quantize_config(&plan.model_name, &plan.config),
                 preset: branch.preset,
                 method: Some(branch.method),
+                budget: branch.allocation.clone(),
                 propagation: match plan.propagation {
                     Propagation::Quantised => "quantised".to_owned(),
                     Propagation::Dense => "dense".to_owned(),

@@ -22,6 +22,8 @@ pub(crate) struct BranchPage {
     /// Whether `growth` has the blocks' errors on fresh text.
     pub fresh: bool,
     pub kinds: Vec<Kind>,
+    /// The options beyond plain GPTQ that any linear used, as a recipe names them.
+    pub options: Vec<&'static str>,
     pub unusual: Vec<Unusual>,
     pub damp_percent: f64,
     pub stages: Vec<Time>,
@@ -37,6 +39,8 @@ pub(crate) struct Kind {
     pub ratio: String,
     /// The ratio in percent, for a bar.
     pub percent: f64,
+    /// What each of the options took off the error, on the mean of the linears that used it.
+    pub gains: Vec<String>,
 }
 
 /// A linear that needed more damping than was asked for, has dead columns, or came out worse than
@@ -83,6 +87,7 @@ impl BranchPage {
             ("layer", "relative error"),
             (|layer| format!("{layer}"), |error| format!("{error:.0e}")),
         );
+        let options = options(&report.linears);
         let phases = report.phases.iter().map(|p| (p.phase.clone(), p.seconds));
         BranchPage {
             name: report.branch.clone(),
@@ -90,7 +95,8 @@ impl BranchPage {
             heat: HeatMap::new(&report.linears),
             growth: Value::from_safe_string(growth),
             fresh: has_fresh,
-            kinds: kinds(&report.linears),
+            kinds: kinds(&report.linears, &options),
+            options,
             unusual: unusual(&report.linears, config.damp_percent),
             damp_percent: config.damp_percent,
             stages: times(stages(&report.linears)),
@@ -104,12 +110,18 @@ fn settings(branch: &Branch) -> String {
     let report = &branch.report;
     let config = &report.quantize_config;
     let yes = |on: bool, what: &'static str| on.then_some(what);
-    let mut words = vec![
-        format!("{} bits", config.bits),
-        match i64::from(config.group_size) {
-            -1 => "one group per row".to_owned(),
-            n => format!("groups of {n}"),
-        },
+    let groups = match i64::from(config.group_size) {
+        -1 => "one group per row".to_owned(),
+        n => format!("groups of {n}"),
+    };
+    let mut words = match &report.budget {
+        Some(budget) => vec![
+            format!("{:.3} bits per weight", budget.mean_bits),
+            format!("a budget of {}", budget.budget_bits),
+        ],
+        None => vec![format!("{} bits", config.bits), groups],
+    };
+    words.extend([
         if config.desc_act {
             "act order"
         } else {
@@ -123,7 +135,7 @@ fn settings(branch: &Branch) -> String {
         }
         .to_owned(),
         format!("damping {}", config.damp_percent),
-    ];
+    ]);
     let more = [
         yes(config.static_groups, "static groups"),
         yes(!config.true_sequential, "whole blocks at once"),
@@ -182,7 +194,18 @@ fn grouped<'a>(
     groups
 }
 
-fn kinds(linears: &[LinearReport]) -> Vec<Kind> {
+/// The options that any of the linears used.
+fn options(linears: &[LinearReport]) -> Vec<&'static str> {
+    let mut options = Vec::new();
+    for (option, _) in linears.iter().flat_map(|l| l.gains.used()) {
+        if !options.contains(&option) {
+            options.push(option);
+        }
+    }
+    options
+}
+
+fn kinds(linears: &[LinearReport], options: &[&str]) -> Vec<Kind> {
     let kinds = grouped(linears, within_block).into_iter();
     kinds
         .map(|(name, group)| {
@@ -190,12 +213,21 @@ fn kinds(linears: &[LinearReport]) -> Vec<Kind> {
                 mean(&group.iter().map(|l| value(l)).collect::<Vec<_>>())
             };
             let ratio = of(|l| l.ratio);
+            let gain = |option: &&str| {
+                let used = group.iter().flat_map(|l| l.gains.used());
+                let gains: Vec<f64> = used.filter(|(o, _)| o == option).map(|(_, g)| g).collect();
+                match gains.is_empty() {
+                    true => String::new(),
+                    false => number::error(mean(&gains)),
+                }
+            };
             Kind {
                 label: label(name).to_owned(),
                 error: number::error(of(|l| l.relative_error)),
                 rtn: number::error(of(|l| l.rtn_error)),
                 ratio: format!("{ratio:.3}"),
                 percent: (100.0 * ratio).clamp(0.0, 100.0),
+                gains: options.iter().map(gain).collect(),
             }
         })
         .collect()

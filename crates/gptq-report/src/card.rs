@@ -82,8 +82,9 @@ pub struct Facts {
 #[derive(Clone, Debug, Serialize)]
 struct BranchFacts {
     name: String,
-    bits: Bits,
-    /// `"128"`, or `"none"`.
+    /// `"4"`, or `"mixed"`.
+    bits: String,
+    /// `"128"`, `"none"`, or `"mixed"`.
     group_size: String,
     act_order: bool,
     damp_percent: f64,
@@ -279,7 +280,10 @@ fn front(known: &Front<'_>) -> Vec<String> {
     entries.push(scalar("pipeline_tag", "text-generation"));
     entries.push("inference: false".to_owned());
     let branches = known.matrix.branches.iter();
-    let mut bits: Vec<Bits> = branches.map(|b| b.report.quantize_config.bits).collect();
+    let mut bits: Vec<Bits> = branches
+        .flat_map(|b| &b.report.linears)
+        .map(|l| l.bits)
+        .collect();
     bits.sort();
     bits.dedup();
     let bits: Vec<String> = bits.into_iter().map(|b| format!("{b}-bit")).collect();
@@ -305,8 +309,12 @@ impl BranchFacts {
         });
         BranchFacts {
             name: cell(&report.branch),
-            bits: config.bits,
+            bits: match branch.mixed() {
+                true => "mixed".to_owned(),
+                false => config.bits.to_string(),
+            },
             group_size: match config.group_size {
+                _ if branch.mixed() => "mixed".to_owned(),
                 GroupSize::Row => "none".to_owned(),
                 GroupSize::Columns(n) => n.to_string(),
             },
@@ -322,7 +330,7 @@ impl BranchFacts {
             exllama: clients
                 .iter()
                 .any(|s| s.client == Client::ExLlama && s.verdict.is_ok()),
-            description: description(config),
+            description: description(branch),
             perplexity: measured.map(|p| format!("{:.3}", p.value)),
             over: measured.and_then(|p| Some(number::over(p.value, p.dense?))),
             loads: loads.to_vec(),

@@ -1,9 +1,12 @@
 //! One sentence about a branch, chosen by its settings.
 
-use gptq_format::{Bits, GroupSize, QuantizeConfig};
+use gptq_format::{Bits, GroupSize};
+
+use crate::Branch;
 
 /// What to expect of a branch, for its row in the card.
-pub(crate) fn description(config: &QuantizeConfig) -> String {
+pub(crate) fn description(branch: &Branch) -> String {
+    let config = &branch.report.quantize_config;
     let groups = match config.group_size {
         GroupSize::Row => "one scale per row".to_owned(),
         GroupSize::Columns(n) => format!("groups of {n}"),
@@ -45,6 +48,16 @@ pub(crate) fn description(config: &QuantizeConfig) -> String {
         true => "",
         false => " For clients that are slow with act order, or do not know it.",
     };
+    if branch.mixed() {
+        let why = match branch.report.budget {
+            Some(_) => {
+                "Each linear has the bits and groups that lower the model's error most for their size."
+            }
+            None => "Some linears have their own bits or groups.",
+        };
+        let bits = branch.bits_per_weight();
+        return format!("{bits:.2} bits per weight, {order}. {why}{unordered}");
+    }
     format!(
         "{}-bit, {groups}, {order}. {sentence}{unordered}",
         config.bits

@@ -93,11 +93,20 @@ impl HeatMap {
 impl Cell {
     fn new(linear: &LinearReport, heat: u32) -> Cell {
         let [n_out, n_in] = linear.shape;
+        let gains: String = (linear.gains.used())
+            .map(|(option, gain)| {
+                format!(
+                    "\n{} gained {}",
+                    option.replace('_', " "),
+                    number::error(gain)
+                )
+            })
+            .collect();
         Cell {
             text: number::short_error(linear.relative_error),
             title: format!(
                 "{}\nrelative error {}\nround-to-nearest {} (ratio {:.3})\n{n_out} × {n_in}, {} bits, \
-                 group {}\ndamping {}, dead columns {}",
+                 group {}\ndamping {}, dead columns {}{gains}",
                 linear.name,
                 number::error(linear.relative_error),
                 number::error(linear.rtn_error),
@@ -130,6 +139,7 @@ pub(crate) fn label(name: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use gptq_format::{Bits, GroupSize};
+    use gptq_pipeline::Gains;
 
     use super::*;
 
@@ -143,6 +153,7 @@ mod tests {
             relative_error,
             rtn_error: 2.0 * relative_error,
             ratio: 0.5,
+            gains: Gains::default(),
             damp_percent: 0.1,
             dead_columns: 0,
             seconds: 0.0,

@@ -63,12 +63,23 @@ fn columns(rows: &[Row]) -> Vec<Column> {
     fn shown(value: f64, text: String) -> Option<(String, String)> {
         Some((value.to_string(), text))
     }
-    let columns: [(&str, &str, Show); 14] = [
-        ("Bits", "", |r| plain(r.bits)),
+    let columns: [(&str, &str, Show); 15] = [
+        ("Bits", "", |r| match r.mixed {
+            true => plain("mixed"),
+            false => plain(r.bits),
+        }),
         (
             "Group",
             "inputs that share a scale; -1 is a whole row",
-            |r| plain(r.group_size),
+            |r| match r.mixed {
+                true => plain("mixed"),
+                false => plain(r.group_size),
+            },
+        ),
+        (
+            "Per weight",
+            "bits, with scales, zero points and g_idx, of the quantised linears",
+            |r| shown(r.bits_per_weight, format!("{:.3}", r.bits_per_weight)),
         ),
         ("Act order", "", |r| {
             plain(if r.desc_act { "yes" } else { "no" })
@@ -158,6 +169,9 @@ fn plot(matrix: &Matrix) -> Option<Plot> {
         .partition(comparable);
     let short = |branch: &Branch| {
         let config = &branch.report.quantize_config;
+        if branch.mixed() {
+            return format!("mixed, {:.2}", branch.bits_per_weight());
+        }
         match i64::from(config.group_size) {
             -1 => format!("{} bits, rows", config.bits),
             n => format!("{} bits, {n}", config.bits),

@@ -140,17 +140,38 @@ impl Branch {
         verified.or(self.report.perplexity.as_ref())
     }
 
-    /// Who can load it.
-    pub fn clients(&self) -> Vec<Support> {
-        let config = &self.report.quantize_config;
+    /// Its quantised linears.
+    fn linears(&self) -> Vec<LinearShape> {
         let linears = self.report.linears.iter().map(|l| LinearShape {
             in_features: l.shape[1],
             out_features: l.shape[0],
             bits: l.bits,
             group_size: l.group_size,
         });
-        let linears: Vec<_> = linears.collect();
-        client_support(&linears, config.sym, config.dynamic.is_some())
+        linears.collect()
+    }
+
+    /// Whether its linears have more than one setting.
+    pub fn mixed(&self) -> bool {
+        let settings = |l: &LinearShape| (l.bits, l.group_size);
+        let linears = self.linears();
+        linears
+            .windows(2)
+            .any(|l| settings(&l[0]) != settings(&l[1]))
+    }
+
+    /// Bits per weight of its quantised linears, scales, zero points and `g_idx` included.
+    pub fn bits_per_weight(&self) -> f64 {
+        let linears = self.linears();
+        let stored: u64 = linears.iter().map(LinearShape::stored_bits).sum();
+        let weights: u64 = linears.iter().map(LinearShape::weights).sum();
+        stored as f64 / weights as f64
+    }
+
+    /// Who can load it.
+    pub fn clients(&self) -> Vec<Support> {
+        let config = &self.report.quantize_config;
+        client_support(&self.linears(), config.sym, config.dynamic.is_some())
     }
 }
 

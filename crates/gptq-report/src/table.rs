@@ -11,10 +11,14 @@ use crate::{Branch, Matrix};
 pub struct Row {
     /// Its name.
     pub branch: String,
-    /// Code width.
+    /// Code width; of linears without their own.
     pub bits: Bits,
-    /// Columns per group; -1 for one group per row.
+    /// Columns per group; -1 for one group per row; of linears without their own.
     pub group_size: GroupSize,
+    /// Whether some linears have other bits or another group size.
+    pub mixed: bool,
+    /// Of the quantised linears, scales, zero points and `g_idx` included.
+    pub bits_per_weight: f64,
     /// Act order.
     pub desc_act: bool,
     /// Symmetric codes.
@@ -61,6 +65,8 @@ impl Row {
             branch: report.branch.clone(),
             bits: config.bits,
             group_size: config.group_size,
+            mixed: branch.mixed(),
+            bits_per_weight: branch.bits_per_weight(),
             desc_act: config.desc_act,
             sym: config.sym,
             damp_percent: config.damp_percent,
@@ -82,7 +88,7 @@ impl Row {
 /// The rows as CSV (RFC 4180), headed by the names of [`Row`]'s fields.
 pub fn csv(rows: &[Row]) -> String {
     let mut text = String::from(
-        "branch,bits,group_size,desc_act,sym,damp_percent,preset,bytes,mean_error,worst_error,\
+        "branch,bits,group_size,mixed,bits_per_weight,desc_act,sym,damp_percent,preset,bytes,mean_error,worst_error,\
          mean_ratio,perplexity,dense_perplexity,kl_divergence,top1_agreement,verified,seconds\n",
     );
     for row in rows {
@@ -90,6 +96,8 @@ pub fn csv(rows: &[Row]) -> String {
             quoted(&row.branch),
             row.bits.to_string(),
             row.group_size.to_string(),
+            row.mixed.to_string(),
+            row.bits_per_weight.to_string(),
             row.desc_act.to_string(),
             row.sym.to_string(),
             row.damp_percent.to_string(),

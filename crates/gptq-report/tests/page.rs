@@ -117,6 +117,31 @@ fn a_linear_that_is_worse_than_round_to_nearest_is_named() {
 }
 
 #[test]
+fn what_each_option_gained_is_shown_where_it_was_used() {
+    let page = html(&matrix_with(|report| {
+        if report.branch == "main" {
+            let count = report.linears.len() as f64;
+            for (i, linear) in report.linears.iter_mut().enumerate() {
+                linear.gains.scale_search = Some(1e-3 * (i + 1) as f64 / count);
+            }
+            report.linears[0].gains.refine = Some(2.5e-4);
+        }
+    }))
+    .unwrap();
+    let table = between(section(&page, 0), "What each option gained", "</table>");
+    assert!(
+        table.contains(">scale search<") && table.contains(">refine<"),
+        "{table}"
+    );
+    // One linear alone used it, so the mean over its kind is its own.
+    assert_eq!(table.matches(">2.500e-4<").count(), 1, "{table}");
+    let heat = between(section(&page, 0), "<table class=\"heat\">", "</table>");
+    assert_eq!(heat.matches("refine gained 2.500e-4").count(), 1);
+    assert_eq!(heat.matches("scale search gained 1.000e-3").count(), 1);
+    assert!(!section(&page, 1).contains("What each option gained"));
+}
+
+#[test]
 fn nothing_from_a_file_is_read_as_markup() {
     let bad = "\"><script>alert(1)</script>";
     let page = html(&matrix_with(|report| {

@@ -39,8 +39,9 @@ impl<T: Real> Grid<T> {
     /// Symmetric: `scale = 2 max|w| / (2^b - 1)`, `zero = 2^(b-1)`. Asymmetric: from the minimum to
     /// the maximum, 0 included. A group of zeros gets the grid of ±1. With
     /// [`Settings::scale_search`], the range is then multiplied by the one of [`scale_factors`] whose
-    /// grid loses least; a plain one that loses as little stays.
-    pub fn fit(weights: impl Iterator<Item = (T, T)> + Clone, settings: &Settings) -> Grid<T> {
+    /// grid loses least; a plain one that loses as little stays. The second value is how much less than the
+    /// plain grid's the loss is.
+    pub fn fit(weights: impl Iterator<Item = (T, T)> + Clone, settings: &Settings) -> (Grid<T>, T) {
         let (mut low, mut high) = (T::zero(), T::zero());
         for (w, _) in weights.clone() {
             low = low.min(w);
@@ -57,9 +58,10 @@ impl<T: Real> Grid<T> {
         }
         let plain = Grid::spanning(low, high, settings);
         if !settings.scale_search {
-            return plain;
+            return (plain, T::zero());
         }
-        let mut best = (plain.loss(weights.clone()), plain);
+        let plain_loss = plain.loss(weights.clone());
+        let mut best = (plain_loss, plain);
         let [factors @ .., _] = scale_factors(settings).map(T::of);
         for factor in factors {
             let mut grid = Grid::spanning(low * factor, high * factor, settings);
@@ -71,7 +73,7 @@ impl<T: Real> Grid<T> {
                 best = (loss, grid);
             }
         }
-        best.1
+        (best.1, plain_loss - best.0)
     }
 
     fn spanning(low: T, high: T, settings: &Settings) -> Grid<T> {
@@ -129,7 +131,7 @@ mod tests {
     #[test]
     fn the_largest_weight_of_a_symmetric_group_is_a_tie_and_rounds_to_even() {
         let weights = [0.75f64, -0.3, 0.1];
-        let grid = Grid::fit(
+        let (grid, _) = Grid::fit(
             weights.map(|w| (w, 1.0)).into_iter(),
             &Settings {
                 f16_scales: false,
@@ -144,10 +146,10 @@ mod tests {
 
     #[test]
     fn an_asymmetric_grid_includes_zero() {
-        let grid = Grid::fit([(0.5f64, 1.0), (1.5, 1.0)].into_iter(), &settings(false));
+        let (grid, _) = Grid::fit([(0.5f64, 1.0), (1.5, 1.0)].into_iter(), &settings(false));
         assert_eq!(grid.zero, 0.0);
         assert_eq!(grid.round(0.0), (0.0, 0.0));
-        let grid = Grid::fit([(-1.0f64, 1.0), (0.5, 1.0)].into_iter(), &settings(false));
+        let (grid, _) = Grid::fit([(-1.0f64, 1.0), (0.5, 1.0)].into_iter(), &settings(false));
         assert_eq!(grid.zero, 10.0);
     }
 
@@ -165,9 +167,11 @@ mod tests {
                     scale_search: true,
                     ..settings(sym)
                 };
-                let plain = Grid::fit(weights.clone(), &settings(sym)).loss(weights.clone());
-                let found = Grid::fit(weights.clone(), &searched).loss(weights.clone());
+                let (plain, nothing) = Grid::fit(weights.clone(), &settings(sym));
+                let (found, gained) = Grid::fit(weights.clone(), &searched);
+                let [plain, found] = [plain, found].map(|grid| grid.loss(weights.clone()));
                 assert!(found <= plain, "{found} over {plain}");
+                assert_eq!((nothing, gained), (0.0, plain - found));
             }
         }
     }
@@ -181,7 +185,7 @@ mod tests {
                 scale_search: true,
                 ..settings(true)
             };
-            let grid = Grid::fit(weights.into_iter(), &searched);
+            let (grid, _) = Grid::fit(weights.into_iter(), &searched);
             assert_eq!(grid.scale, -sign / 8.0);
             assert_eq!(
                 weights.map(|(w, _)| grid.round(w)).map(|(code, _)| code),
@@ -194,7 +198,7 @@ mod tests {
     #[test]
     fn zeros_and_vanishing_weights_keep_a_positive_scale() {
         for weights in [[0.0f64; 2], [1e-30, -1e-30]] {
-            let grid = Grid::fit(weights.map(|w| (w, 1.0)).into_iter(), &settings(true));
+            let (grid, _) = Grid::fit(weights.map(|w| (w, 1.0)).into_iter(), &settings(true));
             assert!(grid.scale > 0.0);
             assert_eq!(grid.round(weights[0]).1, 0.0);
         }

@@ -8,7 +8,8 @@
 //! Reading order: [`Settings`] says what is wanted, [`Grid`] is a group's scale and zero,
 //! [`Factor`] is the one factorisation of `H`, [`solve`] is the column sweep, and
 //! [`refine`] goes over the codes again with all of them known, and [`output_energy`] measures what
-//! came out. [`Target`] is what to round instead of `W` when the inputs have drifted.
+//! came out. [`Target`] is what to round instead of `W` when the inputs have drifted, and [`Gains`] says
+//! what such options were good for.
 
 #![forbid(unsafe_code)]
 
@@ -16,6 +17,7 @@ mod cholesky;
 mod energy;
 mod error;
 mod factor;
+mod gains;
 mod grid;
 mod refine;
 mod settings;
@@ -25,6 +27,7 @@ mod target;
 pub use energy::output_energy;
 pub use error::SolverError;
 pub use factor::{Factor, dead_columns};
+pub use gains::Gains;
 pub use grid::{Grid, scale_factors};
 pub use refine::refine;
 pub use settings::{Real, Settings};

@@ -30,6 +30,8 @@ pub struct Solution<T: Real> {
     pub zeros: DMatrix<u8>,
     /// `[in]`, the group of each original column.
     pub g_idx: Vec<usize>,
+    /// What searching took off the groups' losses, in the Gram matrix's unit; see [`Gains`](crate::Gains).
+    pub search_gain: f64,
 }
 
 impl<T: Real> Solution<T> {
@@ -99,6 +101,7 @@ struct Strip<T: Real> {
     codes: DMatrix<u8>,
     scales: DMatrix<T>,
     zeros: DMatrix<u8>,
+    search_gain: f64,
 }
 
 fn sweep<T: Real>(
@@ -138,6 +141,7 @@ fn sweep<T: Real>(
         scales: DMatrix::zeros(n_out, groups),
         zeros: DMatrix::zeros(n_out, groups),
         g_idx,
+        search_gain: strips.iter().map(|strip| strip.search_gain).sum(),
     };
     for (&start, strip) in starts.iter().zip(&strips) {
         let rows = strip.codes.nrows();
@@ -164,7 +168,7 @@ fn strip<T: Real>(
     let groups = settings.group_size.groups(n_in);
     // Groups whose grid comes from the weights as they are before the sweep.
     let fixed = settings.static_groups || groups == 1;
-    let mut grids: Vec<Grid<T>> = Vec::with_capacity(rows * groups); // [groups, rows]
+    let mut grids: Vec<(Grid<T>, T)> = Vec::with_capacity(rows * groups); // [groups, rows], with gains
     let order = &factor.order;
     if fixed {
         let costs = factor.costs_by_column();
@@ -204,7 +208,7 @@ fn strip<T: Real>(
             let g = g_idx[order[j]];
             let (mut column, mut later) = w.columns_range_pair_mut(j, j + 1..end);
             for r in 0..rows {
-                let (code, q) = grids[g * rows + r].round(column[r]);
+                let (code, q) = grids[g * rows + r].0.round(column[r]);
                 codes[(r, order[j])] = code.exact() as u8;
                 // `d` is measured from the weight the matrix started with: that is what `P_b` takes.
                 d[(r, j)] = original[(r, order[j])] - q;
@@ -220,11 +224,12 @@ fn strip<T: Real>(
         }
     }
 
-    let grid = |r: usize, g: usize| grids[g * rows + r];
+    let grid = |r: usize, g: usize| grids[g * rows + r].0;
     Strip {
         codes,
         scales: DMatrix::from_fn(rows, groups, |r, g| grid(r, g).scale),
         zeros: DMatrix::from_fn(rows, groups, |r, g| grid(r, g).zero.exact() as u8),
+        search_gain: grids.iter().map(|(_, gain)| gain.exact()).sum(),
     }
 }
 

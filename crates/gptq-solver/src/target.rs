@@ -25,6 +25,8 @@ pub struct Target<T: Real> {
     lower: DMatrix<T>,
     cross: DMatrix<T>,
     strength: T,
+    /// `λ`.
+    ridge: f64,
 }
 
 impl<T: Real> Target<T> {
@@ -44,31 +46,41 @@ impl<T: Real> Target<T> {
             let (row, col) = (at % n, at / n);
             return Err(SolverError::NonFiniteGram { row, col });
         }
-        let (lower, _) = damped(gram, damping, cholesky::lower)?;
+        let (lower, damping) = damped(gram, damping, cholesky::lower)?;
         Ok(Target {
             lower,
             cross,
             strength: T::of(strength),
+            ridge: damping * gram.trace().exact() / n as f64,
         })
     }
 
-    /// `W'` for `w [out, in]`.
-    pub fn of(&self, w: &DMatrix<T>) -> DMatrix<T> {
+    /// `W'` for `w [out, in]`, and how much closer it comes to the dense output,
+    /// `‖X_d Wᵀ - X Wᵀ‖² - ‖X_d Wᵀ - X W'ᵀ‖²`.
+    ///
+    /// With `S = W C (XᵀX + λI)⁻¹` and strength `t`, that is `(2t - t²) tr(W C Sᵀ) + t² λ ‖S‖²`.
+    pub fn of(&self, w: &DMatrix<T>) -> (DMatrix<T>, f64) {
         let starts: Vec<usize> = (0..w.nrows()).step_by(STRIP).collect();
-        let strips: Vec<DMatrix<T>> = starts
+        let strips: Vec<(DMatrix<T>, f64)> = starts
             .par_iter()
             .map(|&start| {
                 let w = w.rows(start, STRIP.min(w.nrows() - start));
-                let mut shift = w * &self.cross;
+                let toward = w * &self.cross;
+                let mut shift = toward.clone();
                 cholesky::solve_right(&self.lower, &mut shift);
-                w + shift * self.strength
+                let t = self.strength.exact();
+                let gain = (2.0 - t) * t * toward.dot(&shift).exact()
+                    + t * t * self.ridge * shift.norm_squared().exact();
+                (w + shift * self.strength, gain)
             })
             .collect();
         let mut target = w.clone();
-        for (start, strip) in starts.into_iter().zip(strips) {
+        let mut gained = 0.0;
+        for (start, (strip, gain)) in starts.into_iter().zip(strips) {
+            gained += gain;
             target.rows_mut(start, strip.nrows()).copy_from(&strip);
         }
-        target
+        (target, gained)
     }
 }
 
@@ -88,7 +100,18 @@ mod tests {
         let (x, w) = (matrix(tokens, n, 1), matrix(3, n, 2));
         let dense = &x + matrix(tokens, n, 3) * 0.2;
         let (gram, cross) = (x.transpose() * &x, (&dense - &x).transpose() * &x);
-        let target = Target::new(&gram, cross, 0.01, 1.0).unwrap().of(&w);
+        for strength in [1.0, 0.3] {
+            let shift = Target::new(&gram, cross.clone(), 0.01, strength).unwrap();
+            let (target, gained) = shift.of(&w);
+            let lost =
+                |v: &DMatrix<f64>| (&dense * w.transpose() - &x * v.transpose()).norm_squared();
+            let closer = lost(&w) - lost(&target);
+            assert!(
+                closer > 0.0 && (gained / closer - 1.0).abs() < 1e-9,
+                "{gained} {closer}"
+            );
+        }
+        let (target, _) = Target::new(&gram, cross, 0.01, 1.0).unwrap().of(&w);
         let ridge = 0.01 * gram.trace() / n as f64;
         let loss = |v: &DMatrix<f64>| {
             (&dense * w.transpose() - &x * v.transpose()).norm_squared()
@@ -109,7 +132,8 @@ mod tests {
     fn strength_zero_leaves_the_weights_as_they_are() {
         let (x, w) = (matrix(40, 12, 1), matrix(130, 12, 2));
         let (gram, cross) = (x.transpose() * &x, matrix(12, 12, 5));
-        assert_eq!(Target::new(&gram, cross, 0.1, 0.0).unwrap().of(&w), w);
+        let target = Target::new(&gram, cross, 0.1, 0.0).unwrap();
+        assert_eq!(target.of(&w), (w, 0.0));
     }
 
     #[test]
@@ -117,6 +141,7 @@ mod tests {
         let (x, w) = (matrix(40, 12, 1), matrix(5, 12, 2));
         let gram = x.transpose() * &x;
         let cross = DMatrix::zeros(12, 12);
-        assert_eq!(Target::new(&gram, cross, 0.1, 1.0).unwrap().of(&w), w);
+        let target = Target::new(&gram, cross, 0.1, 1.0).unwrap();
+        assert_eq!(target.of(&w), (w, 0.0));
     }
 }

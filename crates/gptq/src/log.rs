@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Result, anyhow};
 use gptq_calibration::Manifest;
-use gptq_pipeline::{BranchReport, Event, LinearReport, Plan};
+use gptq_pipeline::{Allocation, BranchReport, Choice, Event, LinearReport, Plan};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -80,6 +80,7 @@ pub(crate) fn plan(plan: &Plan, device: &str) {
             branch = branch.name,
             bits = %branch.bits,
             group_size = %branch.group_size,
+            budget_bits = ?branch.budget.as_ref().map(|budget| budget.bits),
             desc_act = branch.desc_act,
             static_groups = branch.static_groups,
             sym = branch.sym,
@@ -105,6 +106,10 @@ pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
         Event::Kept { report, .. } => info!(branch = report.branch, "finished by an earlier run"),
         Event::Resumed { layers, kept } => info!(layers, kept, "going on with an earlier run"),
         Event::StatesKept { layers } => info!(layers, "hidden states kept"),
+        Event::Measured { layers } => info!(layers, "measuring what fits the budget"),
+        Event::Allocated { branch, allocation } => {
+            allocated(&plan.branches[*branch].name, allocation);
+        }
         Event::StatesNotKept { layers } => {
             info!(layers, "no room to keep hidden states, or stopping")
         }
@@ -137,6 +142,23 @@ pub(crate) fn concerns(reports: &[BranchReport]) {
     }
 }
 
+/// How a budget was spent.
+fn allocated(branch: &str, allocation: &Allocation) {
+    info!(
+        branch,
+        budget_bits = allocation.budget_bits,
+        mean_bits = allocation.mean_bits,
+        choices = ?allocation.choices,
+        "budget"
+    );
+    for group in &allocation.groups {
+        if let Some(Choice { bits, group_size }) = allocation.choices.get(group.choice) {
+            let (layer, linears, losses) = (group.layer, group.linears.join(", "), &group.losses);
+            info!(branch, layer, linears, %bits, %group_size, ?losses, "picked");
+        }
+    }
+}
+
 /// A linear that was quantised; what is unusual about it is a warning.
 fn linear(branch: &str, asked: f64, report: &LinearReport) {
     let name = &report.name;
@@ -149,6 +171,7 @@ fn linear(branch: &str, asked: f64, report: &LinearReport) {
         relative_error = report.relative_error,
         rtn_error = report.rtn_error,
         ratio = report.ratio,
+        gains = gains(report),
         damping = report.damp_percent,
         dead_columns = report.dead_columns,
         seconds = report.seconds,
@@ -172,6 +195,15 @@ fn linear(branch: &str, asked: f64, report: &LinearReport) {
         let (error, rtn) = (report.relative_error, report.rtn_error);
         warn!(branch, name, error, rtn, "worse than round-to-nearest");
     }
+}
+
+/// What the options beyond plain GPTQ took off the error, such as `scale_search 1.2e-3`.
+fn gains(report: &LinearReport) -> String {
+    let used = report.gains.used();
+    let each: Vec<String> = used
+        .map(|(name, gain)| format!("{name} {gain:.2e}"))
+        .collect();
+    each.join(", ")
 }
 
 /// A branch that is in place.

@@ -43,6 +43,7 @@ fn record(plan: &Plan) -> Value {
             "name": branch.name,
             "bits": branch.bits,
             "group_size": branch.group_size,
+            "budget_bits": branch.budget.as_ref().map(|budget| budget.bits),
             "desc_act": branch.desc_act,
             "damp_percent": branch.damp_percent,
             "bytes": branch.bytes(config),
@@ -119,16 +120,31 @@ fn print(plan: &Plan) {
             .collect();
         rows.push(vec![
             branch.name.clone(),
-            branch.bits.to_string(),
-            branch.group_size.to_string(),
+            match &branch.budget {
+                Some(budget) => format!("to {}", budget.bits),
+                None => branch.bits.to_string(),
+            },
+            match &branch.budget {
+                Some(_) => "measured".to_owned(),
+                None => branch.group_size.to_string(),
+            },
             if branch.desc_act { "yes" } else { "no" }.to_owned(),
             branch.damp_percent.to_string(),
-            size::decimal(branch.bytes(config) as u64),
+            size::decimal(branch.bytes(config)),
             loads.join(", "),
         ]);
     }
     println!("\n{}", table::render(&rows).trim_end());
     for branch in &plan.branches {
+        if let Some(budget) = &branch.budget {
+            println!(
+                "{}: at most {} bits per weight, scales, zero points and g_idx included; which linear gets \
+                 which of {} settings is measured in the run, and the size is a bound",
+                branch.name,
+                budget.bits,
+                budget.choices.len()
+            );
+        }
         for support in branch.clients(config) {
             if let Err(why) = support.verdict {
                 println!("{}: not in {}: {why}", branch.name, support.client.name());

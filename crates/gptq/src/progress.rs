@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
 
-use gptq_pipeline::{Event, LinearReport, Plan};
+use gptq_pipeline::{Allocation, Choice, Event, LinearReport, Plan};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::size;
@@ -17,6 +17,16 @@ pub(crate) struct Progress<'a> {
     aside: bool,
     /// Per branch, the errors of the layer under way; only where there are no bars.
     layer: BTreeMap<usize, Vec<f64>>,
+}
+
+/// How many linears were given what.
+fn given(allocation: &Allocation) -> String {
+    let counts = allocation.counts().into_iter();
+    let counts = counts.map(|(choice, linears)| {
+        let Choice { bits, group_size } = choice;
+        format!("{linears} linears at {bits} bits in groups of {group_size}")
+    });
+    counts.collect::<Vec<_>>().join(", ")
 }
 
 impl<'a> Progress<'a> {
@@ -58,6 +68,16 @@ impl<'a> Progress<'a> {
                 layers - kept
             )),
             Event::StatesKept { .. } | Event::StatesNotKept { .. } => {}
+            Event::Measured { layers } => self.say(&format!(
+                "measuring what fits the budget: block {layers}/{}",
+                self.plan.config.layers
+            )),
+            Event::Allocated { branch, allocation } => self.say(&format!(
+                "{}: {:.3} bits per weight: {}",
+                self.plan.branches[branch].name,
+                allocation.mean_bits,
+                given(allocation)
+            )),
             Event::Linear { branch, report } => match &self.bars {
                 Some(bars) => {
                     bars[branch].set_message(format!(

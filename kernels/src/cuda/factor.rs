@@ -181,18 +181,23 @@ pub(crate) fn factor(gram: &Buffer, activation_order: bool, damping: f64) -> Res
     })
 }
 
-/// The Cholesky factor of a Gram matrix damped, its columns in their own order, for [`solve_right`].
+/// The Cholesky factor of a Gram matrix damped, its columns in their own order, for [`solve_right`], and
+/// what was added to its diagonal.
 ///
 /// # Errors
 ///
 /// As [`factor`].
-pub(crate) fn unordered(gram: &Buffer, damping: f64) -> Result<Buffer, Error> {
+pub(crate) fn unordered(
+    gram: &Buffer,
+    diagonal: &[f32],
+    damping: f64,
+) -> Result<(Buffer, f64), Error> {
     let n = gram.meta.shape()[0];
     let reversed: Vec<u32> = (0..n as u32).rev().collect();
     let order = buffer::upload(gram, &reversed, DType::U32);
     let lower = buffer::empty(gram, [n, n], DType::F32);
-    cholesky_of(gram, &order, &diagonal(gram)?, damping, &lower)?;
-    Ok(lower)
+    let damping = cholesky_of(gram, &order, diagonal, damping, &lower)?;
+    Ok((lower, damping * mean(diagonal)))
 }
 
 /// Writes the Cholesky factor of the damped Gram matrix, from the last column of `order` to its first,
@@ -219,12 +224,16 @@ fn cholesky_of(
 
 /// The diagonal with a fraction of its mean added, 1 for dead columns.
 fn damped(diagonal: &[f32], damping: f64) -> Vec<f32> {
-    let mean = diagonal.iter().copied().map(f64::from).sum::<f64>() / diagonal.len() as f64;
+    let mean = mean(diagonal);
     let damped = |&value: &f32| match value {
         0.0 => 1.0,
         value => (f64::from(value) + damping * mean) as f32,
     };
     diagonal.iter().map(damped).collect()
+}
+
+fn mean(diagonal: &[f32]) -> f64 {
+    diagonal.iter().copied().map(f64::from).sum::<f64>() / diagonal.len() as f64
 }
 
 /// The damped Gram matrix that `factor` was made from, f32 `[n, n]` in the sweep's order.

@@ -137,6 +137,7 @@ fn search_kernel(
     factors: &Array<f32>,
     scales: &mut Array<f32>,
     zeros: &mut Array<f32>,
+    gained: &mut Array<f32>,
     start: u32,
     end: u32,
     group_columns: u32,
@@ -246,6 +247,7 @@ fn search_kernel(
         let chosen = scale_of(low * factor, high * factor, max_code, symmetric);
         let group = first / group_columns as usize;
         scales[group * rows + row] = chosen * turned;
+        gained[group * rows + row] = losses[PLAIN * ROWS + x] - best;
         zeros[group * rows + row] =
             zero_of(low * factor, high * factor, chosen, max_code, symmetric);
     }
@@ -372,6 +374,7 @@ pub(crate) fn parameters(
                 array(&search.factors),
                 array(&swept.scales),
                 array(&swept.zeros),
+                array(&swept.gained),
                 columns.start as u32,
                 columns.end as u32,
                 group_columns as u32,

@@ -36,6 +36,7 @@ fn refine_kernel(
     off: &mut Array<f32>,
     codes: &mut Array<u8>,
     back: &mut Array<f32>,
+    gained: &mut Array<f32>,
     start: u32,
     width: u32,
     columns: u32,
@@ -83,6 +84,7 @@ fn refine_kernel(
 
     let row = CUBE_POS_X as usize * UNITS + unit;
     if row < rows {
+        let mut lower = gained[row];
         let mut first = 0;
         while first < width {
             let mut r = Array::<f32>::new(HELD);
@@ -119,6 +121,9 @@ fn refine_kernel(
                     .max(f32::new(0.0))
                     .min(max_code);
                 let step = scale[c] * (new - zero[c]) - scale[c] * (code[c] - zero[c]);
+                // `first` is a multiple of 32, so this is the column's place in its quad.
+                let pivot = block[(column * PANEL + column) / QUAD][c % QUAD];
+                lower += step * (r[c] + r[c] - step * pivot);
                 #[unroll]
                 for quad in 0..HELD / QUAD {
                     if comptime!(quad * QUAD + 3 > c) {
@@ -139,28 +144,32 @@ fn refine_kernel(
             }
             first += HELD;
         }
+        gained[row] = lower;
     }
 }
 
-/// Goes over the codes `settings.refine` times; `h` is the damped Gram matrix in the sweep's order.
-pub(crate) fn refine(h: &Buffer, swept: &Swept, settings: Settings, failures: &Failures) {
+/// Goes over the codes `settings.refine` times; `h` is the damped Gram matrix in the sweep's order. What
+/// that takes off each row's loss, f32 `[rows]`.
+pub(crate) fn refine(h: &Buffer, swept: &Swept, settings: Settings, failures: &Failures) -> Buffer {
     let n = h.meta.shape()[0];
     let residual = buffer::empty(&swept.weight, [n, swept.rows], DType::F32);
     let back = buffer::empty(&swept.weight, [PANEL, swept.rows], DType::F32);
+    let gained = buffer::upload(h, &vec![0.0_f32; swept.rows], DType::F32);
     add_product(h, 0..n, &swept.weight, &residual, 0.0, failures);
     for _ in 0..settings.refine {
         for panel in panels(n, PANEL) {
-            launch(h, &residual, swept, &back, &panel, settings);
+            launch(h, &residual, swept, [&back, &gained], &panel, settings);
             add_product(h, panel, &back, &residual, 1.0, failures);
         }
     }
+    gained
 }
 
 fn launch(
     h: &Buffer,
     residual: &Buffer,
     swept: &Swept,
-    back: &Buffer,
+    [back, gained]: [&Buffer; 2],
     panel: &Range<usize>,
     settings: Settings,
 ) {
@@ -180,6 +189,7 @@ fn launch(
             array(&swept.weight),
             array(&swept.codes),
             array(back),
+            array(gained),
             panel.start as u32,
             panel.len() as u32,
             h.meta.shape()[0] as u32,

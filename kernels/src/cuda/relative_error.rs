@@ -60,15 +60,50 @@ fn scaled_kernel<F: Float>(
     }
 }
 
-/// `out[cube] =` this cube's share of `Σ a b`.
+/// `out[slot, cube] =` this cube's share of `Σ a b`.
 #[cube(launch_unchecked)]
-fn dot_kernel(a: &Array<bf16>, b: &Array<f32>, out: &mut Array<f32>, length: u32, first: u32) {
+fn dot_kernel<F: Float>(
+    a: &Array<F>,
+    b: &Array<f32>,
+    out: &mut Array<f32>,
+    length: u32,
+    slot: u32,
+    #[define(F)] _dtype: StorageType,
+) {
     let mut sum = f32::new(0.0);
     let mut at = ABSOLUTE_POS;
     while at < length as usize {
         sum += f32::cast_from(a[at]) * b[at];
         at += UNITS * CUBES;
     }
+    reduce(sum, out, slot);
+}
+
+/// `out[slot, cube] =` this cube's share of the sum of `width` columns from `first` on, of `lines` lines of
+/// `stride` values.
+#[cube(launch_unchecked)]
+fn sum_kernel(
+    values: &Array<f32>,
+    out: &mut Array<f32>,
+    lines: u32,
+    stride: u32,
+    first: u32,
+    width: u32,
+    slot: u32,
+) {
+    let mut sum = f32::new(0.0);
+    let width = width as usize;
+    let mut at = ABSOLUTE_POS;
+    while at < lines as usize * width {
+        sum += values[at / width * stride as usize + first as usize + at % width];
+        at += UNITS * CUBES;
+    }
+    reduce(sum, out, slot);
+}
+
+/// Writes the sum over a cube's units.
+#[cube]
+fn reduce(sum: f32, out: &mut Array<f32>, slot: u32) {
     let sum = plane_sum(sum);
     let mut partial = SharedMemory::<f32>::new(PLANES);
     if UNIT_POS_PLANE == 0 {
@@ -81,7 +116,7 @@ fn dot_kernel(a: &Array<bf16>, b: &Array<f32>, out: &mut Array<f32>, length: u32
         for plane in 0..PLANES {
             total += partial[plane];
         }
-        out[first as usize * CUBES + CUBE_POS_X as usize] = total;
+        out[slot as usize * CUBES + CUBE_POS_X as usize] = total;
     }
 }
 
@@ -119,15 +154,79 @@ impl Correlation {
             scale: buffer::upload(gram, &scale, DType::F32),
         }
     }
+}
 
-    /// Enqueues `tr(D H Dᵀ)` for `D = a - b` (or `a`), f16 or bf16 `[rows, n]`, into slot `slot` of
-    /// `sums`.
-    fn energy(
+/// What is summed of a layer.
+#[derive(Clone, Copy)]
+pub(crate) enum Sum {
+    /// `‖WX‖²`.
+    Output,
+    /// `‖(W - Q)X‖²`.
+    Lost,
+    /// The same for round to nearest.
+    Nearest,
+    /// What searching scales took off the groups' losses.
+    Searched,
+    /// What refining took off the rows' losses.
+    Refined,
+    /// `‖WX‖²` on the windows that a drift was measured on.
+    Drifted,
+    /// `tr(W C Sᵀ)`, see [`Target`](super::target::Target).
+    Toward,
+    /// `‖S‖²`.
+    Shift,
+}
+
+/// How many [`Sum`]s there are.
+const SUMS: usize = 8;
+
+/// The sums of one layer; 0 where nothing was measured.
+#[derive(Clone, Copy)]
+pub(crate) struct Sums([f64; SUMS]);
+
+impl Sums {
+    /// One of them.
+    pub(crate) fn of(&self, sum: Sum) -> f64 {
+        self.0[sum as usize]
+    }
+
+    /// `part` as a part of `whole`; a layer whose output is zero has nothing to lose.
+    pub(crate) fn part(part: f64, whole: f64) -> f64 {
+        if whole == 0.0 { 0.0 } else { part / whole }
+    }
+}
+
+/// Sums over several layers, being measured on the device, to be read back together.
+pub(crate) struct Measurement {
+    sums: Buffer,
+    failures: Failures,
+}
+
+impl Measurement {
+    /// Room for `count` layers.
+    pub(crate) fn new(like: &Buffer, count: usize) -> Self {
+        Self {
+            sums: buffer::upload(like, &vec![0.0_f32; count * SUMS * CUBES], DType::F32),
+            failures: Failures::default(),
+        }
+    }
+
+    /// Enqueues `tr(W H Wᵀ)`, f16 or bf16 `[rows, n]`, of the layer `at`.
+    pub(crate) fn energy(&self, correlation: &Correlation, weight: &Buffer, into: (usize, Sum)) {
+        self.difference(correlation, weight, None, into);
+    }
+
+    /// Enqueues `tr(D H Dᵀ)` for `D = a - b`, f16 or bf16 `[rows, n]`.
+    pub(crate) fn loss(&self, correlation: &Correlation, [a, b]: [&Buffer; 2], into: (usize, Sum)) {
+        self.difference(correlation, a, Some(b), into);
+    }
+
+    fn difference(
         &self,
+        correlation: &Correlation,
         a: &Buffer,
         b: Option<&Buffer>,
-        (sums, slot): (&Buffer, usize),
-        failures: &Failures,
+        into: (usize, Sum),
     ) {
         let [rows, n] = [a.meta.shape()[0], a.meta.shape()[1]];
         let scaled = buffer::empty(a, [rows, n], DType::BF16);
@@ -141,86 +240,83 @@ impl Correlation {
                 CubeDim::new_1d(UNITS as u32),
                 array(a),
                 array(b.unwrap_or(a)),
-                array(&self.scale),
+                array(&correlation.scale),
                 array(&scaled),
                 n as u32,
                 b.is_some(),
                 a.dtype.into(),
             );
         }
-        let buffers = [&scaled, &self.matrix, &image];
-        on_stream_later(&buffers, failures, move |libraries, pointers| {
+        let buffers = [&scaled, &correlation.matrix, &image];
+        on_stream_later(&buffers, &self.failures, move |libraries, pointers| {
             let scaled = Matrix::at(pointers[0], 0, n, Element::Bf16);
             let matrix = Matrix::at(pointers[1], 0, n, Element::Bf16);
             let image = Matrix::at(pointers[2], 0, n, Element::F32);
             // SAFETY: three distinct contiguous buffers of these shapes.
             unsafe { product(libraries, [rows, n, n], scaled, matrix, 0.0, image) }
         });
-        // SAFETY: indices stay below `rows * n`, and the slot's partial sums inside `sums`.
+        self.dot([&scaled, &image], into);
+    }
+
+    /// Enqueues `Σ a b` for two buffers of one shape, `b` f32.
+    pub(crate) fn dot(&self, [a, b]: [&Buffer; 2], (at, sum): (usize, Sum)) {
+        // SAFETY: indices stay below the length that both have, and the slot's partial sums inside
+        // `sums`.
         unsafe {
             dot_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
-                &sums.client,
+                &self.sums.client,
                 CubeCount::new_1d(CUBES as u32),
                 CubeDim::new_1d(UNITS as u32),
-                array(&scaled),
-                array(&image),
-                array(sums),
-                (rows * n) as u32,
-                slot as u32,
+                array(a),
+                array(b),
+                array(&self.sums),
+                a.meta.shape().num_elements() as u32,
+                (at * SUMS + sum as usize) as u32,
+                a.dtype.into(),
             );
         }
     }
-}
 
-/// Errors being measured on the device, to be read back together.
-pub(crate) struct Measurement {
-    sums: Buffer,
-    used: usize,
-    failures: Failures,
-}
-
-impl Measurement {
-    /// Room for `count` layers with two approximations each.
-    pub(crate) fn new(like: &Buffer, count: usize) -> Self {
-        Self {
-            sums: buffer::empty(like, [count * 3 * CUBES], DType::F32),
-            used: 0,
-            failures: Failures::default(),
-        }
-    }
-
-    /// Enqueues the relative errors of two approximations of `weight`, `[out, in]` of one dtype.
-    pub(crate) fn add(
-        &mut self,
-        correlation: &Correlation,
-        weight: &Buffer,
-        approximations: [&Buffer; 2],
+    /// Enqueues the sum of the columns `first..first + width` of `values`, f32 `[.., columns]`.
+    pub(crate) fn columns(
+        &self,
+        values: &Buffer,
+        [first, width]: [usize; 2],
+        (at, sum): (usize, Sum),
     ) {
-        let slot = self.used * 3;
-        self.used += 1;
-        let failures = &self.failures;
-        correlation.energy(weight, None, (&self.sums, slot), failures);
-        for (at, approximation) in approximations.into_iter().enumerate() {
-            let into = (&self.sums, slot + 1 + at);
-            correlation.energy(weight, Some(approximation), into, failures);
+        let shape = values.meta.shape();
+        let stride = shape[shape.num_dims() - 1];
+        // SAFETY: the columns lie inside a line, the lines inside `values`, and the slot's partial
+        // sums inside `sums`.
+        unsafe {
+            sum_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+                &self.sums.client,
+                CubeCount::new_1d(CUBES as u32),
+                CubeDim::new_1d(UNITS as u32),
+                array(values),
+                array(&self.sums),
+                (shape.num_elements() / stride) as u32,
+                stride as u32,
+                first as u32,
+                width as u32,
+                (at * SUMS + sum as usize) as u32,
+            );
         }
     }
 
-    /// The relative errors, one pair per layer; waits for the device.
-    pub(crate) fn read(self) -> Result<Vec<[f64; 2]>, Error> {
+    /// The sums of each layer; waits for the device.
+    pub(crate) fn read(self) -> Result<Vec<Sums>, Error> {
         let sums: Vec<f32> = buffer::download(&self.sums)?;
         self.failures.check()?;
         let sum = |values: &[f32]| values.iter().copied().map(f64::from).sum::<f64>();
-        let ratio = |part: f64, whole: f64| if whole == 0.0 { 0.0 } else { part / whole };
-        Ok(sums
-            .chunks_exact(3 * CUBES)
-            .take(self.used)
+        let layers = sums.chunks_exact(SUMS * CUBES);
+        Ok(layers
             .map(|layer| {
-                let energies: Vec<f64> = layer.chunks_exact(CUBES).map(sum).collect();
-                [
-                    ratio(energies[1], energies[0]),
-                    ratio(energies[2], energies[0]),
-                ]
+                let mut sums = [0.0; SUMS];
+                for (into, partial) in sums.iter_mut().zip(layer.chunks_exact(CUBES)) {
+                    *into = sum(partial);
+                }
+                Sums(sums)
             })
             .collect())
     }
@@ -255,7 +351,9 @@ pub fn relative_error(
     let approximation = buffer::float(of, "approximation", approximation, weight.dtype)?;
     let diagonal = super::factor::diagonal(&gram)?;
     let correlation = Correlation::new(&gram, &diagonal);
-    let mut measurement = Measurement::new(&gram, 1);
-    measurement.add(&correlation, &weight, [&approximation, &approximation]);
-    Ok(measurement.read()?[0][0])
+    let measurement = Measurement::new(&gram, 1);
+    measurement.energy(&correlation, &weight, (0, Sum::Output));
+    measurement.loss(&correlation, [&weight, &approximation], (0, Sum::Lost));
+    let sums = measurement.read()?[0];
+    Ok(Sums::part(sums.of(Sum::Lost), sums.of(Sum::Output)))
 }

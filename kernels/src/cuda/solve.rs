@@ -16,7 +16,7 @@ use std::{ops::Range, time::Instant};
 use burn::tensor::{DType, Tensor};
 use cudarc::cublas::sys as cublas;
 use gptq_format::CheckpointFormat;
-use gptq_solver::Settings;
+use gptq_solver::{Gains, Settings};
 
 use super::{
     Cuda,
@@ -28,7 +28,7 @@ use super::{
     groups::{Search, Source, parameters, round_to_nearest},
     pack::pack,
     refine::refine,
-    relative_error::{Correlation, Measurement},
+    relative_error::{Correlation, Measurement, Sum, Sums},
     stream::{Failures, on_stream_later},
     sweep::{Swept, sweep},
     target::Target,
@@ -77,7 +77,7 @@ pub fn solve(
     drop(gram);
 
     let failures = Failures::default();
-    let mut measurement = Measurement::new(&position, requests.len());
+    let measurement = Measurement::new(&position, requests.len());
     let mut order = Vec::with_capacity(requests.len());
     let mut unread = Vec::with_capacity(requests.len());
     for (first, &Request { settings, .. }) in requests.iter().enumerate() {
@@ -91,40 +91,51 @@ pub fn solve(
         let all = buffer::empty(&position, [n, rows], DType::F32);
         let mut offset = 0;
         for &at in &members {
-            let target = target.as_ref().map(|it| it.of(&weights[at])).transpose()?;
+            let target = target.as_ref();
+            let target = target.map(|it| it.of(&weights[at], &measurement, at));
+            let target = target.transpose()?;
             let weight = target.as_ref().unwrap_or(&weights[at]);
             into_columns(weight, &position, &diagonal, &all, offset);
             offset += weights[at].meta.shape()[0];
         }
         let (swept, g_idx) = sweep_all(&factor, &position, all, settings, &failures);
-        if let Some(h) = h.as_ref().filter(|_| settings.refine > 0) {
-            refine(h, &swept, settings, &failures);
-        }
+        let refined = (h.as_ref().filter(|_| settings.refine > 0))
+            .map(|h| refine(h, &swept, settings, &failures));
         let mut offset = 0;
         for at in members {
             let rows = weights[at].meta.shape()[0];
             let span = [offset, rows];
             let weight = dequantise(&swept, &position, span, weights[at].dtype);
             let nearest = round_to_nearest(&weights[at], settings);
-            measurement.add(&correlation, &weights[at], [&weight, &nearest]);
+            let own = &weights[at];
+            measurement.energy(&correlation, own, (at, Sum::Output));
+            measurement.loss(&correlation, [own, &weight], (at, Sum::Lost));
+            measurement.loss(&correlation, [own, &nearest], (at, Sum::Nearest));
+            if settings.scale_search {
+                measurement.columns(&swept.gained, span, (at, Sum::Searched));
+            }
+            if let Some(refined) = &refined {
+                measurement.columns(refined, span, (at, Sum::Refined));
+            }
             let packed = pack(&swept, &position, &g_idx, span, settings, format);
             unread.push((packed, buffer::into_float(weight)));
             order.push(at);
             offset += rows;
         }
     }
-    let errors = measurement.read()?;
+    let sums = measurement.read()?;
     failures.check()?;
     let swept = Instant::now();
     let mut solved = Vec::with_capacity(requests.len());
-    for ((at, (packed, weight)), [relative_error, rtn_error]) in
-        order.into_iter().zip(unread).zip(errors)
-    {
+    for (at, (packed, weight)) in order.into_iter().zip(unread) {
+        let sums = sums[at];
+        let output = sums.of(Sum::Output);
         let layer = Solved {
             packed: packed.fetch()?.into(),
             weight,
-            relative_error,
-            rtn_error,
+            relative_error: Sums::part(sums.of(Sum::Lost), output),
+            rtn_error: Sums::part(sums.of(Sum::Nearest), output),
+            gains: gains(&requests[at].settings, target.as_ref(), sums),
         };
         solved.push((at, layer));
     }
@@ -139,6 +150,20 @@ pub fn solve(
             pack: swept.elapsed().as_secs_f64(),
         },
     })
+}
+
+/// What the options gained, from what was summed.
+fn gains(settings: &Settings, target: Option<&Target>, sums: Sums) -> Gains {
+    let output = sums.of(Sum::Output);
+    let part = |sum| Sums::part(sums.of(sum), output);
+    Gains {
+        scale_search: settings.scale_search.then(|| part(Sum::Searched)),
+        asymmetric: target.map(|target| {
+            let gain = target.gain(sums.of(Sum::Toward), sums.of(Sum::Shift));
+            Sums::part(gain, sums.of(Sum::Drifted))
+        }),
+        refine: (settings.refine > 0).then(|| part(Sum::Refined)),
+    }
 }
 
 fn check(
@@ -211,6 +236,7 @@ fn sweep_all(
         codes: buffer::empty(&weight, [n, rows], DType::U8),
         scales: buffer::empty(&weight, [groups, rows], DType::F32),
         zeros: buffer::empty(&weight, [groups, rows], DType::F32),
+        gained: buffer::empty(&weight, [groups, rows], DType::F32),
         group_of: buffer::upload(&weight, &group_of, DType::U32),
         weight,
         rows,

@@ -168,6 +168,8 @@ pub(crate) struct Swept {
     pub(crate) scales: Buffer,
     /// f32 zero points.
     pub(crate) zeros: Buffer,
+    /// f32, what a search took off each group's loss; undefined without one.
+    pub(crate) gained: Buffer,
     /// u32 group of each position of the sweep.
     pub(crate) group_of: Buffer,
     /// Rows of all layers together.

@@ -4,6 +4,7 @@
 //! bf16 weights fit TF32 exactly.
 
 use burn::tensor::{DType, Tensor};
+use cudarc::driver;
 
 use super::{
     Cuda,
@@ -11,15 +12,37 @@ use super::{
     buffer::{self, Buffer},
     error::Error,
     factor::{diagonal, solve_right, unordered},
+    relative_error::{Correlation, Measurement, Sum},
     stream::on_stream,
 };
 use crate::Drift;
+
+/// The same values in a buffer of its own.
+fn copied(buffer: &Buffer) -> Result<Buffer, Error> {
+    let [rows, columns] = [buffer.meta.shape()[0], buffer.meta.shape()[1]];
+    let copy = buffer::empty(buffer, [rows, columns], buffer.dtype);
+    let bytes = rows * columns * buffer.dtype.size();
+    on_stream(&[buffer, &copy], |libraries, pointers| {
+        // SAFETY: both buffers have this many bytes, and they are not the same.
+        unsafe {
+            driver::result::memcpy_dtod_async(pointers[1], pointers[0], bytes, libraries.stream)
+        }
+        .map_err(|source| Error::Driver {
+            operation: "cuMemcpyDtoDAsync",
+            source,
+        })
+    })?;
+    Ok(copy)
+}
 
 /// The target for any weights that share an input.
 pub(crate) struct Target {
     lower: Buffer,
     cross: Buffer,
     strength: f64,
+    /// `λ`.
+    ridge: f64,
+    correlation: Correlation,
 }
 
 impl Target {
@@ -43,20 +66,30 @@ impl Target {
         let cross = buffer::float("target", "cross", drift.cross, DType::F32)?;
         // A dense input that is not finite reaches the diagonal.
         diagonal(&cross)?;
+        let columns = diagonal(&gram)?;
+        let (lower, ridge) = unordered(&gram, &columns, damping)?;
         Ok(Target {
-            lower: unordered(&gram, damping)?,
+            lower,
             cross,
             strength: drift.strength,
+            ridge,
+            correlation: Correlation::new(&gram, &columns),
         })
     }
 
-    /// `W'`, f32 `[out, in]`, for a weight f16 or bf16 `[out, in]`.
+    /// `W'`, f32 `[out, in]`, for a weight f16 or bf16 `[out, in]`, the `at`-th of those measured.
     ///
     /// # Errors
     ///
     /// A library's failure.
-    pub(crate) fn of(&self, weight: &Buffer) -> Result<Buffer, Error> {
+    pub(crate) fn of(
+        &self,
+        weight: &Buffer,
+        measurement: &Measurement,
+        at: usize,
+    ) -> Result<Buffer, Error> {
         let [rows, n] = [weight.meta.shape()[0], weight.meta.shape()[1]];
+        measurement.energy(&self.correlation, weight, (at, Sum::Drifted));
         let weight: Tensor<Cuda, 2> = buffer::into_float(weight.clone());
         let weight = weight.cast(DType::F32);
         let wide = buffer::float("target", "weight", weight.clone(), DType::F32)?;
@@ -66,7 +99,10 @@ impl Target {
             // SAFETY: `[rows, n]`, `[n, n]` and `[rows, n]`, each of its own buffer.
             unsafe { product(libraries, [rows, n, n], w, c, 0.0, out) }
         })?;
+        let toward = copied(&shift)?;
         solve_right(&self.lower, &shift)?;
+        measurement.dot([&toward, &shift], (at, Sum::Toward));
+        measurement.dot([&shift, &shift], (at, Sum::Shift));
         let shift: Tensor<Cuda, 2> = buffer::into_float(shift);
         buffer::float(
             "target",
@@ -74,5 +110,11 @@ impl Target {
             weight + shift.mul_scalar(self.strength),
             DType::F32,
         )
+    }
+
+    /// What `W'` gained (`gptq_solver::Target::of`), from `tr(W C Sᵀ)` and `‖S‖²`.
+    pub(crate) fn gain(&self, toward: f64, shift: f64) -> f64 {
+        let t = self.strength;
+        (2.0 - t) * t * toward + t * t * self.ridge * shift
     }
 }

@@ -1,10 +1,11 @@
 //! What recipes mean, and what is refused, with its place.
 
 use gptq_calibration::{Rendering, Template};
-use gptq_format::{Bits, CheckpointFormat, Client, GroupSize};
+use gptq_format::{Bits, CheckpointFormat, Client, Dynamic, GroupSize, QuantizeConfig};
 use serde_json::json;
 
 use super::*;
+use gptq_model::Projection;
 
 fn tiny() -> ModelConfig {
     ModelConfig::from_json(json!({
@@ -126,7 +127,7 @@ fn seventy_billion_parameters_plan() {
         // A scale of two bytes and a zero point of `bits` for each row of each group.
         let groups = group.map_or(rows, |group| block / group);
         let bytes = 80 * (block * bits / 8 + groups * 2 + groups * bits / 8 + columns * 4) + rest;
-        assert_eq!(branch.bytes(&plan.config) as u64, bytes, "{name}");
+        assert_eq!(branch.bytes(&plan.config), bytes, "{name}");
     }
     // Six streams of 524288 tokens by 8192 features and one activation of 28672, in f16.
     let memory = plan.memory();
@@ -186,7 +187,8 @@ fn overrides_change_or_skip_the_modules_they_match() {
     let plan = plan(
         "[[branch]]\nname = \"a\"\nbits = 4\n\
          [[branch.override]]\nmatch = \"*.down_proj\"\nbits = 8\ngroup_size = 32\n\
-         [[branch.override]]\nmatch = \"model.layers.0.*.k_proj\"\nskip = true\n",
+         [[branch.override]]\nmatch = \"model.layers.0.*.k_proj\"\nskip = true\n\
+         [[branch.override]]\nmatch = \"model.layers.0.*\"\nbits = 3\n",
     )
     .unwrap();
     let branch = &plan.branches[0];
@@ -197,11 +199,23 @@ fn overrides_change_or_skip_the_modules_they_match() {
     );
     assert!(branch.module("model.layers.0.self_attn.k_proj").is_none());
     assert!(branch.module("model.layers.1.self_attn.k_proj").is_some());
-    // Readers are told the same, in their own notation.
-    let written = branch.quantize_config("m");
+    // Readers are told the same, in their own notation, in whatever order they read it.
+    let written = branch.quantize_config("m", &plan.config);
     for (module, ..) in branch.quantised_modules(&plan.config) {
         let ours = branch.module(&module).map(|s| (s.bits, s.group_size));
         assert_eq!(written.module(&module).unwrap(), ours, "{module}");
+    }
+    for at in 0..plan.config.layers {
+        for module in Projection::ALL.map(|projection| projection.module(at)) {
+            let alone = |(pattern, own): (&String, &Dynamic)| QuantizeConfig {
+                dynamic: Some([(pattern.clone(), own.clone())].into()),
+                ..written.clone()
+            };
+            let patterns = written.dynamic.iter().flatten().map(alone);
+            let own = Some((branch.bits, branch.group_size));
+            let matching = patterns.filter(|it| it.module(&module).unwrap() != own);
+            assert!(matching.count() <= 1, "{module}");
+        }
     }
     assert_eq!(
         written.module("model.layers.0.self_attn.k_proj").unwrap(),

@@ -75,7 +75,7 @@ fn a_library_call_on_another_stream_is_overtaken() {
     let Some(device) = device() else { return };
     let [x, w] = inputs(6, &device);
     let [x, w] = [x, w].map(|it| buffer::float("test", "input", it, DType::F16).unwrap());
-    let y = buffer::empty(&x, [SIDE, SIDE], DType::F16);
+    let [y, other] = [(); 2].map(|()| buffer::empty(&x, [SIDE, SIDE], DType::F16));
     let handles = on_stream(&[&x], |_, _| {
         let stream = stream::create(StreamKind::NonBlocking).unwrap();
         let handle = cublas::create_handle().unwrap();
@@ -84,18 +84,21 @@ fn a_library_call_on_another_stream_is_overtaken() {
         Ok([stream as usize, handle as usize])
     })
     .unwrap();
+    // The last of the products writes `y`; those before it give the sum time to overtake.
     let unordered = |products: usize| {
-        on_stream(&[&x, &w, &y], |libraries, pointers| {
+        on_stream(&[&x, &w, &y, &other], |libraries, pointers| {
             let apart = Libraries {
                 stream: handles[0] as _,
                 cublas: handles[1] as _,
                 cusolver: libraries.cusolver,
                 device: libraries.device,
             };
-            let [x, w, y] = [0, 1, 2].map(|at| Matrix::at(pointers[at], 0, SIDE, Element::F16));
-            for _ in 0..products {
+            let [x, w, y, other] =
+                [0, 1, 2, 3].map(|at| Matrix::at(pointers[at], 0, SIDE, Element::F16));
+            for at in 1..=products {
+                let out = if at == products { y } else { other };
                 // SAFETY: three distinct buffers of this side.
-                unsafe { product(&apart, [SIDE; 3], x, w.t(), 0.0, y)? };
+                unsafe { product(&apart, [SIDE; 3], x, w.t(), 0.0, out)? };
             }
             Ok(())
         })
@@ -116,7 +119,7 @@ fn a_library_call_on_another_stream_is_overtaken() {
     settle();
     poison(&y);
     settle();
-    unordered(1);
+    unordered(32);
     let early = buffer::into_float::<2>(y.clone()).add_scalar(0.0);
     settle();
     let late = buffer::into_float::<2>(y).into_data();

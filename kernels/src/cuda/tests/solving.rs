@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Element};
 use gptq_format::{Bits, CheckpointFormat, GroupSize};
 use gptq_solver::{
-    Factor, Settings, Target, output_energy, refine, round_to_nearest, solve as host_solve,
+    Factor, Gains, Settings, Target, output_energy, refine, round_to_nearest, solve as host_solve,
 };
 use half::{bf16, f16};
 use nalgebra::DMatrix;
@@ -77,10 +77,24 @@ pub(super) fn judge<E: Element>(
 ) {
     let n = gram.nrows();
     let w = DMatrix::from_row_iterator(weight.len() / n, n, weight.iter().map(|v| wide(*v)));
-    let target = target.map_or_else(|| w.clone(), |target| target.of(&w));
+    let energy = output_energy(&w, gram);
+    let (target, closer) = match target {
+        Some(target) => {
+            let (target, gain) = target.of(&w);
+            (target, Some(gain / energy))
+        }
+        None => (w.clone(), None),
+    };
     let mut expected = host_solve(&target, factor, settings);
-    refine(&target, gram, factor, &mut expected, settings.refine);
-    let lost = |q: DMatrix<f64>| output_energy(&(&w - q), gram) / output_energy(&w, gram);
+    let refined = refine(&target, gram, factor, &mut expected, settings.refine);
+    let gains = Gains {
+        scale_search: settings
+            .scale_search
+            .then_some(expected.search_gain / energy),
+        asymmetric: closer,
+        refine: (settings.refine > 0).then_some(refined / energy),
+    };
+    let lost = |q: DMatrix<f64>| output_energy(&(&w - q), gram) / energy;
     let expected_error = lost(expected.dequantise());
     let rtn_error = lost(round_to_nearest(&w, settings).dequantise());
     let expected = expected.into_quantized();
@@ -119,6 +133,21 @@ pub(super) fn judge<E: Element>(
         found.relative_error
     );
     assert!(near(found.rtn_error, rtn_error), "{label}: rtn");
+    // Sums of many codes' and groups' differences; what the weights' and the drift's rounding adds is as
+    // above.
+    let names: Vec<_> = gains.used().map(|(name, _)| name).collect();
+    assert_eq!(
+        found.gains.used().map(|(name, _)| name).collect::<Vec<_>>(),
+        names,
+        "{label}"
+    );
+    for ((name, found), (_, exact)) in found.gains.used().zip(gains.used()) {
+        let bound = 3e-2 * exact + 2.0 * rounded;
+        assert!(
+            (found - exact).abs() < bound,
+            "{label}: {name} gained {found} for {exact}"
+        );
+    }
 }
 
 /// Two layers of one random input against the host.
