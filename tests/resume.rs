@@ -197,6 +197,40 @@ fn a_run_goes_on_from_hidden_states_that_were_kept_and_goes_over_its_blocks_agai
 }
 
 #[test]
+fn states_that_lie_on_the_disk_are_kept_and_gone_on_from_too() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), BEST);
+    // Four chunks of 64 windows in each stream, and no host memory for any.
+    let more = ["--device", "cpu", "--samples", "64"];
+    let plan = [
+        &["plan", recipe.to_str().unwrap(), "--json"][..],
+        &more[2..],
+    ]
+    .concat();
+    let plan: Value = serde_json::from_str(&succeed(plan)).unwrap();
+    let least = plan["memory"]["least_cpu"].to_string();
+    let run = |kill: bool| {
+        let scratch = Scratch::new();
+        let (recipe, disk) = (scratch.recipe(&medi_tiny(), BEST), scratch.path("disk"));
+        fs::create_dir(&disk).unwrap();
+        let budget = ["--host-memory", &least, "--scratch", disk.to_str().unwrap()];
+        let flags = [&more[..], &budget].concat();
+        if kill {
+            let keep = [&flags[..], &["--keep-every", "0s"]].concat();
+            let mut child = start(quantize(&recipe, &keep));
+            wait("a block", || blocks(&scratch.out()) > 0);
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        let said = succeeded(quantize(&recipe, &flags).output().unwrap());
+        assert_eq!(said.contains("going over 0 again"), kill, "{said}");
+        assert_eq!(fs::read_dir(&disk).unwrap().count(), 0);
+        contents(&scratch.out())
+    };
+    assert!(run(true) == run(false));
+}
+
+#[test]
 fn dense_propagation_and_shards_resume_too() {
     let run = |kill: bool| {
         let scratch = Scratch::new();

@@ -71,6 +71,8 @@ struct Case {
     branches: usize,
     dense: bool,
     flags: &'static [&'static str],
+    /// Bytes of device memory that the flags allow: a run that takes over a tenth more fails.
+    budget: Option<u64>,
 }
 
 const CASES: [Case; 5] = [
@@ -80,6 +82,7 @@ const CASES: [Case; 5] = [
         branches: 1,
         dense: false,
         flags: &[],
+        budget: None,
     },
     Case {
         key: "profile",
@@ -87,6 +90,7 @@ const CASES: [Case; 5] = [
         branches: 1,
         dense: false,
         flags: &["--profile"],
+        budget: None,
     },
     Case {
         key: "six",
@@ -94,6 +98,7 @@ const CASES: [Case; 5] = [
         branches: 6,
         dense: false,
         flags: &[],
+        budget: None,
     },
     Case {
         key: "dense",
@@ -101,6 +106,7 @@ const CASES: [Case; 5] = [
         branches: 6,
         dense: true,
         flags: &[],
+        budget: None,
     },
     Case {
         key: "small",
@@ -108,6 +114,7 @@ const CASES: [Case; 5] = [
         branches: 1,
         dense: false,
         flags: &["--device-memory", "22GiB"],
+        budget: Some(22 << 30),
     },
 ];
 
@@ -233,6 +240,12 @@ fn measure(args: &BenchArgs, binary: &Path, case: &Case) -> anyhow::Result<Measu
     let seconds = started.elapsed().as_secs_f64();
     ensure!(status.success(), "{}: {status}", case.title);
     std::fs::remove_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
+    let (peak, budget) = (peak.into_inner(), case.budget.unwrap_or(u64::MAX));
+    ensure!(
+        peak <= budget.saturating_add(budget / 10),
+        "{}: {peak} bytes in use, of {budget} allowed",
+        case.title
+    );
     let ends: Vec<f64> = layers.into_values().collect();
     let mut steps: Vec<f64> = ends.windows(2).map(|pair| pair[1] - pair[0]).collect();
     steps.sort_by(f64::total_cmp);
@@ -241,7 +254,7 @@ fn measure(args: &BenchArgs, binary: &Path, case: &Case) -> anyhow::Result<Measu
         seconds,
         layer,
         cold: layer.and_then(|layer| Some(ends.first()? - layer)),
-        memory: Some(peak.into_inner()).filter(|&peak| peak > 0),
+        memory: Some(peak).filter(|&peak| peak > 0),
         profile,
     })
 }

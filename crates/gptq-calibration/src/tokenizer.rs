@@ -104,3 +104,32 @@ fn end_token(dir: &Path) -> Result<Option<String>, CalibrationError> {
     let config = small_file::tokenizer_config(dir)?;
     Ok(config.get("eos_token").and_then(special_token))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_number_of_threads_gives_the_tokens_of_one_by_one() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let tokenizer = TextTokenizer::load(&root.join("tests/models/medi-tiny")).unwrap();
+        // Documents of very different lengths: those that end early must not come early.
+        let text = |at: usize| format!("{at} fever and cough; ").repeat(1 + at * 37 % 200);
+        let documents = || (0..400).map(|at| Document::Text(text(at))).collect();
+        let pool = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            pool.build().unwrap()
+        };
+        let one_by_one: Vec<Vec<u32>> = (0..400)
+            .map(|at| {
+                let mut ids = tokenizer.encode(&text(at), true).unwrap();
+                ids.push(tokenizer.end);
+                ids
+            })
+            .collect();
+        for threads in [1, 2, 7] {
+            let encoded = pool(threads).install(|| tokenizer.encode_all(documents()));
+            assert!(encoded.unwrap() == one_by_one, "{threads} threads differ");
+        }
+    }
+}

@@ -57,15 +57,16 @@ fn the_table_holds_the_reports_own_numbers() {
         let number = |i: usize| value(i).parse::<f64>().unwrap();
         let summary = branch.report.summary();
         assert_eq!(value(0), branch.report.branch);
-        assert_eq!(number(5), branch.report.bytes as f64);
-        assert_eq!(number(6), summary.mean_error);
-        assert_eq!(number(7), summary.worst_error);
-        assert_eq!(number(8), summary.mean_ratio);
+        assert_eq!(number(3), branch.bits_per_weight());
+        assert_eq!(number(6), branch.report.bytes as f64);
+        assert_eq!(number(7), summary.mean_error);
+        assert_eq!(number(8), summary.worst_error);
+        assert_eq!(number(9), summary.mean_ratio);
         match branch.perplexity() {
-            Some(measured) => assert_eq!(number(9), measured.value),
-            None => assert_eq!(value(9), ""),
+            Some(measured) => assert_eq!(number(10), measured.value),
+            None => assert_eq!(value(10), ""),
         }
-        assert_eq!(number(14), branch.report.seconds);
+        assert_eq!(number(15), branch.report.seconds);
     }
     let table = csv(&rows(&matrix));
     for (line, branch) in table.lines().skip(1).zip(&matrix.branches) {
