@@ -2,7 +2,7 @@
 //! files may be in the stream form, which Hugging Face `datasets` writes, or in the file form.
 //!
 //! Values become JSON values: text, numbers, booleans, lists and structs; any other type reads as
-//! null.
+//! null. A file holds no more of them than its size allows ([`ValueBudget`]).
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
@@ -17,17 +17,12 @@ use arrow::datatypes::{
 use arrow::error::ArrowError;
 use arrow::ipc::reader::{FileReader, StreamReader, read_footer_length};
 use arrow::ipc::{Block, root_as_footer};
-use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
-use parquet::file::metadata::ParquetMetaData;
 use serde_json::{Map, Value};
 
-use crate::CalibrationError;
 use crate::reader::{EachRow, Row, malformed};
 use crate::source::SourceFile;
-
-/// Rows decoded together from a Parquet file.
-const BATCH: usize = 64;
+use crate::value_budget::ValueBudget;
+use crate::{CalibrationError, parquet_file};
 
 /// Largest columnar file that is unpacked from gzip or zstd, in bytes as decompressed: it has to
 /// lie on disk to be read by columns.
@@ -36,8 +31,8 @@ const LARGEST_UNPACKED: u64 = 4 << 30;
 /// First and last bytes of the file form of Arrow.
 const ARROW_FILE: &[u8; 6] = b"ARROW1";
 
-/// Largest footer of an Arrow file, in bytes: 24 for each batch, and the schema.
-const MAX_FOOTER: u64 = 64 << 20;
+/// Largest footer of an Arrow or Parquet file, in bytes.
+pub(crate) const MAX_FOOTER: u64 = 64 << 20;
 
 /// Which of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,49 +78,14 @@ fn parquet(
     columns: &[&str],
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
-    let builder =
-        ParquetRecordBatchReaderBuilder::try_new(opened).map_err(|e| malformed(file, e))?;
-    let promised = check_counts(builder.metadata()).map_err(|why| malformed(file, why))?;
-    let wanted = wanted(builder.schema(), columns)?;
-    let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
-    let reader = builder.with_projection(mask).with_batch_size(BATCH).build();
-    let batches = reader.map_err(|e| malformed(file, e))?;
-    let (flow, rows) = batches_to_rows(batches, file, columns, each)?;
+    let length = length(&opened, file)?;
+    let (batches, promised) = parquet_file::open(opened, file, columns)?;
+    let (flow, rows) = batches_to_rows(batches, length, file, columns, each)?;
     if flow.is_continue() && rows != promised {
         let reason = format!("its footer promises {promised} rows, and it holds {rows}");
         return Err(malformed(file, reason));
     }
     Ok(flow)
-}
-
-/// The number of rows, if the footer agrees with itself about it.
-fn check_counts(metadata: &ParquetMetaData) -> Result<u64, String> {
-    let total = metadata.file_metadata().num_rows();
-    let groups = metadata.row_groups();
-    let sum: i128 = groups.iter().map(|g| i128::from(g.num_rows())).sum();
-    if i128::from(total) != sum || groups.iter().any(|g| g.num_rows() < 0) {
-        return Err(format!(
-            "its footer promises {total} rows, and its row groups {sum}"
-        ));
-    }
-    for group in groups {
-        // A list has any number of values in a row; a flat column has one.
-        let flat = group
-            .columns()
-            .iter()
-            .filter(|c| c.column_descr().max_rep_level() == 0);
-        for column in flat {
-            if column.num_values() != group.num_rows() {
-                return Err(format!(
-                    "a row group of {} rows has {} values in column {}",
-                    group.num_rows(),
-                    column.num_values(),
-                    column.column_path()
-                ));
-            }
-        }
-    }
-    Ok(total as u64)
 }
 
 fn arrow(
@@ -144,15 +104,16 @@ fn arrow(
     if is_file {
         check_footer(&mut opened).map_err(|why| malformed(file, why))?;
     }
+    let length = length(&opened, file)?;
     let buffered = BufReader::new(opened);
     let (flow, _) = if is_file {
         let batches = FileReader::try_new(buffered, None).map_err(|e| malformed(file, e))?;
         wanted(&batches.schema(), columns)?;
-        batches_to_rows(batches, file, columns, each)?
+        batches_to_rows(batches, length, file, columns, each)?
     } else {
         let batches = StreamReader::try_new(buffered, None).map_err(|e| malformed(file, e))?;
         wanted(&batches.schema(), columns)?;
-        batches_to_rows(batches, file, columns, each)?
+        batches_to_rows(batches, length, file, columns, each)?
     };
     Ok(flow)
 }
@@ -195,7 +156,7 @@ fn check_footer(file: &mut File) -> Result<(), String> {
 }
 
 /// Places of the wanted columns.
-fn wanted(schema: &Schema, columns: &[&str]) -> Result<Vec<usize>, CalibrationError> {
+pub(crate) fn wanted(schema: &Schema, columns: &[&str]) -> Result<Vec<usize>, CalibrationError> {
     let place = |column: &&str| {
         schema
             .index_of(column)
@@ -208,13 +169,24 @@ fn wanted(schema: &Schema, columns: &[&str]) -> Result<Vec<usize>, CalibrationEr
     columns.iter().map(place).collect()
 }
 
-/// Rows given to `each`, and how many there were.
+/// In bytes.
+fn length(opened: &File, file: &SourceFile) -> Result<u64, CalibrationError> {
+    let metadata = opened
+        .metadata()
+        .map_err(CalibrationError::io(&file.path))?;
+    Ok(metadata.len())
+}
+
+/// Rows given to `each`, and how many there were; refused when they are more, or hold more, than a
+/// file of this length in bytes may.
 fn batches_to_rows(
     batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
+    length: u64,
     file: &SourceFile,
     columns: &[&str],
     each: &mut EachRow<'_>,
 ) -> Result<(ControlFlow<()>, u64), CalibrationError> {
+    let budget = ValueBudget::of(length);
     let mut rows = 0;
     for batch in batches {
         let batch = batch.map_err(|e| malformed(file, e))?;
@@ -226,10 +198,11 @@ fn batches_to_rows(
         }
         for i in 0..batch.num_rows() {
             rows += 1;
-            let cells = arrays.iter();
-            let row: Row = cells
-                .map(|(column, array)| ((*column).to_owned(), value(array, i)))
-                .collect();
+            let mut row = Row::new();
+            for (column, array) in &arrays {
+                let cell = value(array, i, &budget).map_err(|why| malformed(file, why))?;
+                row.insert((*column).to_owned(), cell);
+            }
             if each(row)?.is_break() {
                 return Ok((ControlFlow::Break(()), rows));
             }
@@ -246,12 +219,16 @@ fn plain(array: &ArrayRef) -> Result<ArrayRef, ArrowError> {
     }
 }
 
-fn value(array: &dyn Array, i: usize) -> Value {
+fn value(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, String> {
+    budget.spend(1)?;
     if array.is_null(i) {
-        return Value::Null;
+        return Ok(Value::Null);
     }
-    let list = |values: ArrayRef| (0..values.len()).map(|j| value(&values, j)).collect();
-    match array.data_type() {
+    let list = |values: ArrayRef| {
+        let items = (0..values.len()).map(|j| value(&values, j, budget));
+        items.collect::<Result<Vec<_>, _>>().map(Value::Array)
+    };
+    Ok(match array.data_type() {
         DataType::Utf8 => array.as_string::<i32>().value(i).into(),
         DataType::LargeUtf8 => array.as_string::<i64>().value(i).into(),
         DataType::Utf8View => array.as_string_view().value(i).into(),
@@ -266,16 +243,20 @@ fn value(array: &dyn Array, i: usize) -> Value {
         DataType::UInt64 => array.as_primitive::<UInt64Type>().value(i).into(),
         DataType::Float32 => array.as_primitive::<Float32Type>().value(i).into(),
         DataType::Float64 => array.as_primitive::<Float64Type>().value(i).into(),
-        DataType::List(_) => Value::Array(list(array.as_list::<i32>().value(i))),
-        DataType::LargeList(_) => Value::Array(list(array.as_list::<i64>().value(i))),
-        DataType::FixedSizeList(..) => Value::Array(list(array.as_fixed_size_list().value(i))),
+        DataType::List(_) => list(array.as_list::<i32>().value(i))?,
+        DataType::LargeList(_) => list(array.as_list::<i64>().value(i))?,
+        DataType::FixedSizeList(..) => list(array.as_fixed_size_list().value(i))?,
         DataType::Struct(fields) => {
             let members = fields.iter().zip(array.as_struct().columns());
-            let object: Map<String, Value> = members
-                .map(|(field, member)| (field.name().clone(), value(member, i)))
-                .collect();
+            let mut object = Map::new();
+            for (field, member) in members {
+                object.insert(field.name().clone(), value(member, i, budget)?);
+            }
             Value::Object(object)
         }
         _ => Value::Null,
-    }
+    })
 }
+
+#[cfg(test)]
+mod limits;

@@ -28,14 +28,17 @@ mod evaluation;
 mod json;
 mod manifest;
 mod overlap;
+mod parquet_file;
 mod reader;
 mod rendering;
 mod row_range;
 mod small_file;
 mod source;
 mod template;
+mod thrift;
 mod token_file;
 mod tokenizer;
+mod value_budget;
 
 pub use chat::{ChatTemplate, Message};
 pub use decode::TextDecoder;
