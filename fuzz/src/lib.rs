@@ -109,13 +109,17 @@ pub fn open(files: &[(&str, &[u8])]) {
     });
 }
 
+/// For readers that catch the panics of a library: libFuzzer's hook would end the process before.
+/// One that is not caught ends it still.
+pub fn panics_may_be_caught() {
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| panic::set_hook(Box::new(|_| ())));
+}
+
 /// Reads the rows of a file of this name, with columns that the starting inputs have.
 pub fn rows(name: &str, file: &[u8]) {
-    static QUIET: Once = Once::new();
     if name.ends_with(".parquet") || name.ends_with(".arrow") {
-        // Their libraries' panics are caught by the reader; libFuzzer's hook would end the process
-        // before. One that is not caught ends it still.
-        QUIET.call_once(|| panic::set_hook(Box::new(|_| ())));
+        panics_may_be_caught();
     }
     with_files(&[(name, file)], |dir| {
         let mut rows = 0;

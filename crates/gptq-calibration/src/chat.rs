@@ -6,6 +6,7 @@
 //! ([`FUEL`]) are limited.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
@@ -119,9 +120,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| {
             Err::<String, _>(Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment
-            .add_template_owned("chat", source.to_owned())
-            .map_err(refused)?;
+        guarded(|| environment.add_template_owned("chat", source.to_owned()))?;
         Ok(ChatTemplate {
             environment,
             special,
@@ -152,10 +151,10 @@ impl ChatTemplate {
     ) -> Result<String, CalibrationError> {
         let messages = Serde(messages);
         let special = minijinja::Value::from(Serde(&self.special));
-        self.environment
-            .get_template("chat")
-            .and_then(|chat| chat.render(context! { messages, add_generation_prompt, ..special }))
-            .map_err(refused)
+        guarded(|| {
+            let chat = self.environment.get_template("chat")?;
+            chat.render(context! { messages, add_generation_prompt, ..special })
+        })
     }
 }
 
@@ -176,6 +175,17 @@ fn named(value: &Value) -> Option<String> {
 pub(crate) fn special_token(value: &Value) -> Option<String> {
     let text = value.as_str().or_else(|| value.get("content")?.as_str());
     text.map(str::to_owned)
+}
+
+/// What the library does with a template. It panics on some malformed format strings (`{a[é`)
+/// instead of returning an error.
+fn guarded<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, CalibrationError> {
+    catch_unwind(AssertUnwindSafe(work))
+        .map_err(|_| CalibrationError::ChatTemplate {
+            line: 0,
+            reason: "the template library cannot read it".into(),
+        })?
+        .map_err(refused)
 }
 
 fn refused(error: Error) -> CalibrationError {
@@ -272,6 +282,13 @@ mod tests {
         let endless =
             "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}";
         assert!(error(endless).contains("fuel"), "{}", error(endless));
+    }
+
+    #[test]
+    fn a_panic_of_the_template_library_is_a_refusal() {
+        let template = own("{{ '{a[b\u{6ce}'.format(0) }}").unwrap();
+        let error = template.render(&talk(), true).unwrap_err().to_string();
+        assert!(error.contains("cannot read it"), "{error}");
     }
 
     #[test]
