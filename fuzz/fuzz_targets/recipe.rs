@@ -16,7 +16,7 @@ fuzz_target!(|text: &str| {
         for branch in &plan.branches {
             assert!(branch.bytes(&config) > 0);
             assert!(!branch.clients(&config).is_empty());
-            let written = branch.quantize_config(&plan.model_name);
+            let written = branch.quantize_config(&plan.model_name, &config);
             for (module, _, own) in branch.quantised_modules(&config) {
                 // What readers are told of a module is what the solver does to it.
                 let told = written.module(&module).expect("the pattern is ours");

@@ -5,8 +5,17 @@
 // The modules below find what they name of `gptq-model` here.
 extern crate self as gptq_model;
 
+#[allow(dead_code, reason = "only a run measures and allocates")]
+#[path = "../../crates/gptq-pipeline/src/allocate.rs"]
+mod allocate;
+#[allow(dead_code, reason = "only a run writes files")]
+#[path = "../../crates/gptq-pipeline/src/branch_files.rs"]
+mod branch_files;
 #[path = "../../crates/gptq-pipeline/src/branch_plan.rs"]
 mod branch_plan;
+#[allow(dead_code, reason = "only a run measures and allocates")]
+#[path = "../../crates/gptq-pipeline/src/budget.rs"]
+mod budget;
 #[path = "../../crates/gptq-model/src/config.rs"]
 mod config;
 #[path = "../../crates/gptq-model/src/error.rs"]
@@ -39,6 +48,7 @@ use tempfile::TempDir;
 use thiserror::Error;
 
 pub use branch_plan::BranchPlan;
+pub use budget::{Allocation, Budget, Choice};
 pub use config::ModelConfig;
 pub use error::ModelError;
 pub use inputs::{Fetched, InputSource};
