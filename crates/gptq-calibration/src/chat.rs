@@ -2,30 +2,25 @@
 //!
 //! A template is Jinja as Transformers renders it (`apply_chat_template`): blocks swallow their own
 //! line, `break` and `continue` work, strings have Python's methods, and `raise_exception` ends the
-//! rendering with a message. It comes from a checkpoint, so its length ([`MAX_TEMPLATE`]) and its work
-//! ([`FUEL`]) are limited.
+//! rendering with a message. It comes from a checkpoint, so its length ([`MAX_TEMPLATE`]) and what it can
+//! do ([`jinja`]) are limited.
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
-use minijinja::{Environment, Error, ErrorKind, context};
-use minijinja_contrib::pycompat::unknown_method_callback;
+use minijinja::{Environment, context};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::CalibrationError;
+use crate::jinja;
 use crate::small_file::{self, MAX_TEMPLATE};
 
 /// ChatML: each message between `<|im_start|>role` and `<|im_end|>`.
 const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
                       {{ message.content }}<|im_end|>\n{% endfor %}\
                       {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-
-/// Steps after which a template is taken to run forever.
-const FUEL: u64 = 10_000_000;
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,20 +104,8 @@ impl ChatTemplate {
                 reason: format!("over the limit of {MAX_TEMPLATE} bytes"),
             });
         }
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build();
-        environment.set_syntax(syntax.map_err(refused)?);
-        environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(unknown_method_callback);
-        environment.add_function("raise_exception", |message: String| {
-            Err::<String, _>(Error::new(ErrorKind::InvalidOperation, message))
-        });
-        guarded(|| environment.add_template_owned("chat", source.to_owned()))?;
         Ok(ChatTemplate {
-            environment,
+            environment: jinja::environment("chat", source)?,
             special,
             complete,
         })
@@ -151,7 +134,7 @@ impl ChatTemplate {
     ) -> Result<String, CalibrationError> {
         let messages = Serde(messages);
         let special = minijinja::Value::from(Serde(&self.special));
-        guarded(|| {
+        jinja::on_its_own_stack(|| {
             let chat = self.environment.get_template("chat")?;
             chat.render(context! { messages, add_generation_prompt, ..special })
         })
@@ -175,27 +158,6 @@ fn named(value: &Value) -> Option<String> {
 pub(crate) fn special_token(value: &Value) -> Option<String> {
     let text = value.as_str().or_else(|| value.get("content")?.as_str());
     text.map(str::to_owned)
-}
-
-/// What the library does with a template. It panics on some malformed format strings (`{a[é`)
-/// instead of returning an error.
-fn guarded<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, CalibrationError> {
-    catch_unwind(AssertUnwindSafe(work))
-        .map_err(|_| CalibrationError::ChatTemplate {
-            line: 0,
-            reason: "the template library cannot read it".into(),
-        })?
-        .map_err(refused)
-}
-
-fn refused(error: Error) -> CalibrationError {
-    let what = error
-        .detail()
-        .map_or_else(|| error.kind().to_string(), str::to_owned);
-    CalibrationError::ChatTemplate {
-        line: error.line().unwrap_or(0),
-        reason: what,
-    }
 }
 
 #[cfg(test)]

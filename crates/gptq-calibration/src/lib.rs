@@ -25,6 +25,7 @@ mod documents;
 mod draw;
 mod error;
 mod evaluation;
+mod jinja;
 mod json;
 mod manifest;
 mod overlap;

@@ -13,7 +13,7 @@ pub(crate) const MAX_TOKENIZER: u64 = 128 << 20;
 /// Bytes of `tokenizer_config.json`: one with a thousand added tokens has under 1 MB.
 const MAX_CONFIG: u64 = 8 << 20;
 /// Bytes of a chat template; long ones have 20 kB.
-pub(crate) const MAX_TEMPLATE: u64 = 256 << 10;
+pub(crate) const MAX_TEMPLATE: u64 = 64 << 10;
 
 /// The file's bytes.
 ///
@@ -70,7 +70,7 @@ mod tests {
         std::fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
         sparse("chat_template.jinja", MAX_TEMPLATE + 1);
         let error = ChatTemplate::of(dir.path()).unwrap_err().to_string();
-        assert!(error.contains("limit of 262144"), "{error}");
+        assert!(error.contains("limit of 65536"), "{error}");
         sparse("tokenizer.json", MAX_TOKENIZER + 1);
         let error = crate::TextTokenizer::load(dir.path()).err().unwrap();
         assert!(error.to_string().contains("limit of 134217728"), "{error}");
