@@ -114,6 +114,4 @@ fn to_matrix<B: Engine>(tensor: Tensor<B, 2>) -> DMatrix<f64> {
 }
 
 #[cfg(test)]
-mod hard_inputs;
-#[cfg(test)]
 mod tests;

@@ -9,6 +9,8 @@ pub mod cuda;
 mod device;
 mod engine;
 mod finite;
+#[cfg(test)]
+mod hard_inputs;
 mod host_buffer;
 mod host_solve;
 mod packed_weight;

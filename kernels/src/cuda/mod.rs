@@ -44,7 +44,7 @@ mod rotary;
 mod swiglu;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
