@@ -55,7 +55,8 @@ pub fn sha256_file(path: &Path) -> Result<String, FormatError> {
     }
 }
 
-pub(crate) fn hexadecimal(digest: &[u8]) -> String {
+/// Lower-case hexadecimal.
+pub fn hexadecimal(digest: &[u8]) -> String {
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -44,7 +44,7 @@ mod writer;
 pub use bits::{Bits, GroupSize};
 pub use checkpoint::Checkpoint;
 pub use clients::{Client, Support, client_support};
-pub use digests::{LinearDigests, sha256, sha256_file};
+pub use digests::{LinearDigests, hexadecimal, sha256, sha256_file};
 pub use error::FormatError;
 pub use half_type::Half;
 pub use inspect::{

@@ -107,15 +107,6 @@ impl QuantizedLinear {
 impl PackedLinear {
     /// Reads codes and zeros back; lengths and `g_idx` were checked when the tensors were read.
     pub fn unpack(&self) -> QuantizedLinear {
-        let groups = self.scales.len() / self.out_features;
-        let offset = self.format.zero_offset();
-        let max = self.bits.max_code();
-        let zeros = unpack_across(&self.qzeros, groups, self.out_features, self.bits)
-            .into_iter()
-            // A v1 file holding 2^b - 1 was written by a tool that let a zero of 0 wrap; every
-            // reader masks it back to 0.
-            .map(|stored| stored.wrapping_add(offset) & max)
-            .collect();
         QuantizedLinear {
             bits: self.bits,
             in_features: self.in_features,
@@ -127,9 +118,22 @@ impl PackedLinear {
                 self.bits,
             ),
             scales: self.scales.clone(),
-            zeros,
+            zeros: self.zeros(),
             g_idx: self.g_idx.clone(),
         }
+    }
+
+    /// True zero points, `[groups, out]`.
+    pub fn zeros(&self) -> Vec<u8> {
+        let groups = self.scales.len() / self.out_features;
+        let offset = self.format.zero_offset();
+        let max = self.bits.max_code();
+        unpack_across(&self.qzeros, groups, self.out_features, self.bits)
+            .into_iter()
+            // A v1 file holding 2^b - 1 was written by a tool that let a zero of 0 wrap; every
+            // reader masks it back to 0.
+            .map(|stored| stored.wrapping_add(offset) & max)
+            .collect()
     }
 }
 

@@ -55,6 +55,11 @@ impl StagedDir {
         })
     }
 
+    /// Whether an unfinished run left a `.partial` of `target`.
+    pub fn is_begun(target: &Path) -> bool {
+        fs::symlink_metadata(sibling(target, "partial")).is_ok_and(|meta| meta.is_dir())
+    }
+
     /// Goes on with the `.partial` that an unfinished run left.
     ///
     /// # Errors

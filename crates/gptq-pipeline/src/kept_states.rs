@@ -6,16 +6,17 @@
 //! not what was written is not used: the packed tensors give the states again, only later.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, BufWriter, ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::iter;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use gptq_format::{FormatError, Half, le_bytes, sha256_file};
+use gptq_format::{FormatError, Half, hexadecimal, le_bytes, sha256_file};
 use gptq_kernels::Engine;
 use gptq_model::{Flow, ModelError};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::gram::{DENSE_SHARE, Dense};
 use crate::journal::Block;
@@ -27,6 +28,8 @@ use crate::{PipelineError, Plan, disk_space};
 const PREFIX: &str = ".gptq-states-";
 /// Most bytes of the first line: 2^16 chunks in 100 branches, 32 bytes each, and more.
 const MAX_INDEX: u64 = 256 << 20;
+/// Bytes that may wait for the disk: a run that is to stop does not wait for more.
+const SYNC_EVERY: usize = 1 << 30;
 
 #[derive(Serialize, Deserialize)]
 struct Index {
@@ -91,14 +94,17 @@ impl<B: Engine> States<B> {
         })
     }
 
-    /// Puts them on the disk as those after block `layer`, and says their SHA-256; nothing if there is
-    /// no room, or the run is to `stop`: they can be done without.
+    /// Puts them on the disk as those after block `layer`, and says their SHA-256, or why they are not
+    /// there: no room, a disk that fails, a run that is to `stop`. They can be done without.
+    ///
+    /// # Errors
+    /// The device, or the file that states are kept in while they have no place in memory, fails.
     pub(crate) fn keep(
         &self,
         plan: &Plan,
         layer: usize,
         stop: &AtomicBool,
-    ) -> Result<Option<String>, PipelineError> {
+    ) -> Result<Result<String, String>, PipelineError> {
         let of = |stream: &Stream<B>| IndexedStream {
             branches: (stream.branches.iter())
                 .map(|&i| plan.branches[i].name.clone())
@@ -110,59 +116,87 @@ impl<B: Engine> States<B> {
             streams: self.streams.iter().map(of).collect(),
             dense: dense.map(of),
         };
-        if !disk_space::has_room(plan, index.bytes().unwrap_or(u64::MAX))? {
-            return Ok(None);
+        let bytes = index.bytes().unwrap_or(u64::MAX);
+        match disk_space::has_room(plan, bytes) {
+            Ok(true) => {}
+            Ok(false) => return Ok(Err(format!("no room for {bytes} bytes"))),
+            Err(error) => return Ok(Err(error.to_string())),
         }
         let path = path(&plan.output, layer);
         let streams = self.streams.iter().chain(dense);
-        match write(&path, &index, streams, stop) {
-            Ok(true) => Ok(Some(sha256_file(&path)?)),
-            Ok(false) => remove(&path).map(|()| None),
-            Err(FormatError::Io { source, .. }) if source.kind() == ErrorKind::StorageFull => {
-                remove(&path).map(|()| None)
-            }
-            Err(error) => {
-                // The first error is the one to tell.
-                let _ = remove(&path);
-                Err(error.into())
-            }
+        let written = write(&path, &index, streams, stop);
+        if !matches!(written, Ok(Ok(_))) {
+            let _ = fs::remove_file(&path);
         }
+        Ok(written?.map_err(|error| error.to_string()))
     }
 }
 
-/// Whether all of it was written.
+/// The file's SHA-256, or what is wrong with the disk; an error where the states cannot be had.
 fn write<'a, B: Engine>(
     path: &Path,
     index: &Index,
     streams: impl Iterator<Item = &'a Stream<B>>,
     stop: &AtomicBool,
-) -> Result<bool, FormatError> {
-    let io = |e| FormatError::io(path)(e);
-    // Whatever has the name is not ours to write through.
-    if let Err(e) = fs::remove_file(path)
-        && e.kind() != ErrorKind::NotFound
-    {
-        return Err(io(e));
-    }
-    let file = OpenOptions::new().write(true).create_new(true).open(path);
-    let mut file = BufWriter::new(file.map_err(io)?);
+) -> Result<std::io::Result<String>, FormatError> {
+    let mut file = match HashedFile::create(path) {
+        Ok(file) => file,
+        Err(error) => return Ok(Err(error)),
+    };
     let line = serde_json::to_string(index).expect("an index of plain values always serialises");
-    writeln!(file, "{line}").map_err(io)?;
-    for stream in streams {
-        for chunk in &stream.chunks {
-            if stop.load(Ordering::Relaxed) {
-                return Ok(false);
-            }
-            let values = chunk.residual()?;
-            file.write_all(&le_bytes(&values)).map_err(io)?;
+    if let Err(error) = file.add(format!("{line}\n").as_bytes()) {
+        return Ok(Err(error));
+    }
+    for chunk in streams.flat_map(|stream| &stream.chunks) {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(Err(ErrorKind::Interrupted.into()));
+        }
+        if let Err(error) = file.add(&le_bytes(&chunk.residual()?)) {
+            return Ok(Err(error));
         }
     }
-    let file = file.into_inner().map_err(|e| io(e.into_error()))?;
-    file.sync_all().map_err(io)?;
-    // Its name is to be on the disk as well.
-    let dir = path.parent().unwrap_or(path);
-    (File::open(dir).and_then(|dir| dir.sync_all())).map_err(FormatError::io(dir))?;
-    Ok(true)
+    Ok(file.finish(path))
+}
+
+/// A file and the hash of what is in it.
+struct HashedFile {
+    file: File,
+    hash: Sha256,
+    unsynced: usize,
+}
+
+impl HashedFile {
+    fn create(path: &Path) -> std::io::Result<Self> {
+        // Whatever has the name is not ours to write through.
+        if let Err(error) = fs::remove_file(path)
+            && error.kind() != ErrorKind::NotFound
+        {
+            return Err(error);
+        }
+        Ok(HashedFile {
+            file: OpenOptions::new().write(true).create_new(true).open(path)?,
+            hash: Sha256::new(),
+            unsynced: 0,
+        })
+    }
+
+    fn add(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.hash.update(bytes);
+        self.file.write_all(bytes)?;
+        self.unsynced += bytes.len();
+        if self.unsynced > SYNC_EVERY {
+            self.file.sync_data()?;
+            self.unsynced = 0;
+        }
+        Ok(())
+    }
+
+    /// The hash, once everything is on the disk, its name in the directory included.
+    fn finish(self, path: &Path) -> std::io::Result<String> {
+        self.file.sync_all()?;
+        File::open(path.parent().unwrap_or(path))?.sync_all()?;
+        Ok(hexadecimal(&self.hash.finalize()))
+    }
 }
 
 impl Index {
@@ -283,8 +317,4 @@ pub(crate) fn prune(output: &Path, but: Option<usize>) -> Result<(), FormatError
 
 fn path(output: &Path, layer: usize) -> PathBuf {
     output.join(format!("{PREFIX}{layer}"))
-}
-
-fn remove(path: &Path) -> Result<(), PipelineError> {
-    Ok(fs::remove_file(path).map_err(FormatError::io(path))?)
 }

@@ -13,6 +13,9 @@ use crate::{Recipe, RecipeError};
 pub struct RecipeOverrides {
     /// Only these branches; all when empty.
     pub branches: Vec<String>,
+    /// Where the model is, in place of the recipe's source and revision.
+    #[serde(default)]
+    pub model: Option<String>,
     /// Calibration source: other data, so the recipe's `rows`, `files` and `revision` do not hold.
     pub calibration: Option<String>,
     /// How its rows become documents, in place of the recipe's way.
@@ -95,12 +98,17 @@ impl Recipe {
         if let Some(seed) = overrides.seed {
             file.calibration.seed = seed;
         }
+        if let Some(source) = overrides.model {
+            *file.model.source.get_mut() = source;
+            file.model.revision = None;
+        }
         if let Some(dir) = overrides.output {
-            file.output.dir = dir;
+            *file.output.dir.get_mut() = dir;
         }
         if let Some(text) = overrides.evaluation {
             let before = file.evaluation.take();
             let window = before.map_or_else(default_window, |e| e.window);
+            let text = Spanned::new(0..0, text);
             file.evaluation = Some(Evaluation { text, window });
         }
         Ok(())

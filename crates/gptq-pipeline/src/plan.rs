@@ -59,6 +59,8 @@ pub struct Plan {
     pub warnings: Vec<String>,
     /// The recipe's text.
     pub recipe: String,
+    /// The same without this machine's directories, for the report.
+    pub public_recipe: String,
     /// Where the recipe was, for messages.
     pub recipe_path: PathBuf,
     /// What the command line changed in it.
@@ -158,7 +160,7 @@ impl Plan {
             half: file.model.dtype,
             calibration,
             propagation,
-            output: file.output.dir.clone(),
+            output: file.output.dir.get_ref().clone(),
             shard_size: file
                 .output
                 .shard_size
@@ -168,11 +170,12 @@ impl Plan {
             evaluation: file
                 .evaluation
                 .as_ref()
-                .map(|e| (e.text.clone(), *e.window.get_ref())),
+                .map(|e| (e.text.get_ref().clone(), *e.window.get_ref())),
             numerics,
             branches,
             warnings,
             recipe: recipe.text.clone(),
+            public_recipe: recipe.public_text.clone(),
             recipe_path: recipe.path.clone(),
             overrides: recipe.overrides.clone(),
             command: None,

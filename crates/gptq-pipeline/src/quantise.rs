@@ -94,10 +94,12 @@ pub enum Event<'a> {
         /// Blocks they have been through.
         layers: usize,
     },
-    /// Hidden states were to be kept, but there is no room, or the run is to stop.
+    /// Hidden states were to be kept, but are not on the disk.
     StatesNotKept {
         /// Blocks they have been through.
         layers: usize,
+        /// No room, a disk that fails, or a run that is to stop.
+        why: &'a str,
     },
     /// A linear is done, or was and is taken over.
     Linear {
@@ -207,6 +209,13 @@ impl Work for Quantise<'_> {
         if !unfinished {
             discard(plan)?;
         }
+        let missing: Vec<usize> = (found.passes.iter())
+            .flat_map(|pass| pass.branches.iter().copied())
+            .collect();
+        if !missing.is_empty() {
+            let (scratch, states) = (self.options.scratch, inputs.places.disk_bytes);
+            disk_space::check(&plan.only(&missing), scratch, states)?;
+        }
         for pass in found.passes {
             let reports = self.pass(&inputs, &pass.branches, pass.recorded)?;
             for (branch, report) in pass.branches.into_iter().zip(reports) {
@@ -273,7 +282,6 @@ impl Quantise<'_> {
                 self.options.scratch.unwrap_or(&plan.output),
             )?),
         };
-        disk_space::check(plan, self.options.scratch, inputs.places.disk_bytes)?;
         let (writers, journal, restored) = match recorded {
             None => {
                 let writers = plan.branches.iter().map(|b| BranchWriter::create(plan, b));

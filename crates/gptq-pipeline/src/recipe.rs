@@ -21,6 +21,8 @@ const MAX_BYTES: u64 = 1 << 20;
 pub struct Recipe {
     pub(crate) path: PathBuf,
     pub(crate) text: String,
+    /// The same without this machine's directories, for what is published.
+    pub(crate) public_text: String,
     pub(crate) file: RecipeFile,
     /// What the command line changed.
     pub(crate) overrides: RecipeOverrides,
@@ -121,14 +123,14 @@ pub(crate) enum ChatChoice {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Output {
-    pub dir: PathBuf,
+    pub dir: Spanned<PathBuf>,
     pub shard_size: Option<Spanned<String>>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Evaluation {
-    pub text: PathBuf,
+    pub text: Spanned<PathBuf>,
     #[serde(default = "default_window")]
     pub window: Spanned<usize>,
 }
@@ -247,6 +249,7 @@ impl Recipe {
         match toml::from_str(&text) {
             Ok(file) => Ok(Recipe {
                 path: path.into(),
+                public_text: public_text(&text, &file),
                 text,
                 file,
                 overrides: RecipeOverrides::default(),
@@ -269,6 +272,37 @@ impl Recipe {
     }
 }
 
+/// `text` with only the last component of every absolute path.
+fn public_text(text: &str, file: &RecipeFile) -> String {
+    let source = |source: &Spanned<String>| (source.span(), PathBuf::from(source.get_ref()));
+    let path = |path: &Spanned<PathBuf>| (path.span(), path.get_ref().clone());
+    let mut paths = vec![
+        source(&file.model.source),
+        source(&file.calibration.source),
+        path(&file.output.dir),
+    ];
+    paths.extend(file.evaluation.as_ref().map(|it| path(&it.text)));
+    paths.retain(|(_, path)| path.is_absolute());
+    // From the end on, so that places before a change stay where they are.
+    paths.sort_by_key(|(span, _)| std::cmp::Reverse(span.start));
+    let last = |path: &Path| {
+        path.file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    };
+    let mut public = text.to_owned();
+    for (span, path) in &paths {
+        public.replace_range(span.clone(), &toml::Value::from(last(path)).to_string());
+    }
+    // A comment may name them too; the longest first, as one may lie in another.
+    paths.sort_by_key(|(_, path)| std::cmp::Reverse(path.as_os_str().len()));
+    for (_, path) in &paths {
+        public = public.replace(&*path.to_string_lossy(), &last(path));
+    }
+    public
+}
+
 fn invalid(path: &Path, text: &str, at: usize, reason: String) -> RecipeError {
     let before = &text[..at.min(text.len())];
     let line_start = before.rfind('\n').map_or(0, |n| n + 1);
@@ -277,5 +311,26 @@ fn invalid(path: &Path, text: &str, at: usize, reason: String) -> RecipeError {
         line: before.matches('\n').count() + 1,
         column: before[line_start..].chars().count() + 1,
         reason,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_public_text_names_no_directory_of_this_machine() {
+        let text = "# from /data/me/model\n[model]\nsource = \"/data/me/model\"\n\
+                    [calibration]\nsource = '/data/me/rows \"1\".json' # mine\ntemplate = \"/{input}\"\n\
+                    [output]\ndir = \"out/model\"\n[evaluation]\ntext = \"/data/me/m\\u006fdel/eval.json\"\n";
+        let public = Recipe::parse(Path::new("r.toml"), text.into())
+            .unwrap()
+            .public_text;
+        let expected = "# from model\n[model]\nsource = \"model\"\n\
+                        [calibration]\nsource = 'rows \"1\".json' # mine\ntemplate = \"/{input}\"\n\
+                        [output]\ndir = \"out/model\"\n[evaluation]\ntext = \"eval.json\"\n";
+        assert_eq!(public, expected);
+        let again = Recipe::parse(Path::new("r.toml"), public.clone()).unwrap();
+        assert_eq!(again.public_text, public);
     }
 }

@@ -49,12 +49,17 @@ impl Found {
             found.passes.push(Pass::new(rest, None));
             return Ok(found);
         }
-        for (i, branch) in plan.branches.iter().enumerate() {
-            found.finished[i] = finished(&plan.branch_dir(branch), &prints.branches[i])?;
-        }
-        rest.retain(|&i| found.finished[i].is_none());
         // A run that has not finished a block has nothing to go on with.
         let recorded = Journal::read(&plan.output)?.filter(|found| !found.blocks.is_empty());
+        for (i, branch) in plan.branches.iter().enumerate() {
+            let dir = plan.branch_dir(branch);
+            // What the unfinished run is to replace does not count.
+            let begun = |it: &Recorded| it.header.branches.contains_key(&branch.name);
+            if !(recorded.as_ref().is_some_and(begun) && StagedDir::is_begun(&dir)) {
+                found.finished[i] = finished(&dir, &prints.branches[i])?;
+            }
+        }
+        rest.retain(|&i| found.finished[i].is_none());
         if let Some(recorded) = recorded {
             check(plan, prints, &recorded)?;
             let begun = |i: &usize| {

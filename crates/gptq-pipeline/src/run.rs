@@ -102,7 +102,7 @@ impl<B: Engine> Run<'_, '_, B> {
         about: About<'_>,
     ) -> Result<Vec<BranchReport>, PipelineError> {
         let first = self.restored.first();
-        // Nothing to go over if only the last files were missing.
+        // Where only the last files were missing there is nothing to go over, only to look at.
         if self.restored.layers < self.plan.config.layers {
             let states = match self.restored.kept.take() {
                 Some(kept) => {
@@ -113,6 +113,8 @@ impl<B: Engine> Run<'_, '_, B> {
             };
             self.clock.add_start();
             self.blocks(first, states, blocks)?;
+        } else {
+            self.reread(self.restored.layers)?;
         }
         self.finish(about)
     }
@@ -186,11 +188,11 @@ impl<B: Engine> Run<'_, '_, B> {
         self.clock
             .add(Phase::Write, started.elapsed().as_secs_f64());
         let layers = layer + 1;
-        (self.on_event)(match kept {
-            Some(_) => Event::StatesKept { layers },
-            None => Event::StatesNotKept { layers },
+        (self.on_event)(match &kept {
+            Ok(_) => Event::StatesKept { layers },
+            Err(why) => Event::StatesNotKept { layers, why },
         });
-        Ok(kept)
+        Ok(kept.ok())
     }
 
     /// Has a finished block journalled, once it is on the disk.
@@ -473,7 +475,7 @@ impl<B: Engine> Run<'_, '_, B> {
                 seconds: output.seconds,
                 phases: self.clock.profile().phases(),
                 fingerprint: Some(about.prints[i].clone()),
-                recipe: plan.recipe.clone(),
+                recipe: plan.public_recipe.clone(),
                 command: plan.command.clone(),
                 clamped: output.clamped,
                 perplexity: None,

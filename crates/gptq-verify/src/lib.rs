@@ -24,5 +24,5 @@ mod structure;
 mod verify;
 
 pub use error::VerifyError;
-pub use receipt::{BlockError, Check, FileDigest, Perplexity, RECEIPT, Receipt};
-pub use verify::{Asked, Evaluation, Request, Tolerances, verify};
+pub use receipt::{BlockError, Check, FileDigest, Perplexity, RECEIPT, Receipt, failures};
+pub use verify::{Asked, Evaluation, Request, Tolerances, check_tensors, verify};

@@ -79,6 +79,14 @@ pub struct BlockError {
     pub relative_error: f64,
 }
 
+/// Those of `checks` that failed, in a sentence each.
+pub fn failures(checks: &[Check]) -> Vec<String> {
+    let failed = checks.iter().filter(|check| !check.pass);
+    failed
+        .map(|check| format!("{}: {}", check.name, check.detail))
+        .collect()
+}
+
 impl Receipt {
     /// The receipt in `dir`; `None` where there is none.
     ///
@@ -102,9 +110,6 @@ impl Receipt {
 
     /// The checks that failed, in a sentence each.
     pub fn failures(&self) -> Vec<String> {
-        let failed = self.checks.iter().filter(|check| !check.pass);
-        failed
-            .map(|check| format!("{}: {}", check.name, check.detail))
-            .collect()
+        failures(&self.checks)
     }
 }

@@ -9,6 +9,7 @@ use gptq_format::{
     client_support, read_json,
 };
 use gptq_model::{ModelConfig, Projection};
+use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::recorded::Recorded;
@@ -81,33 +82,14 @@ fn tensors(
     if !config.tied_embeddings {
         dense("lm_head.weight".into(), &[config.vocabulary, hidden])?;
     }
-    let mut packed_modules = Vec::new();
-    for layer in 0..config.layers {
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            dense(format!("model.layers.{layer}.{norm}.weight"), &[hidden])?;
-        }
-        for projection in Projection::ALL {
-            let module = projection.module(layer);
-            let (n_in, n_out) = projection.shape(config);
-            match checkpoint.packed(&module, n_in, n_out)? {
-                Some(packed) => {
-                    scales_are_not_zero(&module, &packed)?;
-                    linears.add(&module, &packed, checkpoint, recorded)?;
-                    packed_modules.push(module.clone());
-                }
-                None => dense(format!("{module}.weight"), &[n_out, n_in])?,
-            }
-            // Some tools write zero biases for models that have none.
-            let bias = format!("{module}.bias");
-            if projection.has_bias(config) || checkpoint.contains(&bias) {
-                dense(bias, &[n_out])?;
-            }
-        }
-    }
-    for module in &packed_modules {
-        for suffix in ["qweight", "qzeros", "scales", "g_idx"] {
-            expected.insert(format!("{module}.{suffix}"));
-        }
+    let blocks: Vec<Result<Block, VerifyError>> = (0..config.layers)
+        .into_par_iter()
+        .map(|layer| Block::check(layer, checkpoint, config, recorded))
+        .collect();
+    for block in blocks {
+        let block = block?;
+        expected.extend(block.expected);
+        linears.extend(block.linears);
     }
     // Old checkpoints store the rotary frequencies, which follow from the config.
     let derived = |name: &str| name.ends_with("rotary_emb.inv_freq");
@@ -123,8 +105,59 @@ fn tensors(
     Ok(format!(
         "{} tensors as their configs say, {} quantised linears",
         checkpoint.names().count(),
-        packed_modules.len()
+        linears.shapes.len()
     ))
+}
+
+/// What one decoder block has.
+#[derive(Default)]
+struct Block {
+    /// Names of its tensors.
+    expected: Vec<String>,
+    linears: Linears,
+}
+
+impl Block {
+    fn check(
+        layer: usize,
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        recorded: &Recorded,
+    ) -> Result<Self, VerifyError> {
+        let mut block = Block::default();
+        let dense = |name: String, shape: &[usize], expected: &mut Vec<String>| {
+            checkpoint.half_bytes(checkpoint.half(), &name, shape)?;
+            expected.push(name);
+            Ok::<_, VerifyError>(())
+        };
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            let name = format!("model.layers.{layer}.{norm}.weight");
+            dense(name, &[config.hidden_size], &mut block.expected)?;
+        }
+        for projection in Projection::ALL {
+            let module = projection.module(layer);
+            let (n_in, n_out) = projection.shape(config);
+            match checkpoint.packed(&module, n_in, n_out)? {
+                Some(packed) => {
+                    scales_are_not_zero(&module, &packed)?;
+                    block.linears.add(&module, &packed, checkpoint, recorded)?;
+                    let tensors = ["qweight", "qzeros", "scales", "g_idx"];
+                    let names = tensors.map(|suffix| format!("{module}.{suffix}"));
+                    block.expected.extend(names);
+                }
+                None => {
+                    let name = format!("{module}.weight");
+                    dense(name, &[n_out, n_in], &mut block.expected)?;
+                }
+            }
+            // Some tools write zero biases for models that have none.
+            let bias = format!("{module}.bias");
+            if projection.has_bias(config) || checkpoint.contains(&bias) {
+                dense(bias, &[n_out], &mut block.expected)?;
+            }
+        }
+        Ok(block)
+    }
 }
 
 fn scales_are_not_zero(module: &str, packed: &PackedLinear) -> Result<(), VerifyError> {
@@ -153,6 +186,20 @@ struct Linears {
 }
 
 impl Linears {
+    /// Adds those of a later block.
+    fn extend(&mut self, later: Linears) {
+        self.shapes.extend(later.shapes);
+        for (first, later) in [
+            (&mut self.sizes, later.sizes),
+            (&mut self.out_of_order, later.out_of_order),
+            (&mut self.in_order, later.in_order),
+            (&mut self.zeros, later.zeros),
+            (&mut self.digests, later.digests),
+        ] {
+            *first = first.take().or(later);
+        }
+    }
+
     fn add(
         &mut self,
         module: &str,
@@ -203,8 +250,7 @@ impl Linears {
         }
         if sym && self.zeros.is_none() {
             let middle = packed.bits.symmetric_zero();
-            let zeros = packed.unpack().zeros;
-            let mut zeros = zeros.into_iter().enumerate();
+            let mut zeros = packed.zeros().into_iter().enumerate();
             self.zeros = zeros.find(|&(_, zero)| zero != middle).map(|(at, zero)| {
                 format!(
                     "{module}: zero point [{}, {}] is {zero}, symmetric codes have {middle}",

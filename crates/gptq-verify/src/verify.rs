@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::{TextTokenizer, evaluation_tokens};
-use gptq_format::{Bits, FormatError, QuantizeConfig, files, sha256};
+use gptq_format::{Bits, Checkpoint, FormatError, QuantizeConfig, files, sha256};
 use gptq_kernels::{Device, Engine, Work};
-use gptq_model::Model;
+use gptq_model::{Model, ModelConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::compare::{Compared, Measured, measure};
@@ -98,6 +98,18 @@ impl Tolerances {
     }
 }
 
+/// Reopens `dir`, a branch or a dense checkpoint, and checks every tensor against its configs and the
+/// digests that its maker recorded; nothing is run. What does not hold is a failed check.
+///
+/// # Errors
+/// No checkpoint, or a `config.json` that is none.
+pub fn check_tensors(dir: &Path) -> Result<Vec<Check>, VerifyError> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let config = ModelConfig::read(&dir.join("config.json"))?;
+    let recorded = Recorded::read(dir)?;
+    Ok(structure::check(dir, &checkpoint, &config, &recorded))
+}
+
 /// Reopens `dir`, a branch or a dense checkpoint, and checks it as `request` says. `on_block` is told
 /// how many blocks of how many the text has been through.
 ///
@@ -134,8 +146,13 @@ impl Work for Verify<'_> {
         } = self;
         let model = Model::<B>::open(dir, &device)?;
         let recorded = Recorded::read(dir)?;
-        let checks = structure::check(dir, model.checkpoint(), model.config(), &recorded);
-        let listed = files(dir)?.into_iter().filter(|f| f.name != RECEIPT);
+        let (checkpoint, config) = (model.checkpoint(), model.config());
+        // Both read every byte.
+        let (checks, listed) = rayon::join(
+            || structure::check(dir, checkpoint, config, &recorded),
+            || files(dir),
+        );
+        let listed = listed?.into_iter().filter(|f| f.name != RECEIPT);
         let digest = |f: gptq_format::FileInfo| {
             let (bytes, sha256) = (f.bytes, f.sha256);
             (f.name, FileDigest { bytes, sha256 })

@@ -231,6 +231,9 @@ pub(crate) struct RequantizeArgs {
     /// Calibrate on this: a file, a glob, or a dataset on the Hub
     #[arg(long, value_name = "SOURCE")]
     pub calibration: String,
+    /// The base model: its directory, or owner/name on the Hub, where the reports do not say it
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<String>,
     /// Only this branch; may be repeated
     #[arg(long, value_name = "NAME")]
     pub branch: Vec<String>,
@@ -369,6 +372,7 @@ impl ChangeArgs {
         let mut recipe = Recipe::read(path)?;
         recipe.apply(RecipeOverrides {
             branches: self.branch,
+            model: None,
             calibration: self.calibration,
             rendering: self.rows.rendering(),
             rows: self.rows.rows,

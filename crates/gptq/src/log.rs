@@ -110,10 +110,20 @@ pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
         Event::Allocated { branch, allocation } => {
             allocated(&plan.branches[*branch].name, allocation);
         }
-        Event::StatesNotKept { layers } => {
-            info!(layers, "no room to keep hidden states, or stopping")
-        }
+        Event::StatesNotKept { layers, why } => info!(layers, why, "hidden states not kept"),
     }
+}
+
+/// What running a finished branch gave.
+pub(crate) fn perplexity(branch: &str, measured: &gptq_verify::Perplexity) {
+    let (text, window) = (measured.text.as_str(), measured.window);
+    info!(
+        branch,
+        text,
+        window,
+        perplexity = measured.value,
+        "measured"
+    );
 }
 
 /// What a person should know about finished branches, in a line each.

@@ -3,12 +3,13 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail, ensure};
+use gptq_kernels::Device;
 use gptq_pipeline::{
     BranchReport, Event, Outcome, Perplexity, Phase, Plan, Profile, Recipe, RunOptions, quantise,
     unfinished,
 };
-use gptq_verify::{Evaluation, Request, verify};
+use gptq_verify::{Check, Evaluation, Request, check_tensors, failures, verify};
 use serde_json::json;
 
 use crate::cli::{QuantizeArgs, RunArgs, warn};
@@ -45,7 +46,7 @@ pub(crate) fn run(args: QuantizeArgs, signals: &Signals) -> Result<()> {
         return Ok(());
     }
     println!("\n{}", summary(&made.reports, &made.perplexities));
-    println!("written to {}", made.plan.output.display());
+    println!("written to {}, and read back", made.plan.output.display());
     if args.run.profile {
         println!("\n{}", time(&made.profile).trim_end());
     }
@@ -96,34 +97,10 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
     }
 
     log::concerns(&reports);
-    let evaluation = plan.evaluation.clone();
     let mut perplexities = Vec::new();
-    if let Some((text, window)) = evaluation {
-        let request = Request {
-            evaluation: Some(Evaluation { text, window }),
-            ..Request::default()
-        };
-        for (branch, report) in plan.branches.iter().zip(&mut reports) {
-            let dir = plan.branch_dir(branch);
-            let receipt = verify(&dir, &request, args.device, &mut |_, _| {})?;
-            anyhow::ensure!(
-                receipt.pass,
-                "{}: {}",
-                dir.display(),
-                receipt.failures().join("; ")
-            );
-            if let Some(measured) = receipt.perplexity {
-                perplexities.push(measured.value);
-                let measured = Perplexity {
-                    text: measured.text,
-                    window: measured.window,
-                    tokens: measured.tokens,
-                    value: measured.value,
-                    dense: measured.dense,
-                };
-                report.record_perplexity(&dir, measured)?;
-            }
-        }
+    for (branch, report) in plan.branches.iter().zip(&mut reports) {
+        let dir = plan.branch_dir(branch);
+        perplexities.extend(prove(&dir, plan.evaluation.as_ref(), args.device, report)?);
     }
     Ok(Produced {
         plan,
@@ -131,6 +108,50 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
         perplexities,
         profile,
     })
+}
+
+/// Reopens a finished branch: every tensor is to be what the solver found, and where there is a text
+/// to measure on the branch is run, and its report has the perplexity.
+fn prove(
+    dir: &Path,
+    evaluation: Option<&(PathBuf, usize)>,
+    device: Device,
+    report: &mut BranchReport,
+) -> Result<Option<f64>> {
+    let holds = |checks: &[Check]| {
+        let failed = failures(checks);
+        ensure!(
+            failed.is_empty(),
+            "{}: {}",
+            dir.display(),
+            failed.join("; ")
+        );
+        Ok(())
+    };
+    let Some((text, window)) = evaluation.cloned() else {
+        holds(&check_tensors(dir)?)?;
+        return Ok(None);
+    };
+    let request = Request {
+        evaluation: Some(Evaluation { text, window }),
+        ..Request::default()
+    };
+    let receipt = verify(dir, &request, device, &mut |_, _| {})?;
+    holds(&receipt.checks)?;
+    let Some(measured) = receipt.perplexity else {
+        return Ok(None);
+    };
+    log::perplexity(&report.branch, &measured);
+    let measured = Perplexity {
+        text: measured.text,
+        window: measured.window,
+        tokens: measured.tokens,
+        value: measured.value,
+        dense: measured.dense,
+    };
+    let value = measured.value;
+    report.record_perplexity(dir, measured)?;
+    Ok(Some(value))
 }
 
 /// The command line as a shell reads it. Of an absolute path only the last component stays, so that

@@ -137,6 +137,7 @@ fn recipe(args: &RequantizeArgs, before: &[(PathBuf, BranchReport)]) -> Result<R
         args.dir.with_file_name(name)
     });
     recipe.apply(RecipeOverrides {
+        model: args.model.clone(),
         branches: before.iter().map(|(_, r)| r.branch.clone()).collect(),
         calibration: Some(args.calibration.clone()),
         rendering: args.rows.rendering(),
@@ -147,5 +148,8 @@ fn recipe(args: &RequantizeArgs, before: &[(PathBuf, BranchReport)]) -> Result<R
         seed: Some(first.calibration.seed),
         evaluation: args.run.perplexity.clone(),
     })?;
+    // A report names no directory of the machine that made it.
+    let model = recipe.model_source();
+    model.map_err(|e| anyhow::anyhow!("{e}; or give it with --model"))?;
     Ok(recipe)
 }
