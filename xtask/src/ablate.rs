@@ -322,7 +322,7 @@ fn json_rows((name, cells): &Row, settings: &[&str]) -> Vec<Value> {
 fn document(args: &AblateArgs, rows: &[Row], sizes: &[Row], [first, second]: [f64; 2]) -> String {
     let mut text = format!(
         "# Accuracy, option by option\n\n\
-         Written by `cargo xtask ablate`; nothing here is typed. medi-24m (23.5 million parameters, trained on \
+         Written by `cargo xtask ablate`, with the peers' figures as their own tools gave them. medi-24m (23.5 million parameters, trained on \
          WikiDoc), calibrated on the first 128 windows of 1024 tokens of WikiDoc's first 1000 rows, symmetric, \
          damping 0.1. {}.\n\n\
          - **searched**: each group's scale is the best of 32 ranges, turned towards the largest weight, weighted by what \
