@@ -12,8 +12,15 @@ fn a_log_answers_why_a_branch_is_worse() {
     let recipe = scratch.recipe(&medi_tiny(), ONE);
     let log = scratch.path("run.log");
     let args = ["quantize", recipe.to_str().unwrap(), "--device", "cpu"];
+    let more = [
+        "--perplexity",
+        "tests/data/eval_wikidoc_40.json",
+        "--host-memory",
+        "8GiB",
+    ];
     let token = "hf_ThisIsSecret";
-    let mut run = command(args.iter().chain(&["--log-file", log.to_str().unwrap()]));
+    let log_file = ["--log-file", log.to_str().unwrap()];
+    let mut run = command(args.iter().chain(&more).chain(&log_file));
     succeeded(run.env("HF_TOKEN", token).output().unwrap());
     let text = fs::read_to_string(&log).unwrap();
     // medi-tiny has 3 blocks of 7 linears.
@@ -35,6 +42,8 @@ fn a_log_answers_why_a_branch_is_worse() {
         "device=\"cpu\"",
         "name = \\\"a\\\"", // of the recipe
         "mean_error=",
+        "host_memory=8589934592",
+        "text=\"eval_wikidoc_40.json\" window=1024 perplexity=",
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }

@@ -99,3 +99,37 @@ fn a_directory_without_branches_is_refused() {
     let line = refuse(["requantize", &out].iter().chain(&flags));
     assert!(line.contains("no branch \"c\"; it has: a"), "{line}");
 }
+
+#[test]
+fn no_file_of_a_branch_names_a_directory_of_this_machine_and_the_model_can_be_given_again() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&scratch.copy_model(), TWO);
+    let here = scratch.path("").display().to_string();
+    assert!(fs::read_to_string(&recipe).unwrap().contains(&here));
+    let flags = [
+        "--branch",
+        "a",
+        "--perplexity",
+        "tests/data/eval_wikidoc_40.json",
+    ];
+    let args = ["quantize", recipe.to_str().unwrap()];
+    succeed(args.iter().chain(&flags));
+    for file in fs::read_dir(scratch.out().join("a")).unwrap() {
+        let file = file.unwrap().path();
+        let bytes = fs::read(&file).unwrap();
+        let found = bytes.windows(here.len()).any(|run| run == here.as_bytes());
+        assert!(!found, "{}", file.display());
+    }
+    let out = scratch.out().display().to_string();
+    let data = "calibration/wikidoc/wikidoc_patient_information_1000.json";
+    let again = ["requantize", &out, "--calibration", data, "--rows", "0:100"];
+    let line = refuse(again);
+    assert!(
+        line.contains("\"model\"") && line.contains("--model"),
+        "{line}"
+    );
+    let model = scratch.path("model").display().to_string();
+    succeed(again.iter().chain(&["--model", &model]));
+    let bytes = |dir: &str| fs::read(scratch.path(dir).join("a/model.safetensors")).unwrap();
+    assert!(bytes("out") == bytes("out-recalibrated"), "the same data");
+}

@@ -1,4 +1,5 @@
-//! Runs that end between the last block and the last directory, where no kill meets them by chance.
+//! Moments that no kill meets by chance: between the last block and the last directory, and while hidden
+//! states are kept.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,6 +30,15 @@ fn plan(out: &Path, bits: u32) -> Plan {
 fn run(
     plan: &Plan,
     restart: bool,
+    stops: impl FnMut(&Event<'_>) -> bool,
+) -> Result<(), PipelineError> {
+    run_keeping(Duration::MAX, plan, restart, stops)
+}
+
+fn run_keeping(
+    keep_every: Duration,
+    plan: &Plan,
+    restart: bool,
     mut stops: impl FnMut(&Event<'_>) -> bool,
 ) -> Result<(), PipelineError> {
     let stop = AtomicBool::new(false);
@@ -37,7 +47,7 @@ fn run(
         device_memory: None,
         host_memory: None,
         scratch: None,
-        keep_every: Duration::MAX,
+        keep_every,
         restart,
         stop: &stop,
     };
@@ -167,4 +177,31 @@ fn a_restart_that_is_stopped_goes_on_over_the_branches_that_it_replaces() {
         assert_eq!(names(dir.path()), ["a", "b"]);
         assert!(weights(dir.path()) == expected);
     }
+}
+
+#[test]
+fn hidden_states_that_cannot_be_written_end_no_run() {
+    let dir = TempDir::new().unwrap();
+    let out = dir.path();
+    let taken = |layer: usize| out.join(format!(".gptq-states-{layer}"));
+    let (mut begun, mut reasons) = (false, Vec::new());
+    let ended = run_keeping(Duration::ZERO, &plan(out, 4), false, |event| {
+        match event {
+            // A directory where the file would be.
+            Event::Linear { .. } if !begun => {
+                fs::create_dir(taken(0)).unwrap();
+                begun = true;
+            }
+            Event::StatesNotKept { layers, why } => {
+                reasons.push(why.to_string());
+                fs::remove_dir(taken(layers - 1)).unwrap();
+            }
+            _ => {}
+        }
+        false
+    });
+    ended.unwrap();
+    assert_eq!(reasons.len(), 1, "{reasons:?}");
+    assert_eq!(names(out), ["a", "b"]);
+    assert!(weights(out) == uninterrupted(4));
 }

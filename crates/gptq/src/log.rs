@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Result, anyhow};
 use gptq_calibration::Manifest;
-use gptq_pipeline::{Allocation, BranchReport, Choice, Event, LinearReport, Plan};
+use gptq_pipeline::{Allocation, BranchReport, Choice, Event, LinearReport, Plan, RunOptions};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -66,7 +66,7 @@ pub(crate) fn warning(text: &str) {
 }
 
 /// What a run is going to do.
-pub(crate) fn plan(plan: &Plan, device: &str) {
+pub(crate) fn plan(plan: &Plan, device: &str, options: &RunOptions<'_>) {
     info!(
         version = env!("CARGO_PKG_VERSION"),
         model = plan.model_name,
@@ -74,6 +74,14 @@ pub(crate) fn plan(plan: &Plan, device: &str) {
         command = plan.command.as_deref().unwrap_or_default(),
         propagation = ?plan.propagation,
         "run"
+    );
+    info!(
+        device_memory = options.device_memory,
+        host_memory = options.host_memory,
+        scratch = options.scratch.map(|dir| dir.display().to_string()),
+        keep_every = ?options.keep_every,
+        restart = options.restart,
+        "limits"
     );
     for branch in &plan.branches {
         info!(

@@ -69,7 +69,6 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
     let mut plan = Plan::new(recipe, &hub::fetch(recipe, Need::Weights, true)?)?;
     plan.command = Some(command(std::env::args_os().skip(1)));
     warn(&plan);
-    log::plan(&plan, &args.device.to_string());
     let mut progress = Progress::new(&plan, args.json);
     let options = RunOptions {
         profile: args.profile,
@@ -80,6 +79,7 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
         restart: args.restart,
         stop: signals.stop(),
     };
+    log::plan(&plan, &args.device.to_string(), &options);
     let Outcome {
         mut reports,
         profile,
