@@ -19,6 +19,7 @@
 )]
 
 mod bits;
+mod branch_dirs;
 mod checkpoint;
 mod clients;
 mod digests;
@@ -42,6 +43,7 @@ mod write_file;
 mod writer;
 
 pub use bits::{Bits, GroupSize};
+pub use branch_dirs::branch_dirs;
 pub use checkpoint::Checkpoint;
 pub use clients::{Client, Support, client_support};
 pub use digests::{LinearDigests, sha256, sha256_file};

@@ -12,6 +12,11 @@ use crate::FormatError;
 /// The file whose presence says that a directory was written by this project and may be replaced.
 const MARKER: &str = "report.json";
 
+/// What is added to a directory's name until it is complete.
+pub(crate) const PARTIAL: &str = "partial";
+/// What is added to the name of a directory that is being replaced.
+pub(crate) const OLD: &str = "old";
+
 /// A directory being written.
 #[derive(Debug)]
 pub struct StagedDir {
@@ -43,7 +48,7 @@ impl StagedDir {
     pub fn create(target: &Path) -> Result<Self, FormatError> {
         Self::check(target)?;
         Self::discard(target)?;
-        let partial = sibling(target, "partial");
+        let partial = sibling(target, PARTIAL);
         if let Some(parent) = partial.parent() {
             fs::create_dir_all(parent).map_err(FormatError::io(parent))?;
         }
@@ -61,7 +66,7 @@ impl StagedDir {
     /// There is none, or it is not a directory.
     pub fn reopen(target: &Path) -> Result<Self, FormatError> {
         Self::check(target)?;
-        let partial = sibling(target, "partial");
+        let partial = sibling(target, PARTIAL);
         let meta = fs::symlink_metadata(&partial).map_err(FormatError::io(&partial))?;
         match meta.is_dir() {
             true => Ok(StagedDir {
@@ -74,7 +79,7 @@ impl StagedDir {
 
     /// Removes the `.partial` of `target`, if there is one; a link there goes, not what it leads to.
     pub fn discard(target: &Path) -> Result<(), FormatError> {
-        remove(&sibling(target, "partial"))
+        remove(&sibling(target, PARTIAL))
     }
 
     /// Where to write until the commit.
@@ -94,7 +99,7 @@ impl StagedDir {
     /// Syncs the directory and puts it in place, replacing an earlier result.
     pub fn commit(self) -> Result<(), FormatError> {
         sync_dir(&self.partial)?;
-        let old = sibling(&self.target, "old");
+        let old = sibling(&self.target, OLD);
         remove(&old)?;
         if fs::symlink_metadata(&self.target).is_ok() {
             fs::rename(&self.target, &old).map_err(FormatError::io(&self.target))?;
@@ -185,7 +190,7 @@ mod tests {
         let (target, elsewhere) = (root.path().join("main"), root.path().join("elsewhere"));
         fs::create_dir(&elsewhere).unwrap();
         fs::write(elsewhere.join(MARKER), "mine").unwrap();
-        for suffix in ["partial", "old"] {
+        for suffix in [PARTIAL, OLD] {
             symlink(&elsewhere, sibling(&target, suffix)).unwrap();
         }
         assert!(StagedDir::reopen(&target).is_err());
