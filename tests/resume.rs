@@ -310,6 +310,39 @@ fn a_changed_recipe_model_or_calibration_is_named_and_restart_begins_anew() {
 }
 
 #[test]
+fn whatever_a_kill_left_of_a_replacement_one_directory_stays() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), "[[branch]]\nname = \"a\"\nbits = 4\n");
+    let (expected, out) = (scratch.path("made"), scratch.out());
+    let run = || succeeded(quantize(&recipe, &QUICK).output().unwrap());
+    run();
+    fs::rename(out.join("a"), &expected).unwrap();
+    let copy = |name: &str| {
+        fs::create_dir(out.join(name)).unwrap();
+        for file in fs::read_dir(&expected).unwrap() {
+            let file = file.unwrap();
+            fs::copy(file.path(), out.join(name).join(file.file_name())).unwrap();
+        }
+    };
+    for left in 0..8 {
+        let names = ["a", "a.partial", "a.old"].into_iter().enumerate();
+        for (_, name) in names.filter(|(i, _)| left >> i & 1 == 1) {
+            copy(name);
+        }
+        let said = run();
+        assert_eq!(
+            said.contains("a: is there already"),
+            left & 1 == 1,
+            "{said}"
+        );
+        let weights = |dir: &Path| fs::read(dir.join("model.safetensors")).unwrap();
+        assert!(weights(&out.join("a")) == weights(&expected), "{left}");
+        fs::remove_dir_all(out.join("a")).unwrap();
+        assert_eq!(fs::read_dir(&out).unwrap().count(), 0, "{left}");
+    }
+}
+
+#[test]
 fn a_finished_branch_is_kept_and_one_added_later_is_made_alone() {
     let scratch = Scratch::new();
     let one = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";

@@ -215,6 +215,7 @@ impl Work for Quantise<'_> {
         }
         Ok(Outcome {
             reports: found.finished.into_iter().flatten().collect(),
+                StagedDir::tidy(&plan.branch_dir(&plan.branches[branch]))?;
             profile: self.clock.profile(),
         })
     }
