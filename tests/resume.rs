@@ -394,7 +394,8 @@ fn a_second_run_on_a_directory_is_told_who_holds_it_until_that_dies() {
         scratch.out().join(".gptq-journal.jsonl").exists()
     });
     let line = refused(quantize(&recipe, &QUICK).output().unwrap());
-    let holder = format!("process {} since 20", first.id());
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let holder = format!("process {} on {} since 20", first.id(), host.trim());
     assert!(line.contains(&holder) && line.contains("out"), "{line}");
     first.kill().unwrap();
     first.wait().unwrap();

@@ -57,6 +57,11 @@ pub struct Outcome {
 #[derive(Debug)]
 pub enum Event<'a> {
     /// Windows are drawn and the model is open; the blocks come next.
+    /// The output directory is on a file system without locks: nothing keeps a second run away.
+    NotLocked {
+        /// The directory.
+        dir: &'a Path,
+    },
     Started {
         /// Tokens to calibrate on.
         tokens: usize,
@@ -172,7 +177,10 @@ impl Work for Quantise<'_> {
 
     fn run<B: Engine>(mut self, device: B::Device) -> Self::Output {
         let plan = self.plan;
-        let _lock = OutputLock::acquire(&plan.output)?;
+        let lock = OutputLock::acquire(&plan.output)?;
+        if !lock.is_exclusive() {
+            (self.on_event)(Event::NotLocked { dir: &plan.output });
+        }
         for branch in &plan.branches {
             StagedDir::check(&plan.branch_dir(branch))?;
         }
