@@ -343,6 +343,26 @@ fn whatever_a_kill_left_of_a_replacement_one_directory_stays() {
 }
 
 #[test]
+fn a_model_that_becomes_shorter_ends_a_run_with_a_line() {
+    let scratch = Scratch::new();
+    let model = scratch.copy_model();
+    let recipe = scratch.recipe(&model, TWO);
+    let child = start(quantize(&recipe, &SLOW));
+    wait("the journal", || {
+        scratch.out().join(".gptq-journal.jsonl").exists()
+    });
+    let weights = fs::OpenOptions::new()
+        .write(true)
+        .open(model.join("model.safetensors"))
+        .unwrap();
+    weights.set_len(4096).unwrap();
+    let line = refused(child.wait_with_output().unwrap());
+    for word in ["model/model.safetensors: became shorter", "same command"] {
+        assert!(line.contains(word), "no {word:?} in: {line}");
+    }
+}
+
+#[test]
 fn a_finished_branch_is_kept_and_one_added_later_is_made_alone() {
     let scratch = Scratch::new();
     let one = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";

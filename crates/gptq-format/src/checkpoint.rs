@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use half::f16;
 use half::vec::HalfBitsVecExt;
-use memmap2::Mmap;
 use safetensors::Dtype;
 
+use crate::mapped_file::MappedFile;
 use crate::weight_files::{Container, WeightFiles, map};
 use crate::{
     FormatError, Half, PackedLinear, QuantizeConfig, TensorView, le_bytes, safetensors_file,
@@ -20,7 +20,7 @@ use crate::{
 /// A mapped checkpoint directory.
 pub struct Checkpoint {
     dir: PathBuf,
-    shards: Vec<Mmap>,
+    shards: Vec<MappedFile>,
     /// By name, with the shard each lies in.
     tensors: BTreeMap<String, (usize, Place)>,
     quantize_config: Option<QuantizeConfig>,

@@ -27,6 +27,7 @@ mod error;
 mod half_type;
 mod inspect;
 mod linear_shape;
+mod mapped_file;
 mod output_lock;
 mod pack;
 mod pickle;
