@@ -152,6 +152,16 @@ impl Checkpoint {
         bytes.unwrap_or_default()
     }
 
+    /// Lets the process's memory go that a tensor's bytes took, for one that was read into a place of its
+    /// own or is not needed again soon. What reads tensors into values does so itself.
+    pub fn give_back(&self, name: &str) {
+        if let Some((shard, place)) = self.tensors.get(name)
+            && let Some(file) = self.shards.get(*shard)
+        {
+            file.give_back(place.bytes.clone());
+        }
+    }
+
     fn shaped<'a>(&'a self, name: &'a str, shape: &[usize]) -> Result<TensorView<'a>, FormatError> {
         let view = self.view(name)?;
         if view.shape != shape {
@@ -177,10 +187,13 @@ impl Checkpoint {
         shape: &[usize],
         out: &mut [u16],
     ) -> Result<(), FormatError> {
-        self.shaped(name, shape)?.halves_into(half, out)
+        let read = self.shaped(name, shape)?.halves_into(half, out);
+        self.give_back(name);
+        read
     }
 
-    /// As [`Checkpoint::halves_into`], in little-endian bytes: those of the file where it holds them so.
+    /// As [`Checkpoint::halves_into`], in little-endian bytes: those of the file where it holds them so,
+    /// to be given back ([`Checkpoint::give_back`]).
     ///
     /// # Errors
     /// As [`Checkpoint::halves_into`].
@@ -208,9 +221,8 @@ impl Checkpoint {
     }
 
     fn halves(&self, half: Half, name: &str, shape: &[usize]) -> Result<Vec<u16>, FormatError> {
-        let view = self.shaped(name, shape)?;
-        let mut bits = vec![0; view.elements()];
-        view.halves_into(half, &mut bits)?;
+        let mut bits = vec![0; self.shaped(name, shape)?.elements()];
+        self.halves_into(half, name, shape, &mut bits)?;
         Ok(bits)
     }
 
@@ -224,7 +236,9 @@ impl Checkpoint {
 
     /// An i32 tensor's words. Errors on a wrong shape or dtype.
     pub fn i32(&self, name: &str, shape: &[usize]) -> Result<Vec<i32>, FormatError> {
-        self.shaped(name, shape)?.i32()
+        let read = self.shaped(name, shape)?.i32();
+        self.give_back(name);
+        read
     }
 
     /// The quantised linear `module` (its `qweight`, `qzeros`, `scales`, `g_idx`), or `None` when

@@ -9,13 +9,13 @@
 use std::ffi::{c_int, c_void};
 use std::fs::File;
 use std::mem::MaybeUninit;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Once, OnceLock};
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 
 use crate::FormatError;
 
@@ -52,6 +52,25 @@ impl MappedFile {
             _watch: Watch::new(&map, line),
             map,
         })
+    }
+
+    /// Lets the process's memory go that these bytes took; they are read from the file again if they are
+    /// needed again.
+    pub(crate) fn give_back(&self, bytes: Range<usize>) {
+        if bytes.start >= bytes.end || bytes.end > self.map.len() {
+            return;
+        }
+        // SAFETY: of a map of a file that nobody writes to through it, the pages' contents are the
+        // file's before and after. They are given back whole, neighbours' bytes with them.
+        let advised = unsafe {
+            self.map.unchecked_advise_range(
+                UncheckedAdvice::DontNeed,
+                bytes.start,
+                bytes.end - bytes.start,
+            )
+        };
+        // Without it, the memory stays until the kernel wants it.
+        let _ = advised;
     }
 }
 
@@ -200,5 +219,19 @@ mod tests {
         drop(a);
         assert!(line(gone).is_none_or(|line| !line.contains("/a: ")));
         assert!(line(b.as_ptr() as usize).is_some());
+    }
+
+    #[test]
+    fn bytes_that_were_given_back_are_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| i as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let map = MappedFile::open(&path).unwrap();
+        assert!(*map == bytes[..]);
+        map.give_back(5_000..90_000);
+        map.give_back(99_999..100_000);
+        map.give_back(99_999..100_001);
+        assert!(*map == bytes[..]);
     }
 }
