@@ -363,6 +363,69 @@ fn a_model_that_becomes_shorter_ends_a_run_with_a_line() {
 }
 
 #[test]
+fn a_changed_calibration_file_is_named_for_finished_and_unfinished_branches() {
+    let scratch = Scratch::new();
+    let rows = scratch.path("rows.json");
+    let source = "calibration/wikidoc/wikidoc_patient_information_1000.json";
+    let bytes = fs::read(crate::harness::root().join(source)).unwrap();
+    // A letter of the last row, which no window reaches.
+    let mut other = bytes.clone();
+    let last = other.iter_mut().rfind(|byte| byte.is_ascii_lowercase());
+    *last.unwrap() ^= 2;
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    let text = fs::read_to_string(&recipe).unwrap();
+    fs::write(&recipe, text.replace(source, rows.to_str().unwrap())).unwrap();
+    let run = || quantize(&recipe, &SLOW).output().unwrap();
+    let refuse = |left: &str| {
+        fs::write(&rows, &other).unwrap();
+        let line = refused(run());
+        for word in [
+            left,
+            "calibration.files.0.sha256 (rows.json) was",
+            "--restart",
+        ] {
+            assert!(line.contains(word), "no {word:?} in: {line}");
+        }
+        fs::write(&rows, &bytes).unwrap();
+    };
+    fs::write(&rows, &bytes).unwrap();
+    let mut child = start(quantize(&recipe, &SLOW));
+    wait("a block", || blocks(&scratch.out()) > 0);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    refuse("unfinished");
+    assert!(succeeded(run()).contains("going on after block"));
+    refuse("out/a");
+    assert!(succeeded(run()).contains("b: is there already"));
+}
+
+#[test]
+fn a_run_goes_on_with_a_copy_of_the_program_and_not_with_another() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    let mut child = start(quantize(&recipe, &SLOW));
+    wait("a block", || blocks(&scratch.out()) > 0);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // The other has a byte after the end of all that is loaded. Copied by a process of its own: a file
+    // that a test's thread has open for writing is open in what the others start, too, and cannot run.
+    let (same, other) = (scratch.path("same"), scratch.path("other"));
+    let script = "cp \"$0\" \"$1\"; cp \"$0\" \"$2\"; printf x >> \"$2\"";
+    let mut copy = Command::new("sh");
+    copy.args(["-c", script, env!("CARGO_BIN_EXE_gptq")]);
+    succeeded(copy.args([&same, &other]).output().unwrap());
+    let run = |program: &Path| {
+        let mut command = Command::new(program);
+        command.args(["quantize", recipe.to_str().unwrap()]);
+        let command = command.args(SLOW).current_dir(crate::harness::root());
+        command.output().unwrap()
+    };
+    let line = refused(run(&other));
+    assert!(line.contains("gptq.program was"), "{line}");
+    assert!(succeeded(run(&same)).contains("going on after block"));
+}
+
+#[test]
 fn a_finished_branch_is_kept_and_one_added_later_is_made_alone() {
     let scratch = Scratch::new();
     let one = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";

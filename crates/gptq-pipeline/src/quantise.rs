@@ -191,7 +191,8 @@ impl Work for Quantise<'_> {
         let tokenizer = TextTokenizer::load(&plan.model_dir)?;
         let calibration = Calibration::draw(&plan.calibration, &tokenizer)?;
         let model = Model::<B>::open(&plan.model_dir, &device)?.taken_in(plan.half);
-        let prints = Fingerprints::new(plan, &calibration, model.checkpoint(), self.device)?;
+        let (checkpoint, card) = (model.checkpoint(), B::card(&device));
+        let prints = Fingerprints::new(plan, &calibration, checkpoint, self.device, card)?;
         let mut found = Found::look(plan, &prints, self.options.restart)?;
         let unfinished = found.passes.iter().any(|pass| pass.recorded.is_some());
         let inputs = Inputs {
