@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::harness::{Scratch, command, medi_tiny, refuse, refused, succeed, succeeded};
+use crate::harness::{
+    Scratch, command, edit_tensor, medi_tiny, refuse, refused, succeed, succeeded,
+};
 
 pub(crate) const TWO: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n\
                    [[branch]]\nname = \"b\"\nbits = 3\ntrue_sequential = false\n\
@@ -310,56 +312,33 @@ fn a_changed_recipe_model_or_calibration_is_named_and_restart_begins_anew() {
 }
 
 #[test]
-fn whatever_a_kill_left_of_a_replacement_one_directory_stays() {
-    let scratch = Scratch::new();
-    let recipe = scratch.recipe(&medi_tiny(), "[[branch]]\nname = \"a\"\nbits = 4\n");
-    let (expected, out) = (scratch.path("made"), scratch.out());
-    let run = || succeeded(quantize(&recipe, &QUICK).output().unwrap());
-    run();
-    fs::rename(out.join("a"), &expected).unwrap();
-    let copy = |name: &str| {
-        fs::create_dir(out.join(name)).unwrap();
-        for file in fs::read_dir(&expected).unwrap() {
-            let file = file.unwrap();
-            fs::copy(file.path(), out.join(name).join(file.file_name())).unwrap();
-        }
-    };
-    for left in 0..8 {
-        let names = ["a", "a.partial", "a.old"].into_iter().enumerate();
-        for (_, name) in names.filter(|(i, _)| left >> i & 1 == 1) {
-            copy(name);
-        }
-        let said = run();
-        assert_eq!(
-            said.contains("a: is there already"),
-            left & 1 == 1,
-            "{said}"
-        );
-        let weights = |dir: &Path| fs::read(dir.join("model.safetensors")).unwrap();
-        assert!(weights(&out.join("a")) == weights(&expected), "{left}");
-        fs::remove_dir_all(out.join("a")).unwrap();
-        assert_eq!(fs::read_dir(&out).unwrap().count(), 0, "{left}");
-    }
-}
-
-#[test]
-fn a_model_that_becomes_shorter_ends_a_run_with_a_line() {
+fn a_model_changed_in_one_byte_is_no_longer_that_of_a_finished_branch() {
     let scratch = Scratch::new();
     let model = scratch.copy_model();
-    let recipe = scratch.recipe(&model, TWO);
-    let child = start(quantize(&recipe, &SLOW));
-    wait("the journal", || {
-        scratch.out().join(".gptq-journal.jsonl").exists()
-    });
-    let weights = fs::OpenOptions::new()
-        .write(true)
-        .open(model.join("model.safetensors"))
-        .unwrap();
-    weights.set_len(4096).unwrap();
-    let line = refused(child.wait_with_output().unwrap());
-    for word in ["model/model.safetensors: became shorter", "same command"] {
+    let one = "[[branch]]\nname = \"a\"\nbits = 4\n";
+    let recipe = scratch.recipe(&model, one);
+    let run = || quantize(&recipe, &QUICK).output().unwrap();
+    succeeded(run());
+    // At a tensor's very beginning; of each tensor, the fingerprint knows the middle.
+    let weights = model.join("model.safetensors");
+    let flip = || edit_tensor(&weights, "model.embed_tokens.weight", |bytes| bytes[0] ^= 1);
+    flip();
+    let line = refused(run());
+    for word in ["out/a", "model.model.safetensors.sha256 was", "--restart"] {
         assert!(line.contains(word), "no {word:?} in: {line}");
     }
+    // A report of before there was such a record cannot tell.
+    let path = scratch.out().join("a/report.json");
+    let whole = fs::read(&path).unwrap();
+    let mut report: Value = serde_json::from_slice(&whole).unwrap();
+    let files = report.as_object_mut().unwrap().remove("model_files");
+    assert_eq!(files.unwrap().as_object().unwrap().len(), 1);
+    fs::write(&path, report.to_string()).unwrap();
+    assert!(succeeded(run()).contains("a: is there already"));
+    // The same bytes, whenever they were written.
+    fs::write(&path, whole).unwrap();
+    flip();
+    assert!(succeeded(run()).contains("a: is there already"));
 }
 
 #[test]
@@ -423,6 +402,59 @@ fn a_run_goes_on_with_a_copy_of_the_program_and_not_with_another() {
     let line = refused(run(&other));
     assert!(line.contains("gptq.program was"), "{line}");
     assert!(succeeded(run(&same)).contains("going on after block"));
+}
+
+#[test]
+fn a_model_that_becomes_shorter_ends_a_run_with_a_line() {
+    let scratch = Scratch::new();
+    let model = scratch.copy_model();
+    let recipe = scratch.recipe(&model, TWO);
+    let child = start(quantize(&recipe, &SLOW));
+    wait("the journal", || {
+        scratch.out().join(".gptq-journal.jsonl").exists()
+    });
+    let weights = fs::OpenOptions::new()
+        .write(true)
+        .open(model.join("model.safetensors"))
+        .unwrap();
+    weights.set_len(4096).unwrap();
+    let line = refused(child.wait_with_output().unwrap());
+    for word in ["model/model.safetensors: became shorter", "same command"] {
+        assert!(line.contains(word), "no {word:?} in: {line}");
+    }
+}
+
+#[test]
+fn whatever_a_kill_left_of_a_replacement_one_directory_stays() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), "[[branch]]\nname = \"a\"\nbits = 4\n");
+    let (expected, out) = (scratch.path("made"), scratch.out());
+    let run = || succeeded(quantize(&recipe, &QUICK).output().unwrap());
+    run();
+    fs::rename(out.join("a"), &expected).unwrap();
+    let copy = |name: &str| {
+        fs::create_dir(out.join(name)).unwrap();
+        for file in fs::read_dir(&expected).unwrap() {
+            let file = file.unwrap();
+            fs::copy(file.path(), out.join(name).join(file.file_name())).unwrap();
+        }
+    };
+    for left in 0..8 {
+        let names = ["a", "a.partial", "a.old"].into_iter().enumerate();
+        for (_, name) in names.filter(|(i, _)| left >> i & 1 == 1) {
+            copy(name);
+        }
+        let said = run();
+        assert_eq!(
+            said.contains("a: is there already"),
+            left & 1 == 1,
+            "{said}"
+        );
+        let weights = |dir: &Path| fs::read(dir.join("model.safetensors")).unwrap();
+        assert!(weights(&out.join("a")) == weights(&expected), "{left}");
+        fs::remove_dir_all(out.join("a")).unwrap();
+        assert_eq!(fs::read_dir(&out).unwrap().count(), 0, "{left}");
+    }
 }
 
 #[test]

@@ -20,6 +20,7 @@ use crate::{
 /// A mapped checkpoint directory.
 pub struct Checkpoint {
     dir: PathBuf,
+    files: Vec<String>,
     shards: Vec<MappedFile>,
     /// By name, with the shard each lies in.
     tensors: BTreeMap<String, (usize, Place)>,
@@ -52,6 +53,7 @@ impl Checkpoint {
         } = WeightFiles::find(dir)?;
         let mut checkpoint = Checkpoint {
             dir: dir.into(),
+            files: Vec::new(),
             shards: Vec::new(),
             tensors: BTreeMap::new(),
             quantize_config: match dir.join("config.json").exists() {
@@ -74,6 +76,7 @@ impl Checkpoint {
             }
             checkpoint.shards.push(bytes);
         }
+        checkpoint.files = files;
         for name in weight_map.keys() {
             checkpoint.view(name)?;
         }
@@ -96,6 +99,7 @@ impl Checkpoint {
             tensors: (places.into_iter())
                 .map(|(name, place)| (name, (0, place)))
                 .collect(),
+            files: vec![(path.file_name().unwrap_or_default().to_string_lossy()).into_owned()],
             shards: vec![bytes],
             quantize_config: match config {
                 true => QuantizeConfig::read(dir)?,
@@ -107,6 +111,11 @@ impl Checkpoint {
     /// The directory it was opened from.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Names of the files that hold its weights.
+    pub fn files(&self) -> &[String] {
+        &self.files
     }
 
     /// The GPTQ settings, when this is a quantised checkpoint.

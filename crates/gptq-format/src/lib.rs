@@ -47,7 +47,7 @@ pub use bits::{Bits, GroupSize};
 pub use branch_dirs::branch_dirs;
 pub use checkpoint::Checkpoint;
 pub use clients::{Client, Support, client_support};
-pub use digests::{LinearDigests, sha256, sha256_file};
+pub use digests::{FileDigest, LinearDigests, sha256, sha256_file};
 pub use error::FormatError;
 pub use half_type::Half;
 pub use inspect::{

@@ -25,6 +25,13 @@ const SHOWN: usize = 60;
 pub struct Fingerprint(BTreeMap<String, String>);
 
 impl Fingerprint {
+    /// Of one value.
+    pub(crate) fn of(key: &str, value: &impl Serialize) -> Self {
+        let mut print = Fingerprint::default();
+        print.add(key, &serde_json::to_value(value).unwrap_or_default());
+        print
+    }
+
     /// Adds the leaves of `value`.
     fn add(&mut self, key: &str, value: &Value) {
         match value {

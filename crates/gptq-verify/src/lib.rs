@@ -24,5 +24,6 @@ mod structure;
 mod verify;
 
 pub use error::VerifyError;
-pub use receipt::{BlockError, Check, FileDigest, Perplexity, RECEIPT, Receipt};
+pub use gptq_format::FileDigest;
+pub use receipt::{BlockError, Check, Perplexity, RECEIPT, Receipt};
 pub use verify::{Asked, Evaluation, Request, Tolerances, verify};
