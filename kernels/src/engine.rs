@@ -231,6 +231,11 @@ pub trait Engine: Backend {
     /// Gives device memory that no tensor uses back to the driver, where an engine keeps it for reuse.
     fn release_memory(_device: &Self::Device) {}
 
+    /// The device's name, where devices of one kind may compute different bytes.
+    fn card(_device: &Self::Device) -> Option<String> {
+        None
+    }
+
     /// Device memory that is free, in bytes; `None` where tensors live in the host's memory.
     fn free_memory(_device: &Self::Device) -> Option<u64> {
         None

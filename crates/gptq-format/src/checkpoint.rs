@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use half::f16;
 use half::vec::HalfBitsVecExt;
-use memmap2::Mmap;
 use safetensors::Dtype;
 
+use crate::mapped_file::MappedFile;
 use crate::weight_files::{Container, WeightFiles, map};
 use crate::{
     FormatError, Half, PackedLinear, QuantizeConfig, TensorView, le_bytes, safetensors_file,
@@ -20,7 +20,8 @@ use crate::{
 /// A mapped checkpoint directory.
 pub struct Checkpoint {
     dir: PathBuf,
-    shards: Vec<Mmap>,
+    files: Vec<String>,
+    shards: Vec<MappedFile>,
     /// By name, with the shard each lies in.
     tensors: BTreeMap<String, (usize, Place)>,
     quantize_config: Option<QuantizeConfig>,
@@ -52,6 +53,7 @@ impl Checkpoint {
         } = WeightFiles::find(dir)?;
         let mut checkpoint = Checkpoint {
             dir: dir.into(),
+            files: Vec::new(),
             shards: Vec::new(),
             tensors: BTreeMap::new(),
             quantize_config: match dir.join("config.json").exists() {
@@ -74,6 +76,7 @@ impl Checkpoint {
             }
             checkpoint.shards.push(bytes);
         }
+        checkpoint.files = files;
         for name in weight_map.keys() {
             checkpoint.view(name)?;
         }
@@ -96,6 +99,7 @@ impl Checkpoint {
             tensors: (places.into_iter())
                 .map(|(name, place)| (name, (0, place)))
                 .collect(),
+            files: vec![(path.file_name().unwrap_or_default().to_string_lossy()).into_owned()],
             shards: vec![bytes],
             quantize_config: match config {
                 true => QuantizeConfig::read(dir)?,
@@ -107,6 +111,11 @@ impl Checkpoint {
     /// The directory it was opened from.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Names of the files that hold its weights.
+    pub fn files(&self) -> &[String] {
+        &self.files
     }
 
     /// The GPTQ settings, when this is a quantised checkpoint.
@@ -152,6 +161,16 @@ impl Checkpoint {
         bytes.unwrap_or_default()
     }
 
+    /// Lets the process's memory go that a tensor's bytes took, for one that was read into a place of its
+    /// own or is not needed again soon. What reads tensors into values does so itself.
+    pub fn give_back(&self, name: &str) {
+        if let Some((shard, place)) = self.tensors.get(name)
+            && let Some(file) = self.shards.get(*shard)
+        {
+            file.give_back(place.bytes.clone());
+        }
+    }
+
     fn shaped<'a>(&'a self, name: &'a str, shape: &[usize]) -> Result<TensorView<'a>, FormatError> {
         let view = self.view(name)?;
         if view.shape != shape {
@@ -177,10 +196,13 @@ impl Checkpoint {
         shape: &[usize],
         out: &mut [u16],
     ) -> Result<(), FormatError> {
-        self.shaped(name, shape)?.halves_into(half, out)
+        let read = self.shaped(name, shape)?.halves_into(half, out);
+        self.give_back(name);
+        read
     }
 
-    /// As [`Checkpoint::halves_into`], in little-endian bytes: those of the file where it holds them so.
+    /// As [`Checkpoint::halves_into`], in little-endian bytes: those of the file where it holds them so,
+    /// to be given back ([`Checkpoint::give_back`]).
     ///
     /// # Errors
     /// As [`Checkpoint::halves_into`].
@@ -208,9 +230,8 @@ impl Checkpoint {
     }
 
     fn halves(&self, half: Half, name: &str, shape: &[usize]) -> Result<Vec<u16>, FormatError> {
-        let view = self.shaped(name, shape)?;
-        let mut bits = vec![0; view.elements()];
-        view.halves_into(half, &mut bits)?;
+        let mut bits = vec![0; self.shaped(name, shape)?.elements()];
+        self.halves_into(half, name, shape, &mut bits)?;
         Ok(bits)
     }
 
@@ -224,7 +245,9 @@ impl Checkpoint {
 
     /// An i32 tensor's words. Errors on a wrong shape or dtype.
     pub fn i32(&self, name: &str, shape: &[usize]) -> Result<Vec<i32>, FormatError> {
-        self.shaped(name, shape)?.i32()
+        let read = self.shaped(name, shape)?.i32();
+        self.give_back(name);
+        read
     }
 
     /// The quantised linear `module` (its `qweight`, `qzeros`, `scales`, `g_idx`), or `None` when

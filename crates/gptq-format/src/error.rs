@@ -115,6 +115,11 @@ pub enum FormatError {
     )]
     Occupied { dir: PathBuf },
     #[error(
+        "{}: something that gptq did not write has come to be here; what is finished lies in {}: move \
+         the first away, then run the same command again", dir.display(), partial.display()
+    )]
+    Taken { dir: PathBuf, partial: PathBuf },
+    #[error(
         "{}: {holder} is writing here; wait for it, or choose another output directory", dir.display()
     )]
     Locked { dir: PathBuf, holder: String },

@@ -7,11 +7,11 @@
 use std::fs;
 use std::path::Path;
 
-use memmap2::Mmap;
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::mapped_file::MappedFile;
 use crate::{
     Bits, Checkpoint, CheckpointFormat, Client, FormatError, GroupSize, LinearShape,
     client_support, read_json, sha256, unpack_across,
@@ -182,11 +182,8 @@ pub fn files(dir: &Path) -> Result<Vec<FileInfo>, FormatError> {
     paths.par_iter().map(|path| file(path)).collect()
 }
 
-#[expect(unsafe_code, reason = "a memory map")]
 fn file(path: &Path) -> Result<FileInfo, FormatError> {
-    let opened = fs::File::open(path).map_err(FormatError::io(path))?;
-    // SAFETY: read-only and private to this function, as for the checkpoint's own maps.
-    let bytes = unsafe { Mmap::map(&opened) }.map_err(FormatError::io(path))?;
+    let bytes = MappedFile::open(path)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     Ok(FileInfo {
         name: name.into_owned(),

@@ -19,6 +19,7 @@
 )]
 
 mod bits;
+mod branch_dirs;
 mod checkpoint;
 mod clients;
 mod digests;
@@ -26,6 +27,7 @@ mod error;
 mod half_type;
 mod inspect;
 mod linear_shape;
+mod mapped_file;
 mod output_lock;
 mod pack;
 mod pickle;
@@ -42,9 +44,10 @@ mod write_file;
 mod writer;
 
 pub use bits::{Bits, GroupSize};
+pub use branch_dirs::branch_dirs;
 pub use checkpoint::Checkpoint;
 pub use clients::{Client, Support, client_support};
-pub use digests::{LinearDigests, hexadecimal, sha256, sha256_file};
+pub use digests::{FileDigest, LinearDigests, hexadecimal, sha256, sha256_file};
 pub use error::FormatError;
 pub use half_type::Half;
 pub use inspect::{

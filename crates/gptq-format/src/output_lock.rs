@@ -4,11 +4,13 @@
 //! nothing, however it died.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::Write;
+use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use rustix::io::Errno;
+use rustix::system::uname;
 use serde::{Deserialize, Serialize};
 
 use crate::{FormatError, read_json};
@@ -20,12 +22,16 @@ const FILE: &str = ".gptq-lock";
 pub struct OutputLock {
     path: PathBuf,
     _file: File,
+    exclusive: bool,
 }
 
 /// What the file says.
 #[derive(Serialize, Deserialize)]
 struct Holder {
     pid: u32,
+    /// The machine that it runs on: several may share a directory.
+    #[serde(default)]
+    host: Option<String>,
     /// Seconds since 1970.
     since: u64,
 }
@@ -36,6 +42,18 @@ impl OutputLock {
     /// # Errors
     /// Another process has it ([`FormatError::Locked`]), or the directory cannot be written to.
     pub fn acquire(dir: &Path) -> Result<Self, FormatError> {
+        Self::acquire_by(dir, File::try_lock)
+    }
+
+    /// Whether the lock keeps others away; on a file system without locks it only says who writes.
+    pub fn is_exclusive(&self) -> bool {
+        self.exclusive
+    }
+
+    fn acquire_by(
+        dir: &Path,
+        try_lock: impl Fn(&File) -> Result<(), TryLockError>,
+    ) -> Result<Self, FormatError> {
         fs::create_dir_all(dir).map_err(FormatError::io(dir))?;
         let path = dir.join(FILE);
         let io = |e| FormatError::io(&path)(e);
@@ -49,24 +67,30 @@ impl OutputLock {
                 .write(true)
                 .open(&path)
                 .map_err(io)?;
-            match file.try_lock() {
-                Ok(()) => {}
+            let exclusive = match try_lock(&file) {
+                Ok(()) => true,
                 Err(TryLockError::WouldBlock) => return Err(locked(dir, &path)),
+                Err(TryLockError::Error(e)) if has_no_locks(&e) => false,
                 Err(TryLockError::Error(e)) => return Err(io(e)),
-            }
+            };
             // Who held it before may have removed the file between the two calls above.
             let ours = file.metadata().map_err(io)?.ino();
             if fs::symlink_metadata(&path).is_ok_and(|m| m.ino() == ours) {
                 let now = SystemTime::now().duration_since(UNIX_EPOCH);
                 let holder = Holder {
                     pid: std::process::id(),
+                    host: Some(uname().nodename().to_string_lossy().into_owned()),
                     since: now.unwrap_or_default().as_secs(),
                 };
                 let text = serde_json::to_vec(&holder).map_err(|e| io(e.into()))?;
                 file.set_len(0)
                     .and_then(|()| file.write_all(&text))
                     .map_err(io)?;
-                return Ok(OutputLock { path, _file: file });
+                return Ok(OutputLock {
+                    path,
+                    _file: file,
+                    exclusive,
+                });
             }
         }
     }
@@ -79,6 +103,12 @@ impl Drop for OutputLock {
     }
 }
 
+/// Some network file systems have none, or their lock service does not answer.
+fn has_no_locks(error: &io::Error) -> bool {
+    error.kind() == ErrorKind::Unsupported
+        || error.raw_os_error() == Some(Errno::NOLCK.raw_os_error())
+}
+
 fn locked(dir: &Path, path: &Path) -> FormatError {
     // It may just be changing hands: then nobody can be named.
     let holder = read_json::<Holder>(path).ok();
@@ -86,10 +116,11 @@ fn locked(dir: &Path, path: &Path) -> FormatError {
         dir: dir.into(),
         holder: match holder {
             None => "another process".to_owned(),
-            Some(Holder { pid, since }) => {
+            Some(Holder { pid, host, since }) => {
+                let on = host.map_or_else(String::new, |host| format!(" on {host}"));
                 let since = UNIX_EPOCH + std::time::Duration::from_secs(since.min(1 << 37));
                 let since = humantime::format_rfc3339_seconds(since);
-                format!("process {pid} since {since}")
+                format!("process {pid}{on} since {since}")
             }
         },
     }
@@ -105,16 +136,27 @@ mod tests {
         let dir = root.path().join("out");
         let first = OutputLock::acquire(&dir).unwrap();
         let error = OutputLock::acquire(&dir).unwrap_err().to_string();
-        let pid = std::process::id();
-        assert!(
-            error.contains(&format!("process {pid} since 20")),
-            "{error}"
-        );
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        let holder = format!("process {} on {} since 20", std::process::id(), host.trim());
+        assert!(error.contains(&holder), "{error}");
+        assert!(first.is_exclusive());
         drop(first);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
         // What a killed process leaves.
         fs::write(dir.join(FILE), r#"{"pid": 1, "since": 0}"#).unwrap();
         drop(OutputLock::acquire(&dir).unwrap());
+    }
+
+    #[test]
+    fn a_file_system_without_locks_holds_nobody_up_and_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let fails = |errno: Errno| Err(TryLockError::Error(errno.into()));
+        for errno in [Errno::NOTSUP, Errno::NOLCK, Errno::NOSYS] {
+            let lock = OutputLock::acquire_by(dir.path(), |_| fails(errno)).unwrap();
+            assert!(!lock.is_exclusive());
+        }
+        let error = OutputLock::acquire_by(dir.path(), |_| fails(Errno::IO)).unwrap_err();
+        assert!(matches!(error, FormatError::Io { .. }), "{error}");
     }
 
     #[test]

@@ -1,11 +1,9 @@
 //! Which files of a directory hold the weights, and mapping them.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::Path;
 
-use memmap2::Mmap;
-
+use crate::mapped_file::MappedFile;
 use crate::{FormatError, read_json};
 
 /// Most shards that an index may name.
@@ -66,13 +64,9 @@ impl WeightFiles {
     }
 }
 
-/// Maps a file.
-#[expect(unsafe_code, reason = "a memory map")]
-pub(crate) fn map(path: &Path) -> Result<Mmap, FormatError> {
-    let file = File::open(path).map_err(FormatError::io(path))?;
-    // SAFETY: the map is read-only and private to the checkpoint. A file that another process
-    // truncates while it is mapped faults on access, as in every program that maps checkpoints.
-    let map = unsafe { Mmap::map(&file) }.map_err(FormatError::io(path))?;
+/// Maps a file of weights.
+pub(crate) fn map(path: &Path) -> Result<MappedFile, FormatError> {
+    let map = MappedFile::open(path)?;
     if map.starts_with(b"version https://git-lfs") {
         return Err(FormatError::LfsPointer { path: path.into() });
     }

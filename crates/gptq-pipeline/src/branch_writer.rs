@@ -94,6 +94,7 @@ impl BranchWriter {
         for spec in self.specs.iter().filter(shared) {
             let bytes = checkpoint.half_bytes(self.half, &spec.name, &spec.shape)?;
             self.weights.write(&spec.name, &bytes)?;
+            checkpoint.give_back(&spec.name);
         }
         Ok(())
     }

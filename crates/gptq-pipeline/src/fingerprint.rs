@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 use std::time::UNIX_EPOCH;
 
 use gptq_calibration::Calibration;
-use gptq_format::{Checkpoint, FormatError, SIDE_FILES, le_bytes, sha256};
+use gptq_format::{Checkpoint, FormatError, SIDE_FILES, le_bytes, sha256, sha256_file};
 use gptq_kernels::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -24,6 +25,13 @@ const SHOWN: usize = 60;
 pub struct Fingerprint(BTreeMap<String, String>);
 
 impl Fingerprint {
+    /// Of one value.
+    pub(crate) fn of(key: &str, value: &impl Serialize) -> Self {
+        let mut print = Fingerprint::default();
+        print.add(key, &serde_json::to_value(value).unwrap_or_default());
+        print
+    }
+
     /// Adds the leaves of `value`.
     fn add(&mut self, key: &str, value: &Value) {
         match value {
@@ -53,9 +61,16 @@ impl Fingerprint {
             None => "not set".to_owned(),
             Some(value) => value.chars().take(SHOWN).collect(),
         };
+        // What is listed is counted in a key, and known to people by its name.
+        let name = |key: &str| {
+            let (entry, _) = key.rsplit_once('.')?;
+            let name = self.0.get(&format!("{entry}.name"))?.trim_matches('"');
+            Some(format!(" ({name})")).filter(|_| entry.ends_with(|c: char| c.is_ascii_digit()))
+        };
         let named = keys.iter().take(NAMED).map(|key| {
             let (then, now) = (show(self, key), show(now, key));
-            format!("{key} was {then}, is {now}")
+            let name = name(key).unwrap_or_default();
+            format!("{key}{name} was {then}, is {now}")
         });
         let mut named: Vec<String> = named.collect();
         match keys.len() {
@@ -75,7 +90,7 @@ pub(crate) struct Fingerprints {
     /// In the plan's order.
     pub(crate) branches: Vec<Fingerprint>,
     /// What must not change while a run is unfinished, and says nothing about a finished branch: the
-    /// program, the kind of device, the model files' times.
+    /// program, the device, the model files' times.
     pub(crate) run: Fingerprint,
 }
 
@@ -85,6 +100,7 @@ impl Fingerprints {
         calibration: &Calibration,
         checkpoint: &Checkpoint,
         device: Device,
+        card: Option<String>,
     ) -> Result<Self, FormatError> {
         let dir = &plan.model_dir;
         let config = dir.join("config.json");
@@ -121,12 +137,13 @@ impl Fingerprints {
         });
         Ok(Fingerprints {
             branches: branches.collect(),
-            run: run(plan, device)?,
+            run: run(plan, device, card)?,
         })
     }
 }
 
-fn run(plan: &Plan, device: Device) -> Result<Fingerprint, FormatError> {
+/// `card` is the device's name, where there are several of a kind: another may sum in another order.
+fn run(plan: &Plan, device: Device, card: Option<String>) -> Result<Fingerprint, FormatError> {
     let stamp = |meta: &fs::Metadata| {
         let modified = meta.modified().ok();
         let modified = modified.and_then(|t| t.duration_since(UNIX_EPOCH).ok());
@@ -134,17 +151,18 @@ fn run(plan: &Plan, device: Device) -> Result<Fingerprint, FormatError> {
         format!("{} bytes of {seconds:?}", meta.len())
     };
     let mut run = Fingerprint::default();
-    let program = std::env::current_exe().and_then(fs::metadata);
-    let program = program.map(|meta| stamp(&meta)).unwrap_or_default();
     run.add(
         "gptq",
-        &json!({"version": env!("CARGO_PKG_VERSION"), "program": program}),
+        &json!({"version": env!("CARGO_PKG_VERSION"), "program": program()}),
     );
     let kind = match device {
         Device::Cuda(_) => "cuda",
         Device::Auto | Device::Cpu => "cpu",
     };
     run.add("device", &json!(kind));
+    if let Some(card) = card {
+        run.add("device.name", &json!(card));
+    }
     let dir = &plan.model_dir;
     for entry in fs::read_dir(dir).map_err(FormatError::io(dir))? {
         let path = entry.map_err(FormatError::io(dir))?.path();
@@ -155,6 +173,16 @@ fn run(plan: &Plan, device: Device) -> Result<Fingerprint, FormatError> {
         }
     }
     Ok(run)
+}
+
+/// SHA-256 of the running program, where it can be read: two builds of one version may differ, and a
+/// copy or a second install of the same is the same.
+fn program() -> Option<String> {
+    // What runs, even if another was put in its place since.
+    let running = sha256_file(Path::new("/proc/self/exe"));
+    running
+        .or_else(|_| sha256_file(&std::env::current_exe().unwrap_or_default()))
+        .ok()
 }
 
 #[cfg(test)]
@@ -175,6 +203,11 @@ mod tests {
         assert_eq!(
             one.difference(&two).unwrap(),
             "branch.bits was 4, is 8; branch.overrides.0.pattern was \"*\", is not set"
+        );
+        let file = |hash: &str| of(json!({"files": [{"name": "rows.json", "sha256": hash}]}));
+        assert_eq!(
+            file("a").difference(&file("b")).unwrap(),
+            "branch.files.0.sha256 (rows.json) was \"a\", is \"b\""
         );
         let many = |n: usize| of(json!(vec![n; 5]));
         assert!(

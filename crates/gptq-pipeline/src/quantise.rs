@@ -17,6 +17,7 @@ use crate::disk_space;
 use crate::fingerprint::Fingerprints;
 use crate::journal::{Header, Journal, Origin, Recorded};
 use crate::memory::{Places, chunk_windows};
+use crate::model_files::ModelHash;
 use crate::profile::{Clock, Profile};
 use crate::resume::{Found, Restored, discard};
 use crate::run::{About, Run, read_ahead};
@@ -56,6 +57,11 @@ pub struct Outcome {
 /// What happens, as it happens. A branch is an index into the plan.
 #[derive(Debug)]
 pub enum Event<'a> {
+    /// The output directory is on a file system without locks: nothing keeps a second run away.
+    NotLocked {
+        /// The directory.
+        dir: &'a Path,
+    },
     /// Windows are drawn and the model is open; the blocks come next.
     Started {
         /// Tokens to calibrate on.
@@ -174,7 +180,10 @@ impl Work for Quantise<'_> {
 
     fn run<B: Engine>(mut self, device: B::Device) -> Self::Output {
         let plan = self.plan;
-        let _lock = OutputLock::acquire(&plan.output)?;
+        let lock = OutputLock::acquire(&plan.output)?;
+        if !lock.is_exclusive() {
+            (self.on_event)(Event::NotLocked { dir: &plan.output });
+        }
         for branch in &plan.branches {
             StagedDir::check(&plan.branch_dir(branch))?;
         }
@@ -185,8 +194,13 @@ impl Work for Quantise<'_> {
         let tokenizer = TextTokenizer::load(&plan.model_dir)?;
         let calibration = Calibration::draw(&plan.calibration, &tokenizer)?;
         let model = Model::<B>::open(&plan.model_dir, &device)?.taken_in(plan.half);
-        let prints = Fingerprints::new(plan, &calibration, model.checkpoint(), self.device)?;
-        let mut found = Found::look(plan, &prints, self.options.restart)?;
+        let (checkpoint, card) = (model.checkpoint(), B::card(&device));
+        let prints = Fingerprints::new(plan, &calibration, checkpoint, self.device, card)?;
+        let mut model_hash = ModelHash::new(checkpoint);
+        let mut found = Found::look(plan, &prints, &mut model_hash, &self.options)?;
+        if !found.passes.is_empty() {
+            model_hash.begin();
+        }
         let unfinished = found.passes.iter().any(|pass| pass.recorded.is_some());
         let inputs = Inputs {
             model,
@@ -203,6 +217,7 @@ impl Work for Quantise<'_> {
         });
         for (branch, report) in found.finished.iter().enumerate() {
             if let Some(report) = report {
+                StagedDir::tidy(&plan.branch_dir(&plan.branches[branch]))?;
                 (self.on_event)(Event::Kept { branch, report });
             }
         }
@@ -217,7 +232,7 @@ impl Work for Quantise<'_> {
             disk_space::check(&plan.only(&missing), scratch, states)?;
         }
         for pass in found.passes {
-            let reports = self.pass(&inputs, &pass.branches, pass.recorded)?;
+            let reports = self.pass(&inputs, &mut model_hash, &pass.branches, pass.recorded)?;
             for (branch, report) in pass.branches.into_iter().zip(reports) {
                 found.finished[branch] = Some(report);
             }
@@ -234,12 +249,13 @@ impl Quantise<'_> {
     fn pass<B: Engine>(
         &mut self,
         inputs: &Inputs<B>,
+        model_hash: &mut ModelHash,
         branches: &[usize],
         recorded: Option<Recorded>,
     ) -> Result<Vec<BranchReport>, PipelineError> {
         let mut plan = self.plan.only(branches);
         let done = match self.settle(inputs, &mut plan, branches, recorded.as_ref()) {
-            Ok(()) => self.blocks(inputs, &plan, branches, recorded),
+            Ok(()) => self.blocks(inputs, model_hash, &plan, branches, recorded),
             Err(error) => Err(error),
         };
         let plan = &plan;
@@ -267,6 +283,7 @@ impl Quantise<'_> {
     fn blocks<B: Engine>(
         &mut self,
         inputs: &Inputs<B>,
+        model_hash: &mut ModelHash,
         plan: &Plan,
         branches: &[usize],
         recorded: Option<Recorded>,
@@ -342,6 +359,7 @@ impl Quantise<'_> {
                 manifest: &inputs.calibration.manifest,
                 device: self.device.to_string(),
                 prints,
+                model_hash,
             };
             run.carry_out(flows, &inputs.places, scratch.as_ref(), &blocks, about)
         })

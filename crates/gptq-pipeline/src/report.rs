@@ -1,11 +1,13 @@
 //! What a branch says about itself: `report.json`, and `report.csv` with a row per linear.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
 use gptq_calibration::Manifest;
 use gptq_format::{
-    Bits, FormatError, GroupSize, LinearDigests, QuantizeConfig, read_json, write_file, write_json,
+    Bits, FileDigest, FormatError, GroupSize, LinearDigests, QuantizeConfig, read_json, write_file,
+    write_json,
 };
 use gptq_solver::Gains;
 use serde::{Deserialize, Serialize};
@@ -80,6 +82,9 @@ pub struct PhaseSeconds {
     pub seconds: f64,
 }
 
+/// A model's weight files, by name.
+pub type ModelFiles = BTreeMap<String, FileDigest>;
+
 /// A finished branch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BranchReport {
@@ -87,6 +92,9 @@ pub struct BranchReport {
     pub gptq_version: String,
     /// The base model's public name.
     pub model: String,
+    /// The base model's weight files, as it was made from them; older reports name none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_files: Option<ModelFiles>,
     /// The branch's name.
     pub branch: String,
     /// Its settings as readers see them.

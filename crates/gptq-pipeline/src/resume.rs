@@ -10,8 +10,12 @@ use crate::branch_plan::check_name;
 use crate::fingerprint::{Fingerprint, Fingerprints};
 use crate::journal::{Block, Journal, Recorded};
 use crate::kept_states::{Kept, prune};
+use crate::model_files::ModelHash;
 use crate::run::Output;
-use crate::{BranchReport, Clamped, LinearReport, PipelineError, Plan, Recipe, RecipeOverrides};
+use crate::{
+    BranchReport, Clamped, LinearReport, ModelFiles, PipelineError, Plan, Recipe, RecipeOverrides,
+    RunOptions,
+};
 
 /// What there is to do, and what was done before.
 pub(crate) struct Found {
@@ -34,18 +38,19 @@ impl Found {
     ///
     /// # Errors
     /// What is there was made, or begun, with anything else than `prints` say; not if it is to be
-    /// made again (`restart`).
+    /// made again.
     pub(crate) fn look(
         plan: &Plan,
         prints: &Fingerprints,
-        restart: bool,
+        model_hash: &mut ModelHash,
+        options: &RunOptions<'_>,
     ) -> Result<Found, PipelineError> {
         let mut found = Found {
             finished: vec![None; plan.branches.len()],
             passes: Vec::new(),
         };
         let mut rest: Vec<usize> = (0..plan.branches.len()).collect();
-        if restart {
+        if options.restart {
             found.passes.push(Pass::new(rest, None));
             return Ok(found);
         }
@@ -56,7 +61,8 @@ impl Found {
             // What the unfinished run is to replace does not count.
             let begun = |it: &Recorded| it.header.branches.contains_key(&branch.name);
             if !(recorded.as_ref().is_some_and(begun) && StagedDir::is_begun(&dir)) {
-                found.finished[i] = finished(&dir, &prints.branches[i])?;
+                let mut model = || model_hash.now(options.stop, plan.config.layers).cloned();
+                found.finished[i] = finished(&dir, &prints.branches[i], &mut model)?;
             }
         }
         rest.retain(|&i| found.finished[i].is_none());
@@ -82,8 +88,13 @@ impl Pass {
     }
 }
 
-/// The report of a finished branch, if there is one.
-fn finished(dir: &Path, print: &Fingerprint) -> Result<Option<BranchReport>, PipelineError> {
+/// The report of a finished branch, if there is one. `model` hashes the model's files, which takes time:
+/// where the fingerprint differs already, it is not asked.
+fn finished(
+    dir: &Path,
+    print: &Fingerprint,
+    model: &mut dyn FnMut() -> Result<ModelFiles, PipelineError>,
+) -> Result<Option<BranchReport>, PipelineError> {
     let changed = |difference: String| PipelineError::Finished {
         dir: dir.into(),
         difference,
@@ -94,7 +105,12 @@ fn finished(dir: &Path, print: &Fingerprint) -> Result<Option<BranchReport>, Pip
     let report = BranchReport::read(dir)?;
     let made = report.fingerprint.as_ref();
     let made = made.ok_or_else(|| changed("it does not say with which".to_owned()))?;
-    match made.difference(print) {
+    let mut difference = made.difference(print);
+    if let (None, Some(files)) = (&difference, &report.model_files) {
+        let then = Fingerprint::of("model", files);
+        difference = then.difference(&Fingerprint::of("model", &model()?));
+    }
+    match difference {
         Some(difference) => Err(changed(difference)),
         None => Ok(Some(report)),
     }

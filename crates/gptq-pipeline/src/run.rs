@@ -15,6 +15,7 @@ use crate::gram::{Dense, Grams};
 use crate::journal::BranchBlock;
 use crate::kept_states::States;
 use crate::memory::Places;
+use crate::model_files::ModelHash;
 use crate::profile::{Clock, Phase};
 use crate::quantise::{Event, check_stop};
 use crate::resume::Restored;
@@ -66,6 +67,7 @@ pub(crate) struct About<'a> {
     pub(crate) device: String,
     /// The branches', in their order.
     pub(crate) prints: Vec<&'a Fingerprint>,
+    pub(crate) model_hash: &'a mut ModelHash,
 }
 
 /// Some branches on their way through the blocks.
@@ -453,6 +455,7 @@ impl<B: Engine> Run<'_, '_, B> {
             Some(writer) => writer.finish()?,
             None => Vec::new(),
         };
+        let model_files = about.model_hash.wait(self.stop, plan.config.layers)?;
         let mut reports = Vec::with_capacity(plan.branches.len());
         let outputs = plan.branches.iter().zip(self.outputs).zip(writers);
         for (i, ((branch, output), writer)) in outputs.enumerate() {
@@ -460,6 +463,7 @@ impl<B: Engine> Run<'_, '_, B> {
             let mut report = BranchReport {
                 gptq_version: env!("CARGO_PKG_VERSION").to_owned(),
                 model: plan.model_name.clone(),
+                model_files: Some(model_files.clone()),
                 branch: branch.name.clone(),
                 quantize_config: branch.quantize_config(&plan.model_name, &plan.config),
                 preset: branch.preset,

@@ -1,5 +1,6 @@
-//! A run keeps within its host memory budget: what it allocates is counted, on checkpoints and
-//! hidden states larger than the budget. One test alone, because it counts the whole process.
+//! A run keeps within its host memory budget: what it allocates is counted, and what of mapped files
+//! is in memory, on checkpoints and hidden states larger than the budget. One test alone, because it
+//! counts the whole process.
 
 use std::fs;
 use std::path::Path;
@@ -94,8 +95,19 @@ fn plan(dir: &Path, samples: usize, branches: &str) -> Plan {
     plan
 }
 
-/// Runs within `budget`; the most bytes that were allocated.
-fn peak(plan: &Plan, budget: u64) -> Result<u64, PipelineError> {
+/// Bytes of mapped files that are in memory, the program's own among them.
+fn mapped() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssFile:"));
+    let kilobytes = line.unwrap().trim().strip_suffix(" kB").unwrap();
+    kilobytes.parse::<u64>().unwrap() << 10
+}
+
+/// Runs within `budget`; the most bytes that were allocated, and the most of files that came into
+/// memory, looked at after each linear.
+fn peak(plan: &Plan, budget: u64) -> Result<[u64; 2], PipelineError> {
     let options = RunOptions {
         profile: false,
         device_memory: None,
@@ -106,8 +118,11 @@ fn peak(plan: &Plan, budget: u64) -> Result<u64, PipelineError> {
         stop: &AtomicBool::new(false),
     };
     ALLOCATOR.reset_peak_usage();
-    quantise(plan, Device::Cpu, options, &mut |_| {})?;
-    Ok(ALLOCATOR.peak_usage() as u64)
+    let (before, mut most) = (mapped(), 0);
+    quantise(plan, Device::Cpu, options, &mut |_| {
+        most = most.max(mapped().saturating_sub(before));
+    })?;
+    Ok([ALLOCATOR.peak_usage() as u64, most])
 }
 
 #[test]
@@ -130,9 +145,13 @@ fn host_memory_stays_within_its_budget() {
     let large = plan(dir.path(), 4, &branch);
     let budget = large.memory().least_cpu;
     assert!(bytes > 4 * budget, "{bytes} bytes for a budget of {budget}");
-    let used = peak(&large, budget).unwrap();
-    println!("checkpoint {bytes}, budget {budget}, used {used}");
+    let [used, mapped] = peak(&large, budget).unwrap();
+    println!("checkpoint {bytes}, budget {budget}, used {used}, mapped {mapped}");
     assert!(used <= budget + budget / 10, "{used} of {budget}");
+    assert!(
+        mapped <= budget / 4,
+        "{mapped} bytes of {bytes} stay mapped"
+    );
     let error = peak(&large, budget / 2).unwrap_err().to_string();
     assert!(error.contains("--host-memory"), "{error}");
 
@@ -147,7 +166,7 @@ fn host_memory_stays_within_its_budget() {
     let (least, states) = (wide.memory().least_cpu, wide.memory().states);
     assert!(states > least, "{states} bytes for a budget of {least}");
     for (budget, stay) in [(least, 0), (least + states / 2, states / 4)] {
-        let used = peak(&wide, budget).unwrap();
+        let [used, _] = peak(&wide, budget).unwrap();
         println!("states {states}, budget {budget}, used {used}");
         assert!(used <= budget + budget / 10, "{used} of {budget}");
         assert!(

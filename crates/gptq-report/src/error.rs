@@ -11,11 +11,6 @@ use thiserror::Error;
 pub enum ReportError {
     #[error(transparent)]
     Format(#[from] FormatError),
-    #[error("{}: {source}", path.display())]
-    Io {
-        path: PathBuf,
-        source: std::io::Error,
-    },
     #[error(
         "{}: no report.json here or in a directory below; point at a branch that gptq quantize \
          wrote, or at the directory that holds its branches", dir.display()
@@ -55,12 +50,4 @@ fn reason(error: &minijinja::Error) -> String {
         detail.unwrap_or_default(),
         line.unwrap_or_default()
     )
-}
-
-impl ReportError {
-    /// For `map_err` at a path.
-    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
-        let path = path.into();
-        move |source| ReportError::Io { path, source }
-    }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use gptq_format::{FormatError, LinearShape, Support, client_support, read_json};
+use gptq_format::{FormatError, LinearShape, Support, branch_dirs, client_support, read_json};
 use gptq_pipeline::{BranchReport, Perplexity};
 use serde::Deserialize;
 
@@ -65,9 +65,8 @@ impl Matrix {
         if is_branch(dir) {
             branches.push(Branch::read(dir)?);
         } else {
-            for entry in fs::read_dir(dir).map_err(ReportError::io(dir))? {
-                let path = entry.map_err(ReportError::io(dir))?.path();
-                if is_branch(&path) && !unfinished(&path) {
+            for (_, path) in branch_dirs(dir)? {
+                if is_branch(&path) {
                     branches.push(Branch::read(&path)?);
                 }
             }
@@ -100,12 +99,6 @@ impl Matrix {
     pub fn model(&self) -> &str {
         &self.branches[0].report.model
     }
-}
-
-/// What a run under way, or one that died while it replaced a branch, has beside its branches.
-fn unfinished(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|end| end == "partial" || end == "old")
 }
 
 impl Branch {

@@ -24,5 +24,6 @@ mod structure;
 mod verify;
 
 pub use error::VerifyError;
-pub use receipt::{BlockError, Check, FileDigest, Perplexity, RECEIPT, Receipt, failures};
+pub use gptq_format::FileDigest;
+pub use receipt::{BlockError, Check, Perplexity, RECEIPT, Receipt, failures};
 pub use verify::{Asked, Evaluation, Request, Tolerances, check_tensors, verify};

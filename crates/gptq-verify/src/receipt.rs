@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use gptq_format::{FormatError, read_json, write_json};
+use gptq_format::{FileDigest, FormatError, read_json, write_json};
 use serde::{Deserialize, Serialize};
 
 use crate::Tolerances;
@@ -33,14 +33,6 @@ pub struct Receipt {
     pub top1_agreement: Option<f64>,
     /// Of each block, given the dense model's inputs; empty without the dense model.
     pub blocks: Vec<BlockError>,
-}
-
-/// A file as it was judged.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the names say it")]
-pub struct FileDigest {
-    pub bytes: u64,
-    pub sha256: String,
 }
 
 /// One check.

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::{TextTokenizer, evaluation_tokens};
-use gptq_format::{Bits, Checkpoint, FormatError, QuantizeConfig, files, sha256};
+use gptq_format::{Bits, Checkpoint, FileDigest, FormatError, QuantizeConfig, files, sha256};
 use gptq_kernels::{Device, Engine, Work};
 use gptq_model::{Model, ModelConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::compare::{Compared, Measured, measure};
 use crate::recorded::Recorded;
-use crate::{Check, FileDigest, Perplexity, RECEIPT, Receipt, VerifyError, structure};
+use crate::{Check, Perplexity, RECEIPT, Receipt, VerifyError, structure};
 
 /// Text to measure on.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -105,6 +105,10 @@ pub(crate) fn plan(plan: &Plan, device: &str, options: &RunOptions<'_>) {
 /// What happened in a run.
 pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
     match event {
+        Event::NotLocked { dir } => warning(&format!(
+            "{}: this file system has no locks; see to it that no second run writes there meanwhile",
+            dir.display()
+        )),
         Event::Started { tokens, .. } => info!(tokens, "calibrating"),
         Event::Linear { branch, report } => {
             let branch = &plan.branches[*branch];

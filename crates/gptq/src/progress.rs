@@ -67,7 +67,8 @@ impl<'a> Progress<'a> {
                 self.plan.config.layers,
                 layers - kept
             )),
-            Event::StatesKept { .. } | Event::StatesNotKept { .. } => {}
+            // In the log.
+            Event::NotLocked { .. } | Event::StatesKept { .. } | Event::StatesNotKept { .. } => {}
             Event::Measured { layers } => self.say(&format!(
                 "measuring what fits the budget: block {layers}/{}",
                 self.plan.config.layers

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail, ensure};
+use gptq_format::branch_dirs;
 use gptq_hub::{Changes, Hub, LocalFile, RepoId};
 use gptq_verify::{RECEIPT, Receipt};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::cli::PublishArgs;
-use crate::verify::is_unfinished;
 use crate::{hub, size};
 
 /// The card of the whole repository, beside the branches.
@@ -124,16 +124,8 @@ fn bar(branches: usize) -> ProgressBar {
 
 /// Name and directory of every branch; main first, because others begin as a copy of it.
 fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
-    let entries = fs::read_dir(dir).map_err(|e| anyhow!("{}: {e}", dir.display()))?;
-    let mut branches = Vec::new();
-    for entry in entries {
-        let path = entry?.path();
-        if path.join("quantize_config.json").is_file() && !is_unfinished(&path) {
-            let name = path.file_name().unwrap_or_default();
-            branches.push((name.to_string_lossy().into_owned(), path));
-        }
-    }
-    branches.sort_by_key(|(name, _)| (name != "main", name.clone()));
+    let mut branches = branch_dirs(dir)?;
+    branches.retain(|(_, path)| path.join("quantize_config.json").is_file());
     if branches.is_empty() {
         bail!(
             "{}: no branch here; name the directory that gptq quantize wrote",

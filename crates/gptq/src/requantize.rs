@@ -1,16 +1,15 @@
 //! `gptq requantize`: the recipe of finished branches again, on other calibration data.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use gptq_format::branch_dirs;
 use gptq_pipeline::{BranchReport, Recipe, RecipeOverrides};
 use gptq_verify::{Evaluation, Request, verify};
 use serde::Serialize;
 
 use crate::cli::RequantizeArgs;
 use crate::signals::Signals;
-use crate::verify::is_unfinished;
 use crate::{quantize, table};
 
 pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
@@ -79,23 +78,15 @@ fn comparison(compared: &[Compared]) -> String {
     table::render(&rows)
 }
 
-/// Directory and report of every branch asked for, in the order of their names.
+/// Directory and report of every branch asked for, `main` first.
 fn branches(dir: &Path, names: &[String]) -> Result<Vec<(PathBuf, BranchReport)>> {
-    let mut dirs = Vec::new();
-    if dir.join("report.json").is_file() {
-        dirs.push(dir.to_owned());
-    } else {
-        let entries = fs::read_dir(dir).map_err(|e| anyhow::anyhow!("{}: {e}", dir.display()))?;
-        for entry in entries {
-            let path = entry?.path();
-            if path.join("report.json").is_file() && !is_unfinished(&path) {
-                dirs.push(path);
-            }
-        }
-    }
-    dirs.sort();
+    let is_branch = |dir: &Path| dir.join("report.json").is_file();
+    let dirs = match is_branch(dir) {
+        true => vec![dir.to_owned()],
+        false => branch_dirs(dir)?.into_iter().map(|(_, dir)| dir).collect(),
+    };
     let mut found = Vec::new();
-    for dir in dirs {
+    for dir in dirs.into_iter().filter(|dir| is_branch(dir)) {
         let report = BranchReport::read(&dir)?;
         found.push((dir, report));
     }

@@ -1,12 +1,12 @@
 //! `gptq verify`: one branch, or every branch below a directory.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
 use clap::Args;
+use gptq_format::branch_dirs;
 use gptq_kernels::Device;
 use gptq_verify::{Asked, Evaluation, Receipt, Request, verify};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -107,30 +107,18 @@ pub(crate) fn run(args: VerifyArgs) -> Result<()> {
 
 /// Checkpoints directly below `dir`, by name, `main` first.
 fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
-    let mut found = Vec::new();
-    if dir.is_dir() {
-        for entry in fs::read_dir(dir)? {
-            let path = entry?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if path.join("config.json").exists() && !is_unfinished(&path) {
-                found.push((name.into_owned(), path));
-            }
-        }
-    }
+    let mut found = match dir.is_dir() {
+        true => branch_dirs(dir)?,
+        false => Vec::new(),
+    };
+    found.retain(|(_, path)| path.join("config.json").exists());
     ensure!(
         !found.is_empty(),
         "{}: neither a checkpoint nor a directory of them; it has no config.json, nor has anything \
          directly below it",
         dir.display()
     );
-    found.sort_by(|a, b| (a.0 != "main", &a.0).cmp(&(b.0 != "main", &b.0)));
     Ok(found)
-}
-
-/// What a run that was stopped left behind is no branch.
-pub(crate) fn is_unfinished(dir: &Path) -> bool {
-    let ends = |end| dir.extension().is_some_and(|extension| extension == end);
-    ends("partial") || ends("old")
 }
 
 /// With a bar on a terminal.

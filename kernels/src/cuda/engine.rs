@@ -156,6 +156,10 @@ impl Engine for Cuda {
         CudaRuntime::client(device).memory_cleanup();
     }
 
+    fn card(device: &Device) -> Option<String> {
+        transfer::bind(device.index).ok()?.name().ok()
+    }
+
     fn free_memory(device: &Device) -> Option<u64> {
         let context = transfer::bind(device.index).ok()?;
         let (free, _) = context.mem_get_info().ok()?;
