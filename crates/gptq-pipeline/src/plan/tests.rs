@@ -405,8 +405,39 @@ fn sizes_parse_in_both_conventions() {
     assert_eq!(parse_size("4GB"), Ok(4_000_000_000));
     assert_eq!(parse_size("512MiB"), Ok(512 << 20));
     assert_eq!(parse_size("7"), Ok(7));
-    for text in ["", "GB", "0", "-1GB", "99999999999GiB", "4TB?"] {
-        assert!(parse_size(text).is_err(), "{text}");
+    for (text, bytes) in [
+        ("22gib", 22 << 30),
+        ("2TB", 2_000_000_000_000),
+        ("1 TiB", 1 << 40),
+        ("64kB", 64_000),
+        ("1.5GB", 1_500_000_000),
+        ("0.25MIB", 1 << 18),
+        ("1.00000000001GB", 1_000_000_000),
+        ("18446744073709551615", u64::MAX),
+    ] {
+        assert_eq!(parse_size(text), Ok(bytes), "{text}");
+    }
+    let wrong = [
+        "",
+        "GB",
+        "0",
+        "-1GB",
+        "99999999999GiB",
+        "4TB?",
+        "1.GB",
+        ".5GB",
+        "1.2.3GB",
+        "1e3",
+        "4G",
+        "0.5B",
+        "1.+5GB",
+        "+1GB",
+        "0.0000000000000000001TB",
+        "18446744073709551616",
+    ];
+    for text in wrong {
+        let line = parse_size(text).unwrap_err();
+        assert!(line.contains("1.5TB") && !line.contains('\n'), "{line}");
     }
 }
 
