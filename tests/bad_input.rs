@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::harness::{Scratch, edit_header, edit_tensor, medi_tiny, refuse};
+use crate::harness::{Scratch, edit_header, edit_tensor, medi_tiny, refuse, succeed};
 
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\n";
 
@@ -252,4 +252,36 @@ fn files_over_their_limits_are_refused_unread() {
     config.set_len(100 << 20).unwrap();
     let recipe = scratch.recipe(&model, ONE);
     expect(&scratch, &recipe, &["config.json", "33554432"]);
+}
+
+#[test]
+fn what_files_say_cannot_speak_to_the_terminal() {
+    let scratch = Scratch::new();
+    let raw = |text: &str| text.contains(['\u{1b}', '\u{9b}', '\r', '\u{7}']);
+    // An error that names what a file holds, on one line.
+    let model = scratch.path("a\u{1b}[2Jb\nc");
+    fs::create_dir(&model).unwrap();
+    let line = refuse(["inspect", model.to_str().unwrap()]);
+    assert!(!raw(&line) && line.contains(r"a\u{1b}[2Jb\nc"), "{line:?}");
+
+    // Text of many lines keeps its tabs and line ends.
+    let text = "Fever.\u{1b}]0;title\u{7} A rise\r\nof the\ttemperature.\u{9b}31m ".repeat(400);
+    let data = scratch.path("rows.txt");
+    fs::write(&data, text.replace('\n', " ")).unwrap();
+    let recipe = scratch.recipe(&medi_tiny(), ONE);
+    let args = [
+        "calibration",
+        "show",
+        recipe.to_str().unwrap(),
+        "--rows",
+        "0:",
+    ];
+    let source = ["--calibration", data.to_str().unwrap(), "--column", "text"];
+    let shown = succeed(args.iter().chain(&source));
+    let (_, window) = shown.split_once("first window:\n").unwrap();
+    assert!(
+        !raw(window) && window.contains(r"\u{1b}]0;title\u{7}"),
+        "{window:?}"
+    );
+    assert!(window.contains('\t'), "{window:?}");
 }

@@ -11,7 +11,7 @@ use gptq_kernels::Device;
 use gptq_verify::{Asked, Evaluation, Receipt, Request, verify};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::table;
+use crate::{table, terminal};
 
 #[derive(Args)]
 pub(crate) struct VerifyArgs {
@@ -162,7 +162,7 @@ fn show(name: &str, receipt: &Receipt) {
     println!("{name}: {}", if receipt.pass { "passed" } else { "FAILED" });
     let rows = receipt.checks.iter().map(|check| {
         let mark = if check.pass { "ok" } else { "FAILED" };
-        (mark, &check.name, &check.detail)
+        (mark, &check.name, terminal::line(&check.detail))
     });
     let width = receipt
         .checks
