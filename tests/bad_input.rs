@@ -1,6 +1,7 @@
 //! Bad input: one clear line, status 1, nothing half-written.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 
 use crate::harness::{Scratch, edit_header, edit_tensor, medi_tiny, refuse, succeed};
 
@@ -284,4 +285,26 @@ fn what_files_say_cannot_speak_to_the_terminal() {
         "{window:?}"
     );
     assert!(window.contains('\t'), "{window:?}");
+}
+
+#[test]
+fn links_of_a_model_out_of_its_directory_are_neither_read_for_ever_nor_published() {
+    let scratch = Scratch::new();
+    let model = scratch.copy_model();
+    let recipe = scratch.recipe(&model, ONE);
+    fs::write(scratch.path("id_rsa"), "secret").unwrap();
+    symlink("../id_rsa", model.join("LICENSE")).unwrap();
+    expect(
+        &scratch,
+        &recipe,
+        &[
+            "model/LICENSE",
+            "outside the model's directory",
+            "put a copy",
+        ],
+    );
+    fs::remove_file(model.join("LICENSE")).unwrap();
+    fs::remove_file(model.join("config.json")).unwrap();
+    symlink("/dev/zero", model.join("config.json")).unwrap();
+    expect(&scratch, &recipe, &["config.json", "not a regular file"]);
 }
