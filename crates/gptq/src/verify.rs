@@ -17,7 +17,8 @@ use crate::{table, terminal};
 pub(crate) struct VerifyArgs {
     /// A branch directory, a directory of branches, or a dense checkpoint
     dir: PathBuf,
-    /// Run it on this file: a JSON list of texts, or plain text; not what it was calibrated on
+    /// Run it on this file: plain text, a JSON list of texts, or rows with a column text (.json, .jsonl, .csv,
+    /// .parquet, .arrow), also as .gz or .zst; not what it was calibrated on
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Tokens per window
