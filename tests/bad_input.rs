@@ -1,8 +1,9 @@
 //! Bad input: one clear line, status 1, nothing half-written.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 
-use crate::harness::{Scratch, edit_header, edit_tensor, medi_tiny, refuse};
+use crate::harness::{Scratch, edit_header, edit_tensor, medi_tiny, refuse, succeed};
 
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\n";
 
@@ -252,4 +253,58 @@ fn files_over_their_limits_are_refused_unread() {
     config.set_len(100 << 20).unwrap();
     let recipe = scratch.recipe(&model, ONE);
     expect(&scratch, &recipe, &["config.json", "33554432"]);
+}
+
+#[test]
+fn what_files_say_cannot_speak_to_the_terminal() {
+    let scratch = Scratch::new();
+    let raw = |text: &str| text.contains(['\u{1b}', '\u{9b}', '\r', '\u{7}']);
+    // An error that names what a file holds, on one line.
+    let model = scratch.path("a\u{1b}[2Jb\nc");
+    fs::create_dir(&model).unwrap();
+    let line = refuse(["inspect", model.to_str().unwrap()]);
+    assert!(!raw(&line) && line.contains(r"a\u{1b}[2Jb\nc"), "{line:?}");
+
+    // Text of many lines keeps its tabs and line ends.
+    let text = "Fever.\u{1b}]0;title\u{7} A rise\r\nof the\ttemperature.\u{9b}31m ".repeat(400);
+    let data = scratch.path("rows.txt");
+    fs::write(&data, text.replace('\n', " ")).unwrap();
+    let recipe = scratch.recipe(&medi_tiny(), ONE);
+    let args = [
+        "calibration",
+        "show",
+        recipe.to_str().unwrap(),
+        "--rows",
+        "0:",
+    ];
+    let source = ["--calibration", data.to_str().unwrap(), "--column", "text"];
+    let shown = succeed(args.iter().chain(&source));
+    let (_, window) = shown.split_once("first window:\n").unwrap();
+    assert!(
+        !raw(window) && window.contains(r"\u{1b}]0;title\u{7}"),
+        "{window:?}"
+    );
+    assert!(window.contains('\t'), "{window:?}");
+}
+
+#[test]
+fn links_of_a_model_out_of_its_directory_are_neither_read_for_ever_nor_published() {
+    let scratch = Scratch::new();
+    let model = scratch.copy_model();
+    let recipe = scratch.recipe(&model, ONE);
+    fs::write(scratch.path("id_rsa"), "secret").unwrap();
+    symlink("../id_rsa", model.join("LICENSE")).unwrap();
+    expect(
+        &scratch,
+        &recipe,
+        &[
+            "model/LICENSE",
+            "outside the model's directory",
+            "put a copy",
+        ],
+    );
+    fs::remove_file(model.join("LICENSE")).unwrap();
+    fs::remove_file(model.join("config.json")).unwrap();
+    symlink("/dev/zero", model.join("config.json")).unwrap();
+    expect(&scratch, &recipe, &["config.json", "not a regular file"]);
 }

@@ -501,6 +501,37 @@ fn an_unfinished_run_goes_on_by_its_directory_alone() {
 }
 
 #[test]
+fn a_run_that_goes_on_keeps_its_states_where_it_is_told_to_from_here() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), BEST);
+    // No host memory for any of the hidden states.
+    let more = ["--device", "cpu", "--samples", "64"];
+    let plan = [
+        "plan",
+        recipe.to_str().unwrap(),
+        "--json",
+        "--samples",
+        "64",
+    ];
+    let plan: Value = serde_json::from_str(&succeed(plan)).unwrap();
+    let least = plan["memory"]["least_cpu"].to_string();
+    let mut child = start(quantize(&recipe, &more));
+    wait("a block", || blocks(&scratch.out()) > 0);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    fs::create_dir(scratch.path("disk")).unwrap();
+    // It was begun in another directory, which has no such place.
+    let args = ["quantize", "--device", "cpu", "--resume", "out"];
+    let mut resume = command(args);
+    resume
+        .args(["--host-memory", &least, "--scratch", "disk"])
+        .current_dir(scratch.path(""));
+    let said = succeeded(resume.output().unwrap());
+    assert!(said.contains("going on after block"), "{said}");
+    assert_eq!(fs::read_dir(scratch.path("disk")).unwrap().count(), 0);
+}
+
+#[test]
 fn a_second_run_on_a_directory_is_told_who_holds_it_until_that_dies() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), TWO);

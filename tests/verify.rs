@@ -1,9 +1,9 @@
 //! `gptq verify`: what passes, and what is caught.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::harness::{Scratch, edit_header, edit_tensor, gptq, medi_tiny, refuse, succeed};
 
@@ -85,6 +85,53 @@ fn plain_text_is_one_document() {
         "1",
     ]);
     assert!(line.contains("at least 2"), "{line}");
+}
+
+#[test]
+fn rows_are_texts_and_those_that_were_calibrated_on_are_refused() {
+    let scratch = Scratch::new();
+    let row = |i: usize| json!({"id": i, "text": format!("A cold, no. {i}, is a mild infection. ").repeat(9)});
+    let rows = |numbers: std::ops::Range<usize>| -> String {
+        numbers.map(|i| format!("{}\n", row(i))).collect()
+    };
+    let (own, other) = (scratch.path("own.jsonl"), scratch.path("other.jsonl"));
+    fs::write(&own, rows(0..60)).unwrap();
+    fs::write(&other, rows(60..80)).unwrap();
+    let list = scratch.path("other.json");
+    let texts: Vec<Value> = (60..80).map(|i| row(i)["text"].clone()).collect();
+    fs::write(&list, serde_json::to_vec(&texts).unwrap()).unwrap();
+    let one = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";
+    let recipe = scratch.recipe(&medi_tiny(), one);
+    let args = [
+        "quantize",
+        recipe.to_str().unwrap(),
+        "--column",
+        "text",
+        "--calibration",
+    ];
+    succeed(args.iter().chain(&[own.to_str().unwrap()]));
+    let dir = scratch.out().join("a");
+    let verify = |text: &Path| {
+        let args = [
+            "verify",
+            dir.to_str().unwrap(),
+            "--window",
+            "64",
+            "--json",
+            "--text",
+        ];
+        let output = gptq(args.iter().chain(&[text.to_str().unwrap()]));
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        serde_json::from_str::<Value>(&stdout).unwrap()
+    };
+    // Not as the raw JSON that it is written in.
+    let measured = verify(&other)["perplexity"]["value"].clone();
+    assert!(measured.is_number());
+    assert_eq!(measured, verify(&list)["perplexity"]["value"]);
+    let refused = verify(&own);
+    assert_eq!(refused["pass"], false);
+    let said = refused["checks"].to_string();
+    assert!(said.contains("calibrated on"), "{said}");
 }
 
 #[test]

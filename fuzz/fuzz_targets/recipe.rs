@@ -13,6 +13,8 @@ fuzz_target!(|text: &str| {
     let config = small_model();
     if let Ok(plan) = Plan::for_config(&recipe, config.clone()) {
         assert!(plan.tokens() > 0);
+        let memory = plan.memory();
+        assert!(memory.device > memory.states && memory.cpu > memory.states);
         for branch in &plan.branches {
             assert!(branch.bytes(&config) > 0);
             assert!(!branch.clients(&config).is_empty());

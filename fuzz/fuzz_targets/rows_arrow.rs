@@ -3,4 +3,4 @@
 
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|file: &[u8]| gptq_fuzz::rows("rows.arrow", file));
+fuzz_target!(|file: &[u8]| gptq_fuzz::calibration_rows("rows.arrow", file));

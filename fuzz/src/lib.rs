@@ -1,9 +1,11 @@
 //! What the fuzz targets share: checkpoints and rows of given files, and `gptq-model`'s and
-//! `gptq-pipeline`'s reading of configs and recipes without Burn, which would take minutes to build
-//! with instrumentation.
+//! `gptq-pipeline`'s reading of configs, recipes and reports, and what `gptq-report` makes of these, without
+//! Burn, which would take minutes to build with instrumentation.
 
-// The modules below find what they name of `gptq-model` here.
+// The modules below find here what they name of these crates.
+extern crate self as gptq_kernels;
 extern crate self as gptq_model;
+extern crate self as gptq_pipeline;
 
 #[allow(dead_code, reason = "only a run measures and allocates")]
 #[path = "../../crates/gptq-pipeline/src/allocate.rs"]
@@ -11,21 +13,41 @@ mod allocate;
 #[allow(dead_code, reason = "only a run writes files")]
 #[path = "../../crates/gptq-pipeline/src/branch_files.rs"]
 mod branch_files;
+#[path = "../../crates/gptq-report/src/base_card.rs"]
+mod base_card;
+#[path = "../../crates/gptq-report/src/branch_page.rs"]
+mod branch_page;
 #[path = "../../crates/gptq-pipeline/src/branch_plan.rs"]
 mod branch_plan;
 #[allow(dead_code, reason = "only a run measures and allocates")]
 #[path = "../../crates/gptq-pipeline/src/budget.rs"]
 mod budget;
+#[allow(dead_code, reason = "the command says what a card lacks")]
+#[path = "../../crates/gptq-report/src/card.rs"]
+mod card;
 #[path = "../../crates/gptq-model/src/config.rs"]
 mod config;
+#[path = "../../crates/gptq-report/src/description.rs"]
+mod description;
 #[path = "../../crates/gptq-model/src/error.rs"]
 mod error;
+#[path = "../../crates/gptq-report/src/heat_map.rs"]
+mod heat_map;
+#[path = "../../crates/gptq-report/src/html.rs"]
+mod html;
 #[path = "../../crates/gptq-pipeline/src/inputs.rs"]
 mod inputs;
 #[path = "../../crates/gptq-model/src/layout.rs"]
 mod layout;
+#[path = "../../crates/gptq-report/src/matrix.rs"]
+mod matrix;
+#[allow(dead_code, reason = "only a run finds places for what it holds")]
+#[path = "../../crates/gptq-pipeline/src/memory.rs"]
+mod memory;
 #[path = "../../crates/gptq-pipeline/src/method.rs"]
 mod method;
+#[path = "../../crates/gptq-report/src/number.rs"]
+mod number;
 #[path = "../../crates/gptq-pipeline/src/overrides.rs"]
 mod overrides;
 #[path = "../../crates/gptq-pipeline/src/pattern.rs"]
@@ -33,9 +55,27 @@ mod pattern;
 #[expect(dead_code, reason = "only a run takes branches out of a plan")]
 #[path = "../../crates/gptq-pipeline/src/plan.rs"]
 mod plan;
+#[path = "../../crates/gptq-report/src/plot.rs"]
+mod plot;
+#[allow(dead_code, reason = "the command loads a template by name")]
+#[path = "../../crates/gptq-report/src/prompt.rs"]
+mod prompt;
+#[path = "../../crates/gptq-report/src/provenance.rs"]
+mod provenance;
 #[path = "../../crates/gptq-pipeline/src/recipe.rs"]
 mod recipe;
+#[allow(dead_code, reason = "only a run writes reports")]
+#[path = "../../crates/gptq-pipeline/src/report.rs"]
+mod report;
+#[allow(dead_code, reason = "only the command meets all of them")]
+#[path = "../../crates/gptq-report/src/error.rs"]
+mod report_error;
+#[path = "../../crates/gptq-pipeline/src/report_limits.rs"]
+mod report_limits;
+#[path = "../../crates/gptq-report/src/table.rs"]
+mod table;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::ops::ControlFlow;
 use std::panic;
@@ -44,19 +84,29 @@ use std::sync::Once;
 
 use gptq_calibration::Source;
 use gptq_format::{Checkpoint, Half};
+use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use thiserror::Error;
 
 pub use branch_plan::BranchPlan;
 pub use budget::{Allocation, Budget, Choice};
+pub use card::{CardSettings, Facts, card, facts};
 pub use config::ModelConfig;
 pub use error::ModelError;
+pub use gptq_solver::Gains;
+pub use html::html;
 pub use inputs::{Fetched, InputSource};
 pub use layout::{Projection, Stage};
+pub use matrix::{BlockError, Branch, Matrix, Receipt};
+pub use memory::Memory;
 pub use method::{Method, Preset};
 pub use overrides::{RecipeOverrides, RenderingOverride};
 pub use plan::{Numerics, Plan, Propagation, parse_size};
+pub use prompt::PromptTemplate;
 pub use recipe::{Recipe, RecipeError};
+pub use report::{BranchReport, LinearReport, Perplexity, PhaseSeconds, Summary};
+pub use report_error::ReportError;
+pub use table::{Row, csv, rows};
 
 /// In place of `gptq-pipeline`'s, which knows devices.
 #[derive(Debug, Error)]
@@ -66,15 +116,50 @@ pub enum PipelineError {
     Recipe(#[from] RecipeError),
     #[error(transparent)]
     Model(#[from] ModelError),
+    #[error("{needed} of {budget}")]
+    DeviceMemory { needed: u64, budget: u64 },
+    #[error("{needed} of {budget}")]
+    HostMemory { needed: u64, budget: u64 },
+}
+
+/// In place of `gptq-pipeline`'s, which knows tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "it stands in for another")]
+pub struct Clamped {
+    pub layer: usize,
+    pub after: String,
+    pub values: usize,
 }
 
 /// In place of `gptq-pipeline`'s, which knows devices.
-pub struct Memory;
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Fingerprint(BTreeMap<String, String>);
 
-impl Memory {
-    fn of(_: &Plan) -> Self {
-        Memory
-    }
+/// In place of `gptq-kernels`', with the numbers that a plan's memory is reckoned from.
+#[allow(missing_docs, reason = "it stands in for another")]
+pub trait Engine {
+    const LANES: usize = 1;
+    const CHUNK_TOKENS: usize = 4096;
+}
+
+/// In place of `gptq-kernels`'.
+pub struct Cpu;
+
+impl Engine for Cpu {
+    const LANES: usize = 4;
+}
+
+/// In place of `gptq-kernels`'.
+pub struct Cuda;
+
+impl Engine for Cuda {
+    const CHUNK_TOKENS: usize = 16_384;
+}
+
+/// In place of `gptq-pipeline`'s.
+mod gram {
+    pub(crate) const DENSE_SHARE: usize = 4;
 }
 
 thread_local! {
@@ -126,8 +211,38 @@ pub fn panics_may_be_caught() {
     QUIET.call_once(|| panic::set_hook(Box::new(|_| ())));
 }
 
+/// Reads these bytes as the `report.json` of a branch directory, and what follows a zero byte as its
+/// `verify.json`; makes the page, the table and the card.
+pub fn report(bytes: &[u8]) {
+    let mut parts = bytes.splitn(2, |&byte| byte == 0);
+    let report = parts.next().unwrap_or_default();
+    let mut files = vec![("report.json", report), ("config.json", &b"{}"[..])];
+    files.extend(parts.next().map(|receipt| ("verify.json", receipt)));
+    with_files(&files, |dir| {
+        let Ok(matrix) = Matrix::read(dir) else {
+            return;
+        };
+        assert!(!csv(&rows(&matrix)).is_empty());
+        html(&matrix).expect("whatever was read can be drawn");
+        let settings = CardSettings {
+            repo: "user/name".to_owned(),
+            prompt: PromptTemplate {
+                name: "plain".to_owned(),
+                text: "{prompt}".to_owned(),
+            },
+            base_card: None,
+            base_model: None,
+            dataset: None,
+            license: None,
+            language: None,
+        };
+        let facts = facts(&matrix, &settings).expect("the repository has a name");
+        card(&facts, None).expect("whatever was read can be written about");
+    });
+}
+
 /// Reads the rows of a file of this name, with columns that the starting inputs have.
-pub fn rows(name: &str, file: &[u8]) {
+pub fn calibration_rows(name: &str, file: &[u8]) {
     if name.ends_with(".parquet") || name.ends_with(".arrow") {
         panics_may_be_caught();
     }

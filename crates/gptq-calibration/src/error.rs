@@ -61,6 +61,13 @@ pub enum CalibrationError {
     },
     #[error("too little evaluation text: {available} tokens do not fill one window of {window}")]
     TooLittleEvaluation { available: usize, window: usize },
+    #[error(
+        "{}: no column \"text\", which an evaluation text is read from; its columns are {}; rename one, or \
+         give a JSON list of texts or a plain text",
+        path.display(),
+        columns.join(", ")
+    )]
+    EvaluationColumn { path: PathBuf, columns: Vec<String> },
     #[error("{}: no end token; tokenizer_config.json names none in its vocabulary", dir.display())]
     NoEndToken { dir: PathBuf },
     #[error("chat template, line {line}: {reason}")]

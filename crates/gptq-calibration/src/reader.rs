@@ -27,7 +27,7 @@ pub type Row = Map<String, Value>;
 pub type EachRow<'a> = dyn FnMut(Row) -> Result<ControlFlow<()>, CalibrationError> + 'a;
 
 /// The column of rows that are plain text.
-const TEXT: &str = "text";
+pub(crate) const TEXT: &str = "text";
 
 /// Longest row of a text format, in bytes as decompressed: what keeps a compressed bomb small.
 const LONGEST_ROW: u64 = 16 << 20;
@@ -89,7 +89,11 @@ pub(crate) fn malformed(file: &SourceFile, reason: impl ToString) -> Calibration
     }
 }
 
-fn decompress(opened: File, file: &SourceFile) -> Result<Box<dyn Read>, CalibrationError> {
+/// What `opened` holds, unpacked as it is read.
+pub(crate) fn decompress(
+    opened: File,
+    file: &SourceFile,
+) -> Result<Box<dyn Read>, CalibrationError> {
     Ok(match file.compression {
         Compression::None => Box::new(opened),
         Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(BufReader::new(opened))),

@@ -157,7 +157,7 @@ fn expand(path: &Path) -> Result<Vec<PathBuf>, CalibrationError> {
 }
 
 /// From the name's endings.
-fn format(name: &str) -> Option<(Format, Compression)> {
+pub(crate) fn format(name: &str) -> Option<(Format, Compression)> {
     let name = name.to_ascii_lowercase();
     let (name, compression) = match name.rsplit_once('.') {
         Some((stem, "gz")) => (stem, Compression::Gzip),

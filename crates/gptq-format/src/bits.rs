@@ -87,7 +87,8 @@ impl GroupSize {
 
     /// Groups per row for a linear with `in_features` inputs.
     pub fn groups(self, in_features: usize) -> usize {
-        in_features.div_ceil(self.columns(in_features))
+        // A linear without inputs has none, by whatever size.
+        in_features.div_ceil(self.columns(in_features).max(1))
     }
 
     /// Whether `in_features` columns split into whole groups.
@@ -141,5 +142,6 @@ mod tests {
         assert!(GroupSize::try_from(0).is_err());
         assert!(GroupSize::try_from(-2).is_err());
         assert!(!GroupSize::Columns(128).divides(320));
+        assert_eq!(size.groups(0), 0);
     }
 }

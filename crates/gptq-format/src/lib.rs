@@ -58,7 +58,7 @@ pub use output_lock::OutputLock;
 pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
 pub use quantize_config::{CheckpointFormat, Dynamic, QuantizeConfig};
 pub use quantized::{PackedLinear, QuantizedLinear};
-pub use side_files::{SIDE_FILES, copy_side_files, read_json, write_json};
+pub use side_files::{SIDE_FILES, copy_side_files, read_json, side_file, write_json};
 pub use staged_dir::StagedDir;
 pub use tensor_view::TensorView;
 pub use write_file::write_file;

@@ -101,8 +101,9 @@ impl BranchWriter {
 
     /// Writes a quantised linear's four tensors.
     pub(crate) fn write(&mut self, module: &str, linear: &PackedLinear) -> Result<(), FormatError> {
-        // What a solver makes of a scale that f16 cannot hold.
-        if linear.scales.contains(&f16::MAX) {
+        // What a solver makes of a scale that f16 cannot hold; of a grid turned round, the negative of it.
+        let largest = |scale: &f16| scale.to_f32().abs() >= f16::MAX.to_f32();
+        if linear.scales.iter().any(largest) {
             let name = format!("{module}.scales");
             return Err(FormatError::Scale { name });
         }
@@ -139,5 +140,55 @@ impl BranchWriter {
         report.bytes = self.weights.finish()?;
         report.write(self.dir.path())?;
         self.dir.commit()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use gptq_format::{Bits, CheckpointFormat, GroupSize};
+    use gptq_solver::{Grid, Settings};
+
+    use super::*;
+
+    #[test]
+    fn a_scale_that_f16_cannot_hold_is_refused_on_grids_turned_round_too() {
+        let settings = Settings {
+            bits: Bits::Four,
+            group_size: GroupSize::Row,
+            sym: true,
+            static_groups: false,
+            scale_search: true,
+            f16_scales: true,
+            refine: 0,
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let dir = StagedDir::create(&dir.path().join("a")).unwrap();
+        let mut writer = BranchWriter {
+            specs: Vec::new(),
+            half: Half::Bf16,
+            weights: ShardedWriter::create(dir.path(), &[], None).unwrap(),
+            digests: HashMap::new(),
+            dir,
+        };
+        // A grid is turned round where the group's largest weight is positive.
+        for (largest, saturated) in [(-1e6, f16::MAX), (1e6, -f16::MAX)] {
+            let weights = [(largest, 1.0), (0.0, 1.0)];
+            let (grid, _) = Grid::<f64>::fit(weights.into_iter(), &settings);
+            let scale = f16::from_f64(grid.scale);
+            assert_eq!(scale, saturated);
+            let linear = PackedLinear {
+                bits: Bits::Four,
+                in_features: 32,
+                out_features: 32,
+                format: CheckpointFormat::Gptq,
+                qweight: vec![0; 4 * 32],
+                qzeros: vec![0; 4],
+                scales: vec![scale; 32],
+                g_idx: vec![0; 32],
+            };
+            let error = writer.write("model.layers.0.mlp.up_proj", &linear);
+            let line = error.unwrap_err().to_string();
+            assert!(line.contains("up_proj.scales: a scale"), "{line}");
+        }
     }
 }

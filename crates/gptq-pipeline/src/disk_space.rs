@@ -18,7 +18,7 @@ const BESIDE: u64 = 8 << 20;
 pub(crate) fn check(plan: &Plan, scratch: Option<&Path>, states: u64) -> Result<(), PipelineError> {
     let (dir, needed) = (&plan.output, missing(plan));
     match scratch {
-        None => room(dir, needed + states),
+        None => room(dir, needed.saturating_add(states)),
         Some(scratch) => room(dir, needed).and_then(|()| room(scratch, states)),
     }
 }
@@ -32,11 +32,12 @@ pub(crate) fn has_room(plan: &Plan, bytes: u64) -> Result<bool, FormatError> {
 fn missing(plan: &Plan) -> u64 {
     let dir = &plan.output;
     let bytes = plan.branches.iter().map(|b| b.bytes(&plan.config));
+    let bytes = bytes.fold(BESIDE, u64::saturating_add);
     let there = plan.branches.iter().map(|branch| {
         let name = format!("{}.partial", branch.name);
         allocated(&dir.join(name))
     });
-    (bytes.sum::<u64>() + BESIDE).saturating_sub(there.sum())
+    bytes.saturating_sub(there.sum())
 }
 
 fn room(dir: &Path, needed: u64) -> Result<(), PipelineError> {

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::UNIX_EPOCH;
 
 use gptq_calibration::Calibration;
-use gptq_format::{Checkpoint, FormatError, SIDE_FILES, le_bytes, sha256, sha256_file};
+use gptq_format::{Checkpoint, FormatError, SIDE_FILES, le_bytes, sha256, sha256_file, side_file};
 use gptq_kernels::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -105,7 +105,11 @@ impl Fingerprints {
         let dir = &plan.model_dir;
         let config = dir.join("config.json");
         let config = fs::read(&config).map_err(FormatError::io(&config))?;
-        let side = SIDE_FILES.map(|name| fs::read(dir.join(name)).ok().map(|file| sha256(&file)));
+        let side = SIDE_FILES.map(|name| {
+            let file = side_file(dir, name)?;
+            Ok::<_, FormatError>(file.map(|file| sha256(&file)))
+        });
+        let side = side.into_iter().collect::<Result<Vec<_>, _>>()?;
         let tokens = calibration.windows.concat();
         let mut shared = Fingerprint::default();
         shared.add(

@@ -12,6 +12,9 @@ use toml::Spanned;
 use crate::recipe::ChatChoice;
 use crate::{Recipe, RecipeError};
 
+/// Most tokens of a calibration: a million windows of 16384, far beyond what calibrating gains from.
+const MAX_TOKENS: usize = 1 << 34;
+
 /// Where an input is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InputSource {
@@ -114,6 +117,15 @@ impl Recipe {
                 format!("{name} = {v} is not between {least} and 2^24"),
             )),
         };
+        let samples = at_least(&file.samples, 1, "samples")?;
+        let seq_len = at_least(&file.seq_len, 2, "seq_len")?;
+        if samples * seq_len > MAX_TOKENS {
+            let reason = format!(
+                "samples = {samples} windows of seq_len = {seq_len} are over 2^34 tokens; use fewer or \
+                 shorter ones"
+            );
+            return Err(self.refuse(&file.samples, reason));
+        }
         let source = match (&fetched.calibration, self.calibration_source()?) {
             (Some(fetched), _) => fetched.clone(),
             (None, InputSource::Local(path)) => Source::Local(path),
@@ -129,8 +141,8 @@ impl Recipe {
             rows,
             min_tokens: file.min_tokens,
             dedupe: file.dedupe,
-            samples: at_least(&file.samples, 1, "samples")?,
-            seq_len: at_least(&file.seq_len, 2, "seq_len")?,
+            samples,
+            seq_len,
             seed: file.seed,
             sampling: file.sampling,
         })

@@ -31,6 +31,7 @@ mod profile;
 mod quantise;
 mod recipe;
 mod report;
+mod report_limits;
 mod resume;
 mod run;
 mod scratch;

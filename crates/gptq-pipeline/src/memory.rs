@@ -41,102 +41,103 @@ pub(crate) fn chunk_windows<B: Engine>(seq_len: usize) -> usize {
 }
 
 /// Host memory of packed tensors on their way to the files; see `write_behind`.
-const QUEUE: u64 = 1 << 30;
+const QUEUE: u128 = 1 << 30;
 /// What the program itself takes: the tokenizer, threads' stacks, and with CUDA the driver's part.
-const PROGRAM: u64 = 48 << 20;
-const PROGRAM_WITH_CUDA: u64 = 100 << 20;
+const PROGRAM: u128 = 48 << 20;
+const PROGRAM_WITH_CUDA: u128 = 100 << 20;
 /// Device memory that the runtime's pools and the libraries' workspaces take beyond what is asked
 /// for, as a divisor of the whole.
-const SLACK: u64 = 10;
+const SLACK: u128 = 10;
 
-/// Sizes that the peaks are sums of, in elements.
+/// Sizes that the peaks are sums of, in elements. Products of a recipe's numbers with a config's are
+/// more than 64 bits hold where both are at their limits.
 struct Sizes {
-    tokens: u64,
-    samples: u64,
-    seq_len: u64,
+    tokens: u128,
+    samples: u128,
+    seq_len: u128,
     /// Residuals of every stream and one stream's widest activation, per token.
-    states: u64,
+    states: u128,
     /// All linears of a block.
-    block: u64,
-    table: u64,
-    widest: u64,
-    hidden: u64,
+    block: u128,
+    table: u128,
+    widest: u128,
+    hidden: u128,
     /// Square matrices: Gram matrices and factors, and what a refinement or a drift needs beside them.
-    squares: u64,
+    squares: u128,
 }
 
 impl Sizes {
     fn of(plan: &Plan) -> Sizes {
         let config = &plan.config;
         let streams = match plan.propagation {
-            Propagation::Quantised => plan.branches.len() as u64,
+            Propagation::Quantised => plan.branches.len() as u128,
             Propagation::Dense => 1,
         };
-        let hidden = config.hidden_size as u64;
+        let hidden = config.hidden_size as u128;
         let widest = Stage::ALL
             .iter()
-            .map(|stage| stage.in_features(config) as u64)
+            .map(|stage| stage.in_features(config) as u128)
             .max()
             .unwrap_or(hidden);
-        let asymmetric = u64::from(plan.asymmetric());
+        let asymmetric = u128::from(plan.asymmetric());
         let refined = plan.branches.iter().any(|b| b.method.refine > 0);
         // The dense model's residual before and after attention, at the end, and both activations.
-        let dense = asymmetric * (4 * hidden + widest) / DENSE_SHARE as u64;
+        let dense = asymmetric * (4 * hidden + widest) / DENSE_SHARE as u128;
         Sizes {
-            tokens: plan.tokens() as u64,
-            samples: plan.calibration.samples as u64,
-            seq_len: plan.calibration.seq_len as u64,
+            tokens: plan.tokens() as u128,
+            samples: plan.calibration.samples as u128,
+            seq_len: plan.calibration.seq_len as u128,
             states: streams * hidden + widest + dense,
             block: Projection::ALL
                 .iter()
                 .map(|p| p.shape(config))
-                .map(|(n_in, n_out)| (n_in * n_out) as u64)
+                .map(|(n_in, n_out)| n_in as u128 * n_out as u128)
                 .sum(),
-            table: config.vocabulary as u64 * hidden,
+            table: config.vocabulary as u128 * hidden,
             widest,
             hidden,
-            squares: 4 + 3 * asymmetric + u64::from(refined),
+            squares: 4 + 3 * asymmetric + u128::from(refined),
         }
     }
 
     /// Tokens of a chunk.
-    fn chunk<B: Engine>(&self) -> u64 {
-        let windows = chunk_windows::<B>(self.seq_len as usize) as u64;
+    fn chunk<B: Engine>(&self) -> u128 {
+        let windows = chunk_windows::<B>(self.seq_len as usize) as u128;
         windows.min(self.samples) * self.seq_len
     }
 
     /// Chunks of the plan.
-    fn chunks<B: Engine>(&self) -> u64 {
+    fn chunks<B: Engine>(&self) -> u128 {
         self.tokens.div_ceil(self.chunk::<B>().max(1))
     }
 
     /// Bytes of one chunk's hidden states.
-    fn chunk_states<B: Engine>(&self) -> u64 {
+    fn chunk_states<B: Engine>(&self) -> u128 {
         self.chunk::<B>() * self.states * 2
     }
 
     /// One chunk's transient activations.
-    fn transients<B: Engine>(&self) -> u64 {
+    fn transients<B: Engine>(&self) -> u128 {
         self.chunk::<B>() * (self.hidden * 6 + self.widest * 4)
     }
 
     /// What a device holds besides hidden states, in bytes: a block dense and quantised, the
     /// embedding, a chunk's transients, the largest Gram matrix with its factors.
-    fn fixed<B: Engine>(&self) -> u64 {
+    fn fixed<B: Engine>(&self) -> u128 {
         (2 * self.block + self.table + self.transients::<B>()) * 2
             + self.squares * self.widest * self.widest * 4
     }
 
     /// What the host holds in any run besides hidden states: the blocks being read, packed tensors
     /// on their way to the files, the windows, the program.
-    fn beside(&self, program: u64) -> u64 {
+    fn beside(&self, program: u128) -> u128 {
         let packed = (2 * self.block).min(QUEUE);
         2 * self.block * 2 + packed + self.tokens * 4 + program
     }
 
     /// What the host holds of a CPU run besides hidden states. It computes in f32 and factors in f64.
-    fn fixed_cpu(&self) -> u64 {
-        let lanes = (Cpu::LANES as u64).min(self.chunks::<Cpu>());
+    fn fixed_cpu(&self) -> u128 {
+        let lanes = (Cpu::LANES as u128).min(self.chunks::<Cpu>());
         (2 * self.block).max(self.table) * 4
             + lanes * self.transients::<Cpu>() * 4
             + self.squares * self.widest * self.widest * 8
@@ -144,8 +145,8 @@ impl Sizes {
     }
 
     /// The states of the chunks that run: in memory while they do, wherever they are kept.
-    fn running<B: Engine>(&self) -> u64 {
-        let lanes = (B::LANES as u64).min(self.chunks::<B>());
+    fn running<B: Engine>(&self) -> u128 {
+        let lanes = (B::LANES as u128).min(self.chunks::<B>());
         2 * lanes * self.chunk::<B>() * (self.hidden + self.widest) * 2
     }
 }
@@ -157,10 +158,10 @@ impl Memory {
         let sizes = Sizes::of(plan);
         let states = sizes.tokens * sizes.states * 2;
         Memory {
-            device: states + sizes.fixed::<Cuda>(),
-            host: sizes.beside(PROGRAM_WITH_CUDA),
-            cpu: states + sizes.fixed_cpu(),
-            states,
+            device: most(states + sizes.fixed::<Cuda>()),
+            host: most(sizes.beside(PROGRAM_WITH_CUDA)),
+            cpu: most(states + sizes.fixed_cpu()),
+            states: most(states),
             least_host: with_slack(sizes.beside(PROGRAM_WITH_CUDA) + sizes.running::<Cuda>()),
             least_cpu: with_slack(sizes.fixed_cpu() + sizes.running::<Cpu>()),
         }
@@ -168,11 +169,17 @@ impl Memory {
 }
 
 /// The budget of which `bytes` are what [`usable`] leaves.
-fn with_slack(bytes: u64) -> u64 {
-    bytes + bytes.div_ceil(SLACK - 1)
+fn with_slack(bytes: u128) -> u64 {
+    most(bytes + bytes.div_ceil(SLACK - 1))
 }
 
-fn usable(budget: u64) -> u64 {
+/// In 64 bits; what they cannot hold no machine has.
+fn most(bytes: u128) -> u64 {
+    u64::try_from(bytes).unwrap_or(u64::MAX)
+}
+
+fn usable(budget: u64) -> u128 {
+    let budget = u128::from(budget);
     budget - budget / SLACK
 }
 
@@ -207,7 +214,7 @@ impl Places {
                     budget,
                 });
             }
-            let room = |beside: u64| usable(budget).saturating_sub(beside) / chunk;
+            let room = |beside: u128| usable(budget).saturating_sub(beside) / chunk;
             let all = room(fixed);
             // The chunks that run need their places when some are on disk.
             let room = match all >= chunks {
@@ -224,14 +231,14 @@ impl Places {
         Ok(Places {
             device: on_device as usize,
             host: on_host as usize,
-            disk_bytes: (chunks - on_device - on_host) * chunk,
+            disk_bytes: most((chunks - on_device - on_host) * chunk),
         })
     }
 }
 
 /// How many chunks can keep their hidden states on a device with `budget` bytes; the others are
 /// brought over when their turn comes.
-fn resident_chunks<B: Engine>(sizes: &Sizes, budget: u64) -> Result<u64, PipelineError> {
+fn resident_chunks<B: Engine>(sizes: &Sizes, budget: u64) -> Result<u128, PipelineError> {
     let chunks = sizes.chunks::<B>();
     let chunk = sizes.chunk_states::<B>();
     let fixed = sizes.fixed::<B>();

@@ -222,26 +222,34 @@ fn public_name(source: &str) -> String {
     }
 }
 
-/// `"4GB"`, `"512MiB"`, `"1000000"` in bytes; the error is a sentence.
+/// `"4GB"`, `"1.5tb"`, `"512MiB"`, `"1000000"` in whole bytes, in any letter case; the error is a sentence.
 pub fn parse_size(text: &str) -> Result<u64, String> {
-    let error = || format!("{text:?} is not a size like \"4GB\" or \"512MiB\"");
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let factor: u64 = match unit.trim() {
-        "" | "B" => 1,
-        "MB" => 1_000_000,
-        "GB" => 1_000_000_000,
-        "MiB" => 1 << 20,
-        "GiB" => 1 << 30,
-        _ => return Err(error()),
+    size(text)
+        .ok_or_else(|| format!("{text:?} is not a size like \"4GB\", \"1.5TB\" or \"512MiB\""))
+}
+
+fn size(text: &str) -> Option<u64> {
+    let is_number = |c: char| c.is_ascii_digit() || c == '.';
+    let end = text.find(|c: char| !is_number(c)).unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let factor: u128 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "tib" => 1 << 40,
+        _ => return None,
     };
-    let number: u64 = number.parse().map_err(|_| error())?;
-    number
-        .checked_mul(factor)
-        .filter(|&bytes| bytes > 0)
-        .ok_or_else(error)
+    // Decimals of a byte are dropped: no float, which would round large sizes.
+    let (whole, decimals) = number.split_once('.').unwrap_or((number, "0"));
+    let (whole, tenths) = (whole.parse::<u64>().ok()?, decimals.parse::<u64>().ok()?);
+    let ones = 10u128.pow(u32::try_from(decimals.len()).ok().filter(|&n| n <= 18)?);
+    let bytes = u128::from(whole) * factor + u128::from(tenths) * factor / ones;
+    u64::try_from(bytes).ok().filter(|&bytes| bytes > 0)
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use gptq_format::{
 use gptq_solver::Gains;
 use serde::{Deserialize, Serialize};
 
-use crate::{Allocation, Clamped, Fingerprint, Method, Preset};
+use crate::{Allocation, Clamped, Fingerprint, Method, Preset, report_limits};
 
 /// Its name in a branch directory.
 pub(crate) const FILE: &str = "report.json";
@@ -166,8 +166,16 @@ impl BranchReport {
     }
 
     /// Reads the `report.json` of a branch directory.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or says what no run can have come to: it names the field.
     pub fn read(dir: &Path) -> Result<Self, FormatError> {
-        read_json(&dir.join(FILE))
+        let path = dir.join(FILE);
+        let report = read_json(&path)?;
+        match report_limits::check(&report) {
+            Ok(()) => Ok(report),
+            Err(reason) => Err(FormatError::Malformed { path, reason }),
+        }
     }
 
     /// Adds a measured perplexity to the report of the finished branch in `dir`.

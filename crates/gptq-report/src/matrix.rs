@@ -1,7 +1,7 @@
 //! The branches below a directory, as their files say.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use gptq_format::{FormatError, LinearShape, Support, branch_dirs, client_support, read_json};
 use gptq_pipeline::{BranchReport, Perplexity};
@@ -32,6 +32,53 @@ pub struct BlockError {
     pub layer: usize,
     /// `‖y - ŷ‖² / ‖y‖²`.
     pub relative_error: f64,
+}
+
+/// Most blocks of a receipt, as of a model's `config.json`.
+const MAX_LAYERS: usize = 1 << 12;
+/// Largest error or divergence: nothing that is measured comes near it.
+const MAX_NUMBER: f64 = 1e30;
+
+impl Receipt {
+    /// The file at `path`, if its numbers are such as can be measured.
+    fn read(path: PathBuf) -> Result<Receipt, FormatError> {
+        let receipt: Receipt = read_json(&path)?;
+        match receipt.check() {
+            Ok(()) => Ok(receipt),
+            Err(reason) => Err(FormatError::Malformed { path, reason }),
+        }
+    }
+
+    /// The first field that is not, in half a line.
+    fn check(&self) -> Result<(), String> {
+        if let Some(measured) = &self.perplexity {
+            measured.check()?;
+        }
+        let number = |field: &str, value: f64| match value.abs() <= MAX_NUMBER {
+            true => Ok(()),
+            false => Err(format!(
+                "{field} = {value:e} is beyond {MAX_NUMBER:e}, which nothing measured is"
+            )),
+        };
+        number("kl_divergence", self.kl_divergence.unwrap_or_default())?;
+        number("top1_agreement", self.top1_agreement.unwrap_or_default())?;
+        let blocks = self.blocks.len();
+        if blocks > MAX_LAYERS {
+            return Err(format!(
+                "blocks: {blocks} is over the limit of {MAX_LAYERS}"
+            ));
+        }
+        for (i, block) in self.blocks.iter().enumerate() {
+            if block.layer >= MAX_LAYERS {
+                let layer = block.layer;
+                return Err(format!(
+                    "blocks[{i}].layer = {layer} is not below {MAX_LAYERS}"
+                ));
+            }
+            number(&format!("blocks[{i}].relative_error"), block.relative_error)?;
+        }
+        Ok(())
+    }
 }
 
 /// A finished branch directory.
@@ -107,7 +154,7 @@ impl Branch {
         Ok(Branch {
             report: BranchReport::read(dir)?,
             receipt: match receipt.is_file() {
-                true => Some(read_json(&receipt)?),
+                true => Some(Receipt::read(receipt)?),
                 false => None,
             },
             config: read_json(&dir.join("config.json"))?,
@@ -174,7 +221,9 @@ fn weight_bytes(dir: &Path) -> Result<u64, FormatError> {
     for entry in fs::read_dir(dir).map_err(FormatError::io(dir))? {
         let path = entry.map_err(FormatError::io(dir))?.path();
         if path.extension().is_some_and(|end| end == "safetensors") {
-            bytes += fs::metadata(&path).map_err(FormatError::io(&path))?.len();
+            let meta = fs::metadata(&path).map_err(FormatError::io(&path))?;
+            // A sparse file may claim any length.
+            bytes = u64::saturating_add(bytes, meta.len());
         }
     }
     Ok(bytes)

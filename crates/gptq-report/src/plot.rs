@@ -15,6 +15,10 @@ const NEAR: f64 = 10.0;
 /// Width of a character of a label, about.
 const CHARACTER: f64 = 6.2;
 
+/// Most decades of a logarithmic axis with a tick each, and most ticks of any axis.
+const DECADES: i32 = 8;
+const TICKS: usize = 3 * (DECADES as usize + 1);
+
 /// A point with a label.
 pub(crate) struct Point {
     pub x: f64,
@@ -84,16 +88,23 @@ impl Axis {
         self.ends.0 + share * (self.ends.1 - self.ends.0)
     }
 
-    /// Round values within the axis: 1, 2 and 5 times powers of ten.
+    /// Round values within the axis, a few dozen at most whatever it spans: 1, 2 and 5 times powers of
+    /// ten, or every so many powers.
     fn ticks(&self) -> Vec<f64> {
         if self.scale == Scale::Log {
-            let (low, high) = (self.low.exp(), self.high.exp());
-            let decades = low.log10().floor() as i32..=high.log10().ceil() as i32;
+            let decade = |log: f64| (log / std::f64::consts::LN_10).clamp(-308.0, 308.0);
+            let (first, last) = (
+                decade(self.low).floor() as i32,
+                decade(self.high).ceil() as i32,
+            );
+            let stride = ((last - first) / DECADES + 1).max(1);
+            let decades = (first..=last).step_by(stride as usize);
             let pick = |steps: &[f64]| -> Vec<f64> {
                 let all = decades
                     .clone()
                     .flat_map(|d| steps.iter().map(move |s| s * 10f64.powi(d)));
-                all.filter(|&v| v >= low && v <= high).collect()
+                let within = |v: &f64| (self.low..=self.high).contains(&v.ln());
+                all.filter(within).take(TICKS).collect()
             };
             let few = pick(&[1.0]);
             return if few.len() > 2 {
@@ -114,7 +125,8 @@ impl Axis {
             .unwrap_or(10.0 * power);
         let first = (self.low / step).ceil() as i64;
         let last = (self.high / step).floor() as i64;
-        (first..=last).map(|i| i as f64 * step).collect()
+        let ticks = (first..=last).take(TICKS).map(|i| i as f64 * step);
+        ticks.collect()
     }
 }
 
@@ -329,6 +341,29 @@ mod tests {
         assert_eq!(log.ticks(), [1e-4, 1e-3, 1e-2]);
         let layers = Axis::new([0.0, 2.0].into_iter(), Scale::Whole, (0.0, 100.0));
         assert_eq!(layers.ticks(), [0.0, 1.0, 2.0]);
+    }
+
+    #[test]
+    fn ticks_are_few_whatever_the_values_are() {
+        let ends = [
+            (1e-30, 1e30),
+            (5e-324, f64::MAX),
+            (0.0, 5e-324),
+            (-f64::MAX, f64::MAX),
+            (1e300, 1e300),
+            (0.0, f64::INFINITY),
+            (f64::NAN, 1.0),
+        ];
+        for (low, high) in ends {
+            for scale in [Scale::Linear, Scale::Whole, Scale::Log] {
+                let axis = Axis::new([low, high].into_iter(), scale, (0.0, 100.0));
+                let ticks = axis.ticks();
+                assert!(ticks.len() <= TICKS, "{low} to {high}: {}", ticks.len());
+            }
+        }
+        let wide = Axis::new([1e-20, 1e20].into_iter(), Scale::Log, (0.0, 100.0));
+        let ticks = wide.ticks();
+        assert!((4..=9).contains(&ticks.len()), "{ticks:?}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The page and the card, from a committed set of reports.
 
 mod card;
+mod damaged;
 mod fixture;
 mod page;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::{TextTokenizer, evaluation_tokens};
-use gptq_format::{Bits, Checkpoint, FileDigest, FormatError, QuantizeConfig, files, sha256};
+use gptq_format::{Bits, Checkpoint, FileDigest, QuantizeConfig, files, sha256_file};
 use gptq_kernels::{Device, Engine, Work};
 use gptq_model::{Model, ModelConfig};
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,8 @@ use crate::{Check, Perplexity, RECEIPT, Receipt, VerifyError, structure};
 /// Text to measure on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Evaluation {
-    /// A JSON list of texts, or one plain text.
+    /// Rows of any kind that calibration reads, with their text in the column `text`; a JSON list of
+    /// texts; or one plain text.
     pub text: PathBuf,
     /// Tokens per window.
     pub window: usize,
@@ -221,8 +222,7 @@ fn run<B: Engine>(
     if *window < 2 {
         return Err(VerifyError::Window { window: *window });
     }
-    let bytes = std::fs::read(text).map_err(FormatError::io(text))?;
-    if recorded.calibration_sha256.contains(&sha256(&bytes)) {
+    if recorded.calibration_sha256.contains(&sha256_file(text)?) {
         let detail = "this file was calibrated on; measure on other text";
         receipt.checks.push(check("text", false, detail.into()));
         return Ok(());

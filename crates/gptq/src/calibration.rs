@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::cli::{CalibrationArgs, CalibrationCommand, warn};
 use crate::hub::{self, Need};
-use crate::{log, size};
+use crate::{log, size, terminal};
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -52,7 +52,7 @@ pub(crate) fn run(args: CalibrationArgs) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&shown)?);
     } else {
         print(&drawn.manifest);
-        println!("\nfirst window:\n{first_window}");
+        println!("\nfirst window:\n{}", terminal::lines(&first_window));
     }
     if let Some(Overlap { shared, total }) = overlap.filter(|o| o.shared > 0) {
         let share = 100.0 * shared as f64 / total as f64;
@@ -65,7 +65,7 @@ pub(crate) fn run(args: CalibrationArgs) -> Result<()> {
 }
 
 fn print(manifest: &Manifest) {
-    let line = |name: &str, value: String| println!("{name:<12}{value}");
+    let line = |name: &str, value: String| println!("{name:<12}{}", terminal::line(&value));
     line("source", manifest.source.clone());
     if let Some(revision) = &manifest.revision {
         line("revision", revision.clone());

@@ -196,7 +196,8 @@ pub(crate) struct RunArgs {
     /// Print where the time went; waits for the device after every step
     #[arg(long)]
     pub profile: bool,
-    /// Measure each finished branch's perplexity on this text
+    /// Measure each finished branch's perplexity on this text: plain, a JSON list of texts, or rows with a
+    /// column text (.json, .jsonl, .csv, .parquet, .arrow), also as .gz or .zst
     #[arg(long, value_name = "FILE")]
     pub perplexity: Option<PathBuf>,
     /// Make every branch again, whatever is in the output directory of earlier runs
@@ -291,7 +292,7 @@ pub(crate) enum CalibrationCommand {
 pub(crate) struct ShowArgs {
     #[command(flatten)]
     pub recipe: RecipeArgs,
-    /// The evaluation text to compare with, in place of the recipe's
+    /// The evaluation text to compare with, in place of the recipe's; read as by quantize --perplexity
     #[arg(long, value_name = "FILE")]
     pub perplexity: Option<PathBuf>,
     /// Print JSON

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use gptq_format::{Inspection, LinearInfo};
 
-use crate::{size, table};
+use crate::{size, table, terminal};
 
 #[derive(Args)]
 pub(crate) struct InspectArgs {
@@ -23,7 +23,7 @@ pub(crate) fn run(args: InspectArgs) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&found)?);
         return Ok(());
     }
-    let model = found.model_type.as_deref().unwrap_or("no config.json");
+    let model = terminal::line(found.model_type.as_deref().unwrap_or("no config.json"));
     println!(
         "{}: {} ({model}), {} tensors, {}",
         args.path.display(),
@@ -32,7 +32,7 @@ pub(crate) fn run(args: InspectArgs) -> Result<()> {
         size::decimal(found.tensor_bytes as u64)
     );
     if let Some(base) = &found.base_model {
-        println!("quantised from {base}");
+        println!("quantised from {}", terminal::line(base));
     }
     if let Some(settings) = &found.settings {
         let several = || "several".to_owned();

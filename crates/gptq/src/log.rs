@@ -17,6 +17,8 @@ use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
+use crate::terminal;
+
 /// What is logged to a file where `RUST_LOG` is not set.
 const DEFAULT: &str = "warn,gptq=info";
 
@@ -61,7 +63,7 @@ pub(crate) fn start(
 
 /// Prints a warning where a person sees it, and logs it.
 pub(crate) fn warning(text: &str) {
-    eprintln!("gptq: warning: {text}");
+    eprintln!("gptq: warning: {}", terminal::line(text));
     warn!("{text}");
 }
 
@@ -281,6 +283,7 @@ impl Write for Log {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let clean = hide(&String::from_utf8_lossy(line), &inner.secrets);
+        let clean = terminal::lines(&clean);
         match &mut inner.sink {
             Sink::File(file) => file.write_all(clean.as_bytes())?,
             Sink::StandardError => io::stderr().write_all(clean.as_bytes())?,

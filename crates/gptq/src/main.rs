@@ -23,6 +23,7 @@ mod requantize;
 mod signals;
 mod size;
 mod table;
+mod terminal;
 mod verify;
 
 use std::path::PathBuf;
@@ -68,7 +69,7 @@ fn main() -> ExitCode {
         Err(error) => {
             tracing::error!("{error}");
             // One line: a library's message names the thing and the remedy, and holds its source's.
-            eprintln!("gptq: {error}");
+            eprintln!("gptq: {}", terminal::line(&error.to_string()));
             signals.status().map_or(ExitCode::FAILURE, ExitCode::from)
         }
     }

@@ -28,9 +28,9 @@ pub(crate) struct Produced {
     profile: Profile,
 }
 
-pub(crate) fn run(args: QuantizeArgs, signals: &Signals) -> Result<()> {
+pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
     let recipe = match (&args.resume, &args.recipe) {
-        (Some(output), _) => resume(output, args.run.perplexity.clone())?,
+        (Some(output), _) => resume(output, &mut args.run)?,
         (None, Some(recipe)) => args.changes.load(recipe, args.run.perplexity.clone())?,
         (None, None) => bail!("no recipe"),
     };
@@ -53,13 +53,16 @@ pub(crate) fn run(args: QuantizeArgs, signals: &Signals) -> Result<()> {
     Ok(())
 }
 
-/// The recipe of the unfinished run in `output`, seen from where that was begun.
-fn resume(output: &Path, perplexity: Option<PathBuf>) -> Result<Recipe> {
+/// The recipe of the unfinished run in `output`, seen from where that was begun. Paths of `args` stay what
+/// they are from where the command was given.
+fn resume(output: &Path, args: &mut RunArgs) -> Result<Recipe> {
     let absolute =
         |path: &Path| std::path::absolute(path).map_err(|e| anyhow!("{}: {e}", path.display()));
     let output = absolute(output)?;
-    let perplexity = perplexity.as_deref().map(absolute).transpose()?;
-    let (recipe, directory) = unfinished(&output, perplexity)?;
+    for path in [&mut args.perplexity, &mut args.scratch] {
+        *path = path.as_deref().map(absolute).transpose()?;
+    }
+    let (recipe, directory) = unfinished(&output, args.perplexity.clone())?;
     std::env::set_current_dir(&directory).map_err(|e| anyhow!("{}: {e}", directory.display()))?;
     Ok(recipe)
 }

@@ -1,7 +1,13 @@
 //! Plain text tables: the first column left, the others right.
 
+use crate::terminal;
+
 /// Rows of equal length, the first being the heading.
 pub(crate) fn render(rows: &[Vec<String>]) -> String {
+    let shown = rows
+        .iter()
+        .map(|row| row.iter().map(|cell| terminal::line(cell)).collect());
+    let rows: &Vec<Vec<String>> = &shown.collect();
     let columns = rows.first().map_or(0, Vec::len);
     let widths: Vec<usize> = (0..columns)
         .map(|c| {

@@ -11,13 +11,14 @@ use gptq_kernels::Device;
 use gptq_verify::{Asked, Evaluation, Receipt, Request, verify};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::table;
+use crate::{table, terminal};
 
 #[derive(Args)]
 pub(crate) struct VerifyArgs {
     /// A branch directory, a directory of branches, or a dense checkpoint
     dir: PathBuf,
-    /// Run it on this file: a JSON list of texts, or plain text; not what it was calibrated on
+    /// Run it on this file: plain text, a JSON list of texts, or rows with a column text (.json, .jsonl, .csv,
+    /// .parquet, .arrow), also as .gz or .zst; not what it was calibrated on
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Tokens per window
@@ -150,7 +151,7 @@ fn show(name: &str, receipt: &Receipt) {
     println!("{name}: {}", if receipt.pass { "passed" } else { "FAILED" });
     let rows = receipt.checks.iter().map(|check| {
         let mark = if check.pass { "ok" } else { "FAILED" };
-        (mark, &check.name, &check.detail)
+        (mark, &check.name, terminal::line(&check.detail))
     });
     let width = receipt
         .checks

@@ -366,12 +366,78 @@ fn what_is_wrong_is_refused_with_its_place_and_what_would_be_valid() {
 }
 
 #[test]
+fn a_calibration_of_more_tokens_than_anyone_uses_is_refused_at_its_place() {
+    let read = |samples: u64, seq_len: u64| {
+        let keys = format!("\"c.json\"\nsamples = {samples}\nseq_len = {seq_len}");
+        let text = HEAD.replace("\"c.json\"", &keys);
+        let text = format!("{text}[[branch]]\nname = \"a\"\nbits = 4\n");
+        let recipe = Recipe::parse(Path::new("r.toml"), text).unwrap();
+        Plan::for_config(&recipe, llama2_70b()).map_err(|e| e.to_string())
+    };
+    let line = read(1 << 24, 1 << 24).unwrap_err();
+    assert!(
+        line.starts_with("r.toml:5:11: ") && line.contains("over 2^34 tokens"),
+        "{line}"
+    );
+    let memory = read(1 << 17, 1 << 17).unwrap().memory();
+    assert!(memory.states > 1 << 48 && memory.states < u64::MAX);
+}
+
+#[test]
+fn memory_beyond_what_64_bits_hold_is_said_to_be_the_most_they_do() {
+    // As wide as a config may be: 2^45 weights in an attention of 2^43 features.
+    let config = ModelConfig::from_json(json!({
+        "model_type": "llama", "hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1,
+        "num_attention_heads": 1 << 23, "head_dim": 1 << 20, "vocab_size": 1
+    }));
+    let text = format!("{HEAD}[[branch]]\nname = \"a\"\nbits = 4\n");
+    let recipe = Recipe::parse(Path::new("r.toml"), text).unwrap();
+    let mut plan = Plan::for_config(&recipe, tiny()).unwrap();
+    plan.config = config.unwrap();
+    (plan.calibration.samples, plan.calibration.seq_len) = (1 << 10, 1 << 24);
+    let memory = plan.memory();
+    assert_eq!((memory.device, memory.cpu), (u64::MAX, u64::MAX));
+    assert_eq!((memory.states, memory.least_cpu), (u64::MAX, u64::MAX));
+}
+
+#[test]
 fn sizes_parse_in_both_conventions() {
     assert_eq!(parse_size("4GB"), Ok(4_000_000_000));
     assert_eq!(parse_size("512MiB"), Ok(512 << 20));
     assert_eq!(parse_size("7"), Ok(7));
-    for text in ["", "GB", "0", "-1GB", "99999999999GiB", "4TB?"] {
-        assert!(parse_size(text).is_err(), "{text}");
+    for (text, bytes) in [
+        ("22gib", 22 << 30),
+        ("2TB", 2_000_000_000_000),
+        ("1 TiB", 1 << 40),
+        ("64kB", 64_000),
+        ("1.5GB", 1_500_000_000),
+        ("0.25MIB", 1 << 18),
+        ("1.00000000001GB", 1_000_000_000),
+        ("18446744073709551615", u64::MAX),
+    ] {
+        assert_eq!(parse_size(text), Ok(bytes), "{text}");
+    }
+    let wrong = [
+        "",
+        "GB",
+        "0",
+        "-1GB",
+        "99999999999GiB",
+        "4TB?",
+        "1.GB",
+        ".5GB",
+        "1.2.3GB",
+        "1e3",
+        "4G",
+        "0.5B",
+        "1.+5GB",
+        "+1GB",
+        "0.0000000000000000001TB",
+        "18446744073709551616",
+    ];
+    for text in wrong {
+        let line = parse_size(text).unwrap_err();
+        assert!(line.contains("1.5TB") && !line.contains('\n'), "{line}");
     }
 }
 

@@ -1,0 +1,170 @@
+//! What a `report.json` may say. It may come with a branch from elsewhere, and what reads it multiplies
+//! shapes, draws errors to scale and counts: numbers that no run can come to are refused where it is read.
+
+use std::collections::BTreeSet;
+
+use gptq_format::GroupSize;
+use gptq_model::Projection;
+
+use crate::{Allocation, BranchReport, Clamped, LinearReport, Perplexity};
+
+/// Blocks, features and weights of a model, as its `config.json` may have them.
+const MAX_LAYERS: usize = 1 << 12;
+const MAX_FEATURES: usize = 1 << 24;
+const MAX_WEIGHTS: u64 = 1 << 48;
+/// Errors, ratios and damping, either way: nothing that is measured comes near it.
+const MAX_NUMBER: f64 = 1e30;
+/// A broken model's may be the exponential of its largest logit.
+const MAX_PERPLEXITY: f64 = 1e100;
+/// Bytes of a linear's name, and linears of a block: a page has a column for each.
+const MAX_NAME: usize = 512;
+const MAX_KINDS: usize = 64;
+/// Three centuries.
+const MAX_SECONDS: f64 = 1e10;
+/// Entries of lists that have a few.
+const MAX_ENTRIES: usize = 1 << 10;
+/// Records of clamped states, and values in each.
+const MAX_CLAMPED: usize = 1 << 16;
+const MAX_COUNT: usize = 1 << 47;
+
+/// Whether every number lies within its limits.
+///
+/// # Errors
+/// The field that does not, in half a line.
+pub(crate) fn check(report: &BranchReport) -> Result<(), String> {
+    let config = &report.quantize_config;
+    group("quantize_config.group_size", config.group_size)?;
+    number("quantize_config.damp_percent", config.damp_percent)?;
+    seconds("seconds", report.seconds)?;
+    most("phases", report.phases.len(), MAX_ENTRIES)?;
+    for (i, phase) in report.phases.iter().enumerate() {
+        seconds(&format!("phases[{i}].seconds"), phase.seconds)?;
+    }
+    let calibration = &report.calibration;
+    most("calibration.samples", calibration.samples, MAX_FEATURES)?;
+    most("calibration.seq_len", calibration.seq_len, MAX_FEATURES)?;
+    if let Some(measured) = &report.perplexity {
+        measured.check()?;
+    }
+    report.budget.iter().try_for_each(budget)?;
+    most("clamped", report.clamped.len(), MAX_CLAMPED)?;
+    for (i, states) in report.clamped.iter().enumerate() {
+        clamped(states).map_err(|why| format!("clamped[{i}].{why}"))?;
+    }
+    let linears = MAX_LAYERS * Projection::ALL.len();
+    most("linears", report.linears.len(), linears)?;
+    let mut weights = 0;
+    let mut kinds = BTreeSet::new();
+    for (i, it) in report.linears.iter().enumerate() {
+        linear(it).map_err(|why| format!("linears[{i}].{why}"))?;
+        let index = format!(".{}.", it.layer);
+        kinds.insert(it.name.split_once(&index).map_or(&*it.name, |name| name.1));
+        if kinds.len() > MAX_KINDS {
+            return Err(format!(
+                "linears[{i}].name: over {MAX_KINDS} different linears of a block"
+            ));
+        }
+        let [n_out, n_in] = it.shape.map(|n| n as u64);
+        weights += n_out * n_in;
+        if weights > MAX_WEIGHTS {
+            return Err(format!("linears[{i}].shape: over 2^48 weights together"));
+        }
+    }
+    Ok(())
+}
+
+fn linear(linear: &LinearReport) -> Result<(), String> {
+    below("layer", linear.layer, MAX_LAYERS)?;
+    most("name", linear.name.len(), MAX_NAME)?;
+    if linear.shape.contains(&0) || linear.shape.iter().any(|&n| n > MAX_FEATURES) {
+        return Err(format!(
+            "shape = {:?} is not within 1 and 2^24",
+            linear.shape
+        ));
+    }
+    group("group_size", linear.group_size)?;
+    let gains = linear.gains.used();
+    let gains = gains.map(|(name, gain)| (format!("gains.{name}"), gain));
+    let numbers = [
+        ("relative_error", linear.relative_error),
+        ("rtn_error", linear.rtn_error),
+        ("ratio", linear.ratio),
+        ("damp_percent", linear.damp_percent),
+    ];
+    let numbers = numbers.map(|(name, value)| (name.to_owned(), value));
+    for (name, value) in numbers.into_iter().chain(gains) {
+        number(&name, value)?;
+    }
+    most("dead_columns", linear.dead_columns, MAX_FEATURES)?;
+    seconds("seconds", linear.seconds)
+}
+
+fn budget(spent: &Allocation) -> Result<(), String> {
+    number("budget.budget_bits", spent.budget_bits)?;
+    number("budget.mean_bits", spent.mean_bits)?;
+    most("budget.choices", spent.choices.len(), MAX_ENTRIES)?;
+    let groups = MAX_LAYERS * Projection::ALL.len();
+    most("budget.groups", spent.groups.len(), groups)
+}
+
+fn clamped(states: &Clamped) -> Result<(), String> {
+    below("layer", states.layer, MAX_LAYERS)?;
+    most("values", states.values, MAX_COUNT)
+}
+
+impl Perplexity {
+    /// Whether its numbers are such as can be measured.
+    ///
+    /// # Errors
+    /// The field that is not, in half a line.
+    pub fn check(&self) -> Result<(), String> {
+        most("perplexity.window", self.window, MAX_COUNT)?;
+        most("perplexity.tokens", self.tokens, MAX_COUNT)?;
+        within("perplexity.value", self.value, MAX_PERPLEXITY)?;
+        within(
+            "perplexity.dense",
+            self.dense.unwrap_or_default(),
+            MAX_PERPLEXITY,
+        )
+    }
+}
+
+fn group(field: &str, size: GroupSize) -> Result<(), String> {
+    match size {
+        GroupSize::Row => Ok(()),
+        GroupSize::Columns(n) => most(field, n, MAX_FEATURES),
+    }
+}
+
+fn number(field: &str, value: f64) -> Result<(), String> {
+    within(field, value, MAX_NUMBER)
+}
+
+fn within(field: &str, value: f64, most: f64) -> Result<(), String> {
+    match value.abs() <= most {
+        true => Ok(()),
+        false => Err(format!(
+            "{field} = {value:e} is beyond {most:e}, which nothing measured is"
+        )),
+    }
+}
+
+fn seconds(field: &str, value: f64) -> Result<(), String> {
+    match (0.0..=MAX_SECONDS).contains(&value) {
+        true => Ok(()),
+        false => Err(format!(
+            "{field} = {value:e} is not between 0 and {MAX_SECONDS:e}"
+        )),
+    }
+}
+
+fn most(field: &str, value: usize, limit: usize) -> Result<(), String> {
+    match value <= limit {
+        true => Ok(()),
+        false => Err(format!("{field}: {value} is over the limit of {limit}")),
+    }
+}
+
+fn below(field: &str, value: usize, limit: usize) -> Result<(), String> {
+    most(field, value, limit - 1)
+}
