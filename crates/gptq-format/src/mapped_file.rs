@@ -2,8 +2,8 @@
 //!
 //! A page of a map that its file no longer has cannot be read: the kernel sends SIGBUS, which would end
 //! the process without a word. The handler installed here with the first map looks whether the address
-//! lies in a map of ours; then it says which file that is, in one line, and ends the process with status
-//! 1. Anything else is left to whoever handled the signal before.
+//! lies in a map of ours; then it says in one line which file that is, and ends the process with status 1.
+//! Anything else is left to whoever handled the signal before.
 #![expect(unsafe_code, reason = "memory maps, and the signal that comes of them")]
 
 use std::ffi::{c_int, c_void};
@@ -22,6 +22,10 @@ use crate::FormatError;
 /// Maps that are watched at a time; further ones end the process without a line. Two checkpoints of
 /// the most shards are fewer.
 const WATCHED: usize = 10_000;
+
+/// Bytes before and after one that is read which the kernel may map along with it: `fault_around_bytes`, as
+/// it is unless somebody changes it.
+const AROUND: usize = 64 << 10;
 
 /// A mapped file's bytes.
 pub(crate) struct MappedFile {
@@ -60,14 +64,13 @@ impl MappedFile {
         if bytes.start >= bytes.end || bytes.end > self.map.len() {
             return;
         }
+        let start = bytes.start.saturating_sub(AROUND);
+        let end = self.map.len().min(bytes.end.saturating_add(AROUND));
         // SAFETY: of a map of a file that nobody writes to through it, the pages' contents are the
-        // file's before and after. They are given back whole, neighbours' bytes with them.
+        // file's before and after. A neighbour's, given back along with them, are read again.
         let advised = unsafe {
-            self.map.unchecked_advise_range(
-                UncheckedAdvice::DontNeed,
-                bytes.start,
-                bytes.end - bytes.start,
-            )
+            self.map
+                .unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start)
         };
         // Without it, the memory stays until the kernel wants it.
         let _ = advised;

@@ -20,7 +20,7 @@ impl Checkpoint {
             let middle = view.storage.len().saturating_sub(SAMPLE) / 2;
             let sample = view.storage.iter().skip(middle).take(SAMPLE);
             hash.update(sample.copied().collect::<Vec<u8>>());
-            // The kernel maps what lies around a page along with it: of small tensors, all.
+            // With what the kernel maps around a page: of small tensors, all.
             self.give_back(name);
         }
         Ok(hexadecimal(&hash.finalize()))
