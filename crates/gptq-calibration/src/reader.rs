@@ -3,7 +3,8 @@
 //!
 //! | file | a row |
 //! |---|---|
-//! | `.json` | an element of the list, or of the one list in the object; a string is a row with the column `text` |
+//! | `.json` | an element of the list, or of the one list in the object; a string is the column `text` |
+//! | `.json` of several objects | an object, as in `.jsonl` |
 //! | `.jsonl` | a line |
 //! | `.csv` | a record; the first names the columns |
 //! | `.txt` | a line that is not blank, in the column `text` |
@@ -11,14 +12,15 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::ops::ControlFlow;
 use std::rc::Rc;
 
 use serde_json::{Map, Value};
 
+use crate::json::{self, Opening};
 use crate::source::{Compression, Format, SourceFile};
-use crate::{CalibrationError, columnar, json};
+use crate::{CalibrationError, columnar};
 
 /// Column names and values.
 pub type Row = Map<String, Value>;
@@ -56,9 +58,14 @@ pub(crate) fn read(
             }
         };
     }
+    let mut unpacked = decompress(opened, file)?;
+    let opening = match file.format {
+        Format::Json => json::look(&mut unpacked, LONGEST_ROW).map_err(|e| malformed(file, e))?,
+        _ => Opening::default(),
+    };
     let since_row = Rc::new(Cell::new(0));
     let metered = BufReader::new(Metered {
-        inner: decompress(opened, file)?,
+        inner: Cursor::new(opening.bytes).chain(unpacked),
         since_row: since_row.clone(),
     });
     let mut each = |row| {
@@ -66,6 +73,7 @@ pub(crate) fn read(
         each(row)
     };
     match file.format {
+        Format::Json if opening.is_rows => json::read_rows(metered, file, &mut each),
         Format::Json => json::read_list(metered, file, &mut each),
         Format::Csv => csv(metered, file, &mut each),
         Format::JsonLines => lines(metered, file, &mut |number, line| {
