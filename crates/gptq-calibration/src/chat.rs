@@ -123,13 +123,14 @@ impl ChatTemplate {
         (!self.complete).then_some("<|im_end|>")
     }
 
-    /// The conversation as text, with the opening of the assistant's next turn if asked for.
+    /// The conversation as text, with the opening of the assistant's next turn if asked for. Its
+    /// messages are [`Message`]s, or objects with more keys than those.
     ///
     /// # Errors
     /// What the template itself refuses, such as roles out of turn.
     pub fn render(
         &self,
-        messages: &[Message],
+        messages: &[impl Serialize + Sync],
         add_generation_prompt: bool,
     ) -> Result<String, CalibrationError> {
         let messages = Serde(messages);

@@ -33,11 +33,15 @@ pub enum CalibrationError {
         column: String,
         columns: Vec<String>,
     },
-    #[error("row {row}, column {column:?}: not {wanted}")]
+    #[error(
+        "row {row}, column {column:?}: {found}; {takes}: convert the column, leave the row out with \
+         rows, or choose with template, column, messages or tokens"
+    )]
     Cell {
         row: usize,
         column: String,
-        wanted: &'static str,
+        found: String,
+        takes: &'static str,
     },
     #[error("the tokenizer has no chat template; chat_template = \"chatml\" uses ChatML")]
     NoChatTemplate,

@@ -133,6 +133,18 @@ pub(crate) fn row(text: &str) -> Result<Row, String> {
         .and_then(as_row)
 }
 
+/// What a value is, as a sentence has it.
+pub(crate) fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
 fn as_row(value: Value) -> Result<Row, String> {
     match value {
         Value::Object(row) => Ok(row),
