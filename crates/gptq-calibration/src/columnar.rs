@@ -1,22 +1,24 @@
 //! Rows of Parquet and Arrow files, a batch at a time and only the columns that are wanted. Arrow
 //! files may be in the stream form, which Hugging Face `datasets` writes, or in the file form.
 //!
-//! Values become JSON values: text, numbers, booleans, lists and structs; any other type reads as
-//! null. A file holds no more of them than its size allows ([`ValueBudget`]).
+//! Values become JSON values: text and bytes that are text, numbers, booleans, lists, structs, and
+//! dates, times and decimals as text; any other type is refused by name, also within lists and structs.
+//! A file holds no more of them than its size allows ([`ValueBudget`]).
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, make_array};
 use arrow::datatypes::{
-    DataType, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, Schema,
-    UInt8Type, UInt16Type, UInt32Type, UInt64Type,
+    DataType, Float16Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type,
+    Schema, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
 };
 use arrow::error::ArrowError;
 use arrow::ipc::reader::{FileReader, StreamReader, read_footer_length};
 use arrow::ipc::{Block, root_as_footer};
+use arrow::util::display::{ArrayFormatter, FormatOptions};
 use serde_json::{Map, Value};
 
 use crate::reader::{EachRow, Row, malformed};
@@ -194,15 +196,17 @@ fn batches_to_rows(
         for &column in columns {
             let array = batch.column_by_name(column);
             let array = array.ok_or_else(|| malformed(file, "a batch lacks a column"))?;
-            arrays.push((column, plain(array).map_err(|e| malformed(file, e))?));
+            arrays.push((column, array.clone()));
         }
         for i in 0..batch.num_rows() {
-            rows += 1;
             let mut row = Row::new();
             for (column, array) in &arrays {
-                let cell = value(array, i, &budget).map_err(|why| malformed(file, why))?;
+                let cell = value(array, i, &budget).map_err(|why| {
+                    malformed(file, format!("row {rows}, column {column:?}: {why}"))
+                })?;
                 row.insert((*column).to_owned(), cell);
             }
+            rows += 1;
             if each(row)?.is_break() {
                 return Ok((ControlFlow::Break(()), rows));
             }
@@ -211,16 +215,13 @@ fn batches_to_rows(
     Ok((ControlFlow::Continue(()), rows))
 }
 
-/// A dictionary's values in place of its keys.
-fn plain(array: &ArrayRef) -> Result<ArrayRef, ArrowError> {
-    match array.data_type() {
-        DataType::Dictionary(_, values) => arrow::compute::cast(array, values),
-        _ => Ok(array.clone()),
-    }
-}
-
 fn value(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, String> {
     budget.spend(1)?;
+    resolved(array, i, budget)
+}
+
+/// A value whose place in the budget is taken.
+fn resolved(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, String> {
     if array.is_null(i) {
         return Ok(Value::Null);
     }
@@ -232,6 +233,10 @@ fn value(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, Str
         DataType::Utf8 => array.as_string::<i32>().value(i).into(),
         DataType::LargeUtf8 => array.as_string::<i64>().value(i).into(),
         DataType::Utf8View => array.as_string_view().value(i).into(),
+        DataType::Binary => bytes(array, array.as_binary::<i32>().value(i))?,
+        DataType::LargeBinary => bytes(array, array.as_binary::<i64>().value(i))?,
+        DataType::BinaryView => bytes(array, array.as_binary_view().value(i))?,
+        DataType::FixedSizeBinary(_) => bytes(array, array.as_fixed_size_binary().value(i))?,
         DataType::Boolean => array.as_boolean().value(i).into(),
         DataType::Int8 => array.as_primitive::<Int8Type>().value(i).into(),
         DataType::Int16 => array.as_primitive::<Int16Type>().value(i).into(),
@@ -241,10 +246,13 @@ fn value(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, Str
         DataType::UInt16 => array.as_primitive::<UInt16Type>().value(i).into(),
         DataType::UInt32 => array.as_primitive::<UInt32Type>().value(i).into(),
         DataType::UInt64 => array.as_primitive::<UInt64Type>().value(i).into(),
-        DataType::Float32 => array.as_primitive::<Float32Type>().value(i).into(),
+        DataType::Float16 => float(array.as_primitive::<Float16Type>().value(i).into()),
+        DataType::Float32 => float(array.as_primitive::<Float32Type>().value(i)),
         DataType::Float64 => array.as_primitive::<Float64Type>().value(i).into(),
         DataType::List(_) => list(array.as_list::<i32>().value(i))?,
         DataType::LargeList(_) => list(array.as_list::<i64>().value(i))?,
+        DataType::ListView(_) => list(array.as_list_view::<i32>().value(i))?,
+        DataType::LargeListView(_) => list(array.as_list_view::<i64>().value(i))?,
         DataType::FixedSizeList(..) => list(array.as_fixed_size_list().value(i))?,
         DataType::Struct(fields) => {
             let members = fields.iter().zip(array.as_struct().columns());
@@ -254,9 +262,65 @@ fn value(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, Str
             }
             Value::Object(object)
         }
-        _ => Value::Null,
+        // One at a time: a long text under many keys would fill memory as a plain array.
+        DataType::Dictionary(..) => {
+            let dictionary = array.as_any_dictionary();
+            let values = dictionary.values();
+            let key = resolved(dictionary.keys(), i, budget)?;
+            let key = key.as_u64().and_then(|key| usize::try_from(key).ok());
+            let key = key.filter(|key| *key < values.len());
+            resolved(values, key.ok_or("a key outside its dictionary")?, budget)?
+        }
+        DataType::Timestamp(unit, Some(_)) => {
+            // The number is of UTC, whatever zone it is to be shown in.
+            let utc = DataType::Timestamp(*unit, None);
+            let one = array.slice(i, 1).to_data().into_builder().data_type(utc);
+            let one = make_array(one.build().map_err(|e| e.to_string())?);
+            (shown(&one, 0)? + "Z").into()
+        }
+        DataType::Date32
+        | DataType::Date64
+        | DataType::Time32(_)
+        | DataType::Time64(_)
+        | DataType::Timestamp(_, None)
+        | DataType::Decimal32(..)
+        | DataType::Decimal64(..)
+        | DataType::Decimal128(..)
+        | DataType::Decimal256(..) => shown(array, i)?.into(),
+        DataType::Null => Value::Null,
+        other => {
+            return Err(format!(
+                "its Arrow type {other} has no text; write it as text"
+            ));
+        }
     })
+}
+
+/// The shortest number that reads back as this one: 0.1, not 0.10000000149011612.
+fn float(value: f32) -> Value {
+    value
+        .to_string()
+        .parse::<f64>()
+        .map_or(Value::Null, Value::from)
+}
+
+fn bytes(array: &dyn Array, bytes: &[u8]) -> Result<Value, String> {
+    let text = std::str::from_utf8(bytes).map_err(|_| {
+        let kind = array.data_type();
+        format!("its Arrow type is {kind}, and these bytes are not UTF-8 text; write it as text")
+    });
+    Ok(text?.into())
+}
+
+/// As Arrow prints it.
+fn shown(array: &dyn Array, i: usize) -> Result<String, String> {
+    let options = FormatOptions::default();
+    let formatter = ArrayFormatter::try_new(array, &options).map_err(|e| e.to_string())?;
+    let text = formatter.value(i).try_to_string();
+    text.map_err(|e| e.to_string())
 }
 
 #[cfg(test)]
 mod limits;
+#[cfg(test)]
+mod types;
