@@ -16,6 +16,7 @@ use arrow::datatypes::{
     Schema, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
 };
 use arrow::error::ArrowError;
+use arrow::ipc::convert::try_fb_to_schema;
 use arrow::ipc::reader::{FileReader, StreamReader, read_footer_length};
 use arrow::ipc::{Block, root_as_footer};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
@@ -103,26 +104,35 @@ fn arrow(
         .and_then(|_| opened.seek(SeekFrom::Start(0)))
         .map_err(CalibrationError::io(&file.path))?;
     let is_file = magic == ARROW_FILE;
-    if is_file {
-        check_footer(&mut opened).map_err(|why| malformed(file, why))?;
-    }
+    let schema = match is_file {
+        true => check_footer(&mut opened),
+        false => stream_schema(&mut opened),
+    };
+    let schema = schema.map_err(|why| malformed(file, why))?;
+    let wanted = Some(wanted(&schema, columns)?);
     let length = length(&opened, file)?;
     let buffered = BufReader::new(opened);
     let (flow, _) = if is_file {
-        let batches = FileReader::try_new(buffered, None).map_err(|e| malformed(file, e))?;
-        wanted(&batches.schema(), columns)?;
+        let batches = FileReader::try_new(buffered, wanted).map_err(|e| malformed(file, e))?;
         batches_to_rows(batches, length, file, columns, each)?
     } else {
-        let batches = StreamReader::try_new(buffered, None).map_err(|e| malformed(file, e))?;
-        wanted(&batches.schema(), columns)?;
+        let batches = StreamReader::try_new(buffered, wanted).map_err(|e| malformed(file, e))?;
         batches_to_rows(batches, length, file, columns, each)?
     };
     Ok(flow)
 }
 
+/// The schema that the stream form begins with. Leaves `file` at its start.
+fn stream_schema(file: &mut File) -> Result<Schema, String> {
+    let stream = StreamReader::try_new(BufReader::new(&*file), None);
+    let schema = stream.map_err(|e| e.to_string())?.schema();
+    file.seek(SeekFrom::Start(0)).map_err(|e| e.to_string())?;
+    Ok(Schema::clone(&schema))
+}
+
 /// Checks that the footer, and what it points to, lie in the file: the library takes their lengths for
-/// memory before it reads. Leaves `file` at its start.
-fn check_footer(file: &mut File) -> Result<(), String> {
+/// memory before it reads. The footer's schema; leaves `file` at its start.
+fn check_footer(file: &mut File) -> Result<Schema, String> {
     let end = file.seek(SeekFrom::End(-10)).map_err(|e| e.to_string())?;
     let mut tail = [0; 10];
     file.read_exact(&mut tail).map_err(|e| e.to_string())?;
@@ -151,10 +161,11 @@ fn check_footer(file: &mut File) -> Result<(), String> {
         });
         sum.is_some_and(|sum| sum <= end)
     };
-    match blocks.into_iter().all(inside) {
-        true => Ok(()),
-        false => Err("its footer points outside the file".into()),
+    if !blocks.into_iter().all(inside) {
+        return Err("its footer points outside the file".into());
     }
+    let schema = footer.schema().ok_or("its footer has no schema")?;
+    try_fb_to_schema(schema).map_err(|e| format!("its footer: {e}"))
 }
 
 /// Places of the wanted columns.

@@ -151,6 +151,37 @@ fn numbers_dates_times_and_decimals_read_as_they_are_written() {
 }
 
 #[test]
+fn columns_that_are_not_wanted_are_not_decoded() {
+    let dir = TempDir::new().unwrap();
+    let marker = "a-text-to-be-spoilt";
+    let texts = |text: &str| Arc::new(StringArray::from(vec![text; 3])) as ArrayRef;
+    let columns = vec![
+        ("before", texts(marker)),
+        ("x", texts("fever")),
+        ("after", texts(marker)),
+    ];
+    for path in write(&dir, RecordBatch::try_from_iter(columns).unwrap()) {
+        let mut bytes = fs::read(&path).unwrap();
+        let places: Vec<usize> = (0..bytes.len() - marker.len())
+            .filter(|&at| &bytes[at..at + marker.len()] == marker.as_bytes())
+            .collect();
+        assert!(places.len() >= 2);
+        for at in places {
+            bytes[at] = 0xff;
+        }
+        fs::write(&path, bytes).unwrap();
+        for column in ["before", "after"] {
+            read(&path, column).unwrap_err();
+        }
+        assert_eq!(
+            read(&path, "x").unwrap(),
+            vec![json!("fever"); 3],
+            "{path:?}"
+        );
+    }
+}
+
+#[test]
 fn what_has_no_text_is_refused_with_its_row_column_and_type() {
     let dir = TempDir::new().unwrap();
     let binary: ArrayRef = Arc::new(BinaryArray::from(vec![&b"text"[..], b"\xff\xd8\xff"]));
