@@ -67,10 +67,7 @@ impl ChatTemplate {
     /// # Errors
     /// A file that cannot be read, or a template that does not parse.
     pub fn of(dir: &Path) -> Result<Option<Self>, CalibrationError> {
-        let config = match small_file::tokenizer_config(dir) {
-            Err(error) if error.is_missing_file() => Value::Null,
-            other => other?,
-        };
+        let config = small_file::config(dir, "tokenizer_config.json")?;
         let own = dir.join("chat_template.jinja");
         let source = match small_file::read(&own, MAX_TEMPLATE) {
             Ok(bytes) => {

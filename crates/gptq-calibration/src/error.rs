@@ -65,8 +65,18 @@ pub enum CalibrationError {
     },
     #[error("too little evaluation text: {available} tokens do not fill one window of {window}")]
     TooLittleEvaluation { available: usize, window: usize },
-    #[error("{}: no end token; tokenizer_config.json names none in its vocabulary", dir.display())]
+    #[error(
+        "{}: no end token; neither tokenizer_config.json nor special_tokens_map.json has an eos_token \
+         of its vocabulary; add one to tokenizer_config.json",
+        dir.display()
+    )]
     NoEndToken { dir: PathBuf },
+    #[error(
+        "{0}: {found}, but no tokenizer.json; Transformers writes it, once: python -c \"from \
+         transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{0}').save_pretrained('{0}')\"",
+        dir.display()
+    )]
+    SlowTokenizer { dir: PathBuf, found: &'static str },
     #[error("chat template, line {line}: {reason}")]
     ChatTemplate { line: usize, reason: String },
     #[error("the tokenizer failed: {reason}")]
