@@ -52,12 +52,34 @@ pub(crate) fn read(
     columns: &[&str],
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
-    // Both libraries panic on some malformed files instead of returning an error.
-    let read = AssertUnwindSafe(|| match kind {
+    refuse_panics(file, || match kind {
         Kind::Parquet => parquet(opened, file, columns, each),
         Kind::Arrow => arrow(opened, file, columns, each),
-    });
-    catch_unwind(read).unwrap_or_else(|_| Err(malformed(file, "the file is malformed")))
+    })
+}
+
+/// The names of all columns.
+pub(crate) fn columns(
+    kind: Kind,
+    mut opened: File,
+    file: &SourceFile,
+) -> Result<Vec<String>, CalibrationError> {
+    refuse_panics(file, || {
+        let schema = match kind {
+            Kind::Parquet => parquet_file::schema(&mut opened, file)?,
+            Kind::Arrow => arrow_schema(&mut opened, file)?.0.into(),
+        };
+        Ok(names(&schema))
+    })
+}
+
+/// Both libraries panic on some malformed files instead of returning an error.
+fn refuse_panics<T>(
+    file: &SourceFile,
+    read: impl FnOnce() -> Result<T, CalibrationError>,
+) -> Result<T, CalibrationError> {
+    catch_unwind(AssertUnwindSafe(read))
+        .unwrap_or_else(|_| Err(malformed(file, "the file is malformed")))
 }
 
 /// Copies a decompressed file to an unnamed temporary one.
@@ -97,19 +119,8 @@ fn arrow(
     columns: &[&str],
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
-    let mut magic = Vec::new();
-    (&opened)
-        .take(ARROW_FILE.len() as u64)
-        .read_to_end(&mut magic)
-        .and_then(|_| opened.seek(SeekFrom::Start(0)))
-        .map_err(CalibrationError::io(&file.path))?;
-    let is_file = magic == ARROW_FILE;
-    let schema = match is_file {
-        true => check_footer(&mut opened),
-        false => stream_schema(&mut opened),
-    };
-    let schema = schema.map_err(|why| malformed(file, why))?;
-    let wanted = Some(wanted(&schema, columns)?);
+    let (schema, is_file) = arrow_schema(&mut opened, file)?;
+    let wanted = Some(wanted(&schema, file, columns)?);
     let length = length(&opened, file)?;
     let buffered = BufReader::new(opened);
     let (flow, _) = if is_file {
@@ -120,6 +131,22 @@ fn arrow(
         batches_to_rows(batches, length, file, columns, each)?
     };
     Ok(flow)
+}
+
+/// The schema, and whether the file is in the file form. Leaves `opened` at its start.
+fn arrow_schema(opened: &mut File, file: &SourceFile) -> Result<(Schema, bool), CalibrationError> {
+    let mut magic = Vec::new();
+    (&*opened)
+        .take(ARROW_FILE.len() as u64)
+        .read_to_end(&mut magic)
+        .and_then(|_| opened.seek(SeekFrom::Start(0)))
+        .map_err(CalibrationError::io(&file.path))?;
+    let is_file = magic == ARROW_FILE;
+    let schema = match is_file {
+        true => check_footer(opened),
+        false => stream_schema(opened),
+    };
+    Ok((schema.map_err(|why| malformed(file, why))?, is_file))
 }
 
 /// The schema that the stream form begins with. Leaves `file` at its start.
@@ -169,17 +196,26 @@ fn check_footer(file: &mut File) -> Result<Schema, String> {
 }
 
 /// Places of the wanted columns.
-pub(crate) fn wanted(schema: &Schema, columns: &[&str]) -> Result<Vec<usize>, CalibrationError> {
+pub(crate) fn wanted(
+    schema: &Schema,
+    file: &SourceFile,
+    columns: &[&str],
+) -> Result<Vec<usize>, CalibrationError> {
     let place = |column: &&str| {
         schema
             .index_of(column)
             .map_err(|_| CalibrationError::Column {
                 row: 0,
                 column: (*column).to_owned(),
-                columns: schema.fields().iter().map(|f| f.name().clone()).collect(),
+                columns: names(schema),
             })
     };
-    columns.iter().map(place).collect()
+    let places = columns.iter().map(place).collect::<Result<_, _>>();
+    places.map_err(CalibrationError::in_file(&file.path))
+}
+
+fn names(schema: &Schema) -> Vec<String> {
+    schema.fields().iter().map(|f| f.name().clone()).collect()
 }
 
 /// In bytes.

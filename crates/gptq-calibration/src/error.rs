@@ -1,6 +1,6 @@
 //! The one error type of this crate.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -24,8 +24,8 @@ pub enum CalibrationError {
     #[error("tokens cannot be kept in the temporary directory (TMPDIR): {source}")]
     Scratch { source: std::io::Error },
     #[error(
-        "row {row} has no text in column {column:?}; its columns are {}; choose with template, \
-         column, messages or tokens",
+        "row {row} has no column {column:?}; its columns are {}; choose with template, column, \
+         messages or tokens",
         columns.join(", ")
     )]
     Column {
@@ -42,6 +42,22 @@ pub enum CalibrationError {
         column: String,
         found: String,
         takes: &'static str,
+    },
+    #[error(
+        "all {rows} rows of the range {range} have a null in {}; the columns are {}; choose with \
+         template, column, messages or tokens",
+        wanted.join(" or "), columns.join(", ")
+    )]
+    Nulls {
+        rows: usize,
+        range: String,
+        wanted: Vec<String>,
+        columns: Vec<String>,
+    },
+    #[error("{}: {source}", path.display())]
+    InFile {
+        path: PathBuf,
+        source: Box<CalibrationError>,
     },
     #[error("the tokenizer has no chat template; chat_template = \"chatml\" uses ChatML")]
     NoChatTemplate,
@@ -86,6 +102,14 @@ pub enum CalibrationError {
 impl CalibrationError {
     pub(crate) fn is_missing_file(&self) -> bool {
         matches!(self, CalibrationError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
+    }
+
+    /// What is wrong with a row, with the file it lies in.
+    pub(crate) fn in_file(path: &Path) -> impl FnOnce(Self) -> Self {
+        move |source| CalibrationError::InFile {
+            path: path.into(),
+            source: source.into(),
+        }
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {

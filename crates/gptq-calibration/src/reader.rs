@@ -43,22 +43,10 @@ pub(crate) fn read(
     columns: &[&str],
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
-    let opened = File::open(&file.path).map_err(CalibrationError::io(&file.path))?;
-    let columnar = match file.format {
-        Format::Parquet => Some(columnar::Kind::Parquet),
-        Format::Arrow => Some(columnar::Kind::Arrow),
-        _ => None,
-    };
-    if let Some(kind) = columnar {
-        return match file.compression {
-            Compression::None => columnar::read(kind, opened, file, columns, each),
-            _ => {
-                let unpacked = columnar::spool(decompress(opened, file)?, file)?;
-                columnar::read(kind, unpacked, file, columns, each)
-            }
-        };
+    if let Some(kind) = columnar_kind(file) {
+        return columnar::read(kind, open_columnar(file)?, file, columns, each);
     }
-    let mut unpacked = decompress(opened, file)?;
+    let mut unpacked = decompress(open(file)?, file)?;
     let opening = match file.format {
         Format::Json => json::look(&mut unpacked, LONGEST_ROW).map_err(|e| malformed(file, e))?,
         _ => Opening::default(),
@@ -82,6 +70,40 @@ pub(crate) fn read(
             each(row)
         }),
         _ => lines(metered, file, &mut |_, line| each(text_row(line.into()))),
+    }
+}
+
+/// The names of all columns: of the first row, where rows may differ.
+pub(crate) fn columns(file: &SourceFile) -> Result<Vec<String>, CalibrationError> {
+    if let Some(kind) = columnar_kind(file) {
+        return columnar::columns(kind, open_columnar(file)?, file);
+    }
+    let mut columns = Vec::new();
+    let _ = read(file, &[], &mut |row| {
+        columns = row.keys().cloned().collect();
+        Ok(ControlFlow::Break(()))
+    })?;
+    Ok(columns)
+}
+
+fn columnar_kind(file: &SourceFile) -> Option<columnar::Kind> {
+    match file.format {
+        Format::Parquet => Some(columnar::Kind::Parquet),
+        Format::Arrow => Some(columnar::Kind::Arrow),
+        _ => None,
+    }
+}
+
+fn open(file: &SourceFile) -> Result<File, CalibrationError> {
+    File::open(&file.path).map_err(CalibrationError::io(&file.path))
+}
+
+/// The file, unpacked.
+fn open_columnar(file: &SourceFile) -> Result<File, CalibrationError> {
+    let opened = open(file)?;
+    match file.compression {
+        Compression::None => Ok(opened),
+        _ => columnar::spool(decompress(opened, file)?, file),
     }
 }
 
