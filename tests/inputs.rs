@@ -153,6 +153,38 @@ fn a_row_without_the_column_says_which_it_has_and_how_to_choose() {
 }
 
 #[test]
+fn rows_with_a_null_are_told_of() {
+    let scratch = Scratch::new();
+    let path = scratch.path("my.json");
+    // JSON lines by another name, as C4 has them.
+    let row = |i: usize| match i % 3 {
+        0 => json!({"text": null}),
+        _ => json!({"text": format!("Row {i} says that a cold is mild.")}),
+    };
+    let lines: String = (0..90).map(|i| format!("{}\n", row(i))).collect();
+    fs::write(&path, lines).unwrap();
+    let path = path.to_str().unwrap();
+    let flags = [
+        "calibration",
+        "show",
+        "configs/tiny.toml",
+        "--calibration",
+        path,
+    ];
+    let more = ["--column", "text", "--samples", "1", "--seq-len", "64"];
+    let text = succeed(flags.iter().chain(&more).chain(&["--rows", "0:"]));
+    assert!(
+        text.contains("60 used of 0:, 30 left out for a null"),
+        "{text}"
+    );
+    let line = refuse(flags.iter().chain(&more).chain(&["--rows", "0:1"]));
+    assert!(
+        line.contains("all 1 rows") && line.contains("\"text\""),
+        "{line}"
+    );
+}
+
+#[test]
 fn a_recipe_that_says_two_things_of_a_row_is_refused_at_its_place() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), ONE);

@@ -4,7 +4,7 @@ Run with PyTorch 2.11 and Transformers 5.17, in the repository's root, with OUT 
 
     OUT=tests/golden/families python tests/golden/make_families.py
 
-For FAMILY in llama, mistral, qwen2:
+For FAMILY in llama, mistral, qwen2, llama3 (or those named as arguments, and then nothing else is made):
 
     FAMILY/config.json, model.safetensors   as Transformers saves them, f16
     FAMILY/logits.safetensors               input_ids i32 [2, 64], positions i32 [8], logits f32
@@ -64,9 +64,27 @@ families = {
         sliding_window=16,
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
+    # Llama 3.1's frequencies. Wavelengths begin at 6, 32 and 167 tokens: one of each kind that is told apart at
+    # 64/4 and 64/1.
+    "llama3": LlamaConfig(
+        **common,
+        num_key_value_heads=2,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
 }
 
+only = sys.argv[1:]
+
 for family, config in families.items():
+    if only and family not in only:
+        continue
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
@@ -105,6 +123,9 @@ for family, config in families.items():
         total = sum(t.numel() * 2 for t in state.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (bin / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+if only:
+    sys.exit()
 
 rows = json.load(open("calibration/wikidoc/wikidoc_patient_information_1000.json"))
 text = [f"{row['input']}\n{row['output']}" for row in rows]

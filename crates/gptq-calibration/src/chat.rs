@@ -67,10 +67,7 @@ impl ChatTemplate {
     /// # Errors
     /// A file that cannot be read, or a template that does not parse.
     pub fn of(dir: &Path) -> Result<Option<Self>, CalibrationError> {
-        let config = match small_file::tokenizer_config(dir) {
-            Err(error) if error.is_missing_file() => Value::Null,
-            other => other?,
-        };
+        let config = small_file::config(dir, "tokenizer_config.json")?;
         let own = dir.join("chat_template.jinja");
         let source = match small_file::read(&own, MAX_TEMPLATE) {
             Ok(bytes) => {
@@ -123,13 +120,14 @@ impl ChatTemplate {
         (!self.complete).then_some("<|im_end|>")
     }
 
-    /// The conversation as text, with the opening of the assistant's next turn if asked for.
+    /// The conversation as text, with the opening of the assistant's next turn if asked for. Its
+    /// messages are [`Message`]s, or objects with more keys than those.
     ///
     /// # Errors
     /// What the template itself refuses, such as roles out of turn.
     pub fn render(
         &self,
-        messages: &[Message],
+        messages: &[impl Serialize + Sync],
         add_generation_prompt: bool,
     ) -> Result<String, CalibrationError> {
         let messages = Serde(messages);

@@ -1,22 +1,25 @@
 //! Rows of Parquet and Arrow files, a batch at a time and only the columns that are wanted. Arrow
 //! files may be in the stream form, which Hugging Face `datasets` writes, or in the file form.
 //!
-//! Values become JSON values: text, numbers, booleans, lists and structs; any other type reads as
-//! null. A file holds no more of them than its size allows ([`ValueBudget`]).
+//! Values become JSON values: text and bytes that are text, numbers, booleans, lists, structs, and
+//! dates, times and decimals as text; any other type is refused by name, also within lists and structs.
+//! A file holds no more of them than its size allows ([`ValueBudget`]).
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, make_array};
 use arrow::datatypes::{
-    DataType, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, Schema,
-    UInt8Type, UInt16Type, UInt32Type, UInt64Type,
+    DataType, Float16Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type,
+    Schema, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
 };
 use arrow::error::ArrowError;
+use arrow::ipc::convert::try_fb_to_schema;
 use arrow::ipc::reader::{FileReader, StreamReader, read_footer_length};
 use arrow::ipc::{Block, root_as_footer};
+use arrow::util::display::{ArrayFormatter, FormatOptions};
 use serde_json::{Map, Value};
 
 use crate::reader::{EachRow, Row, malformed};
@@ -49,12 +52,34 @@ pub(crate) fn read(
     columns: &[&str],
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
-    // Both libraries panic on some malformed files instead of returning an error.
-    let read = AssertUnwindSafe(|| match kind {
+    refuse_panics(file, || match kind {
         Kind::Parquet => parquet(opened, file, columns, each),
         Kind::Arrow => arrow(opened, file, columns, each),
-    });
-    catch_unwind(read).unwrap_or_else(|_| Err(malformed(file, "the file is malformed")))
+    })
+}
+
+/// The names of all columns.
+pub(crate) fn columns(
+    kind: Kind,
+    mut opened: File,
+    file: &SourceFile,
+) -> Result<Vec<String>, CalibrationError> {
+    refuse_panics(file, || {
+        let schema = match kind {
+            Kind::Parquet => parquet_file::schema(&mut opened, file)?,
+            Kind::Arrow => arrow_schema(&mut opened, file)?.0.into(),
+        };
+        Ok(names(&schema))
+    })
+}
+
+/// Both libraries panic on some malformed files instead of returning an error.
+fn refuse_panics<T>(
+    file: &SourceFile,
+    read: impl FnOnce() -> Result<T, CalibrationError>,
+) -> Result<T, CalibrationError> {
+    catch_unwind(AssertUnwindSafe(read))
+        .unwrap_or_else(|_| Err(malformed(file, "the file is malformed")))
 }
 
 /// Copies a decompressed file to an unnamed temporary one.
@@ -94,33 +119,47 @@ fn arrow(
     columns: &[&str],
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
-    let mut magic = Vec::new();
-    (&opened)
-        .take(ARROW_FILE.len() as u64)
-        .read_to_end(&mut magic)
-        .and_then(|_| opened.seek(SeekFrom::Start(0)))
-        .map_err(CalibrationError::io(&file.path))?;
-    let is_file = magic == ARROW_FILE;
-    if is_file {
-        check_footer(&mut opened).map_err(|why| malformed(file, why))?;
-    }
+    let (schema, is_file) = arrow_schema(&mut opened, file)?;
+    let wanted = Some(wanted(&schema, file, columns)?);
     let length = length(&opened, file)?;
     let buffered = BufReader::new(opened);
     let (flow, _) = if is_file {
-        let batches = FileReader::try_new(buffered, None).map_err(|e| malformed(file, e))?;
-        wanted(&batches.schema(), columns)?;
+        let batches = FileReader::try_new(buffered, wanted).map_err(|e| malformed(file, e))?;
         batches_to_rows(batches, length, file, columns, each)?
     } else {
-        let batches = StreamReader::try_new(buffered, None).map_err(|e| malformed(file, e))?;
-        wanted(&batches.schema(), columns)?;
+        let batches = StreamReader::try_new(buffered, wanted).map_err(|e| malformed(file, e))?;
         batches_to_rows(batches, length, file, columns, each)?
     };
     Ok(flow)
 }
 
+/// The schema, and whether the file is in the file form. Leaves `opened` at its start.
+fn arrow_schema(opened: &mut File, file: &SourceFile) -> Result<(Schema, bool), CalibrationError> {
+    let mut magic = Vec::new();
+    (&*opened)
+        .take(ARROW_FILE.len() as u64)
+        .read_to_end(&mut magic)
+        .and_then(|_| opened.seek(SeekFrom::Start(0)))
+        .map_err(CalibrationError::io(&file.path))?;
+    let is_file = magic == ARROW_FILE;
+    let schema = match is_file {
+        true => check_footer(opened),
+        false => stream_schema(opened),
+    };
+    Ok((schema.map_err(|why| malformed(file, why))?, is_file))
+}
+
+/// The schema that the stream form begins with. Leaves `file` at its start.
+fn stream_schema(file: &mut File) -> Result<Schema, String> {
+    let stream = StreamReader::try_new(BufReader::new(&*file), None);
+    let schema = stream.map_err(|e| e.to_string())?.schema();
+    file.seek(SeekFrom::Start(0)).map_err(|e| e.to_string())?;
+    Ok(Schema::clone(&schema))
+}
+
 /// Checks that the footer, and what it points to, lie in the file: the library takes their lengths for
-/// memory before it reads. Leaves `file` at its start.
-fn check_footer(file: &mut File) -> Result<(), String> {
+/// memory before it reads. The footer's schema; leaves `file` at its start.
+fn check_footer(file: &mut File) -> Result<Schema, String> {
     let end = file.seek(SeekFrom::End(-10)).map_err(|e| e.to_string())?;
     let mut tail = [0; 10];
     file.read_exact(&mut tail).map_err(|e| e.to_string())?;
@@ -149,24 +188,34 @@ fn check_footer(file: &mut File) -> Result<(), String> {
         });
         sum.is_some_and(|sum| sum <= end)
     };
-    match blocks.into_iter().all(inside) {
-        true => Ok(()),
-        false => Err("its footer points outside the file".into()),
+    if !blocks.into_iter().all(inside) {
+        return Err("its footer points outside the file".into());
     }
+    let schema = footer.schema().ok_or("its footer has no schema")?;
+    try_fb_to_schema(schema).map_err(|e| format!("its footer: {e}"))
 }
 
 /// Places of the wanted columns.
-pub(crate) fn wanted(schema: &Schema, columns: &[&str]) -> Result<Vec<usize>, CalibrationError> {
+pub(crate) fn wanted(
+    schema: &Schema,
+    file: &SourceFile,
+    columns: &[&str],
+) -> Result<Vec<usize>, CalibrationError> {
     let place = |column: &&str| {
         schema
             .index_of(column)
             .map_err(|_| CalibrationError::Column {
                 row: 0,
                 column: (*column).to_owned(),
-                columns: schema.fields().iter().map(|f| f.name().clone()).collect(),
+                columns: names(schema),
             })
     };
-    columns.iter().map(place).collect()
+    let places = columns.iter().map(place).collect::<Result<_, _>>();
+    places.map_err(CalibrationError::in_file(&file.path))
+}
+
+fn names(schema: &Schema) -> Vec<String> {
+    schema.fields().iter().map(|f| f.name().clone()).collect()
 }
 
 /// In bytes.
@@ -194,15 +243,17 @@ fn batches_to_rows(
         for &column in columns {
             let array = batch.column_by_name(column);
             let array = array.ok_or_else(|| malformed(file, "a batch lacks a column"))?;
-            arrays.push((column, plain(array).map_err(|e| malformed(file, e))?));
+            arrays.push((column, array.clone()));
         }
         for i in 0..batch.num_rows() {
-            rows += 1;
             let mut row = Row::new();
             for (column, array) in &arrays {
-                let cell = value(array, i, &budget).map_err(|why| malformed(file, why))?;
+                let cell = value(array, i, &budget).map_err(|why| {
+                    malformed(file, format!("row {rows}, column {column:?}: {why}"))
+                })?;
                 row.insert((*column).to_owned(), cell);
             }
+            rows += 1;
             if each(row)?.is_break() {
                 return Ok((ControlFlow::Break(()), rows));
             }
@@ -211,16 +262,13 @@ fn batches_to_rows(
     Ok((ControlFlow::Continue(()), rows))
 }
 
-/// A dictionary's values in place of its keys.
-fn plain(array: &ArrayRef) -> Result<ArrayRef, ArrowError> {
-    match array.data_type() {
-        DataType::Dictionary(_, values) => arrow::compute::cast(array, values),
-        _ => Ok(array.clone()),
-    }
-}
-
 fn value(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, String> {
     budget.spend(1)?;
+    resolved(array, i, budget)
+}
+
+/// A value whose place in the budget is taken.
+fn resolved(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, String> {
     if array.is_null(i) {
         return Ok(Value::Null);
     }
@@ -232,6 +280,10 @@ fn value(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, Str
         DataType::Utf8 => array.as_string::<i32>().value(i).into(),
         DataType::LargeUtf8 => array.as_string::<i64>().value(i).into(),
         DataType::Utf8View => array.as_string_view().value(i).into(),
+        DataType::Binary => bytes(array, array.as_binary::<i32>().value(i))?,
+        DataType::LargeBinary => bytes(array, array.as_binary::<i64>().value(i))?,
+        DataType::BinaryView => bytes(array, array.as_binary_view().value(i))?,
+        DataType::FixedSizeBinary(_) => bytes(array, array.as_fixed_size_binary().value(i))?,
         DataType::Boolean => array.as_boolean().value(i).into(),
         DataType::Int8 => array.as_primitive::<Int8Type>().value(i).into(),
         DataType::Int16 => array.as_primitive::<Int16Type>().value(i).into(),
@@ -241,10 +293,13 @@ fn value(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, Str
         DataType::UInt16 => array.as_primitive::<UInt16Type>().value(i).into(),
         DataType::UInt32 => array.as_primitive::<UInt32Type>().value(i).into(),
         DataType::UInt64 => array.as_primitive::<UInt64Type>().value(i).into(),
-        DataType::Float32 => array.as_primitive::<Float32Type>().value(i).into(),
+        DataType::Float16 => float(array.as_primitive::<Float16Type>().value(i).into()),
+        DataType::Float32 => float(array.as_primitive::<Float32Type>().value(i)),
         DataType::Float64 => array.as_primitive::<Float64Type>().value(i).into(),
         DataType::List(_) => list(array.as_list::<i32>().value(i))?,
         DataType::LargeList(_) => list(array.as_list::<i64>().value(i))?,
+        DataType::ListView(_) => list(array.as_list_view::<i32>().value(i))?,
+        DataType::LargeListView(_) => list(array.as_list_view::<i64>().value(i))?,
         DataType::FixedSizeList(..) => list(array.as_fixed_size_list().value(i))?,
         DataType::Struct(fields) => {
             let members = fields.iter().zip(array.as_struct().columns());
@@ -254,9 +309,65 @@ fn value(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, Str
             }
             Value::Object(object)
         }
-        _ => Value::Null,
+        // One at a time: a long text under many keys would fill memory as a plain array.
+        DataType::Dictionary(..) => {
+            let dictionary = array.as_any_dictionary();
+            let values = dictionary.values();
+            let key = resolved(dictionary.keys(), i, budget)?;
+            let key = key.as_u64().and_then(|key| usize::try_from(key).ok());
+            let key = key.filter(|key| *key < values.len());
+            resolved(values, key.ok_or("a key outside its dictionary")?, budget)?
+        }
+        DataType::Timestamp(unit, Some(_)) => {
+            // The number is of UTC, whatever zone it is to be shown in.
+            let utc = DataType::Timestamp(*unit, None);
+            let one = array.slice(i, 1).to_data().into_builder().data_type(utc);
+            let one = make_array(one.build().map_err(|e| e.to_string())?);
+            (shown(&one, 0)? + "Z").into()
+        }
+        DataType::Date32
+        | DataType::Date64
+        | DataType::Time32(_)
+        | DataType::Time64(_)
+        | DataType::Timestamp(_, None)
+        | DataType::Decimal32(..)
+        | DataType::Decimal64(..)
+        | DataType::Decimal128(..)
+        | DataType::Decimal256(..) => shown(array, i)?.into(),
+        DataType::Null => Value::Null,
+        other => {
+            return Err(format!(
+                "its Arrow type {other} has no text; write it as text"
+            ));
+        }
     })
+}
+
+/// The shortest number that reads back as this one: 0.1, not 0.10000000149011612.
+fn float(value: f32) -> Value {
+    value
+        .to_string()
+        .parse::<f64>()
+        .map_or(Value::Null, Value::from)
+}
+
+fn bytes(array: &dyn Array, bytes: &[u8]) -> Result<Value, String> {
+    let text = std::str::from_utf8(bytes).map_err(|_| {
+        let kind = array.data_type();
+        format!("its Arrow type is {kind}, and these bytes are not UTF-8 text; write it as text")
+    });
+    Ok(text?.into())
+}
+
+/// As Arrow prints it.
+fn shown(array: &dyn Array, i: usize) -> Result<String, String> {
+    let options = FormatOptions::default();
+    let formatter = ArrayFormatter::try_new(array, &options).map_err(|e| e.to_string())?;
+    let text = formatter.value(i).try_to_string();
+    text.map_err(|e| e.to_string())
 }
 
 #[cfg(test)]
 mod limits;
+#[cfg(test)]
+mod types;

@@ -4,6 +4,8 @@ use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::sync::mpsc::SyncSender;
 
+use serde_json::Value;
+
 use crate::chat::ChatTemplate;
 use crate::rendering::Document;
 use crate::row_range::Place;
@@ -15,17 +17,18 @@ const BATCH_DOCUMENTS: usize = 256;
 const BATCH_BYTES: usize = 1 << 20;
 
 /// Sends every document of `files` in the settings' range of rows, until the end or until nobody
-/// receives any more. Errors when the files end before the range begins.
+/// receives any more. Rows with a null in a column they need are left out and counted. Errors when
+/// the files end before the range begins, and when every row is left out.
 pub(crate) fn send(
     settings: &CalibrationSettings,
     files: &[SourceFile],
     chat: Option<&ChatTemplate>,
-    sender: &SyncSender<Vec<Document>>,
+    sender: &SyncSender<Batch>,
 ) -> Result<(), CalibrationError> {
     let columns = settings.rendering.columns();
     let mut seen = HashSet::new();
     let mut batch = Batch::default();
-    let (mut index, mut inside) = (0, 0);
+    let (mut index, mut inside, mut nulls) = (0, 0, 0);
     for file in files {
         let flow = reader::read(file, &columns, &mut |row| {
             let place = settings.rows.place(index);
@@ -35,7 +38,14 @@ pub(crate) fn send(
                 Place::Past => return Ok(ControlFlow::Break(())),
                 Place::Inside => inside += 1,
             }
-            let document = settings.rendering.render(index - 1, &row, chat)?;
+            let mut cells = columns.iter().map(|column| row.get(*column));
+            if cells.any(|cell| cell.is_some_and(Value::is_null)) {
+                nulls += 1;
+                batch.nulls += 1;
+                return Ok(ControlFlow::Continue(()));
+            }
+            let document = settings.rendering.render(index - 1, &row, chat);
+            let document = document.map_err(CalibrationError::in_file(&file.path))?;
             if settings.dedupe && !seen.insert(document.digest()) {
                 return Ok(ControlFlow::Continue(()));
             }
@@ -57,20 +67,31 @@ pub(crate) fn send(
             available: index,
         });
     }
+    if let Some(file) = files.first().filter(|_| nulls == inside) {
+        return Err(CalibrationError::Nulls {
+            rows: nulls,
+            range: settings.rows.to_string(),
+            wanted: columns.iter().map(|column| format!("{column:?}")).collect(),
+            columns: reader::columns(file)?,
+        });
+    }
     // Whoever stopped receiving has what it needs.
     let _ = sender.send(batch.take());
     Ok(())
 }
 
+/// Documents of consecutive rows.
 #[derive(Default)]
-struct Batch {
-    documents: Vec<Document>,
+pub(crate) struct Batch {
+    pub documents: Vec<Document>,
+    /// Rows among them that were left out for a null. They are counted here and not by the thread
+    /// that reads, which may be ahead of what is used by more or fewer rows.
+    pub nulls: usize,
     bytes: usize,
 }
 
 impl Batch {
-    fn take(&mut self) -> Vec<Document> {
-        self.bytes = 0;
-        std::mem::take(&mut self.documents)
+    fn take(&mut self) -> Batch {
+        std::mem::take(self)
     }
 }

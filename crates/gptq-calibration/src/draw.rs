@@ -9,7 +9,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
 
 use crate::chat::ChatTemplate;
-use crate::rendering::Document;
+use crate::documents::Batch;
 use crate::source::SourceFile;
 use crate::token_file::{TokenFile, TokenWriter};
 use crate::{
@@ -77,7 +77,7 @@ impl Calibration {
             Rendering::Messages { chatml: false, .. } => ChatTemplate::of(tokenizer.dir())?,
             _ => None,
         };
-        let (hashed, row_count, tokens) = thread::scope(|scope| {
+        let (hashed, joined) = thread::scope(|scope| {
             let (files, chat) = (&files, chat.as_ref());
             let hashing = scope.spawn(|| {
                 let hashes = files.iter().map(SourceFile::hash);
@@ -90,12 +90,17 @@ impl Calibration {
             reading
                 .join()
                 .unwrap_or_else(|panic| resume_unwind(panic))?;
-            let (row_count, tokens) = joined?;
+            let joined = joined?;
             let hashed = hashing
                 .join()
                 .unwrap_or_else(|panic| resume_unwind(panic))?;
-            Ok::<_, CalibrationError>((hashed, row_count, tokens))
+            Ok::<_, CalibrationError>((hashed, joined))
         })?;
+        let Joined {
+            row_count,
+            null_rows,
+            tokens,
+        } = joined;
         let starts = starts(settings, tokens.len())?;
         let windows = starts
             .iter()
@@ -109,6 +114,7 @@ impl Calibration {
                 files: hashed,
                 rows: settings.rows.to_string(),
                 row_count,
+                null_rows,
                 min_tokens: settings.min_tokens,
                 dedupe: settings.dedupe,
                 template: settings.rendering.describe(),
@@ -130,20 +136,28 @@ impl Calibration {
     }
 }
 
-/// Batches as joined tokens, and the rows that went in.
+/// The tokens of rows, the rows that went in, and those left out for a null.
+struct Joined {
+    row_count: usize,
+    null_rows: usize,
+    tokens: TokenFile,
+}
+
+/// Batches as joined tokens.
 fn join(
     settings: &CalibrationSettings,
     tokenizer: &TextTokenizer,
-    batches: Receiver<Vec<Document>>,
-) -> Result<(usize, TokenFile), CalibrationError> {
+    batches: Receiver<Batch>,
+) -> Result<Joined, CalibrationError> {
     let enough = match settings.sampling {
         Sampling::Concatenate => settings.samples.saturating_mul(settings.seq_len),
         Sampling::RandomWindows => usize::MAX,
     };
     let mut writer = TokenWriter::new()?;
-    let mut row_count = 0;
+    let (mut row_count, mut null_rows) = (0, 0);
     for batch in batches {
-        for tokens in tokenizer.encode_all(batch)? {
+        null_rows += batch.nulls;
+        for tokens in tokenizer.encode_all(batch.documents)? {
             if tokens.len() >= settings.min_tokens {
                 writer.push(&tokens)?;
                 row_count += 1;
@@ -153,7 +167,11 @@ fn join(
             break;
         }
     }
-    Ok((row_count, writer.finish()?))
+    Ok(Joined {
+        row_count,
+        null_rows,
+        tokens: writer.finish()?,
+    })
 }
 
 fn starts(

@@ -1,6 +1,6 @@
 //! The one error type of this crate.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -24,8 +24,8 @@ pub enum CalibrationError {
     #[error("tokens cannot be kept in the temporary directory (TMPDIR): {source}")]
     Scratch { source: std::io::Error },
     #[error(
-        "row {row} has no text in column {column:?}; its columns are {}; choose with template, \
-         column, messages or tokens",
+        "row {row} has no column {column:?}; its columns are {}; choose with template, column, \
+         messages or tokens",
         columns.join(", ")
     )]
     Column {
@@ -33,11 +33,31 @@ pub enum CalibrationError {
         column: String,
         columns: Vec<String>,
     },
-    #[error("row {row}, column {column:?}: not {wanted}")]
+    #[error(
+        "row {row}, column {column:?}: {found}; {takes}: convert the column, leave the row out with \
+         rows, or choose with template, column, messages or tokens"
+    )]
     Cell {
         row: usize,
         column: String,
-        wanted: &'static str,
+        found: String,
+        takes: &'static str,
+    },
+    #[error(
+        "all {rows} rows of the range {range} have a null in {}; the columns are {}; choose with \
+         template, column, messages or tokens",
+        wanted.join(" or "), columns.join(", ")
+    )]
+    Nulls {
+        rows: usize,
+        range: String,
+        wanted: Vec<String>,
+        columns: Vec<String>,
+    },
+    #[error("{}: {source}", path.display())]
+    InFile {
+        path: PathBuf,
+        source: Box<CalibrationError>,
     },
     #[error("the tokenizer has no chat template; chat_template = \"chatml\" uses ChatML")]
     NoChatTemplate,
@@ -68,8 +88,18 @@ pub enum CalibrationError {
         columns.join(", ")
     )]
     EvaluationColumn { path: PathBuf, columns: Vec<String> },
-    #[error("{}: no end token; tokenizer_config.json names none in its vocabulary", dir.display())]
+    #[error(
+        "{}: no end token; neither tokenizer_config.json nor special_tokens_map.json has an eos_token \
+         of its vocabulary; add one to tokenizer_config.json",
+        dir.display()
+    )]
     NoEndToken { dir: PathBuf },
+    #[error(
+        "{0}: {found}, but no tokenizer.json; Transformers writes it, once: python -c \"from \
+         transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{0}').save_pretrained('{0}')\"",
+        dir.display()
+    )]
+    SlowTokenizer { dir: PathBuf, found: &'static str },
     #[error("chat template, line {line}: {reason}")]
     ChatTemplate { line: usize, reason: String },
     #[error("the tokenizer failed: {reason}")]
@@ -79,6 +109,14 @@ pub enum CalibrationError {
 impl CalibrationError {
     pub(crate) fn is_missing_file(&self) -> bool {
         matches!(self, CalibrationError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
+    }
+
+    /// What is wrong with a row, with the file it lies in.
+    pub(crate) fn in_file(path: &Path) -> impl FnOnce(Self) -> Self {
+        move |source| CalibrationError::InFile {
+            path: path.into(),
+            source: source.into(),
+        }
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {

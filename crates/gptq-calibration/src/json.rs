@@ -1,6 +1,7 @@
-//! Rows of a JSON file as the parser meets them: a list, or one object with a list.
+//! Rows of a JSON file as the parser meets them: a list, one object with a list, or objects one after
+//! the other, as JSON lines are.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::ops::ControlFlow;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -9,6 +10,96 @@ use serde_json::Value;
 use crate::CalibrationError;
 use crate::reader::{EachRow, Row, malformed, text_row};
 use crate::source::SourceFile;
+
+/// Bytes read together while looking for the end of the first object.
+const PIECE: u64 = 1 << 16;
+
+/// Written in front of UTF-8 text by some programs.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// What a file begins with.
+#[derive(Default)]
+pub(crate) struct Opening {
+    /// The bytes, without a byte-order mark; the file goes on after them.
+    pub bytes: Vec<u8>,
+    /// Whether the first object is followed by another value: each is a row then, even one that holds
+    /// a list.
+    pub is_rows: bool,
+}
+
+/// Reads until it is known how the file's rows are written, and no more than `most` bytes and a
+/// piece: an object that is longer is no row.
+pub(crate) fn look(reader: &mut impl Read, most: u64) -> io::Result<Opening> {
+    let mut bytes = Vec::new();
+    let mut scan = Scan::default();
+    loop {
+        let from = bytes.len();
+        let read = reader.take(PIECE).read_to_end(&mut bytes)?;
+        if from == 0 && bytes.starts_with(BYTE_ORDER_MARK) {
+            bytes.drain(..BYTE_ORDER_MARK.len());
+        }
+        let found = (bytes.iter().skip(from)).find_map(|&byte| scan.step(byte));
+        if found.is_some() || read == 0 || bytes.len() as u64 > most {
+            let is_rows = found.unwrap_or(false);
+            return Ok(Opening { bytes, is_rows });
+        }
+    }
+}
+
+/// Looks for what follows the first object. Whether that object is well-formed is for the parser.
+#[derive(Default)]
+struct Scan {
+    /// Braces and brackets that are open.
+    depth: usize,
+    in_text: bool,
+    escaped: bool,
+    is_past_object: bool,
+}
+
+impl Scan {
+    /// Whether the first object is followed by another value, once that is known.
+    fn step(&mut self, byte: u8) -> Option<bool> {
+        if self.in_text {
+            match byte {
+                _ if self.escaped => self.escaped = false,
+                b'\\' => self.escaped = true,
+                b'"' => self.in_text = false,
+                _ => {}
+            }
+            return None;
+        }
+        match byte {
+            byte if byte.is_ascii_whitespace() => return None,
+            _ if self.is_past_object => return Some(true),
+            b'{' => self.depth += 1,
+            // The file does not begin with an object.
+            _ if self.depth == 0 => return Some(false),
+            b'[' => self.depth += 1,
+            b'}' | b']' => self.depth -= 1,
+            b'"' => self.in_text = true,
+            _ => {}
+        }
+        self.is_past_object = self.depth == 0;
+        None
+    }
+}
+
+/// Calls `each` with every value of the file until it breaks.
+pub(crate) fn read_rows(
+    reader: impl Read,
+    file: &SourceFile,
+    each: &mut EachRow<'_>,
+) -> Result<ControlFlow<()>, CalibrationError> {
+    let values = serde_json::Deserializer::from_reader(reader).into_iter::<Value>();
+    for (index, value) in values.enumerate() {
+        let row = value.map_err(|e| e.to_string()).and_then(as_row);
+        let row = row.map_err(|why| malformed(file, format!("row {index}: {why}")))?;
+        if each(row)?.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+    }
+    Ok(ControlFlow::Continue(()))
+}
 
 /// Calls `each` with every element of the file's list until it breaks.
 pub(crate) fn read_list(
@@ -40,6 +131,18 @@ pub(crate) fn row(text: &str) -> Result<Row, String> {
     serde_json::from_str(text)
         .map_err(|e| e.to_string())
         .and_then(as_row)
+}
+
+/// What a value is, as a sentence has it.
+pub(crate) fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
 }
 
 fn as_row(value: Value) -> Result<Row, String> {

@@ -20,6 +20,7 @@
 
 mod chat;
 mod columnar;
+mod conversation;
 mod decode;
 mod documents;
 mod draw;

@@ -18,9 +18,12 @@ pub struct Manifest {
     pub files: Vec<HashedFile>,
     /// The range of rows asked for.
     pub rows: String,
-    /// Rows used: those left out by `min_tokens` and `dedupe` do not count, nor those that
+    /// Rows used: those left out by `min_tokens` and `dedupe` or for a null do not count, nor those that
     /// consecutive windows did not reach, to the batch.
     pub row_count: usize,
+    /// Rows left out because a column they need is null, of those that were reached.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub null_rows: usize,
     /// Least tokens of a row.
     #[serde(default)]
     pub min_tokens: usize,
@@ -43,4 +46,8 @@ pub struct Manifest {
     pub seq_len: usize,
     /// Positions of the joined rows that lie in at least one window.
     pub unique_tokens: usize,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::sync::Arc;
 
+use arrow::datatypes::SchemaRef;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
@@ -37,19 +38,32 @@ pub(crate) fn open(
     file: &SourceFile,
     columns: &[&str],
 ) -> Result<(ParquetRecordBatchReader, u64), CalibrationError> {
-    let length = check_footer(&mut opened).map_err(|why| malformed(file, why))?;
-    let metadata = ArrowReaderMetadata::load(&opened, Default::default());
-    let metadata = metadata.map_err(|e| malformed(file, e))?;
+    let (metadata, length) = metadata(&mut opened, file)?;
     let pages = Pages {
         file: opened,
         budget: Arc::new(ValueBudget::of(length)),
     };
     let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(pages, metadata);
     let promised = check_counts(builder.metadata()).map_err(|why| malformed(file, why))?;
-    let wanted = wanted(builder.schema(), columns)?;
+    let wanted = wanted(builder.schema(), file, columns)?;
     let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
     let reader = builder.with_projection(mask).with_batch_size(BATCH).build();
     Ok((reader.map_err(|e| malformed(file, e))?, promised))
+}
+
+/// The footer's schema.
+pub(crate) fn schema(opened: &mut File, file: &SourceFile) -> Result<SchemaRef, CalibrationError> {
+    Ok(metadata(opened, file)?.0.schema().clone())
+}
+
+/// The footer, and the length of the whole file.
+fn metadata(
+    opened: &mut File,
+    file: &SourceFile,
+) -> Result<(ArrowReaderMetadata, u64), CalibrationError> {
+    let length = check_footer(opened).map_err(|why| malformed(file, why))?;
+    let metadata = ArrowReaderMetadata::load(opened, Default::default());
+    Ok((metadata.map_err(|e| malformed(file, e))?, length))
 }
 
 /// Looks through the footer, which is followed by its length and four bytes of magic. The length

@@ -3,7 +3,8 @@
 //!
 //! | file | a row |
 //! |---|---|
-//! | `.json` | an element of the list, or of the one list in the object; a string is a row with the column `text` |
+//! | `.json` | an element of the list, or of the one list in the object; a string is the column `text` |
+//! | `.json` of several objects | an object, as in `.jsonl` |
 //! | `.jsonl` | a line |
 //! | `.csv` | a record; the first names the columns |
 //! | `.txt` | a line that is not blank, in the column `text` |
@@ -11,14 +12,15 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::ops::ControlFlow;
 use std::rc::Rc;
 
 use serde_json::{Map, Value};
 
+use crate::json::{self, Opening};
 use crate::source::{Compression, Format, SourceFile};
-use crate::{CalibrationError, columnar, json};
+use crate::{CalibrationError, columnar};
 
 /// Column names and values.
 pub type Row = Map<String, Value>;
@@ -41,24 +43,17 @@ pub(crate) fn read(
     columns: &[&str],
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
-    let opened = File::open(&file.path).map_err(CalibrationError::io(&file.path))?;
-    let columnar = match file.format {
-        Format::Parquet => Some(columnar::Kind::Parquet),
-        Format::Arrow => Some(columnar::Kind::Arrow),
-        _ => None,
-    };
-    if let Some(kind) = columnar {
-        return match file.compression {
-            Compression::None => columnar::read(kind, opened, file, columns, each),
-            _ => {
-                let unpacked = columnar::spool(decompress(opened, file)?, file)?;
-                columnar::read(kind, unpacked, file, columns, each)
-            }
-        };
+    if let Some(kind) = columnar_kind(file) {
+        return columnar::read(kind, open_columnar(file)?, file, columns, each);
     }
+    let mut unpacked = decompress(open(file)?, file)?;
+    let opening = match file.format {
+        Format::Json => json::look(&mut unpacked, LONGEST_ROW).map_err(|e| malformed(file, e))?,
+        _ => Opening::default(),
+    };
     let since_row = Rc::new(Cell::new(0));
     let metered = BufReader::new(Metered {
-        inner: decompress(opened, file)?,
+        inner: Cursor::new(opening.bytes).chain(unpacked),
         since_row: since_row.clone(),
     });
     let mut each = |row| {
@@ -66,6 +61,7 @@ pub(crate) fn read(
         each(row)
     };
     match file.format {
+        Format::Json if opening.is_rows => json::read_rows(metered, file, &mut each),
         Format::Json => json::read_list(metered, file, &mut each),
         Format::Csv => csv(metered, file, &mut each),
         Format::JsonLines => lines(metered, file, &mut |number, line| {
@@ -74,6 +70,40 @@ pub(crate) fn read(
             each(row)
         }),
         _ => lines(metered, file, &mut |_, line| each(text_row(line.into()))),
+    }
+}
+
+/// The names of all columns: of the first row, where rows may differ.
+pub(crate) fn columns(file: &SourceFile) -> Result<Vec<String>, CalibrationError> {
+    if let Some(kind) = columnar_kind(file) {
+        return columnar::columns(kind, open_columnar(file)?, file);
+    }
+    let mut columns = Vec::new();
+    let _ = read(file, &[], &mut |row| {
+        columns = row.keys().cloned().collect();
+        Ok(ControlFlow::Break(()))
+    })?;
+    Ok(columns)
+}
+
+fn columnar_kind(file: &SourceFile) -> Option<columnar::Kind> {
+    match file.format {
+        Format::Parquet => Some(columnar::Kind::Parquet),
+        Format::Arrow => Some(columnar::Kind::Arrow),
+        _ => None,
+    }
+}
+
+fn open(file: &SourceFile) -> Result<File, CalibrationError> {
+    File::open(&file.path).map_err(CalibrationError::io(&file.path))
+}
+
+/// The file, unpacked.
+fn open_columnar(file: &SourceFile) -> Result<File, CalibrationError> {
+    let opened = open(file)?;
+    match file.compression {
+        Compression::None => Ok(opened),
+        _ => columnar::spool(decompress(opened, file)?, file),
     }
 }
 

@@ -3,7 +3,9 @@
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::chat::{ChatTemplate, Message};
+use crate::chat::ChatTemplate;
+use crate::conversation;
+use crate::json::kind;
 use crate::reader::Row;
 use crate::{CalibrationError, Template};
 
@@ -12,7 +14,7 @@ use crate::{CalibrationError, Template};
 pub enum Rendering {
     /// Columns filled into a text; the tokenizer adds its special tokens and the end token.
     Template(Template),
-    /// A column of `{role, content}` objects, written with a chat template.
+    /// A column of `{role, content}` or `{from, value}` objects, written with a chat template.
     Messages {
         /// The column.
         column: String,
@@ -64,10 +66,11 @@ impl Rendering {
         row: &Row,
         chat: Option<&ChatTemplate>,
     ) -> Result<Document, CalibrationError> {
-        let wrong = |column: &str, wanted| CalibrationError::Cell {
+        let wrong = |column: &str, found, takes| CalibrationError::Cell {
             row: index,
             column: column.to_owned(),
-            wanted,
+            found,
+            takes,
         };
         let cell = |column: &str| {
             let missing = || CalibrationError::Column {
@@ -80,17 +83,20 @@ impl Rendering {
         match (self, chat) {
             (Rendering::Template(template), _) => template.render(index, row).map(Document::Text),
             (Rendering::Tokens { column }, _) => {
-                let ids = cell(column)?.as_array().and_then(|ids| {
-                    let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
-                    ids.iter().map(id).collect::<Option<Vec<u32>>>()
-                });
-                let ids = ids.ok_or_else(|| wrong(column, "a list of token ids"))?;
-                Ok(Document::Tokens(ids))
+                let wrong = |found| wrong(column, found, "tokens takes a list of token ids");
+                let cell = cell(column)?;
+                let ids = cell.as_array();
+                let ids = ids.ok_or_else(|| wrong(format!("it is {}", kind(cell))))?;
+                let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
+                let ids = ids
+                    .iter()
+                    .map(|value| id(value).ok_or_else(|| wrong(format!("{value} is no token id"))));
+                Ok(Document::Tokens(ids.collect::<Result<_, _>>()?))
             }
             (Rendering::Messages { column, .. }, Some(chat)) => {
-                let messages = serde_json::from_value::<Vec<Message>>(cell(column)?.clone());
-                let messages = messages
-                    .map_err(|_| wrong(column, "a list of messages with role and content"))?;
+                let takes = "messages takes a list of {role, content} or {from, value} objects";
+                let messages = conversation::messages(cell(column)?);
+                let messages = messages.map_err(|found| wrong(column, found, takes))?;
                 let text = chat.render(&messages, false)?;
                 Ok(match chat.is_complete() {
                     true => Document::Complete(text),
@@ -169,5 +175,25 @@ mod tests {
             chatml: true,
         });
         assert!(told.contains("row 3") && told.contains("role"), "{told}");
+    }
+
+    #[test]
+    fn a_template_sees_every_key_of_a_message() {
+        let dir = tempfile::tempdir().unwrap();
+        let template = "{% for m in messages %}{{ m.role }}{% if m.tool_calls is defined %}\
+                        {{ m.tool_calls | tojson }}{% endif %}:{{ m.content }};{% endfor %}";
+        std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+        let chat = ChatTemplate::of(dir.path()).unwrap();
+        let talk = json!({"talk": [
+            {"from": "human", "value": "Hi", "tool_calls": null},
+            {"role": "assistant", "content": null, "tool_calls": [{"name": "f"}]},
+        ]});
+        let rendering = Rendering::Messages {
+            column: "talk".into(),
+            chatml: false,
+        };
+        let document = rendering.render(0, talk.as_object().unwrap(), chat.as_ref());
+        let expected = "user:Hi;assistant[{\"name\": \"f\"}]:;";
+        assert_eq!(document.unwrap(), Document::Complete(expected.into()));
     }
 }

@@ -33,13 +33,16 @@ pub(crate) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, CalibrationError>
     }
 }
 
-/// `tokenizer_config.json` in `dir`.
+/// `tokenizer_config.json` in `dir`, or what else has its limit; null where there is none.
 ///
 /// # Errors
 /// A file that cannot be read, is over its limit, or is no JSON.
-pub(crate) fn tokenizer_config(dir: &Path) -> Result<Value, CalibrationError> {
-    let path = dir.join("tokenizer_config.json");
-    let bytes = read(&path, MAX_CONFIG)?;
+pub(crate) fn config(dir: &Path, name: &str) -> Result<Value, CalibrationError> {
+    let path = dir.join(name);
+    let bytes = match read(&path, MAX_CONFIG) {
+        Err(error) if error.is_missing_file() => return Ok(Value::Null),
+        other => other?,
+    };
     serde_json::from_slice(&bytes).map_err(|e| CalibrationError::Malformed {
         path,
         reason: e.to_string(),

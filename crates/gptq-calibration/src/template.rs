@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::CalibrationError;
+use crate::json::kind;
 
 /// A parsed template: literal text and column names in braces; `{{` and `}}` are literal braces.
 #[derive(Clone, Debug, PartialEq)]
@@ -90,7 +91,8 @@ impl Template {
         &self.text
     }
 
-    /// Fills in the columns of row number `index`. Errors where one is missing or not text.
+    /// Fills in the columns of row number `index`: texts as they are, numbers and booleans as JSON has
+    /// them. Errors where one is missing, null, a list or an object.
     pub fn render(
         &self,
         index: usize,
@@ -98,18 +100,32 @@ impl Template {
     ) -> Result<String, CalibrationError> {
         let mut document = String::new();
         for part in &self.parts {
-            document += match part {
-                Part::Literal(text) => text,
-                Part::Column(column) => {
-                    row.get(column).and_then(Value::as_str).ok_or_else(|| {
-                        CalibrationError::Column {
-                            row: index,
-                            column: column.clone(),
-                            columns: row.keys().cloned().collect(),
-                        }
-                    })?
+            let column = match part {
+                Part::Literal(text) => {
+                    document += text;
+                    continue;
                 }
+                Part::Column(column) => column,
             };
+            match row.get(column) {
+                Some(Value::String(text)) => document += text,
+                Some(plain @ (Value::Number(_) | Value::Bool(_))) => document += &plain.to_string(),
+                Some(other) => {
+                    return Err(CalibrationError::Cell {
+                        row: index,
+                        column: column.clone(),
+                        found: format!("it is {}", kind(other)),
+                        takes: "a template takes texts, numbers and booleans",
+                    });
+                }
+                None => {
+                    return Err(CalibrationError::Column {
+                        row: index,
+                        column: column.clone(),
+                        columns: row.keys().cloned().collect(),
+                    });
+                }
+            }
         }
         Ok(document)
     }
@@ -124,18 +140,23 @@ mod tests {
     #[test]
     fn columns_and_doubled_braces_are_filled_in() {
         let template = Template::parse("{a}\n{{x}} {b}").unwrap();
-        let row = json!({"a": "one", "b": "two", "c": 3});
+        let row = json!({"a": "one", "b": "two", "c": 3, "d": [], "e": null, "f": 0.5, "g": true});
         let row = row.as_object().unwrap();
         assert_eq!(template.render(0, row).unwrap(), "one\n{x} two");
-        let error = Template::parse("{c}")
-            .unwrap()
-            .render(7, row)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("row 7") && error.contains("\"c\"") && error.contains("a, b, c"),
-            "{error}"
-        );
+        let plain = Template::parse("{c} {f} {g}").unwrap();
+        assert_eq!(plain.render(0, row).unwrap(), "3 0.5 true");
+        let error = |text: &str| {
+            let template = Template::parse(text).unwrap();
+            template.render(7, row).unwrap_err().to_string()
+        };
+        for (text, words) in [
+            ("{h}", ["row 7", "\"h\"", "a, b, c, d, e, f, g"]),
+            ("{d}", ["row 7", "\"d\"", "it is a list"]),
+            ("{e}", ["row 7", "\"e\"", "it is null"]),
+        ] {
+            let error = error(text);
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        }
     }
 
     #[test]

@@ -14,15 +14,28 @@ use crate::{CalibrationError, TextDecoder, source};
 pub struct TextTokenizer {
     dir: PathBuf,
     tokenizer: Tokenizer,
-    end: u32,
+    /// Asked for where text is encoded: token ids need none.
+    end: Option<u32>,
     sha256: String,
 }
 
 impl TextTokenizer {
-    /// Loads `tokenizer.json` and the end token that `tokenizer_config.json` names.
+    /// Loads `tokenizer.json` and the end token that `tokenizer_config.json` names, or else
+    /// `special_tokens_map.json`.
     pub fn load(dir: &Path) -> Result<Self, CalibrationError> {
         let path = dir.join("tokenizer.json");
-        let bytes = small_file::read(&path, MAX_TOKENIZER)?;
+        let bytes = small_file::read(&path, MAX_TOKENIZER).map_err(|error| {
+            // What tokenizers were saved as before there was tokenizer.json.
+            let found = ["tokenizer.model", "vocab.json"];
+            let found = found.into_iter().find(|name| dir.join(name).exists());
+            match found.filter(|_| error.is_missing_file()) {
+                Some(found) => CalibrationError::SlowTokenizer {
+                    dir: dir.into(),
+                    found,
+                },
+                None => error,
+            }
+        })?;
         let mut tokenizer =
             Tokenizer::from_bytes(&bytes).map_err(|e| CalibrationError::Malformed {
                 path,
@@ -31,9 +44,7 @@ impl TextTokenizer {
         // A file may carry the truncation and padding of whoever saved it.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(failed)?;
-        let end = end_token(dir)?
-            .and_then(|token| tokenizer.token_to_id(&token))
-            .ok_or_else(|| CalibrationError::NoEndToken { dir: dir.into() })?;
+        let end = end_token(dir, &tokenizer)?;
         Ok(TextTokenizer {
             dir: dir.into(),
             tokenizer,
@@ -85,7 +96,10 @@ impl TextTokenizer {
             Document::Complete(text) => self.encode(&text, false),
             Document::Text(text) => {
                 let mut ids = self.encode(&text, true)?;
-                ids.push(self.end);
+                let end = self.end;
+                ids.push(end.ok_or_else(|| CalibrationError::NoEndToken {
+                    dir: self.dir.clone(),
+                })?);
                 Ok(ids)
             }
         };
@@ -99,15 +113,71 @@ pub(crate) fn failed(error: tokenizers::Error) -> CalibrationError {
     }
 }
 
-/// `eos_token` of `tokenizer_config.json`: a string, or an object with `content`.
-fn end_token(dir: &Path) -> Result<Option<String>, CalibrationError> {
-    let config = small_file::tokenizer_config(dir)?;
-    Ok(config.get("eos_token").and_then(special_token))
+/// The first `eos_token` of the vocabulary: a string, or an object with `content`.
+fn end_token(dir: &Path, tokenizer: &Tokenizer) -> Result<Option<u32>, CalibrationError> {
+    for name in ["tokenizer_config.json", "special_tokens_map.json"] {
+        let config = small_file::config(dir, name)?;
+        let token = config.get("eos_token").and_then(special_token);
+        let id = token.and_then(|token| tokenizer.token_to_id(&token));
+        if id.is_some() {
+            return Ok(id);
+        }
+    }
+    Ok(None)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tokenizer_of_another_time_is_refused_with_how_to_convert_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = || TextTokenizer::load(dir.path()).err().unwrap().to_string();
+        assert!(error().contains("tokenizer.json: "), "{}", error());
+        for name in ["vocab.json", "tokenizer.model"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+            let error = error();
+            let path = dir.path().display();
+            let remedy = format!("from_pretrained('{path}').save_pretrained('{path}')");
+            assert!(error.contains(name) && error.contains(&remedy), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_end_token_is_found_in_either_file_and_asked_for_where_there_is_text() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        let tokenizer = root.join("tests/models/medi-tiny/tokenizer.json");
+        std::fs::copy(tokenizer, dir.path().join("tokenizer.json")).unwrap();
+        let ends = || {
+            let tokenizer = TextTokenizer::load(dir.path()).unwrap();
+            let ids = tokenizer.encode_all(vec![Document::Tokens(vec![5, 6])]);
+            assert_eq!(ids.unwrap(), [[5, 6]], "taken as they are");
+            let text = tokenizer.join(vec!["Hi".into()]);
+            text.map(|ids| ids.last().copied())
+                .map_err(|e| e.to_string())
+        };
+        let refused = || ends().unwrap_err();
+        assert!(refused().contains("no end token"), "{}", refused());
+        write(
+            "special_tokens_map.json",
+            r#"{"eos_token": {"content": "</s>"}}"#,
+        );
+        assert_eq!(ends(), Ok(Some(2)));
+        write("tokenizer_config.json", r#"{"eos_token": null}"#);
+        assert_eq!(ends(), Ok(Some(2)));
+        write("tokenizer_config.json", r#"{"eos_token": "<s>"}"#);
+        assert_eq!(ends(), Ok(Some(1)), "the config comes first");
+        write("special_tokens_map.json", "{}");
+        write("tokenizer_config.json", r#"{"eos_token": "<|nowhere|>"}"#);
+        assert!(
+            refused().contains("special_tokens_map.json"),
+            "{}",
+            refused()
+        );
+    }
 
     #[test]
     fn any_number_of_threads_gives_the_tokens_of_one_by_one() {
@@ -123,7 +193,7 @@ mod tests {
         let one_by_one: Vec<Vec<u32>> = (0..400)
             .map(|at| {
                 let mut ids = tokenizer.encode(&text(at), true).unwrap();
-                ids.push(tokenizer.end);
+                ids.push(tokenizer.end.unwrap());
                 ids
             })
             .collect();

@@ -1,14 +1,14 @@
-//! A Parquet file is never whole in memory: 320 MB of text are drawn from within a tenth of it, as
-//! an allocator that counts sees it.
+//! A Parquet or Arrow file is never whole in memory: 320 MB that cannot be compressed are drawn from
+//! within a tenth of it, as an allocator that counts sees it.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use arrow::array::{RecordBatch, StringArray};
-use arrow::datatypes::{DataType, Field, Schema};
+use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use arrow::ipc::writer::FileWriter;
 use gptq_calibration::{
     Calibration, CalibrationSettings, Rendering, RowRange, Sampling, Source, Template,
     TextTokenizer,
@@ -16,6 +16,8 @@ use gptq_calibration::{
 use parquet::arrow::ArrowWriter;
 use parquet::basic::Compression;
 use parquet::file::properties::WriterProperties;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 struct Counting;
 
@@ -41,52 +43,96 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// Bytes that a file of any size is read in.
+const BOUND: usize = 32 << 20;
+
 const ROWS_PER_BATCH: usize = 1000;
 const BATCHES: usize = 32;
 const ROW_BYTES: usize = 10_000;
 
-#[test]
-fn a_parquet_file_is_read_in_a_tenth_of_its_size() {
-    let root: PathBuf = [env!("CARGO_MANIFEST_DIR"), "../.."].iter().collect();
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("big.parquet");
-    let fields = vec![Field::new("text", DataType::Utf8, false)];
-    let schema = Arc::new(Schema::new(fields));
+/// Different rows: few, so that tokenising them takes no time (the others are read, and dropped as
+/// repeats), but so many that no repeat lies in the 64 KiB that Snappy looks back.
+const TEXTS: usize = 16;
+
+/// Random texts of 64 letters, in which Snappy finds nothing to save.
+fn texts() -> Vec<String> {
+    let letters = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let mut text = || {
+        let mut bytes = vec![0; ROW_BYTES];
+        rng.fill_bytes(&mut bytes);
+        let letter = |byte: u8| char::from(letters[usize::from(byte % 64)]);
+        bytes.into_iter().map(letter).collect()
+    };
+    (0..TEXTS).map(|_| text()).collect()
+}
+
+fn batches() -> impl Iterator<Item = RecordBatch> {
+    let texts = texts();
+    (0..BATCHES).map(move |_| {
+        let rows = texts.iter().cycle().take(ROWS_PER_BATCH);
+        let column: ArrayRef = Arc::new(StringArray::from_iter_values(rows));
+        RecordBatch::try_from_iter([("text", column)]).unwrap()
+    })
+}
+
+/// In row groups of a quarter of the rows, each larger than the bound.
+fn write_parquet(path: &Path) {
     let properties = WriterProperties::builder()
         .set_dictionary_enabled(false)
         .set_compression(Compression::SNAPPY)
-        .set_max_row_group_row_count(Some(2 * ROWS_PER_BATCH))
+        .set_max_row_group_row_count(Some(BATCHES / 4 * ROWS_PER_BATCH))
         .build();
-    let file = File::create(&path).unwrap();
-    let mut writer = ArrowWriter::try_new(file, schema.clone(), Some(properties)).unwrap();
-    // Few different rows, so that tokenising them takes no time: the others are read, and dropped
-    // as repeats.
-    let texts = ["fever ", "cough "].map(|word| word.repeat(ROW_BYTES / word.len()));
-    for _ in 0..BATCHES {
-        let rows = (0..ROWS_PER_BATCH).map(|i| texts[i % 2].as_str());
-        let column = Arc::new(StringArray::from_iter_values(rows));
-        let batch = RecordBatch::try_new(schema.clone(), vec![column]).unwrap();
-        writer.write(&batch).unwrap();
+    let mut batches = batches().peekable();
+    let schema = batches.peek().unwrap().schema();
+    let file = File::create(path).unwrap();
+    let mut writer = ArrowWriter::try_new(file, schema, Some(properties)).unwrap();
+    batches.for_each(|batch| writer.write(&batch).unwrap());
+    let written = writer.close().unwrap();
+    for group in written.row_groups() {
+        assert!(group.compressed_size() as usize > BOUND, "{group:?}");
     }
-    writer.close().unwrap();
+}
 
+fn write_arrow(path: &Path) {
+    let mut batches = batches().peekable();
+    let schema = batches.peek().unwrap().schema();
+    let mut writer = FileWriter::try_new(File::create(path).unwrap(), &schema).unwrap();
+    batches.for_each(|batch| writer.write(&batch).unwrap());
+    writer.finish().unwrap();
+}
+
+// One test: files of this size one after the other, and nothing else that is counted.
+#[test]
+fn a_columnar_file_is_read_in_a_tenth_of_its_size() {
+    let root: PathBuf = [env!("CARGO_MANIFEST_DIR"), "../.."].iter().collect();
     let tokenizer = TextTokenizer::load(&root.join("tests/models/medi-tiny")).unwrap();
-    let settings = CalibrationSettings {
-        source: Source::Local(path),
-        rendering: Rendering::Template(Template::column("text")),
-        rows: RowRange::default(),
-        min_tokens: 0,
-        dedupe: true,
-        samples: 2,
-        seq_len: 64,
-        seed: 0,
-        sampling: Sampling::RandomWindows,
-    };
-    let before = ALIVE.load(Ordering::Relaxed);
-    PEAK.store(before, Ordering::Relaxed);
-    let drawn = Calibration::draw(&settings, &tokenizer).unwrap();
-    let peak = PEAK.load(Ordering::Relaxed) - before;
-    assert_eq!(drawn.manifest.row_count, 2);
-    let whole = BATCHES * ROWS_PER_BATCH * ROW_BYTES;
-    assert!(peak < whole / 10, "{peak} bytes of {whole}");
+    for (name, write) in [
+        ("big.parquet", write_parquet as fn(&Path)),
+        ("big.arrow", write_arrow),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        write(&path);
+        let size = std::fs::metadata(&path).unwrap().len() as usize;
+        assert!(size >= 300_000_000, "{name}: {size} bytes on disk");
+        assert!(size >= 5 * BOUND, "{name}: {size} bytes on disk");
+        let settings = CalibrationSettings {
+            source: Source::Local(path),
+            rendering: Rendering::Template(Template::column("text")),
+            rows: RowRange::default(),
+            min_tokens: 0,
+            dedupe: true,
+            samples: 2,
+            seq_len: 64,
+            seed: 0,
+            sampling: Sampling::RandomWindows,
+        };
+        let before = ALIVE.load(Ordering::Relaxed);
+        PEAK.store(before, Ordering::Relaxed);
+        let drawn = Calibration::draw(&settings, &tokenizer).unwrap();
+        let peak = PEAK.load(Ordering::Relaxed) - before;
+        assert_eq!(drawn.manifest.row_count, TEXTS);
+        assert!(peak < BOUND, "{name}: {peak} bytes of {size}");
+    }
 }

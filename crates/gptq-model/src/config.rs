@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::ModelError;
+use crate::rope::{RopeScaling, scaling};
 
 /// A `model_type`, and what its config does not spell out.
 struct Family {
@@ -98,6 +99,8 @@ pub struct ModelConfig {
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
+    /// How those frequencies are stretched for contexts longer than the first training had.
+    pub rope_scaling: RopeScaling,
     /// The output projection is the embedding.
     pub tied_embeddings: bool,
     /// How many tokens one sees, itself included, where that is fewer than all before it. The
@@ -143,11 +146,16 @@ struct Raw {
     max_window_layers: Option<usize>,
 }
 
-#[derive(Deserialize)]
-struct Rope {
+/// `rope_scaling` or `rope_parameters`.
+#[derive(Default, Deserialize)]
+pub(crate) struct Rope {
     rope_theta: Option<f64>,
     #[serde(alias = "type")]
-    rope_type: Option<String>,
+    pub rope_type: Option<String>,
+    pub factor: Option<f64>,
+    pub low_freq_factor: Option<f64>,
+    pub high_freq_factor: Option<f64>,
+    pub original_max_position_embeddings: Option<f64>,
 }
 
 fn default_eps() -> f64 {
@@ -209,12 +217,9 @@ impl ModelConfig {
                 raw.hidden_act
             ));
         }
-        let scaling = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
-        if let Some(kind) = scaling.and_then(|rope| rope.rope_type.as_deref())
-            && kind != "default"
-        {
-            return Err(format!("rope_type {kind:?} is not supported, only default"));
-        }
+        let max_positions = raw.max_position_embeddings.unwrap_or(family.max_positions);
+        let rope = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
+        let rope_scaling = scaling(rope.unwrap_or(&Rope::default()), max_positions)?;
         let rope_theta = raw
             .rope_parameters
             .as_ref()
@@ -238,9 +243,10 @@ impl ModelConfig {
                     .ok_or("num_attention_heads is 0")?,
             },
             vocabulary: raw.vocab_size,
-            max_positions: raw.max_position_embeddings.unwrap_or(family.max_positions),
+            max_positions,
             rms_norm_eps: raw.rms_norm_eps,
             rope_theta,
+            rope_scaling,
             tied_embeddings: raw.tie_word_embeddings,
             sliding_window: family.sliding_window(&raw),
             qkv_bias: match family.bias_keys {
@@ -359,11 +365,26 @@ mod tests {
                 "known are: llama, mistral, qwen2",
             ),
             ("hidden_act", json!("gelu"), "gelu"),
-            ("rope_scaling", json!({"rope_type": "yarn"}), "yarn"),
             (
                 "rope_scaling",
-                json!({"type": "linear", "factor": 2.0}),
-                "linear",
+                json!({"rope_type": "yarn"}),
+                "rope_type \"yarn\" is not supported; known are: default, linear, llama3",
+            ),
+            (
+                "rope_scaling",
+                json!({"type": "linear", "factor": 0}),
+                "factor = 0 is not positive",
+            ),
+            ("rope_scaling", json!({"type": "linear"}), "no factor"),
+            (
+                "rope_scaling",
+                json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}),
+                "no high_freq_factor",
+            ),
+            (
+                "rope_scaling",
+                json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}),
+                "not above low_freq_factor",
             ),
             ("num_key_value_heads", json!(5), "multiple"),
             ("num_attention_heads", json!(0), "num_attention_heads"),
@@ -380,6 +401,30 @@ mod tests {
             let error = ModelConfig::from_json(config).unwrap_err();
             assert!(error.contains(word), "{key}: {error}");
         }
+    }
+
+    #[test]
+    fn both_spellings_of_a_rotary_scaling_are_read() {
+        let scaling = |key: &str, rope: Value| {
+            let mut config = llama();
+            config["max_position_embeddings"] = json!(131_072);
+            config[key] = rope;
+            ModelConfig::from_json(config).map(|config| config.rope_scaling)
+        };
+        let llama3 = json!({"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                            "original_max_position_embeddings": 8192, "rope_type": "llama3"});
+        let expected = RopeScaling::Llama3 {
+            factor: 32.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_positions: 8192.0,
+        };
+        for key in ["rope_scaling", "rope_parameters"] {
+            assert_eq!(scaling(key, llama3.clone()), Ok(expected), "{key}");
+        }
+        let linear = json!({"type": "linear", "factor": 2});
+        let expected = RopeScaling::Linear { factor: 2.0 };
+        assert_eq!(scaling("rope_scaling", linear), Ok(expected));
     }
 
     #[test]

@@ -26,3 +26,4 @@ pub use error::ModelError;
 pub use host_block::HostBlock;
 pub use layout::{Projection, Stage};
 pub use model::{Head, Model};
+pub use rope::RopeScaling;

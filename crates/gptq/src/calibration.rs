@@ -84,6 +84,9 @@ fn print(manifest: &Manifest) {
     if manifest.dedupe {
         rows += ", without repeats";
     }
+    if manifest.null_rows > 0 {
+        rows += &format!(", {} left out for a null", manifest.null_rows);
+    }
     line("rows", rows);
     line("document", format!("{:?}", manifest.template));
     line(

@@ -95,6 +95,20 @@ fn files() -> Vec<(&'static str, Vec<u8>)> {
         ("rows.parquet", parquet.into_inner().unwrap()),
         ("stream.arrow", stream.into_inner().unwrap()),
         ("file.arrow", file.into_inner().unwrap()),
+        // As C4 is published, and as jq prints it.
+        ("lines.json", lines.join("\n").into_bytes()),
+        (
+            "marked.json",
+            format!("\u{feff}{}\r\n", lines.join("\r\n")).into_bytes(),
+        ),
+        (
+            "pretty.json",
+            json_rows()
+                .iter()
+                .map(|row| format!("{row:#}\n"))
+                .collect::<String>()
+                .into_bytes(),
+        ),
     ]
 }
 
@@ -123,6 +137,42 @@ fn every_format_and_compression_gives_the_same_windows() {
             let expected = expected.get_or_insert(drawn.windows.clone());
             assert_eq!(&drawn.windows, expected, "{}", path.display());
         }
+    }
+}
+
+/// The column `messages` of every row.
+fn talks(path: &Path) -> Vec<serde_json::Value> {
+    let file = &Source::Local(path.into()).files().unwrap()[0];
+    let mut talks = Vec::new();
+    let _ = crate::reader::read(file, &[], &mut |row| {
+        talks.push(row.get("messages").cloned().unwrap_or_default());
+        Ok(std::ops::ControlFlow::Continue(()))
+    })
+    .unwrap_or_else(|e| panic!("{e}"));
+    talks
+}
+
+#[test]
+fn a_json_file_of_objects_that_hold_lists_has_a_row_for_each_and_one_object_has_its_list() {
+    let dir = TempDir::new().unwrap();
+    let row =
+        |i: usize| serde_json::json!({"id": "} {\"", "messages": [{"n": i}, "]\\"], "tags": [1]});
+    // Rows longer than what is read together, more than one row may have in all.
+    let long = |i: usize| serde_json::json!({"messages": [i], "text": "x".repeat(3 << 20)});
+    for (name, rows) in [
+        ("short.json", (0..5).map(row).collect::<Vec<_>>()),
+        ("long.json", (0..7).map(long).collect()),
+    ] {
+        let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
+        let expected: Vec<_> = rows.iter().map(|row| row["messages"].clone()).collect();
+        for path in write_all(&dir, name, lines.as_bytes()) {
+            assert_eq!(talks(&path), expected, "{}", path.display());
+        }
+    }
+    // One object over the limit of a row is read as it ever was: its list's elements are the rows.
+    let one = serde_json::json!({"about": {"n": 1}, "data": (0..7).map(long).collect::<Vec<_>>()});
+    for path in write_all(&dir, "one.json", one.to_string().as_bytes()) {
+        assert_eq!(talks(&path).len(), 7, "{}", path.display());
     }
 }
 
@@ -181,6 +231,8 @@ fn a_bomb_is_refused_when_one_row_grows_too_long() {
     let blank = vec![b' '; 1 << 20];
     for (name, start) in [
         ("a.json.gz", "[{\"input\": \""),
+        ("a2.json.gz", "{\"input\": \""),
+        ("a3.json.gz", "{}"),
         ("a.jsonl.gz", "{\"input\": \""),
         ("a.csv.gz", "input,output\n\""),
         ("a.txt.gz", ""),
@@ -260,6 +312,17 @@ fn broken_and_unknown_files_are_refused_by_name() {
         ("b.json", "{\"a\": 1}", "without a list"),
         ("c.json", "{\"a\": [], \"b\": []}", "more than one list"),
         ("d.json", "[1]", "neither an object nor a text"),
+        (
+            "d2.json",
+            "{\"input\": \"a\", \"output\": \"b\"}\n{\"input\": ",
+            "row 1: ",
+        ),
+        (
+            "d3.json",
+            "{\"input\": \"a\", \"output\": \"b\"}\n7",
+            "neither an object nor a text",
+        ),
+        ("d4.json", "[\"a\"]\n[\"b\"]", "its columns are text"),
         ("e.jsonl", "{\"input\": \"a\"", "line 1"),
         ("f.csv", "a,b\n1\n", "f.csv"),
         ("f2.csv", &",".repeat(5000), "5001 columns"),

@@ -132,6 +132,111 @@ fn short_and_repeated_rows_are_left_out_when_asked_for() {
 }
 
 #[test]
+fn rows_with_a_null_are_left_out_and_counted() {
+    let tokenizer = tokenizer();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("rows.jsonl");
+    let texts: Vec<String> = (0..600)
+        .map(|i| format!("Row {i} says that a cold is mild."))
+        .collect();
+    let write = |every: usize| {
+        let mut lines = String::new();
+        for (i, text) in texts.iter().enumerate() {
+            let row = serde_json::json!({"text": text, "other": i});
+            lines += &format!("{row}\n");
+            if i % every == 0 {
+                lines += "{\"text\": null, \"other\": null}\n";
+            }
+        }
+        std::fs::write(&path, lines).unwrap();
+    };
+    let wikidoc = settings(Sampling::RandomWindows);
+    let settings = |sampling, text: &str| CalibrationSettings {
+        source: Source::Local(path.clone()),
+        rendering: Rendering::Template(Template::parse(text).unwrap()),
+        rows: RowRange::default(),
+        samples: 2,
+        seq_len: 128,
+        ..settings(sampling)
+    };
+    let draw = |sampling, text| Calibration::draw(&settings(sampling, text), &tokenizer);
+    write(usize::MAX);
+    let (whole, window) = (Sampling::RandomWindows, Sampling::Concatenate);
+    let without = draw(whole, "{text}").unwrap();
+    assert_eq!(without.manifest.null_rows, 1, "row 0 has one after it");
+    write(2);
+    let with = draw(whole, "{text}").unwrap();
+    assert_eq!(with.windows, without.windows);
+    assert_eq!(
+        (with.manifest.row_count, with.manifest.null_rows),
+        (600, 300)
+    );
+    // Of consecutive windows, to the batch that fills them, however far the reader is.
+    for _ in 0..3 {
+        let manifest = draw(window, "{text}").unwrap().manifest;
+        assert_eq!((manifest.row_count, manifest.null_rows), (256, 128));
+    }
+
+    let json = serde_json::to_value(&with.manifest).unwrap();
+    assert_eq!(json["null_rows"], 300);
+    let wikidoc = Calibration::draw(&wikidoc, &tokenizer).unwrap();
+    let json = serde_json::to_string(&wikidoc.manifest).unwrap();
+    assert!(!json.contains("null_rows"), "as it was before: {json}");
+    assert_eq!(
+        serde_json::from_str::<Manifest>(&json).unwrap(),
+        wikidoc.manifest
+    );
+
+    let none = "{\"text\": null, \"title\": \"a\"}\n".repeat(3);
+    std::fs::write(&path, none).unwrap();
+    let error = draw(whole, "{text}").unwrap_err().to_string();
+    for word in ["all 3 rows", "null in \"text\"", "text, title"] {
+        assert!(error.contains(word), "{word}: {error}");
+    }
+}
+
+#[test]
+fn a_columnar_file_of_nulls_names_the_columns_there_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let nulls: arrow::array::ArrayRef = std::sync::Arc::new(arrow::array::StringArray::new_null(5));
+    let columns = [("text", nulls.clone()), ("title", nulls)];
+    let batch = arrow::array::RecordBatch::try_from_iter(columns).unwrap();
+    let mut parquet =
+        parquet::arrow::ArrowWriter::try_new(Vec::new(), batch.schema(), None).unwrap();
+    parquet.write(&batch).unwrap();
+    let mut stream =
+        arrow::ipc::writer::StreamWriter::try_new(Vec::new(), &batch.schema()).unwrap();
+    stream.write(&batch).unwrap();
+    let mut file = arrow::ipc::writer::FileWriter::try_new(Vec::new(), &batch.schema()).unwrap();
+    file.write(&batch).unwrap();
+    for (name, bytes) in [
+        ("rows.parquet", parquet.into_inner().unwrap()),
+        ("stream.arrow", stream.into_inner().unwrap()),
+        ("file.arrow", file.into_inner().unwrap()),
+    ] {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        for (text, words) in [
+            ("{text}", ["all 5 rows", "null in \"text\"", "text, title"]),
+            ("{body}", [name, "no column \"body\"", "text, title"]),
+        ] {
+            let settings = CalibrationSettings {
+                source: Source::Local(path.clone()),
+                rendering: Rendering::Template(Template::parse(text).unwrap()),
+                rows: RowRange::default(),
+                ..settings(Sampling::RandomWindows)
+            };
+            let error = Calibration::draw(&settings, &tokenizer())
+                .unwrap_err()
+                .to_string();
+            for word in words {
+                assert!(error.contains(word), "{word}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn consecutive_windows_stop_reading_once_they_are_full() {
     let tokenizer = tokenizer();
     let dir = tempfile::tempdir().unwrap();

@@ -110,10 +110,48 @@ fn logits_are_those_of_transformers() {
 
 #[test]
 fn every_family_gives_the_logits_of_transformers() {
-    for family in ["llama", "mistral", "qwen2"] {
+    for family in ["llama", "mistral", "qwen2", "llama3"] {
         let golden = Golden::read(&format!("golden/families/{family}/logits.safetensors"));
         let worst = golden.worst(&root(&format!("golden/families/{family}")));
         assert!(worst < TOLERANCE, "{family}: largest difference {worst}");
+    }
+}
+
+#[test]
+fn the_llama3_fixture_shows_whether_frequencies_are_rescaled() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = root("golden/families/llama3");
+    fs::copy(
+        from.join("model.safetensors"),
+        dir.path().join("model.safetensors"),
+    )
+    .unwrap();
+    let config: Value = read_json(&from.join("config.json")).unwrap();
+    let golden = Golden::read("golden/families/llama3/logits.safetensors");
+    // With other parameters than those it was made with, and in Transformers 4's spelling.
+    let worst = |changes: &[(&str, Value)]| {
+        let mut rope = config["rope_parameters"].clone();
+        for (key, value) in changes {
+            rope[*key] = value.clone();
+        }
+        let mut config = config.clone();
+        config.as_object_mut().unwrap().remove("rope_parameters");
+        config["rope_theta"] = rope["rope_theta"].clone();
+        config["rope_scaling"] = rope;
+        write_json(&dir.path().join("config.json"), &config).unwrap();
+        golden.worst(dir.path())
+    };
+    assert!(worst(&[]) < TOLERANCE);
+    for (key, value) in [
+        ("rope_type", json!("default")),
+        ("rope_type", json!("linear")),
+        ("factor", json!(4.0)),
+        ("low_freq_factor", json!(1.9)),
+        ("high_freq_factor", json!(11.0)),
+        ("original_max_position_embeddings", json!(8192)),
+    ] {
+        let worst = worst(&[(key, value.clone())]);
+        assert!(worst > 10.0 * TOLERANCE, "{key} = {value}: {worst}");
     }
 }
 
