@@ -6,6 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use sha1::{Digest, Sha1};
@@ -31,6 +32,10 @@ pub(crate) enum Wrong {
     Flipped,
     /// The range is not heeded.
     Whole,
+    /// After this many bytes of the body nothing more comes, and the connection stays.
+    Stall(usize),
+    /// Nothing comes, not even a status, and the connection stays.
+    Mute,
 }
 
 /// Runs until it is dropped.
@@ -145,9 +150,9 @@ impl Reply {
     }
 }
 
-fn answer(stream: TcpStream, port: u16, state: &Mutex<State>) -> Option<()> {
+fn answer(stream: TcpStream, port: u16, shared: &Mutex<State>) -> Option<()> {
     let request = parse(&stream)?;
-    let mut state = state.lock().unwrap();
+    let mut state = shared.lock().unwrap();
     let header = |name: &str| request.headers.get(name).map_or("", String::as_str);
     state.log.push(format!(
         "{} {} {} {}",
@@ -157,7 +162,7 @@ fn answer(stream: TcpStream, port: u16, state: &Mutex<State>) -> Option<()> {
         header("authorization")
     ));
     let fault = state.faults.iter_mut().find(|fault| {
-        let body_needed = !matches!(fault.what, Wrong::Status(..));
+        let body_needed = !matches!(fault.what, Wrong::Status(..) | Wrong::Mute);
         fault.times > 0
             && request.path.contains(fault.path)
             && !(body_needed && request.method == "HEAD")
@@ -176,7 +181,11 @@ fn answer(stream: TcpStream, port: u16, state: &Mutex<State>) -> Option<()> {
     }
     let mut sent = reply.body.len();
     match wrong {
-        Some(Wrong::Cut(n)) => sent = n.min(sent),
+        Some(Wrong::Mute) => {
+            wait_for_the_end(shared);
+            return None;
+        }
+        Some(Wrong::Cut(n) | Wrong::Stall(n)) => sent = n.min(sent),
         Some(Wrong::Longer(n)) => {
             reply.body.extend(vec![0; n]);
             sent += n;
@@ -197,7 +206,17 @@ fn answer(stream: TcpStream, port: u16, state: &Mutex<State>) -> Option<()> {
     if request.method != "HEAD" {
         stream.write_all(&reply.body[..sent]).ok()?;
     }
+    if matches!(wrong, Some(Wrong::Stall(_))) {
+        wait_for_the_end(shared);
+    }
     Some(())
+}
+
+/// Holds a connection open for as long as the server is there.
+fn wait_for_the_end(shared: &Mutex<State>) {
+    while !shared.lock().unwrap().down {
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 fn parse(stream: &TcpStream) -> Option<Request> {

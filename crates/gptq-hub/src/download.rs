@@ -186,12 +186,19 @@ impl Download<'_> {
         let mut breaks = 0;
         *resumed |= *at > 0;
         while *at < entry.size {
-            let opened = self.repo.bytes(self.commit, entry, *at).await;
-            let mut bytes = opened.map_err(told)?;
             let before = *at;
+            let opened = self.repo.bytes(self.commit, entry, *at);
+            let mut bytes = match self.repo.within(opened).await {
+                Ok(opened) => Ok(opened.map_err(told)?),
+                Err(silent) => Err(silent),
+            };
             let broken = loop {
-                match bytes.next().await {
-                    Some(Ok(chunk)) => {
+                let next = match &mut bytes {
+                    Ok(bytes) => self.repo.within(bytes.next()).await,
+                    Err(_) => break bytes.err(),
+                };
+                match next {
+                    Ok(Some(Ok(chunk))) => {
                         if *at + chunk.len() as u64 > entry.size {
                             return Ok(false);
                         }
@@ -200,8 +207,9 @@ impl Download<'_> {
                         *at += chunk.len() as u64;
                         self.meter.add(chunk.len() as i64);
                     }
-                    Some(Err(error)) => break Some(error),
-                    None => break None,
+                    Ok(Some(Err(error))) => break Some(told(error)),
+                    Ok(None) => break None,
+                    Err(silent) => break Some(silent),
                 }
             };
             if *at == entry.size {
@@ -213,14 +221,11 @@ impl Download<'_> {
             };
             *resumed |= *at > 0;
             if breaks >= PATIENCE {
-                return Err(broken.map_or_else(
-                    || HubError::Short {
-                        file: entry.path.clone(),
-                        size: entry.size,
-                        at: *at,
-                    },
-                    told,
-                ));
+                return Err(broken.unwrap_or_else(|| HubError::Short {
+                    file: entry.path.clone(),
+                    size: entry.size,
+                    at: *at,
+                }));
             }
             tokio::time::sleep(FIRST_WAIT * 2u32.pow(breaks)).await;
         }

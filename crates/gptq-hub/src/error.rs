@@ -40,6 +40,11 @@ pub enum HubError {
          kept"
     )]
     Unreachable { endpoint: String, reason: String },
+    #[error(
+        "{endpoint} has sent nothing for {seconds} s; check the network, and run again: what has come \
+         is kept"
+    )]
+    Silent { endpoint: String, seconds: u64 },
     #[error("{endpoint} answered {status} for {id}; run again later: what has come is kept")]
     Refused {
         endpoint: String,
@@ -173,7 +178,7 @@ impl HubError {
 
     /// Whether the Hub could not be asked at all.
     pub(crate) fn is_unreachable(&self) -> bool {
-        matches!(self, HubError::Unreachable { .. })
+        matches!(self, HubError::Unreachable { .. } | HubError::Silent { .. })
     }
 }
 

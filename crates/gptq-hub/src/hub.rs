@@ -1,6 +1,7 @@
 //! The connection, and whole snapshots.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use hf_hub::HFClient;
 use tokio::runtime::{Builder, Runtime};
@@ -13,6 +14,9 @@ use crate::{DataFiles, HubError, Kind, Progress, RepoId, files};
 /// Where the automatic Parquet conversion of a dataset lies.
 const PARQUET: &str = "refs/convert/parquet";
 
+/// How long a connection is waited for that sends nothing, where nobody says otherwise.
+pub const STALL: Duration = Duration::from_secs(60);
+
 /// How to reach the Hub; nothing is read from the environment here.
 #[derive(Clone)]
 pub struct HubSettings {
@@ -24,6 +28,8 @@ pub struct HubSettings {
     pub cache: PathBuf,
     /// Ask nobody; use what is in the cache.
     pub offline: bool,
+    /// How long a connection may be silent before it counts as broken.
+    pub stall: Duration,
 }
 
 /// The Hub.
@@ -77,6 +83,11 @@ impl Hub {
 
     pub(crate) fn client(&self) -> &HFClient {
         &self.client
+    }
+
+    /// A repository, as this Hub is asked about it.
+    pub(crate) fn repo(&self, kind: Kind, id: &RepoId) -> Repo {
+        Repo::new(&self.client, kind, id, self.settings.stall)
     }
 
     /// Runs a request to its end.
@@ -226,10 +237,9 @@ impl Hub {
                 missing,
             });
         }
-        let repo = Repo::new(&self.client, kind, id);
+        let repo = self.repo(kind, id);
         let online = || {
-            let commit = self.wait(repo.commit(revision));
-            let commit = commit.map_err(|e| HubError::from_hub(e, repo.context(revision)))?;
+            let commit = self.wait(repo.commit(revision))?;
             let files = fetched(&repo, &cache, &commit)?;
             cache.remember(revision, &commit)?;
             Ok(Snapshot {

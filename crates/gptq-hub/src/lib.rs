@@ -22,6 +22,6 @@ mod repo;
 pub use download::Progress;
 pub use error::HubError;
 pub use files::DataFiles;
-pub use hub::{Hub, HubSettings, Snapshot};
+pub use hub::{Hub, HubSettings, STALL, Snapshot};
 pub use publish::{Changes, LocalFile};
 pub use repo::{Kind, RepoId};

@@ -3,11 +3,12 @@
 use std::cell::OnceCell;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use std::{env, fs};
 
 use anyhow::{Result, anyhow};
 use gptq_calibration::Source;
-use gptq_hub::{DataFiles, Hub, HubSettings, RepoId, Snapshot};
+use gptq_hub::{DataFiles, Hub, HubSettings, RepoId, STALL, Snapshot};
 use gptq_pipeline::{Fetched, InputSource, Recipe};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -63,7 +64,8 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
     Ok(fetched)
 }
 
-/// What `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HOME` and `HF_HUB_CACHE` say.
+/// What `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HOME`, `HF_HUB_CACHE` and
+/// `HF_HUB_DOWNLOAD_TIMEOUT` say.
 pub(crate) fn settings() -> HubSettings {
     let text = |name| env::var(name).ok().filter(|value| !value.is_empty());
     let path = |name| text(name).map(PathBuf::from);
@@ -83,6 +85,10 @@ pub(crate) fn settings() -> HubSettings {
         token: text("HF_TOKEN").or_else(saved_token),
         cache: path("HF_HUB_CACHE").unwrap_or_else(|| home.join("hub")),
         offline: text("HF_HUB_OFFLINE").is_some_and(is_on),
+        stall: text("HF_HUB_DOWNLOAD_TIMEOUT")
+            .and_then(|seconds| seconds.parse().ok())
+            .filter(|&seconds| seconds > 0)
+            .map_or(STALL, Duration::from_secs),
     }
 }
 
