@@ -5,14 +5,18 @@
 //!   blobs/{hash}                  contents, named by SHA-256 (large files) or git's hash
 //!   snapshots/{commit}/{path}     links to them
 //!   refs/{revision}               the commit a branch or tag was last seen at
+//!   .gptq/{commit}.json           what the repository holds there; this crate's own
 //! ```
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use gptq_format::{read_json, write_json};
+
 use crate::content::is_named;
 use crate::error::HubError;
+use crate::listing::Listing;
 use crate::repo::{Entry, Kind, RepoId, is_git_hash, is_plain};
 
 /// One repository's part of the cache.
@@ -61,8 +65,32 @@ impl Cache {
             .map_err(HubError::io(&path))
     }
 
+    /// What the repository holds at a commit, if that was written down.
+    pub(crate) fn listing(&self, commit: &str) -> Option<Listing> {
+        read_json(&self.listing_path(commit)).ok()
+    }
+
+    /// Writes it down. A commit does not change, so once is enough; and a cache that cannot be
+    /// written to serves as well without.
+    pub(crate) fn keep_listing(&self, commit: &str, tree: &[Entry]) {
+        let path = self.listing_path(commit);
+        if self.listing(commit).is_none() && parent(&path).is_ok() {
+            let _ = write_json(&path, &Listing::of(tree));
+        }
+    }
+
+    fn listing_path(&self, commit: &str) -> PathBuf {
+        self.dir.join(".gptq").join(format!("{commit}.json"))
+    }
+
+    /// What the repository holds, as far as the cache knows.
+    pub(crate) fn names(&self, commit: &str) -> Vec<String> {
+        let listing = self.listing(commit);
+        listing.map_or_else(|| self.files(commit), |listing| listing.names())
+    }
+
     /// Files of a snapshot, as paths within the repository.
-    pub(crate) fn files(&self, commit: &str) -> Vec<String> {
+    fn files(&self, commit: &str) -> Vec<String> {
         let root = self.snapshot(commit);
         let mut files = Vec::new();
         let mut dirs = vec![root.clone()];

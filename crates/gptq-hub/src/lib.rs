@@ -16,6 +16,7 @@ mod download;
 mod error;
 mod files;
 mod hub;
+mod listing;
 mod publish;
 mod repo;
 

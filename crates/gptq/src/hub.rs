@@ -39,7 +39,7 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
                 with_bar(&repo, |progress| connect()?.model(&id, &revision, progress))?
             }
         };
-        warn_if_stale(&repo, &snapshot);
+        warn(&repo, &snapshot);
         fetched.model = Some(snapshot.dir);
     }
     if rows && let InputSource::Hub { repo, revision } = recipe.calibration_source()? {
@@ -51,7 +51,7 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
         let snapshot = with_bar(&repo, |progress| {
             connect()?.dataset(&id, &revision, wanted, progress)
         })?;
-        warn_if_stale(&repo, &snapshot);
+        warn(&repo, &snapshot);
         let files = snapshot.files.into_iter();
         fetched.calibration = Some(Source::Dataset {
             name: repo,
@@ -99,11 +99,18 @@ pub(crate) fn repo_id(text: &str) -> Result<RepoId> {
     })
 }
 
-fn warn_if_stale(repo: &str, snapshot: &Snapshot) {
+/// Says what an answer from the cache leaves open.
+fn warn(repo: &str, snapshot: &Snapshot) {
     if snapshot.stale {
         log::warning(&format!(
             "the Hub cannot be reached; using {repo} at {} from the cache",
             snapshot.commit
+        ));
+    }
+    if snapshot.unchecked {
+        log::warning(&format!(
+            "{repo} was brought into the cache by another tool, so whether all of its rows are there \
+             could not be checked; run once without HF_HUB_OFFLINE to make sure"
         ));
     }
 }
