@@ -1,12 +1,14 @@
 //! The cache: what it must hold before it stands for the Hub, and what is left alone in it.
 
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::time::SystemTime;
 
 use crate::harness::{Scratch, command, medi_tiny, refused, root, succeeded};
 use crate::hub::{MODEL, ONE, WIKIDOC, hub, run, snapshot};
-use crate::hub_server::{HubServer, Wrong, commit};
+use crate::hub_server::{HubServer, Wrong, commit, git_oid, sha256};
 
 const DATASET: &str = "medi/shards";
 
@@ -93,4 +95,110 @@ fn a_tokenizer_in_the_cache_without_all_of_its_files_is_not_a_tokenizer() {
         .output();
     let line = refused(offline.unwrap());
     assert!(line.contains(&format!("{name} is not all there")), "{line}");
+}
+
+/// When each file, link and directory below `dir` was last changed.
+fn times(dir: &Path) -> Vec<(PathBuf, SystemTime)> {
+    let mut times = Vec::new();
+    let mut paths = vec![dir.to_owned()];
+    while let Some(path) = paths.pop() {
+        let metadata = fs::symlink_metadata(&path).unwrap();
+        if metadata.is_dir() {
+            paths.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
+        }
+        times.push((path, metadata.modified().unwrap()));
+    }
+    times.sort();
+    times
+}
+
+/// Runs against a cache that has all, and must leave it as it is and fetch nothing.
+fn assert_left_alone(scratch: &Scratch, hub: &HubServer) {
+    let recipe = scratch.recipe(Path::new(MODEL), ONE);
+    let before = times(&scratch.path("hf/hub/models--medi--tiny"));
+    hub.requests();
+    let args = ["quantize", recipe.to_str().unwrap()];
+    succeeded(run(scratch, &hub.url(), &args));
+    let asked = hub.requests().join("\n");
+    assert!(!asked.contains("resolve"), "{asked}");
+    assert!(asked.contains("revision"), "it was online: {asked}");
+    assert_eq!(before, times(&scratch.path("hf/hub/models--medi--tiny")));
+    fs::remove_dir_all(scratch.out()).unwrap();
+}
+
+/// Makes everything below `dir` unwritable, or writable again.
+fn read_only(dir: &Path, yes: bool) {
+    for (path, _) in times(dir) {
+        let mut permissions = fs::symlink_metadata(&path).unwrap().permissions();
+        if permissions.readonly() != yes && !path.is_symlink() {
+            let mode = if yes { 0o555 } else { 0o755 };
+            std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, mode);
+            fs::set_permissions(&path, permissions).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_cache_that_has_all_is_left_as_it_is() {
+    let (scratch, hub) = (Scratch::new(), hub());
+    let recipe = scratch.recipe(Path::new(MODEL), ONE);
+    let args = ["quantize", recipe.to_str().unwrap()];
+    succeeded(run(&scratch, &hub.url(), &args));
+    fs::remove_dir_all(scratch.out()).unwrap();
+    // Nobody may write there; and whoever may does not.
+    read_only(&scratch.path("hf"), true);
+    assert_left_alone(&scratch, &hub);
+    read_only(&scratch.path("hf"), false);
+
+    // A link to what is another content by now is made anew.
+    let link = snapshot(&scratch).join("config.json");
+    let right = fs::read_link(&link).unwrap();
+    let tokenizer = fs::read_link(snapshot(&scratch).join("tokenizer.json")).unwrap();
+    fs::remove_file(&link).unwrap();
+    symlink(tokenizer, &link).unwrap();
+    succeeded(run(&scratch, &hub.url(), &args));
+    assert_eq!(fs::read_link(&link).unwrap(), right);
+}
+
+#[test]
+fn caches_that_other_tools_made_are_used_as_they_are() {
+    for links in [true, false] {
+        let (scratch, hub) = (Scratch::new(), hub());
+        let repo = scratch.path("hf/hub/models--medi--tiny");
+        for dir in [&repo.join("refs"), &repo.join("blobs"), &snapshot(&scratch)] {
+            fs::create_dir_all(dir).unwrap();
+        }
+        fs::write(repo.join("refs/main"), commit(MODEL, "main")).unwrap();
+        for name in [
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "special_tokens_map.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ] {
+            let Ok(bytes) = fs::read(root().join(medi_tiny()).join(name)) else {
+                continue;
+            };
+            let etag = match bytes.len() < 20_000 {
+                true => git_oid(&bytes),
+                false => sha256(&bytes),
+            };
+            let place = snapshot(&scratch).join(name);
+            match links {
+                true => {
+                    fs::write(repo.join("blobs").join(&etag), bytes).unwrap();
+                    symlink(format!("../../blobs/{etag}"), place).unwrap();
+                }
+                false => fs::write(place, bytes).unwrap(),
+            }
+        }
+        // The listing is all that is written, once.
+        fs::create_dir_all(repo.join(".gptq")).unwrap();
+        let listing = repo
+            .join(".gptq")
+            .join(format!("{}.json", commit(MODEL, "main")));
+        fs::write(&listing, "{\"files\": {}}").unwrap();
+        assert_left_alone(&scratch, &hub);
+    }
 }

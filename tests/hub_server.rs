@@ -435,14 +435,14 @@ pub(crate) fn commit(repo: &str, revision: &str) -> String {
     git_oid(format!("{repo}@{revision}").as_bytes())
 }
 
-fn git_oid(bytes: &[u8]) -> String {
+pub(crate) fn git_oid(bytes: &[u8]) -> String {
     let mut hasher = Sha1::new();
     hasher.update(format!("blob {}\0", bytes.len()));
     hasher.update(bytes);
     hexadecimal(&hasher.finalize())
 }
 
-fn sha256(bytes: &[u8]) -> String {
+pub(crate) fn sha256(bytes: &[u8]) -> String {
     hexadecimal(&Sha256::digest(bytes))
 }
 

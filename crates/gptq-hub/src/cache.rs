@@ -11,6 +11,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use gptq_format::{read_json, write_json};
 
@@ -56,13 +57,17 @@ impl Cache {
 
     /// Remembers the commit of a revision.
     pub(crate) fn remember(&self, revision: &str, commit: &str) -> Result<(), HubError> {
-        if is_git_hash(revision) || !is_plain(revision) {
+        let known = self.commit(revision).is_some_and(|known| known == commit);
+        if known || !is_plain(revision) {
             return Ok(());
         }
         let path = self.dir.join("refs").join(revision);
-        parent(&path)
-            .and_then(|()| fs::write(&path, commit))
-            .map_err(HubError::io(&path))
+        match replace(&path, |fresh| fs::write(fresh, commit)) {
+            // Someone else's cache, which had all that was needed.
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok(()),
+            written => written.map_err(HubError::io(&path)),
+        }
     }
 
     /// What the repository holds at a commit, if that was written down.
@@ -110,6 +115,18 @@ impl Cache {
         files
     }
 
+    /// Whether an entry's file is in a snapshot: a link to its content, or, where a tool or a system
+    /// makes no links, a file of its size.
+    pub(crate) fn has(&self, commit: &str, entry: &Entry) -> bool {
+        let path = self.snapshot(commit).join(&entry.path);
+        let whole = fs::metadata(&path).is_ok_and(|m| m.is_file() && m.len() == entry.size);
+        whole
+            && fs::read_link(&path).map_or(true, |target| {
+                let name = target.file_name().and_then(|name| name.to_str());
+                name.is_some_and(|name| is_named(name, entry))
+            })
+    }
+
     /// A content that is here already, whatever snapshot it came with.
     pub(crate) fn find(&self, entry: &Entry) -> Option<String> {
         let blobs = fs::read_dir(self.dir.join("blobs")).ok()?;
@@ -124,19 +141,30 @@ impl Cache {
     pub(crate) fn link(&self, commit: &str, entry: &Entry, blob: &str) -> Result<(), HubError> {
         let link = self.snapshot(commit).join(&entry.path);
         let up = "../".repeat(2 + entry.path.matches('/').count());
-        let place = || {
-            parent(&link)?;
-            match fs::remove_file(&link) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
+        let placed = replace(&link, |fresh| {
             #[cfg(unix)]
-            return std::os::unix::fs::symlink(format!("{up}blobs/{blob}"), &link);
+            return std::os::unix::fs::symlink(format!("{up}blobs/{blob}"), fresh);
             #[cfg(not(unix))]
-            return fs::copy(self.blob(blob), &link).map(|_| drop(up));
-        };
-        place().map_err(HubError::io(&link))
+            return fs::copy(self.blob(blob), fresh).map(|_| drop(up));
+        });
+        placed.map_err(HubError::io(&link))
     }
+}
+
+/// Makes a file or link under a name of its own, and gives it its place: another process that looks
+/// there sees the old one or the new one.
+fn replace(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
+    parent(path)?;
+    // Processes of several machines or containers share a cache, and their numbers.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.unwrap_or_default().as_nanos();
+    let fresh = path.with_file_name(format!(".gptq-{}-{now}.partial", std::process::id()));
+    make(&fresh)
+        .and_then(|()| fs::rename(&fresh, path))
+        .inspect_err(|_| {
+            // The first error is the one to tell.
+            let _ = fs::remove_file(&fresh);
+        })
 }
 
 /// Makes the directory a file lies in.

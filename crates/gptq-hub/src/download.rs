@@ -97,6 +97,10 @@ enum Wrong {
 
 impl Download<'_> {
     async fn place(&self, entry: &Entry) -> Result<(), HubError> {
+        if self.cache.has(self.commit, entry) {
+            self.meter.add(entry.size as i64);
+            return Ok(());
+        }
         let blob = match self.cache.find(entry) {
             Some(blob) => {
                 self.meter.add(entry.size as i64);
