@@ -1,5 +1,6 @@
 //! The connection, and whole snapshots.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ pub struct Hub {
     client: HFClient,
     runtime: Runtime,
     settings: HubSettings,
+    /// It could not be reached, and what the cache has is used without waiting for it again.
+    gone: Cell<bool>,
 }
 
 /// Files of one commit, in the cache.
@@ -82,6 +85,7 @@ impl Hub {
                 .build()
                 .map_err(|e| other(e.to_string()))?,
             settings,
+            gone: Cell::new(false),
         })
     }
 
@@ -106,19 +110,7 @@ impl Hub {
         revision: &str,
         on_progress: &dyn Fn(Progress),
     ) -> Result<Snapshot, HubError> {
-        let cached = |names: &[&str], snapshot: &Path| {
-            for needed in ["config.json", "tokenizer.json"] {
-                if !names.contains(&needed) {
-                    return Err(format!("no {needed}"));
-                }
-            }
-            let weights = files::model_weights(&id.to_string(), names, snapshot);
-            Ok([
-                files::model_side(names),
-                weights.map_err(|e| e.to_string())?,
-            ]
-            .concat())
-        };
+        let cached = |names: &[&str], snapshot: &Path| whole(id, names, snapshot);
         self.snapshot(Kind::Model, id, revision, cached, async |place, names| {
             let side = place.side(names).await?;
             let weights = files::model_weights(&id.to_string(), names, &place.dir())?;
@@ -127,7 +119,17 @@ impl Hub {
         })
     }
 
-    /// A model's config and tokenizer, without its weights.
+    /// A model's config and tokenizer ahead of its weights, which are there to be fetched.
+    pub fn model_ahead(&self, id: &RepoId, revision: &str) -> Result<Snapshot, HubError> {
+        let cached = |names: &[&str], snapshot: &Path| whole(id, names, snapshot);
+        self.snapshot(Kind::Model, id, revision, cached, async |place, names| {
+            let side = place.side(names).await?;
+            files::model_weights(&id.to_string(), names, &place.dir())?;
+            Ok(side)
+        })
+    }
+
+    /// A model's config and tokenizer, whether or not it has weights.
     pub fn model_side(&self, id: &RepoId, revision: &str) -> Result<Snapshot, HubError> {
         let cached = |names: &[&str], _: &Path| match names.contains(&"config.json") {
             true => Ok(files::model_side(names)),
@@ -225,6 +227,11 @@ impl Hub {
                 missing,
             });
         }
+        if self.gone.get()
+            && let Ok(snapshot) = from_cache(true)
+        {
+            return Ok(snapshot);
+        }
         let repo = self.repo(kind, id);
         let online = || {
             let commit = self.wait(repo.commit(revision))?;
@@ -249,11 +256,24 @@ impl Hub {
         };
         match online() {
             Err(error) if HubError::is_unreachable(&error) => {
+                self.gone.set(true);
                 from_cache(true).map_err(|_: String| error)
             }
             other => other,
         }
     }
+}
+
+/// Of a model in the cache, all files; or what it lacks.
+fn whole(id: &RepoId, names: &[&str], snapshot: &Path) -> Result<Vec<String>, String> {
+    for needed in ["config.json", "tokenizer.json"] {
+        if !names.contains(&needed) {
+            return Err(format!("no {needed}"));
+        }
+    }
+    let weights = files::model_weights(&id.to_string(), names, snapshot);
+    let weights = weights.map_err(|e| e.to_string())?;
+    Ok([files::model_side(names), weights].concat())
 }
 
 /// A commit of a repository, and its snapshot.

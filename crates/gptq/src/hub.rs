@@ -2,14 +2,15 @@
 
 use std::cell::OnceCell;
 use std::io::IsTerminal;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{env, fs};
 
-use anyhow::{Result, anyhow};
-use gptq_calibration::Source;
+use anyhow::{Result, anyhow, ensure};
+use gptq_calibration::{Source, TextTokenizer};
 use gptq_hub::{DataFiles, Hub, HubSettings, RepoId, STALL, Snapshot};
-use gptq_pipeline::{Fetched, InputSource, Recipe};
+use gptq_pipeline::{Fetched, InputSource, Plan, Recipe};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::log;
@@ -23,7 +24,9 @@ pub(crate) enum Need {
     Weights,
 }
 
-/// Fetches what `recipe` names on the Hub; a recipe of local files asks nobody.
+/// Fetches what `recipe` names on the Hub; a recipe of local files asks nobody. The small comes first
+/// and is judged, so that what is wrong is not said after gigabytes: the shapes, then the plan and the
+/// tokenizer, then the rows, then the weights.
 pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched> {
     let mut fetched = Fetched::default();
     let hub = OnceCell::new();
@@ -31,18 +34,38 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
         Some(hub) => Ok(hub),
         None => Hub::new(settings()).map(|new| hub.get_or_init(|| new)),
     };
-    if let InputSource::Hub { repo, revision } = recipe.model_source()? {
-        let id = repo_id(&repo)?;
+    let (source, calibration) = (recipe.model_source()?, recipe.calibration_source()?);
+    let mut side = None;
+    if let InputSource::Hub { repo, revision } = &source {
+        let id = repo_id(repo)?;
         let snapshot = match model {
-            Need::Shapes => connect()?.model_side(&id, &revision)?,
-            Need::Weights => {
-                with_bar(&repo, |progress| connect()?.model(&id, &revision, progress))?
-            }
+            Need::Shapes => connect()?.model_side(&id, revision)?,
+            Need::Weights => connect()?.model_ahead(&id, revision)?,
         };
-        warn(&repo, &snapshot);
-        fetched.model = Some(snapshot.dir);
+        warn(repo, &snapshot);
+        fetched.model = Some(snapshot.dir.clone());
+        side = Some((repo, id, snapshot));
     }
-    if rows && let InputSource::Hub { repo, revision } = recipe.calibration_source()? {
+    if rows && (side.is_some() || matches!(calibration, InputSource::Hub { .. })) {
+        Plan::new(recipe, &fetched)?;
+    }
+    if rows && let Some((repo, _, snapshot)) = &side {
+        ensure!(
+            snapshot.files.iter().any(|name| name == "tokenizer.json"),
+            "{repo} has no tokenizer.json; name a revision that has one, or download it, have \
+             Transformers' AutoTokenizer save one beside it, and name the directory"
+        );
+        TextTokenizer::load(&snapshot.dir)?;
+        if let InputSource::Local(path) = &calibration
+            && !path.exists()
+            && !path.to_string_lossy().contains(['*', '?', '['])
+        {
+            // What is not there ends in the error that reading it would.
+            let none = &mut |_| Ok(ControlFlow::Break(()));
+            Source::Local(path.clone()).rows(&[], none)?;
+        }
+    }
+    if rows && let InputSource::Hub { repo, revision } = calibration {
         let id = repo_id(&repo)?;
         let wanted = DataFiles {
             readable: &Source::reads,
@@ -60,6 +83,17 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
                 .map(|name| (name.clone(), snapshot.dir.join(name)))
                 .collect(),
         });
+    }
+    if model == Need::Weights
+        && let Some((repo, id, side)) = side
+    {
+        // The commit that was judged, whatever the revision is by now.
+        let snapshot = with_bar(repo, |progress| {
+            connect()?.model(&id, &side.commit, progress)
+        })?;
+        if !side.stale {
+            warn(repo, &snapshot);
+        }
     }
     Ok(fetched)
 }
