@@ -72,8 +72,14 @@ pub enum HubError {
     Missing { repo: String, file: String },
     #[error("{repo} has no file that rows can be read from; download it and name a local file")]
     NoRows { repo: String },
-    #[error("{repo} has files of several kinds ({}); choose some with files = \"*.{}\"", kinds.join(", "), kinds[0])]
-    SeveralKinds { repo: String, kinds: Vec<String> },
+    #[error("{repo} has files of several kinds ({kinds}); choose some with files = \"*.{first}\"")]
+    SeveralKinds {
+        repo: String,
+        kinds: String,
+        first: String,
+    },
+    #[error("{repo} has rows in several directories; choose one of {choices}")]
+    SeveralPlaces { repo: String, choices: String },
     #[error("files = {pattern:?}: {reason}")]
     Pattern { pattern: String, reason: String },
     #[error(
