@@ -79,8 +79,18 @@ fn every_route_of_a_model_gives_the_same_bytes() {
     succeed(["quantize", recipe.to_str().unwrap()]);
 
     let (single, hub) = (Scratch::new(), hub());
-    succeeded(quantize(&single, &hub));
+    let fetched = quantize(&single, &hub);
+    let told = String::from_utf8_lossy(&fetched.stderr).into_owned();
+    succeeded(fetched);
     assert!(weights(&single) == weights(&local), "from the Hub");
+    let size = fs::metadata(root().join(medi_tiny()).join("model.safetensors")).unwrap();
+    let size = format!("{:.2} MB", size.len() as f64 / 1e6);
+    let begun = format!("fetching 1 file of {MODEL}, {size}\n");
+    assert!(told.contains(&begun), "{told}");
+    assert!(
+        told.contains(&format!("fetched {MODEL}: {size} in ")),
+        "{told}"
+    );
     let asked = hub.requests().join("\n");
     for file in ["pytorch_model.bin", "tf_model.h5", "onnx", "README"] {
         assert!(
@@ -113,6 +123,7 @@ fn every_route_of_a_model_gives_the_same_bytes() {
         told.contains("cannot be reached") && told.contains(MODEL),
         "{told}"
     );
+    assert!(!told.contains("fetch"), "{told}");
 
     let (sharded, hub) = (Scratch::new(), HubServer::start());
     for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {

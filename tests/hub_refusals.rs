@@ -39,6 +39,13 @@ fn a_refusal_of_the_hub_is_one_line_with_a_remedy() {
         ),
         ("revision", 503, "", ["503", "run again"]),
         ("cdn", 500, "", ["500", "what has come is kept"]),
+        (
+            "revision",
+            400,
+            "",
+            ["400 for medi/tiny (refused)", "asking again"],
+        ),
+        ("resolve", 451, "", ["451 for medi/tiny", "another copy"]),
     ] {
         let (scratch, hub) = (Scratch::new(), hub());
         hub.fail(path, 1000, Wrong::Status(status, code));

@@ -1,9 +1,10 @@
 //! Files into the cache: several at once, resumed where they broke off, checked before they count.
 
 use std::cell::Cell;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt, stream};
@@ -25,13 +26,15 @@ const FIRST_WAIT: Duration = Duration::from_millis(200);
 /// How far a download is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// Bytes that are here.
+    /// Files that were not here when it began.
+    pub files: usize,
+    /// Bytes of them that have come.
     pub done: u64,
-    /// Bytes of all files.
+    /// Bytes of them all.
     pub total: u64,
 }
 
-/// Makes sure that every entry is in the snapshot of `commit`.
+/// Makes sure that every entry is in the snapshot of `commit`. Says what is to come before it comes.
 pub(crate) async fn fetch(
     repo: &Repo,
     cache: &Cache,
@@ -39,11 +42,19 @@ pub(crate) async fn fetch(
     entries: &[&Entry],
     on_progress: &dyn Fn(Progress),
 ) -> Result<(), HubError> {
+    let absent = |entry: &&&Entry| !cache.has(commit, entry) && cache.find(entry).is_none();
+    let absent: BTreeMap<&str, u64> = entries
+        .iter()
+        .filter(absent)
+        .map(|entry| (entry.oid.as_str(), entry.size))
+        .collect();
     let meter = Meter {
+        files: absent.len(),
         done: Cell::new(0),
-        total: entries.iter().map(|e| e.size).sum(),
+        total: absent.values().sum(),
         on_progress,
     };
+    meter.add(0);
     let download = Download {
         repo,
         cache,
@@ -66,6 +77,7 @@ pub(crate) async fn fetch(
 }
 
 struct Meter<'a> {
+    files: usize,
     done: Cell<u64>,
     total: u64,
     on_progress: &'a dyn Fn(Progress),
@@ -76,6 +88,7 @@ impl Meter<'_> {
     fn add(&self, bytes: i64) {
         self.done.set(self.done.get().saturating_add_signed(bytes));
         (self.on_progress)(Progress {
+            files: self.files,
             done: self.done.get(),
             total: self.total,
         });
@@ -98,14 +111,10 @@ enum Wrong {
 impl Download<'_> {
     async fn place(&self, entry: &Entry) -> Result<(), HubError> {
         if self.cache.has(self.commit, entry) {
-            self.meter.add(entry.size as i64);
             return Ok(());
         }
         let blob = match self.cache.find(entry) {
-            Some(blob) => {
-                self.meter.add(entry.size as i64);
-                blob
-            }
+            Some(blob) => blob,
             None => self.download(entry).await?,
         };
         self.cache.link(self.commit, entry, &blob)
@@ -137,7 +146,13 @@ impl Download<'_> {
         let (mut resumed, mut restarted) = (false, false);
         loop {
             let streamed = self
-                .stream(entry, &mut file, &mut hasher, &mut at, &mut resumed)
+                .stream(
+                    entry,
+                    (&path, &mut file),
+                    &mut hasher,
+                    &mut at,
+                    &mut resumed,
+                )
                 .await?;
             let wrong = match streamed {
                 true => {
@@ -181,7 +196,7 @@ impl Download<'_> {
     async fn stream(
         &self,
         entry: &Entry,
-        file: &mut File,
+        (path, file): (&Path, &mut File),
         hasher: &mut ContentHasher,
         at: &mut u64,
         resumed: &mut bool,
@@ -206,7 +221,7 @@ impl Download<'_> {
                         if *at + chunk.len() as u64 > entry.size {
                             return Ok(false);
                         }
-                        file.write_all(&chunk).map_err(HubError::io("the cache"))?;
+                        file.write_all(&chunk).map_err(HubError::io(path))?;
                         hasher.update(&chunk);
                         *at += chunk.len() as u64;
                         self.meter.add(chunk.len() as i64);

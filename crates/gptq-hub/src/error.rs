@@ -9,6 +9,9 @@ use thiserror::Error;
 
 use crate::Kind;
 
+/// Characters of a server's own words that are passed on.
+const MOST_SAID: usize = 200;
+
 /// Why something could not be had from the Hub, or brought to it.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
@@ -50,6 +53,16 @@ pub enum HubError {
         endpoint: String,
         id: String,
         status: u16,
+    },
+    #[error(
+        "{endpoint} answered {status} for {id}{said}; asking again will not change that: check its \
+         name, its revision and HF_ENDPOINT, or name another copy of it"
+    )]
+    Denied {
+        endpoint: String,
+        id: String,
+        status: u16,
+        said: String,
     },
     #[error(
         "HF_HUB_OFFLINE is set, and {id} at {revision:?} is not wholly in {} ({missing}); run once \
@@ -94,6 +107,12 @@ pub enum HubError {
     },
     #[error("{file} ended after {at} of {size} bytes; run again: what has come is kept")]
     Short { file: String, size: u64, at: u64 },
+    #[error(
+        "{}: the disk is full; make room, or set HF_HUB_CACHE (or HF_HOME) to where there is some: what \
+         has come is kept",
+        path.display()
+    )]
+    Full { path: PathBuf },
     #[error("{} is being downloaded by another process; wait for it", path.display())]
     Busy { path: PathBuf },
     #[error("HF_TOKEN is not a token")]
@@ -118,9 +137,14 @@ pub(crate) struct Context {
 impl HubError {
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl Fn(io::Error) -> Self {
         let path: PathBuf = path.into();
-        move |source| HubError::Io {
-            path: path.clone(),
-            source,
+        move |source| {
+            let path = path.clone();
+            match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    HubError::Full { path }
+                }
+                _ => HubError::Io { path, source },
+            }
         }
     }
 
@@ -165,6 +189,13 @@ impl HubError {
                     HubError::NoRevision { id, revision }
                 }
                 404 => HubError::NoRepo { id, kind, endpoint },
+                // A timeout, too early, too often: these pass.
+                status @ 400..500 if ![408, 425, 429].contains(&status) => HubError::Denied {
+                    endpoint,
+                    id,
+                    status,
+                    said: said(http.server_message.as_deref()),
+                },
                 status => HubError::Refused {
                     endpoint,
                     id,
@@ -188,6 +219,20 @@ impl HubError {
     }
 }
 
+/// What a server says beside a status, as the end of a part of a line.
+fn said(message: Option<&str>) -> String {
+    let message = message.unwrap_or_default().trim();
+    let line: String = message
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(MOST_SAID)
+        .collect();
+    match line.is_empty() {
+        true => line,
+        false => format!(" ({line})"),
+    }
+}
+
 /// The message at the bottom of an error: "connection refused" rather than "request failed".
 fn innermost(error: &dyn std::error::Error) -> String {
     let mut error = error;
@@ -195,4 +240,26 @@ fn innermost(error: &dyn std::error::Error) -> String {
         error = source;
     }
     error.to_string().replace('\n', "; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_named_with_where_to_go() {
+        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded] {
+            let line = HubError::io("/cache/blobs/1")(kind.into()).to_string();
+            for word in ["/cache/blobs/1", "full", "HF_HUB_CACHE", "HF_HOME"] {
+                assert!(line.contains(word), "{line}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_server_s_own_words_stay_within_the_line() {
+        assert_eq!(said(None), "");
+        assert_eq!(said(Some("not\nhere\u{1b}[0m")), " (not here [0m)");
+        assert_eq!(said(Some(&"a".repeat(900))).len(), MOST_SAID + 3);
+    }
 }

@@ -1,10 +1,10 @@
 //! A recipe's inputs from the Hub. The environment is read here and nowhere else.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{env, fs};
 
 use anyhow::{Result, anyhow, ensure};
@@ -13,7 +13,10 @@ use gptq_hub::{DataFiles, Hub, HubSettings, RepoId, STALL, Snapshot};
 use gptq_pipeline::{Fetched, InputSource, Plan, Recipe};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::log;
+use crate::{log, size};
+
+/// Off a terminal, how often it is said how far a download is.
+const MINUTE: Duration = Duration::from_secs(60);
 
 /// How much of the model a command needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,24 +152,54 @@ fn warn(repo: &str, snapshot: &Snapshot) {
     }
 }
 
-/// A bar in bytes on a terminal; nothing where a file is read from a pipe.
+/// Says what is to come, and how it goes: a bar in bytes on a terminal, elsewhere a line a minute and
+/// one at the end. Nothing, where nothing has to come.
 fn with_bar<T>(
     repo: &str,
     work: impl FnOnce(&dyn Fn(gptq_hub::Progress)) -> Result<T, gptq_hub::HubError>,
 ) -> Result<T, gptq_hub::HubError> {
-    if !std::io::stderr().is_terminal() {
-        return work(&|_| ());
-    }
+    let terminal = std::io::stderr().is_terminal();
     let style = "{prefix} {bar:30} {bytes:>10}/{total_bytes:<10} {bytes_per_sec:>12} {eta:>4}";
     let style = ProgressStyle::with_template(style).expect("the template is a constant");
-    let bar = ProgressBar::new(0)
-        .with_style(style)
-        .with_prefix(last(repo));
+    let bar = match terminal {
+        true => ProgressBar::new(0),
+        false => ProgressBar::hidden(),
+    };
+    let bar = bar.with_style(style).with_prefix(last(repo));
+    let (begun, told) = (Cell::new(None), Cell::new(Instant::now()));
     let result = work(&|progress| {
+        let total = size::decimal(progress.total);
+        if progress.files == 0 {
+            return;
+        }
+        if begun.get().is_none() {
+            begun.set(Some((Instant::now(), progress.total)));
+            let files = match progress.files {
+                1 => "1 file".to_owned(),
+                n => format!("{n} files"),
+            };
+            eprintln!("fetching {files} of {repo}, {total}");
+        }
         bar.set_length(progress.total);
         bar.set_position(progress.done);
+        if !terminal && told.get().elapsed() >= MINUTE {
+            told.set(Instant::now());
+            let done = size::decimal(progress.done);
+            eprintln!("fetching {repo}: {done} of {total}");
+        }
     });
     bar.finish_and_clear();
+    if !terminal
+        && result.is_ok()
+        && let Some((begun, total)) = begun.get()
+    {
+        let seconds = Duration::from_secs(begun.elapsed().as_secs());
+        eprintln!(
+            "fetched {repo}: {} in {}",
+            size::decimal(total),
+            humantime::format_duration(seconds)
+        );
+    }
     result
 }
 
