@@ -26,6 +26,7 @@ pub(crate) fn command<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = 
         "HF_ENDPOINT",
         "HF_HUB_OFFLINE",
         "HF_HUB_CACHE",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN",
         "HF_HUB_DOWNLOAD_TIMEOUT",
     ] {
         command.env_remove(name);

@@ -13,6 +13,7 @@ mod hub_cache;
 mod hub_connection;
 mod hub_refusals;
 mod hub_server;
+mod hub_settings;
 mod inputs;
 mod inspect;
 mod logs;

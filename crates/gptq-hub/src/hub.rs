@@ -16,6 +16,10 @@ use crate::{DataFiles, HubError, Kind, Progress, RepoId, files};
 /// Where the automatic Parquet conversion of a dataset lies.
 const PARQUET: &str = "refs/convert/parquet";
 
+/// The client looks into the environment itself where it is given no token; one that cannot stand in
+/// a header it sends to nobody.
+const NO_TOKEN: &str = "\n";
+
 /// How long a connection is waited for that sends nothing, where nobody says otherwise.
 pub const STALL: Duration = Duration::from_secs(60);
 
@@ -24,7 +28,7 @@ pub const STALL: Duration = Duration::from_secs(60);
 pub struct HubSettings {
     /// `https://huggingface.co`, or a mirror.
     pub endpoint: String,
-    /// Never printed.
+    /// Never printed. Without one, none is sent, whatever the environment holds.
     pub token: Option<String>,
     /// The cache's directory.
     pub cache: PathBuf,
@@ -66,17 +70,17 @@ impl Hub {
             id: settings.endpoint.clone(),
             reason,
         };
-        let mut client = HFClient::builder()
+        let printable = |token: &str| token.bytes().all(|b| b.is_ascii_graphic());
+        let token = match &settings.token {
+            Some(token) if token.is_empty() || !printable(token) => return Err(HubError::Token),
+            Some(token) => token,
+            None => NO_TOKEN,
+        };
+        let client = HFClient::builder()
             .endpoint(&settings.endpoint)
+            .token(token)
             .cache_dir(&settings.cache)
             .retry_max_attempts(4);
-        if let Some(token) = &settings.token {
-            let printable = token.bytes().all(|b| b.is_ascii_graphic());
-            if !printable || token.is_empty() {
-                return Err(HubError::Token);
-            }
-            client = client.token(token);
-        }
         Ok(Hub {
             client: client.build().map_err(|e| other(e.to_string()))?,
             // The client's blocking face has no stream of bytes, so the runtime is here.

@@ -101,8 +101,8 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
     Ok(fetched)
 }
 
-/// What `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HOME`, `HF_HUB_CACHE` and
-/// `HF_HUB_DOWNLOAD_TIMEOUT` say.
+/// What `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN`, `HF_HUB_OFFLINE`,
+/// `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_DOWNLOAD_TIMEOUT` say.
 pub(crate) fn settings() -> HubSettings {
     let text = |name| env::var(name).ok().filter(|value| !value.is_empty());
     let path = |name| text(name).map(PathBuf::from);
@@ -119,7 +119,10 @@ pub(crate) fn settings() -> HubSettings {
     let is_on = |value: String| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str());
     HubSettings {
         endpoint: text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned()),
-        token: text("HF_TOKEN").or_else(saved_token),
+        token: match text("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some_and(is_on) {
+            true => None,
+            false => text("HF_TOKEN").or_else(saved_token),
+        },
         cache: path("HF_HUB_CACHE").unwrap_or_else(|| home.join("hub")),
         offline: text("HF_HUB_OFFLINE").is_some_and(is_on),
         stall: text("HF_HUB_DOWNLOAD_TIMEOUT")
