@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use crate::harness::{Scratch, command, medi_tiny, refused, root, succeed, succeeded};
-use crate::hub_server::{HubServer, Wrong, commit, silent};
+use crate::hub_bytes::commit;
+use crate::hub_server::{HubServer, Wrong, silent};
 
 pub(crate) const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";
 pub(crate) const MODEL: &str = "medi/tiny";
@@ -50,7 +51,7 @@ pub(crate) fn snapshot(scratch: &Scratch) -> PathBuf {
 }
 
 /// The bundled model in two shards.
-fn shards() -> Vec<(String, Vec<u8>)> {
+pub(crate) fn shards() -> Vec<(String, Vec<u8>)> {
     let whole = fs::read(root().join(medi_tiny()).join("model.safetensors")).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&whole).unwrap();
     let mut map = serde_json::Map::new();

@@ -8,7 +8,8 @@ use std::time::SystemTime;
 
 use crate::harness::{Scratch, command, medi_tiny, refused, root, succeeded};
 use crate::hub::{MODEL, ONE, WIKIDOC, hub, run, snapshot};
-use crate::hub_server::{HubServer, Wrong, commit, git_oid, sha256};
+use crate::hub_bytes::{commit, git_oid, sha256};
+use crate::hub_server::{HubServer, Wrong};
 
 const DATASET: &str = "medi/shards";
 

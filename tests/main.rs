@@ -9,6 +9,7 @@ mod dtype;
 mod generate;
 mod harness;
 mod hub;
+mod hub_bytes;
 mod hub_cache;
 mod hub_connection;
 mod hub_refusals;

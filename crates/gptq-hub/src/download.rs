@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt, stream};
+use hf_hub::HFError;
 
 use crate::HubError;
 use crate::cache::{Cache, parent};
@@ -208,13 +209,16 @@ impl Download<'_> {
             let before = *at;
             let opened = self.repo.bytes(self.commit, entry, *at);
             let mut bytes = match self.repo.within(opened).await {
-                Ok(opened) => Ok(opened.map_err(told)?),
-                Err(silent) => Err(silent),
+                Ok(Ok(bytes)) => Ok(bytes),
+                // There is no more of it there: short, as one that just ends.
+                Ok(Err(HFError::Http { context })) if context.status.as_u16() == 416 => Err(None),
+                Ok(Err(error)) => return Err(told(error)),
+                Err(silent) => Err(Some(silent)),
             };
             let broken = loop {
                 let next = match &mut bytes {
                     Ok(bytes) => self.repo.within(bytes.next()).await,
-                    Err(_) => break bytes.err(),
+                    Err(broken) => break broken.take(),
                 };
                 match next {
                     Ok(Some(Ok(chunk))) => {

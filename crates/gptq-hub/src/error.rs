@@ -115,6 +115,11 @@ pub enum HubError {
     Full { path: PathBuf },
     #[error("{} is being downloaded by another process; wait for it", path.display())]
     Busy { path: PathBuf },
+    #[error(
+        "{id}: the server hands its files out by the Xet protocol alone, and that failed ({reason}); run \
+         again, or download {id} with another tool and name its directory"
+    )]
+    Xet { id: String, reason: String },
     #[error("HF_TOKEN is not a token")]
     Token,
     #[error("{}: {source}", path.display())]
@@ -156,6 +161,9 @@ impl HubError {
             revision,
             endpoint,
         } = context;
+        if let Some(reason) = xet(&error) {
+            return HubError::Xet { id, reason };
+        }
         let no_repo = |code: &Option<String>| code.as_deref() == Some("RepoNotFound");
         match error {
             HFError::RevisionNotFound {
@@ -217,6 +225,24 @@ impl HubError {
     pub(crate) fn is_unreachable(&self) -> bool {
         matches!(self, HubError::Unreachable { .. } | HubError::Silent { .. })
     }
+}
+
+/// Why the other protocol failed, if that is what did. The client turns to it by itself where the
+/// server of the bytes names a hash of it, and asks the Hub for a token first.
+fn xet(error: &HFError) -> Option<String> {
+    let http = match error {
+        HFError::Xet { source, .. } => return Some(innermost(source.as_ref())),
+        HFError::Http { context }
+        | HFError::AuthRequired { context }
+        | HFError::Forbidden { context }
+        | HFError::RepoNotFound {
+            context: Some(context),
+            ..
+        } => context,
+        _ => return None,
+    };
+    let asked = http.url.contains("/xet-read-token/");
+    asked.then(|| format!("{} for a token", http.status.as_u16()))
 }
 
 /// What a server says beside a status, as the end of a part of a line.
