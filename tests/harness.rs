@@ -26,6 +26,8 @@ pub(crate) fn command<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = 
         "HF_ENDPOINT",
         "HF_HUB_OFFLINE",
         "HF_HUB_CACHE",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+        "HF_HUB_DOWNLOAD_TIMEOUT",
     ] {
         command.env_remove(name);
     }
@@ -59,7 +61,9 @@ pub(crate) fn refuse<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S
 pub(crate) fn refused(output: Output) -> String {
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    let errors: Vec<&str> = stderr.lines().filter(|l| !l.contains("warning:")).collect();
+    // Beside warnings, and what is said of downloads before they fail.
+    let aside = |line: &&str| line.contains("warning:") || line.starts_with("fetch");
+    let errors: Vec<&str> = stderr.lines().filter(|line| !aside(line)).collect();
     assert_eq!(errors.len(), 1, "one line: {stderr}");
     assert!(errors[0].starts_with("gptq: "), "{stderr}");
     errors[0].to_owned()

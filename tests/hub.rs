@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use crate::harness::{Scratch, command, medi_tiny, refused, root, succeed, succeeded};
-use crate::hub_server::{HubServer, Wrong, commit, silent};
+use crate::hub_bytes::commit;
+use crate::hub_server::{HubServer, Wrong, silent};
 
 pub(crate) const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";
 pub(crate) const MODEL: &str = "medi/tiny";
@@ -50,7 +51,7 @@ pub(crate) fn snapshot(scratch: &Scratch) -> PathBuf {
 }
 
 /// The bundled model in two shards.
-fn shards() -> Vec<(String, Vec<u8>)> {
+pub(crate) fn shards() -> Vec<(String, Vec<u8>)> {
     let whole = fs::read(root().join(medi_tiny()).join("model.safetensors")).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&whole).unwrap();
     let mut map = serde_json::Map::new();
@@ -79,8 +80,18 @@ fn every_route_of_a_model_gives_the_same_bytes() {
     succeed(["quantize", recipe.to_str().unwrap()]);
 
     let (single, hub) = (Scratch::new(), hub());
-    succeeded(quantize(&single, &hub));
+    let fetched = quantize(&single, &hub);
+    let told = String::from_utf8_lossy(&fetched.stderr).into_owned();
+    succeeded(fetched);
     assert!(weights(&single) == weights(&local), "from the Hub");
+    let size = fs::metadata(root().join(medi_tiny()).join("model.safetensors")).unwrap();
+    let size = format!("{:.2} MB", size.len() as f64 / 1e6);
+    let begun = format!("fetching 1 file of {MODEL}, {size}\n");
+    assert!(told.contains(&begun), "{told}");
+    assert!(
+        told.contains(&format!("fetched {MODEL}: {size} in ")),
+        "{told}"
+    );
     let asked = hub.requests().join("\n");
     for file in ["pytorch_model.bin", "tf_model.h5", "onnx", "README"] {
         assert!(
@@ -113,6 +124,7 @@ fn every_route_of_a_model_gives_the_same_bytes() {
         told.contains("cannot be reached") && told.contains(MODEL),
         "{told}"
     );
+    assert!(!told.contains("fetch"), "{told}");
 
     let (sharded, hub) = (Scratch::new(), HubServer::start());
     for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::harness::{Scratch, command, medi_tiny, refused, root, succeeded};
 use crate::hub::{MODEL, ONE, WIKIDOC, hub, quantize, run, snapshot};
-use crate::hub_server::{Wrong, silent};
+use crate::hub_server::{HubServer, Wrong, silent};
 
 #[test]
 fn a_refusal_of_the_hub_is_one_line_with_a_remedy() {
@@ -39,6 +39,13 @@ fn a_refusal_of_the_hub_is_one_line_with_a_remedy() {
         ),
         ("revision", 503, "", ["503", "run again"]),
         ("cdn", 500, "", ["500", "what has come is kept"]),
+        (
+            "revision",
+            400,
+            "",
+            ["400 for medi/tiny (refused)", "asking again"],
+        ),
+        ("resolve", 451, "", ["451 for medi/tiny", "another copy"]),
     ] {
         let (scratch, hub) = (Scratch::new(), hub());
         hub.fail(path, 1000, Wrong::Status(status, code));
@@ -218,4 +225,51 @@ fn what_cannot_be_a_token_is_not_sent() {
     assert!(line.contains("HF_TOKEN is not a token"), "{line}");
     assert!(!line.contains("two words"), "{line}");
     assert_eq!(hub.requests(), Vec::<String>::new());
+}
+
+#[test]
+fn what_is_wrong_is_said_before_any_weights_are_fetched() {
+    let quoted = format!("{WIKIDOC:?}");
+    let rows = fs::read(root().join(WIKIDOC)).unwrap();
+    let llama = ("LlamaForCausalLM", "LlamaForCausalLM");
+    for (without, architecture, calibration, words) in [
+        ("", ("\"llama\"", "\"mamba\""), "medi/rows", "mamba"),
+        (
+            "tokenizer.json",
+            llama,
+            "medi/rows",
+            "has no tokenizer.json; name",
+        ),
+        ("", llama, "medi/none", "no dataset medi/none"),
+        ("", llama, "no/such/rows.json", "no/such/rows.json"),
+    ] {
+        let (scratch, hub) = (Scratch::new(), HubServer::start());
+        for entry in fs::read_dir(root().join(medi_tiny())).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            let mut bytes = fs::read(&path).unwrap();
+            if name == "config.json" {
+                let text = String::from_utf8(bytes).unwrap();
+                bytes = text.replace(architecture.0, architecture.1).into_bytes();
+            }
+            if name != without {
+                hub.put("models", MODEL, "main", name, &bytes);
+            }
+        }
+        hub.put("datasets", "medi/rows", "main", "rows.json", &rows);
+        let recipe = scratch.recipe(Path::new(MODEL), ONE);
+        let text = fs::read_to_string(&recipe).unwrap();
+        fs::write(&recipe, text.replace(&quoted, &format!("{calibration:?}"))).unwrap();
+        let args = ["quantize", recipe.to_str().unwrap()];
+        let line = refused(run(&scratch, &hub.url(), &args));
+        assert!(line.contains(words), "{line}");
+        let asked = hub.requests().join("\n");
+        assert!(asked.contains("config.json"), "{asked}");
+        assert!(!asked.contains(".safetensors"), "{words}: {asked}");
+        assert!(
+            !asked.contains("rows.json"),
+            "{words}, and rows were fetched: {asked}"
+        );
+        scratch.assert_nothing_written();
+    }
 }

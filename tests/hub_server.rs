@@ -6,10 +6,11 @@ use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use serde_json::{Value, json};
-use sha1::{Digest, Sha1};
-use sha2::Sha256;
+
+use crate::hub_bytes::{base64, commit, git_oid, sha256};
 
 /// What goes wrong with requests whose path contains `path`, the next `times` times.
 #[derive(Clone)]
@@ -31,12 +32,28 @@ pub(crate) enum Wrong {
     Flipped,
     /// The range is not heeded.
     Whole,
+    /// The file ends after this many bytes, and nobody says that it should not.
+    Short(usize),
+    /// The answer waits until another request is here too, for a while.
+    Together,
+    /// The answer has this header too.
+    Header(&'static str, &'static str),
+    /// After this many bytes of the body nothing more comes, and the connection stays.
+    Stall(usize),
+    /// Nothing comes, not even a status, and the connection stays.
+    Mute,
 }
 
-/// Runs until it is dropped.
+/// Runs until it is dropped. Large files lie at a second address, as on the Hub.
 pub(crate) struct HubServer {
-    port: u16,
+    ports: Ports,
     state: Arc<Mutex<State>>,
+}
+
+#[derive(Clone, Copy)]
+struct Ports {
+    hub: u16,
+    cdn: u16,
 }
 
 #[derive(Default)]
@@ -45,6 +62,11 @@ struct State {
     repos: BTreeMap<(String, String), BTreeMap<String, Files>>,
     faults: Vec<Fault>,
     log: Vec<String>,
+    /// New names by old ones.
+    renamed: BTreeMap<String, String>,
+    /// Requests that are being answered, and the most that ever were at once.
+    now: usize,
+    most: usize,
     down: bool,
 }
 
@@ -55,24 +77,45 @@ const LARGE: usize = 20_000;
 
 impl HubServer {
     pub(crate) fn start() -> HubServer {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
+        let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let [hub, cdn] = [0, 1].map(|i: usize| listeners[i].local_addr().unwrap().port());
+        let ports = Ports { hub, cdn };
         let state = Arc::new(Mutex::new(State::default()));
-        let shared = state.clone();
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                if shared.lock().unwrap().down {
-                    break;
+        for listener in listeners {
+            let shared = state.clone();
+            thread::spawn(move || {
+                for stream in listener.incoming().flatten() {
+                    if shared.lock().unwrap().down {
+                        break;
+                    }
+                    let shared = shared.clone();
+                    thread::spawn(move || {
+                        let request = parse(&stream)?;
+                        let mut state = shared.lock().unwrap();
+                        state.now += 1;
+                        state.most = state.most.max(state.now);
+                        drop(state);
+                        answer(stream, request, ports, &shared)
+                    });
                 }
-                let shared = shared.clone();
-                thread::spawn(move || answer(stream, port, &shared));
-            }
-        });
-        HubServer { port, state }
+            });
+        }
+        HubServer { ports, state }
     }
 
     pub(crate) fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        format!("http://127.0.0.1:{}", self.ports.hub)
+    }
+
+    /// Requests for the old name are sent on to the new one.
+    pub(crate) fn rename(&self, old: &str, new: &str) {
+        let mut state = self.state.lock().unwrap();
+        state.renamed.insert(old.into(), new.into());
+    }
+
+    /// The most requests that were under way together.
+    pub(crate) fn most_at_once(&self) -> usize {
+        self.state.lock().unwrap().most
     }
 
     /// Puts a file into `models` or `datasets`, at a revision.
@@ -108,8 +151,10 @@ impl HubServer {
 impl Drop for HubServer {
     fn drop(&mut self) {
         self.state.lock().unwrap().down = true;
-        // Wakes the listener, which then sees that it is over.
-        let _ = TcpStream::connect(("127.0.0.1", self.port));
+        // Wakes the listeners, which then see that it is over.
+        for port in [self.ports.hub, self.ports.cdn] {
+            let _ = TcpStream::connect(("127.0.0.1", port));
+        }
     }
 }
 
@@ -145,9 +190,8 @@ impl Reply {
     }
 }
 
-fn answer(stream: TcpStream, port: u16, state: &Mutex<State>) -> Option<()> {
-    let request = parse(&stream)?;
-    let mut state = state.lock().unwrap();
+fn answer(stream: TcpStream, request: Request, ports: Ports, shared: &Mutex<State>) -> Option<()> {
+    let mut state = shared.lock().unwrap();
     let header = |name: &str| request.headers.get(name).map_or("", String::as_str);
     state.log.push(format!(
         "{} {} {} {}",
@@ -157,10 +201,11 @@ fn answer(stream: TcpStream, port: u16, state: &Mutex<State>) -> Option<()> {
         header("authorization")
     ));
     let fault = state.faults.iter_mut().find(|fault| {
-        let body_needed = !matches!(fault.what, Wrong::Status(..));
-        fault.times > 0
-            && request.path.contains(fault.path)
-            && !(body_needed && request.method == "HEAD")
+        let any = matches!(
+            fault.what,
+            Wrong::Status(..) | Wrong::Mute | Wrong::Header(..)
+        );
+        fault.times > 0 && request.path.contains(fault.path) && (any || request.method != "HEAD")
     });
     let wrong = fault.map(|fault| {
         fault.times -= 1;
@@ -168,15 +213,25 @@ fn answer(stream: TcpStream, port: u16, state: &Mutex<State>) -> Option<()> {
     });
     let mut reply = match wrong {
         Some(Wrong::Status(status, code)) => Reply::refuse(status, code),
-        _ => route(&mut state, port, &request),
+        _ => route(&mut state, ports, &request),
     };
     drop(state);
+    match wrong {
+        Some(Wrong::Short(n)) => reply.body.truncate(n),
+        Some(Wrong::Header(name, value)) => reply.headers.push((name, value.into())),
+        Some(Wrong::Together) => wait_until(shared, 250, |state| state.now > 1),
+        _ => {}
+    }
     if reply.status == 200 && !matches!(wrong, Some(Wrong::Whole)) {
         heed_range(&mut reply, header("range"));
     }
     let mut sent = reply.body.len();
     match wrong {
-        Some(Wrong::Cut(n)) => sent = n.min(sent),
+        Some(Wrong::Mute) => {
+            wait_until(shared, usize::MAX, |state| state.down);
+            return None;
+        }
+        Some(Wrong::Cut(n) | Wrong::Stall(n)) => sent = n.min(sent),
         Some(Wrong::Longer(n)) => {
             reply.body.extend(vec![0; n]);
             sent += n;
@@ -192,12 +247,27 @@ fn answer(stream: TcpStream, port: u16, state: &Mutex<State>) -> Option<()> {
     for (name, value) in &reply.headers {
         head += &format!("{name}: {value}\r\n");
     }
+    // Before it is answered: who asks one thing after the other has asked for nothing else yet.
+    shared.lock().unwrap().now -= 1;
     let mut stream = &stream;
     stream.write_all((head + "\r\n").as_bytes()).ok()?;
     if request.method != "HEAD" {
         stream.write_all(&reply.body[..sent]).ok()?;
     }
+    if matches!(wrong, Some(Wrong::Stall(_))) {
+        wait_until(shared, usize::MAX, |state| state.down);
+    }
     Some(())
+}
+
+/// Holds a connection open, for `most` times 20 ms at most.
+fn wait_until(shared: &Mutex<State>, most: usize, done: impl Fn(&State) -> bool) {
+    for _ in 0..most {
+        if done(&shared.lock().unwrap()) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 fn parse(stream: &TcpStream) -> Option<Request> {
@@ -235,12 +305,16 @@ fn heed_range(reply: &mut Reply, range: &str) {
     {
         let start: usize = start.parse().unwrap();
         let end = end.parse().map_or(reply.body.len(), |end: usize| end + 1);
+        if start >= reply.body.len() {
+            *reply = Reply::refuse(416, "");
+            return;
+        }
         reply.status = 206;
         reply.body = reply.body[start..end.min(reply.body.len())].to_vec();
     }
 }
 
-fn route(state: &mut State, port: u16, request: &Request) -> Reply {
+fn route(state: &mut State, ports: Ports, request: &Request) -> Reply {
     let path = request.path.trim_start_matches('/');
     if let Some(hash) = path.strip_prefix("cdn/") {
         let files = state.repos.values().flat_map(BTreeMap::values).flatten();
@@ -274,6 +348,15 @@ fn route(state: &mut State, port: u16, request: &Request) -> Reply {
     let mut parts = path.splitn(4, '/');
     let mut part = || parts.next().unwrap_or_default().to_owned();
     let (repo, action, rest) = (format!("{}/{}", part(), part()), part(), part());
+    if let Some(new) = state.renamed.get(&repo) {
+        // As the Hub does: a path without a host.
+        let place = format!("{}?{}", request.path.replace(&repo, new), request.query);
+        return Reply {
+            status: 307,
+            headers: vec![("Location", place)],
+            body: Vec::new(),
+        };
+    }
     let Some(revisions) = state.repos.get_mut(&(kind.to_owned(), repo.clone())) else {
         return Reply::refuse(404, "RepoNotFound");
     };
@@ -299,7 +382,7 @@ fn route(state: &mut State, port: u16, request: &Request) -> Reply {
     let files = revisions.get_mut(&revision).expect("it was found");
     match (api, action.as_str()) {
         (true, "revision") => Reply::json(json!({"id": repo, "sha": commit})),
-        (true, "tree") => tree(files, port, request),
+        (true, "tree") => tree(files, ports.hub, request),
         (true, "preupload") => {
             let body: Value = serde_json::from_slice(&request.body).unwrap();
             let entries = body["files"].as_array().unwrap().iter();
@@ -311,7 +394,7 @@ fn route(state: &mut State, port: u16, request: &Request) -> Reply {
             Reply::json(json!({"commitOid": commit, "commitUrl": "http://127.0.0.1/"}))
         }
         (false, "resolve") => match files.get(&file) {
-            Some(bytes) => resolve(bytes, port, &commit),
+            Some(bytes) => resolve(bytes, ports.cdn, &commit),
             None => Reply::refuse(404, "EntryNotFound"),
         },
         _ => Reply::refuse(404, ""),
@@ -395,40 +478,6 @@ fn upload(files: &mut Files, body: &[u8]) {
             _ => {}
         }
     }
-}
-
-fn base64(text: &str) -> Vec<u8> {
-    const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let (mut bits, mut count, mut bytes) = (0u32, 0, Vec::new());
-    for c in text.bytes().filter(|&c| c != b'=') {
-        let value = ALPHABET.iter().position(|&a| a == c).unwrap() as u32;
-        (bits, count) = (bits << 6 | value, count + 6);
-        if count >= 8 {
-            count -= 8;
-            bytes.push((bits >> count) as u8);
-        }
-    }
-    bytes
-}
-
-/// A revision's commit, made up.
-pub(crate) fn commit(repo: &str, revision: &str) -> String {
-    git_oid(format!("{repo}@{revision}").as_bytes())
-}
-
-fn git_oid(bytes: &[u8]) -> String {
-    let mut hasher = Sha1::new();
-    hasher.update(format!("blob {}\0", bytes.len()));
-    hasher.update(bytes);
-    hexadecimal(&hasher.finalize())
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    hexadecimal(&Sha256::digest(bytes))
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Runs `command` against the Hub at `url`; whatever it says, it never says the token.

@@ -5,14 +5,19 @@
 //!   blobs/{hash}                  contents, named by SHA-256 (large files) or git's hash
 //!   snapshots/{commit}/{path}     links to them
 //!   refs/{revision}               the commit a branch or tag was last seen at
+//!   .gptq/{commit}.json           what the repository holds there; this crate's own
 //! ```
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use gptq_format::{read_json, write_json};
 
 use crate::content::is_named;
 use crate::error::HubError;
+use crate::listing::Listing;
 use crate::repo::{Entry, Kind, RepoId, is_git_hash, is_plain};
 
 /// One repository's part of the cache.
@@ -52,17 +57,45 @@ impl Cache {
 
     /// Remembers the commit of a revision.
     pub(crate) fn remember(&self, revision: &str, commit: &str) -> Result<(), HubError> {
-        if is_git_hash(revision) || !is_plain(revision) {
+        let known = self.commit(revision).is_some_and(|known| known == commit);
+        if known || !is_plain(revision) {
             return Ok(());
         }
         let path = self.dir.join("refs").join(revision);
-        parent(&path)
-            .and_then(|()| fs::write(&path, commit))
-            .map_err(HubError::io(&path))
+        match replace(&path, |fresh| fs::write(fresh, commit)) {
+            // Someone else's cache, which had all that was needed.
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok(()),
+            written => written.map_err(HubError::io(&path)),
+        }
+    }
+
+    /// What the repository holds at a commit, if that was written down.
+    pub(crate) fn listing(&self, commit: &str) -> Option<Listing> {
+        read_json(&self.listing_path(commit)).ok()
+    }
+
+    /// Writes it down. A commit does not change, so once is enough; and a cache that cannot be
+    /// written to serves as well without.
+    pub(crate) fn keep_listing(&self, commit: &str, tree: &[Entry]) {
+        let path = self.listing_path(commit);
+        if self.listing(commit).is_none() && parent(&path).is_ok() {
+            let _ = write_json(&path, &Listing::of(tree));
+        }
+    }
+
+    fn listing_path(&self, commit: &str) -> PathBuf {
+        self.dir.join(".gptq").join(format!("{commit}.json"))
+    }
+
+    /// What the repository holds, as far as the cache knows.
+    pub(crate) fn names(&self, commit: &str) -> Vec<String> {
+        let listing = self.listing(commit);
+        listing.map_or_else(|| self.files(commit), |listing| listing.names())
     }
 
     /// Files of a snapshot, as paths within the repository.
-    pub(crate) fn files(&self, commit: &str) -> Vec<String> {
+    fn files(&self, commit: &str) -> Vec<String> {
         let root = self.snapshot(commit);
         let mut files = Vec::new();
         let mut dirs = vec![root.clone()];
@@ -82,6 +115,18 @@ impl Cache {
         files
     }
 
+    /// Whether an entry's file is in a snapshot: a link to its content, or, where a tool or a system
+    /// makes no links, a file of its size.
+    pub(crate) fn has(&self, commit: &str, entry: &Entry) -> bool {
+        let path = self.snapshot(commit).join(&entry.path);
+        let whole = fs::metadata(&path).is_ok_and(|m| m.is_file() && m.len() == entry.size);
+        whole
+            && fs::read_link(&path).map_or(true, |target| {
+                let name = target.file_name().and_then(|name| name.to_str());
+                name.is_some_and(|name| is_named(name, entry))
+            })
+    }
+
     /// A content that is here already, whatever snapshot it came with.
     pub(crate) fn find(&self, entry: &Entry) -> Option<String> {
         let blobs = fs::read_dir(self.dir.join("blobs")).ok()?;
@@ -96,19 +141,30 @@ impl Cache {
     pub(crate) fn link(&self, commit: &str, entry: &Entry, blob: &str) -> Result<(), HubError> {
         let link = self.snapshot(commit).join(&entry.path);
         let up = "../".repeat(2 + entry.path.matches('/').count());
-        let place = || {
-            parent(&link)?;
-            match fs::remove_file(&link) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
+        let placed = replace(&link, |fresh| {
             #[cfg(unix)]
-            return std::os::unix::fs::symlink(format!("{up}blobs/{blob}"), &link);
+            return std::os::unix::fs::symlink(format!("{up}blobs/{blob}"), fresh);
             #[cfg(not(unix))]
-            return fs::copy(self.blob(blob), &link).map(|_| drop(up));
-        };
-        place().map_err(HubError::io(&link))
+            return fs::copy(self.blob(blob), fresh).map(|_| drop(up));
+        });
+        placed.map_err(HubError::io(&link))
     }
+}
+
+/// Makes a file or link under a name of its own, and gives it its place: another process that looks
+/// there sees the old one or the new one.
+fn replace(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
+    parent(path)?;
+    // Processes of several machines or containers share a cache, and their numbers.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.unwrap_or_default().as_nanos();
+    let fresh = path.with_file_name(format!(".gptq-{}-{now}.partial", std::process::id()));
+    make(&fresh)
+        .and_then(|()| fs::rename(&fresh, path))
+        .inspect_err(|_| {
+            // The first error is the one to tell.
+            let _ = fs::remove_file(&fresh);
+        })
 }
 
 /// Makes the directory a file lies in.

@@ -4,6 +4,10 @@
 //! pointer, a small text with the SHA-256 and the size of the content
 //! (<https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md>), and the tree names the pointer:
 //! so that name, too, follows from the content.
+//!
+//! The Hub's listing has the SHA-256 itself, as `lfs.oid`; `hf-hub` looks for it as `lfs.sha256` and
+//! so drops it. The pointer is rebuilt instead of trusting what the download's headers say: its name
+//! comes with the listing, before any byte does, and from the Hub rather than from where the bytes lie.
 
 use std::io::{self, Read};
 

@@ -1,12 +1,14 @@
 //! Files into the cache: several at once, resumed where they broke off, checked before they count.
 
 use std::cell::Cell;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt, stream};
+use hf_hub::HFError;
 
 use crate::HubError;
 use crate::cache::{Cache, parent};
@@ -25,13 +27,15 @@ const FIRST_WAIT: Duration = Duration::from_millis(200);
 /// How far a download is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// Bytes that are here.
+    /// Files that were not here when it began.
+    pub files: usize,
+    /// Bytes of them that have come.
     pub done: u64,
-    /// Bytes of all files.
+    /// Bytes of them all.
     pub total: u64,
 }
 
-/// Makes sure that every entry is in the snapshot of `commit`.
+/// Makes sure that every entry is in the snapshot of `commit`. Says what is to come before it comes.
 pub(crate) async fn fetch(
     repo: &Repo,
     cache: &Cache,
@@ -39,11 +43,19 @@ pub(crate) async fn fetch(
     entries: &[&Entry],
     on_progress: &dyn Fn(Progress),
 ) -> Result<(), HubError> {
+    let absent = |entry: &&&Entry| !cache.has(commit, entry) && cache.find(entry).is_none();
+    let absent: BTreeMap<&str, u64> = entries
+        .iter()
+        .filter(absent)
+        .map(|entry| (entry.oid.as_str(), entry.size))
+        .collect();
     let meter = Meter {
+        files: absent.len(),
         done: Cell::new(0),
-        total: entries.iter().map(|e| e.size).sum(),
+        total: absent.values().sum(),
         on_progress,
     };
+    meter.add(0);
     let download = Download {
         repo,
         cache,
@@ -66,6 +78,7 @@ pub(crate) async fn fetch(
 }
 
 struct Meter<'a> {
+    files: usize,
     done: Cell<u64>,
     total: u64,
     on_progress: &'a dyn Fn(Progress),
@@ -76,6 +89,7 @@ impl Meter<'_> {
     fn add(&self, bytes: i64) {
         self.done.set(self.done.get().saturating_add_signed(bytes));
         (self.on_progress)(Progress {
+            files: self.files,
             done: self.done.get(),
             total: self.total,
         });
@@ -97,11 +111,11 @@ enum Wrong {
 
 impl Download<'_> {
     async fn place(&self, entry: &Entry) -> Result<(), HubError> {
+        if self.cache.has(self.commit, entry) {
+            return Ok(());
+        }
         let blob = match self.cache.find(entry) {
-            Some(blob) => {
-                self.meter.add(entry.size as i64);
-                blob
-            }
+            Some(blob) => blob,
             None => self.download(entry).await?,
         };
         self.cache.link(self.commit, entry, &blob)
@@ -133,7 +147,13 @@ impl Download<'_> {
         let (mut resumed, mut restarted) = (false, false);
         loop {
             let streamed = self
-                .stream(entry, &mut file, &mut hasher, &mut at, &mut resumed)
+                .stream(
+                    entry,
+                    (&path, &mut file),
+                    &mut hasher,
+                    &mut at,
+                    &mut resumed,
+                )
                 .await?;
             let wrong = match streamed {
                 true => {
@@ -177,7 +197,7 @@ impl Download<'_> {
     async fn stream(
         &self,
         entry: &Entry,
-        file: &mut File,
+        (path, file): (&Path, &mut File),
         hasher: &mut ContentHasher,
         at: &mut u64,
         resumed: &mut bool,
@@ -186,22 +206,33 @@ impl Download<'_> {
         let mut breaks = 0;
         *resumed |= *at > 0;
         while *at < entry.size {
-            let opened = self.repo.bytes(self.commit, entry, *at).await;
-            let mut bytes = opened.map_err(told)?;
             let before = *at;
+            let opened = self.repo.bytes(self.commit, entry, *at);
+            let mut bytes = match self.repo.within(opened).await {
+                Ok(Ok(bytes)) => Ok(bytes),
+                // There is no more of it there: short, as one that just ends.
+                Ok(Err(HFError::Http { context })) if context.status.as_u16() == 416 => Err(None),
+                Ok(Err(error)) => return Err(told(error)),
+                Err(silent) => Err(Some(silent)),
+            };
             let broken = loop {
-                match bytes.next().await {
-                    Some(Ok(chunk)) => {
+                let next = match &mut bytes {
+                    Ok(bytes) => self.repo.within(bytes.next()).await,
+                    Err(broken) => break broken.take(),
+                };
+                match next {
+                    Ok(Some(Ok(chunk))) => {
                         if *at + chunk.len() as u64 > entry.size {
                             return Ok(false);
                         }
-                        file.write_all(&chunk).map_err(HubError::io("the cache"))?;
+                        file.write_all(&chunk).map_err(HubError::io(path))?;
                         hasher.update(&chunk);
                         *at += chunk.len() as u64;
                         self.meter.add(chunk.len() as i64);
                     }
-                    Some(Err(error)) => break Some(error),
-                    None => break None,
+                    Ok(Some(Err(error))) => break Some(told(error)),
+                    Ok(None) => break None,
+                    Err(silent) => break Some(silent),
                 }
             };
             if *at == entry.size {
@@ -213,14 +244,11 @@ impl Download<'_> {
             };
             *resumed |= *at > 0;
             if breaks >= PATIENCE {
-                return Err(broken.map_or_else(
-                    || HubError::Short {
-                        file: entry.path.clone(),
-                        size: entry.size,
-                        at: *at,
-                    },
-                    told,
-                ));
+                return Err(broken.unwrap_or_else(|| HubError::Short {
+                    file: entry.path.clone(),
+                    size: entry.size,
+                    at: *at,
+                }));
             }
             tokio::time::sleep(FIRST_WAIT * 2u32.pow(breaks)).await;
         }

@@ -9,6 +9,9 @@ use thiserror::Error;
 
 use crate::Kind;
 
+/// Characters of a server's own words that are passed on.
+const MOST_SAID: usize = 200;
+
 /// Why something could not be had from the Hub, or brought to it.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
@@ -40,11 +43,26 @@ pub enum HubError {
          kept"
     )]
     Unreachable { endpoint: String, reason: String },
+    #[error(
+        "{endpoint} has sent nothing for {seconds} s; check the network, and run again: what has come \
+         is kept"
+    )]
+    Silent { endpoint: String, seconds: u64 },
     #[error("{endpoint} answered {status} for {id}; run again later: what has come is kept")]
     Refused {
         endpoint: String,
         id: String,
         status: u16,
+    },
+    #[error(
+        "{endpoint} answered {status} for {id}{said}; asking again will not change that: check its \
+         name, its revision and HF_ENDPOINT, or name another copy of it"
+    )]
+    Denied {
+        endpoint: String,
+        id: String,
+        status: u16,
+        said: String,
     },
     #[error(
         "HF_HUB_OFFLINE is set, and {id} at {revision:?} is not wholly in {} ({missing}); run once \
@@ -67,8 +85,14 @@ pub enum HubError {
     Missing { repo: String, file: String },
     #[error("{repo} has no file that rows can be read from; download it and name a local file")]
     NoRows { repo: String },
-    #[error("{repo} has files of several kinds ({}); choose some with files = \"*.{}\"", kinds.join(", "), kinds[0])]
-    SeveralKinds { repo: String, kinds: Vec<String> },
+    #[error("{repo} has files of several kinds ({kinds}); choose some with files = \"*.{first}\"")]
+    SeveralKinds {
+        repo: String,
+        kinds: String,
+        first: String,
+    },
+    #[error("{repo} has rows in several directories; choose one of {choices}")]
+    SeveralPlaces { repo: String, choices: String },
     #[error("files = {pattern:?}: {reason}")]
     Pattern { pattern: String, reason: String },
     #[error(
@@ -83,8 +107,19 @@ pub enum HubError {
     },
     #[error("{file} ended after {at} of {size} bytes; run again: what has come is kept")]
     Short { file: String, size: u64, at: u64 },
+    #[error(
+        "{}: the disk is full; make room, or set HF_HUB_CACHE (or HF_HOME) to where there is some: what \
+         has come is kept",
+        path.display()
+    )]
+    Full { path: PathBuf },
     #[error("{} is being downloaded by another process; wait for it", path.display())]
     Busy { path: PathBuf },
+    #[error(
+        "{id}: the server hands its files out by the Xet protocol alone, and that failed ({reason}); run \
+         again, or download {id} with another tool and name its directory"
+    )]
+    Xet { id: String, reason: String },
     #[error("HF_TOKEN is not a token")]
     Token,
     #[error("{}: {source}", path.display())]
@@ -107,9 +142,14 @@ pub(crate) struct Context {
 impl HubError {
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl Fn(io::Error) -> Self {
         let path: PathBuf = path.into();
-        move |source| HubError::Io {
-            path: path.clone(),
-            source,
+        move |source| {
+            let path = path.clone();
+            match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    HubError::Full { path }
+                }
+                _ => HubError::Io { path, source },
+            }
         }
     }
 
@@ -121,6 +161,9 @@ impl HubError {
             revision,
             endpoint,
         } = context;
+        if let Some(reason) = xet(&error) {
+            return HubError::Xet { id, reason };
+        }
         let no_repo = |code: &Option<String>| code.as_deref() == Some("RepoNotFound");
         match error {
             HFError::RevisionNotFound {
@@ -154,6 +197,13 @@ impl HubError {
                     HubError::NoRevision { id, revision }
                 }
                 404 => HubError::NoRepo { id, kind, endpoint },
+                // A timeout, too early, too often: these pass.
+                status @ 400..500 if ![408, 425, 429].contains(&status) => HubError::Denied {
+                    endpoint,
+                    id,
+                    status,
+                    said: said(http.server_message.as_deref()),
+                },
                 status => HubError::Refused {
                     endpoint,
                     id,
@@ -173,7 +223,39 @@ impl HubError {
 
     /// Whether the Hub could not be asked at all.
     pub(crate) fn is_unreachable(&self) -> bool {
-        matches!(self, HubError::Unreachable { .. })
+        matches!(self, HubError::Unreachable { .. } | HubError::Silent { .. })
+    }
+}
+
+/// Why the other protocol failed, if that is what did. The client turns to it by itself where the
+/// server of the bytes names a hash of it, and asks the Hub for a token first.
+fn xet(error: &HFError) -> Option<String> {
+    let http = match error {
+        HFError::Xet { source, .. } => return Some(innermost(source.as_ref())),
+        HFError::Http { context }
+        | HFError::AuthRequired { context }
+        | HFError::Forbidden { context }
+        | HFError::RepoNotFound {
+            context: Some(context),
+            ..
+        } => context,
+        _ => return None,
+    };
+    let asked = http.url.contains("/xet-read-token/");
+    asked.then(|| format!("{} for a token", http.status.as_u16()))
+}
+
+/// What a server says beside a status, as the end of a part of a line.
+fn said(message: Option<&str>) -> String {
+    let message = message.unwrap_or_default().trim();
+    let line: String = message
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(MOST_SAID)
+        .collect();
+    match line.is_empty() {
+        true => line,
+        false => format!(" ({line})"),
     }
 }
 
@@ -184,4 +266,26 @@ fn innermost(error: &dyn std::error::Error) -> String {
         error = source;
     }
     error.to_string().replace('\n', "; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_named_with_where_to_go() {
+        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded] {
+            let line = HubError::io("/cache/blobs/1")(kind.into()).to_string();
+            for word in ["/cache/blobs/1", "full", "HF_HUB_CACHE", "HF_HOME"] {
+                assert!(line.contains(word), "{line}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_server_s_own_words_stay_within_the_line() {
+        assert_eq!(said(None), "");
+        assert_eq!(said(Some("not\nhere\u{1b}[0m")), " (not here [0m)");
+        assert_eq!(said(Some(&"a".repeat(900))).len(), MOST_SAID + 3);
+    }
 }

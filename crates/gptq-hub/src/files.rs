@@ -14,6 +14,28 @@ const WEIGHTS: [(&str, &str); 2] = [
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 ];
 
+/// JSON that is about a dataset.
+const ABOUT: [&str; 4] = [
+    "dataset_dict.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "state.json",
+];
+
+/// What texts about one are called: `LICENSE.txt`, `README-zh.txt`.
+const ABOUT_TEXTS: [&str; 7] = [
+    "changelog",
+    "citation",
+    "licence",
+    "license",
+    "notice",
+    "readme",
+    "requirements",
+];
+
+/// Choices that an error names.
+const MOST_NAMED: usize = 4;
+
 /// Which files of a dataset hold its rows.
 #[derive(Clone, Copy)]
 pub struct DataFiles<'a> {
@@ -73,16 +95,16 @@ fn weights<'a>(names: &[&str]) -> Option<(Option<&'a str>, &'a str)> {
 
 /// The files that hold a dataset's rows: those the pattern matches, or those of its training part
 /// (all, if no name tells parts apart). `None` if there is none; errors when they are of several
-/// kinds, because then some say the same twice.
+/// kinds, because then some say the same twice, or of several configurations, which are as good as
+/// several datasets.
 pub(crate) fn data(
     repo: &str,
     names: &[&str],
     wanted: DataFiles<'_>,
 ) -> Result<Option<Vec<String>>, HubError> {
     let readable = names.iter().copied().filter(|name| {
-        let file = name.rsplit('/').next().unwrap_or(name);
-        let describes = ["dataset_infos.json", "dataset_dict.json", "state.json"].contains(&file);
-        (wanted.readable)(name) && !describes && !name.split('/').any(|part| part.starts_with('.'))
+        let hidden = name.split('/').any(|part| part.starts_with('.'));
+        (wanted.readable)(name) && !hidden && !is_about(name)
     });
     let mut files: Vec<&str> = match wanted.pattern {
         Some(pattern) => {
@@ -107,7 +129,22 @@ pub(crate) fn data(
     if wanted.pattern.is_none() && kinds.len() > 1 {
         return Err(HubError::SeveralKinds {
             repo: repo.to_owned(),
-            kinds: kinds.into_iter().map(str::to_owned).collect(),
+            first: kinds.first().copied().unwrap_or_default().to_owned(),
+            kinds: some(kinds.into_iter().map(str::to_owned)),
+        });
+    }
+    let places: BTreeSet<(&str, bool)> = files.iter().map(|name| place(name)).collect();
+    if wanted.pattern.is_none() && places.len() > 1 {
+        let choice = |(dir, training): (&str, bool)| {
+            let dir = match dir.is_empty() {
+                true => String::new(),
+                false => format!("{}/", glob::Pattern::escape(dir)),
+            };
+            format!("files = \"{dir}*{}\"", if training { "train*" } else { "" })
+        };
+        return Err(HubError::SeveralPlaces {
+            repo: repo.to_owned(),
+            choices: some(places.into_iter().map(choice)),
         });
     }
     let files: Vec<String> = files.into_iter().map(str::to_owned).collect();
@@ -120,9 +157,51 @@ fn is_training(name: &str) -> bool {
         .any(|word| word == "train")
 }
 
+/// The directory a configuration lies in, as far as its name goes: what comes before the component
+/// with the word "train" in it, or all directories where there is none; and which of the two it is.
+/// Below `train/`, directories are shards.
+fn place(name: &str) -> (&str, bool) {
+    let mut start = 0;
+    for part in name.split('/') {
+        if is_training(part) {
+            return (name[..start].trim_end_matches('/'), true);
+        }
+        start += part.len() + 1;
+    }
+    (name.rsplit_once('/').map_or("", |(dir, _)| dir), false)
+}
+
+/// Licences and the like, which may end as rows of text do.
+fn is_about(name: &str) -> bool {
+    let file = name.rsplit('/').next().unwrap_or(name).to_ascii_lowercase();
+    let word = file.split(|c: char| !c.is_ascii_alphanumeric()).next();
+    let text = file.ends_with(".txt") && word.is_some_and(|word| ABOUT_TEXTS.contains(&word));
+    text || ABOUT.contains(&file.as_str())
+}
+
+/// The last ending, with the one before it where the last says how it is compressed:
+/// `c4-train.00000-of-01024.json.gz` is a `json.gz`.
 fn ending(name: &str) -> &str {
     let file = name.rsplit('/').next().unwrap_or(name);
-    file.split_once('.').map_or("", |(_, ending)| ending)
+    let last = |text: &str| text.rfind('.');
+    let Some(dot) = last(file) else {
+        return "";
+    };
+    let inner = match &file[dot + 1..] {
+        "gz" | "zst" => last(&file[..dot]),
+        _ => None,
+    };
+    &file[inner.unwrap_or(dot) + 1..]
+}
+
+/// A list for a line: the first few, and how many more there are.
+fn some(all: impl ExactSizeIterator<Item = String>) -> String {
+    let more = all.len().saturating_sub(MOST_NAMED);
+    let mut named: Vec<String> = all.take(MOST_NAMED).collect();
+    if more > 0 {
+        named.push(format!("and {more} more"));
+    }
+    named.join(", ")
 }
 
 #[cfg(test)]
@@ -199,6 +278,67 @@ mod tests {
         assert_eq!(one.unwrap().unwrap(), ["a_wikidoc.json"]);
         assert_eq!(rows(&["script.py"], None).unwrap(), None);
         let two = rows(&["a.json", "a.parquet"], None).unwrap_err();
-        assert!(two.to_string().contains("files ="), "{two}");
+        assert!(two.to_string().contains("files = \"*.json\""), "{two}");
+    }
+
+    #[test]
+    fn shards_are_one_kind_whatever_dots_are_in_their_names() {
+        for (name, kind) in [
+            ("en/c4-train.00000-of-01024.json.gz", "json.gz"),
+            ("a.v1.2.parquet", "parquet"),
+            ("a.jsonl.zst", "jsonl.zst"),
+            ("a.gz", "gz"),
+            ("v1.2/a", ""),
+        ] {
+            assert_eq!(ending(name), kind, "{name}");
+        }
+        let shards = [
+            "c4-train.00000-of-01024.json",
+            "c4-train.00001-of-01024.json",
+        ];
+        assert_eq!(rows(&shards, None).unwrap().unwrap(), shards);
+    }
+
+    #[test]
+    fn configurations_side_by_side_are_a_choice_and_shards_in_directories_are_not() {
+        let two = [
+            "wikitext-103/test-0.parquet",
+            "wikitext-103/train-0.parquet",
+            "wikitext-103/train-1.parquet",
+            "wikitext-2/train-0.parquet",
+        ];
+        let line = rows(&two, None).unwrap_err().to_string();
+        let choice = "wikitext-103/*train*";
+        assert!(line.contains(&format!("files = {choice:?}")), "{line}");
+        assert_eq!(rows(&two, Some(choice)).unwrap().unwrap(), two[1..3]);
+
+        let many: Vec<String> = (0..9).map(|i| format!("[{i}]/rows.json")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        let line = rows(&many, None).unwrap_err().to_string();
+        assert!(
+            line.contains("\"[[]0[]]/*\"") && line.contains("and 5 more"),
+            "{line}"
+        );
+        assert_eq!(rows(&many, Some("[[]0[]]/*")).unwrap().unwrap(), many[..1]);
+
+        let shards = ["train/00/a.json", "train/01/a.json"];
+        assert_eq!(rows(&shards, None).unwrap().unwrap(), shards);
+    }
+
+    #[test]
+    fn what_is_about_a_dataset_is_not_its_rows() {
+        let readable = |name: &str| name.ends_with(".txt") || name.ends_with(".json");
+        let names = [
+            "LICENSE.txt",
+            "README-zh.txt",
+            "data/dataset_info.json",
+            "requirements.txt",
+            "rows.txt",
+        ];
+        let wanted = DataFiles {
+            readable: &readable,
+            pattern: None,
+        };
+        assert_eq!(data("a/b", &names, wanted).unwrap().unwrap(), ["rows.txt"]);
     }
 }

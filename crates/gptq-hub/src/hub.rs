@@ -1,29 +1,41 @@
 //! The connection, and whole snapshots.
 
-use std::path::PathBuf;
+use std::cell::Cell;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use hf_hub::HFClient;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::cache::Cache;
 use crate::download::fetch;
+use crate::listing::Listing;
 use crate::repo::{Entry, Repo};
 use crate::{DataFiles, HubError, Kind, Progress, RepoId, files};
 
 /// Where the automatic Parquet conversion of a dataset lies.
 const PARQUET: &str = "refs/convert/parquet";
 
+/// The client looks into the environment itself where it is given no token; one that cannot stand in
+/// a header it sends to nobody.
+const NO_TOKEN: &str = "\n";
+
+/// How long a connection is waited for that sends nothing, where nobody says otherwise.
+pub const STALL: Duration = Duration::from_secs(60);
+
 /// How to reach the Hub; nothing is read from the environment here.
 #[derive(Clone)]
 pub struct HubSettings {
     /// `https://huggingface.co`, or a mirror.
     pub endpoint: String,
-    /// Never printed.
+    /// Never printed. Without one, none is sent, whatever the environment holds.
     pub token: Option<String>,
     /// The cache's directory.
     pub cache: PathBuf,
     /// Ask nobody; use what is in the cache.
     pub offline: bool,
+    /// How long a connection may be silent before it counts as broken.
+    pub stall: Duration,
 }
 
 /// The Hub.
@@ -31,6 +43,8 @@ pub struct Hub {
     client: HFClient,
     runtime: Runtime,
     settings: HubSettings,
+    /// It could not be reached, and what the cache has is used without waiting for it again.
+    gone: Cell<bool>,
 }
 
 /// Files of one commit, in the cache.
@@ -44,6 +58,9 @@ pub struct Snapshot {
     pub files: Vec<String>,
     /// The Hub could not be reached, and this is what was in the cache.
     pub stale: bool,
+    /// Of a dataset from the cache: another tool brought it there, and whether all of its rows are
+    /// there could not be checked.
+    pub unchecked: bool,
 }
 
 impl Hub {
@@ -53,17 +70,17 @@ impl Hub {
             id: settings.endpoint.clone(),
             reason,
         };
-        let mut client = HFClient::builder()
+        let printable = |token: &str| token.bytes().all(|b| b.is_ascii_graphic());
+        let token = match &settings.token {
+            Some(token) if token.is_empty() || !printable(token) => return Err(HubError::Token),
+            Some(token) => token,
+            None => NO_TOKEN,
+        };
+        let client = HFClient::builder()
             .endpoint(&settings.endpoint)
+            .token(token)
             .cache_dir(&settings.cache)
             .retry_max_attempts(4);
-        if let Some(token) = &settings.token {
-            let printable = token.bytes().all(|b| b.is_ascii_graphic());
-            if !printable || token.is_empty() {
-                return Err(HubError::Token);
-            }
-            client = client.token(token);
-        }
         Ok(Hub {
             client: client.build().map_err(|e| other(e.to_string()))?,
             // The client's blocking face has no stream of bytes, so the runtime is here.
@@ -72,11 +89,17 @@ impl Hub {
                 .build()
                 .map_err(|e| other(e.to_string()))?,
             settings,
+            gone: Cell::new(false),
         })
     }
 
     pub(crate) fn client(&self) -> &HFClient {
         &self.client
+    }
+
+    /// A repository, as this Hub is asked about it.
+    pub(crate) fn repo(&self, kind: Kind, id: &RepoId) -> Repo {
+        Repo::new(&self.client, kind, id, self.settings.stall)
     }
 
     /// Runs a request to its end.
@@ -91,60 +114,34 @@ impl Hub {
         revision: &str,
         on_progress: &dyn Fn(Progress),
     ) -> Result<Snapshot, HubError> {
-        let cached = |cache: &Cache, commit: &str| {
-            let names = cache.files(commit);
-            let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            for needed in ["config.json", "tokenizer.json"] {
-                if !names.contains(&needed) {
-                    return Err(format!("no {needed}"));
-                }
-            }
-            let weights = files::model_weights(&id.to_string(), &names, &cache.snapshot(commit));
-            weights.map_err(|e| e.to_string())?;
-            Ok(names.into_iter().map(str::to_owned).collect())
-        };
-        self.snapshot(Kind::Model, id, revision, cached, |repo, cache, commit| {
-            self.wait(async {
-                let tree = repo.tree(commit).await?;
-                let side = self.side(&tree, repo, cache, commit).await?;
-                let names: Vec<&str> = tree.iter().map(|e| e.path.as_str()).collect();
-                let snapshot = cache.snapshot(commit);
-                let weights = files::model_weights(&id.to_string(), &names, &snapshot)?;
-                fetch(repo, cache, commit, &select(&tree, &weights), on_progress).await?;
-                Ok([side, weights].concat())
-            })
+        let cached = |names: &[&str], snapshot: &Path| whole(id, names, snapshot);
+        self.snapshot(Kind::Model, id, revision, cached, async |place, names| {
+            let side = place.side(names).await?;
+            let weights = files::model_weights(&id.to_string(), names, &place.dir())?;
+            place.fetch(&weights, on_progress).await?;
+            Ok([side, weights].concat())
         })
     }
 
-    /// A model's config and tokenizer, without its weights.
+    /// A model's config and tokenizer ahead of its weights, which are there to be fetched.
+    pub fn model_ahead(&self, id: &RepoId, revision: &str) -> Result<Snapshot, HubError> {
+        let cached = |names: &[&str], snapshot: &Path| whole(id, names, snapshot);
+        self.snapshot(Kind::Model, id, revision, cached, async |place, names| {
+            let side = place.side(names).await?;
+            files::model_weights(&id.to_string(), names, &place.dir())?;
+            Ok(side)
+        })
+    }
+
+    /// A model's config and tokenizer, whether or not it has weights.
     pub fn model_side(&self, id: &RepoId, revision: &str) -> Result<Snapshot, HubError> {
-        let cached = |cache: &Cache, commit: &str| {
-            let names = cache.files(commit);
-            match names.iter().any(|name| name == "config.json") {
-                true => Ok(names),
-                false => Err("no config.json".to_owned()),
-            }
+        let cached = |names: &[&str], _: &Path| match names.contains(&"config.json") {
+            true => Ok(files::model_side(names)),
+            false => Err("no config.json".to_owned()),
         };
-        self.snapshot(Kind::Model, id, revision, cached, |repo, cache, commit| {
-            self.wait(async {
-                let tree = repo.tree(commit).await?;
-                self.side(&tree, repo, cache, commit).await
-            })
+        self.snapshot(Kind::Model, id, revision, cached, async |place, names| {
+            place.side(names).await
         })
-    }
-
-    /// Fetches config, tokenizer, and the index of the weights.
-    async fn side(
-        &self,
-        tree: &[Entry],
-        repo: &Repo,
-        cache: &Cache,
-        commit: &str,
-    ) -> Result<Vec<String>, HubError> {
-        let names: Vec<&str> = tree.iter().map(|e| e.path.as_str()).collect();
-        let side = files::model_side(&names);
-        fetch(repo, cache, commit, &select(tree, &side), &|_| ()).await?;
-        Ok(side)
     }
 
     /// A dataset's rows: its own files, or its Parquet conversion where it has none that can be
@@ -159,39 +156,38 @@ impl Hub {
         let no_rows = || HubError::NoRows {
             repo: id.to_string(),
         };
+        let rows = |names: &[&str]| files::data(&id.to_string(), names, wanted);
         let attempt = |revision: &str| {
-            let cached = |cache: &Cache, commit: &str| {
-                let names = cache.files(commit);
-                let names: Vec<&str> = names.iter().map(String::as_str).collect();
-                let found = files::data(&id.to_string(), &names, wanted);
-                found
-                    .map_err(|e| e.to_string())?
-                    .ok_or_else(|| "no file with rows".to_owned())
+            let cached = |names: &[&str], _: &Path| {
+                let found = rows(names).map_err(|e| e.to_string())?;
+                found.ok_or_else(|| "no file with rows".to_owned())
             };
-            self.snapshot(
-                Kind::Dataset,
-                id,
-                revision,
-                cached,
-                |repo, cache, commit| {
-                    self.wait(async {
-                        let tree = repo.tree(commit).await?;
-                        let names: Vec<&str> = tree.iter().map(|e| e.path.as_str()).collect();
-                        let rows = files::data(&id.to_string(), &names, wanted)?;
-                        let rows = rows.ok_or_else(no_rows)?;
-                        fetch(repo, cache, commit, &select(&tree, &rows), on_progress).await?;
-                        Ok(rows)
-                    })
-                },
-            )
+            let fetched = async |place: &Place<'_>, names: &[&str]| {
+                let rows = rows(names)?.ok_or_else(no_rows)?;
+                place.fetch(&rows, on_progress).await?;
+                Ok(rows)
+            };
+            self.snapshot(Kind::Dataset, id, revision, cached, fetched)
+        };
+        // The conversion in the cache stands for a repository without rows of its own, not for rows
+        // that are half there.
+        let converted = || {
+            let cache = Cache::new(&self.settings.cache, Kind::Dataset, id);
+            let own = cache.commit("main").map(|commit| cache.names(&commit));
+            let own: Vec<&str> = own.iter().flatten().map(String::as_str).collect();
+            cache.commit(PARQUET).is_some() && matches!(rows(&own), Ok(None))
         };
         match attempt(revision) {
             Err(HubError::NoRows { .. }) if revision == "main" => match attempt(PARQUET) {
                 Err(HubError::NoRevision { .. }) => Err(no_rows()),
                 other => other,
             },
-            Err(HubError::Offline { .. }) if revision == "main" => {
-                attempt(PARQUET).or_else(|_| attempt(revision))
+            Err(error)
+                if revision == "main"
+                    && (error.is_unreachable() || matches!(error, HubError::Offline { .. }))
+                    && converted() =>
+            {
+                attempt(PARQUET).or(Err(error))
             }
             other => other,
         }
@@ -203,20 +199,29 @@ impl Hub {
         kind: Kind,
         id: &RepoId,
         revision: &str,
-        cached: impl Fn(&Cache, &str) -> Result<Vec<String>, String>,
-        fetched: impl Fn(&Repo, &Cache, &str) -> Result<Vec<String>, HubError>,
+        cached: impl Fn(&[&str], &Path) -> Result<Vec<String>, String>,
+        fetched: impl AsyncFn(&Place<'_>, &[&str]) -> Result<Vec<String>, HubError>,
     ) -> Result<Snapshot, HubError> {
         let cache = Cache::new(&self.settings.cache, kind, id);
         let from_cache = |stale| {
             let commit = cache
                 .commit(revision)
                 .ok_or_else(|| "it was never fetched".to_owned())?;
-            Ok(Snapshot {
-                files: cached(&cache, &commit)?,
-                dir: cache.snapshot(&commit),
-                commit,
-                stale,
-            })
+            let (dir, names) = (cache.snapshot(&commit), cache.names(&commit));
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            let files = cached(&names, &dir)?;
+            let listing = cache.listing(&commit);
+            let lacking = |listing: &Listing| listing.lacking(&dir, &files).map(str::to_owned);
+            match listing.as_ref().and_then(lacking) {
+                Some(file) => Err(format!("{file} is not all there")),
+                None => Ok(Snapshot {
+                    files,
+                    dir,
+                    commit,
+                    stale,
+                    unchecked: kind == Kind::Dataset && listing.is_none(),
+                }),
+            }
         };
         if self.settings.offline {
             return from_cache(false).map_err(|missing| HubError::Offline {
@@ -226,21 +231,36 @@ impl Hub {
                 missing,
             });
         }
-        let repo = Repo::new(&self.client, kind, id);
+        if self.gone.get()
+            && let Ok(snapshot) = from_cache(true)
+        {
+            return Ok(snapshot);
+        }
+        let repo = self.repo(kind, id);
         let online = || {
-            let commit = self.wait(repo.commit(revision));
-            let commit = commit.map_err(|e| HubError::from_hub(e, repo.context(revision)))?;
-            let files = fetched(&repo, &cache, &commit)?;
+            let commit = self.wait(repo.commit(revision))?;
+            let tree = self.wait(repo.tree(&commit))?;
+            cache.keep_listing(&commit, &tree);
+            let names: Vec<&str> = tree.iter().map(|e| e.path.as_str()).collect();
+            let place = Place {
+                repo: &repo,
+                cache: &cache,
+                commit: &commit,
+                tree: &tree,
+            };
+            let files = self.wait(fetched(&place, &names))?;
             cache.remember(revision, &commit)?;
             Ok(Snapshot {
-                dir: cache.snapshot(&commit),
+                dir: place.dir(),
                 commit,
                 files,
                 stale: false,
+                unchecked: false,
             })
         };
         match online() {
             Err(error) if HubError::is_unreachable(&error) => {
+                self.gone.set(true);
                 from_cache(true).map_err(|_: String| error)
             }
             other => other,
@@ -248,6 +268,45 @@ impl Hub {
     }
 }
 
-fn select<'a>(tree: &'a [Entry], wanted: &[String]) -> Vec<&'a Entry> {
-    tree.iter().filter(|e| wanted.contains(&e.path)).collect()
+/// Of a model in the cache, all files; or what it lacks.
+fn whole(id: &RepoId, names: &[&str], snapshot: &Path) -> Result<Vec<String>, String> {
+    for needed in ["config.json", "tokenizer.json"] {
+        if !names.contains(&needed) {
+            return Err(format!("no {needed}"));
+        }
+    }
+    let weights = files::model_weights(&id.to_string(), names, snapshot);
+    let weights = weights.map_err(|e| e.to_string())?;
+    Ok([files::model_side(names), weights].concat())
+}
+
+/// A commit of a repository, and its snapshot.
+struct Place<'a> {
+    repo: &'a Repo,
+    cache: &'a Cache,
+    commit: &'a str,
+    tree: &'a [Entry],
+}
+
+impl Place<'_> {
+    fn dir(&self) -> PathBuf {
+        self.cache.snapshot(self.commit)
+    }
+
+    async fn fetch(
+        &self,
+        wanted: &[String],
+        on_progress: &dyn Fn(Progress),
+    ) -> Result<(), HubError> {
+        let wanted = self.tree.iter().filter(|e| wanted.contains(&e.path));
+        let wanted: Vec<&Entry> = wanted.collect();
+        fetch(self.repo, self.cache, self.commit, &wanted, on_progress).await
+    }
+
+    /// Fetches config, tokenizer, and the index of the weights.
+    async fn side(&self, names: &[&str]) -> Result<Vec<String>, HubError> {
+        let side = files::model_side(names);
+        self.fetch(&side, &|_| ()).await?;
+        Ok(side)
+    }
 }

@@ -16,12 +16,13 @@ mod download;
 mod error;
 mod files;
 mod hub;
+mod listing;
 mod publish;
 mod repo;
 
 pub use download::Progress;
 pub use error::HubError;
 pub use files::DataFiles;
-pub use hub::{Hub, HubSettings, Snapshot};
+pub use hub::{Hub, HubSettings, STALL, Snapshot};
 pub use publish::{Changes, LocalFile};
 pub use repo::{Kind, RepoId};

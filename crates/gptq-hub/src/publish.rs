@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use hf_hub::repository::{AddSource, CommitOperation, RepoTypeModel};
 
 use crate::content::ContentHasher;
-use crate::repo::{Entry, Repo};
+use crate::repo::Entry;
 use crate::{Hub, HubError, Kind, RepoId};
 
 /// A file to be on the Hub.
@@ -84,7 +84,7 @@ impl Hub {
             .private(private)
             .exist_ok(true);
         let made = self.wait(request.send());
-        let context = Repo::new(client, Kind::Model, id).context("main");
+        let context = self.repo(Kind::Model, id).context("main");
         made.map(drop).map_err(|e| HubError::from_hub(e, context))
     }
 
@@ -95,14 +95,12 @@ impl Hub {
         revision: &str,
         files: &[LocalFile],
     ) -> Result<Changes, HubError> {
-        let repo = Repo::new(self.client(), Kind::Model, id);
+        let repo = self.repo(Kind::Model, id);
         let commit = self.wait(repo.commit(revision));
         let (create, tree) = match commit {
             Ok(commit) => (false, self.wait(repo.tree(&commit))?),
-            Err(error) => match HubError::from_hub(error, repo.context(revision)) {
-                HubError::NoRevision { .. } | HubError::NoRepo { .. } => (true, Vec::new()),
-                error => return Err(error),
-            },
+            Err(HubError::NoRevision { .. } | HubError::NoRepo { .. }) => (true, Vec::new()),
+            Err(error) => return Err(error),
         };
         let mut changes = Changes {
             create,
@@ -131,7 +129,7 @@ impl Hub {
         revision: &str,
         files: &[LocalFile],
     ) -> Result<Changes, HubError> {
-        let repo = Repo::new(self.client(), Kind::Model, id);
+        let repo = self.repo(Kind::Model, id);
         let told = |e| HubError::from_hub(e, repo.context(revision));
         let model = repo.model().expect("it was made as a model");
         let before = self.changes(id, revision, files)?;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::{Component, Path};
+use std::time::Duration;
 
 use futures::{Stream, StreamExt, TryStreamExt};
 use hf_hub::repository::{RepoTreeEntry, RepoTypeDataset, RepoTypeModel};
@@ -86,6 +87,7 @@ pub(crate) struct Repo {
     id: RepoId,
     kind: Kind,
     endpoint: String,
+    stall: Duration,
     handle: Handle,
 }
 
@@ -95,7 +97,7 @@ enum Handle {
 }
 
 impl Repo {
-    pub(crate) fn new(client: &HFClient, kind: Kind, id: &RepoId) -> Self {
+    pub(crate) fn new(client: &HFClient, kind: Kind, id: &RepoId, stall: Duration) -> Self {
         let handle = match kind {
             Kind::Model => Handle::Model(client.model(&id.owner, &id.name)),
             Kind::Dataset => Handle::Dataset(client.dataset(&id.owner, &id.name)),
@@ -104,6 +106,7 @@ impl Repo {
             id: id.clone(),
             kind,
             endpoint: client.endpoint().to_owned(),
+            stall,
             handle,
         }
     }
@@ -126,42 +129,42 @@ impl Repo {
         }
     }
 
+    /// What comes of `answer`, unless the connection is silent for too long: neither the client nor
+    /// the system gives up one that stays open and sends nothing.
+    pub(crate) async fn within<T>(&self, answer: impl Future<Output = T>) -> Result<T, HubError> {
+        let answer = tokio::time::timeout(self.stall, answer).await;
+        answer.map_err(|_| HubError::Silent {
+            endpoint: self.endpoint.clone(),
+            seconds: self.stall.as_secs(),
+        })
+    }
+
+    /// The answer to a question that is asked a second time if the first gets none.
+    async fn asked<T>(&self, ask: impl AsyncFn() -> Result<T, HubError>) -> Result<T, HubError> {
+        match ask().await {
+            Err(HubError::Silent { .. }) => ask().await,
+            answer => answer,
+        }
+    }
+
     /// The commit that `revision` is.
-    pub(crate) async fn commit(&self, revision: &str) -> Result<String, HFError> {
-        let commit = match &self.handle {
-            Handle::Model(repo) => repo.info().revision(revision).send().await?.sha,
-            Handle::Dataset(repo) => repo.info().revision(revision).send().await?.sha,
+    pub(crate) async fn commit(&self, revision: &str) -> Result<String, HubError> {
+        let ask = async || match &self.handle {
+            Handle::Model(repo) => Ok(repo.info().revision(revision).send().await?.sha),
+            Handle::Dataset(repo) => Ok(repo.info().revision(revision).send().await?.sha),
         };
-        let commit = commit.filter(|sha| is_git_hash(sha));
-        commit.ok_or_else(|| HFError::malformed_response("the commit of the revision"))
+        let commit = self.asked(async || self.within(ask()).await).await?;
+        commit
+            .map(|sha| sha.filter(|sha| is_git_hash(sha)))
+            .and_then(|sha| {
+                sha.ok_or_else(|| HFError::malformed_response("the commit of the revision"))
+            })
+            .map_err(|e| HubError::from_hub(e, self.context(revision)))
     }
 
     /// Every file at `commit`.
     pub(crate) async fn tree(&self, commit: &str) -> Result<Vec<Entry>, HubError> {
-        let refused = |e| HubError::from_hub(e, self.context(commit));
-        let entries: Vec<RepoTreeEntry> = match &self.handle {
-            Handle::Model(repo) => {
-                let tree = repo.list_tree().revision(commit).recursive(true).send();
-                tree.map_err(refused)?
-                    .take(MAX_FILES + 1)
-                    .try_collect()
-                    .await
-            }
-            Handle::Dataset(repo) => {
-                let tree = repo.list_tree().revision(commit).recursive(true).send();
-                tree.map_err(refused)?
-                    .take(MAX_FILES + 1)
-                    .try_collect()
-                    .await
-            }
-        }
-        .map_err(refused)?;
-        if entries.len() > MAX_FILES {
-            return Err(HubError::TooManyFiles {
-                repo: self.id.to_string(),
-                most: MAX_FILES,
-            });
-        }
+        let entries = self.asked(async || self.listing(commit).await).await?;
         let mut files = Vec::new();
         for entry in entries {
             if let RepoTreeEntry::File {
@@ -187,6 +190,32 @@ impl Repo {
             }
         }
         Ok(files)
+    }
+
+    /// Every file and directory at `commit`, as the Hub tells them.
+    async fn listing(&self, commit: &str) -> Result<Vec<RepoTreeEntry>, HubError> {
+        let refused = |e| HubError::from_hub(e, self.context(commit));
+        let mut tree = match &self.handle {
+            Handle::Model(repo) => {
+                let tree = repo.list_tree().revision(commit).recursive(true).send();
+                tree.map_err(refused)?.boxed_local()
+            }
+            Handle::Dataset(repo) => {
+                let tree = repo.list_tree().revision(commit).recursive(true).send();
+                tree.map_err(refused)?.boxed_local()
+            }
+        };
+        let mut entries = Vec::new();
+        while let Some(entry) = self.within(tree.next()).await? {
+            if entries.len() == MAX_FILES {
+                return Err(HubError::TooManyFiles {
+                    repo: self.id.to_string(),
+                    most: MAX_FILES,
+                });
+            }
+            entries.push(entry.map_err(refused)?);
+        }
+        Ok(entries)
     }
 
     /// The bytes of a file from `start` on.

@@ -1,17 +1,22 @@
 //! A recipe's inputs from the Hub. The environment is read here and nowhere else.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::io::IsTerminal;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use std::{env, fs};
 
-use anyhow::{Result, anyhow};
-use gptq_calibration::Source;
-use gptq_hub::{DataFiles, Hub, HubSettings, RepoId, Snapshot};
-use gptq_pipeline::{Fetched, InputSource, Recipe};
+use anyhow::{Result, anyhow, ensure};
+use gptq_calibration::{Source, TextTokenizer};
+use gptq_hub::{DataFiles, Hub, HubSettings, RepoId, STALL, Snapshot};
+use gptq_pipeline::{Fetched, InputSource, Plan, Recipe};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::log;
+use crate::{log, size};
+
+/// Off a terminal, how often it is said how far a download is.
+const MINUTE: Duration = Duration::from_secs(60);
 
 /// How much of the model a command needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +27,9 @@ pub(crate) enum Need {
     Weights,
 }
 
-/// Fetches what `recipe` names on the Hub; a recipe of local files asks nobody.
+/// Fetches what `recipe` names on the Hub; a recipe of local files asks nobody. The small comes first
+/// and is judged, so that what is wrong is not said after gigabytes: the shapes, then the plan and the
+/// tokenizer, then the rows, then the weights.
 pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched> {
     let mut fetched = Fetched::default();
     let hub = OnceCell::new();
@@ -30,18 +37,38 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
         Some(hub) => Ok(hub),
         None => Hub::new(settings()).map(|new| hub.get_or_init(|| new)),
     };
-    if let InputSource::Hub { repo, revision } = recipe.model_source()? {
-        let id = repo_id(&repo)?;
+    let (source, calibration) = (recipe.model_source()?, recipe.calibration_source()?);
+    let mut side = None;
+    if let InputSource::Hub { repo, revision } = &source {
+        let id = repo_id(repo)?;
         let snapshot = match model {
-            Need::Shapes => connect()?.model_side(&id, &revision)?,
-            Need::Weights => {
-                with_bar(&repo, |progress| connect()?.model(&id, &revision, progress))?
-            }
+            Need::Shapes => connect()?.model_side(&id, revision)?,
+            Need::Weights => connect()?.model_ahead(&id, revision)?,
         };
-        warn_if_stale(&repo, &snapshot);
-        fetched.model = Some(snapshot.dir);
+        warn(repo, &snapshot);
+        fetched.model = Some(snapshot.dir.clone());
+        side = Some((repo, id, snapshot));
     }
-    if rows && let InputSource::Hub { repo, revision } = recipe.calibration_source()? {
+    if rows && (side.is_some() || matches!(calibration, InputSource::Hub { .. })) {
+        Plan::new(recipe, &fetched)?;
+    }
+    if rows && let Some((repo, _, snapshot)) = &side {
+        ensure!(
+            snapshot.files.iter().any(|name| name == "tokenizer.json"),
+            "{repo} has no tokenizer.json; name a revision that has one, or download it, have \
+             Transformers' AutoTokenizer save one beside it, and name the directory"
+        );
+        TextTokenizer::load(&snapshot.dir)?;
+        if let InputSource::Local(path) = &calibration
+            && !path.exists()
+            && !path.to_string_lossy().contains(['*', '?', '['])
+        {
+            // What is not there ends in the error that reading it would.
+            let none = &mut |_| Ok(ControlFlow::Break(()));
+            Source::Local(path.clone()).rows(&[], none)?;
+        }
+    }
+    if rows && let InputSource::Hub { repo, revision } = calibration {
         let id = repo_id(&repo)?;
         let wanted = DataFiles {
             readable: &Source::reads,
@@ -50,7 +77,7 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
         let snapshot = with_bar(&repo, |progress| {
             connect()?.dataset(&id, &revision, wanted, progress)
         })?;
-        warn_if_stale(&repo, &snapshot);
+        warn(&repo, &snapshot);
         let files = snapshot.files.into_iter();
         fetched.calibration = Some(Source::Dataset {
             name: repo,
@@ -60,10 +87,22 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
                 .collect(),
         });
     }
+    if model == Need::Weights
+        && let Some((repo, id, side)) = side
+    {
+        // The commit that was judged, whatever the revision is by now.
+        let snapshot = with_bar(repo, |progress| {
+            connect()?.model(&id, &side.commit, progress)
+        })?;
+        if !side.stale {
+            warn(repo, &snapshot);
+        }
+    }
     Ok(fetched)
 }
 
-/// What `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HOME` and `HF_HUB_CACHE` say.
+/// What `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN`, `HF_HUB_OFFLINE`,
+/// `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_DOWNLOAD_TIMEOUT` say.
 pub(crate) fn settings() -> HubSettings {
     let text = |name| env::var(name).ok().filter(|value| !value.is_empty());
     let path = |name| text(name).map(PathBuf::from);
@@ -80,9 +119,16 @@ pub(crate) fn settings() -> HubSettings {
     let is_on = |value: String| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str());
     HubSettings {
         endpoint: text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned()),
-        token: text("HF_TOKEN").or_else(saved_token),
+        token: match text("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some_and(is_on) {
+            true => None,
+            false => text("HF_TOKEN").or_else(saved_token),
+        },
         cache: path("HF_HUB_CACHE").unwrap_or_else(|| home.join("hub")),
         offline: text("HF_HUB_OFFLINE").is_some_and(is_on),
+        stall: text("HF_HUB_DOWNLOAD_TIMEOUT")
+            .and_then(|seconds| seconds.parse().ok())
+            .filter(|&seconds| seconds > 0)
+            .map_or(STALL, Duration::from_secs),
     }
 }
 
@@ -93,33 +139,70 @@ pub(crate) fn repo_id(text: &str) -> Result<RepoId> {
     })
 }
 
-fn warn_if_stale(repo: &str, snapshot: &Snapshot) {
+/// Says what an answer from the cache leaves open.
+fn warn(repo: &str, snapshot: &Snapshot) {
     if snapshot.stale {
         log::warning(&format!(
             "the Hub cannot be reached; using {repo} at {} from the cache",
             snapshot.commit
         ));
     }
+    if snapshot.unchecked {
+        log::warning(&format!(
+            "{repo} was brought into the cache by another tool, so whether all of its rows are there \
+             could not be checked; run once without HF_HUB_OFFLINE to make sure"
+        ));
+    }
 }
 
-/// A bar in bytes on a terminal; nothing where a file is read from a pipe.
+/// Says what is to come, and how it goes: a bar in bytes on a terminal, elsewhere a line a minute and
+/// one at the end. Nothing, where nothing has to come.
 fn with_bar<T>(
     repo: &str,
     work: impl FnOnce(&dyn Fn(gptq_hub::Progress)) -> Result<T, gptq_hub::HubError>,
 ) -> Result<T, gptq_hub::HubError> {
-    if !std::io::stderr().is_terminal() {
-        return work(&|_| ());
-    }
+    let terminal = std::io::stderr().is_terminal();
     let style = "{prefix} {bar:30} {bytes:>10}/{total_bytes:<10} {bytes_per_sec:>12} {eta:>4}";
     let style = ProgressStyle::with_template(style).expect("the template is a constant");
-    let bar = ProgressBar::new(0)
-        .with_style(style)
-        .with_prefix(last(repo));
+    let bar = match terminal {
+        true => ProgressBar::new(0),
+        false => ProgressBar::hidden(),
+    };
+    let bar = bar.with_style(style).with_prefix(last(repo));
+    let (begun, told) = (Cell::new(None), Cell::new(Instant::now()));
     let result = work(&|progress| {
+        let total = size::decimal(progress.total);
+        if progress.files == 0 {
+            return;
+        }
+        if begun.get().is_none() {
+            begun.set(Some((Instant::now(), progress.total)));
+            let files = match progress.files {
+                1 => "1 file".to_owned(),
+                n => format!("{n} files"),
+            };
+            eprintln!("fetching {files} of {repo}, {total}");
+        }
         bar.set_length(progress.total);
         bar.set_position(progress.done);
+        if !terminal && told.get().elapsed() >= MINUTE {
+            told.set(Instant::now());
+            let done = size::decimal(progress.done);
+            eprintln!("fetching {repo}: {done} of {total}");
+        }
     });
     bar.finish_and_clear();
+    if !terminal
+        && result.is_ok()
+        && let Some((begun, total)) = begun.get()
+    {
+        let seconds = Duration::from_secs(begun.elapsed().as_secs());
+        eprintln!(
+            "fetched {repo}: {} in {}",
+            size::decimal(total),
+            humantime::format_duration(seconds)
+        );
+    }
     result
 }
 

@@ -1,0 +1,41 @@
+//! What a repository holds at a commit, kept for when nobody can be asked.
+//!
+//! A cache says which files are in it, not which should be: of a dataset's two shards, one may have
+//! been asked for, or a download may have broken off between them. So the Hub's listing is written
+//! down beside the snapshot, under `.gptq`, where other tools do not look.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::repo::Entry;
+
+/// Sizes by path.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Listing {
+    files: BTreeMap<String, u64>,
+}
+
+impl Listing {
+    pub(crate) fn of(tree: &[Entry]) -> Self {
+        let files = tree.iter().map(|entry| (entry.path.clone(), entry.size));
+        Listing {
+            files: files.collect(),
+        }
+    }
+
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.files.keys().cloned().collect()
+    }
+
+    /// The first of the files `wanted` that is not wholly in `snapshot`.
+    pub(crate) fn lacking<'a>(&self, snapshot: &Path, wanted: &'a [String]) -> Option<&'a str> {
+        let here = |name: &str| {
+            let size = fs::metadata(snapshot.join(name)).map(|file| file.len());
+            size.is_ok_and(|size| self.files.get(name) == Some(&size))
+        };
+        wanted.iter().map(String::as_str).find(|name| !here(name))
+    }
+}
