@@ -82,6 +82,19 @@ fn a_part_of_a_dataset_in_the_cache_does_not_stand_for_the_whole() {
 }
 
 #[test]
+fn a_conversion_in_the_cache_serves_whether_the_hub_is_away_or_not_asked() {
+    let (scratch, hub) = (Scratch::new(), HubServer::start());
+    let rows = crate::inputs::parquet(&fs::read(root().join(WIKIDOC)).unwrap());
+    let converted = "refs/convert/parquet";
+    let path = "default/train/0000.parquet";
+    hub.put("datasets", DATASET, "main", "scripted.py", b"import os");
+    hub.put("datasets", DATASET, converted, path, &rows);
+    assert_eq!(files(show(&scratch, Some(&hub.url()), "")), 1);
+    assert_eq!(files(show(&scratch, None, "")), 1);
+    assert_eq!(files(show(&scratch, Some("http://127.0.0.1:9"), "")), 1);
+}
+
+#[test]
 fn a_tokenizer_in_the_cache_without_all_of_its_files_is_not_a_tokenizer() {
     let (scratch, hub) = (Scratch::new(), hub());
     let name = "special_tokens_map.json";
