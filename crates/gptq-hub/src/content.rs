@@ -11,6 +11,7 @@
 
 use std::io::{self, Read};
 
+use gptq_format::hexadecimal;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
@@ -83,10 +84,6 @@ fn pointer_oid(sha256: &str, size: u64) -> String {
     git.update(format!("blob {}\0", pointer.len()));
     git.update(pointer);
     hexadecimal(&git.finalize())
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
