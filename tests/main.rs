@@ -4,6 +4,7 @@ mod bad_checkpoint;
 mod bad_input;
 mod budget;
 mod card;
+mod changed;
 mod checkpoints;
 mod dtype;
 mod generate;

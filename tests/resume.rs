@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::harness::{
-    Scratch, command, edit_tensor, medi_tiny, refuse, refused, succeed, succeeded,
-};
+use crate::harness::{Scratch, command, medi_tiny, refuse, refused, succeed, succeeded};
 
 pub(crate) const TWO: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n\
                    [[branch]]\nname = \"b\"\nbits = 3\ntrue_sequential = false\n\
@@ -19,7 +17,7 @@ pub(crate) const TWO: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 6
 /// A branch that compares its hidden states with the dense model's, beside one that does not.
 const BEST: &str = "[[branch]]\nname = \"a\"\nbits = 3\npreset = \"best\"\n\
                     [[branch]]\nname = \"b\"\nbits = 8\n";
-const QUICK: [&str; 6] = ["--device", "cpu", "--samples", "2", "--seq-len", "128"];
+pub(crate) const QUICK: [&str; 6] = ["--device", "cpu", "--samples", "2", "--seq-len", "128"];
 /// Enough text for a run to be met under way.
 pub(crate) const SLOW: [&str; 6] = ["--device", "cpu", "--samples", "4", "--seq-len", "512"];
 
@@ -249,179 +247,6 @@ fn dense_propagation_and_shards_resume_too() {
         contents(&scratch.out())
     };
     assert!(run(true) == run(false));
-}
-
-#[test]
-fn a_changed_recipe_model_or_calibration_is_named_and_restart_begins_anew() {
-    let scratch = Scratch::new();
-    let model = scratch.copy_model();
-    let recipe = scratch.recipe(&model, TWO);
-    let mut child = start(quantize(&recipe, &SLOW));
-    wait("a block", || blocks(&scratch.out()) > 0);
-    child.kill().unwrap();
-    child.wait().unwrap();
-    let (text, bytes) = (
-        fs::read_to_string(&recipe).unwrap(),
-        fs::read(model.join("model.safetensors")).unwrap(),
-    );
-    let refuse = |flags: &[&str], words: &[&str]| {
-        let line = refused(
-            quantize(&recipe, &[&SLOW[..], flags].concat())
-                .output()
-                .unwrap(),
-        );
-        for word in words.iter().chain(&["--restart", "unfinished"]) {
-            assert!(line.contains(word), "no {word:?} in: {line}");
-        }
-    };
-    refuse(&["--seed", "7"], &["calibration.seed was 0, is 7"]);
-    refuse(&["--branch", "a"], &["branch b was asked for, is not"]);
-    fs::write(&recipe, text.replace("bits = 4", "bits = 8")).unwrap();
-    refuse(&[], &["branch a", "branch.bits was 4, is 8"]);
-    let bf16 = text.replace("[model]", "[model]\ndtype = \"bf16\"");
-    fs::write(&recipe, bf16).unwrap();
-    refuse(&[], &["model.dtype was \"f16\", is \"bf16\""]);
-    fs::write(&recipe, format!("propagate = \"dense\"\n{text}")).unwrap();
-    refuse(&[], &["propagate was \"quantised\", is \"dense\""]);
-    fs::write(&recipe, &text).unwrap();
-    // The last tensor's middle, in place.
-    let mut other = bytes.clone();
-    let header = 8 + u64::from_le_bytes(other[..8].try_into().unwrap()) as usize;
-    let at = header + (other.len() - header) / 2;
-    for byte in &mut other[at..] {
-        *byte &= 0x3b;
-    }
-    fs::write(model.join("model.safetensors"), &other).unwrap();
-    refuse(&[], &["model.weights was"]);
-    // The same bytes, written again.
-    fs::write(model.join("model.safetensors"), &bytes).unwrap();
-    refuse(&[], &["model.model.safetensors was", "bytes of"]);
-
-    fs::write(&recipe, text.replace("bits = 4", "bits = 8")).unwrap();
-    let said = quantize(&recipe, &[&SLOW[..], &["--restart"]].concat()).output();
-    assert!(!succeeded(said.unwrap()).contains("going on"));
-    let line = refused(
-        quantize(&recipe, &[&SLOW[..], &["--seed", "7"]].concat())
-            .output()
-            .unwrap(),
-    );
-    assert!(
-        line.contains("out/a") && line.contains("--restart"),
-        "{line}"
-    );
-}
-
-#[test]
-fn a_model_changed_in_one_byte_is_no_longer_that_of_a_finished_branch() {
-    let scratch = Scratch::new();
-    let model = scratch.copy_model();
-    let one = "[[branch]]\nname = \"a\"\nbits = 4\n";
-    let recipe = scratch.recipe(&model, one);
-    let run = || quantize(&recipe, &QUICK).output().unwrap();
-    succeeded(run());
-    // At a tensor's very beginning; of each tensor, the fingerprint knows the middle.
-    let weights = model.join("model.safetensors");
-    let flip = || edit_tensor(&weights, "model.embed_tokens.weight", |bytes| bytes[0] ^= 1);
-    flip();
-    let line = refused(run());
-    for word in ["out/a", "model.model.safetensors.sha256 was", "--restart"] {
-        assert!(line.contains(word), "no {word:?} in: {line}");
-    }
-    // A report of before there was such a record cannot tell.
-    let path = scratch.out().join("a/report.json");
-    let whole = fs::read(&path).unwrap();
-    let mut report: Value = serde_json::from_slice(&whole).unwrap();
-    let files = report.as_object_mut().unwrap().remove("model_files");
-    assert_eq!(files.unwrap().as_object().unwrap().len(), 1);
-    fs::write(&path, report.to_string()).unwrap();
-    assert!(succeeded(run()).contains("a: is there already"));
-    // The same bytes, whenever they were written.
-    fs::write(&path, whole).unwrap();
-    flip();
-    assert!(succeeded(run()).contains("a: is there already"));
-}
-
-#[test]
-fn a_changed_calibration_file_is_named_for_finished_and_unfinished_branches() {
-    let scratch = Scratch::new();
-    let rows = scratch.path("rows.json");
-    let source = "calibration/wikidoc/wikidoc_patient_information_1000.json";
-    let bytes = fs::read(crate::harness::root().join(source)).unwrap();
-    // A letter of the last row, which no window reaches.
-    let mut other = bytes.clone();
-    let last = other.iter_mut().rfind(|byte| byte.is_ascii_lowercase());
-    *last.unwrap() ^= 2;
-    let recipe = scratch.recipe(&medi_tiny(), TWO);
-    let text = fs::read_to_string(&recipe).unwrap();
-    fs::write(&recipe, text.replace(source, rows.to_str().unwrap())).unwrap();
-    let run = || quantize(&recipe, &SLOW).output().unwrap();
-    let refuse = |left: &str| {
-        fs::write(&rows, &other).unwrap();
-        let line = refused(run());
-        for word in [
-            left,
-            "calibration.files.0.sha256 (rows.json) was",
-            "--restart",
-        ] {
-            assert!(line.contains(word), "no {word:?} in: {line}");
-        }
-        fs::write(&rows, &bytes).unwrap();
-    };
-    fs::write(&rows, &bytes).unwrap();
-    let mut child = start(quantize(&recipe, &SLOW));
-    wait("a block", || blocks(&scratch.out()) > 0);
-    child.kill().unwrap();
-    child.wait().unwrap();
-    refuse("unfinished");
-    assert!(succeeded(run()).contains("going on after block"));
-    refuse("out/a");
-    assert!(succeeded(run()).contains("b: is there already"));
-}
-
-#[test]
-fn a_run_goes_on_with_a_copy_of_the_program_and_not_with_another() {
-    let scratch = Scratch::new();
-    let recipe = scratch.recipe(&medi_tiny(), TWO);
-    let mut child = start(quantize(&recipe, &SLOW));
-    wait("a block", || blocks(&scratch.out()) > 0);
-    child.kill().unwrap();
-    child.wait().unwrap();
-    // The other has a byte after the end of all that is loaded. Copied by a process of its own: a file
-    // that a test's thread has open for writing is open in what the others start, too, and cannot run.
-    let (same, other) = (scratch.path("same"), scratch.path("other"));
-    let script = "cp \"$0\" \"$1\"; cp \"$0\" \"$2\"; printf x >> \"$2\"";
-    let mut copy = Command::new("sh");
-    copy.args(["-c", script, env!("CARGO_BIN_EXE_gptq")]);
-    succeeded(copy.args([&same, &other]).output().unwrap());
-    let run = |program: &Path| {
-        let mut command = Command::new(program);
-        command.args(["quantize", recipe.to_str().unwrap()]);
-        let command = command.args(SLOW).current_dir(crate::harness::root());
-        command.output().unwrap()
-    };
-    let line = refused(run(&other));
-    assert!(line.contains("gptq.program was"), "{line}");
-    assert!(succeeded(run(&same)).contains("going on after block"));
-}
-
-#[test]
-fn a_model_that_becomes_shorter_ends_a_run_with_a_line() {
-    let scratch = Scratch::new();
-    let model = scratch.copy_model();
-    let recipe = scratch.recipe(&model, TWO);
-    let child = start(quantize(&recipe, &SLOW));
-    wait("the journal", || {
-        scratch.out().join(".gptq-journal.jsonl").exists()
-    });
-    let weights = fs::OpenOptions::new()
-        .write(true)
-        .open(model.join("model.safetensors"))
-        .unwrap();
-    weights.set_len(4096).unwrap();
-    let line = refused(child.wait_with_output().unwrap());
-    for word in ["model/model.safetensors: became shorter", "same command"] {
-        assert!(line.contains(word), "no {word:?} in: {line}");
-    }
 }
 
 #[test]

@@ -64,6 +64,9 @@ mod prompt;
 mod provenance;
 #[path = "../../crates/gptq-pipeline/src/recipe.rs"]
 mod recipe;
+#[allow(dead_code, reason = "only a forward pass stretches frequencies")]
+#[path = "../../crates/gptq-model/src/rope_scaling.rs"]
+mod rope_scaling;
 #[allow(dead_code, reason = "only a run writes reports")]
 #[path = "../../crates/gptq-pipeline/src/report.rs"]
 mod report;

@@ -97,9 +97,18 @@ fn column(file: &SourceFile, limit: u64) -> Result<Vec<String>, CalibrationError
     });
     match read {
         Ok(_) => Ok(texts),
-        // What a file that is stored by columns says at once.
-        Err(CalibrationError::Column { columns, .. }) => Err(lacks(columns)),
-        Err(error) => Err(error),
+        Err(error) => {
+            let found: &CalibrationError = match &error {
+                CalibrationError::InFile { source, .. } => source,
+                other => other,
+            };
+            // What a file that is stored by columns says at once.
+            let columns = match found {
+                CalibrationError::Column { columns, .. } => Some(columns.clone()),
+                _ => None,
+            };
+            Err(columns.map_or(error, lacks))
+        }
     }
 }
 

@@ -17,6 +17,7 @@ mod host_block;
 mod layout;
 mod model;
 mod rope;
+mod rope_scaling;
 
 pub use block::{Block, Flow, Linear, Weight};
 pub use cache::Cache;
@@ -26,4 +27,4 @@ pub use error::ModelError;
 pub use host_block::HostBlock;
 pub use layout::{Projection, Stage};
 pub use model::{Head, Model};
-pub use rope::RopeScaling;
+pub use rope_scaling::RopeScaling;
