@@ -26,6 +26,8 @@ struct On<B: Engine> {
     dtype: DType,
     /// So little that it is hardly more than 0 in that type.
     tiny: f32,
+    /// The largest weights: what a code stands for may be 8 / 7.5 of them, and is to be in that type too.
+    huge: f32,
     /// What an error may be above round-to-nearest's, relative to it: both are quotients of sums, in
     /// f64 or in f32.
     noise: f64,
@@ -36,6 +38,7 @@ fn cpu() -> On<Cpu> {
         device: Default::default(),
         dtype: DType::F32,
         tiny: 6e-8,
+        huge: 65504.0,
         noise: 1e-9,
     }
 }
@@ -46,6 +49,7 @@ fn cuda() -> Option<On<Cuda>> {
         device,
         dtype: DType::F16,
         tiny: 2e-5,
+        huge: 50000.0,
         noise: 1e-4,
     })
 }
@@ -186,7 +190,7 @@ impl<B: Engine> On<B> {
         let mut outlier = random(5, OUT * IN);
         outlier[17] = 1000.0;
         for (what, w, most) in [
-            ("huge", scaled(65504.0), 0.05),
+            ("huge", scaled(self.huge), 0.05),
             ("zero", scaled(0.0), 0.0),
             // Smaller than the smallest f16 scale can tell apart: all is lost, and nothing more.
             ("tiny", scaled(6e-8), 1.0),
