@@ -1,7 +1,8 @@
 //! Who can load a branch, from shapes and settings alone: known before any work is spent.
 //!
-//! Rules: packing needs `in % 32 == 0` and `out % 32 == 0`. ExLlama and ExLlamaV2 take 4 bits with
-//! `in % group == 0`. vLLM's Marlin takes 4 or 8 bits, symmetric, groups -1, 32, 64 or 128,
+//! Rules: packing needs `in % 32 == 0` and `out % 32 == 0`. ExLlama, ExLlamaV2 and TGI, which has their
+//! kernels, take 4 bits with `in % group == 0`, and add one to every zero point whatever `checkpoint_format`
+//! says, so that an asymmetric branch (`gptq_v2`) would be off by a step. vLLM's Marlin takes 4 or 8 bits, symmetric, groups -1, 32, 64 or 128,
 //! `out % 64 == 0`, `in % 128 == 0`; other branches run there on the slower plain GPTQ kernel.
 //! Transformers (through GPTQModel or Optimum) has reference kernels for everything the format can
 //! say, but only GPTQModel and vLLM read per-module settings.
@@ -79,22 +80,20 @@ fn judge(client: Client, linear: &LinearShape, sym: bool, mixed: bool) -> Result
         in_features % 32 == 0 && out_features % 32 == 0,
         "dimensions are not multiples of 32",
     )?;
-    let exllama = || {
-        need(bits == Bits::Four, "4 bits only")?;
-        need(
-            group_size.divides(in_features),
-            "groups must divide the inputs",
-        )
-    };
     let one_setting = || need(!mixed, "does not read per-module settings");
     match client {
         Client::GptqModel => Ok(()),
         Client::Transformers => one_setting(),
         Client::Vllm => need(sym, "symmetric only"),
-        Client::ExLlama => one_setting().and_then(|()| exllama()),
-        Client::Tgi => one_setting()
-            .and_then(|()| need(sym, "symmetric only"))
-            .and_then(|()| exllama()),
+        Client::ExLlama | Client::Tgi => {
+            one_setting()?;
+            need(sym, "symmetric only")?;
+            need(bits == Bits::Four, "4 bits only")?;
+            need(
+                group_size.divides(in_features),
+                "groups must divide the inputs",
+            )
+        }
         Client::VllmMarlin => {
             need(matches!(bits, Bits::Four | Bits::Eight), "4 or 8 bits only")?;
             need(sym, "symmetric only")?;
@@ -140,6 +139,9 @@ mod tests {
         assert!(!loaders(Bits::Eight, GroupSize::Row, true).contains(&Client::ExLlama));
         assert!(loaders(Bits::Eight, GroupSize::Row, true).contains(&Client::VllmMarlin));
         assert!(!loaders(Bits::Three, GroupSize::Columns(128), true).contains(&Client::VllmMarlin));
-        assert!(!loaders(Bits::Four, GroupSize::Columns(128), false).contains(&Client::VllmMarlin));
+        assert_eq!(
+            loaders(Bits::Four, GroupSize::Columns(128), false),
+            [Client::GptqModel, Client::Transformers]
+        );
     }
 }
