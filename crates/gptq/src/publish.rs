@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::cli::PublishArgs;
-use crate::{hub, size};
+use crate::{hub, size, terminal};
 
 /// The card of the whole repository, beside the branches.
 const CARD: &str = "README.md";
@@ -81,10 +81,11 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
         bar.suspend(|| println!("{line}"));
         if args.dry_run {
             for file in &changes.upload {
-                println!("  {} {}", file.name, size::decimal(file.bytes));
+                let name = terminal::line(&file.name);
+                println!("  {name} {}", size::decimal(file.bytes));
             }
             for path in &changes.delete {
-                println!("  {path} goes");
+                println!("  {} goes", terminal::line(path));
             }
         }
     }
