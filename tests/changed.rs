@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::harness::{Scratch, edit_tensor, medi_tiny, refused, succeeded};
 use crate::resume::{QUICK, SLOW, TWO, blocks, quantize, start, wait};
@@ -134,6 +134,47 @@ fn a_changed_calibration_file_is_named_for_finished_and_unfinished_branches() {
     assert!(succeeded(run()).contains("going on after block"));
     refuse("out/a");
     assert!(succeeded(run()).contains("b: is there already"));
+}
+
+#[test]
+fn a_journal_whose_linears_are_not_those_of_the_plan_is_refused() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    let mut child = start(quantize(&recipe, &SLOW));
+    wait("a block", || blocks(&scratch.out()) > 0);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let path = scratch.out().join(".gptq-journal.jsonl");
+    let whole = fs::read_to_string(&path).unwrap();
+    let lines: Vec<&str> = whole.split_inclusive('\n').collect();
+    let linear = "model.layers.0.self_attn.k_proj";
+    for (key, value, why) in [
+        ("shape", json!([256, 128]), "not as planned"),
+        ("shape", json!([0, 256]), "shape = [0, 256]"),
+        ("bits", json!(8), "not as planned"),
+        ("layer", json!(1), "not as planned"),
+        (
+            "name",
+            json!("model.layers.0.self_attn.q_proj"),
+            "there twice",
+        ),
+        (
+            "name",
+            json!("model.layers.0.self_attn.x_proj"),
+            "not as planned",
+        ),
+    ] {
+        let mut block: Value = serde_json::from_str(lines[1]).unwrap();
+        let linears = block["branches"]["a"]["linears"].as_array_mut().unwrap();
+        let found = linears.iter_mut().find(|it| it["name"] == linear);
+        found.unwrap()[key] = value;
+        let rest = lines[2..].concat();
+        fs::write(&path, format!("{}{block}\n{rest}", lines[0])).unwrap();
+        let line = refused(quantize(&recipe, &SLOW).output().unwrap());
+        for word in ["branch a", why, "--restart"] {
+            assert!(line.contains(word), "no {word:?} in: {line}");
+        }
+    }
 }
 
 #[test]

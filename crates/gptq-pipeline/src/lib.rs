@@ -29,6 +29,7 @@ mod pattern;
 mod plan;
 mod profile;
 mod quantise;
+mod read_ahead;
 mod recipe;
 mod report;
 mod report_limits;

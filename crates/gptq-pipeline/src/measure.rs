@@ -16,9 +16,9 @@ use crate::branch_plan::ModuleOverride;
 use crate::journal::Recorded;
 use crate::memory::{Places, chunk_windows};
 use crate::quantise::{Inputs, Quantise};
+use crate::read_ahead::read_ahead;
 use crate::resume::Restored;
-use crate::run::{Output, Run, read_ahead};
-use crate::scratch::Scratch;
+use crate::run::{Output, Run};
 use crate::{
     BranchPlan, Budget, Choice, Event, Numerics, PipelineError, Plan, Propagation, disk_space,
 };
@@ -73,12 +73,7 @@ impl Quantise<'_> {
         let model = &inputs.model;
         let shared = B::free_memory(model.device()).is_none();
         let places = Places::new::<B>(&probes, *self.budget, self.options.host_memory, shared)?;
-        let scratch = match places.disk_bytes {
-            0 => None,
-            _ => Some(Scratch::create(
-                self.options.scratch.unwrap_or(&plan.output),
-            )?),
-        };
+        let scratch = self.scratch(plan, &places)?;
         let on_event = &mut *self.on_event;
         let outputs = scope(|scope| {
             let blocks = read_ahead(scope, model, 0);

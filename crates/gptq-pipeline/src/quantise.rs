@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::scope;
 use std::time::{Duration, Instant};
@@ -19,8 +20,9 @@ use crate::journal::{Header, Journal, Origin, Recorded};
 use crate::memory::{Places, chunk_windows};
 use crate::model_files::ModelHash;
 use crate::profile::{Clock, Profile};
+use crate::read_ahead::read_ahead;
 use crate::resume::{Found, Restored, discard};
-use crate::run::{About, Run, read_ahead};
+use crate::run::{About, Run};
 use crate::scratch::Scratch;
 use crate::write_behind::WriteBehind;
 use crate::{Allocation, BranchReport, LinearReport, PipelineError, Plan};
@@ -46,12 +48,14 @@ pub struct RunOptions<'a> {
 }
 
 /// What came of a run.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug)]
 pub struct Outcome {
     /// In the plan's order.
     pub reports: Vec<BranchReport>,
     /// Where the time went.
     pub profile: Profile,
+    /// Keeps others from the output directory for as long as the branches are still worked on.
+    pub lock: OutputLock,
 }
 
 /// What happens, as it happens. A branch is an index into the plan.
@@ -240,6 +244,7 @@ impl Work for Quantise<'_> {
         Ok(Outcome {
             reports: found.finished.into_iter().flatten().collect(),
             profile: self.clock.profile(),
+            lock,
         })
     }
 }
@@ -280,6 +285,18 @@ impl Quantise<'_> {
         }
     }
 
+    /// Where the hidden states go that have no place in memory, if there are any.
+    pub(crate) fn scratch(
+        &self,
+        plan: &Plan,
+        places: &Places,
+    ) -> Result<Option<Arc<Scratch>>, FormatError> {
+        match places.disk_bytes {
+            0 => Ok(None),
+            _ => Scratch::create(self.options.scratch.unwrap_or(&plan.output)).map(Some),
+        }
+    }
+
     fn blocks<B: Engine>(
         &mut self,
         inputs: &Inputs<B>,
@@ -293,12 +310,7 @@ impl Quantise<'_> {
             .map(|&i| &inputs.prints.branches[i])
             .collect();
         let names: Vec<String> = plan.branches.iter().map(|b| b.name.clone()).collect();
-        let scratch = match inputs.places.disk_bytes {
-            0 => None,
-            _ => Some(Scratch::create(
-                self.options.scratch.unwrap_or(&plan.output),
-            )?),
-        };
+        let scratch = self.scratch(plan, &inputs.places)?;
         let (writers, journal, restored) = match recorded {
             None => {
                 let writers = plan.branches.iter().map(|b| BranchWriter::create(plan, b));

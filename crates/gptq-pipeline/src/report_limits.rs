@@ -1,5 +1,6 @@
 //! What a `report.json` may say. It may come with a branch from elsewhere, and what reads it multiplies
 //! shapes, draws errors to scale and counts: numbers that no run can come to are refused where it is read.
+//! A journal's records of finished blocks, which become a report, have the same limits.
 
 use std::collections::BTreeSet;
 
@@ -73,7 +74,7 @@ pub(crate) fn check(report: &BranchReport) -> Result<(), String> {
     Ok(())
 }
 
-fn linear(linear: &LinearReport) -> Result<(), String> {
+pub(crate) fn linear(linear: &LinearReport) -> Result<(), String> {
     below("layer", linear.layer, MAX_LAYERS)?;
     most("name", linear.name.len(), MAX_NAME)?;
     if linear.shape.contains(&0) || linear.shape.iter().any(|&n| n > MAX_FEATURES) {
@@ -107,7 +108,7 @@ fn budget(spent: &Allocation) -> Result<(), String> {
     most("budget.groups", spent.groups.len(), groups)
 }
 
-fn clamped(states: &Clamped) -> Result<(), String> {
+pub(crate) fn clamped(states: &Clamped) -> Result<(), String> {
     below("layer", states.layer, MAX_LAYERS)?;
     most("values", states.values, MAX_COUNT)
 }
@@ -149,7 +150,7 @@ fn within(field: &str, value: f64, most: f64) -> Result<(), String> {
     }
 }
 
-fn seconds(field: &str, value: f64) -> Result<(), String> {
+pub(crate) fn seconds(field: &str, value: f64) -> Result<(), String> {
     match (0.0..=MAX_SECONDS).contains(&value) {
         true => Ok(()),
         false => Err(format!(

@@ -13,8 +13,8 @@ use crate::kept_states::{Kept, prune};
 use crate::model_files::ModelHash;
 use crate::run::Output;
 use crate::{
-    BranchReport, Clamped, LinearReport, ModelFiles, PipelineError, Plan, Recipe, RecipeOverrides,
-    RunOptions,
+    BranchPlan, BranchReport, Clamped, LinearReport, ModelFiles, PipelineError, Plan, Recipe,
+    RecipeOverrides, RunOptions, report_limits,
 };
 
 /// What there is to do, and what was done before.
@@ -230,7 +230,6 @@ impl Restored {
             true => Kept::find(&plan.output, &recorded.blocks),
             false => None,
         };
-        prune(&plan.output, kept.as_ref().map(|kept| kept.layers - 1))?;
         let mut found: BTreeMap<String, RestoredBranch> = BTreeMap::new();
         for Block { branches, .. } in recorded.blocks {
             for (name, block) in branches {
@@ -249,30 +248,51 @@ impl Restored {
         }
         let branches = plan.branches.iter().map(|branch| {
             let restored = found.remove(&branch.name).unwrap_or_default();
-            let modules = (0..layers).flat_map(|layer| Projection::ALL.map(|p| p.module(layer)));
-            let mut expected: Vec<String> =
-                modules.filter(|m| branch.module(m).is_some()).collect();
-            let names = restored.linears.iter().map(|linear| linear.name.clone());
-            let mut names: Vec<String> = names.collect();
-            expected.sort();
-            names.sort();
-            match names == expected {
-                true => Ok(restored),
-                false => Err(damaged(format!(
-                    "it has not the linears of branch {}",
-                    branch.name
-                ))),
+            match restored.fits(plan, branch, layers) {
+                Ok(()) => Ok(restored),
+                Err(why) => Err(damaged(format!("branch {}: {why}", branch.name))),
             }
         });
+        let branches = branches.collect::<Result<_, _>>()?;
+        prune(&plan.output, kept.as_ref().map(|kept| kept.layers - 1))?;
         Ok(Restored {
             layers,
             kept,
-            branches: branches.collect::<Result<_, _>>()?,
+            branches,
         })
     }
 }
 
 impl RestoredBranch {
+    /// Whether these are the linears that the first `layers` blocks of `branch` have, with numbers that a
+    /// run can come to: they go into the branch's report as they are.
+    fn fits(&self, plan: &Plan, branch: &BranchPlan, layers: usize) -> Result<(), String> {
+        let modules = branch.quantised_modules(&plan.config);
+        let planned = modules
+            .into_iter()
+            .map(|(name, (n_in, n_out), own)| (name, ([n_out, n_in], own.bits, own.group_size)));
+        let planned: BTreeMap<_, _> = planned.collect();
+        let mut missing: BTreeMap<String, usize> = (0..layers)
+            .flat_map(|layer| Projection::ALL.map(|projection| (projection.module(layer), layer)))
+            .filter(|(name, _)| planned.contains_key(name))
+            .collect();
+        for linear in &self.linears {
+            report_limits::linear(linear).map_err(|why| format!("{}.{why}", linear.name))?;
+            let found = (linear.shape, linear.bits, linear.group_size);
+            let name = &linear.name;
+            if missing.remove(name) != Some(linear.layer) || planned.get(name) != Some(&found) {
+                return Err(format!("{name} is not as planned, or there twice"));
+            }
+        }
+        if let Some((name, _)) = missing.first_key_value() {
+            return Err(format!("{name} is missing"));
+        }
+        for clamped in &self.clamped {
+            report_limits::clamped(clamped).map_err(|why| format!("clamped: {why}"))?;
+        }
+        report_limits::seconds("seconds", self.seconds)
+    }
+
     /// Reads a linear back from the branch's unfinished files.
     ///
     /// # Errors

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::thread::Scope;
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use gptq_calibration::Manifest;
 use gptq_format::Checkpoint;
 use gptq_kernels::{Drift, Engine, Hessian, Request};
-use gptq_model::{Block, Flow, HostBlock, Model, ModelError, Stage};
+use gptq_model::{Block, Flow, HostBlock, Model, ModelError, Projection, Stage};
+use gptq_solver::Settings;
 
 use crate::gram::{Dense, Grams};
 use crate::journal::BranchBlock;
@@ -23,26 +23,18 @@ use crate::scratch::Scratch;
 use crate::stream::{Stream, explained};
 use crate::write_behind::WriteBehind;
 use crate::{
-    BranchReport, Clamped, Fingerprint, LinearReport, PipelineError, Plan, Propagation,
+    BranchPlan, BranchReport, Clamped, Fingerprint, LinearReport, PipelineError, Plan, Propagation,
     hidden_range,
 };
 
-/// Reads blocks from `first` on, on a thread of their own, one ahead of the run.
-pub(crate) fn read_ahead<'scope, 'env, B: Engine>(
-    scope: &'scope Scope<'scope, 'env>,
-    model: &'env Model<B>,
-    first: usize,
-) -> Receiver<Result<HostBlock, ModelError>> {
-    let (sender, receiver) = sync_channel(0);
-    scope.spawn(move || {
-        for layer in first..model.config().layers {
-            // A run that has ended takes no more.
-            if sender.send(model.read_block(layer)).is_err() {
-                break;
-            }
-        }
-    });
-    receiver
+/// Projection, name and settings of the linears that a stage of block `layer` has to quantise.
+fn linears(branch: &BranchPlan, layer: usize, stage: Stage) -> Vec<(Projection, String, Settings)> {
+    let linear = |&projection: &Projection| {
+        let module = projection.module(layer);
+        let settings = branch.module(&module)?;
+        Some((projection, module, settings))
+    };
+    stage.projections().iter().filter_map(linear).collect()
 }
 
 /// A block that the branches are in, as loaded.
@@ -250,10 +242,10 @@ impl<B: Engine> Run<'_, '_, B> {
         for (i, &branch) in branches.iter().enumerate() {
             let started = Instant::now();
             let mut quantised = block.clone();
-            for (i, &stage) in group.iter().enumerate() {
+            for (at, &stage) in group.iter().enumerate() {
                 match &grams {
                     Some(grams) => {
-                        self.solve(layer, branch, stage, grams[i].clone(), &mut quantised)
+                        self.solve(layer, branch, stage, grams[at].clone(), &mut quantised)
                             .map_err(|error| explained(error, parent.as_ref(), device))?;
                     }
                     None => self.restore(layer, branch, stage, Some(&mut quantised))?,
@@ -316,20 +308,19 @@ impl<B: Engine> Run<'_, '_, B> {
     ) -> Result<(), PipelineError> {
         check_stop(self.stop, self.plan.config.layers)?;
         let settings = &self.plan.branches[branch];
-        let (mut projections, mut requests) = (Vec::new(), Vec::new());
-        for &projection in stage.projections() {
-            if let Some(own) = settings.module(&projection.module(layer)) {
-                let weight = block.linear(projection).weight.dense(self.model.dtype());
-                requests.push(Request {
-                    weight,
-                    settings: own,
-                });
-                projections.push((projection, own));
-            }
-        }
-        if projections.is_empty() {
+        let linears = linears(settings, layer, stage);
+        if linears.is_empty() {
             return Ok(());
         }
+        let modules = || {
+            let modules = linears.iter().map(|(_, module, _)| module.as_str());
+            modules.collect::<Vec<_>>().join(", ")
+        };
+        let request = |&(projection, _, settings): &(Projection, String, Settings)| Request {
+            weight: block.linear(projection).weight.dense(self.model.dtype()),
+            settings,
+        };
+        let requests = linears.iter().map(request).collect();
         let hessian = Hessian {
             act_order: settings.desc_act,
             damping: settings.damp_percent,
@@ -343,10 +334,6 @@ impl<B: Engine> Run<'_, '_, B> {
         });
         let started = Instant::now();
         let format = settings.format();
-        let modules = || {
-            let modules = projections.iter().map(|(p, _)| p.module(layer));
-            modules.collect::<Vec<_>>().join(", ")
-        };
         let subset = B::solve(grams.all, drift, hessian, requests, format).map_err(|source| {
             PipelineError::Solver {
                 branch: settings.name.clone(),
@@ -369,9 +356,8 @@ impl<B: Engine> Run<'_, '_, B> {
         self.clock.add(Phase::Pack, packing);
         self.clock
             .add(Phase::Sweep, seconds - subset.times.factor - packing);
-        let seconds = seconds / projections.len() as f64;
-        for ((projection, own), solved) in projections.into_iter().zip(subset.solved) {
-            let module = projection.module(layer);
+        let seconds = seconds / linears.len() as f64;
+        for ((projection, module, own), solved) in linears.into_iter().zip(subset.solved) {
             let started = Instant::now();
             if let Some(writer) = &mut self.writer {
                 writer.write(branch, module.clone(), solved.packed)?;

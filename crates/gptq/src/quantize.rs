@@ -86,6 +86,7 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
     let Outcome {
         mut reports,
         profile,
+        lock,
     } = quantise(&plan, args.device, options, &mut |event| {
         log::event(&plan, &event);
         // Until the blocks begin there is nothing to lose.
@@ -105,6 +106,7 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
         let dir = plan.branch_dir(branch);
         perplexities.extend(prove(&dir, plan.evaluation.as_ref(), args.device, report)?);
     }
+    drop(lock);
     Ok(Produced {
         plan,
         reports,
