@@ -1,7 +1,7 @@
 //! Files written on a thread of their own, while the device works on what comes next.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::{Scope, ScopedJoinHandle};
+use std::thread::{Scope, ScopedJoinHandle, scope};
 
 use gptq_format::{Checkpoint, FormatError};
 use gptq_kernels::Incoming;
@@ -140,8 +140,8 @@ fn write(
                 mut branches,
                 states,
             } => {
-                for (writer, block) in writers.iter_mut().zip(&mut branches) {
-                    writer.sync()?;
+                sync(&mut writers)?;
+                for (writer, block) in writers.iter().zip(&mut branches) {
                     writer.digest(&mut block.linears);
                 }
                 let branches = names.iter().cloned().zip(branches).collect();
@@ -154,4 +154,14 @@ fn write(
         }
     }
     Ok(writers)
+}
+
+/// Waits for the disk on behalf of all branches at once.
+fn sync(writers: &mut [BranchWriter]) -> Result<(), FormatError> {
+    scope(|scope| {
+        let waits = writers.iter_mut().map(|it| scope.spawn(|| it.sync()));
+        let waits: Vec<_> = waits.collect();
+        let done = waits.into_iter().map(|it| it.join());
+        done.map(|it| it.expect("no reason to panic")).collect()
+    })
 }
