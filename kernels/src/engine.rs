@@ -74,12 +74,23 @@ pub trait Engine: Backend {
         let dtype = x.dtype();
         let [windows, seq, heads, dim] = x.dims();
         let half = dim / 2;
-        let table = |t: Tensor<Self, 2>| t.cast(dtype).reshape([1, seq, 1, half]);
+        // Everything but the windows is one row, which the tables hold for each head: a backend that
+        // broadcasts whole rows quickly may walk others an element at a time.
+        let row = seq * heads * half;
+        let table = |t: Tensor<Self, 2>| {
+            let t = t.cast(dtype).reshape([seq, 1, half]);
+            t.repeat_dim(1, heads).reshape([1, row])
+        };
+        let part = |range| {
+            let part = x.clone().slice([0..windows, 0..seq, 0..heads, range]);
+            part.reshape([windows, row])
+        };
         let (cos, sin) = (table(cos), table(sin));
-        let a = x.clone().slice([0..windows, 0..seq, 0..heads, 0..half]);
-        let b = x.slice([0..windows, 0..seq, 0..heads, half..dim]);
+        let (a, b) = (part(0..half), part(half..dim));
         let first = a.clone() * cos.clone() - b.clone() * sin.clone();
-        Tensor::cat(vec![first, b * cos + a * sin], 3)
+        let second = b * cos + a * sin;
+        let halves = [first, second].map(|it| it.reshape([windows, seq, heads, half]));
+        Tensor::cat(halves.to_vec(), 3)
     }
 
     /// Causal attention of `q [windows, seq, heads, dim]` over `k`, `v [windows, seq, kv_heads,
