@@ -55,6 +55,9 @@ fn the_tiny_recipe_writes_six_branches_within_their_perplexity_bounds() {
         text,
         "--device",
         "cpu",
+        // An eighth of them, which costs the branches less than their bounds leave.
+        "--samples",
+        "16",
     ]);
     // Per cent over fp16 that each branch may lose on the whole evaluation set of 50127 tokens
     // (README has what it does lose; round to nearest loses 8.67, 6.39 and 7.46 at 4 bits), and what
@@ -121,7 +124,7 @@ fn the_tiny_recipe_writes_six_branches_within_their_perplexity_bounds() {
             // Printed in decimal and read back: the last bit may differ.
             assert!((ratio - linear["ratio"].as_f64().unwrap()).abs() < 1e-12);
         }
-        assert_eq!(report["calibration"]["unique_tokens"], 128 * 1024);
+        assert_eq!(report["calibration"]["unique_tokens"], 16 * 1024);
         let csv = fs::read_to_string(dir.join("report.csv")).unwrap();
         assert_eq!(csv.lines().count(), 22);
         assert!(
@@ -351,12 +354,12 @@ fn hidden_states_kept_on_the_host_or_on_disk_give_the_same_bytes() {
     );
     let weights = |budget: &[&str]| {
         let recipe = recipe.to_str().unwrap();
-        // 64 windows of 256 are four chunks; a budget of 70 MB has room for one at a time.
+        // 32 windows of 256 are two chunks; a budget of 70 MB has room for one at a time.
         let args = [
             "quantize",
             recipe,
             "--samples",
-            "64",
+            "32",
             "--device",
             "cpu",
             "--restart",
@@ -371,7 +374,7 @@ fn hidden_states_kept_on_the_host_or_on_disk_give_the_same_bytes() {
         "plan",
         recipe.to_str().unwrap(),
         "--samples",
-        "64",
+        "32",
         "--json",
     ];
     let plan: Value = serde_json::from_str(&succeed(plan)).unwrap();

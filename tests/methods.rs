@@ -90,7 +90,7 @@ fn branches_that_make_up_for_drift_do_not_change_those_that_do_not_nor_the_other
     let quantise = |scratch: &Scratch, branches: &str| {
         let recipe = scratch.recipe(&medi_tiny(), branches);
         let recipe = recipe.to_str().unwrap();
-        let flags = ["--samples", "40", "--seq-len", "256", "--device", "cpu"];
+        let flags = ["--samples", "32", "--seq-len", "256", "--device", "cpu"];
         succeed([&["quantize", recipe], &flags[..]].concat());
     };
     let weights = |scratch: &Scratch, name: &str| {

@@ -18,6 +18,7 @@ pub(crate) const TWO: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 6
 const BEST: &str = "[[branch]]\nname = \"a\"\nbits = 3\npreset = \"best\"\n\
                     [[branch]]\nname = \"b\"\nbits = 8\n";
 pub(crate) const QUICK: [&str; 6] = ["--device", "cpu", "--samples", "2", "--seq-len", "128"];
+const EVALUATION: &str = "tests/data/eval_wikidoc_40.json";
 /// Enough text for a run to be met under way.
 pub(crate) const SLOW: [&str; 6] = ["--device", "cpu", "--samples", "4", "--seq-len", "512"];
 
@@ -200,8 +201,8 @@ fn a_run_goes_on_from_hidden_states_that_were_kept_and_goes_over_its_blocks_agai
 fn states_that_lie_on_the_disk_are_kept_and_gone_on_from_too() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), BEST);
-    // Four chunks of 64 windows in each stream, and no host memory for any.
-    let more = ["--device", "cpu", "--samples", "64"];
+    // Two chunks in each stream, and no host memory for any.
+    let more = ["--device", "cpu", "--samples", "32"];
     let plan = [
         &["plan", recipe.to_str().unwrap(), "--json"][..],
         &more[2..],
@@ -330,13 +331,13 @@ fn a_run_that_goes_on_keeps_its_states_where_it_is_told_to_from_here() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), BEST);
     // No host memory for any of the hidden states.
-    let more = ["--device", "cpu", "--samples", "64"];
+    let more = ["--device", "cpu", "--samples", "32"];
     let plan = [
         "plan",
         recipe.to_str().unwrap(),
         "--json",
         "--samples",
-        "64",
+        "32",
     ];
     let plan: Value = serde_json::from_str(&succeed(plan)).unwrap();
     let least = plan["memory"]["least_cpu"].to_string();
@@ -371,11 +372,15 @@ fn a_second_run_on_a_directory_is_told_who_holds_it_until_that_dies() {
     first.kill().unwrap();
     first.wait().unwrap();
     assert!(scratch.out().join(".gptq-lock").exists());
-    succeeded(
-        quantize(&recipe, &[&QUICK[..], &["--restart"]].concat())
-            .output()
-            .unwrap(),
-    );
+    // Also while what was written is read back and measured.
+    let text = ["--restart", "--branch", "a", "--perplexity", EVALUATION];
+    let last = start(quantize(&recipe, &[&QUICK[..], &text].concat()));
+    wait("the branch", || scratch.out().join("a").exists());
+    signal(&last, &["STOP"]);
+    let line = refused(quantize(&recipe, &QUICK).output().unwrap());
+    assert!(line.contains(&format!("process {}", last.id())), "{line}");
+    signal(&last, &["CONT"]);
+    succeeded(last.wait_with_output().unwrap());
     assert!(!scratch.out().join(".gptq-lock").exists());
 }
 
