@@ -161,7 +161,7 @@ fn sync(writers: &mut [BranchWriter]) -> Result<(), FormatError> {
     scope(|scope| {
         let waits = writers.iter_mut().map(|it| scope.spawn(|| it.sync()));
         let waits: Vec<_> = waits.collect();
-        let done = waits.into_iter().map(|it| it.join());
-        done.map(|it| it.expect("no reason to panic")).collect()
+        let mut done = waits.into_iter().map(|it| it.join());
+        done.try_for_each(|it| it.expect("no reason to panic"))
     })
 }
