@@ -1,11 +1,12 @@
 //! Who can load a branch, from shapes and settings alone: known before any work is spent.
 //!
-//! Rules: packing needs `in % 32 == 0` and `out % 32 == 0`. ExLlama, ExLlamaV2 and TGI, which has their
-//! kernels, take 4 bits with `in % group == 0`, and add one to every zero point whatever `checkpoint_format`
-//! says, so that an asymmetric branch (`gptq_v2`) would be off by a step. vLLM's Marlin takes 4 or 8 bits, symmetric, groups -1, 32, 64 or 128,
-//! `out % 64 == 0`, `in % 128 == 0`; other branches run there on the slower plain GPTQ kernel.
-//! Transformers (through GPTQModel or Optimum) has reference kernels for everything the format can
-//! say, but only GPTQModel and vLLM read per-module settings.
+//! Rules: packing needs `in % 32 == 0` and `out % 32 == 0`. ExLlama, ExLlamaV2 and TGI, which has
+//! their kernels, take 4 bits with `in % group == 0`, and add one to every zero point whatever
+//! `checkpoint_format` says, so that an asymmetric branch (`gptq_v2`) would be off by a step. vLLM's
+//! Marlin takes 4 or 8 bits, symmetric, groups -1, 32, 64 or 128, `out % 64 == 0`, `in % 128 == 0`;
+//! other branches run there on the slower plain GPTQ kernel. Transformers (through GPTQModel or
+//! Optimum) has reference kernels for everything the format can say, but only GPTQModel and vLLM
+//! read per-module settings.
 
 use crate::{Bits, GroupSize, LinearShape};
 
