@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::harness::{Scratch, medi_tiny, refuse, refused, succeed, succeeded};
-use crate::resume::{assert_same, blocks, quantize, start, uninterrupted, wait};
+use crate::resume::{assert_same, killed_after_a_block, quantize, uninterrupted};
 
 /// One linear's settings are said, and count.
 const BUDGET: &str = "[[branch]]\nname = \"a\"\nbudget_bits = 3.5\n\
@@ -101,10 +101,7 @@ fn a_run_with_a_budget_goes_on_with_what_it_had_picked() {
     let (expected, _) = uninterrupted(FEW, &QUICK);
     let scratch = Scratch::new();
     let (recipe, out) = (scratch.recipe(&medi_tiny(), FEW), scratch.out());
-    let mut child = start(quantize(&recipe, &QUICK));
-    wait("a block", || blocks(&out) > 0);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    killed_after_a_block(&recipe, &out, &QUICK);
     let said = succeeded(quantize(&recipe, &QUICK).output().unwrap());
     assert!(said.contains("going on after block"), "{said}");
     assert!(!said.contains("measuring"), "{said}");
@@ -113,10 +110,7 @@ fn a_run_with_a_budget_goes_on_with_what_it_had_picked() {
     // What a journal says is looked at before it is gone on with.
     let scratch = Scratch::new();
     let (recipe, out) = (scratch.recipe(&medi_tiny(), FEW), scratch.out());
-    let mut child = start(quantize(&recipe, &QUICK));
-    wait("a block", || blocks(&out) > 0);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    killed_after_a_block(&recipe, &out, &QUICK);
     let journal = out.join(".gptq-journal.jsonl");
     let text = fs::read_to_string(&journal).unwrap();
     fs::write(&journal, text.replacen("\"choice\":", "\"choice\":9", 1)).unwrap();

@@ -7,17 +7,14 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::harness::{Scratch, edit_tensor, medi_tiny, refused, succeeded};
-use crate::resume::{QUICK, SLOW, TWO, blocks, quantize, start, wait};
+use crate::resume::{QUICK, SLOW, TWO, killed_after_a_block, quantize, start, wait};
 
 #[test]
 fn a_changed_recipe_model_or_calibration_is_named_and_restart_begins_anew() {
     let scratch = Scratch::new();
     let model = scratch.copy_model();
     let recipe = scratch.recipe(&model, TWO);
-    let mut child = start(quantize(&recipe, &SLOW));
-    wait("a block", || blocks(&scratch.out()) > 0);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    killed_after_a_block(&recipe, &scratch.out(), &SLOW);
     let (text, bytes) = (
         fs::read_to_string(&recipe).unwrap(),
         fs::read(model.join("model.safetensors")).unwrap(),
@@ -126,10 +123,7 @@ fn a_changed_calibration_file_is_named_for_finished_and_unfinished_branches() {
         fs::write(&rows, &bytes).unwrap();
     };
     fs::write(&rows, &bytes).unwrap();
-    let mut child = start(quantize(&recipe, &SLOW));
-    wait("a block", || blocks(&scratch.out()) > 0);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    killed_after_a_block(&recipe, &scratch.out(), &SLOW);
     refuse("unfinished");
     assert!(succeeded(run()).contains("going on after block"));
     refuse("out/a");
@@ -140,10 +134,7 @@ fn a_changed_calibration_file_is_named_for_finished_and_unfinished_branches() {
 fn a_journal_whose_linears_are_not_those_of_the_plan_is_refused() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), TWO);
-    let mut child = start(quantize(&recipe, &SLOW));
-    wait("a block", || blocks(&scratch.out()) > 0);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    killed_after_a_block(&recipe, &scratch.out(), &SLOW);
     let path = scratch.out().join(".gptq-journal.jsonl");
     let whole = fs::read_to_string(&path).unwrap();
     let lines: Vec<&str> = whole.split_inclusive('\n').collect();
@@ -181,10 +172,7 @@ fn a_journal_whose_linears_are_not_those_of_the_plan_is_refused() {
 fn a_run_goes_on_with_a_copy_of_the_program_and_not_with_another() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), TWO);
-    let mut child = start(quantize(&recipe, &SLOW));
-    wait("a block", || blocks(&scratch.out()) > 0);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    killed_after_a_block(&recipe, &scratch.out(), &SLOW);
     // The other has a byte after the end of all that is loaded. Copied by a process of its own: a file
     // that a test's thread has open for writing is open in what the others start, too, and cannot run.
     let (same, other) = (scratch.path("same"), scratch.path("other"));

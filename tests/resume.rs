@@ -64,6 +64,14 @@ pub(crate) fn signal(child: &Child, names: &[&str]) {
     );
 }
 
+/// Begins a run, and kills it once a block is finished.
+pub(crate) fn killed_after_a_block(recipe: &Path, out: &Path, flags: &[&str]) {
+    let mut child = start(quantize(recipe, flags));
+    wait("a block", || blocks(out) > 0);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
 /// Every file below `out`, without the times in reports.
 fn contents(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
@@ -175,10 +183,7 @@ fn a_run_goes_on_from_hidden_states_that_were_kept_and_goes_over_its_blocks_agai
         let scratch = Scratch::new();
         let (recipe, out) = (scratch.recipe(&medi_tiny(), BEST), scratch.out());
         let keep = [&SLOW[..], &["--keep-every", "0s"]].concat();
-        let mut child = start(quantize(&recipe, &keep));
-        wait("a block", || blocks(&out) > 0);
-        child.kill().unwrap();
-        child.wait().unwrap();
+        killed_after_a_block(&recipe, &out, &keep);
         let done = blocks(&out);
         let kept = out.join(format!(".gptq-states-{}", done - 1));
         if damaged {
@@ -218,10 +223,7 @@ fn states_that_lie_on_the_disk_are_kept_and_gone_on_from_too() {
         let flags = [&more[..], &budget].concat();
         if kill {
             let keep = [&flags[..], &["--keep-every", "0s"]].concat();
-            let mut child = start(quantize(&recipe, &keep));
-            wait("a block", || blocks(&scratch.out()) > 0);
-            child.kill().unwrap();
-            child.wait().unwrap();
+            killed_after_a_block(&recipe, &scratch.out(), &keep);
         }
         let said = succeeded(quantize(&recipe, &flags).output().unwrap());
         assert_eq!(said.contains("going over 0 again"), kill, "{said}");
@@ -238,10 +240,7 @@ fn dense_propagation_and_shards_resume_too() {
         let (top, output) = ("propagate = \"dense\"", "shard_size = \"2MB\"");
         let recipe = scratch.recipe_with(&medi_tiny(), top, output, TWO);
         if kill {
-            let mut child = start(quantize(&recipe, &SLOW));
-            wait("a block", || blocks(&scratch.out()) > 0);
-            child.kill().unwrap();
-            child.wait().unwrap();
+            killed_after_a_block(&recipe, &scratch.out(), &SLOW);
         }
         let said = succeeded(quantize(&recipe, &SLOW).output().unwrap());
         assert_eq!(said.contains("going on after block"), kill, "{said}");
@@ -311,10 +310,7 @@ fn an_unfinished_run_goes_on_by_its_directory_alone() {
     let (expected, _) = uninterrupted(BEST, &SLOW);
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), BEST);
-    let mut child = start(quantize(&recipe, &SLOW));
-    wait("a block", || blocks(&scratch.out()) > 0);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    killed_after_a_block(&recipe, &scratch.out(), &SLOW);
     fs::remove_file(&recipe).unwrap();
     let out = scratch.out();
     let mut resume = command(["quantize", "--device", "cpu", "--resume", "out"]);
@@ -341,10 +337,7 @@ fn a_run_that_goes_on_keeps_its_states_where_it_is_told_to_from_here() {
     ];
     let plan: Value = serde_json::from_str(&succeed(plan)).unwrap();
     let least = plan["memory"]["least_cpu"].to_string();
-    let mut child = start(quantize(&recipe, &more));
-    wait("a block", || blocks(&scratch.out()) > 0);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    killed_after_a_block(&recipe, &scratch.out(), &more);
     fs::create_dir(scratch.path("disk")).unwrap();
     // It was begun in another directory, which has no such place.
     let args = ["quantize", "--device", "cpu", "--resume", "out"];
