@@ -2,7 +2,7 @@
 #![no_main]
 
 use gptq_format::QuantizeConfig;
-use gptq_fuzz::{ModelConfig, Projection, Stage};
+use gptq_fuzz::ModelConfig;
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 
@@ -16,14 +16,14 @@ fuzz_target!(|bytes: &[u8]| {
             .cloned()
             .unwrap_or_default(),
     ) {
-        let _ = settings.module(&Projection::Down.module(0));
+        let _ = settings.module("model.layers.0.mlp.down_proj");
     }
     if let Ok(config) = ModelConfig::from_json(value) {
         // No shape that was let through may overflow what is computed from it.
         let _ = config.parameters();
         let _ = config.check_window(4096);
-        for stage in Stage::ALL {
-            assert!(stage.in_features(&config) > 0);
+        for block in config.blocks() {
+            assert!(block.taps().all(|tap| block.in_features(tap) > 0));
         }
     }
 });

@@ -13,6 +13,8 @@ mod allocate;
 #[allow(dead_code, reason = "only a run writes files")]
 #[path = "../../crates/gptq-pipeline/src/branch_files.rs"]
 mod branch_files;
+#[path = "../../crates/gptq-model/src/block_builder.rs"]
+mod block_builder;
 #[path = "../../crates/gptq-report/src/base_card.rs"]
 mod base_card;
 #[path = "../../crates/gptq-report/src/branch_page.rs"]
@@ -31,14 +33,14 @@ mod config;
 mod description;
 #[path = "../../crates/gptq-model/src/error.rs"]
 mod error;
+#[path = "../../crates/gptq-model/src/families/mod.rs"]
+mod families;
 #[path = "../../crates/gptq-report/src/heat_map.rs"]
 mod heat_map;
 #[path = "../../crates/gptq-report/src/html.rs"]
 mod html;
 #[path = "../../crates/gptq-pipeline/src/inputs.rs"]
 mod inputs;
-#[path = "../../crates/gptq-model/src/layout.rs"]
-mod layout;
 #[path = "../../crates/gptq-report/src/matrix.rs"]
 mod matrix;
 #[allow(dead_code, reason = "only a run finds places for what it holds")]
@@ -75,6 +77,9 @@ mod report;
 mod report_error;
 #[path = "../../crates/gptq-pipeline/src/report_limits.rs"]
 mod report_limits;
+#[allow(dead_code, reason = "only a forward pass runs the operations")]
+#[path = "../../crates/gptq-model/src/spec.rs"]
+mod spec;
 #[path = "../../crates/gptq-report/src/table.rs"]
 mod table;
 
@@ -91,7 +96,8 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use thiserror::Error;
 
-pub use branch_plan::BranchPlan;
+pub use block_builder::BlockBuilder;
+pub use branch_plan::{BranchPlan, PlannedLinear};
 pub use budget::{Allocation, Budget, Choice};
 pub use card::{CardSettings, Facts, card, facts};
 pub use config::ModelConfig;
@@ -99,7 +105,6 @@ pub use error::ModelError;
 pub use gptq_solver::Gains;
 pub use html::html;
 pub use inputs::{Fetched, InputSource};
-pub use layout::{Projection, Stage};
 pub use matrix::{BlockError, Branch, Matrix, Receipt};
 pub use memory::Memory;
 pub use method::{Method, Preset};
@@ -107,6 +112,8 @@ pub use overrides::{RecipeOverrides, RenderingOverride};
 pub use plan::{Numerics, Plan, Propagation, parse_size};
 pub use prompt::PromptTemplate;
 pub use recipe::{Recipe, RecipeError};
+pub use rope_scaling::RopeScaling;
+pub use spec::{Attention, BlockSpec, LinearSpec, Op, Register, Rope, VectorSpec};
 pub use report::{BranchReport, LinearReport, Perplexity, PhaseSeconds, Summary};
 pub use report_error::ReportError;
 pub use table::{Row, csv, rows};

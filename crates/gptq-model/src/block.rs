@@ -1,19 +1,19 @@
-//! One decoder block, a stage at a time.
+//! A decoder block on a device: the interpreter of its [`BlockSpec`].
 //!
 //! ```text
-//! Qkv           input = norm1(residual)    advance: activation = attention(q, k, v)
-//! AttentionOut  input = activation         advance: residual += o(activation)
-//! GateUp        input = norm2(residual)    advance: activation = silu(gate) * up
-//! Down          input = activation         advance: residual += down(activation)
+//! input(tap)     the tensor that the tap's linears are given
+//! advance(taps)  from before the first of these taps to before the tap after the last
 //! ```
-//!
-//! [`Block::input`] is the tap: exactly the tensor the stage's linears are given by
-//! [`Block::advance`].
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor};
 use gptq_kernels::{Engine, PackedWeight};
 
-use crate::{Cache, ModelConfig, Projection, Stage, rope};
+use crate::spec::{Attention, BlockSpec, Op, Register, Rope};
+use crate::{Cache, rope};
 
 /// `y = x wᵀ + bias`.
 #[derive(Clone, Debug)]
@@ -56,25 +56,44 @@ impl<B: Engine> Linear<B> {
     }
 }
 
-/// Hidden states of some windows between two stages. Cloning shares the tensors.
+/// Hidden states of some windows before a tap. Cloning shares the tensors.
 #[derive(Clone, Debug)]
 pub struct Flow<B: Engine> {
     /// How many windows; the tokens of a window are consecutive rows.
     pub windows: usize,
     /// `[windows * seq, hidden]`.
     pub residual: Tensor<B, 2>,
-    /// `[windows * seq, features]`: what the next linear takes, after [`Stage::Qkv`] and
-    /// [`Stage::GateUp`].
-    pub activation: Option<Tensor<B, 2>>,
+    /// The other registers that are still to be read, `[windows * seq, features]`; none between blocks.
+    pub activations: BTreeMap<Register, Tensor<B, 2>>,
 }
 
 impl<B: Engine> Flow<B> {
+    /// States between two blocks.
+    pub fn new(windows: usize, residual: Tensor<B, 2>) -> Self {
+        Flow {
+            windows,
+            residual,
+            activations: BTreeMap::new(),
+        }
+    }
+
+    /// What a register holds; `None` where nothing is to read it any more.
+    pub fn register(&self, register: Register) -> Option<Tensor<B, 2>> {
+        match register {
+            Register::RESIDUAL => Some(self.residual.clone()),
+            _ => self.activations.get(&register).cloned(),
+        }
+    }
+
     /// The same states in another dtype: a 16-bit one to keep them, the compute dtype to run on.
     pub fn cast(self, dtype: DType) -> Self {
+        let activations = self.activations.into_iter();
         Flow {
             windows: self.windows,
             residual: self.residual.cast(dtype),
-            activation: self.activation.map(|a| a.cast(dtype)),
+            activations: activations
+                .map(|(r, states)| (r, states.cast(dtype)))
+                .collect(),
         }
     }
 }
@@ -82,133 +101,167 @@ impl<B: Engine> Flow<B> {
 /// A block's weights on the device. Cloning shares them.
 #[derive(Clone, Debug)]
 pub struct Block<B: Engine> {
-    pub(crate) config: ModelConfig,
+    pub(crate) spec: Arc<BlockSpec>,
+    /// In the order of the spec's.
     pub(crate) linears: Vec<Linear<B>>,
-    pub(crate) input_norm: Tensor<B, 1>,
-    pub(crate) post_norm: Tensor<B, 1>,
+    /// In the order of the spec's.
+    pub(crate) vectors: Vec<Tensor<B, 1>>,
     pub(crate) rope: rope::Tables<B>,
 }
 
 impl<B: Engine> Block<B> {
-    /// A linear by name.
-    pub fn linear(&self, projection: Projection) -> &Linear<B> {
-        &self.linears[projection as usize]
+    /// What it runs.
+    pub fn spec(&self) -> &BlockSpec {
+        &self.spec
+    }
+
+    /// A linear by its index in the spec.
+    pub fn linear(&self, linear: usize) -> &Linear<B> {
+        &self.linears[linear]
     }
 
     /// Replaces a linear's weights, keeping its bias.
-    pub fn set_weight(&mut self, projection: Projection, weight: Tensor<B, 2>) {
-        self.linears[projection as usize].weight = Weight::Dense(weight);
+    pub fn set_weight(&mut self, linear: usize, weight: Tensor<B, 2>) {
+        self.linears[linear].weight = Weight::Dense(weight);
     }
 
-    /// What the linears of `stage` are given: `[tokens, in_features]`.
-    pub fn input(&self, stage: Stage, flow: &Flow<B>) -> Tensor<B, 2> {
-        let eps = self.config.rms_norm_eps;
-        let norm = |weight: &Tensor<B, 1>| B::rms_norm(flow.residual.clone(), weight.clone(), eps);
-        match stage {
-            Stage::Qkv => norm(&self.input_norm),
-            Stage::GateUp => norm(&self.post_norm),
-            Stage::AttentionOut | Stage::Down => flow
-                .activation
-                .clone()
-                .expect("the stage before left its activation"),
-        }
+    /// The input of the linears of `tap`, `[tokens, in_features]`.
+    pub fn input(&self, tap: usize, flow: &Flow<B>) -> Tensor<B, 2> {
+        let tap = &self.spec.taps[tap];
+        let mut flow = self.run(tap.start..tap.at, flow.clone(), None);
+        self.read(&mut flow, tap.from, tap.at)
     }
 
-    /// Runs the linears of `stage` and what follows them up to the next stage's input.
-    pub fn advance(&self, stage: Stage, flow: Flow<B>) -> Flow<B> {
-        let x = self.input(stage, &flow);
-        let run = |p: Projection, x: Tensor<B, 2>| self.linear(p).forward(x);
-        match stage {
-            Stage::Qkv => {
-                let tokens = x.dims()[0];
-                let [q, k, v] = self.rotated(self.qkv(x, flow.windows), 0);
-                let attended = B::causal_attention(q, k, v);
-                Flow {
-                    activation: Some(attended.reshape([tokens, self.attention_width()])),
-                    ..flow
-                }
-            }
-            Stage::GateUp => {
-                let (gate, up) = (run(Projection::Gate, x.clone()), run(Projection::Up, x));
-                Flow {
-                    activation: Some(B::swiglu(gate, up)),
-                    ..flow
-                }
-            }
-            Stage::AttentionOut => self.add(flow, run(Projection::O, x)),
-            Stage::Down => self.add(flow, run(Projection::Down, x)),
-        }
+    /// Runs the linears of `taps` and what stands between them, up to the next tap.
+    pub fn advance(&self, taps: Range<usize>, flow: Flow<B>) -> Flow<B> {
+        self.run(self.spec.ops_of(taps), flow, None)
     }
 
-    /// All four stages.
+    /// The whole block.
     pub fn forward(&self, flow: Flow<B>) -> Flow<B> {
-        Stage::ALL
-            .into_iter()
-            .fold(flow, |flow, stage| self.advance(stage, flow))
+        self.run(0..self.spec.ops.len(), flow, None)
     }
 
-    fn add(&self, flow: Flow<B>, y: Tensor<B, 2>) -> Flow<B> {
-        Flow {
-            windows: flow.windows,
-            residual: flow.residual + y,
-            activation: None,
-        }
-    }
-
-    /// All four stages for the tokens that follow those in `cache`, which gains theirs: one window.
+    /// The whole block for the tokens that follow those in `cache`, which gains theirs: one window.
     pub fn forward_cached(&self, flow: Flow<B>, cache: &mut Cache<B>) -> Flow<B> {
-        let x = self.input(Stage::Qkv, &flow);
-        let (tokens, start) = (x.dims()[0], cache.len());
-        let qkv = self.qkv(x, 1);
-        let attended = match (tokens, start) {
-            (_, 0) => {
-                let [q, k, v] = self.rotated(qkv, 0);
+        self.run(0..self.spec.ops.len(), flow, Some(cache))
+    }
+
+    /// Runs the operations `ops`.
+    fn run(
+        &self,
+        ops: Range<usize>,
+        mut flow: Flow<B>,
+        mut cache: Option<&mut Cache<B>>,
+    ) -> Flow<B> {
+        for at in ops {
+            let mut read = |register: Register| self.read(&mut flow, register, at);
+            match &self.spec.ops[at] {
+                Op::Norm {
+                    vector,
+                    eps,
+                    from,
+                    to,
+                } => {
+                    let y = self.norm(read(*from), *vector, *eps);
+                    flow.activations.insert(*to, y);
+                }
+                Op::Linears { from, outputs } => {
+                    let x = read(*from);
+                    for &(linear, to) in outputs {
+                        let y = self.linears[linear].forward(x.clone());
+                        flow.activations.insert(to, y);
+                    }
+                }
+                Op::Attend(attention) => {
+                    let qkv = attention.qkv.map(read);
+                    let attended = self.attend(attention, qkv, flow.windows, cache.as_deref_mut());
+                    flow.activations.insert(attention.to, attended);
+                }
+                Op::Gate { gate, up, to } => {
+                    let y = B::swiglu(read(*gate), read(*up));
+                    flow.activations.insert(*to, y);
+                }
+                Op::Add { from } => {
+                    let y = read(*from);
+                    flow.residual = flow.residual + y;
+                }
+            }
+        }
+        flow
+    }
+
+    /// The tensor in a register, for operation `at`; the last that reads it takes it out.
+    fn read(&self, flow: &mut Flow<B>, register: Register, at: usize) -> Tensor<B, 2> {
+        let states = if register == Register::RESIDUAL || self.spec.is_read(register, at + 1) {
+            flow.register(register)
+        } else {
+            flow.activations.remove(&register)
+        };
+        states.expect("an earlier operation wrote it")
+    }
+
+    fn norm(&self, x: Tensor<B, 2>, vector: usize, eps: f64) -> Tensor<B, 2> {
+        let weight = self.vectors[vector].clone();
+        let ([tokens, features], [len]) = (x.dims(), weight.dims());
+        if features == len {
+            return B::rms_norm(x, weight, eps);
+        }
+        let runs = x.reshape([tokens * (features / len), len]);
+        B::rms_norm(runs, weight, eps).reshape([tokens, features])
+    }
+
+    /// Attention of `q`, `k` and `v`, `[tokens, features]` each, and over the tokens in `cache`.
+    fn attend(
+        &self,
+        attention: &Attention,
+        [q, k, v]: [Tensor<B, 2>; 3],
+        windows: usize,
+        cache: Option<&mut Cache<B>>,
+    ) -> Tensor<B, 2> {
+        let tokens = q.dims()[0];
+        let split = |x: Tensor<B, 2>, heads: usize| {
+            x.reshape([windows, tokens / windows, heads, attention.head_dim])
+        };
+        let qkv = [
+            split(q, attention.heads),
+            split(k, attention.kv_heads),
+            split(v, attention.kv_heads),
+        ];
+        let attended = match cache.map(|cache| (cache.len(), cache)) {
+            None => {
+                let [q, k, v] = self.rotated(&attention.rope, qkv, 0);
+                B::causal_attention(q, k, v)
+            }
+            Some((0, cache)) => {
+                let [q, k, v] = self.rotated(&attention.rope, qkv, 0);
                 cache.push(k.clone(), v.clone());
                 B::causal_attention(q, k, v)
             }
-            (1, _) => {
-                let (cos, sin) = self.rope.get(&self.config, start, 1, &qkv[0].device());
+            Some((start, cache)) if tokens == 1 => {
+                let device = qkv[0].device();
+                let (cos, sin) = self.rope.get(&attention.rope, start, 1, &device);
                 cache.attend_next(qkv, [cos, sin])
             }
-            _ => {
-                let [q, k, v] = self.rotated(qkv, start);
+            Some((start, cache)) => {
+                let [q, k, v] = self.rotated(&attention.rope, qkv, start);
                 cache.push(k, v);
                 B::cached_attention(q, cache.keys(), cache.values(), start)
             }
         };
-        let flow = Flow {
-            activation: Some(attended.reshape([tokens, self.attention_width()])),
-            ..flow
-        };
-        let rest = Stage::ALL.into_iter().skip(1);
-        rest.fold(flow, |flow, stage| self.advance(stage, flow))
+        attended.reshape([tokens, attention.heads * attention.head_dim])
     }
 
-    /// Queries, keys and values, each `[windows, seq, heads, dim]`, of `x [windows * seq, hidden]`.
-    fn qkv(&self, x: Tensor<B, 2>, windows: usize) -> [Tensor<B, 4>; 3] {
-        let seq = x.dims()[0] / windows;
-        let run = |p: Projection, heads: usize| {
-            let y = self.linear(p).forward(x.clone());
-            y.reshape([windows, seq, heads, self.config.head_dim])
-        };
-        [
-            run(Projection::Q, self.config.heads),
-            run(Projection::K, self.config.kv_heads),
-            run(Projection::V, self.config.kv_heads),
-        ]
-    }
-
-    /// The same with queries and keys rotated for positions from `start`.
-    fn rotated(&self, [q, k, v]: [Tensor<B, 4>; 3], start: usize) -> [Tensor<B, 4>; 3] {
-        let (cos, sin) = (self.rope).get(&self.config, start, q.dims()[1], &q.device());
-        [
-            B::rotary(q, cos.clone(), sin.clone()),
-            B::rotary(k, cos, sin),
-            v,
-        ]
-    }
-
-    fn attention_width(&self) -> usize {
-        self.config.heads * self.config.head_dim
+    /// Queries, keys and values, `[windows, seq, heads, dim]` each, with the first two rotated for
+    /// positions from `start`.
+    fn rotated(
+        &self,
+        rope: &Rope,
+        [q, k, v]: [Tensor<B, 4>; 3],
+        start: usize,
+    ) -> [Tensor<B, 4>; 3] {
+        let (cos, sin) = self.rope.get(rope, start, q.dims()[1], &q.device());
+        let q = B::rotary(q, cos.clone(), sin.clone());
+        [q, B::rotary(k, cos, sin), v]
     }
 }

@@ -3,6 +3,8 @@
 use burn::tensor::{DType, Tensor};
 use gptq_kernels::{Engine, append};
 
+use crate::BlockSpec;
+
 /// Tokens a cache grows by.
 const GROWTH: usize = 256;
 
@@ -16,9 +18,11 @@ pub struct Cache<B: Engine> {
 }
 
 impl<B: Engine> Cache<B> {
-    /// An empty one, for keys and values of this dtype.
-    pub fn new(kv_heads: usize, dim: usize, dtype: DType, device: &B::Device) -> Self {
-        let empty = || Tensor::zeros([kv_heads, GROWTH, dim], (device, dtype));
+    /// An empty one for the attention of `block`, its keys and values of this dtype.
+    pub fn new(block: &BlockSpec, dtype: DType, device: &B::Device) -> Self {
+        let attention = block.attention().expect("every block attends");
+        let shape = [attention.kv_heads, GROWTH, attention.head_dim];
+        let empty = || Tensor::zeros(shape, (device, dtype));
         Cache {
             keys: empty(),
             values: empty(),

@@ -1,35 +1,23 @@
 //! `config.json` of a model of the Llama kind, in Transformers 4's spelling (`rope_theta` at the top,
 //! `torch_dtype`) or 5's (`rope_parameters`, `dtype`).
 //!
-//! The families share tensor names and the forward; what differs is in [`Family`]: biases, a sliding
-//! window, and what a key means that is left out (Transformers' `configuration_*.py`).
+//! What all families have is read here. Their files (`families/`) say what a key means that is left out, and
+//! describe the blocks.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use gptq_format::read_json;
-use serde::{Deserialize, Deserializer};
-use serde_json::Value;
+use serde::Deserialize;
+use serde_json::{Value, json};
 
-use crate::ModelError;
+use crate::families::{FAMILIES, Keys};
 use crate::rope_scaling::{RopeScaling, scaling};
-
-/// A `model_type`, and what its config does not spell out.
-struct Family {
-    model_type: &'static str,
-    /// `max_position_embeddings` where it is left out.
-    max_positions: usize,
-    /// `num_key_value_heads` where it is left out; `None`: as many as query heads.
-    kv_heads: Option<usize>,
-    /// Whether keys decide on biases (`attention_bias`, `mlp_bias`). Where not, only q, k and v may
-    /// have them, according to `qkv_bias`.
-    bias_keys: bool,
-    qkv_bias: bool,
-    sliding_window: SlidingWindow,
-}
+use crate::{BlockSpec, ModelError, Rope};
 
 /// How a family writes that tokens see only so many before them.
 #[derive(Clone, Copy, PartialEq)]
-enum SlidingWindow {
+pub(crate) enum SlidingWindow {
     /// It has none.
     Never,
     /// `sliding_window`, in every block; off when `null`.
@@ -37,38 +25,6 @@ enum SlidingWindow {
     /// `sliding_window` in blocks from `max_window_layers` on, if `use_sliding_window`.
     Switched,
 }
-
-/// Model types this crate runs.
-const FAMILIES: [Family; 3] = [
-    Family {
-        model_type: "llama",
-        max_positions: 2048,
-        kv_heads: None,
-        bias_keys: true,
-        qkv_bias: false,
-        sliding_window: SlidingWindow::Never,
-    },
-    Family {
-        model_type: "mistral",
-        max_positions: 131_072,
-        kv_heads: Some(8),
-        bias_keys: false,
-        qkv_bias: false,
-        sliding_window: SlidingWindow::Always,
-    },
-    Family {
-        model_type: "qwen2",
-        max_positions: 32_768,
-        kv_heads: Some(32),
-        bias_keys: false,
-        qkv_bias: true,
-        sliding_window: SlidingWindow::Switched,
-    },
-];
-
-/// `sliding_window` and `max_window_layers` where they are left out, in either family that has them.
-const DEFAULT_SLIDING_WINDOW: usize = 4096;
-const DEFAULT_MAX_WINDOW_LAYERS: usize = 28;
 
 /// More blocks than any model has. Every linear of every block is named and planned.
 const MAX_LAYERS: usize = 1 << 12;
@@ -106,17 +62,12 @@ pub struct ModelConfig {
     /// How many tokens one sees, itself included, where that is fewer than all before it. The
     /// forward has no such mask: it is right up to this length.
     pub sliding_window: Option<usize>,
-    /// Biases on the query, key and value projections.
-    pub qkv_bias: bool,
-    /// A bias on the attention's output projection.
-    pub o_bias: bool,
-    /// Biases on the feed-forward's linears.
-    pub mlp_bias: bool,
+    /// By layer.
+    blocks: Vec<Arc<BlockSpec>>,
 }
 
 #[derive(Deserialize)]
 struct Raw {
-    model_type: String,
     hidden_size: usize,
     intermediate_size: usize,
     num_hidden_layers: usize,
@@ -124,23 +75,17 @@ struct Raw {
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
     vocab_size: usize,
-    max_position_embeddings: Option<usize>,
+    max_position_embeddings: usize,
     #[serde(default = "default_eps")]
     rms_norm_eps: f64,
     #[serde(default = "silu")]
     hidden_act: String,
     rope_theta: Option<f64>,
-    rope_scaling: Option<Rope>,
-    rope_parameters: Option<Rope>,
+    rope_scaling: Option<RawRope>,
+    rope_parameters: Option<RawRope>,
     #[serde(default)]
     tie_word_embeddings: bool,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    /// `Some(None)`: `null`, which switches it off.
-    #[serde(default, deserialize_with = "present")]
-    sliding_window: Option<Option<usize>>,
+    sliding_window: Option<usize>,
     #[serde(default)]
     use_sliding_window: bool,
     max_window_layers: Option<usize>,
@@ -148,7 +93,7 @@ struct Raw {
 
 /// `rope_scaling` or `rope_parameters`.
 #[derive(Default, Deserialize)]
-pub(crate) struct Rope {
+pub(crate) struct RawRope {
     rope_theta: Option<f64>,
     #[serde(alias = "type")]
     pub rope_type: Option<String>,
@@ -162,26 +107,19 @@ fn default_eps() -> f64 {
     1e-6
 }
 
-fn present<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Option<usize>>, D::Error> {
-    Option::deserialize(value).map(Some)
-}
-
 fn silu() -> String {
     "silu".into()
 }
 
-impl Family {
-    fn sliding_window(&self, raw: &Raw) -> Option<usize> {
-        let first = raw.max_window_layers.unwrap_or(DEFAULT_MAX_WINDOW_LAYERS);
-        let on = match self.sliding_window {
+impl SlidingWindow {
+    fn of(self, raw: &Raw) -> Option<usize> {
+        let first = raw.max_window_layers.unwrap_or_default();
+        let on = match self {
             SlidingWindow::Never => false,
             SlidingWindow::Always => true,
             SlidingWindow::Switched => raw.use_sliding_window && first < raw.num_hidden_layers,
         };
-        match on {
-            true => raw.sliding_window.unwrap_or(Some(DEFAULT_SLIDING_WINDOW)),
-            false => None,
-        }
+        raw.sliding_window.filter(|_| on)
     }
 }
 
@@ -200,41 +138,48 @@ impl ModelConfig {
 
     /// From the parsed object; the error is a sentence.
     pub fn from_json(value: Value) -> Result<Self, String> {
-        let raw: Raw = serde_json::from_value(value).map_err(|e| e.to_string())?;
+        let Value::Object(mut keys) = value else {
+            return Err("it is not an object".into());
+        };
+        let model_type = keys.get("model_type").ok_or("model_type is missing")?;
         let family = FAMILIES
             .iter()
-            .find(|family| family.model_type == raw.model_type)
+            .find(|family| model_type == family.model_type)
             .ok_or_else(|| {
                 format!(
-                    "model_type {:?} is not supported; known are: {}",
-                    raw.model_type,
-                    FAMILIES.map(|family| family.model_type).join(", ")
+                    "model_type {model_type} is not supported; known are: {}",
+                    FAMILIES
+                        .iter()
+                        .map(|it| it.model_type)
+                        .collect::<Vec<_>>()
+                        .join(", ")
                 )
             })?;
+        for &(key, value) in family.defaults {
+            keys.entry(key).or_insert_with(|| json!(value));
+        }
+        let raw = Raw::deserialize(&Value::Object(keys.clone())).map_err(|e| e.to_string())?;
         if raw.hidden_act != "silu" {
             return Err(format!(
                 "hidden_act {:?} is not supported, only silu",
                 raw.hidden_act
             ));
         }
-        let max_positions = raw.max_position_embeddings.unwrap_or(family.max_positions);
+        let max_positions = raw.max_position_embeddings;
         let rope = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
-        let rope_scaling = scaling(rope.unwrap_or(&Rope::default()), max_positions)?;
+        let rope_scaling = scaling(rope.unwrap_or(&RawRope::default()), max_positions)?;
         let rope_theta = raw
             .rope_parameters
             .as_ref()
             .and_then(|rope| rope.rope_theta)
             .or(raw.rope_theta)
             .unwrap_or(10_000.0);
-        let config = ModelConfig {
+        let mut config = ModelConfig {
             hidden_size: raw.hidden_size,
             intermediate_size: raw.intermediate_size,
             layers: raw.num_hidden_layers,
             heads: raw.num_attention_heads,
-            kv_heads: raw
-                .num_key_value_heads
-                .or(family.kv_heads)
-                .unwrap_or(raw.num_attention_heads),
+            kv_heads: raw.num_key_value_heads.unwrap_or(raw.num_attention_heads),
             head_dim: match raw.head_dim {
                 Some(dim) => dim,
                 None => raw
@@ -248,16 +193,42 @@ impl ModelConfig {
             rope_theta,
             rope_scaling,
             tied_embeddings: raw.tie_word_embeddings,
-            sliding_window: family.sliding_window(&raw),
-            qkv_bias: match family.bias_keys {
-                true => raw.attention_bias,
-                false => family.qkv_bias,
-            },
-            o_bias: family.bias_keys && raw.attention_bias,
-            mlp_bias: family.bias_keys && raw.mlp_bias,
+            sliding_window: family.sliding_window.of(&raw),
+            blocks: Vec::new(),
         };
         config.check()?;
+        for layer in 0..config.layers {
+            let block = (family.block)(&config, &Keys(&keys), layer)?;
+            // Most blocks are as the one before, and share its description.
+            let block = match config.blocks.last() {
+                Some(last) if **last == block => last.clone(),
+                _ => Arc::new(block),
+            };
+            config.blocks.push(block);
+        }
+        if config.count() > MAX_PARAMETERS {
+            return Err("the shapes make a model of over 2^48 parameters".into());
+        }
         Ok(config)
+    }
+
+    /// The description of block `layer`.
+    pub fn block(&self, layer: usize) -> &Arc<BlockSpec> {
+        &self.blocks[layer]
+    }
+
+    /// The descriptions of all blocks, in order.
+    pub fn blocks(&self) -> &[Arc<BlockSpec>] {
+        &self.blocks
+    }
+
+    /// The rotary embedding over whole heads.
+    pub(crate) fn rope(&self) -> Rope {
+        Rope {
+            dim: self.head_dim,
+            theta: self.rope_theta,
+            scaling: self.rope_scaling,
+        }
     }
 
     fn check(&self) -> Result<(), String> {
@@ -288,9 +259,6 @@ impl ModelConfig {
         if !self.head_dim.is_multiple_of(2) {
             return Err(format!("head_dim = {} is odd", self.head_dim));
         }
-        if self.count() > MAX_PARAMETERS {
-            return Err("the shapes make a model of over 2^48 parameters".into());
-        }
         if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
             return Err(format!("rope_theta = {} is not positive", self.rope_theta));
         }
@@ -318,17 +286,10 @@ impl ModelConfig {
     }
 
     fn count(&self) -> u128 {
-        let wide = |n: usize| n as u128;
-        let linears: u128 = crate::Projection::ALL
-            .iter()
-            .map(|p| {
-                let (n_in, n_out) = p.shape(self);
-                wide(n_in) * wide(n_out) + if p.has_bias(self) { wide(n_out) } else { 0 }
-            })
-            .sum();
-        let (hidden, vocabulary) = (wide(self.hidden_size), wide(self.vocabulary));
+        let blocks: u128 = self.blocks.iter().map(|block| block.parameters()).sum();
+        let (hidden, vocabulary) = (self.hidden_size as u128, self.vocabulary as u128);
         let ends = if self.tied_embeddings { 1 } else { 2 };
-        wide(self.layers) * (linears + 2 * hidden) + ends * vocabulary * hidden + hidden
+        blocks + ends * vocabulary * hidden + hidden
     }
 }
 

@@ -22,8 +22,7 @@ impl<B: Engine> Decoder<B> {
     pub fn load(model: &Model<B>) -> Result<Self, ModelError> {
         let config = model.config();
         let block = |layer| {
-            let (heads, dim) = (config.kv_heads, config.head_dim);
-            let cache = Cache::new(heads, dim, model.dtype(), model.device());
+            let cache = Cache::new(config.block(layer), model.dtype(), model.device());
             Ok::<_, ModelError>((model.resident_block(layer)?, cache))
         };
         Ok(Decoder {

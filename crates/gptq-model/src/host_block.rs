@@ -1,21 +1,23 @@
 //! A decoder block's weights in host memory: what can be read while the device is busy with the
 //! block before.
 
+use std::sync::Arc;
+
 use burn::tensor::Tensor;
 use gptq_format::{Checkpoint, FormatError, Half, PackedLinear};
 use gptq_kernels::{Engine, HostBuffer};
 use rayon::prelude::*;
 
-use crate::{Block, Linear, ModelConfig, ModelError, Projection, Weight, rope};
+use crate::{Block, BlockSpec, Linear, LinearSpec, ModelError, Weight, rope};
 
 /// One block, read and checked, not yet on a device. Its 16-bit tensors lie one after the other in memory
 /// that the device copies from.
 pub struct HostBlock {
-    config: ModelConfig,
+    spec: Arc<BlockSpec>,
     values: HostBuffer,
     linears: Vec<HostLinear>,
-    /// Where in `values` the norms' weights begin: the input's, the one after the attention.
-    norms: [usize; 2],
+    /// Where in `values` the vectors begin.
+    vectors: Vec<usize>,
 }
 
 struct HostLinear {
@@ -63,25 +65,25 @@ impl Layout {
 }
 
 impl HostBlock {
-    /// Reads block `layer`, its tensors at the same time, into memory for transfers to `device`.
+    /// Reads block `layer`, which is as `spec` says, its tensors at the same time, into memory for transfers to `device`.
     ///
     /// # Errors
     /// A tensor that is missing, damaged or of another shape.
     pub(crate) fn read<B: Engine>(
         checkpoint: &Checkpoint,
-        config: &ModelConfig,
+        spec: &Arc<BlockSpec>,
         half: Half,
         layer: usize,
         device: &B::Device,
     ) -> Result<Self, ModelError> {
         let mut layout = Layout::default();
-        let norms = ["input_layernorm", "post_attention_layernorm"].map(|name| {
-            let name = format!("model.layers.{layer}.{name}.weight");
-            layout.add(name, vec![config.hidden_size])
+        let vectors = spec.vectors().iter().map(|vector| {
+            let name = format!("{}.weight", vector.module(layer));
+            layout.add(name, vec![vector.len])
         });
-        let linears = Projection::ALL
-            .into_iter()
-            .map(|projection| HostLinear::read(checkpoint, config, projection, layer, &mut layout))
+        let vectors = vectors.collect();
+        let linears = (spec.linears().iter())
+            .map(|linear| HostLinear::read(checkpoint, linear, layer, &mut layout))
             .collect::<Result<_, _>>()?;
         let mut values = B::host_buffer(layout.len, half, device);
         let mut rest = values.bits_mut();
@@ -95,10 +97,10 @@ impl HostBlock {
             checkpoint.halves_into(half, &part.name, &part.shape, place)
         })?;
         Ok(HostBlock {
-            config: config.clone(),
+            spec: spec.clone(),
             values,
             linears,
-            norms,
+            vectors,
         })
     }
 
@@ -126,15 +128,13 @@ impl HostBlock {
                 .bias
                 .map(|start| self.vector(start, linear.shape[0], device)),
         });
-        let [input_norm, post_norm] = self
-            .norms
-            .map(|start| self.vector(start, self.config.hidden_size, device));
+        let vectors = self.spec.vectors().iter().zip(&self.vectors);
+        let vectors = vectors.map(|(vector, start)| self.vector(*start, vector.len, device));
         Block {
             linears: linears.collect(),
-            input_norm,
-            post_norm,
+            vectors: vectors.collect(),
             rope: rope.clone(),
-            config: self.config,
+            spec: self.spec.clone(),
         }
     }
 
@@ -147,20 +147,19 @@ impl HostBlock {
 impl HostLinear {
     fn read(
         checkpoint: &Checkpoint,
-        config: &ModelConfig,
-        projection: Projection,
+        linear: &LinearSpec,
         layer: usize,
         layout: &mut Layout,
     ) -> Result<Self, FormatError> {
-        let module = projection.module(layer);
-        let (n_in, n_out) = projection.shape(config);
+        let module = linear.module(layer);
+        let (n_in, n_out) = linear.shape();
         let shape = [n_out, n_in];
         let weight = match checkpoint.packed(&module, n_in, n_out)? {
             Some(packed) => HostWeight::Packed(packed),
             None => HostWeight::Dense(layout.add(format!("{module}.weight"), shape.into())),
         };
-        let bias = projection
-            .has_bias(config)
+        let bias = linear
+            .bias
             .then(|| layout.add(format!("{module}.bias"), vec![n_out]));
         Ok(HostLinear {
             shape,

@@ -121,7 +121,7 @@ impl<B: Engine> Model<B> {
     pub fn read_block(&self, layer: usize) -> Result<HostBlock, ModelError> {
         HostBlock::read::<B>(
             &self.checkpoint,
-            &self.config,
+            self.config.block(layer),
             self.half,
             layer,
             &self.device,
@@ -179,11 +179,8 @@ impl<B: Engine> Embedding<B> {
             TensorData::new(ids, [n]),
             (&self.table.device(), DType::I32),
         );
-        Ok(Flow {
-            windows: windows.len(),
-            residual: B::embed(ids, self.table.clone()).cast(keep),
-            activation: None,
-        })
+        let residual = B::embed(ids, self.table.clone()).cast(keep);
+        Ok(Flow::new(windows.len(), residual))
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use burn::tensor::{DType, Tensor, TensorData};
 use gptq_kernels::Engine;
 
-use crate::ModelConfig;
+use crate::Rope;
 
 /// The last tables asked for; blocks ask for the same ones, one after the other. Clones share them.
 #[derive(Clone, Debug)]
@@ -14,6 +14,7 @@ pub(crate) struct Tables<B: Engine>(Arc<Mutex<Option<Held<B>>>>);
 
 #[derive(Clone, Debug)]
 struct Held<B: Engine> {
+    rope: Rope,
     /// First position and number of positions.
     at: (usize, usize),
     cos: Tensor<B, 2>,
@@ -27,39 +28,45 @@ impl<B: Engine> Default for Tables<B> {
 }
 
 impl<B: Engine> Tables<B> {
-    /// `(cos, sin)`, f32 `[seq, head_dim / 2]`, for the positions from `start`.
+    /// `(cos, sin)`, f32 `[seq, dim / 2]`, for the positions from `start`.
     pub(crate) fn get(
         &self,
-        config: &ModelConfig,
+        rope: &Rope,
         start: usize,
         seq: usize,
         device: &B::Device,
     ) -> (Tensor<B, 2>, Tensor<B, 2>) {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let at = (start, seq);
-        if last.as_ref().is_none_or(|held| held.at != at) {
-            let (cos, sin) = tables(config, at, device);
-            *last = Some(Held { at, cos, sin });
+        let same = |held: &Held<B>| held.rope == *rope && held.at == at;
+        if !last.as_ref().is_some_and(same) {
+            let (cos, sin) = tables(rope, at, device);
+            *last = Some(Held {
+                rope: *rope,
+                at,
+                cos,
+                sin,
+            });
         }
         let held = last.as_ref().expect("just filled");
         (held.cos.clone(), held.sin.clone())
     }
 }
 
-/// `(cos, sin)`, f32 `[seq, head_dim / 2]`, for the positions from `start`.
+/// `(cos, sin)`, f32 `[seq, dim / 2]`, for the positions from `start`.
 ///
 /// Frequencies and angles are rounded to f32 one after the other, as Transformers does: at position
 /// 4096 an unrounded angle would differ from the trained model's by more than an f32 ulp.
 fn tables<B: Engine>(
-    config: &ModelConfig,
+    rope: &Rope,
     (start, seq): (usize, usize),
     device: &B::Device,
 ) -> (Tensor<B, 2>, Tensor<B, 2>) {
-    let half = config.head_dim / 2;
+    let half = rope.dim / 2;
     let frequency = |i: usize| {
-        let exponent = 2.0 * i as f64 / config.head_dim as f64;
-        let w = config.rope_theta.powf(-exponent) as f32;
-        config.rope_scaling.apply(w)
+        let exponent = 2.0 * i as f64 / rope.dim as f64;
+        let w = rope.theta.powf(-exponent) as f32;
+        rope.scaling.apply(w)
     };
     let frequencies: Vec<f32> = (0..half).map(frequency).collect();
     let table = |f: fn(f64) -> f64| {

@@ -2,7 +2,7 @@
 
 use std::f32::consts::PI;
 
-use crate::config::Rope;
+use crate::config::RawRope;
 
 /// How rotary frequencies are stretched for contexts longer than those first trained on
 /// (Transformers' `modeling_rope_utils.py`).
@@ -34,7 +34,7 @@ pub enum RopeScaling {
 const TYPES: [&str; 3] = ["default", "linear", "llama3"];
 
 /// The scaling that a config asks for; the error is a sentence.
-pub(crate) fn scaling(rope: &Rope, max_positions: usize) -> Result<RopeScaling, String> {
+pub(crate) fn scaling(rope: &RawRope, max_positions: usize) -> Result<RopeScaling, String> {
     let kind = rope.rope_type.as_deref().unwrap_or("default");
     let positive = |name: &str, value: Option<f64>| match value {
         Some(value) if value.is_finite() && value > 0.0 => Ok(value),

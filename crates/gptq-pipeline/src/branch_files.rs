@@ -6,10 +6,10 @@ use gptq_format::{
     CheckpointFormat, Dynamic, Half, LinearShape, QuantizeConfig, Support, TensorSpec,
     client_support,
 };
-use gptq_model::{ModelConfig, Projection, Stage};
+use gptq_model::ModelConfig;
 use gptq_solver::Settings;
 
-use crate::{BranchPlan, Choice};
+use crate::{BranchPlan, Choice, PlannedLinear};
 
 /// Blocks that one expression names: readers limit its length.
 const LAYERS: usize = 128;
@@ -50,30 +50,28 @@ impl BranchPlan {
             bits: self.bits,
             group_size: self.group_size,
         });
-        let mut same: BTreeMap<(Stage, Option<Choice>, Vec<Projection>), Vec<usize>> =
-            BTreeMap::new();
-        for layer in 0..config.layers {
-            for stage in Stage::ALL {
-                let mut settings: BTreeMap<Option<Choice>, Vec<Projection>> = BTreeMap::new();
-                for &projection in stage.projections() {
-                    let choice = self.module(&projection.module(layer)).map(|it| Choice {
+        let mut same: BTreeMap<(Vec<&str>, Option<Choice>), Vec<usize>> = BTreeMap::new();
+        for (layer, block) in config.blocks().iter().enumerate() {
+            for tap in block.taps() {
+                let mut settings: BTreeMap<Option<Choice>, Vec<usize>> = BTreeMap::new();
+                for linear in block.linears_of(tap) {
+                    let module = block.linears()[linear].module(layer);
+                    let choice = self.module(&module).map(|it| Choice {
                         bits: it.bits,
                         group_size: it.group_size,
                     });
-                    settings.entry(choice).or_default().push(projection);
+                    settings.entry(choice).or_default().push(linear);
                 }
                 for (choice, linears) in settings.into_iter().filter(|(it, _)| *it != own) {
-                    let layers = same.entry((stage, choice, linears)).or_default();
-                    layers.push(layer);
+                    let names = linears.iter().map(|&it| &*block.linears()[it].name);
+                    let names = names.chain(block.fused(&linears)).collect();
+                    same.entry((names, choice)).or_default().push(layer);
                 }
             }
         }
         let mut dynamic = BTreeMap::new();
-        for ((stage, choice, linears), layers) in same {
-            let whole = linears == stage.projections();
-            let names = linears.iter().map(|projection| projection.name());
-            let names = names.chain(stage.fused().filter(|_| whole));
-            let names: Vec<String> = names.map(|name| name.replace('.', "\\.")).collect();
+        for ((names, choice), layers) in same {
+            let names: Vec<String> = names.iter().map(|name| name.replace('.', "\\.")).collect();
             let names = names.join("|");
             for some in layers.chunks(LAYERS) {
                 let numbers: Vec<String> = some.iter().map(usize::to_string).collect();
@@ -104,22 +102,19 @@ impl BranchPlan {
         let hidden = config.hidden_size;
         let table = [config.vocabulary, hidden];
         specs.push(dense("model.embed_tokens.weight".into(), &table));
-        for layer in 0..config.layers {
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
-                let name = format!("model.layers.{layer}.{norm}.weight");
-                specs.push(dense(name, &[hidden]));
+        for (layer, block) in config.blocks().iter().enumerate() {
+            for vector in block.vectors() {
+                let name = format!("{}.weight", vector.module(layer));
+                specs.push(dense(name, &[vector.len]));
             }
-            for projection in Projection::ALL {
-                let module = projection.module(layer);
-                let (n_in, n_out) = projection.shape(config);
-                match self.module(&module) {
-                    Some(settings) => {
-                        let shape = linear_shape((n_in, n_out), &settings);
-                        specs.extend(shape.tensors(&module));
-                    }
+            for (at, linear) in block.linears().iter().enumerate() {
+                let module = linear.module(layer);
+                let (n_in, n_out) = linear.shape();
+                match self.planned(layer, at, linear) {
+                    Some(planned) => specs.extend(planned.stored().tensors(&module)),
                     None => specs.push(dense(format!("{module}.weight"), &[n_out, n_in])),
                 }
-                if projection.has_bias(config) {
+                if linear.bias {
                     specs.push(dense(format!("{module}.bias"), &[n_out]));
                 }
             }
@@ -151,9 +146,8 @@ impl BranchPlan {
 
     /// Every quantised linear; of an open branch, with the settings that it begins with.
     pub(crate) fn linears(&self, config: &ModelConfig) -> Vec<LinearShape> {
-        let modules = self.quantised_modules(config).into_iter();
-        let shape = |(_, shape, settings): (String, _, Settings)| linear_shape(shape, &settings);
-        modules.map(shape).collect()
+        let linears = self.planned_linears(config);
+        linears.iter().map(PlannedLinear::stored).collect()
     }
 
     /// Who can load the branch; while it is open, whatever is picked.
@@ -166,31 +160,30 @@ impl BranchPlan {
         let mut mixed = !self.overrides.is_empty() || self.picked.values().any(|it| *it != own);
         if let Some(budget) = self.budget.as_ref().filter(|_| self.is_open()) {
             mixed = true;
-            let modules = self.quantised_modules(config).into_iter();
-            linears = modules
-                .flat_map(|(module, shape, settings)| {
-                    let may_become = |choice: &Choice| Settings {
-                        bits: choice.bits,
-                        group_size: choice.group_size,
-                        ..settings
+            let planned = self.planned_linears(config).into_iter();
+            linears = planned
+                .flat_map(|linear| {
+                    let choices = match self.overriding(&linear.module) {
+                        Some(_) => vec![linear.settings],
+                        None => (budget.choices.iter())
+                            .map(|choice| Settings {
+                                bits: choice.bits,
+                                group_size: choice.group_size,
+                                ..linear.settings
+                            })
+                            .collect(),
                     };
-                    let all: Vec<Settings> = match self.overriding(&module) {
-                        Some(_) => vec![settings],
-                        None => budget.choices.iter().map(may_become).collect(),
+                    let stored = move |settings| {
+                        PlannedLinear {
+                            settings,
+                            ..linear.clone()
+                        }
+                        .stored()
                     };
-                    all.into_iter().map(move |it| linear_shape(shape, &it))
+                    choices.into_iter().map(stored)
                 })
                 .collect();
         }
         client_support(&linears, self.sym, mixed)
-    }
-}
-
-fn linear_shape((in_features, out_features): (usize, usize), settings: &Settings) -> LinearShape {
-    LinearShape {
-        in_features,
-        out_features,
-        bits: settings.bits,
-        group_size: settings.group_size,
     }
 }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use gptq_format::{Bits, GroupSize};
-use gptq_model::{ModelConfig, Projection};
+use gptq_format::{Bits, GroupSize, LinearShape};
+use gptq_model::{LinearSpec, ModelConfig};
 use gptq_solver::Settings;
 use serde::Serialize;
 use toml::Spanned;
@@ -48,6 +48,33 @@ pub struct BranchPlan {
     #[serde(skip)]
     pub(crate) picked: BTreeMap<String, Choice>,
     pub(crate) overrides: Vec<ModuleOverride>,
+}
+
+/// A linear of the model that a branch quantises.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlannedLinear {
+    /// Block index.
+    pub layer: usize,
+    /// Index within the block.
+    pub linear: usize,
+    /// Module name in the checkpoint.
+    pub module: String,
+    /// `(in_features, out_features)`.
+    pub shape: (usize, usize),
+    /// How it is quantised; of an open branch, what it begins with.
+    pub settings: Settings,
+}
+
+impl PlannedLinear {
+    /// Its shape as it is stored.
+    pub fn stored(&self) -> LinearShape {
+        LinearShape {
+            in_features: self.shape.0,
+            out_features: self.shape.1,
+            bits: self.settings.bits,
+            group_size: self.settings.group_size,
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -131,7 +158,9 @@ impl BranchPlan {
         for own in &branch.overrides {
             plan.add_override(recipe, own, config)?;
         }
-        for (module, (n_in, n_out), settings) in plan.quantised_modules(config) {
+        let linears = plan.planned_linears(config);
+        for linear in &linears {
+            let (module, (n_in, n_out)) = (&linear.module, linear.shape);
             if n_in % 32 != 0 || n_out % 32 != 0 {
                 let reason = format!(
                     "{module} is {n_in} x {n_out}: packing needs multiples of 32; skip it with an override"
@@ -139,13 +168,12 @@ impl BranchPlan {
                 return Err(recipe.refuse(place, reason));
             }
             // An override's own group size was checked when it was added.
-            if budget.is_none() && !settings.group_size.divides(n_in) {
-                return Err(
-                    recipe.refuse(group_size, group_reason(settings.group_size, &module, n_in))
-                );
+            let size = linear.settings.group_size;
+            if budget.is_none() && !size.divides(n_in) {
+                return Err(recipe.refuse(group_size, group_reason(size, module, n_in)));
             }
         }
-        if plan.quantised_modules(config).is_empty() {
+        if linears.is_empty() {
             return Err(recipe.refuse(
                 place,
                 "its overrides skip every linear; nothing is left to quantise",
@@ -164,14 +192,15 @@ impl BranchPlan {
         config: &ModelConfig,
     ) -> Result<(), RecipeError> {
         let pattern = own.pattern.get_ref();
-        let matched: Vec<(String, usize)> = modules(config)
+        let matched: Vec<(String, usize)> = linears(config)
+            .map(|(layer, _, linear)| (linear.module(layer), linear.in_features))
             .filter(|(module, _)| matches(pattern, module))
-            .map(|(module, projection)| (module, projection.shape(config).0))
             .collect();
         if matched.is_empty() {
+            let last = config.block(0).linears().last();
             let reason = format!(
                 "match = {pattern:?} matches no linear; names are like {:?}, and * stands for anything",
-                Projection::Down.module(0)
+                last.map(|linear| linear.module(0)).unwrap_or_default()
             );
             return Err(recipe.refuse(&own.pattern, reason));
         }
@@ -235,17 +264,28 @@ impl BranchPlan {
         })
     }
 
-    /// Name, `(in, out)` and settings of every quantised linear.
-    pub fn quantised_modules(
-        &self,
-        config: &ModelConfig,
-    ) -> Vec<(String, (usize, usize), Settings)> {
-        modules(config)
-            .filter_map(|(module, projection)| {
-                let settings = self.module(&module)?;
-                Some((module, projection.shape(config), settings))
-            })
+    /// Every linear that is quantised, in model order.
+    pub fn planned_linears(&self, config: &ModelConfig) -> Vec<PlannedLinear> {
+        linears(config)
+            .filter_map(|(layer, at, linear)| self.planned(layer, at, linear))
             .collect()
+    }
+
+    /// Linear `at` of block `layer`, where it is quantised.
+    pub(crate) fn planned(
+        &self,
+        layer: usize,
+        at: usize,
+        linear: &LinearSpec,
+    ) -> Option<PlannedLinear> {
+        let module = linear.module(layer);
+        Some(PlannedLinear {
+            settings: self.module(&module)?,
+            layer,
+            linear: at,
+            module,
+            shape: linear.shape(),
+        })
     }
 }
 
@@ -291,10 +331,13 @@ fn group_reason(group_size: GroupSize, module: &str, n_in: usize) -> String {
     )
 }
 
-/// Every linear of the model, in order.
-fn modules(config: &ModelConfig) -> impl Iterator<Item = (String, Projection)> {
-    (0..config.layers)
-        .flat_map(|layer| Projection::ALL.map(|projection| (projection.module(layer), projection)))
+/// Every linear of the model, in order, with the indices of its block and within that.
+fn linears(config: &ModelConfig) -> impl Iterator<Item = (usize, usize, &LinearSpec)> {
+    let blocks = config.blocks().iter().enumerate();
+    blocks.flat_map(|(layer, block)| {
+        let linears = block.linears().iter().enumerate();
+        linears.map(move |(at, linear)| (layer, at, linear))
+    })
 }
 
 /// Whether a name can be a directory and a revision; the error is a sentence.

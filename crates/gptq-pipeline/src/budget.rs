@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 
 use gptq_format::{Bits, GroupSize, LinearShape};
-use gptq_model::{ModelConfig, Projection, Stage};
+use gptq_model::{LinearSpec, ModelConfig};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
@@ -70,8 +70,8 @@ pub struct AllocatedGroup {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Open {
     pub(crate) layer: usize,
-    pub(crate) stage: Stage,
-    pub(crate) linears: Vec<Projection>,
+    pub(crate) tap: usize,
+    pub(crate) linears: Vec<LinearSpec>,
 }
 
 impl Allocation {
@@ -144,17 +144,22 @@ impl BranchPlan {
 
     /// Linears that the budget decides on, in model order.
     pub(crate) fn open_groups(&self, config: &ModelConfig) -> Vec<Open> {
-        let free = |layer: usize, stage: Stage| Open {
-            layer,
-            stage,
-            linears: (stage.projections().iter().copied())
-                .filter(|projection| self.overriding(&projection.module(layer)).is_none())
-                .collect(),
-        };
-        (0..config.layers)
-            .flat_map(|layer| Stage::ALL.map(|stage| free(layer, stage)))
-            .filter(|group| !group.linears.is_empty())
-            .collect()
+        let mut open = Vec::new();
+        for (layer, block) in config.blocks().iter().enumerate() {
+            for tap in block.taps() {
+                let linears = block.linears()[block.linears_of(tap)].iter();
+                let free = |linear: &&LinearSpec| self.overriding(&linear.module(layer)).is_none();
+                let linears: Vec<LinearSpec> = linears.filter(free).cloned().collect();
+                if !linears.is_empty() {
+                    open.push(Open {
+                        layer,
+                        tap,
+                        linears,
+                    });
+                }
+            }
+        }
+        open
     }
 
     /// Refuses a budget that no choice keeps, or that leaves nothing to choose.
@@ -173,10 +178,10 @@ impl BranchPlan {
         }
         let mut range = [self.fixed_bits(config); 2];
         for group in &groups {
-            let sizes = || group.sizes(&budget.choices, config).into_iter().flatten();
+            let sizes = || group.sizes(&budget.choices).into_iter().flatten();
             let (Some(least), Some(most)) = (sizes().min(), sizes().max()) else {
-                let n_in = group.stage.in_features(config);
-                let module = group.linears[0].module(group.layer);
+                let first = &group.linears[0];
+                let (n_in, module) = (first.in_features, first.module(group.layer));
                 let reason = format!(
                     "no group size to choose from divides the {n_in} inputs of {module}; name others \
                      with budget_choices, or that linear with an override"
@@ -210,17 +215,9 @@ impl BranchPlan {
 
     /// Bits that linears take whose settings an override says.
     pub(crate) fn fixed_bits(&self, config: &ModelConfig) -> u64 {
-        let modules = self.quantised_modules(config).into_iter();
-        let fixed = modules.filter(|(module, ..)| self.overriding(module).is_some());
-        fixed
-            .map(|(_, shape, settings)| {
-                let choice = Choice {
-                    bits: settings.bits,
-                    group_size: settings.group_size,
-                };
-                choice.stored_bits(shape)
-            })
-            .sum()
+        let linears = self.planned_linears(config).into_iter();
+        let fixed = linears.filter(|linear| self.overriding(&linear.module).is_some());
+        fixed.map(|linear| linear.stored().stored_bits()).sum()
     }
 
     /// The most that the budget leaves to all quantised linears.
@@ -238,7 +235,7 @@ impl BranchPlan {
         let groups = self.open_groups(config);
         let costs: Vec<Vec<Option<Cost>>> = (groups.iter().zip(losses))
             .map(|(group, losses)| {
-                let sizes = group.sizes(&budget.choices, config).into_iter();
+                let sizes = group.sizes(&budget.choices).into_iter();
                 let costs = sizes.zip(losses);
                 costs
                     .map(|(size, &loss)| size.map(|size| Cost { size, loss }))
@@ -260,7 +257,7 @@ impl BranchPlan {
             groups: groups
                 .map(|((group, costs), choice)| AllocatedGroup {
                     layer: group.layer,
-                    linears: group.linears.iter().map(|p| p.name().to_owned()).collect(),
+                    linears: group.linears.into_iter().map(|it| it.name).collect(),
                     losses: costs
                         .iter()
                         .map(|cost| cost.map(|cost| cost.loss))
@@ -289,12 +286,12 @@ impl BranchPlan {
         let mut counts: BTreeMap<Choice, usize> = BTreeMap::new();
         for (group, found) in open.iter().zip(&allocation.groups) {
             let choice = *budget.choices.get(found.choice)?;
-            let names = group.linears.iter().map(|p| p.name());
-            if found.layer != group.layer || !names.eq(found.linears.iter().map(String::as_str)) {
+            let names = group.linears.iter().map(|it| it.name.as_str());
+            if found.layer != group.layer || !names.eq(found.linears.iter()) {
                 return None;
             }
             *counts.entry(choice).or_default() += group.linears.len();
-            let modules = group.linears.iter().map(|p| p.module(group.layer));
+            let modules = group.linears.iter().map(|it| it.module(group.layer));
             branch.picked.extend(modules.map(|module| (module, choice)));
         }
         let narrowest = counts.keys().next()?.bits;
@@ -309,25 +306,24 @@ impl BranchPlan {
 }
 
 impl Choice {
-    /// Of a linear of shape `(in, out)`.
-    pub(crate) fn stored_bits(self, (in_features, out_features): (usize, usize)) -> u64 {
-        let linear = LinearShape {
-            in_features,
-            out_features,
+    /// Bits that a linear takes with it.
+    fn stored_bits(self, linear: &LinearSpec) -> u64 {
+        let stored = LinearShape {
+            in_features: linear.in_features,
+            out_features: linear.out_features,
             bits: self.bits,
             group_size: self.group_size,
         };
-        linear.stored_bits()
+        stored.stored_bits()
     }
 }
 
 impl Open {
     /// Bits with each choice; `None` where its groups do not divide the inputs.
-    pub(crate) fn sizes(&self, choices: &[Choice], config: &ModelConfig) -> Vec<Option<u64>> {
-        let n_in = self.stage.in_features(config);
+    pub(crate) fn sizes(&self, choices: &[Choice]) -> Vec<Option<u64>> {
         let size = |choice: &Choice| {
-            let linears = self.linears.iter();
-            let bits = linears.map(|p| choice.stored_bits(p.shape(config)));
+            let n_in = self.linears[0].in_features;
+            let bits = self.linears.iter().map(|linear| choice.stored_bits(linear));
             choice.group_size.divides(n_in).then(|| bits.sum())
         };
         choices.iter().map(size).collect()

@@ -3,12 +3,13 @@
 //! Branches that make up for drift compare some of their chunks with the dense model's own, which
 //! [`Dense`] takes through the blocks beside them.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use burn::tensor::Tensor;
 use gptq_format::FormatError;
 use gptq_kernels::{Engine, map_lanes};
-use gptq_model::{Block, Stage};
+use gptq_model::Block;
 
 use crate::profile::{Clock, Phase, timed};
 use crate::stream::{Chunk, Stream};
@@ -19,7 +20,7 @@ pub(crate) const DENSE_SHARE: usize = 4;
 
 /// The dense model's states of every [`DENSE_SHARE`]-th chunk.
 pub(crate) struct Dense<B: Engine> {
-    /// Before each stage of the block that was entered last.
+    /// Before each tap of the block that was entered last.
     before: Vec<Stream<B>>,
     end: Stream<B>,
 }
@@ -46,23 +47,26 @@ impl<B: Engine> Dense<B> {
         clock: &mut Clock,
     ) -> Result<(), FormatError> {
         self.before.clear();
-        for stage in Stage::ALL {
-            let (next, _) = self.end.clone().advance(block, &[stage], device, clock)?;
+        for tap in block.spec().taps() {
+            let (next, _) = self
+                .end
+                .clone()
+                .advance(block, tap..tap + 1, device, clock)?;
             self.before.push(std::mem::replace(&mut self.end, next));
         }
         Ok(())
     }
 
-    /// Chunk `chunk` of the branches' before `stage`, where there is one.
-    fn chunk(&self, stage: Stage, chunk: usize) -> Option<&Chunk<B>> {
+    /// Chunk `chunk` of the branches' before `tap`, where there is one.
+    fn chunk(&self, tap: usize, chunk: usize) -> Option<&Chunk<B>> {
         let at = chunk
             .is_multiple_of(DENSE_SHARE)
             .then_some(chunk / DENSE_SHARE)?;
-        self.before[stage as usize].chunks.get(at)
+        self.before[tap].chunks.get(at)
     }
 }
 
-/// What a stage's input says, f32 `[in, in]` each.
+/// Gram matrices of a tap's input, f32 `[in, in]` each.
 #[derive(Clone)]
 pub(crate) struct Grams<B: Engine> {
     /// `XᵀX` of all tokens, upper triangle.
@@ -72,12 +76,12 @@ pub(crate) struct Grams<B: Engine> {
 }
 
 impl<B: Engine> Stream<B> {
-    /// The Gram matrices of each stage's input, with `block`'s weights in between; the stream stays
+    /// The Gram matrices of the input of each of `taps`, with `block`'s weights in between; the stream stays
     /// where it is.
     pub(crate) fn grams(
         &self,
         block: &Block<B>,
-        stages: &[Stage],
+        taps: Range<usize>,
         dense: Option<&Dense<B>>,
         device: &B::Device,
         clock: &mut Clock,
@@ -86,7 +90,7 @@ impl<B: Engine> Stream<B> {
         let chunks: Vec<_> = self.chunks.iter().enumerate().collect();
         let tap = Tap {
             block,
-            stages,
+            taps,
             dense,
             device,
             wait: clock.waits(),
@@ -112,7 +116,7 @@ impl<B: Engine> Stream<B> {
     }
 }
 
-/// Sums over chunks of one stage's input. Tokens that the dense model was given too are summed apart.
+/// Sums over chunks of one tap's input. Tokens that the dense model was given too are summed apart.
 struct Sums<B: Engine> {
     apart: Option<[Tensor<B, 2>; 2]>,
     rest: Option<Tensor<B, 2>>,
@@ -178,7 +182,7 @@ struct Lane<B: Engine> {
 /// Where and how inputs are tapped.
 struct Tap<'a, B: Engine> {
     block: &'a Block<B>,
-    stages: &'a [Stage],
+    taps: Range<usize>,
     dense: Option<&'a Dense<B>>,
     device: &'a B::Device,
     wait: bool,
@@ -191,13 +195,14 @@ impl<B: Engine> Tap<'_, B> {
             apart: None,
             rest: None,
         };
-        let mut sums: Vec<Sums<B>> = self.stages.iter().map(|_| empty()).collect();
+        let taps = || self.taps.clone();
+        let mut sums: Vec<Sums<B>> = taps().map(|_| empty()).collect();
         let (mut forward, mut gram) = (0.0, 0.0);
         for &(at, chunk) in chunks {
-            let (input, seconds) = self.timed(|| chunk.kept_input(self.stages, self.device));
+            let (input, seconds) = self.timed(|| chunk.kept_input(self.block, taps(), self.device));
             forward += seconds;
             if let Some(input) = input? {
-                let (dense, seconds) = self.timed(|| self.dense_input(self.stages[0], at));
+                let (dense, seconds) = self.timed(|| self.dense_input(self.taps.start, at));
                 forward += seconds;
                 let dense = dense?;
                 gram += self.timed(|| sums[0].add(input, dense)).1;
@@ -206,14 +211,14 @@ impl<B: Engine> Tap<'_, B> {
             let (flow, seconds) = self.timed(|| chunk.flow(self.device));
             forward += seconds;
             let mut flow = flow?;
-            for (i, &stage) in self.stages.iter().enumerate() {
-                let inputs = || (self.block.input(stage, &flow), self.dense_input(stage, at));
+            for (sums, tap) in sums.iter_mut().zip(taps()) {
+                let inputs = || (self.block.input(tap, &flow), self.dense_input(tap, at));
                 let ((input, dense), seconds) = self.timed(inputs);
                 forward += seconds;
                 let dense = dense?;
-                gram += self.timed(|| sums[i].add(input, dense)).1;
-                if i + 1 < self.stages.len() {
-                    let (next, seconds) = self.timed(|| self.block.advance(stage, flow));
+                gram += self.timed(|| sums.add(input, dense)).1;
+                if tap + 1 < self.taps.end {
+                    let (next, seconds) = self.timed(|| self.block.advance(tap..tap + 1, flow));
                     forward += seconds;
                     flow = next;
                 }
@@ -226,15 +231,15 @@ impl<B: Engine> Tap<'_, B> {
         })
     }
 
-    /// What the dense model gives `stage` for chunk `at`, where it was run.
-    fn dense_input(&self, stage: Stage, at: usize) -> Result<Option<Tensor<B, 2>>, FormatError> {
-        let Some(chunk) = self.dense.and_then(|dense| dense.chunk(stage, at)) else {
+    /// The dense model's input of `tap` for chunk `at`, where it was run.
+    fn dense_input(&self, tap: usize, at: usize) -> Result<Option<Tensor<B, 2>>, FormatError> {
+        let Some(chunk) = self.dense.and_then(|dense| dense.chunk(tap, at)) else {
             return Ok(None);
         };
-        let kept = chunk.kept_input(&[stage], self.device)?;
+        let kept = chunk.kept_input(self.block, tap..tap + 1, self.device)?;
         Ok(Some(match kept {
             Some(input) => input,
-            None => self.block.input(stage, &chunk.flow(self.device)?),
+            None => self.block.input(tap, &chunk.flow(self.device)?),
         }))
     }
 

@@ -1,17 +1,19 @@
-//! Hidden states beyond the range of the 16-bit float they are kept in between stages: refused by name,
+//! Hidden states beyond the range of the 16-bit float they are kept in between taps: refused by name,
 //! or brought back to its largest number where the recipe allows it (`[numerics] overflow = "clamp"`).
 //!
 //! Looking for them costs nothing: whatever is not finite makes the next Gram matrix's diagonal not
 //! finite, which a solve looks at anyway. Only then is it searched for.
 
+use std::ops::Range;
+
 use burn::tensor::Tensor;
 use gptq_format::Half;
 use gptq_kernels::{Engine, NotFinite};
-use gptq_model::{Flow, Stage};
+use gptq_model::{BlockSpec, Flow};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// Values of a stage's hidden states that were brought back into range.
+/// Values of hidden states before a tap that were brought back into range.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Clamped {
     /// Block index.
@@ -67,28 +69,25 @@ impl std::fmt::Display for Overflow {
 }
 
 /// As [`Clamped::after`] says it.
-pub(crate) fn after(stages: &[Stage]) -> &'static str {
-    match stages {
-        [Stage::Qkv] => "qkv",
-        [Stage::AttentionOut] => "o",
-        [Stage::GateUp] => "gate_up",
-        [Stage::Down] => "down",
-        _ => "block",
+pub(crate) fn after(block: &BlockSpec, taps: Range<usize>) -> String {
+    match taps.len() {
+        1 => block.tap_name(taps.start).to_owned(),
+        _ => "block".to_owned(),
     }
 }
 
 /// Brings a flow's states into the range of `half`; how many values were outside.
 pub(crate) fn clamp<B: Engine>(flow: Flow<B>, half: Half) -> (Flow<B>, usize) {
     let (residual, mut count) = B::clamp(flow.residual, half);
-    let activation = flow.activation.map(|states| {
+    let activations = flow.activations.into_iter().map(|(register, states)| {
         let (states, more) = B::clamp(states, half);
         count += more;
-        states
+        (register, states)
     });
     let flow = Flow {
         windows: flow.windows,
         residual,
-        activation,
+        activations: activations.collect(),
     };
     (flow, count)
 }
@@ -102,13 +101,10 @@ pub(crate) fn search<B: Engine, E>(
     let mut windows = 0;
     for flow in flows {
         let flow = flow?;
-        let parts = [
-            ("activation", flow.activation.as_ref()),
-            ("residual", Some(&flow.residual)),
-        ];
-        for (tensor, states) in parts {
-            let Some((states, bad)) = states.and_then(|s| Some((s, B::not_finite(s.clone())?)))
-            else {
+        let activations = flow.activations.values();
+        let parts = activations.map(|states| ("activation", states));
+        for (tensor, states) in parts.chain([("residual", &flow.residual)]) {
+            let Some(bad) = B::not_finite(states.clone()) else {
                 continue;
             };
             let place = place(states, bad, flow.windows);
@@ -141,6 +137,7 @@ fn place<B: Engine>(states: &Tensor<B, 2>, bad: NotFinite, windows: usize) -> [u
 mod tests {
     use burn::tensor::{DType, TensorData};
     use gptq_kernels::Cpu;
+    use gptq_model::{BlockBuilder, Register};
 
     use super::*;
 
@@ -150,10 +147,14 @@ mod tests {
             let data = TensorData::new(values.to_vec(), [4, 2]);
             Tensor::from_data(data, (&Default::default(), DType::F32))
         };
+        let register = BlockBuilder::new(2).norm("norm", 2, 0.0, Register::RESIDUAL);
         Flow {
             windows: 2,
             residual: tensor(residual),
-            activation: activation.map(tensor),
+            activations: activation
+                .map(|it| (register, tensor(it)))
+                .into_iter()
+                .collect(),
         }
     }
 

@@ -78,7 +78,7 @@ impl<B: Engine> States<B> {
         let dense = plan
             .asymmetric()
             .then(|| Dense::new(all.every(DENSE_SHARE)));
-        // Branches that solve a block's stages in different groups cannot share a stream.
+        // Branches that solve a block's taps in different groups cannot share a stream.
         let sequential = |&i: &usize| plan.branches[i].true_sequential;
         let (sequential, not) = (0..plan.branches.len()).partition(sequential);
         let groups: [Vec<usize>; 2] = [sequential, not];
@@ -294,11 +294,8 @@ fn flow<B: Engine>(
     let mut values = B::host_buffer(tokens * features, half, device);
     // As they were written, on this machine.
     file.read_exact(bytemuck::cast_slice_mut(values.bits_mut()))?;
-    Ok(Flow {
-        windows,
-        residual: B::upload(&values, 0, [tokens, features], device),
-        activation: None,
-    })
+    let residual = B::upload(&values, 0, [tokens, features], device);
+    Ok(Flow::new(windows, residual))
 }
 
 /// Removes what was kept in `output`, but for those after block `but`.

@@ -39,7 +39,7 @@ mod scratch;
 mod stream;
 mod write_behind;
 
-pub use branch_plan::BranchPlan;
+pub use branch_plan::{BranchPlan, PlannedLinear};
 pub use budget::{AllocatedGroup, Allocation, Budget, Choice};
 pub use error::PipelineError;
 pub use fingerprint::Fingerprint;

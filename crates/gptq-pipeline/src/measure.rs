@@ -1,16 +1,16 @@
 //! Finding how to spend size budgets: a pass over the model before the branches' own.
 //!
 //! Every choice of every budget is a branch of a run that writes nothing and propagates the dense
-//! model's hidden states, so that all of them share one forward and one Gram matrix for each stage. What
-//! a choice costs a stage is how far the block's output moves where that stage alone has it
+//! model's hidden states, so that all of them share one forward and one Gram matrix for each tap. What
+//! a choice costs the linears of a tap is how far the block's output moves where they alone have it
 //! ([`Stream::moved`](crate::stream::Stream)): on medi-24m this foretells what the choice does to the
 //! whole model's predictions, and the relative error of the linears does not (`crates/README.md`).
 
+use std::collections::BTreeMap;
 use std::thread::scope;
 use std::time::{Duration, Instant};
 
 use gptq_kernels::{Engine, dtype};
-use gptq_model::{Projection, Stage};
 
 use crate::branch_plan::ModuleOverride;
 use crate::journal::Recorded;
@@ -142,11 +142,11 @@ fn spend(
         let at = probes.branches.iter().position(|it| *it == probe);
         &outputs[at.expect("every choice has its probe")].moved
     };
-    let measured: Vec<&Vec<f64>> = budget.choices.iter().map(own).collect();
+    let measured: Vec<&BTreeMap<(usize, usize), f64>> = budget.choices.iter().map(own).collect();
     let open = branch.open_groups(&plan.config);
     let losses = open.iter().map(|group| {
-        let at = group.layer * Stage::ALL.len() + group.stage as usize;
-        measured.iter().map(|moved| moved[at]).collect()
+        let at = (group.layer, group.tap);
+        measured.iter().map(|moved| moved[&at]).collect()
     });
     let losses: Vec<Vec<f64>> = losses.collect();
     let allocation = branch.spend(budget, &losses, &plan.config);
@@ -186,11 +186,12 @@ fn probe(plan: &Plan, branch: &BranchPlan, choice: Choice) -> BranchPlan {
         settings: None,
     };
     let overrides = branch.overrides.iter().map(|own| own.pattern.clone());
-    let unfit = Projection::ALL.into_iter().filter(|projection| {
-        let (n_in, _) = projection.shape(&plan.config);
-        !choice.group_size.divides(n_in)
+    let blocks = plan.config.blocks().iter().enumerate();
+    let unfit = blocks.flat_map(|(layer, block)| {
+        let linears = block.linears().iter();
+        let unfit = linears.filter(|linear| !choice.group_size.divides(linear.in_features));
+        unfit.map(move |linear| linear.module(layer))
     });
-    let unfit = unfit.map(|projection| format!("*.{}", projection.name()));
     BranchPlan {
         name: String::new(),
         bits: choice.bits,

@@ -1,7 +1,7 @@
 //! What a run holds at once, from shapes alone, and what of it a device has room for.
 
 use gptq_kernels::{Cpu, Cuda, Engine};
-use gptq_model::{Projection, Stage};
+use gptq_model::BlockSpec;
 
 use crate::gram::DENSE_SHARE;
 use crate::{PipelineError, Plan, Propagation};
@@ -57,7 +57,7 @@ struct Sizes {
     seq_len: u128,
     /// Residuals of every stream and one stream's widest activation, per token.
     states: u128,
-    /// All linears of a block.
+    /// All linears of the largest block.
     block: u128,
     table: u128,
     widest: u128,
@@ -74,25 +74,25 @@ impl Sizes {
             Propagation::Dense => 1,
         };
         let hidden = config.hidden_size as u128;
-        let widest = Stage::ALL
-            .iter()
-            .map(|stage| stage.in_features(config) as u128)
-            .max()
-            .unwrap_or(hidden);
+        let blocks = config.blocks().iter();
+        let inputs = blocks.clone().flat_map(|block| {
+            let taps = block.taps();
+            taps.map(|tap| block.in_features(tap) as u128)
+        });
+        let widest = inputs.max().unwrap_or(hidden);
         let asymmetric = u128::from(plan.asymmetric());
         let refined = plan.branches.iter().any(|b| b.method.refine > 0);
-        // The dense model's residual before and after attention, at the end, and both activations.
-        let dense = asymmetric * (4 * hidden + widest) / DENSE_SHARE as u128;
+        let dense = blocks.clone().map(|block| kept(block, hidden)).max();
+        let dense = asymmetric * dense.unwrap_or_default() / DENSE_SHARE as u128;
         Sizes {
             tokens: plan.tokens() as u128,
             samples: plan.calibration.samples as u128,
             seq_len: plan.calibration.seq_len as u128,
             states: streams * hidden + widest + dense,
-            block: Projection::ALL
-                .iter()
-                .map(|p| p.shape(config))
-                .map(|(n_in, n_out)| n_in as u128 * n_out as u128)
-                .sum(),
+            block: blocks
+                .map(|block| block.weights())
+                .max()
+                .unwrap_or_default(),
             table: config.vocabulary as u128 * hidden,
             widest,
             hidden,
@@ -149,6 +149,14 @@ impl Sizes {
         let lanes = (B::LANES as u128).min(self.chunks::<B>());
         2 * lanes * self.chunk::<B>() * (self.hidden + self.widest) * 2
     }
+}
+
+/// Per token, the states before every tap of a block and after the last: the residual stream once for each
+/// time that something was added to it, and the other registers.
+fn kept(block: &BlockSpec, hidden: u128) -> u128 {
+    let added = block.taps().filter(|&tap| block.adds(tap..tap + 1));
+    let others = block.taps().map(|tap| block.kept_features(tap) as u128);
+    hidden * (1 + added.count() as u128) + others.sum::<u128>()
 }
 
 impl Memory {

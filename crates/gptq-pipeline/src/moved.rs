@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Tensor};
 use gptq_format::FormatError;
 use gptq_kernels::{Engine, map_lanes};
-use gptq_model::{Block, Stage};
+use gptq_model::Block;
 
 use crate::profile::{Clock, Phase};
 use crate::stream::Stream;
@@ -15,7 +15,7 @@ const LOST: f64 = 1e6;
 
 impl<B: Engine> Stream<B> {
     /// The mean over tokens of `‖ŷ - y‖² / ‖y‖²`, `y` the residual stream at the end of `block` and `ŷ`
-    /// with the weights of `quantised`, which differ from stage `from` on.
+    /// with the weights of `quantised`, which differ from tap `from` on.
     ///
     /// By the token, and not by the sum over tokens: the next norm takes each token's length out, and
     /// single tokens can be longer than all the others together.
@@ -23,7 +23,7 @@ impl<B: Engine> Stream<B> {
         &self,
         block: &Block<B>,
         quantised: &Block<B>,
-        from: Stage,
+        from: usize,
         device: &B::Device,
         clock: &mut Clock,
     ) -> Result<f64, FormatError> {
@@ -32,8 +32,7 @@ impl<B: Engine> Stream<B> {
             map_lanes::<B, _, _>(chunks, |chunk| {
                 let flow = chunk.flow(device)?;
                 let end = |block: &Block<B>| {
-                    let rest = Stage::ALL.into_iter().filter(|&stage| stage >= from);
-                    let end = rest.fold(flow.clone(), |flow, stage| block.advance(stage, flow));
+                    let end = block.advance(from..block.spec().taps().end, flow.clone());
                     end.residual.cast(DType::F32)
                 };
                 let (dense, own) = (end(block), end(quantised));

@@ -213,7 +213,7 @@ impl Work for Quantise<'_> {
             places,
         };
         let linears: Vec<usize> = (plan.branches.iter())
-            .map(|b| b.quantised_modules(&plan.config).len())
+            .map(|b| b.planned_linears(&plan.config).len())
             .collect();
         (self.on_event)(Event::Started {
             tokens: plan.tokens(),

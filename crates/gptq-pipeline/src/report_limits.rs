@@ -5,7 +5,6 @@
 use std::collections::BTreeSet;
 
 use gptq_format::GroupSize;
-use gptq_model::Projection;
 
 use crate::{Allocation, BranchReport, Clamped, LinearReport, Perplexity};
 
@@ -52,7 +51,7 @@ pub(crate) fn check(report: &BranchReport) -> Result<(), String> {
     for (i, states) in report.clamped.iter().enumerate() {
         clamped(states).map_err(|why| format!("clamped[{i}].{why}"))?;
     }
-    let linears = MAX_LAYERS * Projection::ALL.len();
+    let linears = MAX_LAYERS * MAX_KINDS;
     most("linears", report.linears.len(), linears)?;
     let mut weights = 0;
     let mut kinds = BTreeSet::new();
@@ -104,7 +103,7 @@ fn budget(spent: &Allocation) -> Result<(), String> {
     number("budget.budget_bits", spent.budget_bits)?;
     number("budget.mean_bits", spent.mean_bits)?;
     most("budget.choices", spent.choices.len(), MAX_ENTRIES)?;
-    let groups = MAX_LAYERS * Projection::ALL.len();
+    let groups = MAX_LAYERS * MAX_KINDS;
     most("budget.groups", spent.groups.len(), groups)
 }
 

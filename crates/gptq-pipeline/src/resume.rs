@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use gptq_format::{Checkpoint, LinearDigests, PackedLinear, StagedDir};
-use gptq_model::Projection;
 
 use crate::branch_plan::check_name;
 use crate::fingerprint::{Fingerprint, Fingerprints};
@@ -13,8 +12,8 @@ use crate::kept_states::{Kept, prune};
 use crate::model_files::ModelHash;
 use crate::run::Output;
 use crate::{
-    BranchPlan, BranchReport, Clamped, LinearReport, ModelFiles, PipelineError, Plan, Recipe,
-    RecipeOverrides, RunOptions, report_limits,
+    BranchPlan, BranchReport, Clamped, LinearReport, ModelFiles, PipelineError, Plan,
+    PlannedLinear, Recipe, RecipeOverrides, RunOptions, report_limits,
 };
 
 /// What there is to do, and what was done before.
@@ -192,6 +191,8 @@ pub(crate) struct Restored {
 pub(crate) struct RestoredBranch {
     pub(crate) seconds: f64,
     pub(crate) linears: Vec<LinearReport>,
+    /// Indices in `linears` by name.
+    places: BTreeMap<String, usize>,
     pub(crate) clamped: Vec<Clamped>,
 }
 
@@ -217,7 +218,7 @@ impl Restored {
             linears: branch.linears.clone(),
             clamped: branch.clamped.clone(),
             seconds: branch.seconds,
-            moved: Vec::new(),
+            moved: BTreeMap::new(),
         };
         self.branches.iter().map(output).collect()
     }
@@ -247,7 +248,9 @@ impl Restored {
             return Err(damaged(format!("the model has no {layers} blocks")));
         }
         let branches = plan.branches.iter().map(|branch| {
-            let restored = found.remove(&branch.name).unwrap_or_default();
+            let mut restored = found.remove(&branch.name).unwrap_or_default();
+            let names = restored.linears.iter().map(|linear| linear.name.clone());
+            restored.places = names.zip(0..).collect();
             match restored.fits(plan, branch, layers) {
                 Ok(()) => Ok(restored),
                 Err(why) => Err(damaged(format!("branch {}: {why}", branch.name))),
@@ -267,20 +270,21 @@ impl RestoredBranch {
     /// Whether these are the linears that the first `layers` blocks of `branch` have, with numbers that a
     /// run can come to: they go into the branch's report as they are.
     fn fits(&self, plan: &Plan, branch: &BranchPlan, layers: usize) -> Result<(), String> {
-        let modules = branch.quantised_modules(&plan.config);
-        let planned = modules
-            .into_iter()
-            .map(|(name, (n_in, n_out), own)| (name, ([n_out, n_in], own.bits, own.group_size)));
-        let planned: BTreeMap<_, _> = planned.collect();
-        let mut missing: BTreeMap<String, usize> = (0..layers)
-            .flat_map(|layer| Projection::ALL.map(|projection| (projection.module(layer), layer)))
-            .filter(|(name, _)| planned.contains_key(name))
+        let planned = branch.planned_linears(&plan.config).into_iter();
+        let planned = planned.filter(|linear| linear.layer < layers);
+        let mut missing: BTreeMap<String, PlannedLinear> = planned
+            .map(|linear| (linear.module.clone(), linear))
             .collect();
         for linear in &self.linears {
             report_limits::linear(linear).map_err(|why| format!("{}.{why}", linear.name))?;
-            let found = (linear.shape, linear.bits, linear.group_size);
             let name = &linear.name;
-            if missing.remove(name) != Some(linear.layer) || planned.get(name) != Some(&found) {
+            let found = missing.remove(name).is_some_and(|own| {
+                let (n_in, n_out) = own.shape;
+                let settings = (own.settings.bits, own.settings.group_size);
+                (linear.layer, linear.shape) == (own.layer, [n_out, n_in])
+                    && (linear.bits, linear.group_size) == settings
+            });
+            if !found {
                 return Err(format!("{name} is not as planned, or there twice"));
             }
         }
@@ -291,6 +295,11 @@ impl RestoredBranch {
             report_limits::clamped(clamped).map_err(|why| format!("clamped: {why}"))?;
         }
         report_limits::seconds("seconds", self.seconds)
+    }
+
+    /// A linear that was done, by its name.
+    pub(crate) fn linear(&self, module: &str) -> Option<&LinearReport> {
+        self.places.get(module).map(|&at| &self.linears[at])
     }
 
     /// Reads a linear back from the branch's unfinished files.

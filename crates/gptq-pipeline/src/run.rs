@@ -1,5 +1,7 @@
 //! The run: blocks in order, branches in lockstep on each loaded block.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Receiver;
@@ -8,8 +10,7 @@ use std::time::{Duration, Instant};
 use gptq_calibration::Manifest;
 use gptq_format::Checkpoint;
 use gptq_kernels::{Drift, Engine, Hessian, Request};
-use gptq_model::{Block, Flow, HostBlock, Model, ModelError, Projection, Stage};
-use gptq_solver::Settings;
+use gptq_model::{Block, BlockSpec, Flow, HostBlock, Model, ModelError};
 
 use crate::gram::{Dense, Grams};
 use crate::journal::BranchBlock;
@@ -23,18 +24,16 @@ use crate::scratch::Scratch;
 use crate::stream::{Stream, explained};
 use crate::write_behind::WriteBehind;
 use crate::{
-    BranchPlan, BranchReport, Clamped, Fingerprint, LinearReport, PipelineError, Plan, Propagation,
-    hidden_range,
+    BranchPlan, BranchReport, Clamped, Fingerprint, LinearReport, PipelineError, Plan,
+    PlannedLinear, Propagation, hidden_range,
 };
 
-/// Projection, name and settings of the linears that a stage of block `layer` has to quantise.
-fn linears(branch: &BranchPlan, layer: usize, stage: Stage) -> Vec<(Projection, String, Settings)> {
-    let linear = |&projection: &Projection| {
-        let module = projection.module(layer);
-        let settings = branch.module(&module)?;
-        Some((projection, module, settings))
-    };
-    stage.projections().iter().filter_map(linear).collect()
+/// The linears that a tap of block `layer` has to quantise.
+fn planned(branch: &BranchPlan, layer: usize, block: &BlockSpec, tap: usize) -> Vec<PlannedLinear> {
+    let linears = block.linears_of(tap);
+    linears
+        .filter_map(|at| branch.planned(layer, at, &block.linears()[at]))
+        .collect()
 }
 
 /// A block that the branches are in, as loaded.
@@ -49,8 +48,8 @@ pub(crate) struct Output {
     pub(crate) linears: Vec<LinearReport>,
     pub(crate) clamped: Vec<Clamped>,
     pub(crate) seconds: f64,
-    /// Of each block's stages in order, where nothing is written; see [`Stream::moved`].
-    pub(crate) moved: Vec<f64>,
+    /// By block and tap, where nothing is written; see [`Stream::moved`].
+    pub(crate) moved: BTreeMap<(usize, usize), f64>,
 }
 
 /// What a report says beside the run's own numbers.
@@ -153,11 +152,12 @@ impl<B: Engine> Run<'_, '_, B> {
             let mut next = Vec::with_capacity(self.plan.branches.len());
             for stream in states.streams {
                 let sequential = self.plan.branches[stream.branches[0]].true_sequential;
-                let groups: Vec<&[Stage]> = match sequential {
-                    true => Stage::ALL.chunks(1).collect(),
-                    false => vec![&Stage::ALL],
+                let taps = block.spec().taps();
+                let groups: Vec<Range<usize>> = match sequential {
+                    true => taps.map(|tap| tap..tap + 1).collect(),
+                    false => vec![taps],
                 };
-                self.stages(&entered, stream, &block, &groups, &mut next)?;
+                self.taps(&entered, stream, &block, &groups, &mut next)?;
             }
             states.streams = next;
             if self.writer.is_none() {
@@ -210,15 +210,15 @@ impl<B: Engine> Run<'_, '_, B> {
     /// Solves the first of `groups` for every branch of `stream`, moves on with the quantised
     /// weights, and goes on with the rest; a branch at a time, once they differ. Streams at the
     /// block's end are pushed to `done`.
-    fn stages(
+    fn taps(
         &mut self,
         entered: &Entered<'_, B>,
         mut stream: Stream<B>,
         block: &Block<B>,
-        groups: &[&[Stage]],
+        groups: &[Range<usize>],
         done: &mut Vec<Stream<B>>,
     ) -> Result<(), PipelineError> {
-        let Some((&group, rest)) = groups.split_first() else {
+        let Some((group, rest)) = groups.split_first() else {
             done.push(stream);
             return Ok(());
         };
@@ -228,13 +228,13 @@ impl<B: Engine> Run<'_, '_, B> {
         let asymmetric = |&branch: &usize| self.plan.branches[branch].method.asymmetric > 0.0;
         // The model's first input has not drifted; asked all the same, its Gram matrix would be summed
         // in another order, and for branches that do not ask.
-        let embedded = layer == 0 && group[0] == Stage::ALL[0];
+        let embedded = layer == 0 && group.start == 0;
         let dense = entered
             .dense
             .filter(|_| !embedded && stream.branches.iter().any(asymmetric));
         // A block of an earlier run needs none: its codes are known.
         let grams = (layer >= self.restored.layers)
-            .then(|| stream.grams(block, group, dense, device, self.clock))
+            .then(|| stream.grams(block, group.clone(), dense, device, self.clock))
             .transpose()?;
         let branches = std::mem::take(&mut stream.branches);
         let shared = started.elapsed().as_secs_f64() / branches.len() as f64;
@@ -242,18 +242,19 @@ impl<B: Engine> Run<'_, '_, B> {
         for (i, &branch) in branches.iter().enumerate() {
             let started = Instant::now();
             let mut quantised = block.clone();
-            for (at, &stage) in group.iter().enumerate() {
+            for (at, tap) in group.clone().enumerate() {
                 match &grams {
                     Some(grams) => {
-                        self.solve(layer, branch, stage, grams[at].clone(), &mut quantised)
+                        self.solve(layer, branch, tap, grams[at].clone(), &mut quantised)
                             .map_err(|error| explained(error, parent.as_ref(), device))?;
                     }
-                    None => self.restore(layer, branch, stage, Some(&mut quantised))?,
+                    None => self.restore(layer, branch, tap, Some(&mut quantised))?,
                 }
             }
             if let (None, Some(stream)) = (&self.writer, &parent) {
-                let moved = stream.moved(block, &quantised, group[0], device, self.clock)?;
-                self.outputs[branch].moved.push(moved);
+                let moved = stream.moved(block, &quantised, group.start, device, self.clock)?;
+                let at = (layer, group.start);
+                self.outputs[branch].moved.insert(at, moved);
             }
             if self.plan.propagation == Propagation::Dense {
                 self.outputs[branch].seconds += shared + started.elapsed().as_secs_f64();
@@ -266,59 +267,66 @@ impl<B: Engine> Run<'_, '_, B> {
             }
             .expect("taken only by the last branch");
             own.branches = vec![branch];
-            let (own, clamped) = own.advance(&quantised, group, device, self.clock)?;
+            let (own, clamped) = own.advance(&quantised, group.clone(), device, self.clock)?;
             self.note_clamped(layer, group, &[branch], clamped);
             if self.frugal {
                 B::release_memory(device);
             }
             self.outputs[branch].seconds += shared + started.elapsed().as_secs_f64();
-            self.stages(entered, own, &quantised, rest, done)?;
+            self.taps(entered, own, &quantised, rest, done)?;
         }
         if let Some(mut stream) = parent {
             stream.branches = branches;
-            let (stream, clamped) = stream.advance(block, group, device, self.clock)?;
+            let (stream, clamped) = stream.advance(block, group.clone(), device, self.clock)?;
             self.note_clamped(layer, group, &stream.branches, clamped);
-            self.stages(entered, stream, block, rest, done)?;
+            self.taps(entered, stream, block, rest, done)?;
         }
         Ok(())
     }
 
-    fn note_clamped(&mut self, layer: usize, group: &[Stage], branches: &[usize], values: usize) {
+    fn note_clamped(
+        &mut self,
+        layer: usize,
+        taps: &Range<usize>,
+        branches: &[usize],
+        values: usize,
+    ) {
         // An earlier run's block has its own record.
         if values > 0 && layer >= self.restored.layers {
-            let after = hidden_range::after(group);
+            let block = self.plan.config.block(layer);
+            let after = hidden_range::after(block, taps.clone());
             for &branch in branches {
                 self.outputs[branch].clamped.push(Clamped {
                     layer,
-                    after: after.to_owned(),
+                    after: after.clone(),
                     values,
                 });
             }
         }
     }
 
-    /// Quantises one stage's linears for one branch: codes to its files, weights into `block`.
+    /// Quantises one tap's linears for one branch: codes to its files, weights into `block`.
     fn solve(
         &mut self,
         layer: usize,
         branch: usize,
-        stage: Stage,
+        tap: usize,
         grams: Grams<B>,
         block: &mut Block<B>,
     ) -> Result<(), PipelineError> {
         check_stop(self.stop, self.plan.config.layers)?;
         let settings = &self.plan.branches[branch];
-        let linears = linears(settings, layer, stage);
+        let linears = planned(settings, layer, block.spec(), tap);
         if linears.is_empty() {
             return Ok(());
         }
         let modules = || {
-            let modules = linears.iter().map(|(_, module, _)| module.as_str());
+            let modules = linears.iter().map(|linear| linear.module.as_str());
             modules.collect::<Vec<_>>().join(", ")
         };
-        let request = |&(projection, _, settings): &(Projection, String, Settings)| Request {
-            weight: block.linear(projection).weight.dense(self.model.dtype()),
-            settings,
+        let request = |linear: &PlannedLinear| Request {
+            weight: block.linear(linear.linear).weight.dense(self.model.dtype()),
+            settings: linear.settings,
         };
         let requests = linears.iter().map(request).collect();
         let hessian = Hessian {
@@ -357,21 +365,21 @@ impl<B: Engine> Run<'_, '_, B> {
         self.clock
             .add(Phase::Sweep, seconds - subset.times.factor - packing);
         let seconds = seconds / linears.len() as f64;
-        for ((projection, module, own), solved) in linears.into_iter().zip(subset.solved) {
+        for (linear, solved) in linears.into_iter().zip(subset.solved) {
             let started = Instant::now();
             if let Some(writer) = &mut self.writer {
-                writer.write(branch, module.clone(), solved.packed)?;
+                writer.write(branch, linear.module.clone(), solved.packed)?;
             }
             let waited = started.elapsed().as_secs_f64();
             self.clock.add(Phase::Write, waited);
-            block.set_weight(projection, solved.weight);
-            let (n_in, n_out) = projection.shape(&self.plan.config);
+            block.set_weight(linear.linear, solved.weight);
+            let (n_in, n_out) = linear.shape;
             let report = LinearReport {
                 layer,
-                name: module,
+                name: linear.module,
                 shape: [n_out, n_in],
-                bits: own.bits,
-                group_size: own.group_size,
+                bits: linear.settings.bits,
+                group_size: linear.settings.group_size,
                 relative_error: solved.relative_error,
                 rtn_error: solved.rtn_error,
                 ratio: match solved.rtn_error {
@@ -398,28 +406,29 @@ impl<B: Engine> Run<'_, '_, B> {
         for layer in 0..layers {
             for branch in 0..self.plan.branches.len() {
                 check_stop(self.stop, self.plan.config.layers)?;
-                for stage in Stage::ALL {
-                    self.restore(layer, branch, stage, None)?;
+                for tap in self.plan.config.block(layer).taps() {
+                    self.restore(layer, branch, tap, None)?;
                 }
             }
         }
         Ok(())
     }
 
-    /// Reads the weights that an earlier run found for a stage of one branch, and gives them to
+    /// Reads the weights that an earlier run found for a tap of one branch, and gives them to
     /// `block`.
     fn restore(
         &mut self,
         layer: usize,
         branch: usize,
-        stage: Stage,
+        tap: usize,
         mut block: Option<&mut Block<B>>,
     ) -> Result<(), PipelineError> {
         let device = self.model.device();
         let restored = &self.restored.branches[branch];
-        for &projection in stage.projections() {
-            let module = projection.module(layer);
-            let Some(report) = restored.linears.iter().find(|l| l.name == module) else {
+        let spec = self.plan.config.block(layer);
+        for linear in spec.linears_of(tap) {
+            let module = spec.linears()[linear].module(layer);
+            let Some(report) = restored.linear(&module) else {
                 continue;
             };
             let packed = restored.read(&self.partials[branch], report)?;
@@ -427,7 +436,7 @@ impl<B: Engine> Run<'_, '_, B> {
                 && self.plan.propagation == Propagation::Quantised
             {
                 let dtype = self.model.dtype();
-                block.set_weight(projection, B::dequantise(&packed, dtype, device));
+                block.set_weight(linear, B::dequantise(&packed, dtype, device));
             }
             (self.on_event)(Event::Linear { branch, report });
         }

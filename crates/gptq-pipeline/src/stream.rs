@@ -2,16 +2,18 @@
 //! still share them.
 //!
 //! All branches begin on one stream. It splits when its branches first differ: at the first solved
-//! stage of block 0, where each branch goes on with its own quantised weights. With dense
+//! tap of block 0, where each branch goes on with its own quantised weights. With dense
 //! propagation it never splits.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use gptq_format::{FormatError, Half, le_bytes};
 use gptq_kernels::{Engine, HostBuffer, SolveError, dtype, half_of, map_lanes};
-use gptq_model::{Block, Flow, Stage};
+use gptq_model::{Block, Flow, Register};
 use gptq_solver::SolverError;
 
 use crate::PipelineError;
@@ -20,7 +22,7 @@ use crate::memory::Places;
 use crate::profile::{Clock, Phase};
 use crate::scratch::{Scratch, Slot};
 
-/// How hidden states are kept between stages.
+/// How hidden states are kept between taps.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Keep {
     /// In this type: half the memory of f32, and its rounding is far below the quantisation's error.
@@ -37,14 +39,14 @@ pub(crate) struct Stream<B: Engine> {
     keep: Keep,
 }
 
-/// One chunk's states, where they are kept between stages.
+/// One chunk's states, where they are kept between taps.
 #[derive(Clone)]
 pub(crate) enum Chunk<B: Engine> {
     Device(Flow<B>),
     Host {
         windows: usize,
-        residual: HostStates,
-        activation: Option<HostStates>,
+        /// The residual stream and the other registers that are still to be read.
+        states: BTreeMap<Register, HostStates>,
         /// Where states are put, if not into memory.
         scratch: Option<Arc<Scratch>>,
     },
@@ -112,8 +114,8 @@ impl<B: Engine> Chunk<B> {
         let (windows, [tokens, features]) = match self {
             Chunk::Device(flow) => (flow.windows, flow.residual.dims()),
             Chunk::Host {
-                windows, residual, ..
-            } => (*windows, residual.shape),
+                windows, states, ..
+            } => (*windows, states[&Register::RESIDUAL].shape),
         };
         [windows, tokens, features]
     }
@@ -125,7 +127,7 @@ impl<B: Engine> Chunk<B> {
                 let values = B::download(flow.residual.clone());
                 return Ok(Cow::Owned(values.bits().to_vec()));
             }
-            Chunk::Host { residual, .. } => residual,
+            Chunk::Host { states, .. } => &states[&Register::RESIDUAL],
         };
         match &states.values {
             Values::Memory(values) => Ok(Cow::Borrowed(values.bits())),
@@ -137,40 +139,49 @@ impl<B: Engine> Chunk<B> {
         }
     }
 
-    /// Keeps `flow` on the host. `residual` is what it came from, if that still serves.
+    /// Keeps `flow` on the host. `unchanged` is what of it is there already.
     fn on_host(
         flow: Flow<B>,
         half: Half,
-        residual: Option<HostStates>,
+        mut unchanged: BTreeMap<Register, HostStates>,
         scratch: Option<Arc<Scratch>>,
     ) -> Result<Self, FormatError> {
-        let keep = |states| HostStates::new(states, half, scratch.as_ref());
+        let residual = (Register::RESIDUAL, flow.residual);
+        let states = [residual].into_iter().chain(flow.activations);
+        let keep = |(register, states)| {
+            let kept = match unchanged.remove(&register) {
+                Some(kept) => kept,
+                None => HostStates::new(states, half, scratch.as_ref())?,
+            };
+            Ok((register, kept))
+        };
         Ok(Chunk::Host {
             windows: flow.windows,
-            residual: match residual {
-                Some(residual) => residual,
-                None => keep(flow.residual)?,
-            },
-            activation: flow.activation.map(keep).transpose()?,
+            states: states.map(keep).collect::<Result<_, FormatError>>()?,
             scratch,
         })
     }
 
-    /// What a stage that takes the activation as it is would be given: nothing else need be brought
-    /// to the device for its Gram matrix.
+    /// The input of a single tap that takes a register as it is kept: nothing else need be brought to
+    /// the device for its Gram matrix.
     pub(crate) fn kept_input(
         &self,
-        stages: &[Stage],
+        block: &Block<B>,
+        taps: Range<usize>,
         device: &B::Device,
     ) -> Result<Option<Tensor<B, 2>>, FormatError> {
-        if stages.len() > 1 || !stages[0].ends_in_residual() {
+        let single = Some(taps.start).filter(|_| taps.len() == 1);
+        let Some(register) = single.and_then(|tap| block.spec().kept_input(tap)) else {
             return Ok(None);
-        }
+        };
         match self {
-            Chunk::Device(flow) => Ok(computed(flow.clone()).activation),
-            Chunk::Host { activation, .. } => {
-                let upload = |states: &HostStates| states.upload(device);
-                activation.as_ref().map(upload).transpose()
+            Chunk::Device(flow) => {
+                let compute = B::compute(half_of(flow.residual.dtype()));
+                Ok(flow.register(register).map(|states| states.cast(compute)))
+            }
+            Chunk::Host { states, .. } => {
+                let states = states.get(&register);
+                states.map(|states| states.upload(device)).transpose()
             }
         }
     }
@@ -180,52 +191,50 @@ impl<B: Engine> Chunk<B> {
         match self {
             Chunk::Device(flow) => Ok(computed(flow.clone())),
             Chunk::Host {
-                windows,
-                residual,
-                activation,
-                ..
+                windows, states, ..
             } => {
-                let upload = |states: &HostStates| states.upload(device);
-                Ok(Flow {
-                    windows: *windows,
-                    residual: upload(residual)?,
-                    activation: activation.as_ref().map(upload).transpose()?,
-                })
+                let mut flow = Flow::new(*windows, states[&Register::RESIDUAL].upload(device)?);
+                for (&register, states) in states {
+                    if register != Register::RESIDUAL {
+                        flow.activations.insert(register, states.upload(device)?);
+                    }
+                }
+                Ok(flow)
             }
         }
     }
 
-    /// Runs `stages`, and keeps what comes of them. Also how many values were clamped.
+    /// Runs `taps`, and keeps what comes of them. Also how many values were clamped.
     fn advance(
         self,
         block: &Block<B>,
-        stages: &[Stage],
+        taps: Range<usize>,
         device: &B::Device,
         keep: Keep,
     ) -> Result<(Self, usize), FormatError> {
-        // Stages that end in an activation leave the residual as it was.
-        let ends_inside = stages.len() == 1 && !stages[0].ends_in_residual();
-        let (flow, kept) = match self {
+        let (flow, on_host) = match self {
             Chunk::Device(flow) => (computed(flow), None),
             Chunk::Host {
-                ref residual,
+                ref states,
                 ref scratch,
                 ..
             } => {
-                let residual = ends_inside.then(|| residual.clone());
-                (self.flow(device)?, Some((residual, scratch.clone())))
+                // Registers are written once, but for the residual stream.
+                let mut unchanged = states.clone();
+                if block.spec().adds(taps.clone()) {
+                    unchanged.remove(&Register::RESIDUAL);
+                }
+                (self.flow(device)?, Some((unchanged, scratch.clone())))
             }
         };
-        let end = stages
-            .iter()
-            .fold(flow, |flow, &stage| block.advance(stage, flow));
+        let end = block.advance(taps, flow);
         let (end, clamped) = match keep.clamp {
             true => hidden_range::clamp(end, keep.half),
             false => (end, 0),
         };
-        let chunk = match kept {
+        let chunk = match on_host {
             None => Chunk::Device(end.cast(dtype(keep.half))),
-            Some((residual, scratch)) => Chunk::on_host(end, keep.half, residual, scratch)?,
+            Some((unchanged, scratch)) => Chunk::on_host(end, keep.half, unchanged, scratch)?,
         };
         Ok((chunk, clamped))
     }
@@ -245,10 +254,11 @@ impl<B: Engine> Stream<B> {
         PipelineError: From<E>,
     {
         let half = keep.half;
+        let on_host = |flow, scratch| Ok(Chunk::on_host(flow, half, BTreeMap::new(), scratch)?);
         let place = |(i, flow): (usize, Result<Flow<B>, E>)| match i * step {
             i if i < places.device => Ok(Chunk::Device(flow?.cast(dtype(half)))),
-            i if i < places.device + places.host => Ok(Chunk::on_host(flow?, half, None, None)?),
-            _ => Ok(Chunk::on_host(flow?, half, None, scratch.cloned())?),
+            i if i < places.device + places.host => on_host(flow?, None),
+            _ => on_host(flow?, scratch.cloned()),
         };
         let chunks = flows.enumerate().map(place);
         Ok(Stream {
@@ -273,18 +283,18 @@ impl<B: Engine> Stream<B> {
         hidden_range::search(self.keep.half, flows)
     }
 
-    /// Runs `stages` with `block`'s weights. Also how many values were clamped.
+    /// Runs `taps` with `block`'s weights. Also how many values were clamped.
     pub(crate) fn advance(
         self,
         block: &Block<B>,
-        stages: &[Stage],
+        taps: Range<usize>,
         device: &B::Device,
         clock: &mut Clock,
     ) -> Result<(Self, usize), FormatError> {
         let keep = self.keep;
         let advanced = clock.measure::<B, _>(Phase::Forward, device, || {
             map_lanes::<B, _, _>(self.chunks, |chunk| {
-                chunk.advance(block, stages, device, keep)
+                chunk.advance(block, taps.clone(), device, keep)
             })
         });
         let advanced = advanced

@@ -8,7 +8,7 @@ use gptq_format::{
     Checkpoint, GroupSize, LinearDigests, LinearShape, PackedLinear, QuantizeConfig,
     client_support, read_json,
 };
-use gptq_model::{ModelConfig, Projection};
+use gptq_model::ModelConfig;
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -130,13 +130,14 @@ impl Block {
             expected.push(name);
             Ok::<_, VerifyError>(())
         };
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            let name = format!("model.layers.{layer}.{norm}.weight");
-            dense(name, &[config.hidden_size], &mut block.expected)?;
+        let spec = config.block(layer);
+        for vector in spec.vectors() {
+            let name = format!("{}.weight", vector.module(layer));
+            dense(name, &[vector.len], &mut block.expected)?;
         }
-        for projection in Projection::ALL {
-            let module = projection.module(layer);
-            let (n_in, n_out) = projection.shape(config);
+        for linear in spec.linears() {
+            let module = linear.module(layer);
+            let (n_in, n_out) = linear.shape();
             match checkpoint.packed(&module, n_in, n_out)? {
                 Some(packed) => {
                     scales_are_not_zero(&module, &packed)?;
@@ -152,7 +153,7 @@ impl Block {
             }
             // Some tools write zero biases for models that have none.
             let bias = format!("{module}.bias");
-            if projection.has_bias(config) || checkpoint.contains(&bias) {
+            if linear.bias || checkpoint.contains(&bias) {
                 dense(bias, &[n_out], &mut block.expected)?;
             }
         }

@@ -17,6 +17,8 @@ pub(crate) struct Progress<'a> {
     aside: bool,
     /// Per branch, the errors of the layer under way; only where there are no bars.
     layer: BTreeMap<usize, Vec<f64>>,
+    /// How many linears each branch quantises, by layer.
+    linears: Vec<Vec<usize>>,
 }
 
 /// How many linears were given what.
@@ -31,7 +33,15 @@ fn given(allocation: &Allocation) -> String {
 
 impl<'a> Progress<'a> {
     pub(crate) fn new(plan: &'a Plan, aside: bool) -> Self {
+        let linears = plan.branches.iter().map(|branch| {
+            let mut linears = vec![0; plan.config.layers];
+            for linear in branch.planned_linears(&plan.config) {
+                linears[linear.layer] += 1;
+            }
+            linears
+        });
         Progress {
+            linears: linears.collect(),
             plan,
             bars: None,
             group: MultiProgress::new(),
@@ -133,12 +143,7 @@ impl<'a> Progress<'a> {
     /// A line once the layer's last linear is done.
     fn line(&mut self, branch: usize, report: &LinearReport) {
         let plan = &self.plan.branches[branch];
-        let modules = plan.quantised_modules(&self.plan.config);
-        let prefix = format!("model.layers.{}.", report.layer);
-        let expected = modules
-            .iter()
-            .filter(|(m, ..)| m.starts_with(&prefix))
-            .count();
+        let expected = self.linears[branch][report.layer];
         let errors = self.layer.entry(branch).or_default();
         errors.push(report.relative_error);
         if errors.len() == expected {

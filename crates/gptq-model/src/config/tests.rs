@@ -55,6 +55,11 @@ fn what_cannot_be_run_is_refused_by_name() {
         ("num_key_value_heads", json!(5), "multiple"),
         ("num_attention_heads", json!(0), "num_attention_heads"),
         ("hidden_size", json!("wide"), "invalid type"),
+        (
+            "attention_bias",
+            json!(1),
+            "attention_bias = 1 is neither true nor false",
+        ),
         ("hidden_size", json!(-1), "invalid value"),
         ("vocab_size", json!(1u64 << 40), "vocab_size"),
         ("num_hidden_layers", json!((1 << 12) + 1), "over 4096"),
@@ -106,8 +111,9 @@ fn families_differ_in_biases() {
         config["attention_bias"] = json!(true);
         config["mlp_bias"] = json!(true);
         let config = ModelConfig::from_json(config).unwrap();
-        let found = (config.qkv_bias, config.o_bias, config.mlp_bias);
-        assert_eq!(found, (qkv, o, mlp), "{family}");
+        let linears = config.block(0).linears().iter();
+        let found: Vec<bool> = linears.map(|linear| linear.bias).collect();
+        assert_eq!(found, [qkv, qkv, qkv, o, mlp, mlp, mlp], "{family}");
     }
 }
 
@@ -165,7 +171,7 @@ proptest! {
     #[test]
     fn any_damage_ends_in_shapes_that_can_be_computed_with_or_a_sentence(
         edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
-        family in prop::sample::select(&["llama", "mistral", "qwen2"][..]),
+        family in (0..FAMILIES.len()).prop_map(|at| FAMILIES[at].model_type),
     ) {
         let mut config = llama();
         config["model_type"] = json!(family);

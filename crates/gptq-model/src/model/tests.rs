@@ -13,8 +13,7 @@ use burn::tensor::s;
 
 use super::*;
 use crate::Decoder;
-use crate::Projection;
-use crate::Stage;
+use crate::families::FAMILIES;
 
 fn root(path: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "../../tests", path]
@@ -108,12 +107,45 @@ fn logits_are_those_of_transformers() {
     assert!(worst < TOLERANCE, "largest difference {worst}");
 }
 
+/// The names of the tiny models in `golden/families`.
+fn fixtures() -> Vec<String> {
+    let entries = fs::read_dir(root("golden/families")).unwrap();
+    let dirs = entries.map(|entry| entry.unwrap().path());
+    let models = dirs.filter(|dir| dir.join("logits.safetensors").exists());
+    let name = |dir: PathBuf| dir.file_name().unwrap().to_str().unwrap().to_owned();
+    models.map(name).collect()
+}
+
 #[test]
 fn every_family_gives_the_logits_of_transformers() {
-    for family in ["llama", "mistral", "qwen2", "llama3"] {
-        let golden = Golden::read(&format!("golden/families/{family}/logits.safetensors"));
-        let worst = golden.worst(&root(&format!("golden/families/{family}")));
-        assert!(worst < TOLERANCE, "{family}: largest difference {worst}");
+    let mut types = std::collections::BTreeSet::new();
+    for fixture in fixtures() {
+        let dir = format!("golden/families/{fixture}");
+        let golden = Golden::read(&format!("{dir}/logits.safetensors"));
+        let worst = golden.worst(&root(&dir));
+        assert!(worst < TOLERANCE, "{fixture}: largest difference {worst}");
+        let config: Value = read_json(&root(&dir).join("config.json")).unwrap();
+        types.insert(config["model_type"].as_str().unwrap().to_owned());
+    }
+    let families = FAMILIES.iter().map(|family| family.model_type);
+    assert!(types.iter().map(String::as_str).eq(families), "{types:?}");
+}
+
+#[test]
+fn every_family_continues_as_transformers_does() {
+    for fixture in fixtures() {
+        let dir = root(&format!("golden/families/{fixture}"));
+        let golden: Value = read_json(&dir.join("greedy.json")).unwrap();
+        let ids = |key: &str| serde_json::from_value::<Vec<u32>>(golden[key].clone()).unwrap();
+        let (mut context, tokens) = (ids("prompt"), ids("tokens"));
+        let model = Model::<Cpu>::open(&dir, &Default::default()).unwrap();
+        let mut decoder = Decoder::load(&model).unwrap();
+        for (step, &token) in tokens.iter().enumerate() {
+            let logits = decoder.next_logits(&context).unwrap();
+            let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
+            assert_eq!(best, Some(token as usize), "{fixture}, token {step}");
+            context.push(token);
+        }
     }
 }
 
@@ -182,9 +214,11 @@ fn the_tap_shows_what_the_linears_receive() {
     let windows = windows();
     let before = model.embed(&windows, 2, DType::F32).unwrap().remove(0);
     let block = model.block(0).unwrap();
-    let product = |p: Projection, x: &Tensor<Cpu, 2>| {
-        x.clone()
-            .matmul(block.linear(p).weight.dense(DType::F32).transpose())
+    let product = |name: &str, x: &Tensor<Cpu, 2>| {
+        let mut linears = block.spec().linears().iter();
+        let at = linears.position(|linear| linear.name.ends_with(name));
+        let weight = block.linear(at.unwrap()).weight.dense(DType::F32);
+        x.clone().matmul(weight.transpose())
     };
     let close = |a: Tensor<Cpu, 2>, b: Tensor<Cpu, 2>| {
         let (size, error) = (
@@ -195,29 +229,29 @@ fn the_tap_shows_what_the_linears_receive() {
     };
 
     // The first token of a window attends to itself alone: its activation is its value.
-    let x = block.input(Stage::Qkv, &before);
-    let after_qkv = block.advance(Stage::Qkv, before.clone());
-    let value = product(Projection::V, &x).slice(s![0..1]); // two key heads of 64
+    let x = block.input(0, &before);
+    let after_qkv = block.advance(0..1, before.clone());
+    let value = product("v_proj", &x).slice(s![0..1]); // two key heads of 64
     let heads = [0, 0, 1, 1].map(|kv| value.clone().slice([0..1, kv * 64..kv * 64 + 64]));
-    let x = block.input(Stage::AttentionOut, &after_qkv);
+    let x = block.input(1, &after_qkv);
     close(x.clone().slice(s![0..1]), Tensor::cat(heads.to_vec(), 1));
 
-    let after_o = block.advance(Stage::AttentionOut, after_qkv.clone());
+    let after_o = block.advance(1..2, after_qkv.clone());
     close(
         after_o.residual.clone() - after_qkv.residual,
-        product(Projection::O, &x),
+        product("o_proj", &x),
     );
 
-    let x = block.input(Stage::GateUp, &after_o);
-    let after_gate = block.advance(Stage::GateUp, after_o.clone());
-    let (gate, up) = (product(Projection::Gate, &x), product(Projection::Up, &x));
-    let x = block.input(Stage::Down, &after_gate);
+    let x = block.input(2, &after_o);
+    let after_gate = block.advance(2..3, after_o.clone());
+    let (gate, up) = (product("gate_proj", &x), product("up_proj", &x));
+    let x = block.input(3, &after_gate);
     close(x.clone(), burn::tensor::activation::silu(gate) * up);
 
-    let after = block.advance(Stage::Down, after_gate);
+    let after = block.advance(3..4, after_gate);
     close(
         after.residual.clone() - after_o.residual,
-        product(Projection::Down, &x),
+        product("down_proj", &x),
     );
     close(after.residual, block.forward(before).residual);
 }

@@ -7,7 +7,6 @@ use gptq_format::{Bits, CheckpointFormat, Client, Dynamic, GroupSize, QuantizeCo
 use serde_json::json;
 
 use super::*;
-use gptq_model::Projection;
 
 fn tiny() -> ModelConfig {
     ModelConfig::from_json(json!({
@@ -204,12 +203,13 @@ fn overrides_change_or_skip_the_modules_they_match() {
     assert!(branch.module("model.layers.1.self_attn.k_proj").is_some());
     // Readers are told the same, in their own notation, in whatever order they read it.
     let written = branch.quantize_config("m", &plan.config);
-    for (module, ..) in branch.quantised_modules(&plan.config) {
-        let ours = branch.module(&module).map(|s| (s.bits, s.group_size));
-        assert_eq!(written.module(&module).unwrap(), ours, "{module}");
+    for linear in branch.planned_linears(&plan.config) {
+        let (module, ours) = (&linear.module, linear.settings);
+        let ours = Some((ours.bits, ours.group_size));
+        assert_eq!(written.module(module).unwrap(), ours, "{module}");
     }
-    for at in 0..plan.config.layers {
-        for module in Projection::ALL.map(|projection| projection.module(at)) {
+    for (at, block) in plan.config.blocks().iter().enumerate() {
+        for module in block.linears().iter().map(|linear| linear.module(at)) {
             let alone = |(pattern, own): (&String, &Dynamic)| QuantizeConfig {
                 dynamic: Some([(pattern.clone(), own.clone())].into()),
                 ..written.clone()
@@ -528,10 +528,8 @@ fn windows_longer_than_the_sliding_window_are_refused_at_their_place() {
              [output]\ndir = \"out\"\n[evaluation]\ntext = \"e.json\"\n{evaluation}\n\
              [[branch]]\nname = \"a\"\nbits = 4\n"
         );
-        let config = ModelConfig {
-            sliding_window: Some(512),
-            ..tiny()
-        };
+        let mut config = tiny();
+        config.sliding_window = Some(512);
         let recipe = Recipe::parse(Path::new("r.toml"), text).unwrap();
         Plan::for_config(&recipe, config).map_err(|e| e.to_string())
     };

@@ -1,0 +1,23 @@
+//! Mistral: Llama's block without biases, over a sliding window.
+
+use super::{Family, Keys, parts};
+use crate::config::SlidingWindow;
+use crate::{BlockBuilder, BlockSpec, ModelConfig};
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "mistral",
+    defaults: &[
+        ("max_position_embeddings", 131_072),
+        ("num_key_value_heads", 8),
+        ("sliding_window", 4096),
+    ],
+    sliding_window: SlidingWindow::Always,
+    block,
+};
+
+fn block(config: &ModelConfig, _keys: &Keys<'_>, _layer: usize) -> Result<BlockSpec, String> {
+    let mut block = BlockBuilder::new(config.hidden_size);
+    parts::attention(&mut block, config, false, false);
+    parts::feed_forward(&mut block, config, false);
+    Ok(block.build())
+}

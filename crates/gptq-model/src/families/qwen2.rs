@@ -1,0 +1,24 @@
+//! Qwen2: Llama's block with biases on queries, keys and values.
+
+use super::{Family, Keys, parts};
+use crate::config::SlidingWindow;
+use crate::{BlockBuilder, BlockSpec, ModelConfig};
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "qwen2",
+    defaults: &[
+        ("max_position_embeddings", 32_768),
+        ("num_key_value_heads", 32),
+        ("sliding_window", 4096),
+        ("max_window_layers", 28),
+    ],
+    sliding_window: SlidingWindow::Switched,
+    block,
+};
+
+fn block(config: &ModelConfig, _keys: &Keys<'_>, _layer: usize) -> Result<BlockSpec, String> {
+    let mut block = BlockBuilder::new(config.hidden_size);
+    parts::attention(&mut block, config, true, false);
+    parts::feed_forward(&mut block, config, false);
+    Ok(block.build())
+}
