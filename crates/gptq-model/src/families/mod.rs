@@ -7,6 +7,7 @@ mod llama;
 mod mistral;
 mod parts;
 mod qwen2;
+mod qwen3;
 
 use serde_json::{Map, Value};
 
@@ -14,7 +15,8 @@ use crate::config::SlidingWindow;
 use crate::{BlockSpec, ModelConfig};
 
 /// Model types this crate runs.
-pub(crate) const FAMILIES: &[Family] = &[llama::FAMILY, mistral::FAMILY, qwen2::FAMILY];
+pub(crate) const FAMILIES: &[Family] =
+    &[llama::FAMILY, mistral::FAMILY, qwen2::FAMILY, qwen3::FAMILY];
 
 /// A `model_type`.
 pub(crate) struct Family {
