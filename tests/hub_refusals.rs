@@ -197,33 +197,15 @@ fn what_a_repository_lacks_is_said_with_what_to_name_instead() {
 }
 
 #[test]
-fn a_download_that_another_process_is_at_is_left_to_it() {
-    let (scratch, hub) = (Scratch::new(), hub());
-    hub.fail("cdn", 1, Wrong::Cut(1000));
-    hub.fail("cdn", 100, Wrong::Cut(0));
-    refused(quantize(&scratch, &hub));
-    hub.heal();
-    let blobs = scratch.path("hf/hub/models--medi--tiny/blobs");
-    let begun = fs::read_dir(&blobs).unwrap().map(|e| e.unwrap().path());
-    let mut begun = begun.filter(|path| path.extension().is_some_and(|e| e == "incomplete"));
-    let path = begun.next().expect("the weights are begun");
-    let held = fs::File::open(&path).unwrap();
-    held.lock().unwrap();
-    let line = refused(quantize(&scratch, &hub));
-    assert!(line.contains("another process; wait for it"), "{line}");
-    drop(held);
-    succeeded(quantize(&scratch, &hub));
-}
-
-#[test]
 fn what_cannot_be_a_token_is_not_sent() {
     let (scratch, hub) = (Scratch::new(), hub());
     let recipe = scratch.recipe(Path::new(MODEL), ONE);
-    let mut command = command(["quantize", recipe.to_str().unwrap()]);
-    command.env("HF_HOME", scratch.path("hf"));
-    let line = refused(silent(&mut command, &hub.url(), "two words"));
-    assert!(line.contains("HF_TOKEN is not a token"), "{line}");
-    assert!(!line.contains("two words"), "{line}");
+    for (token, why) in [("two words", "a blank"), ("hf_\u{e9}t\u{e9}", "not ASCII")] {
+        let mut command = command(["quantize", recipe.to_str().unwrap()]);
+        command.env("HF_HOME", scratch.path("hf"));
+        let line = refused(silent(&mut command, &hub.url(), token));
+        assert!(line.contains("HF_TOKEN") && line.contains(why), "{line}");
+    }
     assert_eq!(hub.requests(), Vec::<String>::new());
 }
 

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use gptq_hub::{DataFiles, Hub, HubSettings, RepoId, STALL};
 
-use crate::harness::{Scratch, command, succeeded};
+use crate::harness::{Scratch, command, refused, succeeded};
 use crate::hub::{MODEL, ONE, hub};
 use crate::hub_server::HubServer;
 
@@ -110,4 +110,61 @@ fn the_cache_is_where_the_environment_says() {
     succeeded(plan.env("HF_HUB_CACHE", &cache).output().unwrap());
     assert!(cache.join("models--medi--tiny/refs/main").is_file());
     assert!(!scratch.path("hf").exists(), "HF_HOME is for the rest");
+}
+
+#[test]
+fn blanks_and_line_breaks_around_values_do_not_count() {
+    let (scratch, hub) = (Scratch::new(), hub());
+    let cache = scratch.path("hf");
+    let padded = |value: &str| format!(" {value}\r\n");
+    let mut plan = plan(&scratch, &hub);
+    plan.env("HF_ENDPOINT", padded(&hub.url()))
+        .env("HF_HOME", padded(cache.to_str().unwrap()))
+        .env("HF_TOKEN", padded("hf_named"))
+        .env("HF_HUB_DOWNLOAD_TIMEOUT", padded("30"))
+        .env("HF_HUB_DISABLE_IMPLICIT_TOKEN", padded("off"))
+        .env("HF_HUB_OFFLINE", "\n")
+        .env("RUST_LOG", " \n");
+    let output = plan.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    succeeded(output);
+    assert!(
+        !stderr.contains("WARN") && !stderr.contains("ERROR"),
+        "{stderr}"
+    );
+    assert_eq!(token(&hub).as_deref(), Some("hf_named"));
+    assert!(cache.join("hub/models--medi--tiny/refs/main").is_file());
+
+    // On, in another spelling: nobody is asked.
+    succeeded(plan.env("HF_HUB_OFFLINE", "Yes\n").output().unwrap());
+    assert_eq!(hub.requests(), Vec::<String>::new());
+    let elsewhere = scratch.path("elsewhere");
+    plan.env("HF_HUB_OFFLINE", "0")
+        .env("HF_HUB_CACHE", format!("{}\n", elsewhere.display()));
+    succeeded(plan.output().unwrap());
+    assert!(elsewhere.join("models--medi--tiny/refs/main").is_file());
+
+    fs::write(scratch.path("saved"), "hf_saved").unwrap();
+    let file = format!("{}\n", scratch.path("saved").display());
+    hub.requests();
+    plan.env("HF_TOKEN", "\n").env("HF_TOKEN_PATH", file);
+    succeeded(plan.output().unwrap());
+    assert_eq!(token(&hub).as_deref(), Some("hf_saved"));
+}
+
+#[test]
+fn a_value_that_its_variable_cannot_have_is_refused_by_name() {
+    let (scratch, hub) = (Scratch::new(), hub());
+    for (name, value) in [
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "abc"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "10s"),
+        ("HF_HUB_OFFLINE", "y"),
+        ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "maybe"),
+        ("HF_ENDPOINT", "huggingface.co"),
+    ] {
+        let line = refused(plan(&scratch, &hub).env(name, value).output().unwrap());
+        let named = format!("{name} is \"{value}\"");
+        assert!(line.contains(&named) && line.contains("unset it"), "{line}");
+    }
+    assert_eq!(hub.requests(), Vec::<String>::new());
 }

@@ -8,7 +8,9 @@ use arrow::array::{RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, Schema};
 use serde_json::{Value, json};
 
-use crate::harness::{Scratch, gptq, medi_tiny, refuse, root, succeed};
+use crate::harness::{
+    Scratch, command, gptq, medi_tiny, refuse, refused, root, succeed, succeeded,
+};
 
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\n";
 const WIKIDOC: &str = "calibration/wikidoc/wikidoc_patient_information_1000.json";
@@ -203,4 +205,30 @@ fn a_recipe_that_says_two_things_of_a_row_is_refused_at_its_place() {
             "{line}"
         );
     }
+}
+
+#[test]
+fn text_on_its_way_to_tokens_is_kept_where_hidden_states_are() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), "[[branch]]\nname = \"a\"\nbits = 4\n");
+    let place = scratch.path("place");
+    fs::create_dir(&place).unwrap();
+    let run = |more: &[&str]| {
+        let flags = [
+            "quantize",
+            recipe.to_str().unwrap(),
+            "--device",
+            "cpu",
+            "--samples",
+            "2",
+        ];
+        let mut command = command(flags.iter().chain(more));
+        command.env("TMPDIR", "/nonexistent").output().unwrap()
+    };
+    let line = refused(run(&[]));
+    for words in ["/nonexistent: ", "TMPDIR", "--scratch"] {
+        assert!(line.contains(words), "{words}: {line}");
+    }
+    succeeded(run(&["--scratch", place.to_str().unwrap()]));
+    assert_eq!(fs::read_dir(&place).unwrap().count(), 0);
 }

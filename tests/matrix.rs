@@ -369,7 +369,7 @@ fn hidden_states_kept_on_the_host_or_on_disk_give_the_same_bytes() {
     };
     let everywhere = weights(&[]);
     assert!(everywhere == weights(&["--device-memory", "70MB"]));
-    // The least that the plan calls possible: every chunk on disk, where it leaves nothing.
+    // The least that the plan calls possible; what goes to the disk leaves nothing there.
     let plan = [
         "plan",
         recipe.to_str().unwrap(),

@@ -145,3 +145,114 @@ fn a_token_is_asked_for_and_one_that_may_not_write_is_said_so() {
     let line = refused(publish(&hub, Path::new("tests/models"), &[]));
     assert!(line.contains("no branch here"), "{line}");
 }
+
+/// The lines in which `output` warns.
+fn warnings(output: &Output) -> String {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let warnings = stderr.lines().filter(|line| line.contains("warning:"));
+    warnings.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn weights_that_gptq_did_not_publish_stay_unless_the_command_says_otherwise() {
+    let (scratch, hub) = (Scratch::new(), HubServer::start());
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    succeed(["quantize", recipe.to_str().unwrap()]);
+    let out = scratch.out();
+    let there = |revision: &str, name: &str| {
+        let files = hub.files("models", REPO, revision).unwrap();
+        files.get(name).cloned()
+    };
+    let posts = || {
+        let requests = hub.requests();
+        requests.iter().filter(|r| r.starts_with("POST")).count()
+    };
+    // A dense model of somebody's: two shards, and an index. Another program's report is not ours.
+    for (name, bytes) in [
+        ("model-00001-of-00002.safetensors", &b"one"[..]),
+        ("model-00002-of-00002.safetensors", b"two"),
+        ("model.safetensors.index.json", b"{}"),
+        ("quantize_config.json", b"{\"bits\": 4}"),
+        ("report.json", b"{\"linears\": 3}"),
+    ] {
+        hub.put("models", REPO, "main", name, bytes);
+    }
+    for flags in [&["--unverified"][..], &["--unverified", "--dry-run"]] {
+        let line = refused(publish(&hub, &out, flags));
+        for words in [
+            "me/medi-GPTQ main",
+            "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors",
+            "check --repo",
+            "--delete",
+        ] {
+            assert!(line.contains(words), "{words}: {line}");
+        }
+        assert_eq!(posts(), 0, "nothing is sent");
+    }
+
+    // A branch beside it takes nothing away: main keeps what the branch begins as a copy of.
+    let only = out.join("8bit");
+    let one = scratch.path("one");
+    fs::create_dir(&one).unwrap();
+    fs::rename(&only, one.join("8bit")).unwrap();
+    let output = publish(&hub, &one, &["--unverified"]);
+    let said = warnings(&output);
+    succeeded(output);
+    assert!(
+        said.contains("8bit: deletes model-00001-of-00002.safetensors"),
+        "{said}"
+    );
+    assert!(
+        said.contains("main, which it begins as a copy of, keeps them"),
+        "{said}"
+    );
+    let shard = "model-00001-of-00002.safetensors";
+    assert_eq!(there("main", shard).as_deref(), Some(&b"one"[..]));
+    assert_eq!(there("8bit", shard), None);
+
+    // With the flag, and said before it is done.
+    posts();
+    let output = publish(&hub, &out, &["--unverified", "--delete", "--dry-run"]);
+    let said = warnings(&output);
+    succeeded(output);
+    assert!(said.contains("main: would delete model-00001"), "{said}");
+    assert_eq!(posts(), 0);
+    let output = publish(&hub, &out, &["--unverified", "--delete"]);
+    let said = warnings(&output);
+    succeeded(output);
+    assert!(said.contains("main: deletes model-00001"), "{said}");
+    assert!(said.contains("which gptq did not publish"), "{said}");
+    assert_eq!(there("main", shard), None);
+
+    // From now on it is gptq's: what an earlier version of the branch left goes without a flag, and is said.
+    hub.put("models", REPO, "main", shard, b"of an earlier upload");
+    fs::write(out.join("main/notes.txt"), "new").unwrap();
+    let output = publish(&hub, &out, &["--unverified", "--json"]);
+    let said = warnings(&output);
+    let record: serde_json::Value = serde_json::from_str(&succeeded(output)).unwrap();
+    assert_eq!(record["branches"][0]["delete"][0], shard);
+    assert!(said.contains(&format!("main: deletes {shard}")), "{said}");
+    assert_eq!(there("main", shard), None);
+    assert!(there("main", "model.safetensors").is_some());
+}
+
+#[test]
+fn a_dense_model_of_one_file_is_not_replaced_without_being_asked_for() {
+    let (scratch, hub) = (Scratch::new(), HubServer::start());
+    let recipe = scratch.recipe(&medi_tiny(), TWO);
+    succeed(["quantize", recipe.to_str().unwrap(), "--branch", "main"]);
+    let out = scratch.out();
+    hub.put("models", REPO, "main", "model.safetensors", b"dense");
+    let line = refused(publish(&hub, &out, &["--unverified"]));
+    assert!(line.contains("take model.safetensors away"), "{line}");
+    let there = || hub.files("models", REPO, "main").unwrap()["model.safetensors"].clone();
+    assert_eq!(there(), b"dense");
+    let output = publish(&hub, &out, &["--unverified", "--delete"]);
+    let said = warnings(&output);
+    succeeded(output);
+    assert!(said.contains("main: replaces model.safetensors"), "{said}");
+    assert!(there() != b"dense");
+    // Its own weights it replaces at any time.
+    fs::write(out.join("main/notes.txt"), "new").unwrap();
+    assert_eq!(warnings(&publish(&hub, &out, &["--unverified"])), "");
+}

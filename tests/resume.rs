@@ -17,6 +17,9 @@ pub(crate) const TWO: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 6
 /// A branch that compares its hidden states with the dense model's, beside one that does not.
 const BEST: &str = "[[branch]]\nname = \"a\"\nbits = 3\npreset = \"best\"\n\
                     [[branch]]\nname = \"b\"\nbits = 8\n";
+/// Hidden states of enough branches that a host without room leaves some of them to the disk.
+const FOUR: &str = "[[branch]]\nname = \"a\"\nbits = 3\npreset = \"best\"\n[[branch]]\nname = \"b\"\nbits = 8\n\
+                    [[branch]]\nname = \"c\"\nbits = 4\n[[branch]]\nname = \"d\"\nbits = 2\n";
 pub(crate) const QUICK: [&str; 6] = ["--device", "cpu", "--samples", "2", "--seq-len", "128"];
 const EVALUATION: &str = "tests/data/eval_wikidoc_40.json";
 /// Enough text for a run to be met under way.
@@ -205,7 +208,7 @@ fn a_run_goes_on_from_hidden_states_that_were_kept_and_goes_over_its_blocks_agai
 #[test]
 fn states_that_lie_on_the_disk_are_kept_and_gone_on_from_too() {
     let scratch = Scratch::new();
-    let recipe = scratch.recipe(&medi_tiny(), BEST);
+    let recipe = scratch.recipe(&medi_tiny(), FOUR);
     // Two chunks in each stream, and no host memory for any.
     let more = ["--device", "cpu", "--samples", "32"];
     let plan = [
@@ -214,10 +217,12 @@ fn states_that_lie_on_the_disk_are_kept_and_gone_on_from_too() {
     ]
     .concat();
     let plan: Value = serde_json::from_str(&succeed(plan)).unwrap();
-    let least = plan["memory"]["least_cpu"].to_string();
+    let memory = |key: &str| plan["memory"][key].as_u64().unwrap();
+    assert!(memory("least_cpu") < memory("cpu"), "all of them have room");
+    let least = memory("least_cpu").to_string();
     let run = |kill: bool| {
         let scratch = Scratch::new();
-        let (recipe, disk) = (scratch.recipe(&medi_tiny(), BEST), scratch.path("disk"));
+        let (recipe, disk) = (scratch.recipe(&medi_tiny(), FOUR), scratch.path("disk"));
         fs::create_dir(&disk).unwrap();
         let budget = ["--host-memory", &least, "--scratch", disk.to_str().unwrap()];
         let flags = [&more[..], &budget].concat();
@@ -325,7 +330,7 @@ fn an_unfinished_run_goes_on_by_its_directory_alone() {
 #[test]
 fn a_run_that_goes_on_keeps_its_states_where_it_is_told_to_from_here() {
     let scratch = Scratch::new();
-    let recipe = scratch.recipe(&medi_tiny(), BEST);
+    let recipe = scratch.recipe(&medi_tiny(), FOUR);
     // No host memory for any of the hidden states.
     let more = ["--device", "cpu", "--samples", "32"];
     let plan = [
@@ -336,7 +341,9 @@ fn a_run_that_goes_on_keeps_its_states_where_it_is_told_to_from_here() {
         "32",
     ];
     let plan: Value = serde_json::from_str(&succeed(plan)).unwrap();
-    let least = plan["memory"]["least_cpu"].to_string();
+    let memory = |key: &str| plan["memory"][key].as_u64().unwrap();
+    assert!(memory("least_cpu") < memory("cpu"), "all of them have room");
+    let least = memory("least_cpu").to_string();
     killed_after_a_block(&recipe, &scratch.out(), &more);
     fs::create_dir(scratch.path("disk")).unwrap();
     // It was begun in another directory, which has no such place.

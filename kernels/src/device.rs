@@ -9,7 +9,9 @@ use half::f16;
 use thiserror::Error;
 
 use crate::Engine;
-use crate::cuda::{MissingLibrary, device_count, missing_library, run_guarded};
+use crate::cuda::{
+    MissingLibrary, device_count, missing_library, open_kernels, run_guarded, seal_kernels,
+};
 
 /// The CPU backend: Burn's Flex, measured faster than NdArray in every operation (`crates/README.md`).
 pub type Cpu = burn_flex::Flex;
@@ -97,7 +99,11 @@ impl Device {
         match self {
             Device::Auto | Device::Cpu => Ok(work.run::<Cpu>(Default::default())),
             Device::Cuda(index) => {
-                run_guarded(self, || work.run::<Cuda>(burn_cuda::CudaDevice::new(index)))
+                open_kernels();
+                let done =
+                    run_guarded(self, || work.run::<Cuda>(burn_cuda::CudaDevice::new(index)))?;
+                seal_kernels();
+                Ok(done)
             }
         }
     }

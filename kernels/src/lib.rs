@@ -17,7 +17,7 @@ mod packed_weight;
 mod solve_types;
 
 pub use attention::append;
-pub use cuda::keep_kernels;
+pub use cuda::{install_panic_hook, keep_kernels};
 pub use device::{Cpu, Cuda, Device, DeviceError, Work};
 pub use engine::{Engine, map_lanes};
 pub use finite::NotFinite;

@@ -178,15 +178,24 @@ fn kernels(args: &BenchArgs) -> anyhow::Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
+/// A path as a string of TOML.
+fn quoted(path: &Path) -> toml::Value {
+    toml::Value::String(path.display().to_string())
+}
+
 fn recipe(args: &BenchArgs, case: &Case) -> String {
     let calibration = args.calibration.clone().unwrap_or_else(|| {
         root().join("calibration/wikidoc/wikidoc_patient_information_1000.json")
     });
     let mut recipe = format!(
-        "[model]\nsource = {:?}\n\n[calibration]\nsource = {:?}\ntemplate = \"{{input}}\\n{{output}}\"\n\
-         samples = {}\nseq_len = {}\nsampling = \"random-windows\"\n\n[output]\ndir = {:?}\n\n\
+        "[model]\nsource = {}\n\n[calibration]\nsource = {}\ntemplate = \"{{input}}\\n{{output}}\"\n\
+         samples = {}\nseq_len = {}\nsampling = \"random-windows\"\n\n[output]\ndir = {}\n\n\
          [defaults]\ndesc_act = true\nsym = true\ndamp_percent = 0.1\ntrue_sequential = true\n",
-        args.model, calibration, args.samples, args.seq_len, args.output
+        quoted(&args.model),
+        quoted(&calibration),
+        args.samples,
+        args.seq_len,
+        quoted(&args.output)
     );
     if case.dense {
         recipe.insert_str(0, "propagate = \"dense\"\n\n");

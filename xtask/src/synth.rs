@@ -100,7 +100,7 @@ pub(crate) fn run(
     for batch in specs.chunks(BATCH) {
         let made: Vec<Vec<f16>> = batch.par_iter().map(values).collect();
         for (spec, values) in batch.iter().zip(made) {
-            writer.write(&spec.name, &le_bytes(&values))?;
+            writer.write(&spec.name, le_bytes(&values))?;
         }
         // So that little is left to wait for at the end.
         writer.sync()?;

@@ -21,7 +21,11 @@ pub enum CalibrationError {
         path.display()
     )]
     UnknownFormat { path: PathBuf },
-    #[error("tokens cannot be kept in the temporary directory (TMPDIR): {source}")]
+    #[error(
+        "{}: text on its way cannot be kept there: {source}; set TMPDIR, or a run's --scratch, to a directory that has \
+         room",
+        tempfile::env::temp_dir().display()
+    )]
     Scratch { source: std::io::Error },
     #[error(
         "row {row} has no column {column:?}; its columns are {}; choose with template, column, \

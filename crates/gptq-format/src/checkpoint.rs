@@ -1,7 +1,6 @@
 //! Lazy reading of a checkpoint, safetensors or PyTorch files, single or sharded: files are mapped,
 //! their directories are checked, and a tensor's bytes are touched only when it is asked for.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -13,9 +12,11 @@ use safetensors::Dtype;
 use crate::mapped_file::MappedFile;
 use crate::weight_files::{Container, WeightFiles, map};
 use crate::{
-    FormatError, Half, PackedLinear, QuantizeConfig, TensorView, le_bytes, safetensors_file,
-    torch_file,
+    FormatError, Half, PackedLinear, QuantizeConfig, TensorView, safetensors_file, torch_file,
 };
+
+/// Elements of a large tensor that are converted at a time on their way to a device or into a file.
+pub const TABLE_PIECE: usize = 1 << 21;
 
 /// A mapped checkpoint directory.
 pub struct Checkpoint {
@@ -201,24 +202,42 @@ impl Checkpoint {
         read
     }
 
-    /// As [`Checkpoint::halves_into`], in little-endian bytes: those of the file where it holds them so,
-    /// to be given back ([`Checkpoint::give_back`]).
+    /// As [`Checkpoint::halves_into`], `step` elements at a time and in order, each handed to `take` with the index
+    /// of its first: a table of any size is read without being in memory. Pages of the file go as they are read.
     ///
     /// # Errors
-    /// As [`Checkpoint::halves_into`].
-    pub fn half_bytes(
+    /// As [`Checkpoint::halves_into`], and what `take` says.
+    pub fn half_pieces<E: From<FormatError>>(
         &self,
         half: Half,
         name: &str,
         shape: &[usize],
-    ) -> Result<Cow<'_, [u8]>, FormatError> {
-        let values = self.halves(half, name, shape)?;
-        Ok(match self.tensors.get(name) {
-            Some((shard, place)) if place.dtype == half.dtype() && place.strides.is_none() => {
-                Cow::Borrowed(self.bytes(*shard, place))
+        step: usize,
+        mut take: impl FnMut(usize, &[u16]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let view = self.shaped(name, shape)?;
+        let size = view.dtype.bitsize() / 8;
+        let rows = self.tensors.get(name).filter(|_| view.strides.is_none());
+        let read = view.each_halves(half, step, |first, piece: &[u16]| {
+            let taken = take(first, piece);
+            if let Some((shard, place)) = rows
+                && let Some(file) = self.shards.get(*shard)
+            {
+                let start = place.bytes.start + first * size;
+                file.give_back(start..start + piece.len() * size);
             }
-            _ => Cow::Owned(le_bytes(&values).into_owned()),
-        })
+            taken
+        });
+        self.give_back(name);
+        read
+    }
+
+    /// Whether a floating-point tensor is all there and can be taken as `half`.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::halves_into`].
+    pub fn check_halves(&self, half: Half, name: &str, shape: &[usize]) -> Result<(), FormatError> {
+        self.half_pieces(half, name, shape, TABLE_PIECE, |_, _| Ok(()))
     }
 
     /// A floating-point tensor as f16, row-major.

@@ -23,10 +23,10 @@ impl LinearDigests {
     /// Of a linear as it is written.
     pub fn of(linear: &PackedLinear) -> Self {
         LinearDigests {
-            qweight: sha256(&le_bytes(&linear.qweight)),
-            qzeros: sha256(&le_bytes(&linear.qzeros)),
-            scales: sha256(&le_bytes(&linear.scales)),
-            g_idx: sha256(&le_bytes(&linear.g_idx)),
+            qweight: sha256(le_bytes(&linear.qweight)),
+            qzeros: sha256(le_bytes(&linear.qzeros)),
+            scales: sha256(le_bytes(&linear.scales)),
+            g_idx: sha256(le_bytes(&linear.g_idx)),
         }
     }
 }
@@ -91,7 +91,7 @@ mod tests {
         // The example of FIPS 180-4.
         let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         assert_eq!(sha256(b"abc"), abc);
-        assert_eq!(sha256(&le_bytes(&[0x6463_6261_i32])), sha256(b"abcd"));
+        assert_eq!(sha256(le_bytes(&[0x6463_6261_i32])), sha256(b"abcd"));
     }
 
     #[test]

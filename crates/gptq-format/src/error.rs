@@ -131,8 +131,17 @@ pub enum FormatError {
         "tensor {name} was not in the writer's plan, or was written twice, or has a wrong length"
     )]
     UnplannedWrite { name: String },
-    #[error("{missing} planned tensor(s) were never written, the first is {first}")]
-    Unwritten { missing: usize, first: String },
+    #[error(
+        "{}: {} in it: the base model's weight files lack it, or its config.json asks for what they do not hold; \
+         compare the two with gptq inspect",
+        dir.display(),
+        lacking(*missing, first)
+    )]
+    Unwritten {
+        dir: PathBuf,
+        missing: usize,
+        first: String,
+    },
 }
 
 impl FormatError {
@@ -145,6 +154,16 @@ impl FormatError {
             }
             _ => FormatError::Io { path, source },
         }
+    }
+}
+
+fn lacking(missing: usize, first: &str) -> String {
+    match missing {
+        1 => format!("tensor {first} belongs into this branch, and nothing put it"),
+        n => format!(
+            "tensor {first} and {} more belong into this branch, and nothing put them",
+            n - 1
+        ),
     }
 }
 

@@ -45,7 +45,7 @@ mod writer;
 
 pub use bits::{Bits, GroupSize};
 pub use branch_dirs::branch_dirs;
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, TABLE_PIECE};
 pub use clients::{Client, Support, client_support};
 pub use digests::{FileDigest, LinearDigests, hexadecimal, sha256, sha256_file};
 pub use error::FormatError;
@@ -54,11 +54,12 @@ pub use inspect::{
     ClientInfo, FileInfo, Inspection, LinearInfo, SharedSettings, TensorInfo, files,
 };
 pub use linear_shape::LinearShape;
+pub use mapped_file::install_sigbus_handler;
 pub use output_lock::OutputLock;
 pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
 pub use quantize_config::{CheckpointFormat, Dynamic, QuantizeConfig};
 pub use quantized::{PackedLinear, QuantizedLinear};
-pub use side_files::{SIDE_FILES, copy_side_files, read_json, side_file, write_json};
+pub use side_files::{MAX_JSON, SIDE_FILES, copy_side_files, read_json, side_file, write_json};
 pub use staged_dir::StagedDir;
 pub use tensor_view::TensorView;
 pub use write_file::write_file;

@@ -40,8 +40,6 @@ impl MappedFile {
     /// # Errors
     /// It cannot be read.
     pub(crate) fn open(path: &Path) -> Result<Self, FormatError> {
-        static HANDLER: Once = Once::new();
-        HANDLER.call_once(install);
         let file = File::open(path).map_err(FormatError::io(path))?;
         // SAFETY: the map is read-only and private to this value. That another process writes to the
         // file while it is mapped cannot be kept out, as in every program that maps checkpoints; if it
@@ -158,7 +156,15 @@ impl Drop for Watch {
 /// Who handled the signal before.
 static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
-/// Takes the signal over. Where that fails, all stays as it was.
+/// Installs the handler of SIGBUS described in `mapped_file.rs`: it ends the **process** when a mapped weight
+/// file became shorter while it was read. For programs, at their start; a library has no business with its
+/// host's signals, so nothing here calls it. Where it cannot be installed, all stays as it was; a second call
+/// does nothing.
+pub fn install_sigbus_handler() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(install);
+}
+
 fn install() {
     let mut before = MaybeUninit::uninit();
     // SAFETY: reads the action into memory of its type; zeroes are an action, the default; the handler

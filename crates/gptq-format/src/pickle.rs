@@ -306,16 +306,14 @@ impl<'a> Machine<'a> {
                 let elements = self.kept.get(start as usize..end as usize);
                 elements.ok_or_else(|| LOST.into())
             }
-            other => Err(format!(
-                "its pickle has {other:?} where a tuple is expected"
-            )),
+            other => Err(format!("its pickle has {other} where a tuple is expected")),
         }
     }
 
     fn expect_list(&self) -> Step {
         match self.top()? {
             Value::List => Ok(()),
-            other => Err(format!("its pickle appends to {other:?}")),
+            other => Err(format!("its pickle appends to {other}")),
         }
     }
 
@@ -390,7 +388,7 @@ impl<'a> Machine<'a> {
     fn call(&mut self) -> Step {
         let (arguments, callee) = (self.pop()?, self.pop()?);
         let Value::Global(callee) = callee else {
-            return Err(format!("its pickle calls {callee:?}"));
+            return Err(format!("its pickle calls {callee}"));
         };
         let arguments = self.tuple_of(arguments)?;
         match (callee, arguments) {
@@ -426,7 +424,10 @@ impl<'a> Machine<'a> {
             | (Global::RebuildParameterWithState, &[tensor @ Value::Tensor(_), _, _, _]) => {
                 self.push(tensor)
             }
-            (callee, _) => Err(format!("its pickle calls {callee:?} with other arguments")),
+            (callee, _) => {
+                let callee = Value::Global(callee);
+                Err(format!("its pickle calls {callee} with other arguments"))
+            }
         }
     }
 
@@ -442,7 +443,7 @@ impl<'a> Machine<'a> {
             .iter()
             .map(|value| match value {
                 Value::Int(n) => size(*n),
-                other => Err(format!("its pickle has {other:?} for a size")),
+                other => Err(format!("its pickle has {other} for a size")),
             })
             .collect()
     }
@@ -452,7 +453,7 @@ impl<'a> Machine<'a> {
         self.pop()?;
         match self.top()? {
             Value::Dict(_) => Ok(()),
-            other => Err(format!("its pickle sets the state of {other:?}")),
+            other => Err(format!("its pickle sets the state of {other}")),
         }
     }
 
@@ -469,7 +470,7 @@ impl<'a> Machine<'a> {
                 }
                 // A number or a list beside the weights.
                 (Value::Text(_), _) => {}
-                (key, _) => return Err(format!("its dict has the key {key:?}, which is no text")),
+                (key, _) => return Err(format!("its dict has {key} for a key, which is no text")),
             }
         }
         match state.is_empty() {

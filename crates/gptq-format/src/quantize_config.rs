@@ -134,20 +134,29 @@ impl QuantizeConfig {
                 reason: format!("quant_method is {:?}, not \"gptq\"", config.quant_method),
             });
         }
-        let patterns = config.dynamic.iter().flatten();
-        if patterns.clone().count() > MAX_PATTERNS
-            || patterns
-                .into_iter()
-                .any(|(pattern, _)| pattern.len() > MAX_PATTERN)
-        {
-            return Err(FormatError::Malformed {
-                path,
-                reason: format!(
-                    "dynamic has over {MAX_PATTERNS} patterns, or one of over {MAX_PATTERN} bytes"
-                ),
-            });
+        if let Err(reason) = config.check_patterns() {
+            return Err(FormatError::Malformed { path, reason });
         }
         Ok(Some(config))
+    }
+
+    /// Whether there are no more patterns in `dynamic`, and none longer, than readers of this crate take. For whoever
+    /// writes them, too.
+    ///
+    /// # Errors
+    /// There are; in half a line.
+    pub fn check_patterns(&self) -> Result<(), String> {
+        let patterns = || self.dynamic.iter().flatten();
+        let (count, longest) = (
+            patterns().count(),
+            patterns().map(|(pattern, _)| pattern.len()).max(),
+        );
+        if count > MAX_PATTERNS || longest > Some(MAX_PATTERN) {
+            return Err(format!(
+                "dynamic has over {MAX_PATTERNS} patterns, or one of over {MAX_PATTERN} bytes"
+            ));
+        }
+        Ok(())
     }
 
     /// The bits and group size of one module, or `None` when it is left in full precision.

@@ -28,7 +28,7 @@ pub const SIDE_FILES: [&str; 12] = [
 
 /// Most bytes of a JSON file that is read: parsed, it may take twenty times as much memory. The index of a
 /// model of a trillion parameters has about 10 MB.
-const MAX_JSON: u64 = 32 << 20;
+pub const MAX_JSON: u64 = 32 << 20;
 /// Most bytes of a file that goes along; the largest `tokenizer.json` in use have about 35 MB.
 const MAX_SIDE_FILE: u64 = 256 << 20;
 
@@ -45,12 +45,21 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FormatError> {
 }
 
 /// Writes a JSON file, indented, with a final newline, as [`write_file`] does.
+///
+/// # Errors
+/// One that [`read_json`] would not read for its size, and what [`write_file`] says.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), FormatError> {
     let mut text = serde_json::to_string_pretty(value).map_err(|source| FormatError::Json {
         path: path.into(),
         source,
     })?;
     text.push('\n');
+    if text.len() as u64 > MAX_JSON {
+        return Err(FormatError::Malformed {
+            path: path.into(),
+            reason: over(text.len() as u64, MAX_JSON),
+        });
+    }
     write_file(path, text.as_bytes())
 }
 
@@ -65,18 +74,21 @@ fn read_regular(path: &Path, limit: u64) -> Result<Vec<u8>, FormatError> {
     if !meta.is_file() {
         return Err(malformed("not a regular file; put one in its place".into()));
     }
-    let over = |length| format!("{length} bytes, over the limit of {limit} for such a file");
     if meta.len() > limit {
-        return Err(malformed(over(meta.len())));
+        return Err(malformed(over(meta.len(), limit)));
     }
     let mut bytes = Vec::new();
     File::open(path)
         .and_then(|file| file.take(limit + 1).read_to_end(&mut bytes))
         .map_err(FormatError::io(path))?;
     match bytes.len() as u64 > limit {
-        true => Err(malformed(over(limit + 1))),
+        true => Err(malformed(over(limit + 1, limit))),
         false => Ok(bytes),
     }
+}
+
+fn over(length: u64, limit: u64) -> String {
+    format!("{length} bytes, over the limit of {limit} for such a file")
 }
 
 /// The contents of one of the [`SIDE_FILES`] of `dir`; `None` where there is none. What it holds goes into
@@ -190,6 +202,23 @@ mod tests {
         fs::remove_file(snapshot.join("LICENSE")).unwrap();
         symlink("../../../blobs/key", snapshot.join("LICENSE")).unwrap();
         assert!(copy_side_files(&model, &to).is_err());
+    }
+
+    #[test]
+    fn json_that_could_not_be_read_back_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("report.json");
+        let largest = "x".repeat(MAX_JSON as usize - 3);
+        write_json(&path, &largest).unwrap();
+        assert_eq!(read_json::<String>(&path).unwrap(), largest);
+        let line = write_json(&path, &format!("{largest}x")).unwrap_err();
+        let line = line.to_string();
+        assert!(line.contains("33554433 bytes, over the limit"), "{line}");
+        assert_eq!(
+            read_json::<String>(&path).unwrap(),
+            largest,
+            "left as it was"
+        );
     }
 
     #[test]

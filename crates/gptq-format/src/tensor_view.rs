@@ -77,11 +77,44 @@ impl<'a> TensorView<'a> {
     pub fn halves_into(&self, half: Half, out: &mut [u16]) -> Result<(), FormatError> {
         assert_eq!(out.len(), self.elements(), "{}", self.name);
         let float = Float::of(self)?;
-        let flaws = out
-            .par_chunks_mut(PIECE)
+        self.verdict(half, self.stretch(float, half, 0, out))
+    }
+
+    /// The same, `step` elements at a time and in order, each handed to `take` with the index of its first: no
+    /// more of the tensor is in memory. Once there is something wrong, what is left is looked at and not handed
+    /// on.
+    ///
+    /// # Errors
+    /// As [`TensorView::halves_into`], and what `take` says.
+    pub(crate) fn each_halves<E: From<FormatError>>(
+        &self,
+        half: Half,
+        step: usize,
+        mut take: impl FnMut(usize, &[u16]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let float = Float::of(self)?;
+        let (total, step) = (self.elements(), step.max(1));
+        let mut buffer = vec![0; total.min(step)];
+        let mut flaws = Flaws::default();
+        for first in (0..total).step_by(step) {
+            let (out, _) = buffer.split_at_mut(step.min(total - first));
+            flaws = flaws.join(self.stretch(float, half, first, out));
+            if flaws.none() {
+                take(first, out)?;
+            }
+        }
+        Ok(self.verdict(half, flaws)?)
+    }
+
+    /// Elements from `first` on, by all threads.
+    fn stretch(&self, float: Float, half: Half, first: usize, out: &mut [u16]) -> Flaws {
+        out.par_chunks_mut(PIECE)
             .enumerate()
-            .map(|(piece, out)| self.piece(float, half, piece * PIECE, out))
-            .reduce(Flaws::default, Flaws::join);
+            .map(|(piece, out)| self.piece(float, half, first + piece * PIECE, out))
+            .reduce(Flaws::default, Flaws::join)
+    }
+
+    fn verdict(&self, half: Half, flaws: Flaws) -> Result<(), FormatError> {
         let name = || self.name.to_owned();
         match flaws {
             Flaws {
@@ -200,6 +233,10 @@ impl Float {
 }
 
 impl Flaws {
+    fn none(&self) -> bool {
+        self.non_finite.is_none() && self.overflow.is_none()
+    }
+
     fn join(self, other: Flaws) -> Flaws {
         let join = |a: Found, b: Found| match (a, b) {
             (Some((first, n)), Some((other, m))) => Some((first.min(other), n + m)),
@@ -334,6 +371,27 @@ mod tests {
                 ..
             })
         ));
+        for step in [1000, PIECE, n, 3 * n] {
+            let refused = tensor.each_halves(Half::F16, step, |_, _| Ok::<_, FormatError>(()));
+            assert!(matches!(
+                refused,
+                Err(FormatError::Overflow {
+                    first: 7,
+                    count: 3,
+                    ..
+                })
+            ));
+            let (mut pieces, mut whole) = (Vec::new(), vec![0; n]);
+            let take = |first, piece: &[u16]| {
+                assert_eq!(first, pieces.len());
+                assert!(piece.len() <= step);
+                pieces.extend_from_slice(piece);
+                Ok::<_, FormatError>(())
+            };
+            tensor.each_halves(Half::Bf16, step, take).unwrap();
+            tensor.halves_into(Half::Bf16, &mut whole).unwrap();
+            assert!(pieces == whole, "{step}");
+        }
         tensor.halves_into(Half::Bf16, &mut out).unwrap();
         assert_eq!(out[7], bf16::from_f32(7e4).to_bits());
         let mut bytes = bytes.clone();

@@ -1,7 +1,6 @@
 //! Writes safetensors files whose contents are known by name and shape beforehand: headers go out
 //! first, then each tensor at its place, in any order, so that no more than one tensor is in memory.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -14,30 +13,21 @@ use serde_json::json;
 use crate::{FormatError, write_json};
 
 /// A tensor's elements as a file holds them.
-pub fn le_bytes<T: LittleEndian>(values: &[T]) -> Cow<'_, [u8]> {
-    match cfg!(target_endian = "little") {
-        true => Cow::Borrowed(bytemuck::cast_slice(values)),
-        false => values.iter().flat_map(|&value| value.bytes()).collect(),
-    }
+pub fn le_bytes<T: LittleEndian>(values: &[T]) -> &[u8] {
+    bytemuck::cast_slice(values)
 }
 
-/// An element type with little-endian bytes.
-pub trait LittleEndian: bytemuck::NoUninit {
-    /// Its bytes, the lowest first.
-    fn bytes(self) -> impl Iterator<Item = u8>;
-}
+/// An element type that lies in memory as in files. In several places hidden states and weights go to disk as they
+/// lie, so nothing here would be right on a machine that keeps the highest byte first.
+pub trait LittleEndian: bytemuck::NoUninit {}
 
-macro_rules! little_endian {
-    ($($element:ty),*) => {$(
-        impl LittleEndian for $element {
-            fn bytes(self) -> impl Iterator<Item = u8> {
-                self.to_le_bytes().into_iter()
-            }
-        }
-    )*};
-}
+#[cfg(not(target_endian = "little"))]
+compile_error!("gptq reads and writes little-endian files as they lie in memory");
 
-little_endian!(u16, u32, i32, f16);
+impl LittleEndian for u16 {}
+impl LittleEndian for u32 {}
+impl LittleEndian for i32 {}
+impl LittleEndian for f16 {}
 
 /// A tensor to come.
 #[derive(Clone, Debug, PartialEq)]
@@ -161,17 +151,39 @@ impl ShardedWriter {
     /// Writes one tensor's little-endian bytes. Errors when it was not planned, was written before,
     /// or has another length.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
-        let place = self
-            .pending
-            .remove(name)
-            .filter(|place| place.bytes == bytes.len());
+        self.write_pieces(name, |put| put(bytes))
+    }
+
+    /// The same for a tensor that comes in pieces: `fill` hands them to what it is given, in order.
+    ///
+    /// # Errors
+    /// As [`ShardedWriter::write`], and what `fill` says.
+    pub fn write_pieces(
+        &mut self,
+        name: &str,
+        fill: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<(), FormatError>) -> Result<(), FormatError>,
+    ) -> Result<(), FormatError> {
+        let unplanned = || FormatError::UnplannedWrite { name: name.into() };
+        let place = self.pending.remove(name);
         let planned = place.and_then(|place| Some((self.shards.get_mut(place.shard)?, place)));
-        let (shard, place) =
-            planned.ok_or_else(|| FormatError::UnplannedWrite { name: name.into() })?;
+        let (shard, place) = planned.ok_or_else(unplanned)?;
         shard.unsynced = true;
-        (shard.file)
-            .write_all_at(bytes, place.offset)
-            .map_err(FormatError::io(&shard.path))
+        let (file, path) = (&shard.file, &shard.path);
+        let mut written = 0;
+        fill(&mut |bytes: &[u8]| {
+            if bytes.len() > place.bytes - written {
+                return Err(unplanned());
+            }
+            file.write_all_at(bytes, place.offset + written as u64)
+                .map_err(FormatError::io(path))?;
+            written += bytes.len();
+            Ok(())
+        })?;
+        if written == place.bytes {
+            Ok(())
+        } else {
+            Err(unplanned())
+        }
     }
 
     /// Waits until everything written so far is on the disk.
@@ -189,7 +201,9 @@ impl ShardedWriter {
     /// Syncs every file; errors when a planned tensor never came. Returns the bytes on disk.
     pub fn finish(self) -> Result<u64, FormatError> {
         if let Some(first) = self.pending.keys().next() {
+            let dir = self.shards.first().and_then(|shard| shard.path.parent());
             return Err(FormatError::Unwritten {
+                dir: dir.unwrap_or(Path::new("")).to_owned(),
                 missing: self.pending.len(),
                 first: first.clone(),
             });
@@ -357,6 +371,25 @@ mod tests {
     }
 
     #[test]
+    fn a_tensor_may_come_in_pieces_that_fill_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = ShardedWriter::create(dir.path(), &specs(), None).unwrap();
+        let two = |put: &mut dyn FnMut(&[u8]) -> Result<(), FormatError>| {
+            put(&[1; 4]).and_then(|()| put(&[2; 4]))
+        };
+        assert!(writer.write_pieces("a.scales", two).is_err(), "too long");
+        assert!(writer.write_pieces("a.qweight", two).is_err(), "too short");
+        let pieces = |put: &mut dyn FnMut(&[u8]) -> Result<(), FormatError>| {
+            put(&[1; 12]).and_then(|()| put(&[2; 4]))
+        };
+        writer.write_pieces("b.g_idx", pieces).unwrap();
+        drop(writer);
+        let file = std::fs::read(dir.path().join("model.safetensors")).unwrap();
+        let whole = [[1; 4], [1; 4], [1; 4], [2; 4]].concat();
+        assert!(file.windows(16).any(|window| window == whole));
+    }
+
+    #[test]
     fn missing_double_and_wrong_writes_are_errors() {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = ShardedWriter::create(dir.path(), &specs(), None).unwrap();
@@ -364,9 +397,14 @@ mod tests {
         assert!(writer.write("a.scales", &[0; 5]).is_err());
         writer.write("b.g_idx", &[0; 16]).unwrap();
         assert!(writer.write("b.g_idx", &[0; 16]).is_err());
-        assert!(matches!(
-            writer.finish(),
-            Err(FormatError::Unwritten { .. })
-        ));
+        let line = writer.finish().unwrap_err().to_string();
+        assert!(
+            line.contains("tensor a.qweight belongs into this branch"),
+            "{line}"
+        );
+        assert!(
+            line.contains("config.json") && !line.contains("(s)"),
+            "{line}"
+        );
     }
 }

@@ -6,6 +6,8 @@
 //!   snapshots/{commit}/{path}     links to them
 //!   refs/{revision}               the commit a branch or tag was last seen at
 //!   .gptq/{commit}.json           what the repository holds there; this crate's own
+//! .locks/models--owner--name/
+//!   {hash}.lock                   locked by whoever downloads or places the content of that name
 //! ```
 
 use std::fs;
@@ -24,13 +26,15 @@ use crate::repo::{Entry, Kind, RepoId, is_git_hash, is_plain};
 #[derive(Clone, Debug)]
 pub(crate) struct Cache {
     dir: PathBuf,
+    locks: PathBuf,
 }
 
 impl Cache {
     pub(crate) fn new(root: &Path, kind: Kind, id: &RepoId) -> Self {
-        let name = id.to_string().replace('/', "--");
+        let name = format!("{kind}s--{}", id.to_string().replace('/', "--"));
         Cache {
-            dir: root.join(format!("{kind}s--{name}")),
+            dir: root.join(&name),
+            locks: root.join(".locks").join(name),
         }
     }
 
@@ -40,6 +44,20 @@ impl Cache {
 
     pub(crate) fn blob(&self, name: &str) -> PathBuf {
         self.dir.join("blobs").join(name)
+    }
+
+    /// The lock of the content of this name, as `filelock` has it: `flock` of an empty file.
+    pub(crate) fn lock(&self, name: &str) -> PathBuf {
+        self.locks.join(format!("{name}.lock"))
+    }
+
+    /// Bytes of all contents, whole or on their way: grows while anybody downloads.
+    pub(crate) fn bytes(&self) -> u64 {
+        let blobs = fs::read_dir(self.dir.join("blobs"));
+        let blobs = blobs.into_iter().flatten().flatten();
+        blobs
+            .filter_map(|blob| Some(blob.metadata().ok()?.len()))
+            .sum()
     }
 
     /// The commit a revision was last seen at; a commit is itself.

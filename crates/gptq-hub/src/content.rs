@@ -34,7 +34,7 @@ impl ContentHasher {
         }
     }
 
-    pub(crate) fn update(&mut self, bytes: &[u8]) {
+    fn update(&mut self, bytes: &[u8]) {
         self.git.update(bytes);
         self.sha256.update(bytes);
     }

@@ -3,9 +3,9 @@
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt, stream};
 use hf_hub::HFError;
@@ -23,6 +23,9 @@ const PATIENCE: u32 = 4;
 
 /// The wait after the first break; it doubles with each.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
+
+/// How often a lock that another process has is looked at.
+const POLL: Duration = Duration::from_millis(100);
 
 /// How far a download is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,48 +124,42 @@ impl Download<'_> {
         self.cache.link(self.commit, entry, &blob)
     }
 
-    /// Downloads a content under a name of its own, and gives it its place once it is right.
+    /// Downloads a content under a name of its own, and gives it its place once the file on the disk is right.
     async fn download(&self, entry: &Entry) -> Result<String, HubError> {
-        // Git's name is known before the content is, and the content's own only after.
-        let path = self.cache.blob(&format!("{}.incomplete", entry.oid));
+        // Git's name is known before the content is. It is the content's own name but for a large file's, whose
+        // lock is taken when it is placed.
+        let _lock = self.lock(&entry.oid).await?;
+        if let Some(blob) = self.cache.find(entry) {
+            self.meter.add(entry.size as i64);
+            return Ok(blob);
+        }
+        // Other tools' names for parts of files are other ones.
+        let path = self.cache.blob(&format!("{}.gptq.incomplete", entry.oid));
         let io = HubError::io(path.clone());
         let open = || {
             parent(&path)?;
-            OpenOptions::new()
+            let mut file = OpenOptions::new()
                 .create(true)
                 .truncate(false)
                 .read(true)
                 .write(true)
-                .open(&path)
+                .open(&path)?;
+            let at = file.seek(SeekFrom::End(0))?;
+            Ok((file, at))
         };
-        let mut file = open().map_err(&io)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(HubError::Busy { path }),
-            Err(TryLockError::Error(source)) => return Err(io(source)),
-        }
-        let mut hasher = ContentHasher::new(entry.size);
-        let mut at = hasher.update_from(&mut file).map_err(&io)?;
+        let (mut file, mut at) = open().map_err(&io)?;
         self.meter.add(at as i64);
         let (mut resumed, mut restarted) = (false, false);
         loop {
             let streamed = self
-                .stream(
-                    entry,
-                    (&path, &mut file),
-                    &mut hasher,
-                    &mut at,
-                    &mut resumed,
-                )
+                .stream(entry, (&path, &mut file), &mut at, &mut resumed)
                 .await?;
             let wrong = match streamed {
                 true => {
-                    let finished = std::mem::replace(&mut hasher, ContentHasher::new(entry.size));
-                    match finished.matches(entry) {
+                    file.sync_all().map_err(&io)?;
+                    match self.hash(&path, entry).await?.matches(entry) {
                         Some(blob) => {
-                            file.sync_all().map_err(&io)?;
-                            let place = self.cache.blob(&blob);
-                            fs::rename(&path, &place).map_err(HubError::io(&place))?;
+                            self.settle(entry, &path, &blob).await?;
                             return Ok(blob);
                         }
                         None => Wrong::Hash,
@@ -172,7 +169,6 @@ impl Download<'_> {
             };
             self.meter.add(-(at as i64));
             at = 0;
-            hasher = ContentHasher::new(entry.size);
             file.set_len(0)
                 .and_then(|()| file.seek(SeekFrom::Start(0)))
                 .map_err(&io)?;
@@ -192,13 +188,69 @@ impl Download<'_> {
         }
     }
 
+    /// Hashes a file as it lies on the disk, while other downloads go on.
+    async fn hash(&self, path: &Path, entry: &Entry) -> Result<ContentHasher, HubError> {
+        let (file, mut hasher) = (path.to_owned(), ContentHasher::new(entry.size));
+        let hashed = tokio::task::spawn_blocking(move || {
+            hasher.update_from(&mut File::open(file)?)?;
+            Ok(hasher)
+        });
+        let hashed = hashed.await.unwrap_or_else(|e| Err(io::Error::other(e)));
+        hashed.map_err(HubError::io(path))
+    }
+
+    /// Gives a file that was checked its place, under the lock of its own name; where another process placed
+    /// the same content meanwhile, that one stays.
+    async fn settle(&self, entry: &Entry, path: &Path, blob: &str) -> Result<(), HubError> {
+        let _lock = match blob == entry.oid {
+            true => None,
+            false => self.lock(blob).await?,
+        };
+        let place = self.cache.blob(blob);
+        let there = fs::metadata(&place).is_ok_and(|meta| meta.len() == entry.size);
+        match there {
+            true => fs::remove_file(path).map_err(HubError::io(path)),
+            false => fs::rename(path, &place).map_err(HubError::io(&place)),
+        }
+    }
+
+    /// Locks the content of this name, as all tools that share the cache do; waits for whoever has the lock for
+    /// as long as the cache grows meanwhile. `None` on a file system without locks.
+    async fn lock(&self, name: &str) -> Result<Option<File>, HubError> {
+        let path = self.cache.lock(name);
+        let io = HubError::io(path.clone());
+        let (mut seen, mut since) = (self.cache.bytes(), Instant::now());
+        loop {
+            parent(&path).map_err(&io)?;
+            let mut options = OpenOptions::new();
+            options.create(true).truncate(false).write(true);
+            #[cfg(unix)]
+            std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o664);
+            let file = options.open(&path).map_err(&io)?;
+            match file.try_lock() {
+                // Some of them remove the file when they are done with it: then this is nobody's lock.
+                Ok(()) if is_at(&file, &path) => return Ok(Some(file)),
+                Ok(()) => continue,
+                Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(_)) => return Ok(None),
+            }
+            let bytes = self.cache.bytes();
+            if bytes != seen {
+                (seen, since) = (bytes, Instant::now());
+            }
+            if since.elapsed() >= self.repo.stall() {
+                return Err(HubError::Busy { path });
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
     /// Appends until all of the content is here; `false` if there is more of it than there should
     /// be. Goes on after a break, from where it was.
     async fn stream(
         &self,
         entry: &Entry,
         (path, file): (&Path, &mut File),
-        hasher: &mut ContentHasher,
         at: &mut u64,
         resumed: &mut bool,
     ) -> Result<bool, HubError> {
@@ -226,7 +278,6 @@ impl Download<'_> {
                             return Ok(false);
                         }
                         file.write_all(&chunk).map_err(HubError::io(path))?;
-                        hasher.update(&chunk);
                         *at += chunk.len() as u64;
                         self.meter.add(chunk.len() as i64);
                     }
@@ -254,4 +305,21 @@ impl Download<'_> {
         }
         Ok(*at <= entry.size)
     }
+}
+
+/// Whether a file is still the one of its name.
+#[cfg(unix)]
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let id = |meta: fs::Metadata| (meta.dev(), meta.ino());
+    match (file.metadata(), fs::metadata(path)) {
+        (Ok(file), Ok(there)) => id(file) == id(there),
+        _ => false,
+    }
+}
+
+/// Whether a file is still the one of its name: a file that is open cannot be removed here.
+#[cfg(not(unix))]
+fn is_at(_file: &File, _path: &Path) -> bool {
+    true
 }

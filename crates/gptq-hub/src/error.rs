@@ -113,15 +113,22 @@ pub enum HubError {
         path.display()
     )]
     Full { path: PathBuf },
-    #[error("{} is being downloaded by another process; wait for it", path.display())]
+    #[error(
+        "another process has the lock {} of a file that is wanted, and nothing came into the cache meanwhile; wait \
+         for it to end, then run again",
+        path.display()
+    )]
     Busy { path: PathBuf },
     #[error(
         "{id}: the server hands its files out by the Xet protocol alone, and that failed ({reason}); run \
          again, or download {id} with another tool and name its directory"
     )]
     Xet { id: String, reason: String },
-    #[error("HF_TOKEN is not a token")]
-    Token,
+    #[error(
+        "the token (HF_TOKEN, or the file of a login) is not one: {why}; set HF_TOKEN to the token alone, \
+         such as hf_..."
+    )]
+    Token { why: &'static str },
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
     #[error(transparent)]

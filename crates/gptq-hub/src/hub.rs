@@ -70,10 +70,8 @@ impl Hub {
             id: settings.endpoint.clone(),
             reason,
         };
-        let printable = |token: &str| token.bytes().all(|b| b.is_ascii_graphic());
         let token = match &settings.token {
-            Some(token) if token.is_empty() || !printable(token) => return Err(HubError::Token),
-            Some(token) => token,
+            Some(token) => check_token(token).map(|()| token.as_str())?,
             None => NO_TOKEN,
         };
         let client = HFClient::builder()
@@ -266,6 +264,22 @@ impl Hub {
             other => other,
         }
     }
+}
+
+/// Whether a token can stand in a header; what is wrong with it is said without any of it.
+fn check_token(token: &str) -> Result<(), HubError> {
+    let why = if token.is_empty() {
+        "it is empty"
+    } else if token.contains(|c: char| c.is_ascii_whitespace()) {
+        "there is a blank or a line break in it"
+    } else if !token.bytes().all(|b| b.is_ascii_graphic()) {
+        "there is a character in it that is not ASCII"
+    } else if token.contains(['"', '\'']) {
+        "there are quotation marks around it"
+    } else {
+        return Ok(());
+    };
+    Err(HubError::Token { why })
 }
 
 /// Of a model in the cache, all files; or what it lacks.

@@ -3,10 +3,13 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use futures::StreamExt;
+use gptq_format::MAX_JSON;
 use hf_hub::repository::{AddSource, CommitOperation, RepoTypeModel};
+use serde_json::Value;
 
 use crate::content::ContentHasher;
-use crate::repo::Entry;
+use crate::repo::{Entry, Repo};
 use crate::{Hub, HubError, Kind, RepoId};
 
 /// A file to be on the Hub.
@@ -29,8 +32,13 @@ pub struct Changes {
     pub upload: Vec<LocalFile>,
     /// Weights there that are not among the files here.
     pub delete: Vec<String>,
+    /// Weights there that files here of the same name take the place of.
+    pub replace: Vec<String>,
     /// Files that are the same.
     pub same: usize,
+    /// What is deleted or replaced is this program's own: it made the revision, or it makes it now, as a copy of
+    /// `main` which keeps what it holds.
+    pub own: bool,
 }
 
 impl LocalFile {
@@ -88,7 +96,8 @@ impl Hub {
         made.map(drop).map_err(|e| HubError::from_hub(e, context))
     }
 
-    /// What has to happen for `revision` to hold `files`.
+    /// What has to happen for `revision` to hold `files`. A revision that is not there begins as what `main`
+    /// holds.
     pub fn changes(
         &self,
         id: &RepoId,
@@ -96,55 +105,71 @@ impl Hub {
         files: &[LocalFile],
     ) -> Result<Changes, HubError> {
         let repo = self.repo(Kind::Model, id);
-        let commit = self.wait(repo.commit(revision));
-        let (create, tree) = match commit {
-            Ok(commit) => (false, self.wait(repo.tree(&commit))?),
-            Err(HubError::NoRevision { .. } | HubError::NoRepo { .. }) => (true, Vec::new()),
-            Err(error) => return Err(error),
+        let found = self.commit_of(&repo, revision)?;
+        let create = found.is_none();
+        let found = match found {
+            None => self.commit_of(&repo, "main")?,
+            found => found,
         };
         let mut changes = Changes {
             create,
+            own: true,
             ..Changes::default()
         };
+        let Some(commit) = found else {
+            changes.upload = files.to_vec();
+            return Ok(changes);
+        };
+        let tree = self.wait(repo.tree(&commit))?;
         for file in files {
             let there = tree.iter().find(|entry| entry.path == file.name);
             match there.map(|entry| file.is(entry)).transpose()? {
                 Some(true) => changes.same += 1,
-                _ => changes.upload.push(file.clone()),
+                there => {
+                    if there.is_some() && is_weights(&file.name) {
+                        changes.replace.push(file.name.clone());
+                    }
+                    changes.upload.push(file.clone());
+                }
             }
         }
-        let weights = |path: &str| path.ends_with(".safetensors") || path.ends_with(".index.json");
         let gone = tree
             .iter()
-            .filter(|entry| weights(&entry.path) && !files.iter().any(|f| f.name == entry.path));
+            .filter(|entry| is_weights(&entry.path) && !files.iter().any(|f| f.name == entry.path));
         changes.delete = gone.map(|entry| entry.path.clone()).collect();
+        if !create && !(changes.delete.is_empty() && changes.replace.is_empty()) {
+            // A revision whose first upload broke off is still the copy of main that it began as.
+            let copy =
+                revision != "main" && self.commit_of(&repo, "main")?.as_ref() == Some(&commit);
+            changes.own = copy || self.wait(is_own(&repo, &commit, &tree))?;
+        }
         Ok(changes)
     }
 
-    /// Makes the revision if need be, and commits the changes. What is there already is not sent
-    /// again, so a broken upload goes on by being run again.
-    pub fn upload(
-        &self,
-        id: &RepoId,
-        revision: &str,
-        files: &[LocalFile],
-    ) -> Result<Changes, HubError> {
+    /// The commit of a revision; `None` where there is none, or no repository.
+    fn commit_of(&self, repo: &Repo, revision: &str) -> Result<Option<String>, HubError> {
+        match self.wait(repo.commit(revision)) {
+            Ok(commit) => Ok(Some(commit)),
+            Err(HubError::NoRevision { .. } | HubError::NoRepo { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes the revision, which begins as what `main` holds.
+    pub fn create_revision(&self, id: &RepoId, revision: &str) -> Result<(), HubError> {
+        let repo = self.repo(Kind::Model, id);
+        let model = repo.model().expect("it was made as a model");
+        let made = self.wait(model.create_branch().branch(revision).send());
+        made.map(drop)
+            .map_err(|e| HubError::from_hub(e, repo.context(revision)))
+    }
+
+    /// Commits `changes` to a revision that is there. What is there already is not sent again, so a broken
+    /// upload goes on by being run again.
+    pub fn upload(&self, id: &RepoId, revision: &str, changes: &Changes) -> Result<(), HubError> {
         let repo = self.repo(Kind::Model, id);
         let told = |e| HubError::from_hub(e, repo.context(revision));
         let model = repo.model().expect("it was made as a model");
-        let before = self.changes(id, revision, files)?;
-        let changes = match before.create {
-            // A new branch starts with what main holds.
-            true => {
-                let made = self.wait(model.create_branch().branch(revision).send());
-                made.map_err(told)?;
-                Changes {
-                    create: true,
-                    ..self.changes(id, revision, files)?
-                }
-            }
-            false => before,
-        };
         let add = changes.upload.iter().map(|file| CommitOperation::Add {
             path_in_repo: file.name.clone(),
             source: AddSource::File(file.path.clone()),
@@ -162,6 +187,38 @@ impl Hub {
                 .revision(revision);
             self.wait(commit.send()).map_err(told)?;
         }
-        Ok(changes)
+        Ok(())
     }
+}
+
+/// Whether a file is weights, or says in which files they are.
+fn is_weights(path: &str) -> bool {
+    path.ends_with(".safetensors") || path.ends_with(".index.json")
+}
+
+/// Whether this program published a revision: beside `quantize_config.json` there is a `report.json` as it
+/// writes one.
+async fn is_own(repo: &Repo, commit: &str, tree: &[Entry]) -> Result<bool, HubError> {
+    let find = |name: &str| tree.iter().find(|entry| entry.path == name);
+    let (Some(report), Some(_)) = (find("report.json"), find("quantize_config.json")) else {
+        return Ok(false);
+    };
+    if report.size > MAX_JSON {
+        return Ok(false);
+    }
+    let told = |e| HubError::from_hub(e, repo.context(commit));
+    let mut bytes = repo
+        .within(repo.bytes(commit, report, 0))
+        .await?
+        .map_err(told)?;
+    let mut text = Vec::new();
+    while let Some(piece) = repo.within(bytes.next()).await? {
+        text.extend(piece.map_err(told)?);
+        if text.len() as u64 > report.size {
+            return Ok(false);
+        }
+    }
+    let report: Option<Value> = serde_json::from_slice(&text).ok();
+    let has = |key: &str| report.as_ref().is_some_and(|it| it.get(key).is_some());
+    Ok(has("gptq_version") && has("quantize_config") && has("linears"))
 }

@@ -119,6 +119,11 @@ impl Repo {
         }
     }
 
+    /// How long is waited for what does not come.
+    pub(crate) fn stall(&self) -> Duration {
+        self.stall
+    }
+
     /// What an error is told with.
     pub(crate) fn context(&self, revision: &str) -> Context {
         Context {

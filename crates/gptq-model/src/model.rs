@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
-use gptq_format::{Checkpoint, Half};
+use gptq_format::{Checkpoint, Half, TABLE_PIECE};
 use gptq_kernels::Engine;
 
 use crate::{Block, Flow, HostBlock, ModelConfig, ModelError, rope};
@@ -108,7 +108,7 @@ impl<B: Engine> Model<B> {
     pub(crate) fn embedding(&self) -> Result<Embedding<B>, ModelError> {
         let (rows, cols) = (self.config.vocabulary, self.config.hidden_size);
         Ok(Embedding {
-            table: self.tensor("model.embed_tokens.weight", [rows, cols])?,
+            table: self.table("model.embed_tokens.weight", [rows, cols])?,
         })
     }
 
@@ -148,9 +148,32 @@ impl<B: Engine> Model<B> {
         };
         Ok(Head {
             norm: self.tensor("model.norm.weight", [self.config.hidden_size])?,
-            weight: self.tensor(name, [self.config.vocabulary, self.config.hidden_size])?,
+            weight: self.table(name, [self.config.vocabulary, self.config.hidden_size])?,
             eps: self.config.rms_norm_eps,
         })
+    }
+
+    /// A matrix of the checkpoint on the device, in compute dtype, brought there [`TABLE_PIECE`] elements at a time:
+    /// a vocabulary's may be as large as several blocks.
+    fn table(&self, name: &str, [rows, cols]: [usize; 2]) -> Result<Tensor<B, 2>, ModelError> {
+        let (device, dtype) = (&self.device, self.dtype());
+        let step = (TABLE_PIECE / cols.max(1)).max(1) * cols;
+        let mut table = Tensor::empty([rows, cols], (device, dtype));
+        let bring = |first: usize, piece: &[u16]| {
+            let mut values = B::host_buffer(piece.len(), self.half, device);
+            values.bits_mut().copy_from_slice(piece);
+            let own = [first / cols, piece.len() / cols];
+            let part = B::upload(&values, 0, [own[1], cols], device).cast(dtype);
+            let nothing = Tensor::empty([1, 1], (device, dtype));
+            // Without a second owner the assignment is in place.
+            let old = std::mem::replace(&mut table, nothing);
+            table = old.slice_assign([own[0]..own[0] + own[1], 0..cols], part);
+            Ok::<_, ModelError>(())
+        };
+        let shape = [rows, cols];
+        self.checkpoint
+            .half_pieces(self.half, name, &shape, step, bring)?;
+        Ok(table)
     }
 
     /// A tensor of the checkpoint on the device, in compute dtype.

@@ -182,6 +182,12 @@ impl BranchPlan {
         if let Some((budget, at)) = &budget {
             plan.check_budget(recipe, (budget, at), config)?;
         }
+        plan.quantize_config("", config)
+            .check_patterns()
+            .map_err(|why| {
+                let remedy = "give more linears the same settings, or fewer of them their own";
+                recipe.refuse(place, format!("its overrides: {why}; {remedy}"))
+            })?;
         Ok(plan)
     }
 

@@ -6,7 +6,7 @@ use std::thread::scope;
 
 use gptq_format::{
     Checkpoint, FormatError, Half, LinearDigests, PackedLinear, ShardedWriter, StagedDir,
-    TensorSpec, copy_side_files, le_bytes, read_json, write_json,
+    TABLE_PIECE, TensorSpec, copy_side_files, le_bytes, read_json, write_json,
 };
 use half::f16;
 use serde_json::Value;
@@ -36,6 +36,13 @@ impl BranchWriter {
         let path = dir.path();
         copy_side_files(&plan.model_dir, path)?;
         let settings = branch.quantize_config(&plan.model_name, &plan.config);
+        // A recipe's own were checked with it; those that a budget led to are known only now.
+        settings
+            .check_patterns()
+            .map_err(|reason| FormatError::Malformed {
+                path: path.join("quantize_config.json"),
+                reason,
+            })?;
         let mut config: Value = read_json(&plan.model_dir.join("config.json"))?;
         config["quantization_config"] =
             serde_json::to_value(&settings).expect("a config of plain values always serialises");
@@ -93,9 +100,12 @@ impl BranchWriter {
     pub(crate) fn copy_shared(&mut self, checkpoint: &Checkpoint) -> Result<(), FormatError> {
         let shared = |spec: &&TensorSpec| checkpoint.contains(&spec.name);
         for spec in self.specs.iter().filter(shared) {
-            let bytes = checkpoint.half_bytes(self.half, &spec.name, &spec.shape)?;
-            self.weights.write(&spec.name, &bytes)?;
-            checkpoint.give_back(&spec.name);
+            let (half, name, shape) = (self.half, &spec.name, &spec.shape);
+            self.weights.write_pieces(name, |put| {
+                checkpoint.half_pieces(half, name, shape, TABLE_PIECE, |_, piece| {
+                    put(le_bytes(piece))
+                })
+            })?;
         }
         Ok(())
     }
@@ -119,7 +129,7 @@ impl BranchWriter {
         let digests = scope(|scope| -> Result<_, FormatError> {
             let digests = scope.spawn(|| LinearDigests::of(linear));
             for (suffix, bytes) in SUFFIXES.iter().zip(tensors) {
-                weights.write(&format!("{module}.{suffix}"), &bytes)?;
+                weights.write(&format!("{module}.{suffix}"), bytes)?;
             }
             Ok(digests.join().expect("hashing cannot fail"))
         })?;

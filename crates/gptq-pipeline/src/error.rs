@@ -8,6 +8,7 @@ use gptq_kernels::{DeviceError, SolveError};
 use gptq_model::ModelError;
 use thiserror::Error;
 
+use crate::byte_size::{at_least, spelt};
 use crate::{Overflow, RecipeError};
 
 /// Why a run could not be planned or finished.
@@ -25,18 +26,20 @@ pub enum PipelineError {
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error(
-        "the device memory budget is {budget} bytes, and this run needs at least {needed}; give \
-         more with --device-memory, shorten the windows with --seq-len, or use --device cpu"
+        "the device memory budget is {}, and this run needs at least {}; give more with --device-memory, shorten \
+         the windows with --seq-len, or use --device cpu",
+        spelt(*budget), at_least(*needed, *budget)
     )]
     DeviceMemory { needed: u64, budget: u64 },
     #[error(
-        "the host memory budget is {budget} bytes, and this run needs at least {needed}; give more \
-         with --host-memory, or shorten the windows with --seq-len"
+        "the host memory budget is {}, and this run needs at least {}; give more with --host-memory, or shorten \
+         the windows with --seq-len",
+        spelt(*budget), at_least(*needed, *budget)
     )]
     HostMemory { needed: u64, budget: u64 },
     #[error(
-        "{source}, with a budget of {budget} bytes; a smaller --device-memory keeps more hidden \
-         states on the host"
+        "{source}, with a budget of {}; a smaller --device-memory keeps more hidden states on the host",
+        spelt(*budget)
     )]
     OutOfDeviceMemory { source: DeviceError, budget: u64 },
     #[error(
@@ -56,7 +59,8 @@ pub enum PipelineError {
     )]
     Journal { path: PathBuf, reason: String },
     #[error(
-        "{}: {needed} bytes are needed here and {free} are free; make room, or choose another directory", dir.display()
+        "{}: {} are needed here and {} are free; make room, or choose another directory",
+        dir.display(), at_least(*needed, 1 << 20), spelt(*free)
     )]
     DiskSpace {
         dir: PathBuf,
@@ -65,21 +69,22 @@ pub enum PipelineError {
     },
     #[error("stopped {}", progress(*done, *layers))]
     Stopped { done: usize, layers: usize },
-    #[error("branch {branch}, {modules}: {source}")]
+    #[error("{}, {modules}: {source}", whose(branch))]
     Solver {
         branch: String,
         modules: String,
         source: Box<SolveError>,
     },
-    #[error("branch {branch}, {modules}: {source}")]
+    #[error("{}, {modules}: {source}", whose(branch))]
     HiddenStates {
         branch: String,
         modules: String,
         source: Overflow,
     },
     #[error(
-        "branch {branch}, {modules}: the Hessian is not positive definite below damping {needed}, and \
-         [numerics] max_damping is {most}; use more calibration tokens or allow more"
+        "{}, {modules}: the Hessian is not positive definite below damping {needed}, and [numerics] max_damping is \
+         {most}; use more calibration tokens or allow more",
+        whose(branch)
     )]
     Damping {
         branch: String,
@@ -89,9 +94,52 @@ pub enum PipelineError {
     },
 }
 
+/// What was being solved: what is measured for size budgets belongs to no branch yet.
+fn whose(branch: &str) -> String {
+    match branch {
+        "" => "measuring for budget_bits".to_owned(),
+        name => format!("branch {name}"),
+    }
+}
+
 fn progress(done: usize, layers: usize) -> String {
     match done {
         0 => "before the first block was finished; nothing is left behind".to_owned(),
         _ => format!("after block {done} of {layers}; the same command goes on from there"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn budgets_are_told_in_the_unit_they_were_given_in() {
+        let error = PipelineError::HostMemory {
+            needed: 140_401_778,
+            budget: 120 << 20,
+        };
+        let line = error.to_string();
+        assert!(
+            line.contains("budget is 120MiB, and this run needs at least 133.9MiB"),
+            "{line}"
+        );
+    }
+
+    #[test]
+    fn what_fails_while_a_budget_is_measured_names_no_branch() {
+        let failed = |branch: &str| PipelineError::Damping {
+            branch: branch.to_owned(),
+            modules: "model.layers.0.mlp.down_proj".to_owned(),
+            needed: 1.0,
+            most: 0.5,
+        };
+        let line = failed("").to_string();
+        assert!(
+            line.starts_with("measuring for budget_bits, model.layers.0"),
+            "{line}"
+        );
+        let line = failed("main").to_string();
+        assert!(line.starts_with("branch main, model.layers.0"), "{line}");
     }
 }

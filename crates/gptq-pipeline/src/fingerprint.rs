@@ -28,7 +28,8 @@ impl Fingerprint {
     /// Of one value.
     pub(crate) fn of(key: &str, value: &impl Serialize) -> Self {
         let mut print = Fingerprint::default();
-        print.add(key, &serde_json::to_value(value).unwrap_or_default());
+        let value = serde_json::to_value(value);
+        print.add(key, &value.expect("plain values always serialise"));
         print
     }
 
@@ -124,7 +125,7 @@ impl Fingerprints {
         );
         let manifest = serde_json::to_value(&calibration.manifest);
         shared.add("calibration", &manifest.unwrap_or_default());
-        shared.add("calibration.windows", &json!(sha256(&le_bytes(&tokens))));
+        shared.add("calibration.windows", &json!(sha256(le_bytes(&tokens))));
         let dense = plan.propagation == Propagation::Dense;
         shared.add(
             "propagate",

@@ -17,13 +17,12 @@ use serde_json::{Number, Value};
 
 use crate::fingerprint::Fingerprint;
 use crate::kept_states::prune;
+use crate::report_limits::MAX_JOURNAL;
 use crate::{Allocation, Clamped, LinearReport, PipelineError, RecipeOverrides};
 
 const FILE: &str = ".gptq-journal.jsonl";
 /// Of this format.
 const VERSION: u32 = 1;
-/// Most bytes that are read: seven linears of 200 blocks in 100 branches, a kilobyte each.
-const MAX_BYTES: u64 = 140 << 20;
 /// Begins a number that JSON's parser would get wrong in the last bit.
 const EXACT: &str = "f64:";
 
@@ -140,8 +139,16 @@ impl Journal {
     pub(crate) fn append(&mut self, block: &Block) -> Result<(), FormatError> {
         let line = line(block);
         let file = &mut self.file;
-        file.seek(SeekFrom::End(0))
-            .and_then(|_| file.write_all(&line))
+        let end = file
+            .seek(SeekFrom::End(0))
+            .map_err(FormatError::io(&self.path))?;
+        if end + line.len() as u64 > MAX_JOURNAL {
+            return Err(FormatError::Malformed {
+                path: self.path.clone(),
+                reason: format!("would be over {MAX_JOURNAL} bytes, and not be read again"),
+            });
+        }
+        file.write_all(&line)
             .and_then(|()| file.sync_data())
             .map_err(FormatError::io(&self.path))?;
         match (&block.states, self.path.parent()) {
@@ -166,7 +173,7 @@ impl Journal {
             Ok(meta) if !meta.is_file() => return Err(damaged("not a regular file")),
             Ok(meta) => meta.len(),
         };
-        if length > MAX_BYTES {
+        if length > MAX_JOURNAL {
             return Err(damaged("too long to be a journal"));
         }
         let bytes = fs::read(&path).map_err(FormatError::io(&path))?;
@@ -302,6 +309,30 @@ mod tests {
             layer,
             branches: BTreeMap::from([("main".to_owned(), one)]),
             states: None,
+        }
+    }
+
+    #[test]
+    fn no_linear_takes_more_than_plans_are_judged_by() {
+        let mut longest = block(4095).branches["main"].linears[0].clone();
+        longest.name = "model.layers.4095.self_attn.q_proj".into();
+        longest.shape = [1 << 24, 1 << 24];
+        longest.group_size = gptq_format::GroupSize::Columns(1 << 24);
+        longest.dead_columns = 1 << 24;
+        longest.gains = Gains {
+            scale_search: Some(-1.234_567_890_123_456_7e-300),
+            asymmetric: Some(-1.234_567_890_123_456_7e-300),
+            refine: Some(-1.234_567_890_123_456_7e-300),
+        };
+        let digest = "0".repeat(64);
+        let digests = serde_json::json!({
+            "qweight": digest, "qzeros": digest, "scales": digest, "g_idx": digest,
+        });
+        longest.digests = Some(serde_json::from_value(digests).unwrap());
+        let journal = line(&longest).len();
+        let report = serde_json::to_string_pretty(&[[&longest]]).unwrap().len();
+        for bytes in [journal, report] {
+            assert!(bytes as u64 <= crate::report_limits::LINEAR, "{bytes}");
         }
     }
 

@@ -151,7 +151,7 @@ fn write<'a, B: Engine>(
         if stop.load(Ordering::Relaxed) {
             return Ok(Err(ErrorKind::Interrupted.into()));
         }
-        if let Err(error) = file.add(&le_bytes(&chunk.residual()?)) {
+        if let Err(error) = file.add(le_bytes(&chunk.residual()?)) {
             return Ok(Err(error));
         }
     }

@@ -11,6 +11,7 @@ mod branch_files;
 mod branch_plan;
 mod branch_writer;
 mod budget;
+mod byte_size;
 mod disk_space;
 mod error;
 mod fingerprint;

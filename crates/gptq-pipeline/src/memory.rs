@@ -1,24 +1,25 @@
 //! What a run holds at once, from shapes alone, and what of it a device has room for.
 
+use gptq_format::TABLE_PIECE;
 use gptq_kernels::{Cpu, Cuda, Engine};
 use gptq_model::BlockSpec;
 
 use crate::gram::DENSE_SHARE;
 use crate::{PipelineError, Plan, Propagation};
 
-/// Peak memory in bytes.
+/// Peak memory in bytes, as budgets count it: with room for what allocators take beyond what is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
     /// On the device of a CUDA run.
     pub device: u64,
-    /// On the host beside it.
+    /// On the host beside it, where the device has room for all hidden states.
     pub host: u64,
     /// On the host of a CPU run.
     pub cpu: u64,
     /// Hidden states at their most, which `device` and `cpu` count: what a smaller device keeps on
     /// the host, and a smaller host on disk.
     pub states: u64,
-    /// The least `--host-memory` of a CUDA run.
+    /// The least `--host-memory` of a CUDA run whose device has no room for the hidden states.
     pub least_host: u64,
     /// The least `--host-memory` of a CPU run.
     pub least_cpu: u64,
@@ -121,6 +122,11 @@ impl Sizes {
         self.chunk::<B>() * (self.hidden * 6 + self.widest * 4)
     }
 
+    /// Bytes of all chunks' hidden states.
+    fn all_states<B: Engine>(&self) -> u128 {
+        self.chunks::<B>() * self.chunk_states::<B>()
+    }
+
     /// What a device holds besides hidden states, in bytes: a block dense and quantised, the
     /// embedding, a chunk's transients, the largest Gram matrix with its factors.
     fn fixed<B: Engine>(&self) -> u128 {
@@ -132,7 +138,15 @@ impl Sizes {
     /// on their way to the files, the windows, the program.
     fn beside(&self, program: u128) -> u128 {
         let packed = (2 * self.block).min(QUEUE);
-        2 * self.block * 2 + packed + self.tokens * 4 + program
+        2 * self.block * 2 + packed + self.tokens * 4 + self.pieces() + program
+    }
+
+    /// What is converted of the embedding at a time: on its way to the device as it is, as a buffer, as a tensor
+    /// and as one in the type that is computed in, and at the same time on its way into a branch's file.
+    fn pieces(&self) -> u128 {
+        let loaded = 2 + 2 + 2 + 4;
+        let written = 2;
+        self.table.min(TABLE_PIECE as u128) * (loaded + written)
     }
 
     /// What the host holds of a CPU run besides hidden states. It computes in f32 and factors in f64.
@@ -149,6 +163,12 @@ impl Sizes {
         let lanes = (B::LANES as u128).min(self.chunks::<B>());
         2 * lanes * self.chunk::<B>() * (self.hidden + self.widest) * 2
     }
+
+    /// The least memory for hidden states where most of them are on disk: room for those that run, or for all where
+    /// that is less.
+    fn least_states<B: Engine>(&self) -> u128 {
+        self.running::<B>().min(self.all_states::<B>())
+    }
 }
 
 /// Per token, the states before every tap of a block and after the last: the residual stream once for each
@@ -164,14 +184,13 @@ impl Memory {
     /// them.
     pub(crate) fn of(plan: &Plan) -> Memory {
         let sizes = Sizes::of(plan);
-        let states = sizes.tokens * sizes.states * 2;
         Memory {
-            device: most(states + sizes.fixed::<Cuda>()),
-            host: most(sizes.beside(PROGRAM_WITH_CUDA)),
-            cpu: most(states + sizes.fixed_cpu()),
-            states: most(states),
-            least_host: with_slack(sizes.beside(PROGRAM_WITH_CUDA) + sizes.running::<Cuda>()),
-            least_cpu: with_slack(sizes.fixed_cpu() + sizes.running::<Cpu>()),
+            device: with_slack(sizes.all_states::<Cuda>() + sizes.fixed::<Cuda>()),
+            host: with_slack(sizes.beside(PROGRAM_WITH_CUDA)),
+            cpu: with_slack(sizes.all_states::<Cpu>() + sizes.fixed_cpu()),
+            states: most(sizes.tokens * sizes.states * 2),
+            least_host: with_slack(sizes.beside(PROGRAM_WITH_CUDA) + sizes.least_states::<Cuda>()),
+            least_cpu: with_slack(sizes.fixed_cpu() + sizes.least_states::<Cpu>()),
         }
     }
 }
@@ -214,7 +233,12 @@ impl Places {
         if let Some(budget) = host {
             let (fixed, least) = match shared {
                 true => (sizes.fixed_cpu(), Memory::of(plan).least_cpu),
-                false => (sizes.beside(PROGRAM_WITH_CUDA), Memory::of(plan).least_host),
+                false => {
+                    let beside = sizes.beside(PROGRAM_WITH_CUDA);
+                    // A device that has room for all leaves none of them to the host.
+                    let states = sizes.running::<B>().min(on_host * chunk);
+                    (beside, with_slack(beside + states))
+                }
             };
             if budget < least {
                 return Err(PipelineError::HostMemory {

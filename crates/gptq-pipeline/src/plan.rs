@@ -106,6 +106,10 @@ impl Plan {
             let start = Spanned::new(0..0, ());
             return Err(recipe.refuse(&start, "no [[branch]]; a recipe needs at least one"));
         }
+        let linears = branches.iter().map(|b| b.quantised_modules(&config).len());
+        let linears: Vec<usize> = linears.collect();
+        crate::report_limits::check_plan(&linears)
+            .map_err(|why| recipe.refuse(&Spanned::new(0..0, ()), why))?;
         let seq_len = Some((&file.calibration.seq_len, "seq_len"));
         let window = file.evaluation.as_ref().map(|e| (&e.window, "window"));
         for (tokens, key) in seq_len.into_iter().chain(window) {

@@ -185,12 +185,21 @@ impl BranchReport {
         perplexity: Perplexity,
     ) -> Result<(), FormatError> {
         self.perplexity = Some(perplexity);
-        write_json(&dir.join(FILE), self)
+        self.write_json(dir)
+    }
+
+    /// Writes `report.json`, which is such as [`BranchReport::read`] takes.
+    fn write_json(&self, dir: &Path) -> Result<(), FormatError> {
+        let path = dir.join(FILE);
+        match report_limits::check(self) {
+            Ok(()) => write_json(&path, self),
+            Err(reason) => Err(FormatError::Malformed { path, reason }),
+        }
     }
 
     /// Writes `report.json` and `report.csv` into `dir`.
     pub(crate) fn write(&self, dir: &Path) -> Result<(), FormatError> {
-        write_json(&dir.join(FILE), self)?;
+        self.write_json(dir)?;
         write_file(&dir.join("report.csv"), self.csv().as_bytes())
     }
 

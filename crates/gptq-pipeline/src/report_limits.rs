@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use gptq_format::GroupSize;
+use gptq_format::{GroupSize, MAX_JSON};
 
 use crate::{Allocation, BranchReport, Clamped, LinearReport, Perplexity};
 
@@ -26,6 +26,36 @@ const MAX_ENTRIES: usize = 1 << 10;
 /// Records of clamped states, and values in each.
 const MAX_CLAMPED: usize = 1 << 16;
 const MAX_COUNT: usize = 1 << 47;
+
+/// Bytes of a journal.
+pub(crate) const MAX_JOURNAL: u64 = 512 << 20;
+/// Most bytes that a linear takes in a journal or a report: what a plan is judged by before either is written.
+pub(crate) const LINEAR: u64 = 2048;
+
+/// Whether a journal of so many linears of all branches together, and a report of so many of one, are such as
+/// are read again.
+///
+/// # Errors
+/// They are not; in half a line.
+pub(crate) fn check_plan(linears: &[usize]) -> Result<(), String> {
+    let bytes = |linears: usize| (linears as u64).saturating_mul(LINEAR);
+    let most = linears.iter().copied().max().unwrap_or_default();
+    if bytes(most) > MAX_JSON {
+        return Err(format!(
+            "{most} linears in one branch are more than a report.json can list, {}; skip some",
+            MAX_JSON / LINEAR
+        ));
+    }
+    let all = linears.iter().sum();
+    if bytes(all) > MAX_JOURNAL {
+        return Err(format!(
+            "{all} linears in all branches together are more than a run's journal can list, {}; make fewer \
+             branches at a time with --branch",
+            MAX_JOURNAL / LINEAR
+        ));
+    }
+    Ok(())
+}
 
 /// Whether every number lies within its limits.
 ///

@@ -77,7 +77,7 @@ impl HostStates {
         let values = B::download(states.cast(dtype(half)));
         let values = match scratch {
             None => Values::Memory(Arc::new(values)),
-            Some(scratch) => Values::Disk(Arc::new(scratch.put(&le_bytes(values.bits()))?)),
+            Some(scratch) => Values::Disk(Arc::new(scratch.put(le_bytes(values.bits()))?)),
         };
         Ok(HostStates {
             values,

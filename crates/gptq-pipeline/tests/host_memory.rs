@@ -11,7 +11,7 @@ use gptq_format::{ShardedWriter, TensorSpec, le_bytes, write_json};
 use gptq_kernels::Device;
 use gptq_model::ModelConfig;
 use gptq_pipeline::{Fetched, PipelineError, Plan, Recipe, RunOptions, quantise};
-use half::f16;
+use half::{bf16, f16};
 use peak_alloc::PeakAlloc;
 use safetensors::Dtype;
 use serde_json::json;
@@ -23,6 +23,11 @@ const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
 /// A checkpoint of `layers` blocks with the bundled model's tokenizer; the bytes of its weights.
 fn checkpoint(dir: &Path, hidden: usize, wide: usize, layers: usize) -> u64 {
+    checkpoint_of(dir, [hidden, wide, layers, 4096], Dtype::F16)
+}
+
+/// The same with a vocabulary of any size, which the tokenizer need not fill, and weights in f16 or bf16.
+fn checkpoint_of(dir: &Path, [hidden, wide, layers, vocabulary]: [usize; 4], dtype: Dtype) -> u64 {
     fs::create_dir(dir).unwrap();
     let tokenizer = Path::new(REPOSITORY).join("tests/models/medi-tiny");
     for file in ["tokenizer.json", "tokenizer_config.json"] {
@@ -30,18 +35,17 @@ fn checkpoint(dir: &Path, hidden: usize, wide: usize, layers: usize) -> u64 {
     }
     let config = json!({
         "model_type": "llama", "hidden_size": hidden, "intermediate_size": wide,
-        "num_hidden_layers": layers, "num_attention_heads": hidden / 64, "vocab_size": 4096,
+        "num_hidden_layers": layers, "num_attention_heads": hidden / 64, "vocab_size": vocabulary,
         "max_position_embeddings": 2048,
     });
     write_json(&dir.join("config.json"), &config).unwrap();
     let mut specs = Vec::new();
     let mut add = |name: String, shape: &[usize]| {
         let shape = shape.into();
-        let dtype = Dtype::F16;
         specs.push(TensorSpec { name, dtype, shape });
     };
     for name in ["model.embed_tokens", "lm_head"] {
-        add(format!("{name}.weight"), &[4096, hidden]);
+        add(format!("{name}.weight"), &[vocabulary, hidden]);
     }
     add("model.norm.weight".into(), &[hidden]);
     for layer in 0..layers {
@@ -67,13 +71,19 @@ fn checkpoint(dir: &Path, hidden: usize, wide: usize, layers: usize) -> u64 {
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1);
             // Uniform in ±0.035: a deviation of 0.02.
-            f16::from_f32(((state >> 40) as f32 / 8_388_608.0 - 1.0) * 0.035)
+            ((state >> 40) as f32 / 8_388_608.0 - 1.0) * 0.035
         };
-        let values: Vec<f16> = match spec.shape.len() {
-            1 => vec![f16::ONE; hidden],
+        let values: Vec<f32> = match spec.shape.len() {
+            1 => vec![1.0; hidden],
             _ => (0..spec.bytes() / 2).map(one).collect(),
         };
-        writer.write(&spec.name, &le_bytes(&values)).unwrap();
+        let values: Vec<u16> = (values.into_iter())
+            .map(|value| match dtype {
+                Dtype::BF16 => bf16::from_f32(value).to_bits(),
+                _ => f16::from_f32(value).to_bits(),
+            })
+            .collect();
+        writer.write(&spec.name, le_bytes(&values)).unwrap();
     }
     writer.finish().unwrap()
 }
@@ -154,6 +164,22 @@ fn host_memory_stays_within_its_budget() {
     );
     let error = peak(&large, budget / 2).unwrap_err().to_string();
     assert!(error.contains("--host-memory"), "{error}");
+
+    // A vocabulary that is most of the model, in a type that is converted on its way to the device and into the
+    // branches: never more than pieces of it besides the embedding itself, and each branch its own again.
+    let dir = tempfile::tempdir().unwrap();
+    let shape = [256, 512, 2, 1 << 16];
+    let bytes = checkpoint_of(&dir.path().join("model"), shape, Dtype::BF16);
+    let second = branch.replace("\"a\"", "\"b\"");
+    let vocabulary = plan(dir.path(), 4, &format!("{branch}{second}"));
+    let table = (shape[0] * shape[3]) as u64;
+    let budget = vocabulary.memory().least_cpu;
+    let [used, mapped] = peak(&vocabulary, budget).unwrap();
+    println!("checkpoint {bytes}, table {table}, budget {budget}, used {used}, mapped {mapped}");
+    assert!(used <= budget, "{used} of {budget}");
+    // The table in what is computed in, and less than it again for all else.
+    assert!(used < 2 * table * 4, "{used} for a table of {}", table * 4);
+    assert!(mapped <= bytes / 4, "{mapped} bytes of {bytes} stay mapped");
 
     // Hidden states larger than the budget: they come and go as well, and of a larger budget they take
     // their share. Kept beside the journal too, they are read back a chunk at a time.

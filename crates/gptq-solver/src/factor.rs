@@ -10,9 +10,14 @@ use nalgebra::DMatrix;
 use crate::{Real, SolverError, cholesky};
 
 /// Damping beyond which a Hessian is given up on, as a fraction of the mean diagonal.
-const MAX_DAMPING: f64 = 1.0;
+pub const MAX_DAMPING: f64 = 1.0;
 /// The first damping tried after one that failed, where the recipe's own was smaller.
 const FIRST_RAISE: f64 = 0.01;
+
+/// The damping to try after `failed`, which is below [`MAX_DAMPING`].
+pub fn raised(failed: f64) -> f64 {
+    (2.0 * failed).clamp(FIRST_RAISE, MAX_DAMPING)
+}
 
 /// `H`, ordered, damped and factored.
 #[derive(Clone, Debug)]
@@ -67,7 +72,7 @@ pub(crate) fn damped<T: Real, F>(
         if tried >= MAX_DAMPING {
             return Err(SolverError::NotPositiveDefinite { tried });
         }
-        tried = (2.0 * tried).clamp(FIRST_RAISE, MAX_DAMPING);
+        tried = raised(tried);
     }
 }
 

@@ -26,7 +26,7 @@ mod target;
 
 pub use energy::output_energy;
 pub use error::SolverError;
-pub use factor::{Factor, dead_columns};
+pub use factor::{Factor, MAX_DAMPING, dead_columns, raised};
 pub use gains::Gains;
 pub use grid::{Grid, scale_factors};
 pub use refine::refine;

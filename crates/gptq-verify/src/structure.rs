@@ -69,7 +69,7 @@ fn tensors(
 ) -> Result<String, VerifyError> {
     let mut expected = BTreeSet::new();
     let mut dense = |name: String, shape: &[usize]| {
-        checkpoint.half_bytes(checkpoint.half(), &name, shape)?;
+        checkpoint.check_halves(checkpoint.half(), &name, shape)?;
         expected.insert(name);
         Ok::<_, VerifyError>(())
     };
@@ -126,7 +126,7 @@ impl Block {
     ) -> Result<Self, VerifyError> {
         let mut block = Block::default();
         let dense = |name: String, shape: &[usize], expected: &mut Vec<String>| {
-            checkpoint.half_bytes(checkpoint.half(), &name, shape)?;
+            checkpoint.check_halves(checkpoint.half(), &name, shape)?;
             expected.push(name);
             Ok::<_, VerifyError>(())
         };

@@ -10,6 +10,8 @@ use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
 use std::path::Path;
 use std::sync::{Mutex, Once, PoisonError};
 
+use crate::environment;
+
 /// A panic that was seen.
 struct Seen {
     message: String,
@@ -27,8 +29,8 @@ const CLOSED_OUTPUT: &str = "failed printing to stdout";
 /// What `std::thread::scope` panics with after a thread of it did.
 const SCOPE: &str = "a scoped thread panicked";
 
-/// Does `work`; a panic becomes the line to print. `about` is what was asked for.
-pub(crate) fn guard<T>(about: &str, work: impl FnOnce() -> T) -> Result<T, String> {
+/// Has panics remembered instead of printed, and what the devices' threads panic with told as errors.
+pub(crate) fn watch() {
     static WATCH: Once = Once::new();
     WATCH.call_once(|| {
         let print = panic::take_hook();
@@ -36,11 +38,17 @@ pub(crate) fn guard<T>(about: &str, work: impl FnOnce() -> T) -> Result<T, Strin
             remember(panic);
             let closed =
                 (panic.payload_as_str()).is_some_and(|text| text.starts_with(CLOSED_OUTPUT));
-            if !closed && std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
+            if !closed && environment::text("RUST_BACKTRACE").is_some_and(|value| value != "0") {
                 print(panic);
             }
         }));
+        gptq_kernels::install_panic_hook();
     });
+}
+
+/// Does `work`; a panic becomes the line to print. `about` is what was asked for.
+pub(crate) fn guard<T>(about: &str, work: impl FnOnce() -> T) -> Result<T, String> {
+    watch();
     panic::catch_unwind(AssertUnwindSafe(work)).map_err(|payload| line(about, payload.as_ref()))
 }
 

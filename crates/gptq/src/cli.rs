@@ -269,6 +269,9 @@ pub(crate) struct PublishArgs {
     /// Send branches that have no passing verify.json too
     #[arg(long)]
     pub unverified: bool,
+    /// Take away weights too that gptq did not publish: delete those that are not here, replace the others
+    #[arg(long)]
+    pub delete: bool,
     /// Print what was sent as JSON
     #[arg(long)]
     pub json: bool,

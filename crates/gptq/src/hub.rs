@@ -1,11 +1,11 @@
-//! A recipe's inputs from the Hub. The environment is read here and nowhere else.
+//! A recipe's inputs from the Hub.
 
 use std::cell::{Cell, OnceCell};
+use std::fs;
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use std::{env, fs};
 
 use anyhow::{Result, anyhow, ensure};
 use gptq_calibration::{Source, TextTokenizer};
@@ -13,7 +13,7 @@ use gptq_hub::{DataFiles, Hub, HubSettings, RepoId, STALL, Snapshot};
 use gptq_pipeline::{Fetched, InputSource, Plan, Recipe};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::{log, size};
+use crate::{environment, log, size};
 
 /// Off a terminal, how often it is said how far a download is.
 const MINUTE: Duration = Duration::from_secs(60);
@@ -35,7 +35,9 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
     let hub = OnceCell::new();
     let connect = || match hub.get() {
         Some(hub) => Ok(hub),
-        None => Hub::new(settings()).map(|new| hub.get_or_init(|| new)),
+        None => Hub::new(settings()?)
+            .map(|new| hub.get_or_init(|| new))
+            .map_err(anyhow::Error::from),
     };
     let (source, calibration) = (recipe.model_source()?, recipe.calibration_source()?);
     let mut side = None;
@@ -74,8 +76,9 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
             readable: &Source::reads,
             pattern: recipe.calibration_files(),
         };
+        let there = connect()?;
         let snapshot = with_bar(&repo, |progress| {
-            connect()?.dataset(&id, &revision, wanted, progress)
+            there.dataset(&id, &revision, wanted, progress)
         })?;
         warn(&repo, &snapshot);
         let files = snapshot.files.into_iter();
@@ -91,9 +94,8 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
         && let Some((repo, id, side)) = side
     {
         // The commit that was judged, whatever the revision is by now.
-        let snapshot = with_bar(repo, |progress| {
-            connect()?.model(&id, &side.commit, progress)
-        })?;
+        let there = connect()?;
+        let snapshot = with_bar(repo, |progress| there.model(&id, &side.commit, progress))?;
         if !side.stale {
             warn(repo, &snapshot);
         }
@@ -103,33 +105,37 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
 
 /// What `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN`, `HF_HUB_OFFLINE`,
 /// `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_DOWNLOAD_TIMEOUT` say.
-pub(crate) fn settings() -> HubSettings {
-    let text = |name| env::var(name).ok().filter(|value| !value.is_empty());
-    let path = |name| text(name).map(PathBuf::from);
-    let home = path("HF_HOME").unwrap_or_else(|| {
-        let cache = path("XDG_CACHE_HOME");
-        let cache = cache.or_else(|| Some(env::home_dir()?.join(".cache")));
-        cache.unwrap_or_default().join("huggingface")
-    });
-    let saved_token = || {
-        let file = path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
+///
+/// # Errors
+/// A value that its variable cannot have.
+pub(crate) fn settings() -> Result<HubSettings> {
+    let endpoint = environment::address("HF_ENDPOINT")?;
+    let disabled = environment::is_on("HF_HUB_DISABLE_IMPLICIT_TOKEN")?;
+    Ok(HubSettings {
+        endpoint: endpoint.unwrap_or_else(|| "https://huggingface.co".to_owned()),
+        token: if disabled { None } else { token() },
+        cache: environment::path("HF_HUB_CACHE").unwrap_or_else(|| home().join("hub")),
+        offline: environment::is_on("HF_HUB_OFFLINE")?,
+        stall: environment::seconds("HF_HUB_DOWNLOAD_TIMEOUT")?.unwrap_or(STALL),
+    })
+}
+
+/// The token of whoever is logged in, whether or not it may be sent.
+pub(crate) fn token() -> Option<String> {
+    environment::text("HF_TOKEN").or_else(|| {
+        let file = environment::path("HF_TOKEN_PATH").unwrap_or_else(|| home().join("token"));
         let token = fs::read_to_string(file).ok()?;
         Some(token.trim().to_owned()).filter(|token| !token.is_empty())
-    };
-    let is_on = |value: String| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str());
-    HubSettings {
-        endpoint: text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned()),
-        token: match text("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some_and(is_on) {
-            true => None,
-            false => text("HF_TOKEN").or_else(saved_token),
-        },
-        cache: path("HF_HUB_CACHE").unwrap_or_else(|| home.join("hub")),
-        offline: text("HF_HUB_OFFLINE").is_some_and(is_on),
-        stall: text("HF_HUB_DOWNLOAD_TIMEOUT")
-            .and_then(|seconds| seconds.parse().ok())
-            .filter(|&seconds| seconds > 0)
-            .map_or(STALL, Duration::from_secs),
-    }
+    })
+}
+
+/// Where Hugging Face's tools keep what is theirs.
+fn home() -> PathBuf {
+    environment::path("HF_HOME").unwrap_or_else(|| {
+        // As the Hub's own client has it: of any form, where it is set.
+        let cache = environment::path("XDG_CACHE_HOME").or_else(environment::cache_directory);
+        cache.unwrap_or_default().join("huggingface")
+    })
 }
 
 /// `owner/name`, or an error that says what else a source can be.

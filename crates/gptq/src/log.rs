@@ -12,7 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Result, anyhow};
 use gptq_calibration::Manifest;
-use gptq_pipeline::{Allocation, BranchReport, Choice, Event, LinearReport, Plan, RunOptions};
+use gptq_pipeline::{
+    Allocation, BranchReport, Choice, Event, LinearReport, Plan, Propagation, RunOptions,
+};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -74,14 +76,17 @@ pub(crate) fn plan(plan: &Plan, device: &str, options: &RunOptions<'_>) {
         model = plan.model_name,
         device,
         command = plan.command.as_deref().unwrap_or_default(),
-        propagation = ?plan.propagation,
+        propagation = match plan.propagation {
+            Propagation::Quantised => "quantised",
+            Propagation::Dense => "dense",
+        },
         "run"
     );
     info!(
         device_memory = options.device_memory,
         host_memory = options.host_memory,
         scratch = options.scratch.map(|dir| dir.display().to_string()),
-        keep_every = ?options.keep_every,
+        keep_every = %humantime::format_duration(options.keep_every),
         restart = options.restart,
         "limits"
     );
@@ -90,14 +95,14 @@ pub(crate) fn plan(plan: &Plan, device: &str, options: &RunOptions<'_>) {
             branch = branch.name,
             bits = %branch.bits,
             group_size = %branch.group_size,
-            budget_bits = ?branch.budget.as_ref().map(|budget| budget.bits),
+            budget_bits = branch.budget.as_ref().map(|budget| budget.bits),
             desc_act = branch.desc_act,
             static_groups = branch.static_groups,
             sym = branch.sym,
             true_sequential = branch.true_sequential,
             damp_percent = branch.damp_percent,
-            preset = ?branch.preset,
-            method = ?branch.method,
+            preset = branch.preset.name(),
+            method = serde_json::to_string(&branch.method).unwrap_or_default(),
             "branch"
         );
     }
@@ -172,7 +177,7 @@ fn allocated(branch: &str, allocation: &Allocation) {
         branch,
         budget_bits = allocation.budget_bits,
         mean_bits = allocation.mean_bits,
-        choices = ?allocation.choices,
+        choices = serde_json::to_string(&allocation.choices).unwrap_or_default(),
         "budget"
     );
     for group in &allocation.groups {

@@ -10,6 +10,7 @@ mod calibration;
 mod card;
 mod cli;
 mod completions;
+mod environment;
 mod generate;
 mod hub;
 mod inspect;
@@ -26,7 +27,6 @@ mod table;
 mod terminal;
 mod verify;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -34,19 +34,11 @@ use clap::Parser;
 use crate::cli::{Cli, Command};
 use crate::signals::Signals;
 
-/// `gptq` below the user's cache directory, as the XDG specification has it.
-fn cache_directory() -> Option<PathBuf> {
-    let directory = |name| std::env::var_os(name).map(PathBuf::from);
-    let absolute = |path: &PathBuf| path.is_absolute();
-    directory("XDG_CACHE_HOME")
-        .filter(absolute)
-        .or_else(|| Some(directory("HOME").filter(absolute)?.join(".cache")))
-        .map(|cache| cache.join("gptq"))
-}
-
 fn main() -> ExitCode {
-    if let Some(directory) = cache_directory() {
-        gptq_kernels::keep_kernels(&directory.join("kernels"));
+    gptq_format::install_sigbus_handler();
+    bug::watch();
+    if let Some(directory) = environment::cache_directory() {
+        gptq_kernels::keep_kernels(directory.join("gptq/kernels"));
     }
     let Cli { log_file, command } = Cli::parse();
     let signals = match Signals::install() {
@@ -57,8 +49,8 @@ fn main() -> ExitCode {
         }
     };
     // A token that is kept in a file is a secret even where the environment has none.
-    let secrets = hub::settings().token.into_iter().collect();
-    let result = log::start(log_file.as_deref(), std::env::var("RUST_LOG").ok(), secrets);
+    let secrets = hub::token().into_iter().collect();
+    let result = log::start(log_file.as_deref(), environment::text("RUST_LOG"), secrets);
     let result = result.and_then(|()| {
         let about = command.about();
         bug::guard(&about, || run(command, &signals))

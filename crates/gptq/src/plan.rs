@@ -92,11 +92,11 @@ fn print(plan: &Plan) {
         size::binary(memory.cpu)
     );
     println!(
-        "hidden states: {} of it; --host-memory can be as small as {} with CUDA, {} without, and the \
-         rest goes to --scratch",
+        "hidden states: {} of it; what of them --host-memory has no room for goes to --scratch, down to {} without \
+         CUDA, and to {} beside a device that has no room for them",
         size::binary(memory.states),
-        size::binary(memory.least_host),
-        size::binary(memory.least_cpu)
+        size::binary(memory.least_cpu),
+        size::binary(memory.least_host)
     );
     let mut rows = vec![
         [

@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::cli::PublishArgs;
-use crate::{hub, size, terminal};
+use crate::{hub, log, size, terminal};
 
 /// The card of the whole repository, beside the branches.
 const CARD: &str = "README.md";
@@ -39,7 +39,7 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
         }
         uploads.push((name, files));
     }
-    let settings = hub::settings();
+    let settings = hub::settings()?;
     ensure!(
         !settings.offline,
         "HF_HUB_OFFLINE is set; publishing needs the Hub"
@@ -49,6 +49,16 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
         "publishing needs a token that may write; set HF_TOKEN"
     );
     let hub = Hub::new(settings)?;
+    // Nothing is sent where one of the branches would take something away that is not this program's.
+    for (name, files) in &uploads {
+        let changes = hub.changes(&id, name, files)?;
+        ensure!(
+            changes.own || args.delete,
+            "{id} {name}: gptq did not publish the weights there, and publishing would take {} away; check --repo, \
+             or say --delete",
+            some(changes.delete.iter().chain(&changes.replace)),
+        );
+    }
     if !args.dry_run {
         hub.create(&id, args.private)?;
     }
@@ -56,10 +66,21 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
     let mut published = Vec::new();
     for (name, files) in uploads {
         bar.set_message(name.clone());
-        let changes = match args.dry_run {
-            true => hub.changes(&id, name, &files)?,
-            false => hub.upload(&id, name, &files)?,
-        };
+        let mut changes = hub.changes(&id, name, &files)?;
+        if changes.create && !args.dry_run {
+            hub.create_revision(&id, name)?;
+            changes = Changes {
+                create: true,
+                own: true,
+                ..hub.changes(&id, name, &files)?
+            };
+        }
+        if let Some(warning) = losses(&format!("{id} {name}"), &changes, args.dry_run) {
+            bar.suspend(|| log::warning(&warning));
+        }
+        if !args.dry_run {
+            hub.upload(&id, name, &changes)?;
+        }
         bar.inc(1);
         if args.json {
             published.push(record(name, &changes));
@@ -85,7 +106,7 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
                 println!("  {name} {}", size::decimal(file.bytes));
             }
             for path in &changes.delete {
-                println!("  {} goes", terminal::line(path));
+                println!("  delete {}", terminal::line(path));
             }
         }
     }
@@ -95,6 +116,36 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&record)?);
     }
     Ok(())
+}
+
+/// What is deleted of a revision, and what of weights that are not this program's is replaced: said before it is
+/// done.
+fn losses(revision: &str, changes: &Changes, dry_run: bool) -> Option<String> {
+    let mut parts = Vec::new();
+    if !changes.delete.is_empty() {
+        let verb = if dry_run { "would delete" } else { "deletes" };
+        parts.push(format!("{verb} {}", some(changes.delete.iter())));
+    }
+    if !changes.own && !changes.replace.is_empty() {
+        let verb = if dry_run { "would replace" } else { "replaces" };
+        parts.push(format!("{verb} {}", some(changes.replace.iter())));
+    }
+    let whose = match (changes.create, changes.own) {
+        (true, _) => " (main, which it begins as a copy of, keeps them)",
+        (false, true) => "",
+        (false, false) => " (which gptq did not publish)",
+    };
+    (!parts.is_empty()).then(|| format!("{revision}: {}{whose}", parts.join(", ")))
+}
+
+/// Names for one line: all of a few, or the first of many.
+fn some<'a>(names: impl Iterator<Item = &'a String>) -> String {
+    let names: Vec<&str> = names.map(String::as_str).collect();
+    let (first, more) = names.split_at(names.len().min(8));
+    match more.len() {
+        0 => first.join(", "),
+        n => format!("{} and {n} more", first.join(", ")),
+    }
 }
 
 /// A branch for programs.
@@ -107,6 +158,7 @@ fn record(name: &str, changes: &Changes) -> Value {
             .map(|file| json!({"name": file.name, "bytes": file.bytes}))
             .collect::<Vec<_>>(),
         "delete": changes.delete,
+        "replace": changes.replace,
         "same": changes.same,
     })
 }

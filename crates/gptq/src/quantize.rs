@@ -69,6 +69,11 @@ fn resume(output: &Path, args: &mut RunArgs) -> Result<Recipe> {
 
 /// Carries a recipe out.
 pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Result<Produced> {
+    if let Some(scratch) = &args.scratch {
+        // Tokens of the calibration text go there too, which may be tens of gigabytes: only hidden states are
+        // counted beforehand. A command has one run.
+        let _ = tempfile::env::override_temp_dir(&std::path::absolute(scratch)?);
+    }
     let mut plan = Plan::new(recipe, &hub::fetch(recipe, Need::Weights, true)?)?;
     plan.command = Some(command(std::env::args_os().skip(1)));
     warn(&plan);

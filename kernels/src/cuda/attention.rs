@@ -6,7 +6,11 @@
 //! compiled by NVRTC at first use for each head dimension and type: Burn's CubeCL attention was
 //! measured at 18 TFLOP/s where this shape allows several hundred.
 
-use std::{cell::RefCell, collections::HashMap, ffi::CString};
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    ffi::{CStr, CString},
+};
 
 use burn::tensor::{DType, Tensor};
 use cudarc::{
@@ -63,6 +67,8 @@ pub fn causal_attention(
         || !heads.is_multiple_of(kv_heads)
         || !head_dim.is_multiple_of(16)
         || !(16..=256).contains(&head_dim)
+        // A grid's second and third dimension.
+        || heads > 65_535
         || windows > 65_535
     {
         return Err(Error::Shape {
@@ -144,9 +150,14 @@ fn kernel(device: usize, head_dim: usize, dtype: DType) -> Result<Kernel, Error>
     let ptx = kept(&format!("{NAME}-{head_dim}-{}.ptx", dtype.name()), || {
         compile(&options)
     })?;
+    // The driver reads up to the NUL, wherever the bytes came from.
+    let ptx = CStr::from_bytes_until_nul(&ptx).map_err(|_| Error::Compile {
+        kernel: NAME,
+        log: "its PTX does not end".to_owned(),
+    })?;
     let name = CString::new(NAME).expect("a name without NUL");
     let shared = bytes(keys) as u32;
-    // SAFETY: the PTX is NUL-terminated and has this function; the module is never unloaded.
+    // SAFETY: the PTX ends in a NUL; the module is never unloaded.
     let function = unsafe {
         let module =
             driver::module::load_data(ptx.as_ptr().cast()).map_err(refused("cuModuleLoadData"))?;
@@ -175,23 +186,24 @@ fn compile(options: &[String]) -> Result<Vec<u8>, Error> {
     let failed = |log: String| Error::Compile { kernel: NAME, log };
     let source = CString::new(SOURCE).expect("a source without NUL");
     let program =
-        nvrtc::create_program(&source, None).map_err(|error| failed(format!("{error:?}")))?;
+        nvrtc::create_program(&source, None).map_err(|error| failed(format!("{:?}", error.0)))?;
     // SAFETY: the program was just made and is destroyed once, below.
     unsafe {
         let result = match nvrtc::compile_program(program, options) {
             Ok(()) => nvrtc::get_ptx(program)
                 .map(|ptx| ptx.into_iter().map(|byte| byte as u8).collect())
-                .map_err(|error| failed(format!("{error:?}"))),
+                .map_err(|error| failed(format!("{:?}", error.0))),
             Err(error) => {
                 let log = nvrtc::get_program_log(program).unwrap_or_default();
                 let log: Vec<u8> = log.iter().map(|&byte| byte as u8).collect();
                 Err(failed(format!(
-                    "{error:?}: {}",
+                    "{:?}: {}",
+                    error.0,
                     String::from_utf8_lossy(&log).trim_end_matches('\0')
                 )))
             }
         };
-        nvrtc::destroy_program(program).map_err(|error| failed(format!("{error:?}")))?;
+        nvrtc::destroy_program(program).map_err(|error| failed(format!("{:?}", error.0)))?;
         result
     }
 }

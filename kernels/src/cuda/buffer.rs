@@ -142,6 +142,12 @@ pub(crate) fn array(buffer: &Buffer) -> ArrayArg<CudaRuntime> {
     buffer.clone().into_array_arg()
 }
 
+/// A cube of `units` for each run of that many columns of each row, along the one dimension of a grid that may be
+/// longer than 65 535: a head's rows are more.
+pub(crate) fn rows_by(rows: usize, columns: usize, units: usize) -> CubeCount {
+    CubeCount::new_1d((rows * columns.div_ceil(units)) as u32)
+}
+
 /// The widest vector, in elements, that divides `length` and takes at most 16 bytes.
 pub(crate) fn vector_size(length: usize, dtype: DType) -> usize {
     let widest = 16 / dtype.size();

@@ -5,6 +5,8 @@
 //! unit holds the same few elements of every row of `dim`. The new key is rotated, and written with its
 //! value to row `at` of the caches by the first query head of those that share them; no cube reads that row.
 
+use std::mem;
+
 use burn::tensor::{DType, Tensor};
 use cubecl::{cuda::CudaRuntime, prelude::*};
 
@@ -195,12 +197,18 @@ pub fn attend_next(
             ),
         });
     }
+    // The caches are written to, so they must have no other holder: the caller's handle makes room for a tensor
+    // that is at hand, and what somebody else holds still is copied.
+    let aside = v.clone().reshape([1, kv_heads, dim]);
+    let own = |name, held: &mut Tensor<Cuda, 3>| {
+        let held = buffer::half("attend_next", name, mem::replace(held, aside.clone()))?;
+        Ok::<_, Error>(if held.can_mut() { held } else { held.copy() })
+    };
+    let (held_keys, held_values) = (own("keys", keys)?, own("values", values)?);
     let half = |name, x| buffer::half("attend_next", name, x);
     let single = |name, x| buffer::float("attend_next", name, x, DType::F32);
     let (q, k, v) = (half("q", q)?, half("k", k)?, half("v", v)?);
     let (cos, sin) = (single("cos", cos)?, single("sin", sin)?);
-    let held = |name, x: &Tensor<Cuda, 3>| buffer::half("attend_next", name, x.clone());
-    let (held_keys, held_values) = (held("keys", keys)?, held("values", values)?);
     let out = buffer::empty(&q, [1, 1, heads * dim], q.dtype);
     // SAFETY: a cube per query head; rows below `capacity` of `kv_heads` caches, `UNITS` vectors each.
     unsafe {
@@ -224,7 +232,6 @@ pub fn attend_next(
             q.dtype.into(),
         );
     }
-    // A cache that was not contiguous has been copied: the copy has the new row.
     *keys = buffer::into_float(held_keys);
     *values = buffer::into_float(held_values);
     Ok(buffer::into_float(out))

@@ -4,9 +4,9 @@
 //! [`fail`], which unwinds with an [`Error`] and prints nothing; [`run_guarded`] catches it at the
 //! one place where a backend is entered.
 
+use std::collections::BTreeMap;
 use std::panic::{self, AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::Once;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use burn::tensor::DType;
 use cudarc::cublas::{result::CublasError, sys::cublasStatus_t};
@@ -43,7 +43,7 @@ pub enum Error {
         reason: String,
     },
     /// cuBLAS refused a call.
-    #[error("{operation}: cuBLAS: {source}")]
+    #[error("{operation}: cuBLAS: {:?}", source.0)]
     Cublas {
         /// The routine that was called.
         operation: &'static str,
@@ -51,7 +51,7 @@ pub enum Error {
         source: CublasError,
     },
     /// cuSOLVER refused a call.
-    #[error("{operation}: cuSOLVER: {source}")]
+    #[error("{operation}: cuSOLVER: {:?}", source.0)]
     Cusolver {
         /// The routine that was called.
         operation: &'static str,
@@ -59,7 +59,7 @@ pub enum Error {
         source: CusolverError,
     },
     /// The CUDA driver refused a call.
-    #[error("{operation}: CUDA driver: {source}")]
+    #[error("{operation}: CUDA driver: {:?}", source.0)]
     Driver {
         /// The call that failed.
         operation: &'static str,
@@ -83,9 +83,15 @@ pub enum Error {
     /// The runtime under Burn reported another error.
     #[error("device runtime: {0}")]
     Runtime(String),
-    /// The stream that the runtime works on could not be found.
-    #[error("the device runtime does not show the stream it works on")]
-    Stream,
+    /// The stream that the runtime works on could not be found, or is not what the driver says it should be.
+    #[error(
+        "the stream that the device runtime works on cannot be told ({why}); this build has another CubeCL than \
+         it was written for: build gptq with --locked"
+    )]
+    Stream {
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// The damped Gram matrix has no Cholesky factor at any damping up to the limit.
     #[error("the Gram matrix is not positive definite, even with damping {damping}")]
     NotPositiveDefinite {
@@ -159,38 +165,52 @@ pub(crate) fn fail(error: Error) -> ! {
     resume_unwind(Box::new(error))
 }
 
-/// The allocation that the device thread could not make, in bytes; 0 while there was none. CubeCL
-/// panics on that thread, and all that its callers get from then on is that the thread is gone.
-static DENIED: AtomicU64 = AtomicU64::new(0);
+/// The allocations that devices' threads could not make, in bytes, by the device's index. CubeCL panics on
+/// such a thread, and all that its callers get from then on is that the thread is gone.
+static DENIED: Mutex<BTreeMap<usize, u64>> = Mutex::new(BTreeMap::new());
 
-/// Has panics over an allocation remembered instead of printed, and what they lead to not printed
-/// either; every other panic is reported as before.
-fn watch_allocations() {
-    static WATCHING: Once = Once::new();
-    WATCHING.call_once(|| {
+fn denied_on() -> MutexGuard<'static, BTreeMap<usize, u64>> {
+    DENIED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Installs a panic hook that notes which device's thread ran out of memory, so that [`Device::run`] can tell
+/// that from other failures; every panic is reported as before. For programs, at their start, after hooks of
+/// their own: without it, a device that runs out of memory is told as one that failed.
+pub fn install_panic_hook() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
         let report = panic::take_hook();
         panic::set_hook(Box::new(move |panic| {
-            match panic.payload_as_str().and_then(allocation) {
-                Some(bytes) => DENIED.store(bytes, Ordering::Relaxed),
-                None if DENIED.load(Ordering::Relaxed) > 0 => {}
-                None => report(panic),
+            let bytes = panic.payload_as_str().and_then(allocation);
+            if let (Some(bytes), Some(device)) = (bytes, device_of_thread()) {
+                denied_on().insert(device, bytes);
             }
+            report(panic);
         }));
     });
 }
 
+/// The device that the current thread is CubeCL's for: `DS{stage}-{type}-{index}`.
+fn device_of_thread() -> Option<usize> {
+    let thread = std::thread::current();
+    let name = thread.name()?.strip_prefix("DS")?;
+    name.rsplit('-').next()?.parse().ok()
+}
+
 /// Does `work`, whose device failures become errors; any other panic goes on.
 pub(crate) fn run_guarded<T>(device: Device, work: impl FnOnce() -> T) -> Result<T, DeviceError> {
-    watch_allocations();
-    catch_unwind(AssertUnwindSafe(work)).map_err(|payload| {
-        let bytes = DENIED.swap(0, Ordering::Relaxed);
-        if bytes > 0 {
-            return denied(device, bytes);
-        }
-        match payload.downcast::<Error>() {
-            Ok(error) => error.on(device),
-            Err(payload) => resume_unwind(payload),
-        }
+    let denied_here = || match device {
+        Device::Cuda(index) => denied_on().remove(&index),
+        Device::Auto | Device::Cpu => None,
+    };
+    // What an earlier run on it met is told already.
+    denied_here();
+    let done = catch_unwind(AssertUnwindSafe(work));
+    let bytes = denied_here();
+    done.map_err(|payload| match (bytes, payload.downcast::<Error>()) {
+        (Some(bytes), _) => denied(device, bytes),
+        (None, Ok(error)) => error.on(device),
+        (None, Err(payload)) => resume_unwind(payload),
     })
 }
 
@@ -206,12 +226,34 @@ mod tests {
         let found = run_guarded(device, || -> u8 { fail(Error::runtime(message)) });
         assert_eq!(found, Err(denied(device, 4096)));
         // On CubeCL's thread, of which the caller sees no more than that it ended.
-        let found = run_guarded(device, || -> u8 {
-            let lost = std::thread::spawn(|| panic!("unwrap on {TOO_BIG}8192\n  0: somewhere"));
+        install_panic_hook();
+        let lost = |thread: &str, message: String| {
+            let thread = std::thread::Builder::new().name(thread.to_owned());
+            let lost = thread.spawn(move || panic!("{message}")).unwrap();
             assert!(lost.join().is_err());
-            fail(Error::runtime("CallError"))
+        };
+        let too_big = || format!("unwrap on {TOO_BIG}8192\n  0: somewhere");
+        let gone = |thread: &str| {
+            run_guarded(device, || -> u8 {
+                lost(thread, too_big());
+                fail(Error::runtime("CallError"))
+            })
+        };
+        assert_eq!(gone("DSD-0-1"), Err(denied(device, 8192)));
+        // Another device's thread, and one that is no device's.
+        for thread in ["DSD-0-0", "reader"] {
+            let line = gone(thread).unwrap_err().to_string();
+            assert!(line.contains("CallError"), "{line}");
+        }
+        // What a run got over does not count against the next one, nor hide a bug in it.
+        assert_eq!(run_guarded(device, || lost("DSD-0-1", too_big())), Ok(()));
+        let next = run_guarded(device, || -> u8 { fail(Error::runtime("CallError")) });
+        assert!(matches!(next, Err(DeviceError::Failed { .. })), "{next:?}");
+        let bug = catch_unwind(|| {
+            lost("DSD-0-1", too_big());
+            run_guarded(device, || -> u8 { panic!("a bug") })
         });
-        assert_eq!(found, Err(denied(device, 8192)));
+        assert!(bug.is_err());
         let failed = || Error::Cublas {
             operation: "cublasCreate",
             source: CublasError(cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED),

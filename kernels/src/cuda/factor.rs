@@ -8,24 +8,21 @@
 //!
 //! Dead columns (zero on the diagonal) get the diagonal 1. Damping adds a fraction of the mean
 //! diagonal, dead columns counted as zero. When the factorisation fails, the fraction is raised as
-//! by `gptq_solver::Factor`: to [`FIRST_RAISE`], then doubling, up to [`MAX_DAMPING`].
+//! by `gptq_solver::Factor` ([`raised`]), up to [`MAX_DAMPING`].
 
 use std::ops::Range;
 
 use burn::tensor::DType;
 use cubecl::prelude::*;
 use cudarc::cusolver::{result::CusolverError, sys as cusolver};
+use gptq_solver::{MAX_DAMPING, raised};
 
 use super::{
-    buffer::{self, Buffer, array},
+    buffer::{self, Buffer, array, rows_by},
     error::Error,
     stream::on_stream,
 };
 
-/// The largest damping tried, as a fraction of the mean diagonal.
-const MAX_DAMPING: f64 = 1.0;
-/// The first damping tried after a smaller one failed.
-const FIRST_RAISE: f64 = 0.01;
 /// The most columns that one sweep takes.
 pub(crate) const PANEL: usize = 128;
 const UNITS: u32 = 256;
@@ -47,9 +44,10 @@ fn arrange_kernel(
     diagonal: &Array<f32>,
     out: &mut Array<f32>,
     n: u32,
+    across: u32,
 ) {
-    let i = CUBE_POS_Y;
-    let j = CUBE_POS_X * UNITS + UNIT_POS;
+    let i = CUBE_POS_X / across;
+    let j = CUBE_POS_X % across * UNITS + UNIT_POS;
     if j >= i && j < n {
         let a = order[(n - 1 - i) as usize];
         let b = order[(n - 1 - j) as usize];
@@ -71,9 +69,10 @@ fn reordered_kernel(
     diagonal: &Array<f32>,
     out: &mut Array<f32>,
     n: u32,
+    across: u32,
 ) {
-    let i = CUBE_POS_Y;
-    let j = CUBE_POS_X * UNITS + UNIT_POS;
+    let i = CUBE_POS_X / across;
+    let j = CUBE_POS_X % across * UNITS + UNIT_POS;
     if j < n {
         let a = order[i as usize];
         let b = order[j as usize];
@@ -218,7 +217,7 @@ fn cholesky_of(
         if tried >= MAX_DAMPING {
             return Err(Error::NotPositiveDefinite { damping: tried });
         }
-        tried = (2.0 * tried).clamp(FIRST_RAISE, MAX_DAMPING);
+        tried = raised(tried);
     }
 }
 
@@ -245,13 +244,14 @@ pub(crate) fn reordered(gram: &Buffer, factor: &Factor) -> Buffer {
     unsafe {
         reordered_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
             &out.client,
-            CubeCount::new_2d((n as u32).div_ceil(UNITS), n as u32),
+            rows_by(n, n, UNITS as usize),
             CubeDim::new_1d(UNITS),
             array(gram),
             array(&buffer::upload(gram, &factor.columns.order, DType::U32)),
             array(&buffer::upload(gram, &diagonal, DType::F32)),
             array(&out),
             n as u32,
+            (n as u32).div_ceil(UNITS),
         );
     }
     out
@@ -344,13 +344,14 @@ fn arrange(gram: &Buffer, order: &Buffer, diagonal: &[f32], out: &Buffer) {
     unsafe {
         arrange_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
             &out.client,
-            CubeCount::new_2d(n.div_ceil(UNITS), n),
+            rows_by(n as usize, n as usize, UNITS as usize),
             CubeDim::new_1d(UNITS),
             array(gram),
             array(order),
             array(&diagonal),
             array(out),
             n,
+            n.div_ceil(UNITS),
         );
     }
 }

@@ -1,46 +1,57 @@
 //! Compiled kernels kept from one run to the next.
 //!
-//! CubeCL can keep the PTX of its kernels in a file, under a hash of a kernel's name and its
+//! CubeCL can keep the PTX of its kernels in files, under a hash of a kernel's name and its
 //! compile-time arguments; neither the kernel's own code nor the device's architecture is in that
-//! hash. So the file lies in a directory named after both: the executable's size and time, and the
-//! compute capability.
+//! hash. So they lie in a directory named after both: the executable's size and time, and the
+//! compute capability. Neither it nor this crate's own kernels check what they read back; the
+//! directory that both are given is a [`KernelStore`]'s, whose bytes were checked.
 
 use std::{
     collections::BTreeSet,
     fs,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::OnceLock,
-    time::UNIX_EPOCH,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig, cache::CacheConfig};
 
 use cudarc::driver::{result as driver, sys::CUdevice_attribute};
 
-use super::{error::Error, library::device_count};
+use super::{error::Error, kernel_store, kernel_store::KernelStore, library::device_count};
 
-static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
+/// How long kernels are kept of a build that nobody uses.
+const EXPIRY: Duration = Duration::from_secs(30 * 86_400);
 
-/// Keeps compiled kernels below `root`, in a directory of this executable's own; those of other
-/// builds are removed. To be called before the first use of a device; later calls do nothing, and
-/// without a call nothing is kept. A directory that cannot be written costs time, no more.
-pub fn keep_kernels(root: &Path) {
-    let (Some(build), Some(architecture)) = (build(), architecture()) else {
-        return;
-    };
-    DIRECTORY.get_or_init(|| {
-        let own = root.join(&build).join(architecture);
-        for other in fs::read_dir(root).into_iter().flatten().flatten() {
-            if other.file_name() != *build {
-                // Another process may be at the same: what is gone is gone.
-                let _ = fs::remove_dir_all(other.path());
-            }
-        }
+static ROOT: OnceLock<PathBuf> = OnceLock::new();
+static STORE: OnceLock<Option<KernelStore>> = OnceLock::new();
+
+/// Has compiled kernels kept below `root`, in a directory of this executable's own; those of builds that were
+/// not used for a month are removed. Only remembers where: the driver is loaded and files are touched when
+/// [`Device::run`](crate::Device::run) first runs on a CUDA device. Later calls do nothing, and without a call
+/// nothing is kept. A directory that cannot be written costs time, no more.
+pub fn keep_kernels(root: PathBuf) {
+    let _ = ROOT.set(root);
+}
+
+/// Brings the kept kernels in, once; before the first use of a device.
+pub(crate) fn open() {
+    STORE.get_or_init(|| {
+        let build = ROOT.get()?.join(build()?);
+        kernel_store::expire(&build, EXPIRY);
+        let store = KernelStore::open(&build.join(architecture()?)).ok()?;
         let mut config = CubeClRuntimeConfig::default();
-        config.compilation.cache = Some(CacheConfig::File(own.clone()));
+        config.compilation.cache = Some(CacheConfig::File(store.directory().to_owned()));
         CubeClRuntimeConfig::set(config);
-        own
+        Some(store)
     });
+}
+
+/// Keeps what was compiled since.
+pub(crate) fn seal() {
+    if let Some(Some(store)) = STORE.get() {
+        let _ = store.seal();
+    }
 }
 
 /// This executable, as a directory's name.
@@ -91,18 +102,15 @@ pub(crate) fn kept(
     name: &str,
     make: impl FnOnce() -> Result<Vec<u8>, Error>,
 ) -> Result<Vec<u8>, Error> {
-    let Some(directory) = DIRECTORY.get() else {
+    let Some(Some(store)) = STORE.get() else {
         return make();
     };
-    let path = directory.join(name);
+    let path = store.directory().join(name);
     if let Ok(found) = fs::read(&path) {
         return Ok(found);
     }
     let made = make()?;
-    // Under its name only when it is whole; where that fails, the next run compiles again.
-    let part = directory.join(format!("{name}.{}", std::process::id()));
-    let _ = fs::create_dir_all(directory)
-        .and_then(|()| fs::write(&part, &made))
-        .and_then(|()| fs::rename(&part, &path));
+    // Where that fails, the next run compiles again.
+    let _ = fs::write(&path, &made);
     Ok(made)
 }

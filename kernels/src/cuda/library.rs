@@ -71,7 +71,7 @@ pub(crate) fn device_count() -> Result<usize, String> {
     driver::result::init()
         .and_then(|()| driver::result::device::get_count())
         .map(|count| usize::try_from(count).unwrap_or(0))
-        .map_err(|error| format!("the driver does not start ({error:?})"))
+        .map_err(|error| format!("the driver does not start ({:?})", error.0))
 }
 
 fn headers_present() -> bool {

@@ -12,6 +12,7 @@
 
 mod error;
 mod kernel_cache;
+mod kernel_store;
 mod library;
 
 mod blas;
@@ -52,9 +53,11 @@ pub use attention::causal_attention;
 pub use decode_attention::attend_next;
 pub use embedding::embedding;
 pub use error::Error;
+pub use error::install_panic_hook;
 pub(crate) use error::run_guarded;
 pub use gram::{cross_add, gram_add, gram_zeros};
 pub use kernel_cache::keep_kernels;
+pub(crate) use kernel_cache::{open as open_kernels, seal as seal_kernels};
 pub use library::MissingLibrary;
 pub(crate) use library::{device_count, missing_library};
 pub use linear::linear;

@@ -15,7 +15,7 @@ use half::bf16;
 use super::{
     Cuda,
     blas::{Element, Matrix, product},
-    buffer::{self, Buffer, array},
+    buffer::{self, Buffer, array, rows_by},
     error::Error,
     stream::{Failures, on_stream_later},
 };
@@ -27,9 +27,15 @@ const CUBES: usize = 264;
 
 /// `out[i, j] = gram / (s_i s_j)`, both triangles from the upper one; 0 for dead columns.
 #[cube(launch_unchecked)]
-fn correlation_kernel(gram: &Array<f32>, inverse: &Array<f32>, out: &mut Array<bf16>, n: u32) {
-    let i = CUBE_POS_Y;
-    let j = CUBE_POS_X * UNITS as u32 + UNIT_POS;
+fn correlation_kernel(
+    gram: &Array<f32>,
+    inverse: &Array<f32>,
+    out: &mut Array<bf16>,
+    n: u32,
+    across: u32,
+) {
+    let i = CUBE_POS_X / across;
+    let j = CUBE_POS_X % across * UNITS as u32 + UNIT_POS;
     if j < n {
         let n = n as usize;
         let value = gram[i.min(j) as usize * n + i.max(j) as usize];
@@ -46,12 +52,13 @@ fn scaled_kernel<F: Float>(
     scale: &Array<f32>,
     out: &mut Array<bf16>,
     columns: u32,
+    across: u32,
     #[comptime] difference: bool,
     #[define(F)] _dtype: StorageType,
 ) {
-    let column = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
+    let column = (CUBE_POS_X % across) as usize * UNITS + UNIT_POS as usize;
     if column < columns as usize {
-        let at = CUBE_POS_Y as usize * columns as usize + column;
+        let at = (CUBE_POS_X / across) as usize * columns as usize + column;
         let mut value = f32::cast_from(a[at]);
         if comptime!(difference) {
             value -= f32::cast_from(b[at]);
@@ -141,12 +148,13 @@ impl Correlation {
         unsafe {
             correlation_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
                 &matrix.client,
-                CubeCount::new_2d(n.div_ceil(UNITS) as u32, n as u32),
+                rows_by(n, n, UNITS),
                 CubeDim::new_1d(UNITS as u32),
                 array(gram),
                 array(&inverse),
                 array(&matrix),
                 n as u32,
+                n.div_ceil(UNITS) as u32,
             );
         }
         Self {
@@ -236,13 +244,14 @@ impl Measurement {
         unsafe {
             scaled_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
                 &scaled.client,
-                CubeCount::new_2d(n.div_ceil(UNITS) as u32, rows as u32),
+                rows_by(rows, n, UNITS),
                 CubeDim::new_1d(UNITS as u32),
                 array(a),
                 array(b.unwrap_or(a)),
                 array(&correlation.scale),
                 array(&scaled),
                 n as u32,
+                n.div_ceil(UNITS) as u32,
                 b.is_some(),
                 a.dtype.into(),
             );

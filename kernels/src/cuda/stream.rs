@@ -8,13 +8,15 @@
 //! was submitted before it and before all that comes after, with no event and no host
 //! synchronisation, and a buffer freed afterwards is reused in stream order.
 //!
-//! CubeCL 0.10 does not hand out the stream itself. It is read from the server's `Debug`
-//! output, once per stream; the version is pinned, and a test races the two sides against
-//! each other.
+//! CubeCL 0.10 does not hand out the stream itself: neither its server nor what the server gives has an accessor.
+//! Its address is read from the server's `Debug` output, once per stream, and only where that reads exactly as
+//! version 0.10.0 writes it, which `Cargo.toml` pins. Before anything is done with it the driver has to know it
+//! as a live stream of the device's own context, and a test races the two sides against each other.
 
 use std::{
     cell::RefCell,
     collections::HashMap,
+    ptr,
     rc::Rc,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -28,9 +30,15 @@ use cubecl::{
     server::{Binding, ComputeServer},
     stream_id::StreamId,
 };
-use cudarc::{cublas, cusolver, driver::sys::CUstream};
+use cudarc::{
+    cublas, cusolver,
+    driver::{
+        DriverError,
+        sys::{self as driver, CUresult, CUstream},
+    },
+};
 
-use super::{buffer::Buffer, error::Error, library::missing_library};
+use super::{buffer::Buffer, error::Error, library::missing_library, transfer::bind};
 
 type Server = <cubecl::cuda::CudaRuntime as Runtime>::Server;
 
@@ -63,7 +71,7 @@ pub(crate) fn on_stream<T: Send>(
     let target = Target::new(buffers);
     DeviceHandle::<Server>::new(target.device.to_id())
         .submit_blocking(move |server| target.run(server, call))
-        .map_err(|error| Error::runtime(&format!("{error:?}")))?
+        .map_err(|_| Error::runtime("the thread that has the device ended"))?
 }
 
 /// The first error of the calls that were submitted without waiting for them.
@@ -146,7 +154,7 @@ fn libraries(server: &Server, device: usize, stream: StreamId) -> Result<Rc<Libr
     if let Some(missing) = missing_library() {
         return Err(missing.into());
     }
-    let stream = stream_at(&format!("{server:?}"), index).ok_or(Error::Stream)? as CUstream;
+    let stream = stream_of(server, device, index)?;
     let cublas = cublas::result::create_handle().map_err(|source| Error::Cublas {
         operation: "cublasCreate",
         source,
@@ -178,20 +186,62 @@ fn libraries(server: &Server, device: usize, stream: StreamId) -> Result<Rc<Libr
     Ok(made)
 }
 
+/// The stream in slot `index` of the server's pool, which the driver says is a live one of the device.
+fn stream_of(server: &Server, device: usize, index: usize) -> Result<CUstream, Error> {
+    let refused = |why| Error::Stream { why };
+    let stream = stream_at(&format!("{server:?}"), index).map_err(refused)? as CUstream;
+    let own = bind(device)?;
+    let mut context = ptr::null_mut();
+    // SAFETY: the handle is not null and comes from where the pinned version of CubeCL shows its own, which it never
+    // destroys; the driver fills in the context.
+    let (told, state) = unsafe {
+        (
+            driver::cuStreamGetCtx(stream, &raw mut context),
+            driver::cuStreamQuery(stream),
+        )
+    };
+    if told != CUresult::CUDA_SUCCESS {
+        return Err(refused("the driver does not know it"));
+    }
+    if context != own.cu_ctx() {
+        return Err(refused("it is not one of the device's own context"));
+    }
+    match state {
+        CUresult::CUDA_SUCCESS | CUresult::CUDA_ERROR_NOT_READY => Ok(stream),
+        // Work that failed before is told as what it is.
+        state => Err(Error::Driver {
+            operation: "cuStreamQuery",
+            source: DriverError(state),
+        }),
+    }
+}
+
+/// What stands before the list of streams, once; and before a stream's address.
+const POOL: &str = "streams: MultiStream { streams: StreamPool { streams: [";
+const STREAM: &str = "Some(StreamWrapper { stream: Stream { sys: 0x";
+
 /// The address of the stream in slot `index` of the server's stream pool, from its `Debug`
 /// output: `StreamPool { streams: [None, Some(StreamWrapper { stream: Stream { sys: 0x.., ..`.
-fn stream_at(debug: &str, index: usize) -> Option<usize> {
-    let pool = &debug[debug.find("StreamPool {")?..];
-    let list = &pool[pool.find("streams: [")? + "streams: [".len()..];
-    let slot = slots(list).nth(index)?;
-    let at = slot.find("sys: 0x")? + "sys: 0x".len();
-    let digits: String = slot[at..]
-        .chars()
-        .take_while(char::is_ascii_hexdigit)
-        .collect();
-    usize::from_str_radix(&digits, 16)
-        .ok()
-        .filter(|&address| address != 0)
+fn stream_at(debug: &str, index: usize) -> Result<usize, &'static str> {
+    let mut pools = debug.split(POOL).skip(1);
+    let (Some(list), None) = (pools.next(), pools.next()) else {
+        return Err("the runtime does not show one pool of streams");
+    };
+    let slot = slots(list).nth(index).ok_or("the pool has fewer streams")?;
+    let rest = slot.trim_start().strip_prefix(STREAM);
+    let rest = rest.ok_or("the pool does not show it")?;
+    let end = rest.find(|c: char| !c.is_ascii_hexdigit());
+    let (digits, rest) = rest.split_at(end.unwrap_or(rest.len()));
+    let address = usize::from_str_radix(digits, 16);
+    match address {
+        // A stream is an object in memory; 0, 1 and 2 are names of streams that nobody made.
+        Ok(address) if address > 2 && address % align_of::<u64>() == 0 => {}
+        _ => return Err("what the pool shows is no address"),
+    }
+    if !rest.starts_with([',', ' ']) {
+        return Err("what the pool shows is no address");
+    }
+    address.map_err(|_| "what the pool shows is no address")
 }
 
 /// Splits a `Debug` list, given from after its opening bracket, at its top-level commas.
@@ -228,18 +278,48 @@ fn slots(list: &str) -> impl Iterator<Item = &str> {
 mod tests {
     use super::*;
 
-    const POOL: &str = "CudaServer { ctx: X { streams: [1] }, streams: MultiStream { streams: \
+    const SERVER: &str = "CudaServer { ctx: X { streams: [1] }, streams: MultiStream { streams: \
         StreamPool { streams: [None, Some(StreamWrapper { stream: Stream { sys: 0x7f10, \
         memory: [a, b], errors: [\"], \\\" 0x1\"] }, cursor: 1 }), None, Some(StreamWrapper { \
-        stream: Stream { sys: 0xabc } })], factory: F } }, comm_stream: 0x2 }";
+        stream: Stream { sys: 0xabc8 } })], factory: F } }, comm_stream: 0x2 }";
 
     #[test]
     fn the_stream_is_found_in_its_slot_and_only_there() {
-        assert_eq!(stream_at(POOL, 0), None);
-        assert_eq!(stream_at(POOL, 1), Some(0x7f10));
-        assert_eq!(stream_at(POOL, 2), None);
-        assert_eq!(stream_at(POOL, 3), Some(0xabc));
-        assert_eq!(stream_at(POOL, 4), None);
-        assert_eq!(stream_at("CudaServer", 0), None);
+        assert_eq!(stream_at(SERVER, 1), Ok(0x7f10));
+        assert_eq!(stream_at(SERVER, 3), Ok(0xabc8));
+        for (index, why) in [(0, "not show it"), (2, "not show it"), (4, "fewer streams")] {
+            let found = stream_at(SERVER, index).unwrap_err();
+            assert!(found.contains(why), "{index}: {found}");
+        }
+    }
+
+    #[test]
+    fn text_that_reads_in_any_other_way_gives_no_address() {
+        for (from, to) in [
+            ("0x7f10", "0x0"),
+            ("0x7f10", "0x"),
+            ("0x7f10", "0x2"),
+            ("0x7f10", "0x7f11"),
+            ("0x7f10", "0x7f10zz"),
+            ("0x7f10", "32528"),
+            ("0x7f10", "0x11112222333344445"),
+            ("Stream { sys: 0x7f10", "Stream { id: 7, sys: 0x7f10"),
+            ("StreamWrapper", "StreamHandle"),
+            ("StreamPool", "Pool"),
+            (
+                "ctx: X",
+                "ctx: streams: MultiStream { streams: StreamPool { streams: [] } }",
+            ),
+        ] {
+            let text = SERVER.replacen(from, to, 1);
+            assert_ne!(text, SERVER);
+            assert!(
+                stream_at(&text, 1).is_err(),
+                "{to}: {:?}",
+                stream_at(&text, 1)
+            );
+        }
+        assert!(stream_at("CudaServer", 0).is_err());
+        assert!(stream_at("", 0).is_err());
     }
 }

@@ -1,6 +1,8 @@
-//! What follows an opcode: bytes, lines and numbers.
+//! What follows an opcode: bytes, lines and numbers; and what values are called in messages.
 
-use super::{MAX_NAME, Machine, Step};
+use std::fmt;
+
+use super::{MAX_NAME, Machine, Step, Value};
 
 const TRUNCATED: &str = "its pickle ends in the middle; the file may be truncated";
 
@@ -49,4 +51,22 @@ impl<'a> Machine<'a> {
 
 pub(super) fn utf8(bytes: &[u8]) -> Step<&str> {
     str::from_utf8(bytes).map_err(|_| "its pickle has a name that is not UTF-8".into())
+}
+
+impl fmt::Display for Value<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Value::None => f.write_str("None"),
+            Value::Bool => f.write_str("a truth value"),
+            Value::Int(number) => write!(f, "the number {number}"),
+            Value::Float => f.write_str("a fraction"),
+            Value::Text(text) => write!(f, "the text {text:?}"),
+            Value::List => f.write_str("a list"),
+            Value::Global(_) => f.write_str("a class or function"),
+            Value::Tuple(..) => f.write_str("a tuple"),
+            Value::Dict(_) => f.write_str("a dict"),
+            Value::Storage(_) => f.write_str("a storage"),
+            Value::Tensor(_) => f.write_str("a tensor"),
+        }
+    }
 }

@@ -133,3 +133,36 @@ fn a_full_cache_is_refused() {
     );
     assert!(found.is_err());
 }
+
+#[test]
+fn a_cache_that_somebody_else_holds_keeps_its_rows() {
+    let Some(device) = device() else { return };
+    let mut random = Random(83);
+    let [heads, dim, capacity, at] = [2, 64, 8, 3];
+    let mut halves = |count| random.halves::<f16>(count, 1.0);
+    let rows = halves(capacity * dim);
+    let new = halves(dim);
+    let head = |values: &[f16], heads| tensor(values, [1, 1, heads, dim], &device);
+    let q = halves(heads * dim);
+    let cos = tensor_f32(&vec![1.0; dim / 2], [1, dim / 2], &device);
+    let sin = tensor_f32(&vec![0.0; dim / 2], [1, dim / 2], &device);
+    let cache = || tensor::<f16, 3>(&rows, [1, capacity, dim], &device);
+    let (mut keys, mut held_values) = (cache(), cache());
+    let other = keys.clone();
+    let step = |keys: &mut Tensor<Cuda, 3>, held_values: &mut Tensor<Cuda, 3>| {
+        let qkv = [head(&q, heads), head(&new, 1), head(&new, 1)];
+        attend_next(qkv, [cos.clone(), sin.clone()], keys, held_values, at).unwrap();
+    };
+    step(&mut keys, &mut held_values);
+    let before: Vec<f64> = rows.iter().map(|x| wide(*x)).collect();
+    let mut after = before.clone();
+    for (row, value) in after[at * dim..].iter_mut().zip(&new) {
+        *row = wide(*value);
+    }
+    assert!(
+        values(other) == before,
+        "the other holder's rows were written to"
+    );
+    assert!(values(keys.clone()) == after && values(held_values) == after);
+    drop(keys);
+}

@@ -192,6 +192,16 @@ fn compare_of<E: Element>(
     }
 }
 
+/// As many rows as an output projection has, more than a grid may have cubes in its second dimension.
+#[test]
+fn more_rows_than_a_grid_is_high_are_solved_as_any_others() {
+    let settings = Settings {
+        scale_search: true,
+        ..settings(Bits::Four, GroupSize::Columns(32))
+    };
+    compare(64, [70_016, 32], settings, true, 97);
+}
+
 #[test]
 fn codes_agree_with_the_host_at_every_bit_width() {
     for (bits, seed) in Bits::ALL.into_iter().zip(20..) {
