@@ -24,6 +24,7 @@ mod logs;
 mod matrix;
 mod methods;
 mod numerics;
+mod output_errors;
 mod publish;
 mod report;
 mod requantize;

@@ -39,7 +39,7 @@ fn branches_are_made_again_on_other_rows_and_compared() {
     let eval = ["--perplexity", "tests/data/eval_wikidoc_40.json"];
     let printed = succeed(flags.iter().chain(&eval));
     let table = printed.rsplit("branch  ").next().unwrap();
-    for word in ["mean error", "was", "perplexity", "\na ", "\nb "] {
+    for word in ["output error", "was", "perplexity", "\na ", "\nb "] {
         assert!(table.contains(word), "{word}: {printed}");
     }
     let (old, new) = (

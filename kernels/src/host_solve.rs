@@ -64,7 +64,8 @@ fn solve_one<B: Engine>(
         0.0 => 0.0,
         energy => of / energy,
     };
-    let relative = |q: DMatrix<f64>| part(output_energy(&(&w - q), gram), energy);
+    let relative =
+        |of: &DMatrix<f64>, q: &DMatrix<f64>| part(output_energy(&(of - q), gram), energy);
     let settings = request.settings;
     let shifted = drift.map(|(target, gram)| {
         let (target, gain) = target.of(&w);
@@ -78,11 +79,21 @@ fn solve_one<B: Engine>(
         asymmetric: shifted.as_ref().map(|&(_, gain)| gain),
         refine: (settings.refine > 0).then(|| part(refined, energy)),
     };
-    let relative_error = relative(solution.dequantise());
-    let rtn_error = relative(round_to_nearest(&w, &settings).dequantise());
+    let nearest = round_to_nearest(&w, &settings);
+    let found = solution.dequantise();
+    let relative_error = relative(&w, &found);
+    let rtn_error = relative(&w, &nearest.dequantise());
+    let objective = match &shifted {
+        Some((target, _)) => relative(target, &found),
+        None => relative_error,
+    };
     let quantized = solution.into_quantized();
-    let data = TensorData::new(quantized.dequantise(), shape);
-    let weight = Tensor::<B, 2>::from_data(data, (&device, DType::F32)).cast(dtype);
+    let upload = |values: Vec<f32>| {
+        let data = TensorData::new(values, shape);
+        Tensor::<B, 2>::from_data(data, (&device, DType::F32)).cast(dtype)
+    };
+    let weight = upload(quantized.dequantise());
+    let nearest = upload(nearest.into_quantized().dequantise());
     times.sweep += started.elapsed().as_secs_f64();
     let started = Instant::now();
     let packed = quantized.pack(format)?.into();
@@ -90,8 +101,10 @@ fn solve_one<B: Engine>(
     Ok(Solved {
         packed,
         weight,
+        nearest,
         relative_error,
         rtn_error,
+        objective,
         gains,
     })
 }

@@ -76,10 +76,15 @@ pub struct Solved<B: Engine> {
     pub packed: Incoming,
     /// The dequantised weights `[out, in]`, compute dtype.
     pub weight: Tensor<B, 2>,
+    /// The same for round to nearest.
+    pub nearest: Tensor<B, 2>,
     /// `‖(W - Q)X‖² / ‖WX‖²` on the calibration inputs, undamped.
     pub relative_error: f64,
     /// The same for round to nearest.
     pub rtn_error: f64,
+    /// `‖(W' - Q)X‖² / ‖WX‖²` with the weights `W'` that were rounded: those that a [`Drift`] asks for,
+    /// else `W` itself.
+    pub objective: f64,
     /// What the options beyond plain GPTQ were good for.
     pub gains: Gains,
 }

@@ -39,6 +39,11 @@ impl<B: Engine> Dense<B> {
         &self.end
     }
 
+    /// Before a tap of the block that was entered last.
+    pub(crate) fn before(&self, tap: usize) -> &Stream<B> {
+        &self.before[tap]
+    }
+
     /// Runs the next block, dense.
     pub(crate) fn enter(
         &mut self,
@@ -62,7 +67,7 @@ impl<B: Engine> Dense<B> {
         let at = chunk
             .is_multiple_of(DENSE_SHARE)
             .then_some(chunk / DENSE_SHARE)?;
-        self.before[tap].chunks.get(at)
+        self.before(tap).chunks.get(at)
     }
 }
 

@@ -70,6 +70,9 @@ pub(crate) struct BranchBlock {
     /// With digests.
     pub(crate) linears: Vec<LinearReport>,
     pub(crate) clamped: Vec<Clamped>,
+    /// Of the block's output, where it was compared with the dense model's.
+    #[serde(default)]
+    pub(crate) output_error: Option<f64>,
 }
 
 /// A journal as it was found.
@@ -295,6 +298,9 @@ mod tests {
                 scale_search: Some(2.0_f64.sqrt() * 1e-5),
                 ..Gains::default()
             },
+            output_error: Some(1.0 / 7.0),
+            rtn_output_error: Some(2.0 / 7.0),
+            solver_objective: None,
             damp_percent: 0.1,
             dead_columns: 0,
             seconds: 1.5e-9,
@@ -304,6 +310,7 @@ mod tests {
             seconds: 2.0,
             linears: vec![linear],
             clamped: Vec::new(),
+            output_error: Some(1e-3 / 3.0),
         };
         Block {
             layer,
@@ -350,6 +357,30 @@ mod tests {
         assert_eq!(read.header.origin.recipe, "# mine");
         Journal::remove(dir.path()).unwrap();
         assert!(Journal::read(dir.path()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_record_of_before_outputs_were_compared_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        let mut journal = Journal::create(dir.path(), &header()).unwrap();
+        journal.append(&block(0)).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        let (first, record) = text.split_once('\n').unwrap();
+        let mut record: Value = serde_json::from_str(record).unwrap();
+        let branch = record["branches"]["main"].as_object_mut().unwrap();
+        branch.remove("output_error").unwrap();
+        let linear = branch["linears"][0].as_object_mut().unwrap();
+        for key in ["output_error", "rtn_output_error"] {
+            linear.remove(key).unwrap();
+        }
+        fs::write(&path, format!("{first}\n{record}\n")).unwrap();
+        let read = Journal::read(dir.path()).unwrap().unwrap();
+        let branch = &read.blocks[0].branches["main"];
+        assert_eq!(branch.output_error, None);
+        assert_eq!(branch.linears[0].output_error, None);
+        let before = &block(0).branches["main"].linears[0];
+        assert_eq!(branch.linears[0].relative_error, before.relative_error);
     }
 
     #[test]

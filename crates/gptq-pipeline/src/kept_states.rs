@@ -21,6 +21,7 @@ use sha2::{Digest, Sha256};
 use crate::gram::{DENSE_SHARE, Dense};
 use crate::journal::Block;
 use crate::memory::Places;
+use crate::output_errors::OutputErrors;
 use crate::scratch::Scratch;
 use crate::stream::{Keep, Stream};
 use crate::{PipelineError, Plan, disk_space};
@@ -36,6 +37,8 @@ struct Index {
     streams: Vec<IndexedStream>,
     /// The dense model's.
     dense: Option<IndexedStream>,
+    /// What outputs are compared on: the dense model's states, and each branch's.
+    compared: Option<(IndexedStream, Vec<IndexedStream>)>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -57,6 +60,8 @@ pub(crate) struct Kept {
 pub(crate) struct States<B: Engine> {
     pub(crate) streams: Vec<Stream<B>>,
     pub(crate) dense: Option<Dense<B>>,
+    /// Where outputs are compared with the dense model's.
+    pub(crate) compared: Option<OutputErrors<B>>,
 }
 
 fn keep<B: Engine>(plan: &Plan) -> Keep {
@@ -67,14 +72,19 @@ fn keep<B: Engine>(plan: &Plan) -> Keep {
 }
 
 impl<B: Engine> States<B> {
-    /// The embedded windows.
+    /// The embedded windows. `compare`: a share of them is to go through the dense model too.
     pub(crate) fn begin(
         plan: &Plan,
         flows: impl Iterator<Item = Result<Flow<B>, ModelError>>,
         places: &Places,
         scratch: Option<&Arc<Scratch>>,
+        compare: Option<&B::Device>,
     ) -> Result<Self, PipelineError> {
         let all = Stream::new(flows, 1, Vec::new(), places, scratch, keep::<B>(plan))?;
+        let branches = plan.branches.len();
+        let compared = compare
+            .map(|device| OutputErrors::begin(&all, plan.share(), branches, device))
+            .transpose()?;
         let dense = plan
             .asymmetric()
             .then(|| Dense::new(all.every(DENSE_SHARE)));
@@ -91,6 +101,7 @@ impl<B: Engine> States<B> {
         Ok(States {
             streams: streams.collect(),
             dense,
+            compared,
         })
     }
 
@@ -112,9 +123,12 @@ impl<B: Engine> States<B> {
             chunks: stream.chunks.iter().map(|chunk| chunk.shape()).collect(),
         };
         let dense = self.dense.as_ref().map(Dense::end);
+        let compared = self.compared.as_ref();
+        let compared = compared.map(|it| (it.dense.end(), &it.own));
         let index = Index {
             streams: self.streams.iter().map(of).collect(),
             dense: dense.map(of),
+            compared: compared.map(|(dense, own)| (of(dense), own.iter().map(of).collect())),
         };
         let bytes = index.bytes().unwrap_or(u64::MAX);
         match disk_space::has_room(plan, bytes) {
@@ -123,7 +137,9 @@ impl<B: Engine> States<B> {
             Err(error) => return Ok(Err(error.to_string())),
         }
         let path = path(&plan.output, layer);
-        let streams = self.streams.iter().chain(dense);
+        let compared = compared.into_iter();
+        let compared = compared.flat_map(|(dense, own)| [dense].into_iter().chain(own));
+        let streams = self.streams.iter().chain(dense).chain(compared);
         let written = write(&path, &index, streams, stop);
         if !matches!(written, Ok(Ok(_))) {
             let _ = fs::remove_file(&path);
@@ -202,10 +218,12 @@ impl HashedFile {
 impl Index {
     /// Of all states; none if there are impossibly many.
     fn bytes(&self) -> Option<u64> {
+        let compared = self.compared.iter();
         let chunks = self
             .streams
             .iter()
             .chain(&self.dense)
+            .chain(compared.flat_map(|(dense, own)| [dense].into_iter().chain(own)))
             .flat_map(|it| &it.chunks);
         chunks
             .into_iter()
@@ -259,7 +277,7 @@ impl Kept {
             return Err(damaged());
         }
         let keep = keep::<B>(plan);
-        let mut stream = |indexed: IndexedStream, step| {
+        let mut stream = |indexed: IndexedStream, step, places: &Places| {
             let named = |name: &String| plan.branches.iter().position(|b| &b.name == name);
             let branches: Option<Vec<_>> = indexed.branches.iter().map(named).collect();
             let mut chunks = indexed.chunks.into_iter();
@@ -269,17 +287,27 @@ impl Kept {
             let branches = branches.ok_or_else(damaged)?;
             Stream::new(flows, step, branches, places, scratch, keep)
         };
-        let streams = index.streams.into_iter().map(|it| stream(it, 1));
+        let streams = index.streams.into_iter().map(|it| stream(it, 1, places));
         let streams: Vec<Stream<B>> = streams.collect::<Result<_, _>>()?;
         let mut found: Vec<usize> = streams.iter().flat_map(|it| it.branches.clone()).collect();
         found.sort_unstable();
-        let dense = index.dense.map(|it| stream(it, DENSE_SHARE)).transpose()?;
-        if !found.into_iter().eq(0..plan.branches.len()) || dense.is_some() != plan.asymmetric() {
+        let dense = index.dense.map(|it| stream(it, DENSE_SHARE, places));
+        let dense = dense.transpose()?;
+        let (compared, own) = index.compared.ok_or_else(damaged)?;
+        let mut stream = |it| stream(it, 1, &Places::DEVICE);
+        let compared = stream(compared)?;
+        let own = own.into_iter().map(stream).collect::<Result<Vec<_>, _>>()?;
+        let of_own = own.iter().flat_map(|it: &Stream<B>| it.branches.clone());
+        if !found.into_iter().eq(0..plan.branches.len())
+            || !of_own.eq(0..plan.branches.len())
+            || dense.is_some() != plan.asymmetric()
+        {
             return Err(damaged());
         }
         Ok(States {
             streams,
             dense: dense.map(Dense::new),
+            compared: Some(OutputErrors::new(compared, own)),
         })
     }
 }

@@ -25,6 +25,7 @@ mod memory;
 mod method;
 mod model_files;
 mod moved;
+mod output_errors;
 mod overrides;
 mod pattern;
 mod plan;
@@ -49,10 +50,13 @@ pub use hidden_range::{Clamped, Overflow};
 pub use inputs::{Fetched, InputSource};
 pub use memory::Memory;
 pub use method::{Method, Preset};
+pub use output_errors::Share;
 pub use overrides::{RecipeOverrides, RenderingOverride};
 pub use plan::{Numerics, Plan, Propagation, parse_size};
 pub use profile::{Phase, Profile};
 pub use quantise::{Event, Outcome, RunOptions, quantise};
 pub use recipe::{Recipe, RecipeError};
-pub use report::{BranchReport, LinearReport, ModelFiles, Perplexity, PhaseSeconds, Summary};
+pub use report::{
+    BlockReport, BranchReport, LinearReport, Measure, ModelFiles, Perplexity, PhaseSeconds, Summary,
+};
 pub use resume::unfinished;

@@ -36,6 +36,15 @@ pub(crate) struct Places {
     pub(crate) disk_bytes: u64,
 }
 
+impl Places {
+    /// Everything is on the device.
+    pub(crate) const DEVICE: Places = Places {
+        device: usize::MAX,
+        host: 0,
+        disk_bytes: 0,
+    };
+}
+
 /// Windows whose transient activations are alive together.
 pub(crate) fn chunk_windows<B: Engine>(seq_len: usize) -> usize {
     (B::CHUNK_TOKENS / seq_len).max(1)
@@ -63,6 +72,9 @@ struct Sizes {
     table: u128,
     widest: u128,
     hidden: u128,
+    /// Bytes for comparing outputs with the dense model's, by the bytes of a number in a product: the states of
+    /// the compared tokens, a window's inputs and outputs, and the nearest weights of a stage.
+    compared: [u128; 2],
     /// Square matrices: Gram matrices and factors, and what a refinement or a drift needs beside them.
     squares: u128,
 }
@@ -85,7 +97,28 @@ impl Sizes {
         let refined = plan.branches.iter().any(|b| b.method.refine > 0);
         let dense = blocks.clone().map(|block| kept(block, hidden)).max();
         let dense = asymmetric * dense.unwrap_or_default() / DENSE_SHARE as u128;
+        let share = plan.share();
+        let window = share.tokens as u128;
+        let branches = plan.branches.len() as u128;
+        let states = (5 + branches) * hidden + 2 * widest;
+        let nearest = blocks.clone().flat_map(|block| {
+            block.taps().map(|tap| {
+                let linears = &block.linears()[block.linears_of(tap)];
+                let weights = linears.iter().map(|linear| {
+                    let (n_in, n_out) = linear.shape();
+                    2 * n_in as u128 * n_out as u128
+                });
+                weights.sum::<u128>()
+            })
+        });
+        let nearest = nearest.max().unwrap_or_default();
+        let compared = |bytes: u128| {
+            share.windows as u128 * window * states * 2
+                + window * widest * (3 * bytes + 3 * 4)
+                + nearest * bytes
+        };
         Sizes {
+            compared: [compared(2), compared(4)],
             tokens: plan.tokens() as u128,
             samples: plan.calibration.samples as u128,
             seq_len: plan.calibration.seq_len as u128,
@@ -132,6 +165,7 @@ impl Sizes {
     fn fixed<B: Engine>(&self) -> u128 {
         (2 * self.block + self.table + self.transients::<B>()) * 2
             + self.squares * self.widest * self.widest * 4
+            + self.compared[0]
     }
 
     /// What the host holds in any run besides hidden states: the blocks being read, packed tensors
@@ -155,6 +189,7 @@ impl Sizes {
         (2 * self.block).max(self.table) * 4
             + lanes * self.transients::<Cpu>() * 4
             + self.squares * self.widest * self.widest * 8
+            + self.compared[1]
             + self.beside(PROGRAM)
     }
 

@@ -11,7 +11,7 @@ use crate::stream::Stream;
 /// Of how many chunks one is looked at.
 const SHARE: usize = 4;
 /// Instead of what is not finite: a state a thousand times as long as it was.
-const LOST: f64 = 1e6;
+pub(crate) const LOST: f64 = 1e6;
 
 impl<B: Engine> Stream<B> {
     /// The mean over tokens of `‖ŷ - y‖² / ‖y‖²`, `y` the residual stream at the end of `block` and `ŷ`
@@ -53,6 +53,6 @@ impl<B: Engine> Stream<B> {
 }
 
 /// Each row's squared length, `[rows, 1]`.
-fn squares<B: Engine>(x: Tensor<B, 2>) -> Tensor<B, 2> {
+pub(crate) fn squares<B: Engine>(x: Tensor<B, 2>) -> Tensor<B, 2> {
     (x.clone() * x).sum_dim(1)
 }

@@ -9,7 +9,9 @@ use toml::Spanned;
 
 use crate::inputs::looks_like_repo;
 use crate::recipe::{OnOverflow, Propagate};
-use crate::{BranchPlan, Fetched, InputSource, Memory, Recipe, RecipeError, RecipeOverrides};
+use crate::{
+    BranchPlan, Fetched, InputSource, Memory, Recipe, RecipeError, RecipeOverrides, Share,
+};
 
 /// Which hidden states a branch's Hessians are computed from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -208,6 +210,11 @@ impl Plan {
     /// Whether any branch makes up for drift, and so needs the dense model beside its own.
     pub fn asymmetric(&self) -> bool {
         self.branches.iter().any(|b| b.method.asymmetric > 0.0)
+    }
+
+    /// The calibration tokens that output errors are measured on.
+    pub(crate) fn share(&self) -> Share {
+        Share::of(self.calibration.samples, self.calibration.seq_len)
     }
 
     /// What the run will hold at once.

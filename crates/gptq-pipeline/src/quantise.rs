@@ -25,7 +25,7 @@ use crate::resume::{Found, Restored, discard};
 use crate::run::{About, Run};
 use crate::scratch::Scratch;
 use crate::write_behind::WriteBehind;
-use crate::{Allocation, BranchReport, LinearReport, PipelineError, Plan};
+use crate::{Allocation, BlockReport, BranchReport, LinearReport, PipelineError, Plan};
 
 /// How to run a plan; nothing here changes what comes out.
 #[derive(Clone, Copy, Debug)]
@@ -117,6 +117,13 @@ pub enum Event<'a> {
         branch: usize,
         /// Its numbers.
         report: &'a LinearReport,
+    },
+    /// A branch's output after a block was compared with the dense model's.
+    Block {
+        /// Of which branch.
+        branch: usize,
+        /// Its numbers.
+        report: &'a BlockReport,
     },
     /// A branch directory is in place.
     Finished {
@@ -383,6 +390,10 @@ impl<'a> Event<'a> {
     fn of(self, branches: &[usize]) -> Event<'a> {
         match self {
             Event::Linear { branch, report } => Event::Linear {
+                branch: branches[branch],
+                report,
+            },
+            Event::Block { branch, report } => Event::Block {
                 branch: branches[branch],
                 report,
             },

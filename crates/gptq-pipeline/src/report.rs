@@ -12,7 +12,7 @@ use gptq_format::{
 use gptq_solver::Gains;
 use serde::{Deserialize, Serialize};
 
-use crate::{Allocation, Clamped, Fingerprint, Method, Preset, report_limits};
+use crate::{Allocation, Clamped, Fingerprint, Method, Preset, Share, report_limits};
 
 /// Its name in a branch directory.
 pub(crate) const FILE: &str = "report.json";
@@ -30,12 +30,24 @@ pub struct LinearReport {
     pub bits: Bits,
     /// Columns per group.
     pub group_size: GroupSize,
-    /// `‖(W - Q)X‖² / ‖WX‖²` on the calibration inputs, undamped.
+    /// `‖(Ŵ - W)X̂‖² / ‖WX̂‖²` on the branch's own calibration inputs, undamped: how far the weights are from the
+    /// original ones. Activation-mismatch correction moves them away on purpose.
     pub relative_error: f64,
     /// The same for round to nearest.
     pub rtn_error: f64,
-    /// `relative_error / rtn_error`: what GPTQ gained.
+    /// `relative_error / rtn_error`.
     pub ratio: f64,
+    /// `‖ŴX̂ - WX‖² / ‖WX‖²`, against the dense model's output on its own inputs `X`, on the tokens of
+    /// [`BranchReport::compared`]; older reports have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_error: Option<f64>,
+    /// The same for round to nearest, on the branch's inputs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rtn_output_error: Option<f64>,
+    /// `‖(W' - Ŵ)X̂‖² / ‖WX̂‖²` on all calibration inputs, undamped, with the weights `W'` that were rounded:
+    /// what the solver makes small. Without activation-mismatch correction `W'` is `W`, and this `relative_error`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub solver_objective: Option<f64>,
     /// What the options beyond plain GPTQ were good for; older reports have none.
     #[serde(default)]
     pub gains: Gains,
@@ -51,10 +63,73 @@ pub struct LinearReport {
 }
 
 impl LinearReport {
-    /// Whether plain rounding would have lost less. Where both lose nothing, it would not.
-    pub fn is_worse_than_rtn(&self) -> bool {
-        self.relative_error > self.rtn_error
+    /// Its error and round-to-nearest's by `measure`; NaN where it was not measured.
+    pub fn errors(&self, measure: Measure) -> [f64; 2] {
+        match measure {
+            Measure::Output => {
+                [self.output_error, self.rtn_output_error].map(|it| it.unwrap_or(f64::NAN))
+            }
+            Measure::Weights => [self.relative_error, self.rtn_error],
+        }
     }
+
+    /// The error as a fraction of round-to-nearest's; 1 where that loses nothing.
+    pub fn of_rtn(&self, measure: Measure) -> f64 {
+        match self.errors(measure) {
+            [_, 0.0] => 1.0,
+            [error, rtn] => error / rtn,
+        }
+    }
+
+    /// Whether plain rounding would have lost less by every measure there is. Where both lose nothing, it
+    /// would not. By one alone it may: correction moves weights away from the original ones, and what the
+    /// inputs have moved may lie the other way from what was rounded.
+    pub fn is_worse_than_rtn(&self) -> bool {
+        let output = self.output_error.zip(self.rtn_output_error);
+        self.relative_error > self.rtn_error && output.is_none_or(|(own, rtn)| own > rtn)
+    }
+}
+
+/// What an error is measured against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Measure {
+    /// The dense model's output ([`LinearReport::output_error`]).
+    Output,
+    /// The original weights ([`LinearReport::relative_error`]), where a report has nothing else.
+    Weights,
+}
+
+impl Measure {
+    /// The first that all of `reports` have: numbers of different measures do not compare.
+    pub fn of<'a>(reports: impl IntoIterator<Item = &'a BranchReport>) -> Measure {
+        let compared = |report: &BranchReport| {
+            let mut linears = report.linears.iter();
+            linears.all(|it| it.output_error.is_some() && it.rtn_output_error.is_some())
+        };
+        match reports.into_iter().all(compared) {
+            true => Measure::Output,
+            false => Measure::Weights,
+        }
+    }
+
+    /// For a table: "output error", "weight error".
+    pub fn name(self) -> &'static str {
+        match self {
+            Measure::Output => "output error",
+            Measure::Weights => "weight error",
+        }
+    }
+}
+
+/// One block's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BlockReport {
+    /// Block index.
+    pub layer: usize,
+    /// The mean over the tokens of [`BranchReport::compared`] of `‖ŷ - y‖² / ‖y‖²`, with the hidden states after
+    /// the block `y` of the dense model and `ŷ` of the branch: all that the branch lost so far.
+    pub output_error: f64,
 }
 
 /// Perplexity on some text.
@@ -134,16 +209,22 @@ pub struct BranchReport {
     /// Perplexity, if the run measured it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub perplexity: Option<Perplexity>,
+    /// The calibration tokens that outputs were compared with the dense model's on; older reports have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compared: Option<Share>,
+    /// A row per block, where outputs were compared.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blocks: Vec<BlockReport>,
     /// A row per linear.
     pub linears: Vec<LinearReport>,
 }
 
-/// The numbers a table of branches shows.
+/// The numbers a table of branches shows, of one [`Measure`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
-    /// Mean relative error over the linears.
+    /// Mean error over the linears.
     pub mean_error: f64,
-    /// Largest relative error.
+    /// Largest error.
     pub worst_error: f64,
     /// Mean of the ratios to round to nearest.
     pub mean_ratio: f64,
@@ -151,18 +232,27 @@ pub struct Summary {
 
 impl BranchReport {
     /// Means and maxima over the linears.
-    pub fn summary(&self) -> Summary {
+    pub fn summary(&self, measure: Measure) -> Summary {
         let n = self.linears.len().max(1) as f64;
-        let sum = |f: fn(&LinearReport) -> f64| self.linears.iter().map(f).sum::<f64>();
+        let errors = || self.linears.iter().map(|l| l.errors(measure)[0]);
         Summary {
-            mean_error: sum(|l| l.relative_error) / n,
-            worst_error: self
-                .linears
-                .iter()
-                .map(|l| l.relative_error)
-                .fold(0.0, f64::max),
-            mean_ratio: sum(|l| l.ratio) / n,
+            mean_error: errors().sum::<f64>() / n,
+            worst_error: errors().fold(0.0, f64::max),
+            mean_ratio: self.linears.iter().map(|l| l.of_rtn(measure)).sum::<f64>() / n,
         }
+    }
+
+    /// Mean of what the solver makes small, where the report has it.
+    pub fn mean_objective(&self) -> Option<f64> {
+        let all = self.linears.iter().map(|l| l.solver_objective);
+        let sum: f64 = all.collect::<Option<Vec<_>>>()?.iter().sum();
+        Some(sum / self.linears.len().max(1) as f64)
+    }
+
+    /// What the branch lost through all of its blocks, where that was measured.
+    pub fn last_block_error(&self) -> Option<f64> {
+        let last = self.blocks.iter().max_by_key(|block| block.layer);
+        last.map(|block| block.output_error)
     }
 
     /// Reads the `report.json` of a branch directory.
@@ -205,15 +295,20 @@ impl BranchReport {
 
     fn csv(&self) -> String {
         let mut csv = String::from(
-            "layer,name,out_features,in_features,bits,group_size,relative_error,rtn_error,ratio,\
-             damp_percent,dead_columns,search_gain,asymmetric_gain,refine_gain,seconds\n",
+            "layer,name,out_features,in_features,bits,group_size,relative_error,rtn_error,ratio,output_error,\
+             rtn_output_error,solver_objective,block_output_error,damp_percent,dead_columns,search_gain,asymmetric_gain,\
+             refine_gain,seconds\n",
         );
-        let gain = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:e}"));
+        let some = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:e}"));
+        let block = |layer: usize| {
+            let block = self.blocks.iter().find(|block| block.layer == layer);
+            block.map(|block| block.output_error)
+        };
         for l in &self.linears {
             let [n_out, n_in] = l.shape;
             writeln!(
                 csv,
-                "{},{},{n_out},{n_in},{},{},{:e},{:e},{:.6},{},{},{},{},{},{:.4}",
+                "{},{},{n_out},{n_in},{},{},{:e},{:e},{:.6},{},{},{},{},{},{},{},{},{},{:.4}",
                 l.layer,
                 l.name,
                 l.bits,
@@ -221,11 +316,15 @@ impl BranchReport {
                 l.relative_error,
                 l.rtn_error,
                 l.ratio,
+                some(l.output_error),
+                some(l.rtn_output_error),
+                some(l.solver_objective),
+                some(block(l.layer)),
                 l.damp_percent,
                 l.dead_columns,
-                gain(l.gains.scale_search),
-                gain(l.gains.asymmetric),
-                gain(l.gains.refine),
+                some(l.gains.scale_search),
+                some(l.gains.asymmetric),
+                some(l.gains.refine),
                 l.seconds
             )
             .expect("writing to a string cannot fail");

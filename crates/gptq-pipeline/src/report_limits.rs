@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use gptq_format::{GroupSize, MAX_JSON};
 
-use crate::{Allocation, BranchReport, Clamped, LinearReport, Perplexity};
+use crate::{Allocation, BlockReport, BranchReport, Clamped, LinearReport, Perplexity};
 
 /// Blocks, features and weights of a model, as its `config.json` may have them.
 const MAX_LAYERS: usize = 1 << 12;
@@ -81,6 +81,14 @@ pub(crate) fn check(report: &BranchReport) -> Result<(), String> {
     for (i, states) in report.clamped.iter().enumerate() {
         clamped(states).map_err(|why| format!("clamped[{i}].{why}"))?;
     }
+    if let Some(share) = &report.compared {
+        most("compared.windows", share.windows, MAX_FEATURES)?;
+        most("compared.tokens", share.tokens, MAX_FEATURES)?;
+    }
+    most("blocks", report.blocks.len(), MAX_LAYERS)?;
+    for (i, it) in report.blocks.iter().enumerate() {
+        block(it).map_err(|why| format!("blocks[{i}].{why}"))?;
+    }
     let linears = MAX_LAYERS * MAX_KINDS;
     most("linears", report.linears.len(), linears)?;
     let mut weights = 0;
@@ -125,6 +133,13 @@ pub(crate) fn linear(linear: &LinearReport) -> Result<(), String> {
     for (name, value) in numbers.into_iter().chain(gains) {
         number(&name, value)?;
     }
+    for (name, value) in [
+        ("output_error", linear.output_error),
+        ("rtn_output_error", linear.rtn_output_error),
+        ("solver_objective", linear.solver_objective),
+    ] {
+        number(name, value.unwrap_or_default())?;
+    }
     most("dead_columns", linear.dead_columns, MAX_FEATURES)?;
     seconds("seconds", linear.seconds)
 }
@@ -135,6 +150,11 @@ fn budget(spent: &Allocation) -> Result<(), String> {
     most("budget.choices", spent.choices.len(), MAX_ENTRIES)?;
     let groups = MAX_LAYERS * MAX_KINDS;
     most("budget.groups", spent.groups.len(), groups)
+}
+
+pub(crate) fn block(block: &BlockReport) -> Result<(), String> {
+    below("layer", block.layer, MAX_LAYERS)?;
+    number("output_error", block.output_error)
 }
 
 pub(crate) fn clamped(states: &Clamped) -> Result<(), String> {

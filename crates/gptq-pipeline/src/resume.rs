@@ -12,7 +12,7 @@ use crate::kept_states::{Kept, prune};
 use crate::model_files::ModelHash;
 use crate::run::Output;
 use crate::{
-    BranchPlan, BranchReport, Clamped, LinearReport, ModelFiles, PipelineError, Plan,
+    BlockReport, BranchPlan, BranchReport, Clamped, LinearReport, ModelFiles, PipelineError, Plan,
     PlannedLinear, Recipe, RecipeOverrides, RunOptions, report_limits,
 };
 
@@ -194,6 +194,7 @@ pub(crate) struct RestoredBranch {
     /// Indices in `linears` by name.
     places: BTreeMap<String, usize>,
     pub(crate) clamped: Vec<Clamped>,
+    pub(crate) blocks: Vec<BlockReport>,
 }
 
 impl Restored {
@@ -217,6 +218,7 @@ impl Restored {
         let output = |branch: &RestoredBranch| Output {
             linears: branch.linears.clone(),
             clamped: branch.clamped.clone(),
+            blocks: branch.blocks.clone(),
             seconds: branch.seconds,
             moved: BTreeMap::new(),
         };
@@ -232,12 +234,20 @@ impl Restored {
             false => None,
         };
         let mut found: BTreeMap<String, RestoredBranch> = BTreeMap::new();
-        for Block { branches, .. } in recorded.blocks {
+        for Block {
+            layer, branches, ..
+        } in recorded.blocks
+        {
             for (name, block) in branches {
                 let branch = found.entry(name).or_default();
                 branch.seconds = block.seconds;
                 branch.linears.extend(block.linears);
                 branch.clamped.extend(block.clamped);
+                let compared = block.output_error.map(|output_error| BlockReport {
+                    layer,
+                    output_error,
+                });
+                branch.blocks.extend(compared);
             }
         }
         let damaged = |reason: String| PipelineError::Journal {
@@ -293,6 +303,9 @@ impl RestoredBranch {
         }
         for clamped in &self.clamped {
             report_limits::clamped(clamped).map_err(|why| format!("clamped: {why}"))?;
+        }
+        for block in &self.blocks {
+            report_limits::block(block).map_err(|why| format!("blocks: {why}"))?;
         }
         report_limits::seconds("seconds", self.seconds)
     }

@@ -1,5 +1,7 @@
 //! The run: blocks in order, branches in lockstep on each loaded block.
 
+mod finish;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,7 +9,6 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use gptq_calibration::Manifest;
 use gptq_format::Checkpoint;
 use gptq_kernels::{Drift, Engine, Hessian, Request};
 use gptq_model::{Block, BlockSpec, Flow, HostBlock, Model, ModelError};
@@ -16,7 +17,7 @@ use crate::gram::{Dense, Grams};
 use crate::journal::BranchBlock;
 use crate::kept_states::States;
 use crate::memory::Places;
-use crate::model_files::ModelHash;
+use crate::output_errors::OutputErrors;
 use crate::profile::{Clock, Phase};
 use crate::quantise::{Event, check_stop};
 use crate::resume::Restored;
@@ -24,9 +25,11 @@ use crate::scratch::Scratch;
 use crate::stream::{Stream, explained};
 use crate::write_behind::WriteBehind;
 use crate::{
-    BranchPlan, BranchReport, Clamped, Fingerprint, LinearReport, PipelineError, Plan,
+    BlockReport, BranchPlan, BranchReport, Clamped, LinearReport, PipelineError, Plan,
     PlannedLinear, Propagation, hidden_range,
 };
+
+pub(crate) use finish::About;
 
 /// The linears that a tap of block `layer` has to quantise.
 fn planned(branch: &BranchPlan, layer: usize, block: &BlockSpec, tap: usize) -> Vec<PlannedLinear> {
@@ -40,6 +43,7 @@ fn planned(branch: &BranchPlan, layer: usize, block: &BlockSpec, tap: usize) -> 
 struct Entered<'a, B: Engine> {
     layer: usize,
     dense: Option<&'a Dense<B>>,
+    compared: Option<&'a mut OutputErrors<B>>,
 }
 
 /// One branch as it grows.
@@ -47,18 +51,10 @@ struct Entered<'a, B: Engine> {
 pub(crate) struct Output {
     pub(crate) linears: Vec<LinearReport>,
     pub(crate) clamped: Vec<Clamped>,
+    pub(crate) blocks: Vec<BlockReport>,
     pub(crate) seconds: f64,
     /// By block and tap, where nothing is written; see [`Stream::moved`].
     pub(crate) moved: BTreeMap<(usize, usize), f64>,
-}
-
-/// What a report says beside the run's own numbers.
-pub(crate) struct About<'a> {
-    pub(crate) manifest: &'a Manifest,
-    pub(crate) device: String,
-    /// The branches', in their order.
-    pub(crate) prints: Vec<&'a Fingerprint>,
-    pub(crate) model_hash: &'a mut ModelHash,
 }
 
 /// Some branches on their way through the blocks.
@@ -102,7 +98,10 @@ impl<B: Engine> Run<'_, '_, B> {
                     self.reread(kept.layers)?;
                     kept.read(self.plan, places, scratch, self.model.device())?
                 }
-                None => States::begin(self.plan, flows, places, scratch)?,
+                None => {
+                    let compare = Some(self.model.device());
+                    States::begin(self.plan, flows, places, scratch, compare)?
+                }
             };
             self.clock.add_start();
             self.blocks(first, states, blocks)?;
@@ -120,7 +119,7 @@ impl<B: Engine> Run<'_, '_, B> {
         scratch: Option<&Arc<Scratch>>,
         blocks: &Receiver<Result<HostBlock, ModelError>>,
     ) -> Result<Vec<Output>, PipelineError> {
-        let states = States::begin(self.plan, flows, places, scratch)?;
+        let states = States::begin(self.plan, flows, places, scratch, None)?;
         self.clock.add_start();
         self.blocks(0, states, blocks)?;
         Ok(self.outputs)
@@ -145,9 +144,14 @@ impl<B: Engine> Run<'_, '_, B> {
             if let Some(dense) = &mut states.dense {
                 dense.enter(&block, model.device(), self.clock)?;
             }
-            let entered = Entered {
+            if let Some(compared) = &mut states.compared {
+                let solving = layer >= self.restored.layers;
+                compared.enter(&block, solving, model.device(), self.clock)?;
+            }
+            let mut entered = Entered {
                 layer,
                 dense: states.dense.as_ref(),
+                compared: states.compared.as_mut(),
             };
             let mut next = Vec::with_capacity(self.plan.branches.len());
             for stream in states.streams {
@@ -157,7 +161,7 @@ impl<B: Engine> Run<'_, '_, B> {
                     true => taps.map(|tap| tap..tap + 1).collect(),
                     false => vec![taps],
                 };
-                self.taps(&entered, stream, &block, &groups, &mut next)?;
+                self.taps(&mut entered, stream, &block, &groups, &mut next)?;
             }
             states.streams = next;
             if self.writer.is_none() {
@@ -198,6 +202,8 @@ impl<B: Engine> Run<'_, '_, B> {
                 seconds: output.seconds,
                 linears: linears.cloned().collect(),
                 clamped: clamped.cloned().collect(),
+                output_error: (output.blocks.iter().find(|it| it.layer == layer))
+                    .map(|block| block.output_error),
             }
         };
         let branches = self.outputs.iter().map(block).collect();
@@ -212,13 +218,14 @@ impl<B: Engine> Run<'_, '_, B> {
     /// block's end are pushed to `done`.
     fn taps(
         &mut self,
-        entered: &Entered<'_, B>,
+        entered: &mut Entered<'_, B>,
         mut stream: Stream<B>,
         block: &Block<B>,
         groups: &[Range<usize>],
         done: &mut Vec<Stream<B>>,
     ) -> Result<(), PipelineError> {
         let Some((group, rest)) = groups.split_first() else {
+            self.compare_block(entered, &stream.branches)?;
             done.push(stream);
             return Ok(());
         };
@@ -245,10 +252,14 @@ impl<B: Engine> Run<'_, '_, B> {
             for (at, tap) in group.clone().enumerate() {
                 match &grams {
                     Some(grams) => {
-                        self.solve(layer, branch, tap, grams[at].clone(), &mut quantised)
+                        let grams = grams[at].clone();
+                        self.solve(entered, branch, tap, grams, &mut quantised)
                             .map_err(|error| explained(error, parent.as_ref(), device))?;
                     }
                     None => self.restore(layer, branch, tap, Some(&mut quantised))?,
+                }
+                if let Some(compared) = &mut entered.compared {
+                    compared.advance(branch, tap, &quantised, device, self.clock)?;
                 }
             }
             if let (None, Some(stream)) = (&self.writer, &parent) {
@@ -284,6 +295,28 @@ impl<B: Engine> Run<'_, '_, B> {
         Ok(())
     }
 
+    /// Notes how far the output of the block that `branches` have been through is from the dense model's.
+    fn compare_block(
+        &mut self,
+        entered: &Entered<'_, B>,
+        branches: &[usize],
+    ) -> Result<(), PipelineError> {
+        let layer = entered.layer;
+        let solved = layer >= self.restored.layers;
+        if let Some(compared) = entered.compared.as_ref().filter(|_| solved) {
+            for &branch in branches {
+                let output_error = compared.block(branch, self.model.device())?;
+                let report = &BlockReport {
+                    layer,
+                    output_error,
+                };
+                (self.on_event)(Event::Block { branch, report });
+                self.outputs[branch].blocks.push(*report);
+            }
+        }
+        Ok(())
+    }
+
     fn note_clamped(
         &mut self,
         layer: usize,
@@ -308,12 +341,13 @@ impl<B: Engine> Run<'_, '_, B> {
     /// Quantises one tap's linears for one branch: codes to its files, weights into `block`.
     fn solve(
         &mut self,
-        layer: usize,
+        entered: &Entered<'_, B>,
         branch: usize,
         tap: usize,
         grams: Grams<B>,
         block: &mut Block<B>,
     ) -> Result<(), PipelineError> {
+        let layer = entered.layer;
         check_stop(self.stop, self.plan.config.layers)?;
         let settings = &self.plan.branches[branch];
         let linears = planned(settings, layer, block.spec(), tap);
@@ -365,7 +399,18 @@ impl<B: Engine> Run<'_, '_, B> {
         self.clock
             .add(Phase::Sweep, seconds - subset.times.factor - packing);
         let seconds = seconds / linears.len() as f64;
+        let errors = match &entered.compared {
+            Some(compared) => {
+                let weights = subset.solved.iter().map(|it| [&it.weight, &it.nearest]);
+                let solved: Vec<_> = linears.iter().map(|it| it.linear).zip(weights).collect();
+                let device = self.model.device();
+                compared.linears(branch, tap, block, &solved, device, self.clock)?
+            }
+            None => Vec::new(),
+        };
+        let mut errors = errors.into_iter();
         for (linear, solved) in linears.into_iter().zip(subset.solved) {
+            let errors = errors.next();
             let started = Instant::now();
             if let Some(writer) = &mut self.writer {
                 writer.write(branch, linear.module.clone(), solved.packed)?;
@@ -386,6 +431,9 @@ impl<B: Engine> Run<'_, '_, B> {
                     0.0 => 1.0,
                     rtn => solved.relative_error / rtn,
                 },
+                output_error: errors.map(|errors| errors.output),
+                rtn_output_error: errors.map(|errors| errors.nearest),
+                solver_objective: Some(solved.objective),
                 gains: solved.gains,
                 damp_percent: subset.damping,
                 dead_columns: subset.dead_columns,
@@ -432,63 +480,12 @@ impl<B: Engine> Run<'_, '_, B> {
                 continue;
             };
             let packed = restored.read(&self.partials[branch], report)?;
-            if let Some(block) = &mut block
-                && self.plan.propagation == Propagation::Quantised
-            {
+            if let Some(block) = &mut block {
                 let dtype = self.model.dtype();
                 block.set_weight(linear, B::dequantise(&packed, dtype, device));
             }
             (self.on_event)(Event::Linear { branch, report });
         }
         Ok(())
-    }
-
-    fn finish(self, about: About<'_>) -> Result<Vec<BranchReport>, PipelineError> {
-        let plan = self.plan;
-        let started = Instant::now();
-        let writers = match self.writer {
-            Some(writer) => writer.finish()?,
-            None => Vec::new(),
-        };
-        let model_files = about.model_hash.wait(self.stop, plan.config.layers)?;
-        let mut reports = Vec::with_capacity(plan.branches.len());
-        let outputs = plan.branches.iter().zip(self.outputs).zip(writers);
-        for (i, ((branch, output), writer)) in outputs.enumerate() {
-            check_stop(self.stop, plan.config.layers)?;
-            let mut report = BranchReport {
-                gptq_version: env!("CARGO_PKG_VERSION").to_owned(),
-                model: plan.model_name.clone(),
-                model_files: Some(model_files.clone()),
-                branch: branch.name.clone(),
-                quantize_config: branch.quantize_config(&plan.model_name, &plan.config),
-                preset: branch.preset,
-                method: Some(branch.method),
-                budget: branch.allocation.clone(),
-                propagation: match plan.propagation {
-                    Propagation::Quantised => "quantised".to_owned(),
-                    Propagation::Dense => "dense".to_owned(),
-                },
-                calibration: about.manifest.clone(),
-                device: about.device.clone(),
-                bytes: 0,
-                seconds: output.seconds,
-                phases: self.clock.profile().phases(),
-                fingerprint: Some(about.prints[i].clone()),
-                recipe: plan.public_recipe.clone(),
-                command: plan.command.clone(),
-                clamped: output.clamped,
-                perplexity: None,
-                linears: output.linears,
-            };
-            writer.finish(&mut report)?;
-            (self.on_event)(Event::Finished {
-                branch: i,
-                report: &report,
-            });
-            reports.push(report);
-        }
-        self.clock
-            .add(Phase::Write, started.elapsed().as_secs_f64());
-        Ok(reports)
     }
 }

@@ -36,7 +36,7 @@ pub(crate) struct Keep {
 pub(crate) struct Stream<B: Engine> {
     pub(crate) chunks: Vec<Chunk<B>>,
     pub(crate) branches: Vec<usize>,
-    keep: Keep,
+    pub(crate) keep: Keep,
 }
 
 /// One chunk's states, where they are kept between taps.
@@ -275,6 +275,38 @@ impl<B: Engine> Stream<B> {
             branches: Vec::new(),
             keep: self.keep,
         }
+    }
+
+    /// The first `tokens` tokens of every `step`-th window before the first block, of no branch: a chunk on
+    /// the device for each window.
+    pub(crate) fn sample(
+        &self,
+        step: usize,
+        tokens: usize,
+        device: &B::Device,
+    ) -> Result<Self, FormatError> {
+        let mut chunks = Vec::new();
+        let mut before = 0;
+        for chunk in &self.chunks {
+            let [windows, all, features] = chunk.shape();
+            let length = all / windows;
+            let taken = (0..windows).filter(|i| (before + i).is_multiple_of(step));
+            let taken: Vec<usize> = taken.collect();
+            before += windows;
+            if taken.is_empty() {
+                continue;
+            }
+            let states = chunk.flow(device)?.residual.cast(dtype(self.keep.half));
+            chunks.extend(taken.into_iter().map(|i| {
+                let rows = i * length..i * length + tokens;
+                Chunk::Device(Flow::new(1, states.clone().slice([rows, 0..features])))
+            }));
+        }
+        Ok(Stream {
+            chunks,
+            branches: Vec::new(),
+            keep: self.keep,
+        })
     }
 
     /// What of the states is not finite, for explaining a failure.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gptq_pipeline::LinearReport;
+use gptq_pipeline::{LinearReport, Measure, Share};
 use minijinja::Value;
 use serde::Serialize;
 
@@ -16,9 +16,14 @@ use crate::plot::{Series, lines};
 pub(crate) struct BranchPage {
     pub name: String,
     pub settings: String,
+    /// What the errors are measured against, and on what.
+    pub measure: &'static str,
+    pub compared: Option<Share>,
     pub heat: HeatMap,
-    /// Relative error through the layers (SVG).
+    /// Errors through the layers (SVG).
     pub growth: Value,
+    /// Whether `growth` has the blocks' output errors in the run.
+    pub blocks: bool,
     /// Whether `growth` has the blocks' errors on fresh text.
     pub fresh: bool,
     pub kinds: Vec<Kind>,
@@ -75,10 +80,19 @@ impl BranchPage {
             })
             .collect();
         let has_fresh = !fresh.is_empty();
+        let measure = Measure::of([report]);
+        let blocks = report.blocks.iter().map(|b| {
+            let title = format!("block {}: {}", b.layer, number::error(b.output_error));
+            (b.layer as f64, b.output_error, title)
+        });
         let growth = lines(
             &[
-                through("rtn", &report.linears, |l| l.rtn_error),
-                through("own", &report.linears, |l| l.relative_error),
+                through("rtn", &report.linears, |l| l.errors(measure)[1]),
+                through("own", &report.linears, |l| l.errors(measure)[0]),
+                Series {
+                    class: "block",
+                    points: blocks.collect(),
+                },
                 Series {
                     class: "fresh",
                     points: fresh,
@@ -92,12 +106,15 @@ impl BranchPage {
         BranchPage {
             name: report.branch.clone(),
             settings: settings(branch),
-            heat: HeatMap::new(&report.linears),
+            measure: measure.name(),
+            compared: report.compared,
+            heat: HeatMap::new(&report.linears, measure),
             growth: Value::from_safe_string(growth),
+            blocks: !report.blocks.is_empty(),
             fresh: has_fresh,
-            kinds: kinds(&report.linears, &options),
+            kinds: kinds(&report.linears, measure, &options),
             options,
-            unusual: unusual(&report.linears, config.damp_percent),
+            unusual: unusual(&report.linears, measure, config.damp_percent),
             damp_percent: config.damp_percent,
             stages: times(stages(&report.linears)),
             phases: times(phases.collect()),
@@ -157,7 +174,7 @@ fn settings(branch: &Branch) -> String {
 fn through(
     class: &'static str,
     linears: &[LinearReport],
-    value: fn(&LinearReport) -> f64,
+    value: impl Fn(&LinearReport) -> f64,
 ) -> Series {
     let mut layers: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
     for linear in linears {
@@ -205,14 +222,14 @@ fn options(linears: &[LinearReport]) -> Vec<&'static str> {
     options
 }
 
-fn kinds(linears: &[LinearReport], options: &[&str]) -> Vec<Kind> {
+fn kinds(linears: &[LinearReport], measure: Measure, options: &[&str]) -> Vec<Kind> {
     let kinds = grouped(linears, within_block).into_iter();
     kinds
         .map(|(name, group)| {
-            let of = |value: fn(&LinearReport) -> f64| {
+            let of = |value: &dyn Fn(&LinearReport) -> f64| {
                 mean(&group.iter().map(|l| value(l)).collect::<Vec<_>>())
             };
-            let ratio = of(|l| l.ratio);
+            let ratio = of(&|l| l.of_rtn(measure));
             let gain = |option: &&str| {
                 let used = group.iter().flat_map(|l| l.gains.used());
                 let gains: Vec<f64> = used.filter(|(o, _)| o == option).map(|(_, g)| g).collect();
@@ -223,8 +240,8 @@ fn kinds(linears: &[LinearReport], options: &[&str]) -> Vec<Kind> {
             };
             Kind {
                 label: label(name).to_owned(),
-                error: number::error(of(|l| l.relative_error)),
-                rtn: number::error(of(|l| l.rtn_error)),
+                error: number::error(of(&|l| l.errors(measure)[0])),
+                rtn: number::error(of(&|l| l.errors(measure)[1])),
                 ratio: format!("{ratio:.3}"),
                 percent: (100.0 * ratio).clamp(0.0, 100.0),
                 gains: options.iter().map(gain).collect(),
@@ -233,13 +250,13 @@ fn kinds(linears: &[LinearReport], options: &[&str]) -> Vec<Kind> {
         .collect()
 }
 
-fn unusual(linears: &[LinearReport], asked: f64) -> Vec<Unusual> {
+fn unusual(linears: &[LinearReport], measure: Measure, asked: f64) -> Vec<Unusual> {
     let all = linears.iter().map(|l| Unusual {
         name: l.name.clone(),
         damp_percent: l.damp_percent,
         raised: l.damp_percent != asked,
         dead_columns: l.dead_columns,
-        ratio: format!("{:.3}", l.ratio),
+        ratio: format!("{:.3}", l.of_rtn(measure)),
         worse: l.is_worse_than_rtn(),
     });
     all.filter(|l| l.raised || l.dead_columns > 0 || l.worse)

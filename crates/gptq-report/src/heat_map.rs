@@ -1,8 +1,8 @@
-//! A branch's errors as a map, layer by linear, coloured by the logarithm of the relative error.
+//! A branch's errors as a map, layer by linear, coloured by the logarithm of the error.
 
 use std::collections::BTreeMap;
 
-use gptq_pipeline::LinearReport;
+use gptq_pipeline::{LinearReport, Measure};
 use serde::Serialize;
 
 use crate::number;
@@ -42,7 +42,7 @@ pub(crate) struct Cell {
 }
 
 impl HeatMap {
-    pub(crate) fn new(linears: &[LinearReport]) -> HeatMap {
+    pub(crate) fn new(linears: &[LinearReport], measure: Measure) -> HeatMap {
         let mut names: Vec<&str> = Vec::new();
         let mut layers: BTreeMap<usize, BTreeMap<&str, &LinearReport>> = BTreeMap::new();
         for linear in linears {
@@ -52,7 +52,7 @@ impl HeatMap {
             }
             layers.entry(linear.layer).or_default().insert(name, linear);
         }
-        let errors = || linears.iter().map(|l| l.relative_error);
+        let errors = || linears.iter().map(|l| l.errors(measure)[0]);
         let low = errors().filter(|&e| e > 0.0).fold(f64::INFINITY, f64::min);
         let high = errors().fold(0.0, f64::max);
         let heat = |error: f64| {
@@ -68,7 +68,11 @@ impl HeatMap {
             layer,
             cells: names
                 .iter()
-                .map(|name| row.get(name).map(|l| Cell::new(l, heat(l.relative_error))))
+                .map(|name| {
+                    let linear = row.get(name)?;
+                    let heat = heat(linear.errors(measure)[0]);
+                    Some(Cell::new(linear, measure, heat))
+                })
                 .collect(),
         });
         let range = if low.is_finite() {
@@ -91,8 +95,22 @@ impl HeatMap {
 }
 
 impl Cell {
-    fn new(linear: &LinearReport, heat: u32) -> Cell {
+    fn new(linear: &LinearReport, measure: Measure, heat: u32) -> Cell {
         let [n_out, n_in] = linear.shape;
+        let [error, _] = linear.errors(measure);
+        let against = |name: &str, measure| {
+            let [error, rtn] = linear.errors(measure).map(number::error);
+            let ratio = linear.of_rtn(measure);
+            format!("\n{name} {error}, round-to-nearest {rtn} (ratio {ratio:.3})")
+        };
+        let output = match linear.output_error {
+            Some(_) => against("output error", Measure::Output),
+            None => String::new(),
+        };
+        let objective = match linear.solver_objective {
+            Some(objective) => format!("\nsolver's objective {}", number::error(objective)),
+            None => String::new(),
+        };
         let gains: String = (linear.gains.used())
             .map(|(option, gain)| {
                 format!(
@@ -103,14 +121,11 @@ impl Cell {
             })
             .collect();
         Cell {
-            text: number::short_error(linear.relative_error),
+            text: number::short_error(error),
             title: format!(
-                "{}\nrelative error {}\nround-to-nearest {} (ratio {:.3})\n{n_out} × {n_in}, {} bits, \
-                 group {}\ndamping {}, dead columns {}{gains}",
+                "{}{output}{objective}{}\n{n_out} × {n_in}, {} bits, group {}\ndamping {}, dead columns {}{gains}",
                 linear.name,
-                number::error(linear.relative_error),
-                number::error(linear.rtn_error),
-                linear.ratio,
+                against("weight error", Measure::Weights),
                 linear.bits,
                 linear.group_size,
                 linear.damp_percent,
@@ -153,6 +168,9 @@ mod tests {
             relative_error,
             rtn_error: 2.0 * relative_error,
             ratio: 0.5,
+            output_error: Some(0.25),
+            rtn_output_error: Some(0.5),
+            solver_objective: None,
             gains: Gains::default(),
             damp_percent: 0.1,
             dead_columns: 0,
@@ -163,11 +181,12 @@ mod tests {
 
     #[test]
     fn heat_is_the_place_on_a_log_scale_and_skipped_linears_stay_empty() {
-        let map = HeatMap::new(&[
+        let linears = [
             linear(0, "self_attn.q_proj", 1e-4),
             linear(0, "mlp.down_proj", 1e-3),
             linear(11, "self_attn.q_proj", 1e-2),
-        ]);
+        ];
+        let map = HeatMap::new(&linears, Measure::Weights);
         let labels: Vec<&str> = map.columns.iter().map(|c| c.label.as_str()).collect();
         assert_eq!(labels, ["q", "down"]);
         let heat = |row: usize, column: usize| map.rows[row].cells[column].as_ref().map(|c| c.heat);
@@ -179,7 +198,8 @@ mod tests {
     #[test]
     fn equal_or_zero_errors_are_drawn_cold() {
         for error in [0.0, 1e-3] {
-            let map = HeatMap::new(&[linear(0, "a", error), linear(1, "a", error)]);
+            let linears = [linear(0, "a", error), linear(1, "a", error)];
+            let map = HeatMap::new(&linears, Measure::Weights);
             assert!(
                 map.rows
                     .iter()

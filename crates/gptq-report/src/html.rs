@@ -1,5 +1,6 @@
 //! `report.html`: one file, no network, no framework.
 
+use gptq_pipeline::Measure;
 use minijinja::value::Serde;
 use minijinja::{Environment, Value, context};
 use serde::Serialize;
@@ -40,13 +41,15 @@ pub fn html(matrix: &Matrix) -> Result<String, ReportError> {
     environment
         .add_template("report.html", TEMPLATE)
         .map_err(failed)?;
+    let measure = Measure::of(matrix.branches.iter().map(|branch| &branch.report));
     let branches: Vec<BranchPage> = matrix.branches.iter().map(BranchPage::new).collect();
     let page = environment.get_template("report.html").map_err(failed)?;
     page.render(context! {
         style => Value::from_safe_string(STYLE.to_owned()),
         script => Value::from_safe_string(SCRIPT.to_owned()),
         model => matrix.model(),
-        columns => Serde(columns(&rows(matrix))),
+        compared => measure == Measure::Output,
+        columns => Serde(columns(&rows(matrix), measure)),
         plot => plot(matrix).map(Serde),
         branches => Serde(branches),
         provenance => Serde(provenance(matrix)),
@@ -54,8 +57,9 @@ pub fn html(matrix: &Matrix) -> Result<String, ReportError> {
     .map_err(failed)
 }
 
-/// The numbers of the branches; a column in which no branch has one is left out.
-fn columns(rows: &[Row]) -> Vec<Column> {
+/// The numbers of the branches; a column in which no branch has one is left out, and so are the errors against the
+/// weights where `measure` says that all branches have something better.
+fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
     type Show = fn(&Row) -> Option<(String, String)>;
     fn plain(value: impl ToString) -> Option<(String, String)> {
         Some((value.to_string(), value.to_string()))
@@ -63,7 +67,43 @@ fn columns(rows: &[Row]) -> Vec<Column> {
     fn shown(value: f64, text: String) -> Option<(String, String)> {
         Some((value.to_string(), text))
     }
-    let columns: [(&str, &str, Show); 15] = [
+    let error = |name, hint, show: Show| (name, hint, show);
+    let errors: [(&str, &str, Show); 3] = match measure {
+        Measure::Output => [
+            error(
+                "Output error",
+                "of the linears against the dense model's output, on the mean",
+                |r| r.mean_output_error.and_then(|e| shown(e, number::error(e))),
+            ),
+            error("Worst", "largest output error of a linear", |r| {
+                r.worst_output_error
+                    .and_then(|e| shown(e, number::error(e)))
+            }),
+            error(
+                "Of RTN",
+                "mean ratio to round-to-nearest's output error, on the branch's inputs",
+                |r| {
+                    r.mean_output_ratio
+                        .and_then(|e| shown(e, format!("{e:.3}")))
+                },
+            ),
+        ],
+        Measure::Weights => [
+            error(
+                "Weight error",
+                "of the linears against the original weights, on the branch's own inputs, on the mean",
+                |r| shown(r.mean_error, number::error(r.mean_error)),
+            ),
+            error("Worst", "largest weight error of a linear", |r| {
+                shown(r.worst_error, number::error(r.worst_error))
+            }),
+            error("Of RTN", "mean ratio to round-to-nearest's error", |r| {
+                shown(r.mean_ratio, format!("{:.3}", r.mean_ratio))
+            }),
+        ],
+    };
+    let [mean_error, worst_error, ratio] = errors;
+    let columns: [(&str, &str, Show); 17] = [
         ("Bits", "", |r| match r.mixed {
             true => plain("mixed"),
             false => plain(r.bits),
@@ -92,15 +132,19 @@ fn columns(rows: &[Row]) -> Vec<Column> {
         ("Size", "weight files", |r| {
             Some((r.bytes.to_string(), number::decimal_size(r.bytes)))
         }),
-        ("Mean error", "mean relative error of the linears", |r| {
-            shown(r.mean_error, number::error(r.mean_error))
-        }),
-        ("Worst", "largest relative error of a linear", |r| {
-            shown(r.worst_error, number::error(r.worst_error))
-        }),
-        ("Of RTN", "mean ratio to round-to-nearest's error", |r| {
-            shown(r.mean_ratio, format!("{:.3}", r.mean_ratio))
-        }),
+        mean_error,
+        worst_error,
+        ratio,
+        (
+            "Last block",
+            "error of the last block's output against the dense model's",
+            |r| r.last_block_error.and_then(|e| shown(e, number::error(e))),
+        ),
+        (
+            "Objective",
+            "what the solver makes small, the mean over the linears",
+            |r| r.mean_objective.and_then(|e| shown(e, number::error(e))),
+        ),
         ("Perplexity", "on held-out text", |r| {
             r.perplexity.and_then(|p| shown(p, format!("{p:.3}")))
         }),

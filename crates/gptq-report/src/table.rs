@@ -1,7 +1,7 @@
 //! The numbers of a matrix, a row per branch: for the page, as CSV and as JSON.
 
 use gptq_format::{Bits, GroupSize};
-use gptq_pipeline::Preset;
+use gptq_pipeline::{Measure, Preset};
 use serde::Serialize;
 
 use crate::{Branch, Matrix};
@@ -29,11 +29,21 @@ pub struct Row {
     pub preset: Preset,
     /// Bytes of the weight files.
     pub bytes: u64,
-    /// Mean relative error of the linears.
+    /// Mean error of the linears' outputs against the dense model's; older reports have none.
+    pub mean_output_error: Option<f64>,
+    /// The largest.
+    pub worst_output_error: Option<f64>,
+    /// Mean of the linears' output errors as a fraction of round-to-nearest's.
+    pub mean_output_ratio: Option<f64>,
+    /// Error of the last block's output against the dense model's: what all blocks lost together.
+    pub last_block_error: Option<f64>,
+    /// Mean over the linears of what the solver makes small.
+    pub mean_objective: Option<f64>,
+    /// Mean error of the linears against the original weights, on the branch's own inputs.
     pub mean_error: f64,
     /// The largest.
     pub worst_error: f64,
-    /// Mean of the linears' errors as a fraction of round-to-nearest's.
+    /// Mean of these errors as a fraction of round-to-nearest's.
     pub mean_ratio: f64,
     /// On held-out text.
     pub perplexity: Option<f64>,
@@ -58,7 +68,11 @@ impl Row {
     pub(crate) fn of(branch: &Branch) -> Row {
         let report = &branch.report;
         let config = &report.quantize_config;
-        let summary = report.summary();
+        let summary = report.summary(Measure::Weights);
+        let output = match Measure::of([report]) {
+            Measure::Output => Some(report.summary(Measure::Output)),
+            Measure::Weights => None,
+        };
         let receipt = branch.receipt.as_ref();
         let perplexity = branch.perplexity();
         Row {
@@ -72,6 +86,11 @@ impl Row {
             damp_percent: config.damp_percent,
             preset: report.preset,
             bytes: branch.bytes,
+            mean_output_error: output.map(|it| it.mean_error),
+            worst_output_error: output.map(|it| it.worst_error),
+            mean_output_ratio: output.map(|it| it.mean_ratio),
+            last_block_error: report.last_block_error(),
+            mean_objective: report.mean_objective(),
             mean_error: summary.mean_error,
             worst_error: summary.worst_error,
             mean_ratio: summary.mean_ratio,
@@ -88,7 +107,8 @@ impl Row {
 /// The rows as CSV (RFC 4180), headed by the names of [`Row`]'s fields.
 pub fn csv(rows: &[Row]) -> String {
     let mut text = String::from(
-        "branch,bits,group_size,mixed,bits_per_weight,desc_act,sym,damp_percent,preset,bytes,mean_error,worst_error,\
+        "branch,bits,group_size,mixed,bits_per_weight,desc_act,sym,damp_percent,preset,bytes,\
+         mean_output_error,worst_output_error,mean_output_ratio,last_block_error,mean_objective,mean_error,worst_error,\
          mean_ratio,perplexity,dense_perplexity,kl_divergence,top1_agreement,verified,seconds\n",
     );
     for row in rows {
@@ -103,6 +123,11 @@ pub fn csv(rows: &[Row]) -> String {
             row.damp_percent.to_string(),
             row.preset.name().to_owned(),
             row.bytes.to_string(),
+            measured(row.mean_output_error),
+            measured(row.worst_output_error),
+            measured(row.mean_output_ratio),
+            measured(row.last_block_error),
+            measured(row.mean_objective),
             row.mean_error.to_string(),
             row.worst_error.to_string(),
             row.mean_ratio.to_string(),

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use gptq_pipeline::{BlockReport, BranchReport, Share};
 use gptq_report::{Matrix, html, rows};
 use serde_json::{Value, json};
 
@@ -147,4 +148,56 @@ fn more_different_linears_than_a_block_has_are_refused() {
     });
     let line = Matrix::read(dir.path()).unwrap_err().to_string();
     assert!(line.contains("linears[64].name: over 64"), "{line}");
+}
+
+#[test]
+fn output_errors_over_one_are_read_and_those_that_nothing_measured_is_are_refused() {
+    let read = |edit: fn(&mut BranchReport)| {
+        let dir = directory(edit);
+        let matrix = Matrix::read(dir.path()).map_err(|e| e.to_string())?;
+        html(&matrix).map_err(|e| e.to_string())
+    };
+    read(|report| {
+        for linear in &mut report.linears {
+            linear.output_error = Some(1e6);
+            linear.rtn_output_error = Some(3.5);
+        }
+        report.blocks.push(BlockReport {
+            layer: 0,
+            output_error: 17.0,
+        });
+    })
+    .unwrap();
+    let refused: [(fn(&mut BranchReport), &str); 4] = [
+        (
+            |report| report.linears[1].output_error = Some(1e31),
+            "linears[1].output_error = 1e31",
+        ),
+        (
+            |report| report.linears[0].solver_objective = Some(-1e31),
+            "linears[0].solver_objective",
+        ),
+        (
+            |report| {
+                report.blocks.push(BlockReport {
+                    layer: 1 << 20,
+                    output_error: 1.0,
+                });
+            },
+            "blocks[0].layer",
+        ),
+        (
+            |report| {
+                report.compared = Some(Share {
+                    windows: 1 << 40,
+                    tokens: 1,
+                });
+            },
+            "compared.windows",
+        ),
+    ];
+    for (edit, word) in refused {
+        let line = read(edit).unwrap_err();
+        assert!(line.contains(word) && !line.contains('\n'), "{line}");
+    }
 }

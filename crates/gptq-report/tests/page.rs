@@ -1,5 +1,6 @@
 //! What the page shows is what the reports say.
 
+use gptq_pipeline::{BlockReport, Measure, Share};
 use gptq_report::{csv, html, rows};
 
 use crate::fixture::matrix_with;
@@ -38,7 +39,7 @@ fn every_cell_of_a_heat_map_is_its_linears_relative_error() {
                     .unwrap()
             );
             let title = between(cell, "title=\"", "\"");
-            let shown = between(title, "relative error ", "\n");
+            let shown = between(title, "weight error ", ",");
             assert_eq!(shown, format!("{:.3e}", linear.relative_error));
             assert!(title.starts_with(&linear.name), "{title}");
         }
@@ -55,7 +56,7 @@ fn the_table_holds_the_reports_own_numbers() {
         let cells: Vec<&str> = row.split("data-v=\"").skip(1).collect();
         let value = |i: usize| cells[i].split('"').next().unwrap();
         let number = |i: usize| value(i).parse::<f64>().unwrap();
-        let summary = branch.report.summary();
+        let summary = branch.report.summary(Measure::Weights);
         assert_eq!(value(0), branch.report.branch);
         assert_eq!(number(3), branch.bits_per_weight());
         assert_eq!(number(6), branch.report.bytes as f64);
@@ -79,8 +80,67 @@ fn the_table_holds_the_reports_own_numbers() {
         let mut names = table.lines().next().unwrap().split(',');
         let mean_error = names.position(|name| name == "mean_error");
         let value = fields[mean_error.unwrap()];
-        assert_eq!(value.parse(), Ok(branch.report.summary().mean_error));
+        let summary = branch.report.summary(Measure::Weights);
+        assert_eq!(value.parse(), Ok(summary.mean_error));
     }
+}
+
+/// As a run of today: outputs compared with the dense model's, the weights far away on purpose.
+fn compared(report: &mut gptq_pipeline::BranchReport) {
+    report.compared = Some(Share {
+        windows: 2,
+        tokens: 512,
+    });
+    for (i, linear) in report.linears.iter_mut().enumerate() {
+        linear.relative_error = 8.4e-1;
+        linear.ratio = linear.relative_error / linear.rtn_error;
+        linear.output_error = Some(1.5e-3 * (i + 1) as f64);
+        linear.rtn_output_error = Some(6e-3 * (i + 1) as f64);
+        linear.solver_objective = Some(7.5e-4);
+    }
+    report.blocks = (0..3)
+        .map(|layer| BlockReport {
+            layer,
+            output_error: 1e-2 * (layer + 1) as f64,
+        })
+        .collect();
+}
+
+#[test]
+fn a_page_goes_by_the_dense_models_output_where_every_report_has_it() {
+    let page = html(&matrix_with(compared)).unwrap();
+    let heading = between(&page, "<thead>", "</thead>");
+    assert!(heading.contains(">Output error<") && heading.contains(">Last block<"));
+    assert!(!heading.contains(">Weight error<"), "{heading}");
+    let main = section(&page, 0);
+    assert!(main.contains("<caption>Output error, layer by linear</caption>"));
+    assert!(main.contains(">1.5e-3</td>") && !main.contains(">8.4e-1</td>"));
+    assert!(main.contains("output error 1.500e-3, round-to-nearest 6.000e-3 (ratio 0.250)"));
+    assert!(main.contains("solver&#x27;s objective 7.500e-4"), "{main}");
+    assert!(main.contains("<title>block 2: 3.000e-2</title>"));
+    assert!(main.contains("first 512 tokens of 2 calibration windows"));
+    // Weights that were moved on purpose are no concern.
+    assert!(!main.contains("<strong>0.250</strong>") && main.contains("<td>0.250</td>"));
+
+    // With one older report in between, the table has what all have.
+    let mixed = matrix_with(|report| {
+        if report.branch == "main" {
+            compared(report);
+        }
+    });
+    let page = html(&mixed).unwrap();
+    let heading = between(&page, "<thead>", "</thead>");
+    assert!(heading.contains(">Weight error<") && !heading.contains(">Output error<"));
+    assert!(heading.contains(">Last block<"));
+    let rows = rows(&mixed);
+    let table = csv(&rows);
+    let names: Vec<&str> = table.lines().next().unwrap().split(',').collect();
+    let at = names.iter().position(|&name| name == "mean_output_error");
+    let cells: Vec<&str> = (table.lines().skip(1))
+        .map(|line| line.split(',').nth(at.unwrap()).unwrap())
+        .collect();
+    assert!(cells[0].parse::<f64>().unwrap() > 0.0, "main is first");
+    assert!(cells[1..].iter().all(|cell| cell.is_empty()), "{cells:?}");
 }
 
 #[test]
@@ -167,6 +227,7 @@ fn nothing_from_a_file_is_read_as_markup() {
 #[test]
 fn six_branches_of_a_7b_model_stay_under_a_megabyte_and_fetch_nothing() {
     let page = html(&matrix_with(|report| {
+        compared(report);
         let block: Vec<_> = report.linears.drain(..).take(7).collect();
         for layer in 0..32 {
             report.linears.extend(block.iter().map(|linear| {

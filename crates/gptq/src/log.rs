@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Result, anyhow};
 use gptq_calibration::Manifest;
 use gptq_pipeline::{
-    Allocation, BranchReport, Choice, Event, LinearReport, Plan, Propagation, RunOptions,
+    Allocation, BranchReport, Choice, Event, LinearReport, Measure, Plan, Propagation, RunOptions,
 };
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
@@ -121,6 +121,12 @@ pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
             let branch = &plan.branches[*branch];
             linear(&branch.name, branch.damp_percent, report);
         }
+        Event::Block { branch, report } => info!(
+            branch = plan.branches[*branch].name,
+            layer = report.layer,
+            output_error = report.output_error,
+            "block"
+        ),
         Event::Finished { report, .. } => branch(report),
         Event::Kept { report, .. } => info!(branch = report.branch, "finished by an earlier run"),
         Event::Resumed { layers, kept } => info!(layers, kept, "going on with an earlier run"),
@@ -149,7 +155,9 @@ pub(crate) fn perplexity(branch: &str, measured: &gptq_verify::Perplexity) {
 pub(crate) fn concerns(reports: &[BranchReport]) {
     for report in reports {
         let worse = report.linears.iter().filter(|l| l.is_worse_than_rtn());
-        if let Some(worst) = worse.clone().max_by(|a, b| a.ratio.total_cmp(&b.ratio)) {
+        let measure = Measure::of([report]);
+        let ratio = |l: &LinearReport| l.of_rtn(measure);
+        if let Some(worst) = (worse.clone()).max_by(|a, b| ratio(a).total_cmp(&ratio(b))) {
             warning(&format!(
                 "{}: {} of {} linears are worse than round-to-nearest, {} most (ratio {:.3}); use more \
                  calibration tokens, or text more like what the model is for",
@@ -157,7 +165,7 @@ pub(crate) fn concerns(reports: &[BranchReport]) {
                 worse.count(),
                 report.linears.len(),
                 worst.name,
-                worst.ratio
+                ratio(worst)
             ));
         }
         if let Some(first) = report.clamped.first() {
@@ -200,6 +208,9 @@ fn linear(branch: &str, asked: f64, report: &LinearReport) {
         relative_error = report.relative_error,
         rtn_error = report.rtn_error,
         ratio = report.ratio,
+        output_error = report.output_error,
+        rtn_output_error = report.rtn_output_error,
+        solver_objective = report.solver_objective,
         gains = gains(report),
         damping = report.damp_percent,
         dead_columns = report.dead_columns,
@@ -221,7 +232,11 @@ fn linear(branch: &str, asked: f64, report: &LinearReport) {
         );
     }
     if report.is_worse_than_rtn() {
-        let (error, rtn) = (report.relative_error, report.rtn_error);
+        let measure = match report.output_error {
+            Some(_) => Measure::Output,
+            None => Measure::Weights,
+        };
+        let [error, rtn] = report.errors(measure);
         warn!(branch, name, error, rtn, "worse than round-to-nearest");
     }
 }
@@ -238,15 +253,19 @@ fn gains(report: &LinearReport) -> String {
 /// A branch that is in place.
 fn branch(report: &BranchReport) {
     calibration(&report.calibration);
-    let numbers = report.summary();
+    let measure = Measure::of([report]);
+    let numbers = report.summary(measure);
     info!(
         branch = report.branch,
         device = report.device,
         bytes = report.bytes,
         seconds = report.seconds,
+        measure = measure.name(),
         mean_error = numbers.mean_error,
         worst_error = numbers.worst_error,
         mean_ratio = numbers.mean_ratio,
+        last_block_error = report.last_block_error(),
+        mean_objective = report.mean_objective(),
         "written"
     );
     for phase in &report.phases {

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod block_progress;
 mod bug;
 mod calibration;
 mod card;
@@ -25,6 +26,7 @@ mod signals;
 mod size;
 mod table;
 mod terminal;
+mod time_left;
 mod verify;
 
 use std::process::ExitCode;

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
 
-use gptq_pipeline::{Allocation, Choice, Event, LinearReport, Plan};
+use gptq_pipeline::{Allocation, BranchPlan, Choice, Event, LinearReport, Measure, Plan};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::size;
+use crate::time_left::TimeLeft;
 
 /// Turns events into what a person sees.
 pub(crate) struct Progress<'a> {
@@ -15,10 +16,25 @@ pub(crate) struct Progress<'a> {
     group: MultiProgress,
     /// Lines go to standard error: standard output is a program's.
     aside: bool,
-    /// Per branch, the errors of the layer under way; only where there are no bars.
+    /// Linears of each branch to quantise, by layer.
+    expected: Vec<BTreeMap<usize, usize>>,
+    /// Per branch, the errors of the layer under way.
     layer: BTreeMap<usize, Vec<f64>>,
-    /// How many linears each branch quantises, by layer.
-    linears: Vec<Vec<usize>>,
+    /// Layers of the branches under way that an earlier run finished.
+    restored: usize,
+    /// A part is a layer of a branch.
+    left: TimeLeft,
+    /// A part is a layer of what is measured for budgets.
+    measuring: Option<TimeLeft>,
+}
+
+/// How many linears of each layer a branch quantises.
+fn expected(plan: &Plan, branch: &BranchPlan) -> BTreeMap<usize, usize> {
+    let mut layers = BTreeMap::new();
+    for linear in branch.planned_linears(&plan.config) {
+        *layers.entry(linear.layer).or_insert(0) += 1;
+    }
+    layers
 }
 
 /// How many linears were given what.
@@ -33,15 +49,15 @@ fn given(allocation: &Allocation) -> String {
 
 impl<'a> Progress<'a> {
     pub(crate) fn new(plan: &'a Plan, aside: bool) -> Self {
-        let linears = plan.branches.iter().map(|branch| {
-            let mut linears = vec![0; plan.config.layers];
-            for linear in branch.planned_linears(&plan.config) {
-                linears[linear.layer] += 1;
-            }
-            linears
-        });
+        let expected: Vec<_> = (plan.branches.iter())
+            .map(|branch| expected(plan, branch))
+            .collect();
+        let parts = expected.iter().map(BTreeMap::len).sum();
         Progress {
-            linears: linears.collect(),
+            left: TimeLeft::new(parts, plan.branches.len()),
+            measuring: None,
+            restored: 0,
+            expected,
             plan,
             bars: None,
             group: MultiProgress::new(),
@@ -61,8 +77,10 @@ impl<'a> Progress<'a> {
                 if std::io::stderr().is_terminal() {
                     self.bars = Some(self.start_bars(linears));
                 }
+                self.left.begin();
             }
             Event::Kept { branch, report } => {
+                self.left.drop_parts(self.expected[branch].len());
                 let name = &self.plan.branches[branch].name;
                 match &self.bars {
                     Some(bars) => bars[branch].finish_with_message("is there already"),
@@ -72,35 +90,45 @@ impl<'a> Progress<'a> {
                     )),
                 }
             }
-            Event::Resumed { layers, kept } => self.say(&format!(
-                "going on after block {layers} of {} of an unfinished run; going over {} again",
-                self.plan.config.layers,
-                layers - kept
-            )),
+            Event::Resumed { layers, kept } => {
+                self.restored = layers;
+                self.say(&format!(
+                    "going on after block {layers} of {} of an unfinished run; going over {} again",
+                    self.plan.config.layers,
+                    layers - kept
+                ));
+            }
             // In the log.
-            Event::NotLocked { .. } | Event::StatesKept { .. } | Event::StatesNotKept { .. } => {}
-            Event::Measured { layers } => self.say(&format!(
-                "measuring what fits the budget: block {layers}/{}",
-                self.plan.config.layers
-            )),
+            Event::Block { .. }
+            | Event::NotLocked { .. }
+            | Event::StatesKept { .. }
+            | Event::StatesNotKept { .. } => {}
+            Event::Measured { layers } => {
+                let blocks = self.plan.config.layers;
+                let measuring = self
+                    .measuring
+                    .get_or_insert_with(|| TimeLeft::new(blocks, 0));
+                // The first block's time is not known, nor like the others'.
+                match layers {
+                    1 => measuring.skip(),
+                    _ => measuring.part(),
+                }
+                let left = measuring.told();
+                self.left.begin();
+                self.say(&format!(
+                    "measuring what fits the budget: block {layers}/{blocks}{left}"
+                ));
+            }
             Event::Allocated { branch, allocation } => self.say(&format!(
                 "{}: {:.3} bits per weight: {}",
                 self.plan.branches[branch].name,
                 allocation.mean_bits,
                 given(allocation)
             )),
-            Event::Linear { branch, report } => match &self.bars {
-                Some(bars) => {
-                    bars[branch].set_message(format!(
-                        "layer {} {}",
-                        report.layer,
-                        report.name.rsplit('.').next().unwrap_or_default()
-                    ));
-                    bars[branch].inc(1);
-                }
-                None => self.line(branch, report),
-            },
+            Event::Linear { branch, report } => self.linear(branch, report),
             Event::Finished { branch, report } => {
+                // What comes after has its layers before it.
+                self.restored = 0;
                 let name = &self.plan.branches[branch].name;
                 match &self.bars {
                     Some(bars) => bars[branch].finish_with_message(size::decimal(report.bytes)),
@@ -140,20 +168,39 @@ impl<'a> Progress<'a> {
             .collect()
     }
 
-    /// A line once the layer's last linear is done.
-    fn line(&mut self, branch: usize, report: &LinearReport) {
-        let plan = &self.plan.branches[branch];
-        let expected = self.linears[branch][report.layer];
+    /// A line once the layer's last linear is done, or a step of the branch's bar.
+    fn linear(&mut self, branch: usize, report: &LinearReport) {
+        let layer = report.layer;
+        let (error, measure) = match report.output_error {
+            Some(error) => (error, Measure::Output),
+            None => (report.relative_error, Measure::Weights),
+        };
         let errors = self.layer.entry(branch).or_default();
-        errors.push(report.relative_error);
-        if errors.len() == expected {
-            let mean = errors.iter().sum::<f64>() / expected as f64;
+        errors.push(error);
+        let mut mean = None;
+        if self.expected[branch].get(&layer) == Some(&errors.len()) {
+            mean = Some(errors.iter().sum::<f64>() / errors.len() as f64);
             errors.clear();
+            match layer < self.restored {
+                true => self.left.skip(),
+                false => self.left.part(),
+            }
+        }
+        let mut left = self.left.told();
+        if !left.is_empty() && self.plan.evaluation.is_some() {
+            left += ", then perplexity";
+        }
+        if let Some(bars) = &self.bars {
+            let linear = report.name.rsplit('.').next().unwrap_or_default();
+            bars[branch].set_message(format!("layer {layer} {linear}{left}"));
+            bars[branch].inc(1);
+        } else if let Some(mean) = mean {
             self.say(&format!(
-                "{}: layer {}/{}, mean error {mean:.3e}",
-                plan.name,
-                report.layer + 1,
-                self.plan.config.layers
+                "{}: layer {}/{}, {} {mean:.3e}{left}",
+                self.plan.branches[branch].name,
+                layer + 1,
+                self.plan.config.layers,
+                measure.name()
             ));
         }
     }

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow, bail, ensure};
 use gptq_kernels::Device;
 use gptq_pipeline::{
-    BranchReport, Event, Outcome, Perplexity, Phase, Plan, Profile, Recipe, RunOptions, quantise,
-    unfinished,
+    BranchReport, Event, Measure, Outcome, Perplexity, Phase, Plan, Profile, Recipe, RunOptions,
+    quantise, unfinished,
 };
 use gptq_verify::{Check, Evaluation, Request, check_tensors, failures, verify};
 use serde_json::json;
 
+use crate::block_progress::BlockProgress;
 use crate::cli::{QuantizeArgs, RunArgs, warn};
 use crate::hub::{self, Need};
 use crate::progress::Progress;
@@ -146,7 +147,10 @@ fn prove(
         evaluation: Some(Evaluation { text, window }),
         ..Request::default()
     };
-    let receipt = verify(dir, &request, device, &mut |_, _| {})?;
+    let mut progress = BlockProgress::new(&report.branch);
+    let mut show = |done, blocks| progress.show(done, blocks);
+    let receipt = verify(dir, &request, device, &mut show)?;
+    drop(progress);
     holds(&receipt.checks)?;
     let Some(measured) = receipt.perplexity else {
         return Ok(None);
@@ -195,16 +199,20 @@ fn command(args: impl Iterator<Item = OsString>) -> String {
 /// What came of a run, for programs: the branches in the plan's order.
 fn record(produced: &Produced) -> serde_json::Value {
     let Produced { plan, reports, .. } = produced;
+    let measure = Measure::of(reports);
     let branches = plan.branches.iter().zip(reports).enumerate();
     let branches = branches.map(|(i, (branch, report))| {
-        let numbers = report.summary();
+        let numbers = report.summary(measure);
         json!({
             "name": report.branch,
             "dir": plan.branch_dir(branch),
             "bytes": report.bytes,
+            "measure": measure,
             "mean_error": numbers.mean_error,
             "worst_error": numbers.worst_error,
             "mean_ratio": numbers.mean_ratio,
+            "last_block_error": report.last_block_error(),
+            "mean_objective": report.mean_objective(),
             "seconds": report.seconds,
             "perplexity": produced.perplexities.get(i),
         })
@@ -231,32 +239,48 @@ fn time(profile: &Profile) -> String {
 
 /// A row per branch; a perplexity column if there is one for each.
 fn summary(reports: &[BranchReport], perplexities: &[f64]) -> String {
-    let mut heading = vec![
-        "branch",
-        "size",
-        "mean error",
-        "worst error",
-        "of rtn",
-        "seconds",
-    ];
+    let measure = Measure::of(reports);
+    let blocks = reports.iter().map(BranchReport::last_block_error);
+    let blocks: Option<Vec<f64>> = blocks.collect();
+    let mut heading = vec!["branch", "size", measure.name(), "worst", "of rtn"];
+    if blocks.is_some() {
+        heading.push("last block");
+    }
+    heading.push("seconds");
     if !perplexities.is_empty() {
         heading.push("perplexity");
     }
     let mut rows = vec![heading.into_iter().map(String::from).collect::<Vec<_>>()];
     for (i, report) in reports.iter().enumerate() {
-        let numbers = report.summary();
+        let numbers = report.summary(measure);
         let mut row = vec![
             report.branch.clone(),
             size::decimal(report.bytes),
             format!("{:.3e}", numbers.mean_error),
             format!("{:.3e}", numbers.worst_error),
             format!("{:.3}", numbers.mean_ratio),
-            format!("{:.1}", report.seconds),
         ];
+        row.extend(blocks.iter().map(|blocks| format!("{:.3e}", blocks[i])));
+        row.push(format!("{:.1}", report.seconds));
         row.extend(perplexities.get(i).map(|p| format!("{p:.3}")));
         rows.push(row);
     }
-    table::render(&rows)
+    table::render(&rows) + &explanation(measure, reports)
+}
+
+/// What the table's errors are, in a line.
+fn explanation(measure: Measure, reports: &[BranchReport]) -> String {
+    let share = reports.iter().find_map(|report| report.compared);
+    match (measure, share) {
+        (Measure::Output, Some(share)) => format!(
+            "output error: of the linears and, in \"last block\", of all blocks together, against the dense model's \
+             output; on {} calibration tokens\n",
+            share.windows * share.tokens
+        ),
+        _ => "weight error: of the linears, against the original weights on the branch's own inputs: not every \
+              report has the error against the dense model's output\n"
+            .to_owned(),
+    }
 }
 
 #[cfg(test)]

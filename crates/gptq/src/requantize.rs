@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use gptq_format::branch_dirs;
-use gptq_pipeline::{BranchReport, Recipe, RecipeOverrides};
+use gptq_pipeline::{BranchReport, Measure, Recipe, RecipeOverrides};
 use gptq_verify::{Evaluation, Request, verify};
 use serde::Serialize;
 
+use crate::block_progress::BlockProgress;
 use crate::cli::RequantizeArgs;
 use crate::signals::Signals;
 use crate::{quantize, table};
@@ -21,17 +22,28 @@ pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
         evaluation: Some(Evaluation { text, window }),
         ..Request::default()
     });
+    let measure = Measure::of(
+        after
+            .reports
+            .iter()
+            .chain(before.iter().map(|(_, old)| old)),
+    );
     let mut compared = Vec::new();
     for (i, new) in after.reports.iter().enumerate() {
         let old = before.iter().find(|(_, old)| old.branch == new.branch);
         let (dir, old) = old.context("every branch came from a report")?;
         let perplexity = match &request {
-            Some(request) => verify(dir, request, args.run.device, &mut |_, _| {})?.perplexity,
+            Some(request) => {
+                let mut progress = BlockProgress::new(&format!("{} as it was", new.branch));
+                let mut show = |done, blocks| progress.show(done, blocks);
+                verify(dir, request, args.run.device, &mut show)?.perplexity
+            }
             None => None,
         };
         compared.push(Compared {
             branch: new.branch.clone(),
-            mean_error: [new, old].map(|report| report.summary().mean_error),
+            measure,
+            mean_error: [new, old].map(|report| report.summary(measure).mean_error),
             perplexity: after
                 .perplexities
                 .get(i)
@@ -44,7 +56,7 @@ pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&compared)?);
         return Ok(());
     }
-    println!("\n{}", comparison(&compared));
+    println!("\n{}", comparison(&compared, measure));
     println!("written to {}", after.plan.output.display());
     println!(
         "was: {}; each error is on its own calibration data",
@@ -57,13 +69,15 @@ pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
 #[derive(Serialize)]
 struct Compared {
     branch: String,
+    /// What the errors are measured against.
+    measure: Measure,
     mean_error: [f64; 2],
     #[serde(skip_serializing_if = "Option::is_none")]
     perplexity: Option<[f64; 2]>,
 }
 
-fn comparison(compared: &[Compared]) -> String {
-    let mut heading = vec!["branch", "mean error", "was"];
+fn comparison(compared: &[Compared], measure: Measure) -> String {
+    let mut heading = vec!["branch", measure.name(), "was"];
     if compared.iter().any(|branch| branch.perplexity.is_some()) {
         heading.extend(["perplexity", "was"]);
     }

@@ -1,7 +1,6 @@
 //! `gptq verify`: one branch, or every branch below a directory.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
@@ -9,8 +8,8 @@ use clap::Args;
 use gptq_format::branch_dirs;
 use gptq_kernels::Device;
 use gptq_verify::{Asked, Evaluation, Receipt, Request, verify};
-use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::block_progress::BlockProgress;
 use crate::{table, terminal};
 
 #[derive(Args)]
@@ -122,23 +121,11 @@ fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     Ok(found)
 }
 
-/// With a bar on a terminal.
 fn judge(name: &str, dir: &Path, request: &Request, device: Device) -> Result<Receipt> {
-    let bar = match std::io::stderr().is_terminal() {
-        true => ProgressBar::new(0),
-        false => ProgressBar::hidden(),
-    };
-    bar.set_style(
-        ProgressStyle::with_template("{prefix} {bar:30} block {pos}/{len} {elapsed}")
-            .expect("the template is a constant"),
-    );
-    bar.set_prefix(name.to_owned());
-    let receipt = verify(dir, request, device, &mut |done, blocks| {
-        bar.set_length(blocks as u64);
-        bar.set_position(done as u64);
-    });
-    bar.finish_and_clear();
-    Ok(receipt?)
+    let mut progress = BlockProgress::new(name);
+    Ok(verify(dir, request, device, &mut |done, blocks| {
+        progress.show(done, blocks);
+    })?)
 }
 
 /// A receipt belongs beside quantised weights, not into somebody's dense model.

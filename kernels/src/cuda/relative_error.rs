@@ -183,10 +183,12 @@ pub(crate) enum Sum {
     Toward,
     /// `‖S‖²`.
     Shift,
+    /// `‖(W' - Q)X‖²` with the weights `W'` that a drift asks for.
+    Objective,
 }
 
 /// How many [`Sum`]s there are.
-const SUMS: usize = 8;
+const SUMS: usize = 9;
 
 /// The sums of one layer; 0 where nothing was measured.
 #[derive(Clone, Copy)]
@@ -224,7 +226,7 @@ impl Measurement {
         self.difference(correlation, weight, None, into);
     }
 
-    /// Enqueues `tr(D H Dᵀ)` for `D = a - b`, f16 or bf16 `[rows, n]`.
+    /// Enqueues `tr(D H Dᵀ)` for `D = a - b`, `[rows, n]` of one dtype.
     pub(crate) fn loss(&self, correlation: &Correlation, [a, b]: [&Buffer; 2], into: (usize, Sum)) {
         self.difference(correlation, a, Some(b), into);
     }

@@ -89,6 +89,7 @@ pub fn solve(
             .collect();
         let rows = members.iter().map(|&at| weights[at].meta.shape()[0]).sum();
         let all = buffer::empty(&position, [n, rows], DType::F32);
+        let mut targets = Vec::with_capacity(members.len());
         let mut offset = 0;
         for &at in &members {
             let target = target.as_ref();
@@ -97,12 +98,13 @@ pub fn solve(
             let weight = target.as_ref().unwrap_or(&weights[at]);
             into_columns(weight, &position, &diagonal, &all, offset);
             offset += weights[at].meta.shape()[0];
+            targets.push(target);
         }
         let (swept, g_idx) = sweep_all(&factor, &position, all, settings, &failures);
         let refined = (h.as_ref().filter(|_| settings.refine > 0))
             .map(|h| refine(h, &swept, settings, &failures));
         let mut offset = 0;
-        for at in members {
+        for (at, rounded) in members.into_iter().zip(targets) {
             let rows = weights[at].meta.shape()[0];
             let span = [offset, rows];
             let weight = dequantise(&swept, &position, span, weights[at].dtype);
@@ -111,6 +113,11 @@ pub fn solve(
             measurement.energy(&correlation, own, (at, Sum::Output));
             measurement.loss(&correlation, [own, &weight], (at, Sum::Lost));
             measurement.loss(&correlation, [own, &nearest], (at, Sum::Nearest));
+            if let Some(rounded) = rounded {
+                let found: Tensor<Cuda, 2> = buffer::into_float(weight.clone());
+                let found = buffer::float("solve", "weight", found.cast(DType::F32), DType::F32)?;
+                measurement.loss(&correlation, [&rounded, &found], (at, Sum::Objective));
+            }
             if settings.scale_search {
                 measurement.columns(&swept.gained, span, (at, Sum::Searched));
             }
@@ -118,7 +125,7 @@ pub fn solve(
                 measurement.columns(refined, span, (at, Sum::Refined));
             }
             let packed = pack(&swept, &position, &g_idx, span, settings, format);
-            unread.push((packed, buffer::into_float(weight)));
+            unread.push((packed, [weight, nearest].map(buffer::into_float)));
             order.push(at);
             offset += rows;
         }
@@ -127,14 +134,21 @@ pub fn solve(
     failures.check()?;
     let swept = Instant::now();
     let mut solved = Vec::with_capacity(requests.len());
-    for (at, (packed, weight)) in order.into_iter().zip(unread) {
+    for (at, (packed, [weight, nearest])) in order.into_iter().zip(unread) {
         let sums = sums[at];
         let output = sums.of(Sum::Output);
+        let rounded = if target.is_some() {
+            Sum::Objective
+        } else {
+            Sum::Lost
+        };
         let layer = Solved {
             packed: packed.fetch()?.into(),
             weight,
+            nearest,
             relative_error: Sums::part(sums.of(Sum::Lost), output),
             rtn_error: Sums::part(sums.of(Sum::Nearest), output),
+            objective: Sums::part(sums.of(rounded), output),
             gains: gains(&requests[at].settings, target.as_ref(), sums),
         };
         solved.push((at, layer));

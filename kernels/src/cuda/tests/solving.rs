@@ -96,6 +96,7 @@ pub(super) fn judge<E: Element>(
     };
     let lost = |q: DMatrix<f64>| output_energy(&(&w - q), gram) / energy;
     let expected_error = lost(expected.dequantise());
+    let objective = output_energy(&(&target - expected.dequantise()), gram) / energy;
     let rtn_error = lost(round_to_nearest(&w, settings).dequantise());
     let expected = expected.into_quantized();
 
@@ -133,6 +134,16 @@ pub(super) fn judge<E: Element>(
         found.relative_error
     );
     assert!(near(found.rtn_error, rtn_error), "{label}: rtn");
+    assert!(
+        near(found.objective, objective),
+        "{label}: objective {} for {objective}",
+        found.objective
+    );
+    let nearest = DMatrix::from_row_slice(w.nrows(), n, &values(found.nearest));
+    assert!(
+        close(lost(nearest), found.rtn_error) < 2e-3,
+        "{label}: the nearest weights"
+    );
     // Sums of many codes' and groups' differences; what the weights' and the drift's rounding adds is as
     // above.
     let names: Vec<_> = gains.used().map(|(name, _)| name).collect();

@@ -1,0 +1,144 @@
+//! How long something in equal parts still takes, by the parts that are done.
+
+use std::time::{Duration, Instant};
+
+/// Parts that take about the same time each, but for the first: kernels are compiled and files come from the
+/// disk then.
+pub(crate) struct TimeLeft {
+    /// How many there are.
+    parts: usize,
+    /// How many are done.
+    done: usize,
+    /// How many are the first, which do not count once there are others.
+    slow: usize,
+    /// Of each part that was waited for.
+    seconds: Vec<f64>,
+    /// When the last was done, or the work began.
+    since: Instant,
+}
+
+impl TimeLeft {
+    /// Of `parts`, of which the first `slow` may take longer; they begin now.
+    pub(crate) fn new(parts: usize, slow: usize) -> Self {
+        TimeLeft {
+            parts,
+            done: 0,
+            slow,
+            seconds: Vec::new(),
+            since: Instant::now(),
+        }
+    }
+
+    /// The next part begins only now.
+    pub(crate) fn begin(&mut self) {
+        self.since = Instant::now();
+    }
+
+    /// So many parts need not be done.
+    pub(crate) fn drop_parts(&mut self, parts: usize) {
+        self.parts = self.parts.saturating_sub(parts);
+    }
+
+    /// A part took its time, which says nothing of the others.
+    pub(crate) fn skip(&mut self) {
+        self.done += 1;
+        self.since = Instant::now();
+    }
+
+    /// A part is done.
+    pub(crate) fn part(&mut self) {
+        self.part_at(Instant::now());
+    }
+
+    fn part_at(&mut self, now: Instant) {
+        let seconds = now.saturating_duration_since(self.since).as_secs_f64();
+        self.seconds.push(seconds);
+        self.since = now;
+        self.done += 1;
+    }
+
+    /// The rest, once a part is done and while there are others.
+    pub(crate) fn left(&self) -> Option<Duration> {
+        self.left_at(Instant::now())
+    }
+
+    fn left_at(&self, now: Instant) -> Option<Duration> {
+        let usual = match self.seconds.get(self.slow..) {
+            Some(rest) if !rest.is_empty() => rest,
+            _ => &self.seconds,
+        };
+        let rest = self.parts.saturating_sub(self.done);
+        if usual.is_empty() || rest == 0 {
+            return None;
+        }
+        let each = usual.iter().sum::<f64>() / usual.len() as f64;
+        let gone = now.saturating_duration_since(self.since).as_secs_f64();
+        let left = each * rest as f64 - gone.min(each);
+        Some(Duration::from_secs_f64(left))
+    }
+
+    /// For the end of a line: `", about 40 s left"`, or nothing.
+    pub(crate) fn told(&self) -> String {
+        match self.left() {
+            Some(left) => format!(", about {} left", rounded(left)),
+            None => String::new(),
+        }
+    }
+}
+
+/// `"8 s"`, `"3 min 20 s"`, `"2 h 05 min"`.
+fn rounded(time: Duration) -> String {
+    let seconds = time.as_secs_f64().round().max(1.0) as u64;
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {:02} s", seconds / 60, seconds % 60),
+        _ => format!("{} h {:02} min", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_three_blocks_the_rest_is_known_though_the_first_was_slow() {
+        // Two branches and twelve blocks: 5 s and 3 s for each, of the first three times that.
+        let mut left = TimeLeft::new(24, 2);
+        let mut now = left.since;
+        assert!(left.left_at(now).is_none(), "nothing is known yet");
+        for block in 0..3 {
+            for seconds in [5, 3] {
+                now += Duration::from_secs(if block == 0 { 3 * seconds } else { seconds });
+                left.part_at(now);
+            }
+        }
+        let told = left.left_at(now).unwrap().as_secs_f64();
+        assert!((told - 72.0).abs() < 1e-6, "nine blocks of 8 s: {told}");
+        // It goes down while a part is under way, and no further than that part.
+        let later = |seconds| left.left_at(now + Duration::from_secs(seconds));
+        assert!((later(2).unwrap().as_secs_f64() - 70.0).abs() < 1e-6);
+        assert_eq!(later(100), later(4));
+    }
+
+    #[test]
+    fn parts_of_an_earlier_run_cost_nothing_and_the_last_leaves_nothing() {
+        let mut left = TimeLeft::new(4, 1);
+        left.skip();
+        left.drop_parts(1);
+        let now = left.since + Duration::from_secs(10);
+        left.part_at(now);
+        assert_eq!(left.left_at(now), Some(Duration::from_secs(10)));
+        left.part_at(now);
+        assert_eq!(left.left_at(now), None);
+        assert_eq!(left.told(), "");
+    }
+
+    #[test]
+    fn times_are_written_as_people_say_them() {
+        let said = |seconds| rounded(Duration::from_secs_f64(seconds));
+        assert_eq!(said(0.2), "1 s");
+        assert_eq!(said(59.6), "1 min 00 s");
+        assert_eq!(said(200.0), "3 min 20 s");
+        assert_eq!(said(7500.0), "2 h 05 min");
+    }
+}
