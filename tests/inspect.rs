@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 use crate::harness::{Scratch, edit_tensor, medi_tiny, root, succeed};
 
 /// Tensors by name, in order: dtype, shape, bytes.
-type Tensors = Vec<(String, (Value, Value, Vec<u8>))>;
+pub(crate) type Tensors = Vec<(String, (Value, Value, Vec<u8>))>;
 
-fn read(file: &Path) -> Tensors {
+pub(crate) fn read(file: &Path) -> Tensors {
     let raw = fs::read(file).unwrap();
     let n = u64::from_le_bytes(raw[..8].try_into().unwrap()) as usize;
     let header: serde_json::Map<String, Value> = serde_json::from_slice(&raw[8..8 + n]).unwrap();
@@ -32,7 +32,7 @@ fn read(file: &Path) -> Tensors {
         .collect()
 }
 
-fn write(file: &Path, tensors: &Tensors) {
+pub(crate) fn write(file: &Path, tensors: &Tensors) {
     let mut header = serde_json::Map::new();
     let mut data = Vec::new();
     for (name, (dtype, shape, bytes)) in tensors {

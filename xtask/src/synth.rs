@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use gptq_format::{ShardedWriter, TensorSpec, le_bytes, write_json};
+use gptq_model::{ModelConfig, ModelTensor};
 use half::f16;
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -95,7 +96,7 @@ pub(crate) fn run(
             std::fs::copy(&from, dir.join(file)).with_context(|| from.display().to_string())?;
         }
     }
-    let specs = tensors(&sizes);
+    let specs = tensors(&sizes)?;
     let mut writer = ShardedWriter::create(dir, &specs, Some(SHARD))?;
     for batch in specs.chunks(BATCH) {
         let made: Vec<Vec<f16>> = batch.par_iter().map(values).collect();
@@ -133,40 +134,14 @@ fn config(sizes: &Sizes) -> serde_json::Value {
     })
 }
 
-fn tensors(sizes: &Sizes) -> Vec<TensorSpec> {
-    let spec = |name: String, shape: &[usize]| TensorSpec {
-        name,
+fn tensors(sizes: &Sizes) -> anyhow::Result<Vec<TensorSpec>> {
+    let config = ModelConfig::from_json(config(sizes)).map_err(|why| anyhow::anyhow!(why))?;
+    let spec = |tensor: ModelTensor| TensorSpec {
+        name: tensor.name,
         dtype: Dtype::F16,
-        shape: shape.into(),
+        shape: tensor.shape,
     };
-    let Sizes {
-        hidden,
-        wide,
-        vocabulary,
-        ..
-    } = *sizes;
-    let mut specs = vec![spec(
-        "model.embed_tokens.weight".into(),
-        &[vocabulary, hidden],
-    )];
-    for layer in 0..sizes.layers {
-        for (name, shape) in [
-            ("input_layernorm", &[hidden][..]),
-            ("self_attn.q_proj", &[hidden, hidden]),
-            ("self_attn.k_proj", &[hidden, hidden]),
-            ("self_attn.v_proj", &[hidden, hidden]),
-            ("self_attn.o_proj", &[hidden, hidden]),
-            ("post_attention_layernorm", &[hidden]),
-            ("mlp.gate_proj", &[wide, hidden]),
-            ("mlp.up_proj", &[wide, hidden]),
-            ("mlp.down_proj", &[hidden, wide]),
-        ] {
-            specs.push(spec(format!("model.layers.{layer}.{name}.weight"), shape));
-        }
-    }
-    specs.push(spec("model.norm.weight".into(), &[hidden]));
-    specs.push(spec("lm_head.weight".into(), &[vocabulary, hidden]));
-    specs
+    Ok(config.tensors().into_iter().map(spec).collect())
 }
 
 /// A tensor's values, the same on every machine and number of threads.
@@ -213,8 +188,6 @@ fn normal(bits: u64) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use gptq_model::ModelConfig;
-
     use super::*;
 
     #[test]
@@ -233,8 +206,10 @@ mod tests {
 
     #[test]
     fn synthetic_weights_have_the_deviation_asked_for() {
-        let spec = tensors(&Shape::Tiny.sizes()).swap_remove(2);
-        let values = values(&spec);
+        let specs = tensors(&Shape::Tiny.sizes()).unwrap();
+        let is_q = |it: &&TensorSpec| it.name.ends_with("0.self_attn.q_proj.weight");
+        let spec = specs.iter().find(is_q).unwrap();
+        let values = values(spec);
         let square: f64 = values.iter().map(|v| v.to_f64().powi(2)).sum();
         let deviation = (square / values.len() as f64).sqrt();
         // 16384 values: the deviation's own deviation is 1 / sqrt(2 n), 0.6 %.

@@ -10,7 +10,8 @@ use half::vec::HalfBitsVecExt;
 use safetensors::Dtype;
 
 use crate::mapped_file::MappedFile;
-use crate::weight_files::{Container, WeightFiles, map};
+use crate::quantize_config::base_names;
+use crate::weight_files::{Container, Index, WeightFiles, map, some};
 use crate::{
     FormatError, Half, PackedLinear, QuantizeConfig, TensorView, safetensors_file, torch_file,
 };
@@ -26,10 +27,12 @@ pub struct Checkpoint {
     /// By name, with the shard each lies in.
     tensors: BTreeMap<String, (usize, Place)>,
     quantize_config: Option<QuantizeConfig>,
+    index: Option<Index>,
+    notes: Vec<String>,
 }
 
 /// Where a file keeps a tensor; checked against the file's length.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Place {
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
@@ -40,28 +43,31 @@ pub(crate) struct Place {
 }
 
 impl Checkpoint {
-    /// Maps the weights in `dir`: `model.safetensors` or `pytorch_model.bin`, or the shards that
-    /// `model.safetensors.index.json` or `pytorch_model.bin.index.json` lists. safetensors are
-    /// preferred.
+    /// Maps the weights in `dir`: the files that Transformers reads, or what other tools call them (see
+    /// [`Checkpoint::notes`]). The shards' own headers say which tensors are there; where an index says
+    /// otherwise, that is no error until a tensor is asked for that no shard has.
     ///
-    /// Errors when none is there, when a file's directory does not parse or disagrees with its
-    /// length, or when the index names a tensor its shard does not hold.
+    /// # Errors
+    /// No weights, a file whose directory does not parse or disagrees with its length, a tensor that is in
+    /// two shards with other values, and quantisation settings of another method than GPTQ.
     pub fn open(dir: &Path) -> Result<Self, FormatError> {
         let WeightFiles {
             container,
             files,
-            weight_map,
-        } = WeightFiles::find(dir)?;
+            index,
+            notes,
+        } = WeightFiles::find(dir, &base_names(dir))?;
         let mut checkpoint = Checkpoint {
             dir: dir.into(),
             files: Vec::new(),
             shards: Vec::new(),
             tensors: BTreeMap::new(),
-            quantize_config: match dir.join("config.json").exists() {
-                true => QuantizeConfig::read(dir)?,
-                false => None,
-            },
+            quantize_config: None,
+            index: None,
+            notes,
         };
+        let listed = |name: &str| index.as_ref()?.weight_map.get(name);
+        let mut twice = Vec::new();
         for (shard, file) in files.iter().enumerate() {
             let path = dir.join(file);
             let bytes = map(&path)?;
@@ -69,19 +75,125 @@ impl Checkpoint {
                 Container::Safetensors => safetensors_file::places(&path, &bytes)?,
                 Container::Torch => torch_file::places(&path, &bytes)?,
             };
-            for (name, place) in places {
-                // Where the index says another shard, that one counts.
-                if weight_map.get(&name).is_none_or(|listed| listed == file) {
-                    checkpoint.tensors.insert(name, (shard, place));
-                }
-            }
             checkpoint.shards.push(bytes);
+            for (name, place) in places {
+                match checkpoint.tensors.get(&name) {
+                    // Where several shards have it, the one that the index says counts.
+                    Some(_) if listed(&name) == Some(file) => {}
+                    Some((before, _)) if listed(&name) == files.get(*before) => continue,
+                    Some((before, other)) => {
+                        twice.push((name, (*before, other.clone()), (shard, place)));
+                        continue;
+                    }
+                    None => {}
+                }
+                checkpoint.tensors.insert(name, (shard, place));
+            }
+        }
+        for (name, one, other) in twice {
+            let file = |shard: usize| files.get(shard).cloned().unwrap_or_default();
+            let same = one.1.dtype == other.1.dtype
+                && one.1.shape == other.1.shape
+                && checkpoint.at(&name, &one).bytes() == checkpoint.at(&name, &other).bytes();
+            let counts = checkpoint.tensors.get(&name).map(|(shard, _)| *shard);
+            let counts = counts.and_then(|shard| files.get(shard));
+            if !same && listed(&name) != counts {
+                return Err(FormatError::TwoTensors {
+                    dir: dir.into(),
+                    name,
+                    one: file(one.0),
+                    other: file(other.0),
+                });
+            }
         }
         checkpoint.files = files;
-        for name in weight_map.keys() {
-            checkpoint.view(name)?;
-        }
+        checkpoint.index = index;
+        checkpoint.note_index();
+        checkpoint.quantize_config = checkpoint.settings()?;
         Ok(checkpoint)
+    }
+
+    /// The settings beside the weights. Those of another method are said to be a leftover where the weights
+    /// are dense.
+    fn settings(&self) -> Result<Option<QuantizeConfig>, FormatError> {
+        let there = |file: &str| self.dir.join(file).exists();
+        if !there("config.json") && !there("quantize_config.json") {
+            return Ok(None);
+        }
+        match QuantizeConfig::read(&self.dir) {
+            Err(FormatError::OtherMethod { path, method, .. }) => Err(FormatError::OtherMethod {
+                path,
+                method,
+                dense: self.quantised_by().is_none(),
+            }),
+            read => read,
+        }
+    }
+
+    /// By their names and dtypes, the method that some of the tensors are quantised by.
+    pub fn quantised_by(&self) -> Option<(&'static str, &str)> {
+        self.tensors.iter().find_map(|(name, (_, place))| {
+            let (_, suffix) = name.rsplit_once('.')?;
+            let method = match (suffix, place.dtype) {
+                ("qweight" | "qzeros" | "g_idx", _) => "GPTQ or AWQ",
+                ("SCB" | "absmax" | "quant_map" | "nested_absmax" | "nested_quant_map", _) => {
+                    "bitsandbytes"
+                }
+                _ if name.contains(".quant_state.bitsandbytes") => "bitsandbytes",
+                ("weight_packed", _) => "compressed-tensors",
+                ("weight_scale" | "weight_scale_inv", _) => "fp8 or compressed-tensors",
+                (_, Dtype::F8_E4M3 | Dtype::F8_E5M2) => "fp8",
+                _ => return None,
+            };
+            Some((method, name.as_str()))
+        })
+    }
+
+    /// Notes where the index and the shards disagree.
+    fn note_index(&mut self) {
+        let Some(index) = &self.index else {
+            return;
+        };
+        let (mut gone, mut elsewhere) = (Vec::new(), Vec::new());
+        for (name, file) in &index.weight_map {
+            match self.tensors.get(name) {
+                None => gone.push(name.clone()),
+                Some((shard, _)) if self.files.get(*shard) != Some(file) => {
+                    elsewhere.push(name.clone());
+                }
+                Some(_) => {}
+            }
+        }
+        if !gone.is_empty() {
+            let names = some(&gone);
+            (self.notes).push(format!("{} lists {names}, which no file has", index.name));
+        }
+        // Of shards read in place of those listed, every tensor is.
+        if !elsewhere.is_empty() && index.absent.is_empty() {
+            (self.notes).push(format!(
+                "{} places {} in another file than the one that has it",
+                index.name,
+                some(&elsewhere)
+            ));
+        }
+    }
+
+    /// What was unexpected about the files and their index, in a sentence each; none of it matters where
+    /// every tensor that is needed is there.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Files that the index names and that are not there.
+    pub fn absent_files(&self) -> &[String] {
+        self.index.as_ref().map_or(&[], |index| &index.absent)
+    }
+
+    /// Lets the tensor `by` serve as `name` too.
+    pub fn serve(&mut self, name: &str, by: &str) {
+        if let Some(place) = self.tensors.get(by).cloned() {
+            self.tensors.insert(name.to_owned(), place);
+        }
     }
 
     /// Maps one file, with the quantisation settings beside it.
@@ -90,23 +202,23 @@ impl Checkpoint {
     pub fn open_file(path: &Path) -> Result<Self, FormatError> {
         let dir = path.parent().unwrap_or(Path::new(""));
         let bytes = map(path)?;
-        let places = match path.extension().is_some_and(|e| e == "bin") {
+        let places = match path.extension().is_some_and(|e| e == "bin" || e == "pt") {
             true => torch_file::places(path, &bytes)?,
             false => safetensors_file::places(path, &bytes)?,
         };
-        let config = dir.join("config.json").exists() || dir.join("quantize_config.json").exists();
-        Ok(Checkpoint {
+        let mut checkpoint = Checkpoint {
             dir: dir.into(),
             tensors: (places.into_iter())
                 .map(|(name, place)| (name, (0, place)))
                 .collect(),
             files: vec![(path.file_name().unwrap_or_default().to_string_lossy()).into_owned()],
             shards: vec![bytes],
-            quantize_config: match config {
-                true => QuantizeConfig::read(dir)?,
-                false => None,
-            },
-        })
+            quantize_config: None,
+            index: None,
+            notes: Vec::new(),
+        };
+        checkpoint.quantize_config = checkpoint.settings()?;
+        Ok(checkpoint)
     }
 
     /// The directory it was opened from.
@@ -139,20 +251,46 @@ impl Checkpoint {
     /// # Errors
     /// No such tensor.
     pub fn view<'a>(&'a self, name: &'a str) -> Result<TensorView<'a>, FormatError> {
-        let (shard, place) = self
-            .tensors
-            .get(name)
-            .ok_or_else(|| FormatError::MissingTensor {
-                dir: self.dir.clone(),
-                name: name.into(),
-            })?;
-        Ok(TensorView {
+        let place = (self.tensors.get(name)).ok_or_else(|| FormatError::MissingTensor {
+            dir: self.dir.clone(),
+            name: name.into(),
+            hint: self.index_says(name),
+        })?;
+        Ok(self.at(name, place))
+    }
+
+    /// What the index says of a tensor that is not there.
+    fn index_says(&self, name: &str) -> String {
+        let listed = |index: &Index| {
+            let file = index.weight_map.get(name)?;
+            let why = match index.absent.contains(file) {
+                true => "is not there",
+                false => "does not have it",
+            };
+            Some(format!(
+                " ({} says it is in {file}, which {why})",
+                index.name
+            ))
+        };
+        self.index.as_ref().and_then(listed).unwrap_or_default()
+    }
+
+    fn at<'a>(&'a self, name: &'a str, (shard, place): &'a (usize, Place)) -> TensorView<'a> {
+        TensorView {
             name,
             dtype: place.dtype,
             shape: &place.shape,
             strides: place.strides.as_deref(),
             storage: self.bytes(*shard, place),
-        })
+        }
+    }
+
+    /// Names and places of the tensors in one of its files.
+    pub(crate) fn places(&self, file: &str) -> impl Iterator<Item = (&str, &Place)> {
+        let at = self.files.iter().position(|it| it == file);
+        let all = self.tensors.iter();
+        all.filter(move |(_, (shard, _))| Some(*shard) == at)
+            .map(|(name, (_, place))| (name.as_str(), place))
     }
 
     /// The bytes of a place in a shard; both were checked when the file was opened.
@@ -328,116 +466,4 @@ impl Checkpoint {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use safetensors::tensor::TensorView as View;
-
-    use super::*;
-
-    fn write(path: &Path, tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)]) {
-        let views = tensors
-            .iter()
-            .map(|(n, d, s, b)| (*n, View::new(*d, s.clone(), b).unwrap()));
-        fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
-    }
-
-    fn f32_bytes(values: &[f32]) -> Vec<u8> {
-        values.iter().flat_map(|v| v.to_le_bytes()).collect()
-    }
-
-    #[test]
-    fn shards_are_found_through_the_index() {
-        let dir = tempfile::tempdir().unwrap();
-        for (file, name) in [("a.safetensors", "x"), ("b.safetensors", "y")] {
-            let data = f32_bytes(&[1.0, -2.5]);
-            write(&dir.path().join(file), &[(name, Dtype::F32, vec![2], data)]);
-        }
-        let index = dir.path().join("model.safetensors.index.json");
-        fs::write(
-            &index,
-            r#"{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}"#,
-        )
-        .unwrap();
-        let checkpoint = Checkpoint::open(dir.path()).unwrap();
-        assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["x", "y"]);
-        assert_eq!(checkpoint.f16("y", &[2]).unwrap()[1].to_f32(), -2.5);
-        assert!(matches!(
-            checkpoint.f16("y", &[1, 2]),
-            Err(FormatError::Shape { .. })
-        ));
-        assert!(matches!(
-            checkpoint.i32("y", &[2]),
-            Err(FormatError::Dtype { .. })
-        ));
-
-        fs::write(&index, r#"{"weight_map": {"z": "a.safetensors"}}"#).unwrap();
-        assert!(matches!(
-            Checkpoint::open(dir.path()),
-            Err(FormatError::MissingTensor { .. })
-        ));
-        fs::write(&index, r#"{"weight_map": {"x": "../a.safetensors"}}"#).unwrap();
-        assert!(matches!(
-            Checkpoint::open(dir.path()),
-            Err(FormatError::Malformed { .. })
-        ));
-    }
-
-    #[test]
-    fn overflow_and_non_finite_values_are_told_apart() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("model.safetensors");
-        write(
-            &file,
-            &[
-                ("big", Dtype::F32, vec![3], f32_bytes(&[1.0, 7e4, 8e4])),
-                ("nan", Dtype::F32, vec![2], f32_bytes(&[f32::NAN, 0.0])),
-            ],
-        );
-        let checkpoint = Checkpoint::open(dir.path()).unwrap();
-        assert!(matches!(
-            checkpoint.f16("big", &[3]),
-            Err(FormatError::Overflow {
-                first: 1,
-                count: 2,
-                ..
-            })
-        ));
-        assert!(matches!(
-            checkpoint.f16("nan", &[2]),
-            Err(FormatError::NonFinite {
-                first: 0,
-                count: 1,
-                ..
-            })
-        ));
-    }
-
-    #[test]
-    fn dimensions_that_do_not_fill_words_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        write(&dir.path().join("model.safetensors"), &[]);
-        let config = r#"{"quantization_config": {"bits": 4, "group_size": -1}}"#;
-        fs::write(dir.path().join("config.json"), config).unwrap();
-        let checkpoint = Checkpoint::open(dir.path()).unwrap();
-        assert!(matches!(
-            checkpoint.packed("m", 40, 64),
-            Err(FormatError::Unpackable { .. })
-        ));
-    }
-
-    #[test]
-    fn a_truncated_file_is_refused_at_open() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("model.safetensors");
-        write(&file, &[("x", Dtype::F32, vec![4], f32_bytes(&[0.0; 4]))]);
-        let whole = fs::read(&file).unwrap();
-        for keep in [0, 4, 20, whole.len() - 1] {
-            fs::write(&file, &whole[..keep]).unwrap();
-            let error = Checkpoint::open(dir.path())
-                .err()
-                .expect("a truncated file was taken");
-            assert!(error.to_string().contains("model.safetensors"), "{error}");
-        }
-    }
-}
+mod tests;

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{FormatError, PackedLinear, le_bytes};
+use crate::{FloatScan, FormatError, PackedLinear, le_bytes};
 
 /// Lower-case hexadecimal SHA-256 of each tensor's raw little-endian bytes, as they lie in the file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +50,18 @@ impl FileDigest {
     /// # Errors
     /// It cannot be read.
     pub fn of(path: &Path, stop: impl Fn() -> bool) -> Result<Option<Self>, FormatError> {
+        Self::scanned(path, &mut FloatScan::default(), stop)
+    }
+
+    /// The same, with a look at the values that go by.
+    ///
+    /// # Errors
+    /// It cannot be read; what `scan` finds.
+    pub fn scanned(
+        path: &Path,
+        scan: &mut FloatScan,
+        stop: impl Fn() -> bool,
+    ) -> Result<Option<Self>, FormatError> {
         let file = File::open(path).map_err(FormatError::io(path))?;
         let mut file = BufReader::with_capacity(1 << 18, file);
         let (mut hash, mut bytes) = (Sha256::new(), 0);
@@ -61,6 +73,7 @@ impl FileDigest {
                 return Ok(Some(FileDigest { bytes, sha256 }));
             }
             hash.update(piece);
+            scan.feed(piece)?;
             file.consume(read);
             bytes += read as u64;
         }

@@ -1,6 +1,6 @@
 //! The one error type of this crate.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -17,10 +17,11 @@ pub enum FormatError {
         source: std::io::Error,
     },
     #[error(
-        "{}: no checkpoint here (looked for model.safetensors and pytorch_model.bin, and for the \
-         .index.json of either); point at the directory that holds them", dir.display()
+        "{}: no checkpoint here (looked for model.safetensors and pytorch_model.bin, for the .index.json of \
+         either, and for a full set of shards; weight files here: {there}); point at the directory that \
+         holds them", dir.display()
     )]
-    NoCheckpoint { dir: PathBuf },
+    NoCheckpoint { dir: PathBuf, there: String },
     #[error(
         "{}: not a readable safetensors file ({reason}); it may be truncated: fetch or write it again",
         path.display()
@@ -40,10 +41,30 @@ pub enum FormatError {
     #[error("{}: {reason}", path.display())]
     Malformed { path: PathBuf, reason: String },
     #[error(
-        "{}: tensor {name} is missing; the checkpoint is incomplete or of another architecture",
+        "{}: tensor {name} is missing{hint}; the checkpoint is incomplete or of another architecture",
         dir.display()
     )]
-    MissingTensor { dir: PathBuf, name: String },
+    MissingTensor {
+        dir: PathBuf,
+        name: String,
+        hint: String,
+    },
+    #[error(
+        "{}: tensor {name} is in {one} and in {other}, with other values, and no index says which counts; \
+         remove one of the files", dir.display()
+    )]
+    TwoTensors {
+        dir: PathBuf,
+        name: String,
+        one: String,
+        other: String,
+    },
+    #[error("{}: made by {method}, which gptq does not read; {}", path.display(), instead(*dense, path))]
+    OtherMethod {
+        path: PathBuf,
+        method: String,
+        dense: bool,
+    },
     #[error("tensor {name} has shape {found:?}, expected {expected:?}")]
     Shape {
         name: String,
@@ -164,6 +185,22 @@ fn lacking(missing: usize, first: &str) -> String {
             "tensor {first} and {} more belong into this branch, and nothing put them",
             n - 1
         ),
+    }
+}
+
+/// What to do about settings of another method.
+fn instead(dense: bool, path: &Path) -> String {
+    let file = path.file_name().unwrap_or_default().to_string_lossy();
+    match dense {
+        true => format!(
+            "the weights themselves are in full precision, so it is a leftover: remove {} and use them as \
+             they are",
+            match file == "config.json" {
+                true => "quantization_config from config.json".to_owned(),
+                false => file.into_owned(),
+            }
+        ),
+        false => "use the full-precision model that it was made from".to_owned(),
     }
 }
 

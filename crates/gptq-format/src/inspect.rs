@@ -4,6 +4,7 @@
 //! `32 * columns of qzeros / out`, its groups the rows of `scales`. Configs add what tensors cannot
 //! tell.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -14,7 +15,7 @@ use serde_json::Value;
 use crate::mapped_file::MappedFile;
 use crate::{
     Bits, Checkpoint, CheckpointFormat, Client, FormatError, GroupSize, LinearShape,
-    client_support, read_json, sha256, unpack_across,
+    QuantizeConfig, client_support, read_json, sha256, unpack_across,
 };
 
 /// A checkpoint described.
@@ -38,6 +39,8 @@ pub struct Inspection {
     pub clients: Vec<ClientInfo>,
     /// Every tensor.
     pub tensors: Vec<TensorInfo>,
+    /// What was unexpected about the files, in a sentence each.
+    pub notes: Vec<String>,
 }
 
 /// A file of the checkpoint.
@@ -138,6 +141,7 @@ impl Inspection {
             damp_percent: own.map(|c| c.damp_percent).filter(|&d| d > 0.0),
             without_g_idx: linears.iter().filter(|l| !l.g_idx).count(),
         });
+        let stray = stray(&checkpoint, &linears)?;
         let tensors: Vec<TensorInfo> = tensors(&checkpoint)?;
         Ok(Inspection {
             format: match (&settings, stored_format(&checkpoint, &linears)?) {
@@ -155,14 +159,87 @@ impl Inspection {
             },
             tensor_bytes: tensors.iter().map(|t| t.bytes).sum(),
             clients: settings.as_ref().map_or_else(Vec::new, |settings| {
-                let mixed = settings.bits.is_none() || settings.group_size.is_none();
-                clients(&linears, settings.sym, mixed)
+                let several = settings.bits.is_none() || settings.group_size.is_none();
+                let mixed = several || own.is_some_and(QuantizeConfig::is_mixed);
+                let listed = own.is_some_and(|own| !own.listed().is_empty());
+                let clients = clients(&linears, settings.sym, mixed);
+                let told = clients.into_iter().map(|client| client.told(listed, stray));
+                told.collect()
             }),
+            notes: checkpoint.notes().to_vec(),
             settings,
             linears,
             tensors,
         })
     }
+}
+
+impl ClientInfo {
+    /// The verdict on a checkpoint whose quantised linears are `listed` in its config, or that has linears
+    /// of which its config says otherwise than its tensors.
+    fn told(self, listed: bool, stray: bool) -> Self {
+        // Optimum, which Transformers loads through, and vLLM leave what is not listed dense.
+        let reads_lists = ["Transformers", "vLLM"]
+            .iter()
+            .any(|it| self.name.starts_with(it));
+        let why = match (stray, listed && !reads_lists) {
+            (true, _) => "config and tensors disagree on which linears are quantised",
+            (_, true) => "does not read modules_in_block_to_quantize",
+            _ if listed && self.why == Some("does not read per-module settings") => {
+                return ClientInfo {
+                    loads: true,
+                    why: None,
+                    ..self
+                };
+            }
+            _ => return self,
+        };
+        ClientInfo {
+            loads: false,
+            why: Some(why),
+            ..self
+        }
+    }
+}
+
+/// Whether a linear beside the quantised ones is dense where the config says that it is quantised, or the
+/// other way round.
+fn stray(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<bool, FormatError> {
+    let Some(config) = checkpoint.quantize_config() else {
+        return Ok(false);
+    };
+    for linear in linears {
+        if config.module(&linear.name)?.is_none() {
+            return Ok(true);
+        }
+    }
+    // Linears that some block has quantised.
+    let kinds: BTreeSet<&str> = linears.iter().map(|linear| kind(&linear.name)).collect();
+    for module in checkpoint
+        .names()
+        .filter_map(|name| name.strip_suffix(".weight"))
+    {
+        let kind = kind(module);
+        // In a block; not its routers, which nobody quantises.
+        let linear = kinds.contains(kind) || (kind != module && kind.ends_with("_proj"));
+        if linear && config.module(module)?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// A linear's name without its block.
+fn kind(module: &str) -> &str {
+    let digit = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+    let mut rest = module;
+    while let Some((first, others)) = rest.split_once('.') {
+        rest = others;
+        if digit(first) {
+            return rest;
+        }
+    }
+    module
 }
 
 /// The files of a directory, described: neither directories nor what begins with a dot.

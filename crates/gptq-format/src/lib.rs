@@ -23,7 +23,9 @@ mod branch_dirs;
 mod checkpoint;
 mod clients;
 mod digests;
+mod dynamic_rules;
 mod error;
+mod float_scan;
 mod half_type;
 mod inspect;
 mod linear_shape;
@@ -48,7 +50,9 @@ pub use branch_dirs::branch_dirs;
 pub use checkpoint::{Checkpoint, TABLE_PIECE};
 pub use clients::{Client, Support, client_support};
 pub use digests::{FileDigest, LinearDigests, hexadecimal, sha256, sha256_file};
+pub use dynamic_rules::{Dynamic, DynamicRules};
 pub use error::FormatError;
+pub use float_scan::FloatScan;
 pub use half_type::Half;
 pub use inspect::{
     ClientInfo, FileInfo, Inspection, LinearInfo, SharedSettings, TensorInfo, files,
@@ -57,7 +61,7 @@ pub use linear_shape::LinearShape;
 pub use mapped_file::install_sigbus_handler;
 pub use output_lock::OutputLock;
 pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
-pub use quantize_config::{CheckpointFormat, Dynamic, QuantizeConfig};
+pub use quantize_config::{CheckpointFormat, OneOrMany, QuantizeConfig};
 pub use quantized::{PackedLinear, QuantizedLinear};
 pub use side_files::{MAX_JSON, SIDE_FILES, copy_side_files, read_json, side_file, write_json};
 pub use staged_dir::StagedDir;

@@ -1,24 +1,16 @@
 //! `quantize_config.json`, and the same object as `quantization_config` in `config.json`.
 //!
-//! Key names are AutoGPTQ's; `dynamic` is GPTQModel's way to give single modules their own
-//! settings (also read by vLLM): a regular expression over module names, prefixed `+:` for other
-//! settings or `-:` for "left in full precision".
-//!
-//! Limits: [`MAX_PATTERNS`] patterns of [`MAX_PATTERN`] bytes, [`MAX_COMPILED`] bytes each as compiled.
+//! Key names are AutoGPTQ's; `dynamic` is GPTQModel's way to give single modules their own settings
+//! (`dynamic_rules.rs`), `modules_in_block_to_quantize` Optimum's to leave some in full precision. What is
+//! `null` or `{}` says nothing.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use regex::RegexBuilder;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
+use crate::dynamic_rules::DynamicRules;
 use crate::{Bits, FormatError, GroupSize, read_json};
-
-const MAX_PATTERNS: usize = 256;
-/// Bytes of a pattern.
-const MAX_PATTERN: usize = 1024;
-/// Bytes of a pattern's automaton: `(a{1000}){1000}` is short and would be large.
-const MAX_COMPILED: usize = 1 << 20;
 
 /// How zero points are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,17 +32,6 @@ impl CheckpointFormat {
             CheckpointFormat::GptqV2 => 0,
         }
     }
-}
-
-/// Settings of the modules one `dynamic` pattern matches; absent keys fall back to the branch's.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Dynamic {
-    /// Code width.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bits: Option<Bits>,
-    /// Columns per group.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub group_size: Option<GroupSize>,
 }
 
 /// A branch's settings as readers see them.
@@ -89,7 +70,29 @@ pub struct QuantizeConfig {
     pub checkpoint_format: CheckpointFormat,
     /// Per-module settings, by prefixed regular expression.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub dynamic: Option<BTreeMap<String, Dynamic>>,
+    pub dynamic: Option<DynamicRules>,
+    /// Endings of the names of those modules that are quantised, where not all are; in lists of those that
+    /// were quantised together, or in one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modules_in_block_to_quantize: Option<Vec<OneOrMany>>,
+}
+
+/// A name, or a list of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl OneOrMany {
+    fn names(&self) -> &[String] {
+        match self {
+            OneOrMany::One(name) => std::slice::from_ref(name),
+            OneOrMany::Many(names) => names,
+        }
+    }
 }
 
 fn yes() -> bool {
@@ -100,42 +103,112 @@ fn gptq() -> String {
     "gptq".into()
 }
 
+/// `config.json`, for what it says of quantisation.
+#[derive(Deserialize)]
+struct Outside {
+    quantization_config: Option<Ordered>,
+}
+
+/// The one key whose order counts.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Ordered {
+    dynamic: Option<DynamicRules>,
+}
+
 impl QuantizeConfig {
     /// Reads a branch's settings from `quantize_config.json`, else from `quantization_config` in
     /// `config.json`; `None` for a dense checkpoint.
+    ///
+    /// # Errors
+    /// Files that cannot be read, and settings of another method than GPTQ.
     pub fn read(dir: &Path) -> Result<Option<QuantizeConfig>, FormatError> {
-        let own = dir.join("quantize_config.json");
-        let (path, mut value) = if own.exists() {
-            let value = read_json(&own)?;
-            (own, value)
-        } else {
-            let path = dir.join("config.json");
-            let mut config: serde_json::Value = read_json(&path)?;
-            match config.get_mut("quantization_config") {
-                Some(value) => (path, value.take()),
-                None => return Ok(None),
-            }
+        match QuantizeConfig::own(dir)? {
+            Some(own) => Ok(Some(own)),
+            None => QuantizeConfig::inside(dir),
+        }
+    }
+
+    /// What `quantize_config.json` says; `None` where there is none.
+    ///
+    /// # Errors
+    /// As [`QuantizeConfig::read`].
+    pub fn own(dir: &Path) -> Result<Option<QuantizeConfig>, FormatError> {
+        let path = dir.join("quantize_config.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let order = || Ok(read_json::<Ordered>(&path)?.dynamic);
+        QuantizeConfig::parse(&path, read_json(&path)?, order)
+    }
+
+    /// What `quantization_config` in `config.json` says; `None` where it says nothing.
+    ///
+    /// # Errors
+    /// As [`QuantizeConfig::read`].
+    pub fn inside(dir: &Path) -> Result<Option<QuantizeConfig>, FormatError> {
+        let path = dir.join("config.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let mut config: Value = read_json(&path)?;
+        let inside = config.get_mut("quantization_config").map(Value::take);
+        let order = || {
+            let outside: Outside = read_json(&path)?;
+            Ok(outside.quantization_config.unwrap_or_default().dynamic)
         };
+        QuantizeConfig::parse(&path, inside.unwrap_or_default(), order)
+    }
+
+    /// `order` gives `dynamic` in the order in which it is written, which a `Value` does not keep.
+    fn parse(
+        path: &Path,
+        value: Value,
+        order: impl Fn() -> Result<Option<DynamicRules>, FormatError>,
+    ) -> Result<Option<QuantizeConfig>, FormatError> {
+        let Value::Object(mut keys) = value else {
+            return match value {
+                Value::Null => Ok(None),
+                _ => Err(FormatError::Malformed {
+                    path: path.into(),
+                    reason: "quantisation settings that are no object; remove them".into(),
+                }),
+            };
+        };
+        keys.retain(|_, value| !value.is_null());
+        if keys.is_empty() {
+            return Ok(None);
+        }
+        let method = method(&keys);
+        if method != "gptq" {
+            return Err(FormatError::OtherMethod {
+                path: path.into(),
+                method,
+                dense: false,
+            });
+        }
         // GPTQModel's older files say `format` where others say `checkpoint_format`.
-        if let Some(keys) = value.as_object_mut()
-            && !keys.contains_key("checkpoint_format")
+        if !keys.contains_key("checkpoint_format")
             && let Some(format) = keys.get("format").cloned()
         {
             keys.insert("checkpoint_format".to_owned(), format);
         }
-        let config: QuantizeConfig =
-            serde_json::from_value(value).map_err(|source| FormatError::Json {
-                path: path.clone(),
-                source,
-            })?;
-        if config.quant_method != "gptq" {
-            return Err(FormatError::Malformed {
-                path,
-                reason: format!("quant_method is {:?}, not \"gptq\"", config.quant_method),
-            });
-        }
+        let ordered = match keys.contains_key("dynamic") {
+            true => order()?,
+            false => None,
+        };
+        let json = |source| FormatError::Json {
+            path: path.into(),
+            source,
+        };
+        let mut config: QuantizeConfig =
+            serde_json::from_value(Value::Object(keys)).map_err(json)?;
+        config.dynamic = ordered;
         if let Err(reason) = config.check_patterns() {
-            return Err(FormatError::Malformed { path, reason });
+            return Err(FormatError::Malformed {
+                path: path.into(),
+                reason,
+            });
         }
         Ok(Some(config))
     }
@@ -146,52 +219,85 @@ impl QuantizeConfig {
     /// # Errors
     /// There are; in half a line.
     pub fn check_patterns(&self) -> Result<(), String> {
-        let patterns = || self.dynamic.iter().flatten();
-        let (count, longest) = (
-            patterns().count(),
-            patterns().map(|(pattern, _)| pattern.len()).max(),
-        );
-        if count > MAX_PATTERNS || longest > Some(MAX_PATTERN) {
-            return Err(format!(
-                "dynamic has over {MAX_PATTERNS} patterns, or one of over {MAX_PATTERN} bytes"
-            ));
-        }
-        Ok(())
+        self.dynamic.as_ref().map_or(Ok(()), DynamicRules::check)
     }
 
     /// The bits and group size of one module, or `None` when it is left in full precision.
     ///
-    /// Errors when a `dynamic` pattern is not a regular expression.
+    /// # Errors
+    /// A `dynamic` pattern that matching takes too long with.
     pub fn module(&self, name: &str) -> Result<Option<(Bits, GroupSize)>, FormatError> {
-        for (pattern, own) in self.dynamic.iter().flatten() {
-            let (keep, expression) = match pattern.strip_prefix("-:") {
-                Some(expression) => (false, expression),
-                None => (true, pattern.strip_prefix("+:").unwrap_or(pattern)),
-            };
-            // GPTQModel matches at the start of the name, like Python's `re.match`.
-            let matcher = RegexBuilder::new(&format!("^(?:{expression})"))
-                .size_limit(MAX_COMPILED)
-                .build()
-                .map_err(|e| FormatError::Malformed {
-                    path: "quantize_config.json".into(),
-                    reason: format!("dynamic pattern {pattern:?}: {e}").replace('\n', " "),
-                })?;
-            if matcher.is_match(name) {
-                return Ok(keep.then(|| {
-                    (
-                        own.bits.unwrap_or(self.bits),
-                        own.group_size.unwrap_or(self.group_size),
-                    )
-                }));
-            }
+        let listed = self.listed();
+        if !listed.is_empty() && !listed.iter().any(|ending| name.ends_with(*ending)) {
+            return Ok(None);
         }
-        Ok(Some((self.bits, self.group_size)))
+        let found = self.dynamic.as_ref().map(|rules| rules.find(name));
+        let found = found.transpose().map_err(|reason| FormatError::Malformed {
+            path: "quantize_config.json".into(),
+            reason,
+        })?;
+        Ok(match found.flatten() {
+            None => Some((self.bits, self.group_size)),
+            Some((false, _)) => None,
+            Some((true, own)) => Some((
+                own.bits.unwrap_or(self.bits),
+                own.group_size.unwrap_or(self.group_size),
+            )),
+        })
     }
+
+    /// Endings of the quantised modules' names, where only those listed are.
+    pub fn listed(&self) -> Vec<&str> {
+        let lists = self.modules_in_block_to_quantize.iter().flatten();
+        let names = lists.flat_map(OneOrMany::names);
+        names.map(String::as_str).collect()
+    }
+
+    /// Whether readers that know one setting for all linears find others.
+    pub fn is_mixed(&self) -> bool {
+        self.dynamic.is_some() || !self.listed().is_empty()
+    }
+}
+
+/// Who made something with these settings.
+fn method(keys: &Map<String, Value>) -> String {
+    let text = |key: &str| keys.get(key)?.as_str().map(str::to_ascii_lowercase);
+    let is = |key: &str| keys.get(key).is_some_and(|value| value == true);
+    match text("quant_method").or_else(|| text("method")) {
+        Some(method) => method,
+        None if is("load_in_4bit") || is("load_in_8bit") => "bitsandbytes".to_owned(),
+        None if keys.contains_key("w_bit") || text("version").is_some() => "AWQ".to_owned(),
+        None if keys.contains_key("config_groups") => "compressed-tensors".to_owned(),
+        // AutoGPTQ's own files do not name it.
+        None if keys.contains_key("bits") => "gptq".to_owned(),
+        None => "a method that it does not name (no quant_method)".to_owned(),
+    }
+}
+
+/// Stems that the weight file may have by AutoGPTQ's rules, from whatever settings can be read: which of
+/// them are wrong is said later.
+pub(crate) fn base_names(dir: &Path) -> Vec<String> {
+    let settings = |file: &str| read_json::<Value>(&dir.join(file)).ok();
+    let own = settings("quantize_config.json");
+    let inside = settings("config.json").and_then(|it| it.get("quantization_config").cloned());
+    let mut names = Vec::new();
+    for settings in [own, inside].into_iter().flatten() {
+        let named = ["model_file_base_name", "model_basename"].into_iter();
+        let named = named.filter_map(|key| settings.get(key)?.as_str());
+        // Beside the config, whatever it is called.
+        let plain = |name: &&str| Path::new(name).file_name() == Some(name.as_ref());
+        names.extend(named.filter(plain).map(str::to_owned));
+        if let (Some(bits), Some(group)) = (settings.get("bits"), settings.get("group_size")) {
+            names.push(format!("gptq_model-{bits}bit-{group}g"));
+        }
+    }
+    names
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dynamic_rules::{MAX_PATTERN, MAX_PATTERNS};
 
     #[test]
     fn configs_of_other_tools_parse_with_their_extra_keys() {
@@ -225,11 +331,98 @@ mod tests {
     }
 
     #[test]
+    fn settings_that_say_nothing_are_none_and_those_of_others_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = |settings: &str| {
+            let config = format!(r#"{{"quantization_config": {settings}}}"#);
+            std::fs::write(dir.path().join("config.json"), config).unwrap();
+            QuantizeConfig::read(dir.path()).map_err(|error| error.to_string())
+        };
+        for nothing in ["null", "{}", r#"{"quant_method": null}"#] {
+            assert_eq!(read(nothing), Ok(None), "{nothing}");
+        }
+        for (settings, method) in [
+            (
+                r#"{"quant_method": "bitsandbytes", "load_in_4bit": true}"#,
+                "bitsandbytes",
+            ),
+            (r#"{"load_in_8bit": true}"#, "bitsandbytes"),
+            (r#"{"quant_method": "fp8"}"#, "fp8"),
+            (r#"{"quant_method": "awq", "bits": 4}"#, "awq"),
+            (r#"{"version": "gemm"}"#, "AWQ"),
+            (
+                r#"{"quant_method": "compressed-tensors"}"#,
+                "compressed-tensors",
+            ),
+            (r#"{"modules": []}"#, "does not name"),
+            (r#""gptq""#, "no object"),
+        ] {
+            let line = read(settings).unwrap_err();
+            assert!(
+                line.contains(method) && line.contains("config.json: "),
+                "{line}"
+            );
+        }
+        let nulls =
+            r#"{"bits": 4, "group_size": 64, "sym": null, "dynamic": null, "damp_percent": null}"#;
+        let config = read(nulls).unwrap().unwrap();
+        assert!(config.sym && config.dynamic.is_none());
+    }
+
+    #[test]
+    fn only_the_modules_that_are_listed_are_quantised() {
+        let module = |lists: &str, name: &str| {
+            let config: QuantizeConfig = serde_json::from_str(&format!(
+                r#"{{"bits": 4, "group_size": 64, "modules_in_block_to_quantize": {lists}}}"#
+            ))
+            .unwrap();
+            config.module(name).unwrap().is_some()
+        };
+        for lists in [
+            r#"[["self_attn.q_proj", "self_attn.v_proj"], ["mlp.up_proj"]]"#,
+            r#"["self_attn.q_proj", "mlp.up_proj"]"#,
+        ] {
+            assert!(module(lists, "model.layers.0.self_attn.q_proj"));
+            assert!(!module(lists, "model.layers.0.self_attn.k_proj"));
+        }
+        assert!(module("[]", "model.layers.0.self_attn.k_proj"));
+    }
+
+    #[test]
+    fn dynamic_is_tried_in_the_order_in_which_it_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let rules = [
+            r#""-:.*layers\\.0\\..*": {}"#,
+            r#""+:.*down_proj.*": {"bits": 8}"#,
+        ];
+        let module = |first: usize, name: &str| {
+            let dynamic = format!("{}, {}", rules[first], rules[1 - first]);
+            let settings = format!(r#"{{"bits": 4, "group_size": 64, "dynamic": {{{dynamic}}}}}"#);
+            let inside = format!(r#"{{"quantization_config": {settings}}}"#);
+            std::fs::write(dir.path().join("quantize_config.json"), settings).unwrap();
+            std::fs::write(dir.path().join("config.json"), inside).unwrap();
+            let both = [
+                QuantizeConfig::own(dir.path()),
+                QuantizeConfig::inside(dir.path()),
+            ];
+            let both = both.map(|it| it.unwrap().unwrap().module(name).unwrap());
+            assert_eq!(both[0], both[1]);
+            both[0].map(|(bits, _)| bits)
+        };
+        // As GPTQModel's `dynamic_get` has it.
+        assert_eq!(module(0, "model.layers.0.mlp.down_proj"), None);
+        assert_eq!(module(1, "model.layers.0.mlp.down_proj"), Some(Bits::Eight));
+        assert_eq!(module(0, "model.layers.1.mlp.down_proj"), Some(Bits::Eight));
+        assert_eq!(module(1, "model.layers.0.mlp.up_proj"), None);
+    }
+
+    #[test]
     fn patterns_over_a_limit_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let read = |patterns: Vec<String>| {
-            let dynamic: BTreeMap<_, _> =
-                patterns.iter().map(|p| (p, Dynamic::default())).collect();
+            let dynamic: Map<_, _> = (patterns.into_iter())
+                .map(|pattern| (pattern, serde_json::json!({})))
+                .collect();
             let config = serde_json::json!({"bits": 4, "group_size": 64, "dynamic": dynamic});
             std::fs::write(dir.path().join("quantize_config.json"), config.to_string()).unwrap();
             QuantizeConfig::read(dir.path()).map(|config| config.unwrap())
@@ -238,9 +431,9 @@ mod tests {
         assert!(read(many(MAX_PATTERNS)).is_ok());
         assert!(read(many(MAX_PATTERNS + 1)).is_err());
         assert!(read(vec!["x".repeat(MAX_PATTERN + 1)]).is_err());
-        let bomb = read(vec!["((a{100}){100}){100}".into()]).unwrap();
-        let error = bomb.module("m").unwrap_err().to_string();
-        assert!(error.contains("size limit"), "{error}");
+        let error = read(vec!["((a{100}){100}){100}".into()]).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("size"), "{error}");
         assert!(!error.contains('\n'), "{error}");
     }
 

@@ -66,6 +66,47 @@ impl<'a> TensorView<'a> {
         }
     }
 
+    /// Whether `other`, of the same shape, holds the same numbers, in whatever float type.
+    pub fn same_values(&self, other: &TensorView<'_>) -> bool {
+        if self.dtype == other.dtype && self.strides.is_none() && other.strides.is_none() {
+            return self.storage == other.storage;
+        }
+        let (Ok(one), Ok(two)) = (Float::of(self), Float::of(other)) else {
+            return self.dtype == other.dtype && self.bytes() == other.bytes();
+        };
+        (0..self.elements().div_ceil(PIECE))
+            .into_par_iter()
+            .all(|piece| {
+                let first = piece * PIECE;
+                let len = PIECE.min(self.elements() - first);
+                let (mut a, mut b) = (vec![0f32; len], vec![0f32; len]);
+                self.widen(one, first, &mut a);
+                other.widen(two, first, &mut b);
+                a == b
+            })
+    }
+
+    /// Whether all elements are zero.
+    pub fn is_zero(&self) -> bool {
+        match Float::of(self) {
+            Ok(float) => {
+                let mut values = vec![0f32; self.elements()];
+                self.widen(float, 0, &mut values);
+                values.iter().all(|value| *value == 0.0)
+            }
+            Err(_) => self.bytes().iter().all(|byte| *byte == 0),
+        }
+    }
+
+    /// Fills `out` with the elements from `first` on, in f32.
+    fn widen(&self, float: Float, first: usize, out: &mut [f32]) {
+        match float {
+            Float::F32 => self.copy(first, out, f32::from_le_bytes),
+            Float::F16 => self.copy(first, out, |b| f16::from_le_bytes(b).to_f32()),
+            Float::Bf16 => self.copy(first, out, |b| bf16::from_le_bytes(b).to_f32()),
+        }
+    }
+
     /// The bits of all elements as `half`, row-major, into `out`; other floats are rounded to nearest
     /// even. Runs in parallel.
     ///
@@ -152,11 +193,7 @@ impl<'a> TensorView<'a> {
         for (run, out) in out.chunks_mut(RUN).enumerate() {
             let first = first + run * RUN;
             let (wide, _) = buffer.split_at_mut(out.len().min(RUN));
-            match float {
-                Float::F32 => self.copy(first, wide, f32::from_le_bytes),
-                Float::F16 => self.copy(first, wide, |b| f16::from_le_bytes(b).to_f32()),
-                Float::Bf16 => self.copy(first, wide, |b| bf16::from_le_bytes(b).to_f32()),
-            }
+            self.widen(float, first, wide);
             half.round(wide, out);
             if any_not_finite(half, out) {
                 // Only the source tells a value that overflowed from one that was never finite.
@@ -335,6 +372,30 @@ mod tests {
         expanded.halves_into(Half::F16, &mut out).unwrap();
         let out = out.reinterpret_cast::<f16>().to_f32_vec();
         assert_eq!(out, [1.0, 2.0, 1.0, 2.0, 1.0, 2.0]);
+    }
+
+    #[test]
+    fn equal_numbers_are_equal_in_any_type_and_order() {
+        let storage = numbers();
+        let halves: Vec<u8> = (0..24)
+            .flat_map(|v| bf16::from_f32(v as f32).to_le_bytes())
+            .collect();
+        let wide = view(&storage, &[4, 6], &[6, 1]);
+        let narrow = TensorView {
+            dtype: Dtype::BF16,
+            strides: None,
+            storage: &halves,
+            ..wide
+        };
+        let turned = TensorView {
+            strides: Some(&[1, 4]),
+            ..wide
+        };
+        assert!(wide.same_values(&narrow) && narrow.same_values(&wide));
+        assert!(!turned.same_values(&wide) && !narrow.same_values(&turned));
+        assert!(!wide.is_zero() && view(&storage[..4], &[3], &[0]).is_zero());
+        let minus = (-0.0f32).to_le_bytes();
+        assert!(view(&minus, &[1], &[1]).is_zero());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Which files of a directory hold the weights, and mapping them.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 
 use crate::mapped_file::MappedFile;
@@ -18,49 +19,228 @@ pub(crate) enum Container {
 }
 
 /// The files to open, in order.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct WeightFiles {
     pub(crate) container: Container,
-    /// File names, none with a directory in it.
+    /// File names, none with a directory in it; all of them are there.
     pub(crate) files: Vec<String>,
-    /// The file of each tensor, where an index says so.
-    pub(crate) weight_map: BTreeMap<String, String>,
+    /// What lists them, where something does.
+    pub(crate) index: Option<Index>,
+    /// What was unexpected about them, in a sentence each.
+    pub(crate) notes: Vec<String>,
 }
 
+/// A list of shards and of the tensors in them.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Index {
+    /// Its file name.
+    pub(crate) name: String,
+    /// The file of each tensor.
+    pub(crate) weight_map: BTreeMap<String, String>,
+    /// Files that it names and that are not there.
+    pub(crate) absent: Vec<String>,
+}
+
+/// The two kinds of files, with the name that Transformers gives them and their endings.
+const KINDS: [(Container, &str, &str); 2] = [
+    (Container::Safetensors, "model", "safetensors"),
+    (Container::Torch, "pytorch_model", "bin"),
+];
+
 impl WeightFiles {
-    /// Looks for safetensors first, then for PyTorch files; for an index before a single file.
-    pub(crate) fn find(dir: &Path) -> Result<WeightFiles, FormatError> {
-        for (container, single) in [
-            (Container::Safetensors, "model.safetensors"),
-            (Container::Torch, "pytorch_model.bin"),
-        ] {
-            let index = dir.join(format!("{single}.index.json"));
-            if index.exists() {
-                let weight_map = read_weight_map(&index)?;
-                let mut files: Vec<String> = weight_map.values().cloned().collect();
-                files.sort();
-                files.dedup();
-                if files.len() > MAX_SHARDS {
-                    return Err(FormatError::Malformed {
-                        path: index,
-                        reason: format!("it names {} files, over {MAX_SHARDS}", files.len()),
-                    });
-                }
-                return Ok(WeightFiles {
-                    container,
-                    files,
-                    weight_map,
-                });
+    /// Looks where Transformers looks, in its order: safetensors before PyTorch files, a single file before
+    /// an index. Then for what others write: a full set of numbered shards without an index, a file that
+    /// `base_names` (stems) names, the only safetensors file there is.
+    pub(crate) fn find(dir: &Path, base_names: &[String]) -> Result<WeightFiles, FormatError> {
+        let there = weight_files(dir)?;
+        let is_there = |name: &str| there.iter().any(|file| file == name);
+        let own = KINDS.map(|(container, stem, ending)| (container, format!("{stem}.{ending}")));
+        let named = base_names.iter().flat_map(|stem| {
+            let endings = ["safetensors", "bin", "pt"].into_iter();
+            endings.map(move |ending| (Container::of(ending), format!("{stem}.{ending}")))
+        });
+        for (container, single) in own.into_iter().chain(named) {
+            if is_there(&single) {
+                return Ok(WeightFiles::alone(container, vec![single]));
             }
-            if dir.join(single).exists() {
-                return Ok(WeightFiles {
-                    container,
-                    files: vec![single.to_owned()],
-                    weight_map: BTreeMap::new(),
-                });
+            let index = format!("{single}.index.json");
+            if dir.join(&index).exists() {
+                return WeightFiles::listed(dir, container, index, &there);
             }
         }
-        Err(FormatError::NoCheckpoint { dir: dir.into() })
+        if let [(ending, files)] = shard_sets(&there).as_slice() {
+            let note = format!(
+                "no index lists the {} shards; they are read as they are",
+                files.len()
+            );
+            return Ok(WeightFiles {
+                notes: vec![note],
+                ..WeightFiles::alone(Container::of(ending), files.clone())
+            });
+        }
+        let others: Vec<&String> = (there.iter())
+            .filter(|file| file.ends_with(".safetensors") && !file.starts_with("adapter_"))
+            .collect();
+        if let [only] = others.as_slice() {
+            return Ok(WeightFiles::alone(
+                Container::Safetensors,
+                vec![only.to_string()],
+            ));
+        }
+        Err(FormatError::NoCheckpoint {
+            dir: dir.into(),
+            there: some(&there),
+        })
+    }
+
+    fn alone(container: Container, files: Vec<String>) -> Self {
+        WeightFiles {
+            container,
+            files,
+            index: None,
+            notes: Vec::new(),
+        }
+    }
+
+    /// What `index` lists; where that is not there and a full set of shards of other names is, that set.
+    fn listed(
+        dir: &Path,
+        container: Container,
+        index: String,
+        there: &[String],
+    ) -> Result<WeightFiles, FormatError> {
+        let path = dir.join(&index);
+        let malformed = |reason: String| FormatError::Malformed {
+            path: path.clone(),
+            reason,
+        };
+        let weight_map = read_weight_map(&path)?;
+        let mut files: Vec<String> = weight_map.values().cloned().collect();
+        files.sort();
+        files.dedup();
+        if files.len() > MAX_SHARDS {
+            return Err(malformed(format!(
+                "it names {} files, over {MAX_SHARDS}",
+                files.len()
+            )));
+        }
+        let (mut files, absent): (Vec<String>, Vec<String>) =
+            files.into_iter().partition(|file| there.contains(file));
+        let mut notes = Vec::new();
+        if let Some(first) = absent.first() {
+            let sets = shard_sets(there).into_iter();
+            let sets: Vec<Vec<String>> = sets
+                .filter(|(ending, _)| Container::of(ending) == container)
+                .map(|(_, files)| files)
+                .collect();
+            match sets.as_slice() {
+                [set] => {
+                    notes.push(format!(
+                        "{index} names {first}, which is not there; the full set of {} shards beside it is \
+                         read instead",
+                        set.len()
+                    ));
+                    files = set.clone();
+                }
+                _ if files.is_empty() => {
+                    return Err(malformed(format!(
+                        "it names {}, which {} not there; here are: {}; fetch the files that it names, or \
+                         their own index",
+                        some(&absent),
+                        if absent.len() == 1 { "is" } else { "are" },
+                        some(there)
+                    )));
+                }
+                _ => notes.push(format!("{index} names {}, not there", some(&absent))),
+            }
+        }
+        Ok(WeightFiles {
+            container,
+            files,
+            index: Some(Index {
+                name: index,
+                weight_map,
+                absent,
+            }),
+            notes,
+        })
+    }
+}
+
+impl Container {
+    /// By the ending of a file name.
+    fn of(ending: &str) -> Self {
+        match ending {
+            "safetensors" => Container::Safetensors,
+            _ => Container::Torch,
+        }
+    }
+}
+
+/// Names of the files in `dir` that could hold weights, sorted.
+fn weight_files(dir: &Path) -> Result<Vec<String>, FormatError> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(FormatError::io(dir))? {
+        let path = entry.map_err(FormatError::io(dir))?.path();
+        let ending = path.extension().and_then(|ending| ending.to_str());
+        if matches!(ending, Some("safetensors" | "bin" | "pt"))
+            && let Some(name) = path.file_name().and_then(|name| name.to_str())
+            && !name.starts_with('.')
+            && path.exists()
+        {
+            found.push(name.to_owned());
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Full sets of shards, `STEM-00001-of-00003.ENDING` to the last: ending and files of each, safetensors
+/// alone where there are any.
+fn shard_sets(there: &[String]) -> Vec<(String, Vec<String>)> {
+    let mut sets: BTreeMap<(&str, &str, usize), Vec<&String>> = BTreeMap::new();
+    for file in there {
+        if let Some((stem, ending, of)) = shard(file) {
+            sets.entry((ending, stem, of)).or_default().push(file);
+        }
+    }
+    // Names are distinct and their numbers are at most `of`: as many are all of them.
+    sets.retain(|(_, _, of), files| files.len() == *of);
+    let safe = sets.keys().any(|(ending, ..)| *ending == "safetensors");
+    sets.retain(|(ending, ..), _| !safe || *ending == "safetensors");
+    let set = |((ending, ..), files): ((&str, _, _), Vec<&String>)| {
+        (ending.to_owned(), files.into_iter().cloned().collect())
+    };
+    sets.into_iter().map(set).collect()
+}
+
+/// Stem, ending and number of shards of a numbered shard's name.
+fn shard(file: &str) -> Option<(&str, &str, usize)> {
+    let (name, ending) = file.rsplit_once('.')?;
+    let (rest, of) = name.rsplit_once("-of-")?;
+    let (stem, number) = rest.rsplit_once('-')?;
+    let parse = |digits: &str| {
+        let plain = digits.len() == 5 && digits.bytes().all(|byte| byte.is_ascii_digit());
+        digits.parse::<usize>().ok().filter(|_| plain)
+    };
+    let (number, of) = (parse(number)?, parse(of)?);
+    ((1..=of.min(MAX_SHARDS)).contains(&number)).then_some((stem, ending, of))
+}
+
+/// The first of some names, and how many more there are.
+pub(crate) fn some(names: &[String]) -> String {
+    const NAMED: usize = 3;
+    match names {
+        [] => "none".to_owned(),
+        _ => {
+            let mut text = (names.iter().take(NAMED).cloned())
+                .collect::<Vec<_>>()
+                .join(", ");
+            if names.len() > NAMED {
+                text += &format!(" and {} more", names.len() - NAMED);
+            }
+            text
+        }
     }
 }
 
@@ -98,8 +278,6 @@ fn read_weight_map(index: &Path) -> Result<BTreeMap<String, String>, FormatError
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -107,7 +285,7 @@ mod tests {
     #[test]
     fn safetensors_are_preferred_to_pytorch_files() {
         let dir = tempfile::tempdir().unwrap();
-        let found = || WeightFiles::find(dir.path()).map(|f| (f.container, f.files));
+        let found = || WeightFiles::find(dir.path(), &[]).map(|f| (f.container, f.files));
         assert!(matches!(found(), Err(FormatError::NoCheckpoint { .. })));
         fs::write(dir.path().join("pytorch_model.bin"), "").unwrap();
         assert_eq!(
@@ -116,6 +294,79 @@ mod tests {
         );
         fs::write(dir.path().join("model.safetensors"), "").unwrap();
         assert_eq!(found().unwrap().0, Container::Safetensors);
+        // As Transformers has it, an index beside the one file is not looked at.
+        let index = r#"{"weight_map": {"x": "other.safetensors"}}"#;
+        fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+        assert_eq!(found().unwrap().1, ["model.safetensors"]);
+    }
+
+    /// The files found in a directory with these.
+    fn found(files: &[&str], base_names: &[&str]) -> Result<WeightFiles, String> {
+        let dir = tempfile::tempdir().unwrap();
+        for file in files {
+            fs::write(dir.path().join(file), "").unwrap();
+        }
+        let base_names: Vec<String> = base_names.iter().map(|name| name.to_string()).collect();
+        WeightFiles::find(dir.path(), &base_names).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn shards_without_an_index_are_read_where_they_are_all_there() {
+        let shards = [
+            "m-00001-of-00002.safetensors",
+            "m-00002-of-00002.safetensors",
+        ];
+        let all = found(&[shards[1], shards[0], "m-00001-of-00003.safetensors"], &[]).unwrap();
+        assert_eq!(all.files, shards);
+        assert!(all.notes[0].contains("no index lists the 2 shards"));
+        let one = found(&shards[..1], &[]).map(|it| it.files);
+        assert_eq!(one.unwrap(), shards[..1], "the only file");
+        let two = [
+            "m-00001-of-00003.safetensors",
+            "m-00003-of-00003.safetensors",
+        ];
+        let error = found(&two, &[]).unwrap_err();
+        assert!(
+            error.contains("no checkpoint here") && error.contains(two[1]),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn files_of_other_names_are_found_by_their_config_or_where_there_is_one() {
+        let named = "gptq_model-4bit-128g";
+        let files = ["gptq_model-4bit-128g.safetensors", "other.safetensors"];
+        assert_eq!(found(&files, &[named]).unwrap().files, files[..1]);
+        assert!(found(&files, &[]).unwrap_err().contains(files[1]));
+        assert_eq!(found(&files[1..], &[]).unwrap().files, files[1..]);
+        let torch = found(&["gptq_model-4bit-128g.pt", "training_args.bin"], &[named]).unwrap();
+        assert_eq!(torch.container, Container::Torch);
+        let adapter = found(&["adapter_model.safetensors"], &[]).unwrap_err();
+        assert!(adapter.contains("adapter_model.safetensors"), "{adapter}");
+    }
+
+    #[test]
+    fn a_stale_index_gives_way_to_a_full_set_of_shards_and_is_named_where_there_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = r#"{"weight_map": {"x": "model-00001-of-00004.safetensors"}}"#;
+        fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+        let error = WeightFiles::find(dir.path(), &[]).unwrap_err().to_string();
+        for word in [
+            "index.json: it names model-00001-of-00004.safetensors",
+            "which is not there",
+        ] {
+            assert!(error.contains(word), "no {word:?} in: {error}");
+        }
+        let shard = |i: usize| format!("model-0000{i}-of-00002.safetensors");
+        for i in [1, 2] {
+            fs::write(dir.path().join(shard(i)), "").unwrap();
+        }
+        let found = WeightFiles::find(dir.path(), &[]).unwrap();
+        assert_eq!(found.files, [shard(1), shard(2)]);
+        assert_eq!(
+            found.index.unwrap().absent,
+            ["model-00001-of-00004.safetensors"]
+        );
     }
 
     #[test]
@@ -132,7 +383,7 @@ mod tests {
         ] {
             let text = serde_json::json!({"weight_map": {"x": file}}).to_string();
             fs::write(dir.path().join("pytorch_model.bin.index.json"), text).unwrap();
-            let error = WeightFiles::find(dir.path()).unwrap_err().to_string();
+            let error = WeightFiles::find(dir.path(), &[]).unwrap_err().to_string();
             assert!(error.contains("not to a file name"), "{file}: {error}");
         }
     }
@@ -146,9 +397,10 @@ mod tests {
                 .collect();
             let text = serde_json::json!({"weight_map": map}).to_string();
             fs::write(dir.path().join("pytorch_model.bin.index.json"), text).unwrap();
-            WeightFiles::find(dir.path())
+            WeightFiles::find(dir.path(), &[])
         };
-        assert_eq!(index(MAX_SHARDS).unwrap().files.len(), MAX_SHARDS);
+        let absent = index(MAX_SHARDS).unwrap_err().to_string();
+        assert!(absent.contains("and 4093 more"), "{absent}");
         let error = index(MAX_SHARDS + 1).unwrap_err().to_string();
         assert!(error.contains("4097 files"), "{error}");
     }
@@ -166,7 +418,7 @@ mod tests {
                 bytes[at] = byte;
             }
             fs::write(dir.path().join("model.safetensors.index.json"), bytes).unwrap();
-            if let Ok(found) = WeightFiles::find(dir.path()) {
+            if let Ok(found) = WeightFiles::find(dir.path(), &[]) {
                 for file in found.files {
                     // Beside the index, whatever it is called.
                     let path = dir.path().join(&file);

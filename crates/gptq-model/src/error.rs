@@ -13,6 +13,8 @@ pub enum ModelError {
     Format(#[from] FormatError),
     #[error("{}: {reason}", path.display())]
     Config { path: PathBuf, reason: String },
+    #[error("{}: {reason}", dir.display())]
+    Census { dir: PathBuf, reason: String },
     #[error(
         "windows of {tokens} tokens are longer than the model's sliding window of {sees}, which \
          would need another attention mask; use at most {sees}"

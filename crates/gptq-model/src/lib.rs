@@ -2,7 +2,8 @@
 //! at a time and open between its linears.
 //!
 //! Reading order: [`ModelConfig`] reads `config.json` and has the [`BlockSpec`] of each block, which its
-//! family describes; [`Block`] runs it from tap to tap over a [`Flow`] of hidden states; [`HostBlock`] is a
+//! family describes; [`ModelTensor`]s are the tensors that it asks for, and [`Census`] compares them with a
+//! checkpoint; [`Block`] runs a block from tap to tap over a [`Flow`] of hidden states; [`HostBlock`] is a
 //! block read ahead; [`Model`] loads the parts from a checkpoint, dense or quantised; [`Decoder`] holds all of
 //! them and a [`Cache`] per block to predict token after token.
 
@@ -11,11 +12,13 @@
 mod block;
 mod block_builder;
 mod cache;
+mod census;
 mod config;
 mod decoder;
 mod error;
 mod families;
 mod host_block;
+mod inventory;
 mod model;
 mod rope;
 mod rope_scaling;
@@ -24,10 +27,12 @@ mod spec;
 pub use block::{Block, Flow, Linear, Weight};
 pub use block_builder::BlockBuilder;
 pub use cache::Cache;
+pub use census::Census;
 pub use config::ModelConfig;
 pub use decoder::Decoder;
 pub use error::ModelError;
 pub use host_block::HostBlock;
+pub use inventory::{ModelTensor, Role};
 pub use model::{Head, Model};
 pub use rope_scaling::RopeScaling;
 pub use spec::{Attention, BlockSpec, LinearSpec, Op, Register, Rope, VectorSpec};

@@ -6,7 +6,8 @@ use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use gptq_format::{Checkpoint, Half, TABLE_PIECE};
 use gptq_kernels::Engine;
 
-use crate::{Block, Flow, HostBlock, ModelConfig, ModelError, rope};
+use crate::inventory::{EMBEDDING, HEAD};
+use crate::{Block, Census, Flow, HostBlock, ModelConfig, ModelError, rope};
 
 /// A checkpoint and its config, ready to load parts from. Quantised linears are dequantised as they
 /// are loaded.
@@ -33,16 +34,23 @@ pub struct Head<B: Engine> {
 impl<B: Engine> Model<B> {
     /// Opens the checkpoint in `dir`, its weights to be taken in what they are stored in. Nothing is
     /// loaded yet.
+    ///
+    /// # Errors
+    /// Files that cannot be read, and the fault that the [`Census`] finds.
     pub fn open(dir: &Path, device: &B::Device) -> Result<Self, ModelError> {
-        let config = ModelConfig::read(&dir.join("config.json"))?;
-        let checkpoint = Checkpoint::open(dir)?;
-        Ok(Model {
+        let (config, checkpoint) = Census::take(dir)?.sound()?;
+        Ok(Model::new(config, checkpoint, device))
+    }
+
+    /// Of a checkpoint that is open, as a [`Census`] settled its config.
+    pub fn new(config: ModelConfig, checkpoint: Checkpoint, device: &B::Device) -> Self {
+        Model {
             config,
             half: checkpoint.half(),
             checkpoint,
             device: device.clone(),
             rope: rope::Tables::default(),
-        })
+        }
     }
 
     /// The same, its weights taken in `half`.
@@ -108,7 +116,7 @@ impl<B: Engine> Model<B> {
     pub(crate) fn embedding(&self) -> Result<Embedding<B>, ModelError> {
         let (rows, cols) = (self.config.vocabulary, self.config.hidden_size);
         Ok(Embedding {
-            table: self.table("model.embed_tokens.weight", [rows, cols])?,
+            table: self.table(EMBEDDING, [rows, cols])?,
         })
     }
 
@@ -143,8 +151,8 @@ impl<B: Engine> Model<B> {
     /// The final norm and output projection.
     pub fn head(&self) -> Result<Head<B>, ModelError> {
         let name = match self.config.tied_embeddings {
-            true => "model.embed_tokens.weight",
-            false => "lm_head.weight",
+            true => EMBEDDING,
+            false => HEAD,
         };
         Ok(Head {
             norm: self.tensor("model.norm.weight", [self.config.hidden_size])?,

@@ -6,7 +6,7 @@ use gptq_format::{
     CheckpointFormat, Dynamic, Half, LinearShape, QuantizeConfig, Support, TensorSpec,
     client_support,
 };
-use gptq_model::ModelConfig;
+use gptq_model::{ModelConfig, Role};
 use gptq_solver::Settings;
 
 use crate::{BranchPlan, Choice, PlannedLinear};
@@ -38,7 +38,8 @@ impl BranchPlan {
             model_file_base_name: Some("model".to_owned()),
             quant_method: "gptq".to_owned(),
             checkpoint_format: self.format(),
-            dynamic: (!dynamic.is_empty()).then_some(dynamic),
+            dynamic: (!dynamic.is_empty()).then(|| dynamic.into_iter().collect()),
+            modules_in_block_to_quantize: None,
         }
     }
 
@@ -93,37 +94,30 @@ impl BranchPlan {
 
     /// Every tensor of the branch's files, in model order; what stays unquantised is in `half`.
     pub fn tensors(&self, config: &ModelConfig, half: Half) -> Vec<TensorSpec> {
-        let mut specs = Vec::new();
-        let dense = |name: String, shape: &[usize]| TensorSpec {
-            name,
-            dtype: half.dtype(),
-            shape: shape.into(),
-        };
-        let hidden = config.hidden_size;
-        let table = [config.vocabulary, hidden];
-        specs.push(dense("model.embed_tokens.weight".into(), &table));
-        for (layer, block) in config.blocks().iter().enumerate() {
-            for vector in block.vectors() {
-                let name = format!("{}.weight", vector.module(layer));
-                specs.push(dense(name, &[vector.len]));
-            }
-            for (at, linear) in block.linears().iter().enumerate() {
-                let module = linear.module(layer);
-                let (n_in, n_out) = linear.shape();
-                match self.planned(layer, at, linear) {
-                    Some(planned) => specs.extend(planned.stored().tensors(&module)),
-                    None => specs.push(dense(format!("{module}.weight"), &[n_out, n_in])),
+        let tensors = config.tensors().into_iter();
+        let specs = tensors.flat_map(|tensor| {
+            let settings = match tensor.role {
+                Role::Linear => self.module(tensor.module()),
+                _ => None,
+            };
+            match (settings, tensor.shape.as_slice()) {
+                (Some(settings), &[n_out, n_in]) => {
+                    let shape = LinearShape {
+                        in_features: n_in,
+                        out_features: n_out,
+                        bits: settings.bits,
+                        group_size: settings.group_size,
+                    };
+                    shape.tensors(tensor.module()).to_vec()
                 }
-                if linear.bias {
-                    specs.push(dense(format!("{module}.bias"), &[n_out]));
-                }
+                _ => vec![TensorSpec {
+                    name: tensor.name,
+                    dtype: half.dtype(),
+                    shape: tensor.shape,
+                }],
             }
-        }
-        specs.push(dense("model.norm.weight".into(), &[hidden]));
-        if !config.tied_embeddings {
-            specs.push(dense("lm_head.weight".into(), &table));
-        }
-        specs
+        });
+        specs.collect()
     }
 
     /// Bytes of all tensors, the same in either half, and with a budget the most that they can be; the

@@ -8,6 +8,7 @@ use gptq_format::{
     Checkpoint, FormatError, Half, LinearDigests, PackedLinear, ShardedWriter, StagedDir,
     TABLE_PIECE, TensorSpec, copy_side_files, le_bytes, read_json, write_json,
 };
+use gptq_model::ModelConfig;
 use half::f16;
 use serde_json::Value;
 
@@ -54,6 +55,11 @@ impl BranchWriter {
         }
         for key in keys {
             config[key] = plan.half.torch_name().into();
+        }
+        // As the tensors have it, which may not be what the base's config says.
+        let tied = ModelConfig::from_json(config.clone()).is_ok_and(|it| it.tied_embeddings);
+        if tied != plan.config.tied_embeddings {
+            config["tie_word_embeddings"] = plan.config.tied_embeddings.into();
         }
         write_json(&path.join("config.json"), &config)?;
         write_json(&path.join("quantize_config.json"), &settings)?;

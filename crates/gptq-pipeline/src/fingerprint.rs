@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::time::UNIX_EPOCH;
 
 use gptq_calibration::Calibration;
 use gptq_format::{Checkpoint, FormatError, SIDE_FILES, le_bytes, sha256, sha256_file, side_file};
@@ -12,8 +11,10 @@ use gptq_kernels::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{Plan, Propagation};
+use crate::{Plan, Propagation, sources};
 
+/// The key of a quick digest of the model's tensors.
+pub(crate) const WEIGHTS: &str = "model.weights";
 /// Differences that a message names; the others are counted.
 const NAMED: usize = 3;
 /// Most characters of a value that a message shows.
@@ -52,6 +53,12 @@ impl Fingerprint {
         }
     }
 
+    /// The same without one key.
+    pub(crate) fn without(mut self, key: &str) -> Self {
+        self.0.remove(key);
+        self
+    }
+
     /// What is not as it was, in half a line; `None` when everything is.
     pub fn difference(&self, now: &Fingerprint) -> Option<String> {
         let keys: Vec<&String> = (self.0.keys())
@@ -87,12 +94,17 @@ impl Fingerprint {
 }
 
 /// A plan's.
+#[derive(Default)]
 pub(crate) struct Fingerprints {
     /// In the plan's order.
     pub(crate) branches: Vec<Fingerprint>,
     /// What must not change while a run is unfinished, and says nothing about a finished branch: the
-    /// program, the device, the model files' times.
+    /// program and the device.
     pub(crate) run: Fingerprint,
+    /// Sizes and times of the model's files. Where they changed, an unfinished run goes by the tensors.
+    pub(crate) files: Fingerprint,
+    /// Digest of what comes before the first block.
+    pub(crate) embedding: String,
 }
 
 impl Fingerprints {
@@ -142,19 +154,15 @@ impl Fingerprints {
         });
         Ok(Fingerprints {
             branches: branches.collect(),
-            run: run(plan, device, card)?,
+            run: run(device, card),
+            files: files(checkpoint)?,
+            embedding: sources::embedding(checkpoint, &plan.config)?,
         })
     }
 }
 
 /// `card` is the device's name, where there are several of a kind: another may sum in another order.
-fn run(plan: &Plan, device: Device, card: Option<String>) -> Result<Fingerprint, FormatError> {
-    let stamp = |meta: &fs::Metadata| {
-        let modified = meta.modified().ok();
-        let modified = modified.and_then(|t| t.duration_since(UNIX_EPOCH).ok());
-        let seconds = modified.map(|t| t.as_secs_f64());
-        format!("{} bytes of {seconds:?}", meta.len())
-    };
+fn run(device: Device, card: Option<String>) -> Fingerprint {
     let mut run = Fingerprint::default();
     run.add(
         "gptq",
@@ -168,16 +176,22 @@ fn run(plan: &Plan, device: Device, card: Option<String>) -> Result<Fingerprint,
     if let Some(card) = card {
         run.add("device.name", &json!(card));
     }
-    let dir = &plan.model_dir;
-    for entry in fs::read_dir(dir).map_err(FormatError::io(dir))? {
-        let path = entry.map_err(FormatError::io(dir))?.path();
-        let weights = (path.extension()).is_some_and(|e| e == "safetensors" || e == "bin");
-        if weights && let Ok(meta) = fs::metadata(&path) {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            run.add(&format!("model.{name}"), &json!(stamp(&meta)));
-        }
+    run
+}
+
+/// Size and time of each of the model's files.
+fn files(checkpoint: &Checkpoint) -> Result<Fingerprint, FormatError> {
+    let mut files = Fingerprint::default();
+    for name in checkpoint.files() {
+        let path = checkpoint.dir().join(name);
+        let meta = fs::metadata(&path).map_err(FormatError::io(&path))?;
+        let written = match meta.modified() {
+            Ok(time) => format!(", written {}", humantime::format_rfc3339_millis(time)),
+            Err(_) => String::new(),
+        };
+        files.add(name, &json!(format!("{} bytes{written}", meta.len())));
     }
-    Ok(run)
+    Ok(files)
 }
 
 /// SHA-256 of the running program, where it can be read: two builds of one version may differ, and a

@@ -15,14 +15,14 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value};
 
-use crate::fingerprint::Fingerprint;
+use crate::fingerprint::{Fingerprint, Fingerprints};
 use crate::kept_states::prune;
 use crate::report_limits::MAX_JOURNAL;
 use crate::{Allocation, Clamped, LinearReport, PipelineError, RecipeOverrides};
 
 const FILE: &str = ".gptq-journal.jsonl";
 /// Of this format.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Begins a number that JSON's parser would get wrong in the last bit.
 const EXACT: &str = "f64:";
 
@@ -45,6 +45,10 @@ pub(crate) struct Header {
     version: u32,
     pub(crate) origin: Origin,
     pub(crate) run: Fingerprint,
+    /// The model's files, by size and time.
+    pub(crate) files: Fingerprint,
+    /// Digest of what comes before the first block ([`crate::sources`]).
+    pub(crate) embedding: String,
     /// By name.
     pub(crate) branches: BTreeMap<String, Fingerprint>,
     /// How the budgets of those that have one are spent, by name.
@@ -56,6 +60,8 @@ pub(crate) struct Header {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Block {
     pub(crate) layer: usize,
+    /// Digest of the tensors that it was made from ([`crate::sources`]).
+    pub(crate) source: String,
     /// By name.
     pub(crate) branches: BTreeMap<String, BranchBlock>,
     /// SHA-256 of the hidden states after it, where they were kept.
@@ -95,14 +101,16 @@ pub(crate) struct Journal {
 impl Header {
     pub(crate) fn new(
         origin: Origin,
-        run: Fingerprint,
+        prints: &Fingerprints,
         branches: BTreeMap<String, Fingerprint>,
         allocations: BTreeMap<String, Allocation>,
     ) -> Self {
         Header {
             version: VERSION,
             origin,
-            run,
+            run: prints.run.clone(),
+            files: prints.files.clone(),
+            embedding: prints.embedding.clone(),
             branches,
             allocations,
         }
@@ -275,12 +283,8 @@ mod tests {
             overrides: RecipeOverrides::default(),
             directory: "/".into(),
         };
-        Header::new(
-            origin,
-            Fingerprint::default(),
-            BTreeMap::new(),
-            BTreeMap::new(),
-        )
+        let prints = Fingerprints::default();
+        Header::new(origin, &prints, BTreeMap::new(), BTreeMap::new())
     }
 
     fn block(layer: usize) -> Block {
@@ -314,6 +318,7 @@ mod tests {
         };
         Block {
             layer,
+            source: "0".to_owned(),
             branches: BTreeMap::from([("main".to_owned(), one)]),
             states: None,
         }
@@ -415,7 +420,7 @@ mod tests {
         let text = fs::read_to_string(&path).unwrap();
         for bad in [
             text.replace("\"layer\":0", "\"layer\":7"),
-            text.replacen("\"version\":1", "\"version\":9", 1),
+            text.replacen("\"version\":2", "\"version\":9", 1),
             text[1..].to_owned(),
             String::new(),
         ] {

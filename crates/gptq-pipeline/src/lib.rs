@@ -38,6 +38,7 @@ mod report_limits;
 mod resume;
 mod run;
 mod scratch;
+mod sources;
 mod stream;
 mod write_behind;
 
@@ -52,7 +53,7 @@ pub use memory::Memory;
 pub use method::{Method, Preset};
 pub use output_errors::Share;
 pub use overrides::{RecipeOverrides, RenderingOverride};
-pub use plan::{Numerics, Plan, Propagation, parse_size};
+pub use plan::{Numerics, Plan, Propagation, Weights, parse_size};
 pub use profile::{Phase, Profile};
 pub use quantise::{Event, Outcome, RunOptions, quantise};
 pub use recipe::{Recipe, RecipeError};

@@ -15,6 +15,7 @@ use gptq_kernels::{Engine, dtype};
 use crate::branch_plan::ModuleOverride;
 use crate::journal::Recorded;
 use crate::memory::{Places, chunk_windows};
+use crate::model_files::ModelHash;
 use crate::quantise::{Inputs, Quantise};
 use crate::read_ahead::read_ahead;
 use crate::resume::Restored;
@@ -34,6 +35,7 @@ impl Quantise<'_> {
     pub(crate) fn settle<B: Engine>(
         &mut self,
         inputs: &Inputs<B>,
+        model_hash: &mut ModelHash,
         plan: &mut Plan,
         branches: &[usize],
         recorded: Option<&Recorded>,
@@ -46,7 +48,7 @@ impl Quantise<'_> {
             None => {
                 // Before there is work to lose.
                 disk_space::check(plan, self.options.scratch, inputs.places.disk_bytes)?;
-                self.measured(inputs, plan)?
+                self.measured(inputs, model_hash, plan)?
             }
         };
         plan.branches = settled;
@@ -64,6 +66,7 @@ impl Quantise<'_> {
     fn measured<B: Engine>(
         &mut self,
         inputs: &Inputs<B>,
+        model_hash: &mut ModelHash,
         plan: &Plan,
     ) -> Result<Vec<BranchPlan>, PipelineError> {
         let windows = &inputs.calibration.windows;
@@ -86,6 +89,7 @@ impl Quantise<'_> {
             let run = Run {
                 plan: &probes,
                 model,
+                model_hash,
                 writer: None,
                 outputs: restored.outputs(),
                 restored,

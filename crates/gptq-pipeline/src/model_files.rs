@@ -1,16 +1,19 @@
 //! The base model's weight files and their hashes: what a finished branch says it was made from.
 //!
 //! A run hashes them on a thread of its own, while the blocks are computed, and waits for it before the
-//! first branch is put in place. One thread keeps up with any disk and leaves the others to the run.
+//! first branch is put in place. One thread keeps up with any disk and leaves the others to the run. As every
+//! byte goes by, it also looks for weights that cannot be quantised: one in the last block ends the run in
+//! the first seconds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{JoinHandle, sleep};
 use std::time::Duration;
 
-use gptq_format::{Checkpoint, FileDigest, FormatError};
+use gptq_format::{Checkpoint, FileDigest, FloatScan, FormatError, Half};
+use gptq_model::ModelConfig;
 use rayon::prelude::*;
 
 use crate::quantise::check_stop;
@@ -21,9 +24,17 @@ const LOOK: Duration = Duration::from_millis(10);
 
 /// The hashes of a model's files, or what will be.
 pub(crate) struct ModelHash {
-    /// With their names.
-    files: Vec<(String, PathBuf)>,
+    files: Vec<WeightFile>,
     state: State,
+}
+
+/// A file to hash.
+#[derive(Clone)]
+struct WeightFile {
+    name: String,
+    path: PathBuf,
+    /// What is looked at on the way.
+    scan: FloatScan,
 }
 
 enum State {
@@ -40,16 +51,22 @@ struct UnderWay {
 }
 
 impl ModelHash {
-    /// Of the files of `checkpoint`; nothing is read yet.
-    pub(crate) fn new(checkpoint: &Checkpoint) -> Self {
-        let files = checkpoint.files().iter();
+    /// Of the files of a model, whose weights are taken in `half`; nothing is read yet.
+    pub(crate) fn new(checkpoint: &Checkpoint, config: &ModelConfig, half: Half) -> Self {
+        let needed: BTreeSet<String> = config.tensors().into_iter().map(|it| it.name).collect();
+        let file = |name: &String| WeightFile {
+            name: name.clone(),
+            path: checkpoint.dir().join(name),
+            scan: checkpoint.float_scan(name, half, |tensor| needed.contains(tensor)),
+        };
         ModelHash {
-            files: (files.map(|name| (name.clone(), checkpoint.dir().join(name)))).collect(),
+            files: checkpoint.files().iter().map(file).collect(),
             state: State::Unknown,
         }
     }
 
-    /// Hashes all files at once, if that has not been done yet.
+    /// Hashes all files at once, if that has not been done yet. Weights are not looked at: what is asked
+    /// is whether finished branches were made of these very files.
     ///
     /// # Errors
     /// One cannot be read; `stop` became true, in a run of `layers` blocks.
@@ -61,9 +78,9 @@ impl ModelHash {
         if !matches!(self.state, State::Known(_)) {
             let stopped = || stop.load(Ordering::Relaxed);
             let found = (self.files.par_iter())
-                .map(|(name, path)| {
-                    let digest = FileDigest::of(path, stopped)?;
-                    Ok(digest.map(|digest| (name.clone(), digest)))
+                .map(|file| {
+                    let digest = FileDigest::of(&file.path, stopped)?;
+                    Ok(digest.map(|digest| (file.name.clone(), digest)))
                 })
                 .collect::<Result<Option<ModelFiles>, FormatError>>()?;
             check_stop(stop, layers)?;
@@ -75,7 +92,7 @@ impl ModelHash {
         }
     }
 
-    /// Begins to hash them, one after the other, on a thread of its own.
+    /// Begins to hash them and to look at their weights, one after the other, on a thread of its own.
     pub(crate) fn begin(&mut self) {
         if !matches!(self.state, State::Unknown) {
             return;
@@ -84,9 +101,10 @@ impl ModelHash {
         let ended = end.clone();
         let thread = std::thread::spawn(move || {
             let mut found = BTreeMap::new();
-            for (name, path) in files {
-                match FileDigest::of(&path, || ended.load(Ordering::Relaxed))? {
-                    Some(digest) => found.insert(name, digest),
+            for mut file in files {
+                let ended = || ended.load(Ordering::Relaxed);
+                match FileDigest::scanned(&file.path, &mut file.scan, ended)? {
+                    Some(digest) => found.insert(file.name, digest),
                     None => return Ok(None),
                 };
             }
@@ -96,6 +114,21 @@ impl ModelHash {
             thread: Some(thread),
             end,
         });
+    }
+
+    /// What the thread has met so far that makes the run useless.
+    ///
+    /// # Errors
+    /// A weight that cannot be quantised, a file that cannot be read.
+    pub(crate) fn check(&mut self) -> Result<(), PipelineError> {
+        let done = |thread: &JoinHandle<_>| thread.is_finished();
+        if let State::UnderWay(under_way) = &mut self.state
+            && under_way.thread.as_ref().is_some_and(done)
+        {
+            let found = under_way.join()?;
+            self.state = found.map_or(State::Unknown, State::Known);
+        }
+        Ok(())
     }
 
     /// Waits for what was begun.
@@ -149,7 +182,11 @@ mod tests {
     use super::*;
 
     fn of(dir: &Path, names: &[&str]) -> ModelHash {
-        let file = |name: &&str| (name.to_string(), dir.join(name));
+        let file = |name: &&str| WeightFile {
+            name: name.to_string(),
+            path: dir.join(name),
+            scan: FloatScan::default(),
+        };
         ModelHash {
             files: names.iter().map(file).collect(),
             state: State::Unknown,

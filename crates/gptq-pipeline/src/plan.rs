@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::CalibrationSettings;
-use gptq_format::Half;
-use gptq_model::ModelConfig;
+use gptq_format::{Checkpoint, FormatError, Half, QuantizeConfig};
+use gptq_model::{Census, ModelConfig};
 use toml::Spanned;
 
 use crate::inputs::looks_like_repo;
@@ -32,6 +32,15 @@ pub struct Numerics {
     pub max_damping: f64,
 }
 
+/// What was looked at of a model's weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Weights {
+    /// Files.
+    pub files: usize,
+    /// Tensors in them.
+    pub tensors: usize,
+}
+
 /// A valid run.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -41,6 +50,8 @@ pub struct Plan {
     pub model_name: String,
     /// Its shapes.
     pub config: ModelConfig,
+    /// Its weights, as their headers have them; `None` where there are none yet.
+    pub weights: Option<Weights>,
     /// What its weights are taken in, and written in where they stay unquantised.
     pub half: Half,
     /// What to calibrate on.
@@ -72,7 +83,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Resolves and checks `recipe` against its model; what is on the Hub is in `fetched`.
+    /// Resolves and checks `recipe` against its model; what is on the Hub is in `fetched`. The weights'
+    /// headers are compared with the config where the weights are there.
     pub fn new(recipe: &Recipe, fetched: &Fetched) -> Result<Plan, crate::PipelineError> {
         let dir = match (&fetched.model, recipe.model_source()?) {
             (Some(dir), _) => dir.clone(),
@@ -84,10 +96,12 @@ impl Plan {
                     .into());
             }
         };
-        let config = ModelConfig::read(&dir.join("config.json"))?;
+        // A Hub model's weights come after its plan.
+        let (config, weights, warnings) = look(&dir, fetched.model.is_some())?;
         let calibration = recipe.calibration(fetched)?;
         let mut plan = Plan::for_config(recipe, config)?;
-        (plan.model_dir, plan.calibration) = (dir, calibration);
+        (plan.model_dir, plan.calibration, plan.weights) = (dir, calibration, weights);
+        plan.warnings.extend(warnings);
         Ok(plan)
     }
 
@@ -108,7 +122,7 @@ impl Plan {
             let start = Spanned::new(0..0, ());
             return Err(recipe.refuse(&start, "no [[branch]]; a recipe needs at least one"));
         }
-        let linears = branches.iter().map(|b| b.quantised_modules(&config).len());
+        let linears = branches.iter().map(|b| b.planned_linears(&config).len());
         let linears: Vec<usize> = linears.collect();
         crate::report_limits::check_plan(&linears)
             .map_err(|why| recipe.refuse(&Spanned::new(0..0, ()), why))?;
@@ -163,6 +177,7 @@ impl Plan {
             model_dir: source.into(),
             model_name: public_name(source),
             config,
+            weights: None,
             half: file.model.dtype,
             calibration,
             propagation,
@@ -220,6 +235,38 @@ impl Plan {
     /// What the run will hold at once.
     pub fn memory(&self) -> Memory {
         Memory::of(self)
+    }
+}
+
+/// The model in `dir` by its config and, where they are there, its weights' headers; what a user should
+/// know of them. `partial` weights are as good as none.
+fn look(
+    dir: &Path,
+    partial: bool,
+) -> Result<(ModelConfig, Option<Weights>, Vec<String>), crate::PipelineError> {
+    let config = ModelConfig::read(&dir.join("config.json"))?;
+    let quantised = || crate::PipelineError::Quantised { dir: dir.into() };
+    let checkpoint = match Checkpoint::open(dir) {
+        Ok(checkpoint) if !(partial && !checkpoint.absent_files().is_empty()) => checkpoint,
+        Err(FormatError::NoCheckpoint { .. }) | Ok(_) => {
+            return match QuantizeConfig::read(dir)? {
+                Some(_) => Err(quantised()),
+                None => Ok((config, None, Vec::new())),
+            };
+        }
+        // An index without a file that it names.
+        Err(FormatError::Malformed { .. }) if partial => return Ok((config, None, Vec::new())),
+        Err(error) => return Err(error.into()),
+    };
+    let weights = Weights {
+        files: checkpoint.files().len(),
+        tensors: checkpoint.names().count(),
+    };
+    let census = Census::of(config, checkpoint);
+    match census.fault {
+        Some(fault) => Err(fault.into()),
+        None if census.checkpoint.quantize_config().is_some() => Err(quantised()),
+        None => Ok((census.config, Some(weights), census.warnings)),
     }
 }
 

@@ -202,13 +202,13 @@ impl Work for Quantise<'_> {
         // Where nothing says how much is free, tensors are in the host's memory.
         let shared = B::free_memory(&device).is_none();
         let places = Places::new::<B>(plan, *self.budget, self.options.host_memory, shared)?;
+        let model = Model::<B>::open(&plan.model_dir, &device)?.taken_in(plan.half);
         let tokenizer = TextTokenizer::load(&plan.model_dir)?;
         let calibration = Calibration::draw(&plan.calibration, &tokenizer)?;
-        let model = Model::<B>::open(&plan.model_dir, &device)?.taken_in(plan.half);
         let (checkpoint, card) = (model.checkpoint(), B::card(&device));
         let prints = Fingerprints::new(plan, &calibration, checkpoint, self.device, card)?;
-        let mut model_hash = ModelHash::new(checkpoint);
-        let mut found = Found::look(plan, &prints, &mut model_hash, &self.options)?;
+        let mut model_hash = ModelHash::new(checkpoint, model.config(), plan.half);
+        let mut found = Found::look(plan, checkpoint, &prints, &mut model_hash, &self.options)?;
         if !found.passes.is_empty() {
             model_hash.begin();
         }
@@ -266,7 +266,8 @@ impl Quantise<'_> {
         recorded: Option<Recorded>,
     ) -> Result<Vec<BranchReport>, PipelineError> {
         let mut plan = self.plan.only(branches);
-        let done = match self.settle(inputs, &mut plan, branches, recorded.as_ref()) {
+        let settled = self.settle(inputs, model_hash, &mut plan, branches, recorded.as_ref());
+        let done = match settled {
             Ok(()) => self.blocks(inputs, model_hash, &plan, branches, recorded),
             Err(error) => Err(error),
         };
@@ -326,8 +327,7 @@ impl Quantise<'_> {
                 let branches: BTreeMap<_, _> = names.iter().cloned().zip(prints).collect();
                 let spent = plan.branches.iter();
                 let spent = spent.filter_map(|b| Some((b.name.clone(), b.allocation.clone()?)));
-                let run = inputs.prints.run.clone();
-                let header = Header::new(origin(plan)?, run, branches, spent.collect());
+                let header = Header::new(origin(plan)?, &inputs.prints, branches, spent.collect());
                 let journal = Journal::create(&plan.output, &header)?;
                 (writers, journal, Restored::none(plan))
             }
@@ -361,6 +361,7 @@ impl Quantise<'_> {
             let run = Run {
                 plan,
                 model,
+                model_hash,
                 writer: Some(WriteBehind::spawn(
                     scope, writers, checkpoint, journal, names,
                 )),
@@ -378,7 +379,6 @@ impl Quantise<'_> {
                 manifest: &inputs.calibration.manifest,
                 device: self.device.to_string(),
                 prints,
-                model_hash,
             };
             run.carry_out(flows, &inputs.places, scratch.as_ref(), &blocks, about)
         })

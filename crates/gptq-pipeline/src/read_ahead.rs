@@ -6,17 +6,27 @@ use std::thread::Scope;
 use gptq_kernels::Engine;
 use gptq_model::{HostBlock, Model, ModelError};
 
+use crate::sources;
+
+/// A block with the digest of its tensors in the model's files ([`sources::block`]).
+pub(crate) type Ahead = Result<(HostBlock, String), ModelError>;
+
 /// Reads blocks from `first` on, on a thread of their own, one ahead of the run.
 pub(crate) fn read_ahead<'scope, 'env, B: Engine>(
     scope: &'scope Scope<'scope, 'env>,
     model: &'env Model<B>,
     first: usize,
-) -> Receiver<Result<HostBlock, ModelError>> {
+) -> Receiver<Ahead> {
     let (sender, receiver) = sync_channel(0);
     scope.spawn(move || {
         for layer in first..model.config().layers {
+            // Before the block is read, which gives the memory of its files back.
+            let source = sources::block(model.checkpoint(), model.config(), layer);
+            let block = model.read_block(layer);
+            let ahead = source.map_err(ModelError::from);
+            let ahead = ahead.and_then(|source| Ok((block?, source)));
             // A run that has ended takes no more.
-            if sender.send(model.read_block(layer)).is_err() {
+            if sender.send(ahead).is_err() {
                 break;
             }
         }

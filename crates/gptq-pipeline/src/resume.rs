@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 use gptq_format::{Checkpoint, LinearDigests, PackedLinear, StagedDir};
 
 use crate::branch_plan::check_name;
-use crate::fingerprint::{Fingerprint, Fingerprints};
+use crate::fingerprint::{Fingerprint, Fingerprints, WEIGHTS};
 use crate::journal::{Block, Journal, Recorded};
 use crate::kept_states::{Kept, prune};
 use crate::model_files::ModelHash;
 use crate::run::Output;
 use crate::{
     BlockReport, BranchPlan, BranchReport, Clamped, LinearReport, ModelFiles, PipelineError, Plan,
-    PlannedLinear, Recipe, RecipeOverrides, RunOptions, report_limits,
+    PlannedLinear, Recipe, RecipeOverrides, RunOptions, report_limits, sources,
 };
 
 /// What there is to do, and what was done before.
@@ -40,6 +40,7 @@ impl Found {
     /// made again.
     pub(crate) fn look(
         plan: &Plan,
+        checkpoint: &Checkpoint,
         prints: &Fingerprints,
         model_hash: &mut ModelHash,
         options: &RunOptions<'_>,
@@ -66,7 +67,7 @@ impl Found {
         }
         rest.retain(|&i| found.finished[i].is_none());
         if let Some(recorded) = recorded {
-            check(plan, prints, &recorded)?;
+            check(plan, checkpoint, prints, &recorded)?;
             let begun = |i: &usize| {
                 let name = &plan.branches[*i].name;
                 recorded.header.branches.contains_key(name)
@@ -115,28 +116,57 @@ fn finished(
     }
 }
 
-/// Whether an unfinished run is the one that is asked for.
-fn check(plan: &Plan, prints: &Fingerprints, recorded: &Recorded) -> Result<(), PipelineError> {
+/// Whether an unfinished run is the one that is asked for. The model's files may be others, where the tensors
+/// that its finished blocks came from are the same.
+fn check(
+    plan: &Plan,
+    checkpoint: &Checkpoint,
+    prints: &Fingerprints,
+    recorded: &Recorded,
+) -> Result<(), PipelineError> {
     let changed = |difference: String| {
         Err(PipelineError::Unfinished {
             dir: plan.output.clone(),
             difference,
         })
     };
-    for (name, begun) in &recorded.header.branches {
+    let header = &recorded.header;
+    for (name, begun) in &header.branches {
         match plan.branches.iter().position(|branch| &branch.name == name) {
             None => return changed(format!("branch {name} was asked for, is not")),
             Some(i) => {
-                if let Some(difference) = begun.difference(&prints.branches[i]) {
+                let now = prints.branches[i].clone().without(WEIGHTS);
+                if let Some(difference) = begun.clone().without(WEIGHTS).difference(&now) {
                     return changed(format!("branch {name}: {difference}"));
                 }
             }
         }
     }
-    match recorded.header.run.difference(&prints.run) {
-        Some(difference) => changed(difference),
-        None => Ok(()),
+    if let Some(difference) = header.run.difference(&prints.run) {
+        return changed(difference);
     }
+    let Some(files) = header.files.difference(&prints.files) else {
+        return Ok(());
+    };
+    // Budgets are spent by looking at every block.
+    if !header.allocations.is_empty() {
+        return changed(format!(
+            "the model's files, by which a budget is spent: {files}"
+        ));
+    }
+    if header.embedding != prints.embedding {
+        return changed(format!("the embedding, in the model's files: {files}"));
+    }
+    let layers = plan.config.layers;
+    for block in recorded.blocks.iter().take_while(|it| it.layer < layers) {
+        if sources::block(checkpoint, &plan.config, block.layer)? != block.source {
+            let layer = block.layer;
+            return changed(format!(
+                "the weights of block {layer}, which is finished, in the model's files: {files}"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Removes what an unfinished run left: its journal, and the beginnings of its branches and of

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use gptq_format::Checkpoint;
 use gptq_kernels::{Drift, Engine, Hessian, Request};
-use gptq_model::{Block, BlockSpec, Flow, HostBlock, Model, ModelError};
+use gptq_model::{Block, BlockSpec, Flow, Model, ModelError};
 
 use crate::gram::{Dense, Grams};
 use crate::journal::BranchBlock;
@@ -20,6 +20,7 @@ use crate::memory::Places;
 use crate::output_errors::OutputErrors;
 use crate::profile::{Clock, Phase};
 use crate::quantise::{Event, check_stop};
+use crate::read_ahead::Ahead;
 use crate::resume::Restored;
 use crate::scratch::Scratch;
 use crate::stream::{Stream, explained};
@@ -61,6 +62,7 @@ pub(crate) struct Output {
 pub(crate) struct Run<'a, 'scope, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
+    pub(crate) model_hash: &'a mut ModelHash,
     /// Where what is found is written; without it, it is only measured.
     pub(crate) writer: Option<WriteBehind<'scope>>,
     /// What an earlier run did.
@@ -87,7 +89,7 @@ impl<B: Engine> Run<'_, '_, B> {
         flows: impl Iterator<Item = Result<Flow<B>, ModelError>>,
         places: &Places,
         scratch: Option<&Arc<Scratch>>,
-        blocks: &Receiver<Result<HostBlock, ModelError>>,
+        blocks: &Receiver<Ahead>,
         about: About<'_>,
     ) -> Result<Vec<BranchReport>, PipelineError> {
         let first = self.restored.first();
@@ -117,7 +119,7 @@ impl<B: Engine> Run<'_, '_, B> {
         flows: impl Iterator<Item = Result<Flow<B>, ModelError>>,
         places: &Places,
         scratch: Option<&Arc<Scratch>>,
-        blocks: &Receiver<Result<HostBlock, ModelError>>,
+        blocks: &Receiver<Ahead>,
     ) -> Result<Vec<Output>, PipelineError> {
         let states = States::begin(self.plan, flows, places, scratch, None)?;
         self.clock.add_start();
@@ -129,18 +131,19 @@ impl<B: Engine> Run<'_, '_, B> {
         &mut self,
         first: usize,
         mut states: States<B>,
-        blocks: &Receiver<Result<HostBlock, ModelError>>,
+        blocks: &Receiver<Ahead>,
     ) -> Result<(), PipelineError> {
         let model = self.model;
         for layer in first..self.plan.config.layers {
-            let block = self
-                .clock
-                .measure::<B, _>(Phase::Read, model.device(), || {
-                    let block = blocks
-                        .recv()
-                        .expect("the reader ends with an error or the last block");
-                    block.map(|block| model.upload(block))
-                })?;
+            self.model_hash.check()?;
+            let (block, source) =
+                self.clock
+                    .measure::<B, _>(Phase::Read, model.device(), || {
+                        let block = blocks
+                            .recv()
+                            .expect("the reader ends with an error or the last block");
+                        block.map(|(block, source)| (model.upload(block), source))
+                    })?;
             if let Some(dense) = &mut states.dense {
                 dense.enter(&block, model.device(), self.clock)?;
             }
@@ -168,7 +171,7 @@ impl<B: Engine> Run<'_, '_, B> {
                 (self.on_event)(Event::Measured { layers: layer + 1 });
             } else if layer >= self.restored.layers {
                 let kept = self.keep(layer, &states)?;
-                self.record(layer, kept)?;
+                self.record(layer, source, kept)?;
             }
         }
         Ok(())
@@ -194,7 +197,12 @@ impl<B: Engine> Run<'_, '_, B> {
     }
 
     /// Has a finished block journalled, once it is on the disk.
-    fn record(&mut self, layer: usize, states: Option<String>) -> Result<(), PipelineError> {
+    fn record(
+        &mut self,
+        layer: usize,
+        source: String,
+        states: Option<String>,
+    ) -> Result<(), PipelineError> {
         let block = |output: &Output| {
             let linears = output.linears.iter().filter(|it| it.layer == layer);
             let clamped = output.clamped.iter().filter(|it| it.layer == layer);
@@ -208,7 +216,7 @@ impl<B: Engine> Run<'_, '_, B> {
         };
         let branches = self.outputs.iter().map(block).collect();
         if let Some(writer) = &mut self.writer {
-            writer.finish_block(layer, branches, states)?;
+            writer.finish_block(layer, source, branches, states)?;
         }
         Ok(())
     }
@@ -230,6 +238,7 @@ impl<B: Engine> Run<'_, '_, B> {
             return Ok(());
         };
         check_stop(self.stop, self.plan.config.layers)?;
+        self.model_hash.check()?;
         let started = Instant::now();
         let (layer, device) = (entered.layer, self.model.device());
         let asymmetric = |&branch: &usize| self.plan.branches[branch].method.asymmetric > 0.0;

@@ -22,6 +22,8 @@ enum Job {
     /// All of a block has been queued.
     Block {
         layer: usize,
+        /// Digest of the tensors that it was made from.
+        source: String,
         /// Of each branch: its seconds so far, and the block's linears.
         branches: Vec<BranchBlock>,
         /// SHA-256 of the hidden states after it, where they were kept.
@@ -79,11 +81,13 @@ impl<'scope> WriteBehind<'scope> {
     pub(crate) fn finish_block(
         &mut self,
         layer: usize,
+        source: String,
         branches: Vec<BranchBlock>,
         states: Option<String>,
     ) -> Result<(), FormatError> {
         self.send(Job::Block {
             layer,
+            source,
             branches,
             states,
         })
@@ -137,6 +141,7 @@ fn write(
             } => writers[branch].write(&module, &packed.wait())?,
             Job::Block {
                 layer,
+                source,
                 mut branches,
                 states,
             } => {
@@ -147,6 +152,7 @@ fn write(
                 let branches = names.iter().cloned().zip(branches).collect();
                 journal.append(&Block {
                     layer,
+                    source,
                     branches,
                     states,
                 })?;

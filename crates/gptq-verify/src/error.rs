@@ -20,8 +20,6 @@ pub enum VerifyError {
     Calibration(#[from] CalibrationError),
     #[error(transparent)]
     Device(#[from] DeviceError),
-    #[error("{}: tensor {name} belongs to no part of this model", dir.display())]
-    UnexpectedTensor { dir: PathBuf, name: String },
     #[error(
         "{}: quantize_config.json and config.json's quantization_config disagree; readers take \
          one or the other", dir.display()

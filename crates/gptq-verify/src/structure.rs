@@ -1,30 +1,26 @@
 //! Every tensor's name, dtype, shape and plain sense, against the configs beside it and the digests
 //! its maker recorded.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 
 use gptq_format::{
-    Checkpoint, GroupSize, LinearDigests, LinearShape, PackedLinear, QuantizeConfig,
-    client_support, read_json,
+    Checkpoint, GroupSize, LinearDigests, LinearShape, PackedLinear, QuantizeConfig, client_support,
 };
-use gptq_model::ModelConfig;
+use gptq_model::{Census, Role};
 use rayon::prelude::*;
-use serde_json::Value;
 
 use crate::recorded::Recorded;
 use crate::{Check, VerifyError};
 
 /// Checks the checkpoint in `dir`: each check with what it found, the tensors themselves first. Where
 /// they do not hold there is nothing further to check.
-pub(crate) fn check(
-    dir: &Path,
-    checkpoint: &Checkpoint,
-    config: &ModelConfig,
-    recorded: &Recorded,
-) -> Vec<Check> {
+pub(crate) fn check(dir: &Path, census: &Census, recorded: &Recorded) -> Vec<Check> {
+    let checkpoint = &census.checkpoint;
     let mut linears = Linears::default();
-    let tensors = tensors(dir, checkpoint, config, recorded, &mut linears);
+    let tensors = match &census.fault {
+        None => tensors(census, recorded, &mut linears).map_err(|error| error.to_string()),
+        Some(fault) => Err(fault.to_string()),
+    };
     let held = tensors.is_ok();
     let said = |result: Result<String, VerifyError>| match result {
         Ok(detail) => (true, detail),
@@ -32,7 +28,10 @@ pub(crate) fn check(
     };
     let mut checks = vec![
         ("configs", said(configs_agree(dir))),
-        ("tensors", said(tensors)),
+        (
+            "tensors",
+            tensors.map_or_else(|why| (false, why), |it| (true, it)),
+        ),
     ];
     if let Some(quantize_config) = checkpoint.quantize_config().filter(|_| held) {
         let wrong = |found: Option<String>, right: &str| match found {
@@ -61,104 +60,46 @@ pub(crate) fn check(
 }
 
 fn tensors(
-    dir: &Path,
-    checkpoint: &Checkpoint,
-    config: &ModelConfig,
+    census: &Census,
     recorded: &Recorded,
     linears: &mut Linears,
 ) -> Result<String, VerifyError> {
-    let mut expected = BTreeSet::new();
-    let mut dense = |name: String, shape: &[usize]| {
-        checkpoint.check_halves(checkpoint.half(), &name, shape)?;
-        expected.insert(name);
-        Ok::<_, VerifyError>(())
-    };
-    let hidden = config.hidden_size;
-    dense(
-        "model.embed_tokens.weight".into(),
-        &[config.vocabulary, hidden],
-    )?;
-    dense("model.norm.weight".into(), &[hidden])?;
-    if !config.tied_embeddings {
-        dense("lm_head.weight".into(), &[config.vocabulary, hidden])?;
-    }
-    let blocks: Vec<Result<Block, VerifyError>> = (0..config.layers)
-        .into_par_iter()
-        .map(|layer| Block::check(layer, checkpoint, config, recorded))
-        .collect();
-    for block in blocks {
-        let block = block?;
-        expected.extend(block.expected);
-        linears.extend(block.linears);
-    }
-    // Old checkpoints store the rotary frequencies, which follow from the config.
-    let derived = |name: &str| name.ends_with("rotary_emb.inv_freq");
-    if let Some(name) = checkpoint
-        .names()
-        .find(|name| !expected.contains(*name) && !derived(name))
-    {
-        return Err(VerifyError::UnexpectedTensor {
-            dir: dir.into(),
-            name: name.into(),
-        });
-    }
-    Ok(format!(
-        "{} tensors as their configs say, {} quantised linears",
-        checkpoint.names().count(),
-        linears.shapes.len()
-    ))
-}
-
-/// What one decoder block has.
-#[derive(Default)]
-struct Block {
-    /// Names of its tensors.
-    expected: Vec<String>,
-    linears: Linears,
-}
-
-impl Block {
-    fn check(
-        layer: usize,
-        checkpoint: &Checkpoint,
-        config: &ModelConfig,
-        recorded: &Recorded,
-    ) -> Result<Self, VerifyError> {
-        let mut block = Block::default();
-        let dense = |name: String, shape: &[usize], expected: &mut Vec<String>| {
-            checkpoint.check_halves(checkpoint.half(), &name, shape)?;
-            expected.push(name);
-            Ok::<_, VerifyError>(())
-        };
-        let spec = config.block(layer);
-        for vector in spec.vectors() {
-            let name = format!("{}.weight", vector.module(layer));
-            dense(name, &[vector.len], &mut block.expected)?;
-        }
-        for linear in spec.linears() {
-            let module = linear.module(layer);
-            let (n_in, n_out) = linear.shape();
-            match checkpoint.packed(&module, n_in, n_out)? {
+    let Census {
+        config, checkpoint, ..
+    } = census;
+    let all = config.tensors();
+    let looked: Vec<Result<Linears, VerifyError>> = (all.par_iter())
+        .map(|tensor| {
+            let mut found = Linears::default();
+            let packed = match (tensor.role, tensor.shape.as_slice()) {
+                (Role::Linear, &[n_out, n_in]) => {
+                    checkpoint.packed(tensor.module(), n_in, n_out)?
+                }
+                _ => None,
+            };
+            match packed {
                 Some(packed) => {
-                    scales_are_not_zero(&module, &packed)?;
-                    block.linears.add(&module, &packed, checkpoint, recorded)?;
-                    let tensors = ["qweight", "qzeros", "scales", "g_idx"];
-                    let names = tensors.map(|suffix| format!("{module}.{suffix}"));
-                    block.expected.extend(names);
+                    scales_are_not_zero(tensor.module(), &packed)?;
+                    found.add(tensor.module(), &packed, checkpoint, recorded)?;
                 }
                 None => {
-                    let name = format!("{module}.weight");
-                    dense(name, &[n_out, n_in], &mut block.expected)?;
+                    checkpoint.check_halves(checkpoint.half(), &tensor.name, &tensor.shape)?;
+                    checkpoint.give_back(&tensor.name);
                 }
             }
-            // Some tools write zero biases for models that have none.
-            let bias = format!("{module}.bias");
-            if linear.bias || checkpoint.contains(&bias) {
-                dense(bias, &[n_out], &mut block.expected)?;
-            }
-        }
-        Ok(block)
+            Ok(found)
+        })
+        .collect();
+    for found in looked {
+        linears.extend(found?);
     }
+    let count = checkpoint.names().count();
+    let mut said = vec![format!(
+        "{count} tensors as their configs say, {} quantised linears",
+        linears.shapes.len()
+    )];
+    said.extend(census.warnings.iter().cloned());
+    Ok(said.join("; "))
 }
 
 fn scales_are_not_zero(module: &str, packed: &PackedLinear) -> Result<(), VerifyError> {
@@ -305,7 +246,7 @@ fn different(
 
 /// Who loads it; a branch that nobody loads fails.
 fn clients(linears: &[LinearShape], config: &QuantizeConfig) -> (bool, String) {
-    let support = client_support(linears, config.sym, config.dynamic.is_some());
+    let support = client_support(linears, config.sym, config.is_mixed());
     let loads = support.iter().filter(|s| s.verdict.is_ok());
     let names: Vec<&str> = loads.map(|s| s.client.name()).collect();
     match names.is_empty() {
@@ -316,25 +257,20 @@ fn clients(linears: &[LinearShape], config: &QuantizeConfig) -> (bool, String) {
 
 /// Where both places hold settings, they must be the same settings.
 fn configs_agree(dir: &Path) -> Result<String, VerifyError> {
-    let own = dir.join("quantize_config.json");
-    let config: Value = read_json(&dir.join("config.json"))?;
-    let Some(inside) = config.get("quantization_config") else {
-        return Ok(match own.exists() {
-            true => "quantize_config.json alone: Transformers and vLLM read config.json".into(),
-            false => "config.json of a dense model".into(),
-        });
-    };
-    if !own.exists() {
-        return Ok("config.json alone".into());
-    }
-    let own: QuantizeConfig = read_json(&own)?;
-    // Tools add keys of their own to one or the other: only what a reader acts on is compared.
-    match serde_json::from_value::<QuantizeConfig>(inside.clone()) {
-        Ok(inside)
+    let (own, inside) = (QuantizeConfig::own(dir)?, QuantizeConfig::inside(dir)?);
+    match (own, inside) {
+        (Some(_), None) => {
+            Ok("quantize_config.json alone: Transformers and vLLM read config.json".into())
+        }
+        (None, None) => Ok("config.json of a dense model".into()),
+        (None, Some(_)) => Ok("config.json alone".into()),
+        // Tools add keys of their own to one or the other: only what a reader acts on is compared.
+        (Some(own), Some(inside))
             if (inside.bits, inside.group_size, inside.sym, inside.desc_act)
                 == (own.bits, own.group_size, own.sym, own.desc_act)
                 && inside.checkpoint_format == own.checkpoint_format
-                && inside.dynamic == own.dynamic =>
+                && inside.dynamic == own.dynamic
+                && inside.listed() == own.listed() =>
         {
             Ok("quantize_config.json and config.json agree".into())
         }

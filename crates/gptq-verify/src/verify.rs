@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::{TextTokenizer, evaluation_tokens};
-use gptq_format::{Bits, Checkpoint, FileDigest, QuantizeConfig, files, sha256_file};
+use gptq_format::{Bits, FileDigest, QuantizeConfig, files, sha256_file};
 use gptq_kernels::{Device, Engine, Work};
-use gptq_model::{Model, ModelConfig};
+use gptq_model::{Census, Model};
 use serde::{Deserialize, Serialize};
 
 use crate::compare::{Compared, Measured, measure};
@@ -85,8 +85,8 @@ impl Tolerances {
     fn new(asked: Asked, config: Option<&QuantizeConfig>) -> Self {
         let own = config.map(|config| config.bits);
         let overrides = config.and_then(|config| config.dynamic.as_ref());
-        let overrides = overrides.into_iter().flat_map(|all| all.values());
-        let bits = overrides.filter_map(|it| it.bits).chain(own);
+        let overrides = overrides.into_iter().flat_map(|all| all.iter());
+        let bits = overrides.filter_map(|(_, it)| it.bits).chain(own);
         let usual = Tolerances::of(bits.min_by_key(|bits| bits.get()).unwrap_or(Bits::Four));
         Tolerances {
             perplexity_increase: asked
@@ -105,10 +105,8 @@ impl Tolerances {
 /// # Errors
 /// No checkpoint, or a `config.json` that is none.
 pub fn check_tensors(dir: &Path) -> Result<Vec<Check>, VerifyError> {
-    let checkpoint = Checkpoint::open(dir)?;
-    let config = ModelConfig::read(&dir.join("config.json"))?;
     let recorded = Recorded::read(dir)?;
-    Ok(structure::check(dir, &checkpoint, &config, &recorded))
+    Ok(structure::check(dir, &Census::take(dir)?, &recorded))
 }
 
 /// Reopens `dir`, a branch or a dense checkpoint, and checks it as `request` says. `on_block` is told
@@ -145,14 +143,12 @@ impl Work for Verify<'_> {
             request,
             on_block,
         } = self;
-        let model = Model::<B>::open(dir, &device)?;
+        let census = Census::take(dir)?;
         let recorded = Recorded::read(dir)?;
-        let (checkpoint, config) = (model.checkpoint(), model.config());
         // Both read every byte.
-        let (checks, listed) = rayon::join(
-            || structure::check(dir, checkpoint, config, &recorded),
-            || files(dir),
-        );
+        let (checks, listed) =
+            rayon::join(|| structure::check(dir, &census, &recorded), || files(dir));
+        let model = Model::<B>::new(census.config, census.checkpoint, &device);
         let listed = listed?.into_iter().filter(|f| f.name != RECEIPT);
         let digest = |f: gptq_format::FileInfo| {
             let (bytes, sha256) = (f.bytes, f.sha256);

@@ -8,7 +8,10 @@ use clap::{Args, ValueEnum};
 use gptq_calibration::{ChatTemplate, Message};
 use gptq_generate::{Choice, GenerateError, Prompt, Reply, Settings, generate};
 use gptq_kernels::Device;
+use gptq_model::Census;
 use serde_json::json;
+
+use crate::log;
 
 #[derive(Args)]
 pub(crate) struct GenerateArgs {
@@ -83,6 +86,9 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
         template.is_some() || args.system.is_none(),
         "--system needs a template: say --template chatml, or own"
     );
+    for warning in &Census::take(&args.dir)?.warnings {
+        log::warning(warning);
+    }
     let settings = args.settings(template.as_ref());
     let (json, dir, device) = (args.json, args.dir.clone(), args.device);
     let mut talk = Talk::new(args, template);

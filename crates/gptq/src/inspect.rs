@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use gptq_format::{Inspection, LinearInfo};
 
-use crate::{size, table, terminal};
+use crate::{log, size, table, terminal};
 
 #[derive(Args)]
 pub(crate) struct InspectArgs {
@@ -19,6 +19,9 @@ pub(crate) struct InspectArgs {
 
 pub(crate) fn run(args: InspectArgs) -> Result<()> {
     let found = Inspection::of(&args.path)?;
+    for note in &found.notes {
+        log::warning(note);
+    }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&found)?);
         return Ok(());
@@ -61,7 +64,11 @@ pub(crate) fn run(args: InspectArgs) -> Result<()> {
                 Some(why) => format!("{} ({why})", c.name),
             })
         };
-        println!("\nloads in: {}", loads(true).collect::<Vec<_>>().join(", "));
+        let some: Vec<String> = loads(true).collect();
+        match some.is_empty() {
+            true => println!("\nloads nowhere"),
+            false => println!("\nloads in: {}", some.join(", ")),
+        }
         let not: Vec<String> = loads(false).collect();
         if !not.is_empty() {
             println!("not in: {}", not.join(", "));

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use gptq_model::ModelConfig;
-use gptq_pipeline::Plan;
+use gptq_pipeline::{Plan, Weights};
 use serde_json::{Value, json};
 
 use crate::cli::{PlanArgs, warn};
@@ -54,6 +54,7 @@ fn record(plan: &Plan) -> Value {
         "model": plan.model_name,
         "parameters": config.parameters(),
         "layers": config.layers,
+        "weights": plan.weights.map(|it| json!({"files": it.files, "tensors": it.tensors})),
         "samples": plan.calibration.samples,
         "seq_len": plan.calibration.seq_len,
         "memory": {
@@ -69,6 +70,20 @@ fn record(plan: &Plan) -> Value {
     })
 }
 
+/// How far the weights were looked at.
+fn weights(plan: &Plan) -> String {
+    match plan.weights {
+        Some(Weights { files, tensors }) => {
+            let files = match files {
+                1 => "1 file".to_owned(),
+                n => format!("{n} files"),
+            };
+            format!("{tensors} tensors in {files}, by their headers what config.json asks for")
+        }
+        None => "not looked at, as there are none here yet".to_owned(),
+    }
+}
+
 /// Sizes, memory and clients, from shapes alone.
 fn print(plan: &Plan) {
     let config = &plan.config;
@@ -78,6 +93,7 @@ fn print(plan: &Plan) {
         config.parameters() as f64 / 1e6,
         config.layers
     );
+    println!("weights: {}", weights(plan));
     println!(
         "calibration: {} windows of {} = {} tokens",
         plan.calibration.samples,

@@ -4,10 +4,11 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail, ensure};
+use gptq_format::Checkpoint;
 use gptq_kernels::Device;
 use gptq_pipeline::{
-    BranchReport, Event, Measure, Outcome, Perplexity, Phase, Plan, Profile, Recipe, RunOptions,
-    quantise, unfinished,
+    BranchReport, Event, InputSource, Measure, Outcome, Perplexity, Phase, Plan, Profile, Recipe,
+    RunOptions, quantise, unfinished,
 };
 use gptq_verify::{Check, Evaluation, Request, check_tensors, failures, verify};
 use serde_json::json;
@@ -38,6 +39,10 @@ pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
     if args.dry_run {
         let plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
         warn(&plan);
+        if plan.weights.is_none() && matches!(recipe.model_source()?, InputSource::Local(_)) {
+            // Says what was looked for.
+            Checkpoint::open(&plan.model_dir)?;
+        }
         return plan::show(&plan, args.run.json);
     }
     let made = produce(&recipe, &args.run, signals)?;

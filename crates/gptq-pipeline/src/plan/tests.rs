@@ -210,11 +210,11 @@ fn overrides_change_or_skip_the_modules_they_match() {
     }
     for (at, block) in plan.config.blocks().iter().enumerate() {
         for module in block.linears().iter().map(|linear| linear.module(at)) {
-            let alone = |(pattern, own): (&String, &Dynamic)| QuantizeConfig {
-                dynamic: Some([(pattern.clone(), own.clone())].into()),
+            let alone = |(pattern, own): (&str, &Dynamic)| QuantizeConfig {
+                dynamic: Some([(pattern.to_owned(), own.clone())].into_iter().collect()),
                 ..written.clone()
             };
-            let patterns = written.dynamic.iter().flatten().map(alone);
+            let patterns = written.dynamic.iter().flat_map(|it| it.iter()).map(alone);
             let own = Some((branch.bits, branch.group_size));
             let matching = patterns.filter(|it| it.module(&module).unwrap() != own);
             assert!(matching.count() <= 1, "{module}");

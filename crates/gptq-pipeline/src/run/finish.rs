@@ -6,7 +6,6 @@ use gptq_calibration::Manifest;
 use gptq_kernels::Engine;
 
 use super::Run;
-use crate::model_files::ModelHash;
 use crate::profile::Phase;
 use crate::quantise::{Event, check_stop};
 use crate::{BranchReport, Fingerprint, PipelineError, Propagation};
@@ -17,7 +16,6 @@ pub(crate) struct About<'a> {
     pub(crate) device: String,
     /// The branches', in their order.
     pub(crate) prints: Vec<&'a Fingerprint>,
-    pub(crate) model_hash: &'a mut ModelHash,
 }
 
 impl<B: Engine> Run<'_, '_, B> {
@@ -28,7 +26,7 @@ impl<B: Engine> Run<'_, '_, B> {
             Some(writer) => writer.finish()?,
             None => Vec::new(),
         };
-        let model_files = about.model_hash.wait(self.stop, plan.config.layers)?;
+        let model_files = self.model_hash.wait(self.stop, plan.config.layers)?;
         let mut reports = Vec::with_capacity(plan.branches.len());
         let outputs = plan.branches.iter().zip(self.outputs).zip(writers);
         for (i, ((branch, output), writer)) in outputs.enumerate() {

@@ -1,0 +1,127 @@
+use gptq_format::{ShardedWriter, TensorSpec, write_json};
+use serde_json::{Value, json};
+
+use super::*;
+
+fn config(model_type: &str, tied: bool) -> Value {
+    json!({
+        "model_type": model_type, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 100, "tie_word_embeddings": tied,
+    })
+}
+
+/// Of tensors of ones; `change` says what is not as the config asks for.
+fn census(config: &Value, change: impl FnOnce(&mut Vec<TensorSpec>)) -> Census {
+    let dir = tempfile::tempdir().unwrap();
+    write_json(&dir.path().join("config.json"), config).unwrap();
+    let all = ModelConfig::from_json(config.clone()).unwrap().tensors();
+    let spec = |it: ModelTensor| TensorSpec {
+        name: it.name,
+        dtype: Dtype::F16,
+        shape: it.shape,
+    };
+    let mut specs: Vec<TensorSpec> = all.into_iter().map(spec).collect();
+    change(&mut specs);
+    let mut writer = ShardedWriter::create(dir.path(), &specs, None).unwrap();
+    for spec in &specs {
+        writer.write(&spec.name, &vec![0x3c; spec.bytes()]).unwrap();
+    }
+    writer.finish().unwrap();
+    Census::take(dir.path()).unwrap()
+}
+
+fn fault(census: Census) -> String {
+    census.fault.map_or_else(String::new, |it| it.to_string())
+}
+
+#[test]
+fn whatever_the_config_asks_for_is_missed_by_name() {
+    for (model_type, tied) in [("llama", false), ("llama", true), ("qwen2", false)] {
+        let config = config(model_type, tied);
+        let whole = census(&config, |_| {});
+        assert!(whole.warnings.is_empty());
+        let all = whole.config.tensors();
+        assert_eq!(fault(whole), "");
+        for (at, tensor) in all.iter().enumerate() {
+            let name = &tensor.name;
+            let gone = fault(census(&config, |specs| drop(specs.remove(at))));
+            assert!(
+                gone.contains(&format!("tensor {name} is missing")),
+                "{name}: {gone}"
+            );
+            let other = fault(census(&config, |specs| specs[at].shape.push(1)));
+            assert!(
+                other.contains(&format!("tensor {name} has shape")),
+                "{name}: {other}"
+            );
+            let typed = fault(census(&config, |specs| specs[at].dtype = Dtype::I16));
+            assert!(
+                typed.contains(&format!("tensor {name} has dtype I16")),
+                "{name}: {typed}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_tied_flag_gives_way_to_a_head_that_differs_and_an_equal_one_to_the_flag() {
+    let with_head = |shape: [usize; 2]| {
+        census(&config("llama", true), |specs| {
+            specs.push(TensorSpec {
+                name: HEAD.into(),
+                dtype: Dtype::F16,
+                shape: shape.into(),
+            });
+        })
+    };
+    let equal = with_head([100, 64]);
+    assert!(equal.config.tied_embeddings && equal.warnings.is_empty());
+    assert_eq!(fault(equal), "");
+    let other = with_head([50, 128]);
+    assert!(!other.config.tied_embeddings);
+    assert!(fault(other).contains("lm_head.weight has shape [50, 128]"));
+}
+
+#[test]
+fn what_is_not_asked_for_is_refused_where_the_model_has_a_place_for_it() {
+    let with = |name: &str| {
+        let census = census(&config("llama", false), |specs| {
+            specs.push(TensorSpec {
+                name: name.into(),
+                dtype: Dtype::F16,
+                shape: vec![1],
+            });
+        });
+        let warnings = census.warnings.join("; ");
+        (fault(census), warnings)
+    };
+    for name in [
+        "model.layers.0.self_attn.k_norm.weight",
+        "model.layers.1.post_feedforward_layernorm.weight",
+        "model.layers.2.input_layernorm.weight",
+        "model.embed_positions.weight",
+        "model.layers.0.mlp.up_proj.bias",
+        "model.layers.0.mlp.up_proj.lora_B.default.weight",
+    ] {
+        assert!(with(name).0.contains(name), "{name}: {:?}", with(name));
+    }
+    for name in [
+        "score.weight",
+        "vision_tower.x",
+        "model.layers.0.self_attn.k_scale",
+    ] {
+        let (fault, warning) = with(name);
+        assert_eq!(fault, "", "{name}");
+        assert!(
+            warning.contains(&format!("tensor {name} is of no part")),
+            "{warning}"
+        );
+    }
+    for name in [
+        "model.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.masked_bias",
+    ] {
+        assert_eq!(with(name), (String::new(), String::new()), "{name}");
+    }
+}
