@@ -26,8 +26,11 @@ fn bf16_model(scratch: &Scratch) -> PathBuf {
     fs::remove_file(model.join("model.safetensors")).unwrap();
     let mut writer = ShardedWriter::create(&model, &specs, None).unwrap();
     for spec in &specs {
-        let bytes = base.half_bytes(Half::Bf16, &spec.name, &spec.shape);
-        writer.write(&spec.name, &bytes.unwrap()).unwrap();
+        let mut halves = vec![0; spec.shape.iter().product()];
+        base.halves_into(Half::Bf16, &spec.name, &spec.shape, &mut halves)
+            .unwrap();
+        let bytes: Vec<u8> = halves.iter().flat_map(|half| half.to_le_bytes()).collect();
+        writer.write(&spec.name, &bytes).unwrap();
     }
     writer.finish().unwrap();
     let config = fs::read_to_string(model.join("config.json")).unwrap();

@@ -173,3 +173,48 @@ fn wrong_requests_are_refused_in_one_line() {
     let line = refuse(["generate", "tests/data", "--prompt", "x"]);
     assert!(line.contains("tests/data"), "{line}");
 }
+
+#[test]
+fn a_turn_ends_at_the_tokenizer_s_end_token_too_and_a_plain_prompt_does_not() {
+    let scratch = Scratch::new();
+    let model = scratch.copy_model();
+    let reply = |how: &[&str]| -> Value {
+        let args = ["generate", model.to_str().unwrap(), "--json", "--greedy"];
+        let more = [
+            "--prompt",
+            "What is asthma?",
+            "--max-new-tokens",
+            "12",
+            "--device",
+            "cpu",
+        ];
+        let text = succeed(args.iter().chain(&more).chain(how));
+        serde_json::from_str(text.lines().next().unwrap()).unwrap()
+    };
+    let [chat, plain] = [&["--template", "chatml"][..], &[]];
+    let ids = |reply: &Value| -> Vec<u64> {
+        let tokens = reply["tokens"].as_array().unwrap().iter();
+        tokens.map(|token| token.as_u64().unwrap()).collect()
+    };
+    let before = [ids(&reply(chat)), ids(&reply(plain))];
+    // A token that the chat writes, and only later than at once.
+    let end = before[0][4];
+    let first = before[0].iter().position(|id| *id == end).unwrap();
+    let json = |name: &str| -> Value {
+        serde_json::from_slice(&fs::read(model.join(name)).unwrap()).unwrap()
+    };
+    let tokenizer = json("tokenizer.json");
+    let vocabulary = tokenizer["model"]["vocab"].as_object().unwrap().iter();
+    let name = vocabulary
+        .clone()
+        .find(|(_, id)| id.as_u64() == Some(end))
+        .unwrap()
+        .0;
+    let mut config = json("tokenizer_config.json");
+    config["eos_token"] = name.as_str().into();
+    fs::write(model.join("tokenizer_config.json"), config.to_string()).unwrap();
+    let ended = reply(chat);
+    assert_eq!(ended["finish"], "end_token");
+    assert_eq!(ids(&ended), before[0][..=first]);
+    assert_eq!(ids(&reply(plain)), before[1], "the model's own end alone");
+}

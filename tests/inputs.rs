@@ -176,7 +176,7 @@ fn rows_with_a_null_are_told_of() {
     let more = ["--column", "text", "--samples", "1", "--seq-len", "64"];
     let text = succeed(flags.iter().chain(&more).chain(&["--rows", "0:"]));
     assert!(
-        text.contains("60 used of 0:, 30 left out for a null"),
+        text.contains("60 used of all rows, 30 left out for a null"),
         "{text}"
     );
     let line = refuse(flags.iter().chain(&more).chain(&["--rows", "0:1"]));

@@ -32,4 +32,5 @@ mod report;
 mod requantize;
 mod resume;
 mod stop;
+mod texts;
 mod verify;

@@ -22,7 +22,7 @@ use arrow::ipc::{Block, root_as_footer};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use serde_json::{Map, Value};
 
-use crate::reader::{EachRow, Row, malformed};
+use crate::reader::{EachRow, Reading, Row, malformed};
 use crate::source::SourceFile;
 use crate::value_budget::ValueBudget;
 use crate::{CalibrationError, parquet_file};
@@ -44,17 +44,17 @@ pub(crate) enum Kind {
     Arrow,
 }
 
-/// Calls `each` with every row until it breaks; errors when a column of `columns` is not there.
+/// Calls `each` with every row until it breaks; errors when a column that is needed is not there.
 pub(crate) fn read(
     kind: Kind,
     opened: File,
     file: &SourceFile,
-    columns: &[&str],
+    reading: &Reading<'_>,
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
     refuse_panics(file, || match kind {
-        Kind::Parquet => parquet(opened, file, columns, each),
-        Kind::Arrow => arrow(opened, file, columns, each),
+        Kind::Parquet => parquet(opened, file, reading, each),
+        Kind::Arrow => arrow(opened, file, reading, each),
     })
 }
 
@@ -100,12 +100,12 @@ pub(crate) fn spool(packed: impl Read, file: &SourceFile) -> Result<File, Calibr
 fn parquet(
     opened: File,
     file: &SourceFile,
-    columns: &[&str],
+    reading: &Reading<'_>,
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
     let length = length(&opened, file)?;
-    let (batches, promised) = parquet_file::open(opened, file, columns)?;
-    let (flow, rows) = batches_to_rows(batches, length, file, columns, each)?;
+    let (batches, promised) = parquet_file::open(opened, file, reading)?;
+    let (flow, rows) = batches_to_rows(batches, length, file, reading, each)?;
     if flow.is_continue() && rows != promised {
         let reason = format!("its footer promises {promised} rows, and it holds {rows}");
         return Err(malformed(file, reason));
@@ -116,19 +116,19 @@ fn parquet(
 fn arrow(
     mut opened: File,
     file: &SourceFile,
-    columns: &[&str],
+    reading: &Reading<'_>,
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
     let (schema, is_file) = arrow_schema(&mut opened, file)?;
-    let wanted = Some(wanted(&schema, file, columns)?);
+    let wanted = Some(wanted(&schema, file, reading)?);
     let length = length(&opened, file)?;
     let buffered = BufReader::new(opened);
     let (flow, _) = if is_file {
         let batches = FileReader::try_new(buffered, wanted).map_err(|e| malformed(file, e))?;
-        batches_to_rows(batches, length, file, columns, each)?
+        batches_to_rows(batches, length, file, reading, each)?
     } else {
         let batches = StreamReader::try_new(buffered, wanted).map_err(|e| malformed(file, e))?;
-        batches_to_rows(batches, length, file, columns, each)?
+        batches_to_rows(batches, length, file, reading, each)?
     };
     Ok(flow)
 }
@@ -199,7 +199,7 @@ fn check_footer(file: &mut File) -> Result<Schema, String> {
 pub(crate) fn wanted(
     schema: &Schema,
     file: &SourceFile,
-    columns: &[&str],
+    reading: &Reading<'_>,
 ) -> Result<Vec<usize>, CalibrationError> {
     let place = |column: &&str| {
         schema
@@ -210,8 +210,11 @@ pub(crate) fn wanted(
                 columns: names(schema),
             })
     };
-    let places = columns.iter().map(place).collect::<Result<_, _>>();
-    places.map_err(CalibrationError::in_file(&file.path))
+    let places = reading.columns.iter().map(place).collect();
+    let mut places: Vec<usize> = Result::map_err(places, CalibrationError::in_file(&file.path))?;
+    let optional = reading.optional.iter();
+    places.extend(optional.filter_map(|column| schema.index_of(column).ok()));
+    Ok(places)
 }
 
 fn names(schema: &Schema) -> Vec<String> {
@@ -232,7 +235,7 @@ fn batches_to_rows(
     batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
     length: u64,
     file: &SourceFile,
-    columns: &[&str],
+    reading: &Reading<'_>,
     each: &mut EachRow<'_>,
 ) -> Result<(ControlFlow<()>, u64), CalibrationError> {
     let budget = ValueBudget::of(length);
@@ -240,10 +243,14 @@ fn batches_to_rows(
     for batch in batches {
         let batch = batch.map_err(|e| malformed(file, e))?;
         let mut arrays: Vec<(&str, ArrayRef)> = Vec::new();
-        for &column in columns {
+        for &column in reading.columns {
             let array = batch.column_by_name(column);
             let array = array.ok_or_else(|| malformed(file, "a batch lacks a column"))?;
             arrays.push((column, array.clone()));
+        }
+        for &column in reading.optional {
+            let array = batch.column_by_name(column);
+            arrays.extend(array.map(|array| (column, array.clone())));
         }
         for i in 0..batch.num_rows() {
             let mut row = Row::new();

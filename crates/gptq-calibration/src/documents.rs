@@ -1,59 +1,107 @@
 //! Rows of a source as batches of documents, read on a thread of its own while others tokenise.
 
 use std::collections::HashSet;
-use std::ops::ControlFlow;
-use std::sync::mpsc::SyncSender;
+use std::ops::{AddAssign, ControlFlow};
 
 use serde_json::Value;
 
 use crate::chat::ChatTemplate;
+use crate::reader::{Reading, Row};
 use crate::rendering::Document;
 use crate::row_range::Place;
 use crate::source::SourceFile;
+use crate::token_rows::TokenRules;
 use crate::{CalibrationError, CalibrationSettings, reader};
 
 /// A batch is full with this many documents, or this many bytes.
 const BATCH_DOCUMENTS: usize = 256;
 const BATCH_BYTES: usize = 1 << 20;
 
-/// Sends every document of `files` in the settings' range of rows, until the end or until nobody
-/// receives any more. Rows with a null in a column they need are left out and counted. Errors when
-/// the files end before the range begins, and when every row is left out.
+/// How far rows are read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Most {
+    /// Rows, those before the range included.
+    pub rows: usize,
+    /// Bytes of documents.
+    pub bytes: usize,
+}
+
+impl Most {
+    /// To the end.
+    pub(crate) const ALL: Most = Most {
+        rows: usize::MAX,
+        bytes: usize::MAX,
+    };
+}
+
+/// Gives every document of `files` in the settings' range of rows to `give`, until the end, until it breaks,
+/// or until `most` is reached; says whether all were given. Rows that lack a column they need or have a null
+/// there, and rows without text, are left out and counted.
+///
+/// # Errors
+/// What cannot be read or rendered; files that end before the range begins; and every row left out.
 pub(crate) fn send(
     settings: &CalibrationSettings,
     files: &[SourceFile],
     chat: Option<&ChatTemplate>,
-    sender: &SyncSender<Batch>,
-) -> Result<(), CalibrationError> {
+    rules: &TokenRules,
+    most: Most,
+    give: &mut dyn FnMut(Batch) -> ControlFlow<()>,
+) -> Result<bool, CalibrationError> {
     let columns = settings.rendering.columns();
+    let reading = Reading {
+        optional: settings.rendering.optional_columns(),
+        ..Reading::of(&columns)
+    };
     let mut seen = HashSet::new();
     let mut batch = Batch::default();
-    let (mut index, mut inside, mut nulls) = (0, 0, 0);
+    let mut looked = Looked::default();
+    let (mut index, mut bytes, mut is_whole) = (0, 0, true);
     for file in files {
-        let flow = reader::read(file, &columns, &mut |row| {
+        let flow = reader::read(file, &reading, &mut |row| {
+            let mended = reading.mended.take();
+            if index >= most.rows || bytes >= most.bytes {
+                is_whole = false;
+                return Ok(ControlFlow::Break(()));
+            }
             let place = settings.rows.place(index);
             index += 1;
             match place {
                 Place::Before => return Ok(ControlFlow::Continue(())),
                 Place::Past => return Ok(ControlFlow::Break(())),
-                Place::Inside => inside += 1,
+                Place::Inside => looked.at(index - 1, file, &row, &columns),
             }
-            let mut cells = columns.iter().map(|column| row.get(*column));
-            if cells.any(|cell| cell.is_some_and(Value::is_null)) {
-                nulls += 1;
-                batch.nulls += 1;
+            let is_null = |column: &&str| row.get(*column).is_none_or(Value::is_null);
+            if columns.iter().any(is_null) {
+                looked.left_out.nulls += 1;
+                batch.left_out.nulls += 1;
                 return Ok(ControlFlow::Continue(()));
             }
-            let document = settings.rendering.render(index - 1, &row, chat);
-            let document = document.map_err(CalibrationError::in_file(&file.path))?;
+            let document = match settings.rendering.is_blank(&row) {
+                true => None,
+                false => {
+                    let rendered = settings.rendering.render(index - 1, &row, chat, rules);
+                    let (document, masked) =
+                        rendered.map_err(CalibrationError::in_file(&file.path))?;
+                    batch.masked += masked;
+                    Some(document)
+                }
+            };
+            let Some(document) = document.filter(|document| !document.is_empty()) else {
+                looked.left_out.blank += 1;
+                batch.left_out.blank += 1;
+                return Ok(ControlFlow::Continue(()));
+            };
             if settings.dedupe && !seen.insert(document.digest()) {
                 return Ok(ControlFlow::Continue(()));
             }
+            batch.mended += usize::from(mended > 0 && document.is_mended());
             batch.bytes += document.size();
+            bytes += document.size();
             batch.documents.push(document);
             let full = batch.documents.len() >= BATCH_DOCUMENTS || batch.bytes >= BATCH_BYTES;
-            Ok(match full && sender.send(batch.take()).is_err() {
-                true => ControlFlow::Break(()),
+            Ok(match full {
+                true => give(batch.take()),
                 false => ControlFlow::Continue(()),
             })
         })?;
@@ -61,32 +109,125 @@ pub(crate) fn send(
             break;
         }
     }
-    if inside == 0 {
+    if looked.rows == 0 && is_whole {
         return Err(CalibrationError::NoRows {
             range: settings.rows.to_string(),
             available: index,
         });
     }
-    if let Some(file) = files.first().filter(|_| nulls == inside) {
-        return Err(CalibrationError::Nulls {
-            rows: nulls,
-            range: settings.rows.to_string(),
-            wanted: columns.iter().map(|column| format!("{column:?}")).collect(),
-            columns: reader::columns(file)?,
-        });
+    let is_refused = looked.is_all_left_out() && (is_whole || looked.lacks_a_column());
+    if let Some(file) = files.first().filter(|_| is_refused) {
+        return Err(looked.refusal(settings, file, &columns)?);
     }
     // Whoever stopped receiving has what it needs.
-    let _ = sender.send(batch.take());
-    Ok(())
+    let _ = give(batch.take());
+    Ok(is_whole)
+}
+
+/// What the rows of the range looked like.
+#[derive(Default)]
+struct Looked {
+    rows: usize,
+    left_out: LeftOut,
+    /// For each wanted column that no row has had so far: what the first row has instead.
+    missing: Vec<Option<CalibrationError>>,
+}
+
+impl Looked {
+    /// Takes a row of the range.
+    fn at(&mut self, index: usize, file: &SourceFile, row: &Row, columns: &[&str]) {
+        if self.rows == 0 {
+            let lacking = columns.iter().map(|column| {
+                let lacks = || CalibrationError::Column {
+                    row: index,
+                    column: (*column).to_owned(),
+                    columns: row.keys().cloned().collect(),
+                };
+                let lacks = (!row.contains_key(*column)).then(lacks);
+                lacks.map(CalibrationError::in_file(&file.path))
+            });
+            self.missing = lacking.collect();
+        }
+        self.rows += 1;
+        for (missing, column) in self.missing.iter_mut().zip(columns) {
+            if missing.is_some() && row.contains_key(*column) {
+                *missing = None;
+            }
+        }
+    }
+
+    fn is_all_left_out(&self) -> bool {
+        self.rows > 0 && self.left_out.total() == self.rows
+    }
+
+    fn lacks_a_column(&self) -> bool {
+        self.missing.iter().any(Option::is_some)
+    }
+
+    /// Why there is nothing to calibrate on.
+    fn refusal(
+        self,
+        settings: &CalibrationSettings,
+        file: &SourceFile,
+        columns: &[&str],
+    ) -> Result<CalibrationError, CalibrationError> {
+        let mut missing = self.missing.into_iter().flatten();
+        if let Some(missing) = missing.next().filter(|_| self.left_out.nulls > 0) {
+            return Ok(missing);
+        }
+        let range = settings.rows.to_string();
+        let wanted = columns.iter().map(|column| format!("{column:?}")).collect();
+        let there = reader::columns(file)?;
+        Ok(match self.left_out.blank {
+            0 => CalibrationError::Nulls {
+                rows: self.rows,
+                range,
+                wanted,
+                columns: there,
+            },
+            _ => CalibrationError::NoText {
+                rows: self.rows,
+                range,
+                wanted,
+                columns: there,
+            },
+        })
+    }
+}
+
+/// Rows that were left out, by why.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct LeftOut {
+    /// A column they need is null or not there.
+    pub nulls: usize,
+    /// They hold no text.
+    pub blank: usize,
+}
+
+impl LeftOut {
+    fn total(&self) -> usize {
+        self.nulls + self.blank
+    }
+}
+
+impl AddAssign for LeftOut {
+    fn add_assign(&mut self, more: LeftOut) {
+        self.nulls += more.nulls;
+        self.blank += more.blank;
+    }
 }
 
 /// Documents of consecutive rows.
 #[derive(Default)]
 pub(crate) struct Batch {
     pub documents: Vec<Document>,
-    /// Rows among them that were left out for a null. They are counted here and not by the thread
-    /// that reads, which may be ahead of what is used by more or fewer rows.
-    pub nulls: usize,
+    /// Rows among them that were left out. They are counted here and not by the thread that reads, which may
+    /// be ahead of what is used by more or fewer rows.
+    pub left_out: LeftOut,
+    /// Documents in which halves of surrogate pairs were replaced.
+    pub mended: usize,
+    /// Positions that masks dropped.
+    pub masked: usize,
     bytes: usize,
 }
 

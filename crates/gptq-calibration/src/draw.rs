@@ -1,5 +1,6 @@
 //! Drawing windows.
 
+use std::ops::ControlFlow;
 use std::panic::resume_unwind;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
@@ -9,12 +10,12 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
 
 use crate::chat::ChatTemplate;
-use crate::documents::Batch;
+use crate::documents::{Batch, LeftOut, Most};
 use crate::source::SourceFile;
 use crate::token_file::{TokenFile, TokenWriter};
 use crate::{
-    CalibrationError, Manifest, Overlap, Rendering, RowRange, Source, TextTokenizer, documents,
-    overlap,
+    CalibrationError, Difference, Manifest, Overlap, Rendering, RowRange, Source, TextTokenizer,
+    documents, overlap,
 };
 
 /// How windows are taken from the joined rows.
@@ -58,6 +59,8 @@ pub struct Calibration {
     pub windows: Vec<Vec<u32>>,
     /// Where they came from.
     pub manifest: Manifest,
+    /// Where the first rows' tokens depend on how the tokenizer is made.
+    pub difference: Option<Difference>,
     tokens: TokenFile,
 }
 
@@ -72,19 +75,22 @@ impl Calibration {
         tokenizer: &TextTokenizer,
     ) -> Result<Self, CalibrationError> {
         let files = settings.source.files()?;
-        let chat = match settings.rendering {
-            Rendering::Messages { chatml: true, .. } => Some(ChatTemplate::chatml()),
-            Rendering::Messages { chatml: false, .. } => ChatTemplate::of(tokenizer.dir())?,
-            _ => None,
-        };
+        let chat = settings.chat(tokenizer)?;
+        let rules = tokenizer.token_rules();
         let (hashed, joined) = thread::scope(|scope| {
-            let (files, chat) = (&files, chat.as_ref());
+            let (files, chat, rules) = (&files, chat.as_ref(), &rules);
             let hashing = scope.spawn(|| {
                 let hashes = files.iter().map(SourceFile::hash);
                 hashes.collect::<Result<Vec<_>, CalibrationError>>()
             });
             let (sender, batches) = sync_channel(2);
-            let reading = scope.spawn(move || documents::send(settings, files, chat, &sender));
+            let reading = scope.spawn(move || {
+                let mut give = |batch| match sender.send(batch) {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(_) => ControlFlow::Break(()),
+                };
+                documents::send(settings, files, chat, rules, Most::ALL, &mut give)
+            });
             let joined = join(settings, tokenizer, batches);
             // What stopped the reader explains more than what its lack led to.
             reading
@@ -98,7 +104,10 @@ impl Calibration {
         })?;
         let Joined {
             row_count,
-            null_rows,
+            left_out,
+            mended_rows,
+            masked_tokens,
+            difference,
             tokens,
         } = joined;
         let starts = starts(settings, tokens.len())?;
@@ -114,7 +123,10 @@ impl Calibration {
                 files: hashed,
                 rows: settings.rows.to_string(),
                 row_count,
-                null_rows,
+                null_rows: left_out.nulls,
+                blank_rows: left_out.blank,
+                mended_rows,
+                masked_tokens,
                 min_tokens: settings.min_tokens,
                 dedupe: settings.dedupe,
                 template: settings.rendering.describe(),
@@ -126,8 +138,24 @@ impl Calibration {
                 seq_len: settings.seq_len,
                 unique_tokens: covered(starts, settings.seq_len),
             },
+            difference,
             tokens,
         })
+    }
+
+    /// What should be known of the text, in a line each.
+    pub fn warnings(&self) -> Vec<String> {
+        let difference = self.difference.as_ref().map(ToString::to_string);
+        let manifest = &self.manifest;
+        let mended = match manifest.mended_rows {
+            0 => None,
+            rows => Some(format!(
+                "{rows} rows hold halves of surrogate pairs, as text that was cut within a character; each is \
+                 U+FFFD now"
+            )),
+        };
+        let more = mended.into_iter().chain(manifest.repetition_warning());
+        difference.into_iter().chain(more).collect()
     }
 
     /// How much of an evaluation text occurs in the rows used.
@@ -136,10 +164,27 @@ impl Calibration {
     }
 }
 
-/// The tokens of rows, the rows that went in, and those left out for a null.
+impl CalibrationSettings {
+    /// What writes conversations, where rows are some.
+    pub(crate) fn chat(
+        &self,
+        tokenizer: &TextTokenizer,
+    ) -> Result<Option<ChatTemplate>, CalibrationError> {
+        match self.rendering {
+            Rendering::Messages { chatml: true, .. } => Ok(Some(ChatTemplate::chatml())),
+            Rendering::Messages { chatml: false, .. } => ChatTemplate::of(tokenizer.dir()),
+            Rendering::Template(_) | Rendering::Tokens { .. } => Ok(None),
+        }
+    }
+}
+
+/// The tokens of rows, the rows that went in, and what [`Batch`] counts of the others.
 struct Joined {
     row_count: usize,
-    null_rows: usize,
+    left_out: LeftOut,
+    mended_rows: usize,
+    masked_tokens: usize,
+    difference: Option<Difference>,
     tokens: TokenFile,
 }
 
@@ -154,9 +199,18 @@ fn join(
         Sampling::RandomWindows => usize::MAX,
     };
     let mut writer = TokenWriter::new()?;
-    let (mut row_count, mut null_rows) = (0, 0);
+    let mut row_count = 0;
+    let (mut left_out, mut mended_rows, mut masked_tokens) = (LeftOut::default(), 0, 0);
+    let mut difference = None;
+    let mut is_first = true;
     for batch in batches {
-        null_rows += batch.nulls;
+        left_out += batch.left_out;
+        mended_rows += batch.mended;
+        masked_tokens += batch.masked;
+        // What the first rows show need not be looked for in all.
+        if std::mem::take(&mut is_first) {
+            difference = tokenizer.difference(&batch.documents)?;
+        }
         for tokens in tokenizer.encode_all(batch.documents)? {
             if tokens.len() >= settings.min_tokens {
                 writer.push(&tokens)?;
@@ -169,7 +223,10 @@ fn join(
     }
     Ok(Joined {
         row_count,
-        null_rows,
+        left_out,
+        mended_rows,
+        masked_tokens,
+        difference,
         tokens: writer.finish()?,
     })
 }
@@ -227,5 +284,9 @@ fn covered(mut starts: Vec<usize>, seq_len: usize) -> usize {
 
 #[cfg(test)]
 mod formats;
+#[cfg(test)]
+mod left_out;
+#[cfg(test)]
+mod same_rows;
 #[cfg(test)]
 mod tests;

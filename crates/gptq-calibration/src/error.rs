@@ -58,6 +58,17 @@ pub enum CalibrationError {
         wanted: Vec<String>,
         columns: Vec<String>,
     },
+    #[error(
+        "all {rows} rows of the range {range} are without text in {}; the columns are {}; choose with \
+         template, column, messages or tokens",
+        wanted.join(" and "), columns.join(", ")
+    )]
+    NoText {
+        rows: usize,
+        range: String,
+        wanted: Vec<String>,
+        columns: Vec<String>,
+    },
     #[error("{}: {source}", path.display())]
     InFile {
         path: PathBuf,
@@ -83,8 +94,38 @@ pub enum CalibrationError {
         fit: usize,
         fit_len: usize,
     },
-    #[error("too little evaluation text: {available} tokens do not fill one window of {window}")]
-    TooLittleEvaluation { available: usize, window: usize },
+    #[error(
+        "{}: too little evaluation text: its {available} tokens do not fill one window of {window}; the largest \
+         that fits is {available}: --window {available}, or window = {available} under [evaluation]",
+        path.display()
+    )]
+    TooLittleEvaluation {
+        path: PathBuf,
+        available: usize,
+        window: usize,
+    },
+    #[error(
+        "{}: this file is calibrated on; measure perplexity on other text", path.display()
+    )]
+    CalibratedOn { path: PathBuf },
+    #[error("windows of {window} tokens score nothing; use at least 2")]
+    Window { window: usize },
+    #[error(
+        "{}: no text to evaluate on: {rows} rows, and none has any in the column \"text\"", path.display()
+    )]
+    NoEvaluation { path: PathBuf, rows: usize },
+    #[error(
+        "{}: its token {token:?} has the id {id}, beyond the model's vocabulary of {vocabulary}; resize the \
+         model's embedding, or take the token out of tokenizer_config.json, special_tokens_map.json or \
+         added_tokens.json",
+        dir.display()
+    )]
+    BeyondVocabulary {
+        dir: PathBuf,
+        token: String,
+        id: u32,
+        vocabulary: u32,
+    },
     #[error(
         "{}: no column \"text\", which an evaluation text is read from; its columns are {}; rename one, or \
          give a JSON list of texts or a plain text",

@@ -5,7 +5,8 @@
 //! | `.json`, `.jsonl`, `.csv`, `.parquet`, `.arrow` | each row's column `text`; in JSON, an element that is a text |
 //! | `.txt`, and whatever has none of these endings, such as `.md` | the whole file is one |
 //!
-//! The first row's kinds may be compressed (`.gz`, `.zst`), and so may `.txt`.
+//! The first row's kinds may be compressed (`.gz`, `.zst`), and so may `.txt`. Rows whose text is missing, null
+//! or blank are no documents, as in calibration.
 
 use std::fs::File;
 use std::io::Read;
@@ -14,35 +15,168 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::reader::{self, TEXT};
+use crate::reader::{self, Reading, TEXT};
 use crate::source::{Compression, Format, SourceFile, format};
 use crate::{CalibrationError, TextTokenizer};
 
 /// Most bytes of text, as decompressed: some 16 million tokens, where measurements take a million at most.
 const MAX_TEXT: u64 = 64 << 20;
 
-/// The joined tokens of an evaluation text, whose documents its format says.
+/// So much text is read for a first look.
+const FIRST_LOOK: u64 = 2 << 20;
+
+/// An evaluation text as tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EvaluationText {
+    /// The documents' tokens, joined.
+    pub tokens: Vec<u32>,
+    /// Tokens per window.
+    pub window: usize,
+    /// Documents.
+    pub documents: usize,
+    /// Rows left out because they hold no text.
+    pub rows_left_out: usize,
+    /// Documents in which halves of surrogate pairs were replaced by U+FFFD.
+    pub mended: usize,
+    /// Whether this is all of the text.
+    pub is_whole: bool,
+}
+
+impl EvaluationText {
+    /// Reads `path`, whose format says what its documents are. It may be shorter than a window.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is malformed, has no text in the column `text`, or holds over 64 MiB of it.
+    pub fn read(
+        path: &Path,
+        tokenizer: &TextTokenizer,
+        window: usize,
+    ) -> Result<Self, CalibrationError> {
+        EvaluationText::up_to(u64::MAX, path, tokenizer, window)
+    }
+
+    /// Reads as much of `path` as shows whether it can be evaluated on.
+    ///
+    /// # Errors
+    /// Those of [`EvaluationText::read`], and a text that does not fill a window.
+    pub fn first_look(
+        path: &Path,
+        tokenizer: &TextTokenizer,
+        window: usize,
+    ) -> Result<Self, CalibrationError> {
+        let text = EvaluationText::up_to(FIRST_LOOK, path, tokenizer, window)?;
+        match text.is_whole || text.tokens.len() >= window {
+            true => text.filled(path),
+            false => evaluation_tokens(path, tokenizer, window),
+        }
+    }
+
+    fn up_to(
+        enough: u64,
+        path: &Path,
+        tokenizer: &TextTokenizer,
+        window: usize,
+    ) -> Result<Self, CalibrationError> {
+        if window < 2 {
+            return Err(CalibrationError::Window { window });
+        }
+        let texts = read_texts(path, enough)?;
+        Ok(EvaluationText {
+            documents: texts.texts.len(),
+            rows_left_out: texts.left_out,
+            mended: texts.mended,
+            is_whole: texts.is_whole,
+            tokens: tokenizer.join(texts.texts)?,
+            window,
+        })
+    }
+
+    fn filled(self, path: &Path) -> Result<Self, CalibrationError> {
+        match self.tokens.len() < self.window {
+            true => Err(CalibrationError::TooLittleEvaluation {
+                path: path.into(),
+                available: self.tokens.len(),
+                window: self.window,
+            }),
+            false => Ok(self),
+        }
+    }
+
+    /// The full windows. What is left behind the last is not scored.
+    pub fn windows(&self) -> impl Iterator<Item = &[u32]> {
+        self.tokens.chunks_exact(self.window)
+    }
+
+    /// Tokens that are scored: all of a window but its first.
+    pub fn scored(&self) -> usize {
+        self.tokens.len() / self.window * (self.window - 1)
+    }
+
+    /// Tokens behind the last full window.
+    pub fn left_over(&self) -> usize {
+        self.tokens.len() % self.window
+    }
+
+    /// What should be known of the text, in a line each.
+    pub fn warnings(&self) -> Vec<String> {
+        let rows = match self.rows_left_out {
+            0 => None,
+            rows => Some(format!(
+                "{rows} rows of the evaluation text hold no text, and are left out"
+            )),
+        };
+        let mended = match self.mended {
+            0 => None,
+            documents => Some(format!(
+                "{documents} documents of the evaluation text hold halves of surrogate pairs; each is U+FFFD now"
+            )),
+        };
+        let all = [rows, mended, self.left_over_warning()];
+        all.into_iter().flatten().collect()
+    }
+
+    /// What should be known where a good part of the text fills no window.
+    fn left_over_warning(&self) -> Option<String> {
+        let (tokens, window) = (self.tokens.len(), self.window);
+        // A twentieth changes little.
+        if !self.is_whole || 20 * self.left_over() < tokens || tokens < window {
+            return None;
+        }
+        let shorter = tokens / tokens.div_ceil(window);
+        let scored = tokens / shorter * (shorter - 1);
+        Some(format!(
+            "{} of the evaluation text's {tokens} tokens are scored: {} behind the last full window of {window} are \
+             left out; windows of {shorter} would score {scored} (--window {shorter}, or window = {shorter} under \
+             [evaluation]), but perplexities of other windows do not compare",
+            self.scored(),
+            self.left_over()
+        ))
+    }
+}
+
+/// An evaluation text that fills at least one window.
 ///
 /// # Errors
-/// A file that cannot be read, is malformed, has rows without a text in the column `text`, holds over 64 MiB
-/// of text, or too little to fill a window.
+/// Those of [`EvaluationText::read`], and a text that does not fill a window.
 pub fn evaluation_tokens(
     path: &Path,
     tokenizer: &TextTokenizer,
     window: usize,
-) -> Result<Vec<u32>, CalibrationError> {
-    let tokens = tokenizer.join(read_texts(path)?)?;
-    if tokens.len() < window {
-        return Err(CalibrationError::TooLittleEvaluation {
-            available: tokens.len(),
-            window,
-        });
-    }
-    Ok(tokens)
+) -> Result<EvaluationText, CalibrationError> {
+    EvaluationText::read(path, tokenizer, window)?.filled(path)
 }
 
-/// Documents for evaluation.
-fn read_texts(path: &Path) -> Result<Vec<String>, CalibrationError> {
+/// Documents for evaluation, and what was made of the rest.
+#[derive(Debug, Default)]
+struct Texts {
+    texts: Vec<String>,
+    left_out: usize,
+    mended: usize,
+    is_whole: bool,
+}
+
+/// Reads documents until there are `enough` bytes of them.
+fn read_texts(path: &Path, enough: u64) -> Result<Texts, CalibrationError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let (format, compression) = format(&name).unwrap_or((Format::Text, Compression::None));
     let file = SourceFile {
@@ -51,53 +185,93 @@ fn read_texts(path: &Path) -> Result<Vec<String>, CalibrationError> {
         format,
         compression,
     };
-    match format {
-        Format::Text => plain(&file, MAX_TEXT).map(|text| vec![text]),
-        _ => column(&file, MAX_TEXT),
+    let texts = match format {
+        Format::Text => plain(&file, MAX_TEXT, enough)?,
+        _ => column(&file, MAX_TEXT, enough)?,
+    };
+    match texts.texts.is_empty() {
+        true => Err(CalibrationError::NoEvaluation {
+            path: path.into(),
+            rows: texts.left_out,
+        }),
+        false => Ok(texts),
     }
 }
 
 /// The whole file.
-fn plain(file: &SourceFile, limit: u64) -> Result<String, CalibrationError> {
+fn plain(file: &SourceFile, limit: u64, enough: u64) -> Result<Texts, CalibrationError> {
     let opened = File::open(&file.path).map_err(CalibrationError::io(&file.path))?;
     let mut bytes = Vec::new();
     reader::decompress(opened, file)?
-        .take(limit + 1)
+        .take((limit + 1).min(enough))
         .read_to_end(&mut bytes)
         .map_err(CalibrationError::io(&file.path))?;
     within(bytes.len() as u64, limit, file)?;
-    String::from_utf8(bytes).map_err(|_| {
+    let is_whole = (bytes.len() as u64) < enough;
+    let cut = |bytes: &[u8]| match std::str::from_utf8(bytes) {
+        // A part of the file may end within a character.
+        Err(e) if !is_whole && e.error_len().is_none() => e.valid_up_to(),
+        _ => bytes.len(),
+    };
+    bytes.truncate(cut(&bytes));
+    let text = String::from_utf8(bytes).map_err(|_| {
         let reason = "not UTF-8 text; a compressed text is named like .txt.gz or .txt.zst";
         reader::malformed(file, reason)
+    })?;
+    let is_blank = text.trim().is_empty();
+    Ok(Texts {
+        texts: Vec::from_iter((!is_blank).then_some(text)),
+        left_out: usize::from(is_blank),
+        mended: 0,
+        is_whole,
     })
 }
 
 /// The texts in the column `text`.
-fn column(file: &SourceFile, limit: u64) -> Result<Vec<String>, CalibrationError> {
-    let mut texts = Vec::new();
-    let mut bytes = 0;
+fn column(file: &SourceFile, limit: u64, enough: u64) -> Result<Texts, CalibrationError> {
+    let mut found = Texts::default();
+    let (mut bytes, mut rows, mut is_cut) = (0, 0, false);
+    // The first row's columns, until a row has the wanted one.
+    let mut lacking: Option<Vec<String>> = None;
     let lacks = |columns: Vec<String>| CalibrationError::EvaluationColumn {
         path: file.path.clone(),
         columns,
     };
-    let read = reader::read(file, &[TEXT], &mut |mut row| {
+    let reading = Reading::of(&[TEXT]);
+    let read = reader::read(file, &reading, &mut |mut row| {
+        let mended = reading.mended.take();
+        if bytes >= enough {
+            is_cut = true;
+            return Ok(ControlFlow::Break(()));
+        }
+        let has_text = row.contains_key(TEXT);
         match row.remove(TEXT) {
-            Some(Value::String(text)) => {
+            Some(Value::String(text)) if !text.trim().is_empty() => {
                 bytes += text.len() as u64;
                 within(bytes, limit, file)?;
-                texts.push(text);
+                let is_mended = mended > 0 && text.contains(char::REPLACEMENT_CHARACTER);
+                found.mended += usize::from(is_mended);
+                found.texts.push(text);
             }
+            Some(Value::String(_) | Value::Null) | None => found.left_out += 1,
             Some(_) => {
-                let reason = format!("row {}: {TEXT:?} is not a text", texts.len());
+                let reason = format!("row {rows}: {TEXT:?} is not a text");
                 return Err(reader::malformed(file, reason));
             }
-            None => return Err(lacks(row.keys().cloned().collect())),
         }
+        match (has_text, rows) {
+            (true, _) => lacking = None,
+            (false, 0) => lacking = Some(row.keys().cloned().collect()),
+            (false, _) => {}
+        }
+        rows += 1;
         Ok(ControlFlow::Continue(()))
     });
-    match read {
-        Ok(_) => Ok(texts),
-        Err(error) => {
+    found.is_whole = !is_cut;
+    match (read, lacking) {
+        (Ok(_), Some(columns)) => Err(lacks(columns)),
+        (Ok(_), None) => Ok(found),
+        (Err(error), _) => {
             let found: &CalibrationError = match &error {
                 CalibrationError::InFile { source, .. } => source,
                 other => other,
@@ -123,132 +297,4 @@ fn within(bytes: u64, limit: u64, file: &SourceFile) -> Result<(), CalibrationEr
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Write;
-    use std::path::PathBuf;
-    use std::sync::Arc;
-
-    use arrow::array::{ArrayRef, RecordBatch, StringArray};
-    use parquet::arrow::ArrowWriter;
-    use tempfile::TempDir;
-
-    use super::*;
-
-    const TEXTS: [&str; 3] = ["Fever, \"high\".", "Température\nof 40 °C", "{\"text\": 1}"];
-
-    fn put(dir: &TempDir, name: &str, bytes: &[u8]) -> PathBuf {
-        let path = dir.path().join(name);
-        std::fs::write(&path, bytes).unwrap();
-        path
-    }
-
-    fn gzip(bytes: &[u8]) -> Vec<u8> {
-        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), Default::default());
-        encoder.write_all(bytes).unwrap();
-        encoder.finish().unwrap()
-    }
-
-    fn parquet(column: &str) -> Vec<u8> {
-        let texts: ArrayRef = Arc::new(StringArray::from_iter_values(TEXTS));
-        let batch = RecordBatch::try_from_iter([(column, texts)]).unwrap();
-        let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), None).unwrap();
-        writer.write(&batch).unwrap();
-        writer.into_inner().unwrap()
-    }
-
-    /// A JSON object a line.
-    fn lines(column: &str) -> Vec<u8> {
-        let row = |text: &&str| format!("{}\n", serde_json::json!({ column: text, "id": 7 }));
-        TEXTS.iter().map(row).collect::<String>().into()
-    }
-
-    #[test]
-    fn rows_in_every_format_are_the_same_texts() {
-        let dir = TempDir::new().unwrap();
-        let list = serde_json::to_vec(&TEXTS).unwrap();
-        let objects = TEXTS.map(|text| serde_json::json!({"text": text, "id": 7}));
-        let objects = serde_json::to_vec(&objects).unwrap();
-        let csv = "id,text\n7,\"Fever, \"\"high\"\".\"\n7,\"Température\nof 40 °C\"\n7,\"{\"\"text\"\": 1}\"\n";
-        for (name, bytes) in [
-            ("list.json", list.clone()),
-            ("list.json.gz", gzip(&list)),
-            ("objects.json", objects),
-            ("rows.jsonl", lines("text")),
-            (
-                "rows.jsonl.zst",
-                zstd::encode_all(&lines("text")[..], 0).unwrap(),
-            ),
-            ("rows.csv", csv.into()),
-            ("rows.parquet", parquet("text")),
-            ("rows.parquet.gz", gzip(&parquet("text"))),
-        ] {
-            let path = put(&dir, name, &bytes);
-            assert_eq!(read_texts(&path).unwrap(), TEXTS, "{name}");
-        }
-    }
-
-    #[test]
-    fn a_plain_text_is_one_whatever_it_looks_like() {
-        let dir = TempDir::new().unwrap();
-        let text = "First line.\n\n[\"second\"]\n";
-        for name in ["a.txt", "a.md", "a", "a.TXT", "a.log"] {
-            let path = put(&dir, name, text.as_bytes());
-            assert_eq!(read_texts(&path).unwrap(), [text], "{name}");
-        }
-        let path = put(&dir, "a.txt.gz", &gzip(text.as_bytes()));
-        assert_eq!(read_texts(&path).unwrap(), [text]);
-        let path = put(&dir, "a.gz", &gzip(text.as_bytes()));
-        let line = read_texts(&path).unwrap_err().to_string();
-        assert!(
-            line.contains("a.gz: not UTF-8") && line.contains(".txt.gz"),
-            "{line}"
-        );
-    }
-
-    #[test]
-    fn rows_without_a_text_are_refused_by_name_with_what_they_have() {
-        let dir = TempDir::new().unwrap();
-        for (name, bytes) in [
-            ("rows.jsonl", lines("input")),
-            ("rows.parquet", parquet("input")),
-            ("rows.csv", b"input\nx\n".to_vec()),
-        ] {
-            let path = put(&dir, name, &bytes);
-            let line = read_texts(&path).unwrap_err().to_string();
-            for word in [name, "no column \"text\"", "input", "rename"] {
-                assert!(line.contains(word), "no {word:?} in: {line}");
-            }
-        }
-        let path = put(&dir, "rows.json", br#"[{"text": "a"}, {"text": 7}]"#);
-        let line = read_texts(&path).unwrap_err().to_string();
-        assert!(
-            line.contains("row 1") && line.contains("not a text"),
-            "{line}"
-        );
-    }
-
-    #[test]
-    fn more_text_than_the_limit_is_refused_as_it_is_unpacked() {
-        let dir = TempDir::new().unwrap();
-        let packed = gzip(&[b'a'; 1000]);
-        let path = put(&dir, "a.txt.gz", &packed);
-        let file = SourceFile {
-            name: "a.txt.gz".into(),
-            path,
-            format: Format::Text,
-            compression: Compression::Gzip,
-        };
-        assert_eq!(plain(&file, 1000).unwrap().len(), 1000);
-        let line = plain(&file, 999).unwrap_err().to_string();
-        assert!(line.contains("limit of 999 bytes"), "{line}");
-        let rows = SourceFile {
-            path: put(&dir, "rows.jsonl", &lines("text")),
-            format: Format::JsonLines,
-            compression: Compression::None,
-            ..file
-        };
-        let all = TEXTS.map(str::len).iter().sum::<usize>() as u64;
-        assert_eq!(column(&rows, all).unwrap(), TEXTS);
-        assert!(column(&rows, all - 1).is_err());
-    }
-}
+mod tests;

@@ -1,6 +1,7 @@
 //! Rows of a JSON file as the parser meets them: a list, one object with a list, or objects one after
 //! the other, as JSON lines are.
 
+use std::cell::Cell;
 use std::io::{self, Read};
 use std::ops::ControlFlow;
 
@@ -8,6 +9,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Seq
 use serde_json::Value;
 
 use crate::CalibrationError;
+use crate::lenient_json::mend;
 use crate::reader::{EachRow, Row, malformed, text_row};
 use crate::source::SourceFile;
 
@@ -111,6 +113,7 @@ pub(crate) fn read_list(
         each,
         stopped: None,
         lists: 0,
+        rows: 0,
     };
     let mut parser = serde_json::Deserializer::from_reader(reader);
     let parsed = parser
@@ -119,6 +122,10 @@ pub(crate) fn read_list(
     match rows.stopped {
         Some(stopped) => stopped.map(ControlFlow::Break),
         None => match parsed {
+            Err(error) if rows.lists == 1 => {
+                let index = rows.rows;
+                Err(malformed(file, format!("row {index}: {error}")))
+            }
             Err(error) => Err(malformed(file, format!("not a list of rows: {error}"))),
             Ok(()) if rows.lists == 0 => Err(malformed(file, "an object without a list of rows")),
             Ok(()) => Ok(ControlFlow::Continue(())),
@@ -126,11 +133,16 @@ pub(crate) fn read_list(
     }
 }
 
-/// An object as a row. The error is a sentence.
-pub(crate) fn row(text: &str) -> Result<Row, String> {
-    serde_json::from_str(text)
-        .map_err(|e| e.to_string())
-        .and_then(as_row)
+/// An object as a row; halves of surrogate pairs are replaced, and added to `mended`. The error is a
+/// sentence.
+pub(crate) fn row(text: &str, mended: &Cell<usize>) -> Result<Row, String> {
+    // Nearly every line is read at once.
+    let value = serde_json::from_str(text).or_else(|_| {
+        let (text, count) = mend(text.as_bytes());
+        mended.set(mended.get() + count);
+        serde_json::from_slice(&text)
+    });
+    value.map_err(|e| e.to_string()).and_then(as_row)
 }
 
 /// What a value is, as a sentence has it.
@@ -159,6 +171,8 @@ struct Rows<'a, 'b> {
     each: &'a mut EachRow<'b>,
     stopped: Option<Result<(), CalibrationError>>,
     lists: usize,
+    /// Rows that `each` has had.
+    rows: usize,
 }
 
 impl<'de> Visitor<'de> for &mut Rows<'_, '_> {
@@ -175,6 +189,7 @@ impl<'de> Visitor<'de> for &mut Rows<'_, '_> {
         }
         while let Some(value) = list.next_element::<Value>()? {
             let row = as_row(value).map_err(A::Error::custom)?;
+            self.rows += 1;
             let stopped = match (self.each)(row) {
                 Ok(ControlFlow::Continue(())) => continue,
                 Ok(ControlFlow::Break(())) => Ok(()),

@@ -18,6 +18,7 @@
     )
 )]
 
+mod added_tokens;
 mod chat;
 mod columnar;
 mod conversation;
@@ -26,8 +27,10 @@ mod documents;
 mod draw;
 mod error;
 mod evaluation;
+mod first_look;
 mod jinja;
 mod json;
+mod lenient_json;
 mod manifest;
 mod overlap;
 mod parquet_file;
@@ -39,14 +42,16 @@ mod source;
 mod template;
 mod thrift;
 mod token_file;
+mod token_rows;
 mod tokenizer;
+mod tokenizer_class;
 mod value_budget;
 
 pub use chat::{ChatTemplate, Message};
 pub use decode::TextDecoder;
 pub use draw::{Calibration, CalibrationSettings, Sampling};
 pub use error::CalibrationError;
-pub use evaluation::evaluation_tokens;
+pub use evaluation::{EvaluationText, evaluation_tokens};
 pub use manifest::Manifest;
 pub use overlap::{Overlap, RUN};
 pub use reader::{EachRow, Row};
@@ -54,4 +59,4 @@ pub use rendering::Rendering;
 pub use row_range::RowRange;
 pub use source::{HashedFile, Source};
 pub use template::Template;
-pub use tokenizer::TextTokenizer;
+pub use tokenizer::{Difference, SpecialToken, TextTokenizer};

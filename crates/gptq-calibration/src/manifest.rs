@@ -21,9 +21,18 @@ pub struct Manifest {
     /// Rows used: those left out by `min_tokens` and `dedupe` or for a null do not count, nor those that
     /// consecutive windows did not reach, to the batch.
     pub row_count: usize,
-    /// Rows left out because a column they need is null, of those that were reached.
+    /// Rows left out because a column they need is null or not there, of those that were reached.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub null_rows: usize,
+    /// Rows left out because they hold no text, of those that were reached.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub blank_rows: usize,
+    /// Rows in whose text halves of surrogate pairs were replaced by U+FFFD.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub mended_rows: usize,
+    /// Positions of rows of token ids that an attention mask dropped.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub masked_tokens: usize,
     /// Least tokens of a row.
     #[serde(default)]
     pub min_tokens: usize,
@@ -46,6 +55,27 @@ pub struct Manifest {
     pub seq_len: usize,
     /// Positions of the joined rows that lie in at least one window.
     pub unique_tokens: usize,
+}
+
+impl Manifest {
+    /// What is worth knowing of windows that hold more tokens than the rows: every token is then read several
+    /// times, which costs time and adds nothing.
+    pub fn repetition_warning(&self) -> Option<String> {
+        let read = self.samples * self.seq_len;
+        if read <= self.available_tokens || self.unique_tokens == 0 {
+            return None;
+        }
+        let times = read as f64 / self.unique_tokens as f64;
+        let enough = (self.available_tokens / self.seq_len).max(1);
+        Some(format!(
+            "{} windows of {} tokens are more than the {} tokens of the calibration text: each token is read {times:.1} \
+             times; {enough} {} would read each once",
+            self.samples,
+            self.seq_len,
+            self.available_tokens,
+            if enough == 1 { "window" } else { "windows" }
+        ))
+    }
 }
 
 fn is_zero(count: &usize) -> bool {

@@ -18,7 +18,7 @@ use parquet::file::reader::{ChunkReader, Length};
 
 use crate::CalibrationError;
 use crate::columnar::{MAX_FOOTER, wanted};
-use crate::reader::malformed;
+use crate::reader::{Reading, malformed};
 use crate::source::SourceFile;
 use crate::thrift::{Field, look_through};
 use crate::value_budget::ValueBudget;
@@ -36,7 +36,7 @@ const LARGEST_PAGE: i64 = 1 << 30;
 pub(crate) fn open(
     mut opened: File,
     file: &SourceFile,
-    columns: &[&str],
+    reading: &Reading<'_>,
 ) -> Result<(ParquetRecordBatchReader, u64), CalibrationError> {
     let (metadata, length) = metadata(&mut opened, file)?;
     let pages = Pages {
@@ -45,7 +45,7 @@ pub(crate) fn open(
     };
     let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(pages, metadata);
     let promised = check_counts(builder.metadata()).map_err(|why| malformed(file, why))?;
-    let wanted = wanted(builder.schema(), file, columns)?;
+    let wanted = wanted(builder.schema(), file, reading)?;
     let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
     let reader = builder.with_projection(mask).with_batch_size(BATCH).build();
     Ok((reader.map_err(|e| malformed(file, e))?, promised))

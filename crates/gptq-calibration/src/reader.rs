@@ -7,7 +7,7 @@
 //! | `.json` of several objects | an object, as in `.jsonl` |
 //! | `.jsonl` | a line |
 //! | `.csv` | a record; the first names the columns |
-//! | `.txt` | a line that is not blank, in the column `text` |
+//! | `.txt` | a line, in the column `text` |
 //! | `.parquet`, `.arrow` | a row ([`columnar`]) |
 
 use std::cell::Cell;
@@ -19,6 +19,7 @@ use std::rc::Rc;
 use serde_json::{Map, Value};
 
 use crate::json::{self, Opening};
+use crate::lenient_json::Lenient;
 use crate::source::{Compression, Format, SourceFile};
 use crate::{CalibrationError, columnar};
 
@@ -37,14 +38,34 @@ const LONGEST_ROW: u64 = 16 << 20;
 /// Most columns of a `.csv` file.
 const MAX_COLUMNS: usize = 1 << 12;
 
-/// Calls `each` with every row of `file` until it breaks. Columnar formats read `columns` alone.
+/// What is read of each row.
+#[derive(Default)]
+pub(crate) struct Reading<'a> {
+    /// Columns that a file stored by columns must have; of other files every column is read.
+    pub columns: &'a [&'a str],
+    /// Columns that are read where they are there.
+    pub optional: &'a [&'a str],
+    /// Halves of surrogate pairs that were replaced since this was last taken.
+    pub mended: Rc<Cell<usize>>,
+}
+
+impl<'a> Reading<'a> {
+    pub(crate) fn of(columns: &'a [&'a str]) -> Self {
+        Reading {
+            columns,
+            ..Reading::default()
+        }
+    }
+}
+
+/// Calls `each` with every row of `file` until it breaks.
 pub(crate) fn read(
     file: &SourceFile,
-    columns: &[&str],
+    reading: &Reading<'_>,
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
     if let Some(kind) = columnar_kind(file) {
-        return columnar::read(kind, open_columnar(file)?, file, columns, each);
+        return columnar::read(kind, open_columnar(file)?, file, reading, each);
     }
     let mut unpacked = decompress(open(file)?, file)?;
     let opening = match file.format {
@@ -61,13 +82,21 @@ pub(crate) fn read(
         each(row)
     };
     match file.format {
-        Format::Json if opening.is_rows => json::read_rows(metered, file, &mut each),
-        Format::Json => json::read_list(metered, file, &mut each),
+        Format::Json => {
+            let lenient = Lenient::new(metered, reading.mended.clone());
+            match opening.is_rows {
+                true => json::read_rows(lenient, file, &mut each),
+                false => json::read_list(lenient, file, &mut each),
+            }
+        }
         Format::Csv => csv(metered, file, &mut each),
+        // A line without anything separates, it is no row.
         Format::JsonLines => lines(metered, file, &mut |number, line| {
-            let row =
-                json::row(line).map_err(|why| malformed(file, format!("line {number}: {why}")))?;
-            each(row)
+            if line.trim().is_empty() {
+                return Ok(ControlFlow::Continue(()));
+            }
+            let row = json::row(line, &reading.mended);
+            each(row.map_err(|why| malformed(file, format!("line {number}: {why}")))?)
         }),
         _ => lines(metered, file, &mut |_, line| each(text_row(line.into()))),
     }
@@ -79,7 +108,7 @@ pub(crate) fn columns(file: &SourceFile) -> Result<Vec<String>, CalibrationError
         return columnar::columns(kind, open_columnar(file)?, file);
     }
     let mut columns = Vec::new();
-    let _ = read(file, &[], &mut |row| {
+    let _ = read(file, &Reading::default(), &mut |row| {
         columns = row.keys().cloned().collect();
         Ok(ControlFlow::Break(()))
     })?;
@@ -154,7 +183,7 @@ impl<R: Read> Read for Metered<R> {
 /// Whether to go on, or why not.
 type Flow = Result<ControlFlow<()>, CalibrationError>;
 
-/// Lines that are not blank, numbered from 1, without their ends.
+/// Lines, numbered from 1, without their ends.
 fn lines(
     mut reader: impl BufRead,
     file: &SourceFile,
@@ -174,7 +203,7 @@ fn lines(
             _ => line,
         };
         let line = line.trim_end_matches(['\n', '\r']);
-        if !line.trim().is_empty() && each(number, line)?.is_break() {
+        if each(number, line)?.is_break() {
             return Ok(ControlFlow::Break(()));
         }
     }

@@ -5,8 +5,8 @@ use sha2::{Digest, Sha256};
 
 use crate::chat::ChatTemplate;
 use crate::conversation;
-use crate::json::kind;
 use crate::reader::Row;
+use crate::token_rows::{self, MASK, TokenRules};
 use crate::{CalibrationError, Template};
 
 /// How a row becomes a document.
@@ -21,7 +21,8 @@ pub enum Rendering {
         /// ChatML instead of the tokenizer's own template.
         chatml: bool,
     },
-    /// A column of token ids, taken as they are: nothing is added.
+    /// A column of token ids, taken as they are: nothing is added. Where a column `attention_mask` stands beside
+    /// it, what that masks is dropped.
     Tokens {
         /// The column.
         column: String,
@@ -47,6 +48,46 @@ impl Rendering {
         }
     }
 
+    /// Columns that are read where they are there.
+    pub(crate) fn optional_columns(&self) -> &'static [&'static str] {
+        match self {
+            Rendering::Tokens { .. } => &[MASK],
+            Rendering::Template(_) | Rendering::Messages { .. } => &[],
+        }
+    }
+
+    /// Whether a row whose needed columns are all there holds no text.
+    pub(crate) fn is_blank(&self, row: &Row) -> bool {
+        let is_blank = |cell: &Value| match cell {
+            Value::String(text) => text.trim().is_empty(),
+            Value::Array(parts) => parts.is_empty(),
+            _ => false,
+        };
+        let cell = |column: &str| row.get(column);
+        match self {
+            Rendering::Template(template) => {
+                let mut cells = template.columns().into_iter().filter_map(cell);
+                cells.all(is_blank)
+            }
+            // A call of a tool is text too.
+            Rendering::Messages { column, .. } => {
+                let mut messages = cell(column).and_then(Value::as_array).into_iter().flatten();
+                messages.all(|message| {
+                    let mut said = ["content", "value"]
+                        .into_iter()
+                        .filter_map(|key| message.get(key));
+                    message.is_object()
+                        && message.get("tool_calls").is_none_or(Value::is_null)
+                        && said.all(|said| said.is_null() || is_blank(said))
+                        && ["role", "from"]
+                            .iter()
+                            .any(|key| message.get(key).is_some())
+                }) && cell(column).is_some_and(Value::is_array)
+            }
+            Rendering::Tokens { .. } => false,
+        }
+    }
+
     /// As a manifest says it.
     pub(crate) fn describe(&self) -> String {
         match self {
@@ -59,13 +100,15 @@ impl Rendering {
         }
     }
 
-    /// Renders row number `index`. `chat` is there for [`Rendering::Messages`].
+    /// Renders row number `index`, and says how many of its positions a mask dropped. `chat` is there for
+    /// [`Rendering::Messages`], and `rules` for [`Rendering::Tokens`].
     pub(crate) fn render(
         &self,
         index: usize,
         row: &Row,
         chat: Option<&ChatTemplate>,
-    ) -> Result<Document, CalibrationError> {
+        rules: &TokenRules,
+    ) -> Result<(Document, usize), CalibrationError> {
         let wrong = |column: &str, found, takes| CalibrationError::Cell {
             row: index,
             column: column.to_owned(),
@@ -81,27 +124,26 @@ impl Rendering {
             row.get(column).ok_or_else(missing)
         };
         match (self, chat) {
-            (Rendering::Template(template), _) => template.render(index, row).map(Document::Text),
+            (Rendering::Template(template), _) => {
+                Ok((Document::Text(template.render(index, row)?), 0))
+            }
             (Rendering::Tokens { column }, _) => {
-                let wrong = |found| wrong(column, found, "tokens takes a list of token ids");
-                let cell = cell(column)?;
-                let ids = cell.as_array();
-                let ids = ids.ok_or_else(|| wrong(format!("it is {}", kind(cell))))?;
-                let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
-                let ids = ids
-                    .iter()
-                    .map(|value| id(value).ok_or_else(|| wrong(format!("{value} is no token id"))));
-                Ok(Document::Tokens(ids.collect::<Result<_, _>>()?))
+                let takes =
+                    "tokens takes lists of token ids without padding, or beside an attention_mask";
+                let found = token_rows::ids(cell(column)?, row.get(MASK), rules);
+                let (ids, masked) = found.map_err(|found| wrong(column, found, takes))?;
+                Ok((Document::Tokens(ids), masked))
             }
             (Rendering::Messages { column, .. }, Some(chat)) => {
                 let takes = "messages takes a list of {role, content} or {from, value} objects";
                 let messages = conversation::messages(cell(column)?);
                 let messages = messages.map_err(|found| wrong(column, found, takes))?;
                 let text = chat.render(&messages, false)?;
-                Ok(match chat.is_complete() {
+                let document = match chat.is_complete() {
                     true => Document::Complete(text),
                     false => Document::Text(text),
-                })
+                };
+                Ok((document, 0))
             }
             (Rendering::Messages { .. }, None) => Err(CalibrationError::NoChatTemplate),
         }
@@ -109,6 +151,24 @@ impl Rendering {
 }
 
 impl Document {
+    /// Whether nothing is in it.
+    pub(crate) fn is_empty(&self) -> bool {
+        match self {
+            Document::Text(text) | Document::Complete(text) => text.trim().is_empty(),
+            Document::Tokens(ids) => ids.is_empty(),
+        }
+    }
+
+    /// Whether a half of a surrogate pair was replaced in its text.
+    pub(crate) fn is_mended(&self) -> bool {
+        match self {
+            Document::Text(text) | Document::Complete(text) => {
+                text.contains(char::REPLACEMENT_CHARACTER)
+            }
+            Document::Tokens(_) => false,
+        }
+    }
+
     /// Bytes it takes up.
     pub(crate) fn size(&self) -> usize {
         match self {
@@ -146,8 +206,8 @@ mod tests {
             column: "input_ids".into(),
         };
         assert_eq!(
-            tokens.render(0, row, None).unwrap(),
-            Document::Tokens(vec![1, 5, 2])
+            tokens.render(0, row, None, &TokenRules::default()).unwrap(),
+            (Document::Tokens(vec![1, 5, 2]), 0)
         );
         let messages = Rendering::Messages {
             column: "messages".into(),
@@ -155,12 +215,15 @@ mod tests {
         };
         let chat = ChatTemplate::chatml();
         assert_eq!(
-            messages.render(0, row, Some(&chat)).unwrap(),
+            messages
+                .render(0, row, Some(&chat), &TokenRules::default())
+                .unwrap()
+                .0,
             Document::Text("<|im_start|>user\nHi<|im_end|>\n".into())
         );
         let wrong = |rendering: Rendering| {
             rendering
-                .render(3, row, Some(&chat))
+                .render(3, row, Some(&chat), &TokenRules::default())
                 .unwrap_err()
                 .to_string()
         };
@@ -192,8 +255,9 @@ mod tests {
             column: "talk".into(),
             chatml: false,
         };
-        let document = rendering.render(0, talk.as_object().unwrap(), chat.as_ref());
+        let row = talk.as_object().unwrap();
+        let document = rendering.render(0, row, chat.as_ref(), &TokenRules::default());
         let expected = "user:Hi;assistant[{\"name\": \"f\"}]:;";
-        assert_eq!(document.unwrap(), Document::Complete(expected.into()));
+        assert_eq!(document.unwrap().0, Document::Complete(expected.into()));
     }
 }

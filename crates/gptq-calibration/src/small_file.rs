@@ -11,7 +11,7 @@ use crate::CalibrationError;
 /// Bytes of `tokenizer.json`; the largest in use have about 35 MB.
 pub(crate) const MAX_TOKENIZER: u64 = 128 << 20;
 /// Bytes of `tokenizer_config.json`: one with a thousand added tokens has under 1 MB.
-const MAX_CONFIG: u64 = 8 << 20;
+pub(crate) const MAX_CONFIG: u64 = 8 << 20;
 /// Bytes of a chat template; long ones have 20 kB.
 pub(crate) const MAX_TEMPLATE: u64 = 64 << 10;
 

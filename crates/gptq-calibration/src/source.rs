@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::CalibrationError;
-use crate::reader::{self, EachRow};
+use crate::reader::{self, EachRow, Reading};
 
 /// Where calibration rows come from.
 #[derive(Clone, Debug, PartialEq)]
@@ -83,6 +83,46 @@ impl Source {
         }
     }
 
+    /// Whether its rows are on this machine.
+    pub fn is_here(&self) -> bool {
+        match self {
+            Source::Local(_) => true,
+            Source::Dataset { files, .. } => !files.is_empty(),
+        }
+    }
+
+    /// Whether one of its files has the bytes of `path`.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn holds(&self, path: &Path) -> Result<bool, CalibrationError> {
+        let wanted = SourceFile {
+            name: last_component(path),
+            path: path.into(),
+            format: Format::Text,
+            compression: Compression::None,
+        };
+        let length = |path: &Path| {
+            let metadata = path.metadata().map_err(CalibrationError::io(path));
+            metadata.map(|metadata| metadata.len())
+        };
+        let bytes = length(path)?;
+        let mut sha256 = None;
+        for file in self.files()? {
+            if length(&file.path)? != bytes {
+                continue;
+            }
+            let wanted = match &sha256 {
+                Some(sha256) => sha256,
+                None => sha256.insert(wanted.hash()?.sha256),
+            };
+            if file.hash()?.sha256 == *wanted {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Whether rows can be read from a file of this name.
     pub fn reads(name: &str) -> bool {
         format(name).is_some()
@@ -95,7 +135,7 @@ impl Source {
     /// A file that cannot be read or is malformed, a column that is missing, and what `each` refuses.
     pub fn rows(&self, columns: &[&str], each: &mut EachRow<'_>) -> Result<(), CalibrationError> {
         for file in self.files()? {
-            if reader::read(&file, columns, each)?.is_break() {
+            if reader::read(&file, &Reading::of(columns), each)?.is_break() {
                 break;
             }
         }

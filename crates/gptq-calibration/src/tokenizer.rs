@@ -1,27 +1,83 @@
-//! A model's own tokenizer, from the `tokenizer.json` beside it.
+//! A model's own tokenizer, from the `tokenizer.json` beside it and what the files around that say, as
+//! Transformers 5 makes it ([`Class`], [`AddedTokens`]).
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
+use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use crate::chat::special_token;
+use crate::added_tokens::AddedTokens;
+use crate::lenient_json::mend;
 use crate::rendering::Document;
 use crate::small_file::{self, MAX_TOKENIZER};
+use crate::token_rows::TokenRules;
+use crate::tokenizer_class::Class;
 use crate::{CalibrationError, TextDecoder, source};
 
 /// Encodes documents: the tokenizer's own special tokens, then the end token after each document.
 pub struct TextTokenizer {
     dir: PathBuf,
     tokenizer: Tokenizer,
+    /// `tokenizer.json` as it is, where Transformers builds another.
+    filed: Option<Tokenizer>,
     /// Asked for where text is encoded: token ids need none.
-    end: Option<u32>,
+    end: Option<SpecialToken>,
+    beginning: Option<SpecialToken>,
+    padding: Option<u32>,
+    /// What `config.json` and `generation_config.json` take for end tokens.
+    model_ends: Vec<(&'static str, Vec<u32>)>,
+    /// Tokens that the model has, where `config.json` says it.
+    vocabulary: Option<u32>,
     sha256: String,
 }
 
+/// A token and its text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpecialToken {
+    /// Its text, such as `</s>`.
+    pub text: String,
+    /// Its id.
+    pub id: u32,
+}
+
+/// Where `tokenizer.json` as it is and what Transformers 5 builds of it tell apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// Documents whose tokens differ.
+    pub documents: usize,
+    /// Documents that were compared.
+    pub of: usize,
+    /// The first differing document's tokens around the place, as Transformers has them.
+    pub ours: String,
+    /// The same by the file.
+    pub filed: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Difference {
+            documents,
+            of,
+            ours,
+            filed,
+        } = self;
+        write!(
+            f,
+            "the tokens of {documents} of the first {of} rows are those of Transformers 5, vLLM, SGLang and mlx-lm, \
+             which build this tokenizer anew; by tokenizer.json as it is (Transformers 4, llama.cpp) they differ, \
+             first {ours:?} from {filed:?}"
+        )
+    }
+}
+
 impl TextTokenizer {
-    /// Loads `tokenizer.json` and the end token that `tokenizer_config.json` names, or else
-    /// `special_tokens_map.json`.
+    /// Loads `tokenizer.json` and what `tokenizer_config.json`, `special_tokens_map.json` and
+    /// `added_tokens.json` add to it.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or is malformed.
     pub fn load(dir: &Path) -> Result<Self, CalibrationError> {
         let path = dir.join("tokenizer.json");
         let bytes = small_file::read(&path, MAX_TOKENIZER).map_err(|error| {
@@ -36,20 +92,59 @@ impl TextTokenizer {
                 None => error,
             }
         })?;
-        let mut tokenizer =
-            Tokenizer::from_bytes(&bytes).map_err(|e| CalibrationError::Malformed {
-                path,
-                reason: e.to_string(),
-            })?;
+        let mut filed = Tokenizer::from_bytes(&bytes).map_err(|e| CalibrationError::Malformed {
+            path,
+            reason: e.to_string(),
+        })?;
         // A file may carry the truncation and padding of whoever saved it.
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(failed)?;
-        let end = end_token(dir, &tokenizer)?;
+        filed.with_padding(None);
+        filed.with_truncation(None).map_err(failed)?;
+        let config = small_file::config(dir, "tokenizer_config.json")?;
+        let map = small_file::config(dir, "special_tokens_map.json")?;
+        let added = small_file::config(dir, "added_tokens.json")?;
+        let model = Facts::read(dir);
+        let class = config.get("tokenizer_class").and_then(Value::as_str);
+        let class = Class::of(
+            &model.model_type,
+            class.or(model.tokenizer_class.as_deref()),
+            &bytes,
+        );
+        let tokens = AddedTokens::new(class, &config, &map, &added);
+        let rebuilt = class.rebuild(&filed, &config, tokens.named("unk_token"))?;
+        let (mut tokenizer, mut filed) = match rebuilt {
+            Some(rebuilt) => (rebuilt, Some(filed)),
+            None => (filed, None),
+        };
+        let own = filed
+            .as_ref()
+            .unwrap_or(&tokenizer)
+            .get_added_tokens_decoder();
+        let own = own.into_iter().collect();
+        tokens.add_to(&mut tokenizer, class, &own)?;
+        if let Some(filed) = &mut filed {
+            // What goes by the file knows added tokens all the same.
+            let tokens = AddedTokens::new(Class::AsFiled, &config, &map, &added);
+            tokens.add_to(filed, Class::AsFiled, &own)?;
+        }
+        if config.get("split_special_tokens") == Some(&Value::Bool(true)) {
+            tokenizer.set_encode_special_tokens(true);
+        }
+        let find = |name: &str| {
+            let text = tokens.named(name)?.to_owned();
+            let id = tokenizer.token_to_id(&text)?;
+            Some(SpecialToken { text, id })
+        };
+        let (own_beginning, own_end) = own_ends(&tokenizer)?;
         Ok(TextTokenizer {
             dir: dir.into(),
-            tokenizer,
-            end,
+            end: find("eos_token").or(own_end),
+            beginning: own_beginning,
+            padding: find("pad_token").map(|token| token.id).or(model.padding),
+            model_ends: model.ends,
+            vocabulary: model.vocabulary,
             sha256: source::sha256(&bytes),
+            filed,
+            tokenizer,
         })
     }
 
@@ -63,11 +158,44 @@ impl TextTokenizer {
         &self.dir
     }
 
+    /// What joins documents: it follows each.
+    pub fn end(&self) -> Option<&SpecialToken> {
+        self.end.as_ref()
+    }
+
+    /// What the tokenizer itself sets before a text.
+    pub fn beginning(&self) -> Option<&SpecialToken> {
+        self.beginning.as_ref()
+    }
+
+    /// What should be known where documents are joined: the model takes other tokens for an end than the
+    /// one that joins them.
+    pub fn end_warning(&self) -> Option<String> {
+        let SpecialToken { text, id } = self.end.as_ref()?;
+        let other = self.model_ends.iter().filter(|(_, ids)| !ids.contains(id));
+        let other: Vec<String> = other
+            .map(|(file, ids)| {
+                let tokens = ids.iter().map(|&id| match self.tokenizer.id_to_token(id) {
+                    Some(text) => format!("{id} ({text:?})"),
+                    None => id.to_string(),
+                });
+                format!("{file} {}", tokens.collect::<Vec<_>>().join(", "))
+            })
+            .collect();
+        (!other.is_empty()).then(|| {
+            format!(
+                "the tokenizer ends documents with token {id} ({text:?}), but the model's end token is \
+                 another by {}; documents are joined by the tokenizer's, and figures depend on it; if that is \
+                 wrong, mend eos_token in tokenizer_config.json",
+                other.join(" and by ")
+            )
+        })
+    }
+
     /// A text as tokens, with the tokenizer's own special tokens around it if asked for; those that
     /// the text spells out are recognised either way.
     pub fn encode(&self, text: &str, special_tokens: bool) -> Result<Vec<u32>, CalibrationError> {
-        let encoding = self.tokenizer.encode_fast(text, special_tokens);
-        Ok(encoding.map_err(failed)?.get_ids().to_vec())
+        encode(&self.tokenizer, text, special_tokens)
     }
 
     /// Tokens as text, special tokens included.
@@ -80,7 +208,7 @@ impl TextTokenizer {
         TextDecoder::new(&self.tokenizer, prompt)
     }
 
-    /// All documents encoded, each followed by the end token, joined.
+    /// All documents encoded, each ended by one end token, joined.
     pub fn join(&self, documents: Vec<String>) -> Result<Vec<u32>, CalibrationError> {
         let documents = documents.into_iter().map(Document::Text).collect();
         Ok(self.encode_all(documents)?.concat())
@@ -91,19 +219,177 @@ impl TextTokenizer {
         &self,
         documents: Vec<Document>,
     ) -> Result<Vec<Vec<u32>>, CalibrationError> {
-        let encode = |document| match document {
-            Document::Tokens(ids) => Ok(ids),
-            Document::Complete(text) => self.encode(&text, false),
-            Document::Text(text) => {
-                let mut ids = self.encode(&text, true)?;
-                let end = self.end;
-                ids.push(end.ok_or_else(|| CalibrationError::NoEndToken {
+        let encode = |document| {
+            let ids = self.encode_document(&self.tokenizer, document)?;
+            let most = self.vocabulary.unwrap_or(u32::MAX);
+            match ids.iter().find(|id| **id >= most) {
+                Some(&id) => Err(CalibrationError::BeyondVocabulary {
                     dir: self.dir.clone(),
-                })?);
-                Ok(ids)
+                    token: self.tokenizer.id_to_token(id).unwrap_or_default(),
+                    id,
+                    vocabulary: most,
+                }),
+                None => Ok(ids),
             }
         };
         documents.into_par_iter().map(encode).collect()
+    }
+
+    fn encode_document(
+        &self,
+        tokenizer: &Tokenizer,
+        document: Document,
+    ) -> Result<Vec<u32>, CalibrationError> {
+        match document {
+            Document::Tokens(ids) => Ok(ids),
+            Document::Complete(text) => encode(tokenizer, &text, false),
+            Document::Text(text) => {
+                let mut ids = encode(tokenizer, &text, true)?;
+                let end = self.end.as_ref().map(|end| end.id);
+                let end = end.ok_or_else(|| CalibrationError::NoEndToken {
+                    dir: self.dir.clone(),
+                })?;
+                // Some tokenizers end a text themselves.
+                if ids.last() != Some(&end) {
+                    ids.push(end);
+                }
+                Ok(ids)
+            }
+        }
+    }
+
+    /// Compares what Transformers 5 builds with `tokenizer.json` as it is; `None` where they are the same
+    /// for all of `documents`.
+    pub(crate) fn difference(
+        &self,
+        documents: &[Document],
+    ) -> Result<Option<Difference>, CalibrationError> {
+        let Some(filed) = &self.filed else {
+            return Ok(None);
+        };
+        let mut found: Option<Difference> = None;
+        for document in documents {
+            let ours = self.encode_document(&self.tokenizer, document.clone())?;
+            let theirs = self.encode_document(filed, document.clone())?;
+            if ours == theirs {
+                continue;
+            }
+            let found = found.get_or_insert_with(|| {
+                let at = ours.iter().zip(&theirs).take_while(|(a, b)| a == b).count();
+                let around = |tokenizer: &Tokenizer, ids: &[u32]| {
+                    let ids = ids.iter().skip(at.saturating_sub(1)).take(3);
+                    let tokens = ids.map(|&id| tokenizer.id_to_token(id).unwrap_or_default());
+                    tokens.collect::<Vec<_>>().join(" ")
+                };
+                Difference {
+                    documents: 0,
+                    of: documents.len(),
+                    ours: around(&self.tokenizer, &ours),
+                    filed: around(filed, &theirs),
+                }
+            });
+            found.documents += 1;
+        }
+        Ok(found)
+    }
+
+    /// What rows of token ids may hold.
+    pub(crate) fn token_rules(&self) -> TokenRules {
+        let added = self.tokenizer.get_added_tokens_decoder().into_iter();
+        TokenRules {
+            vocabulary: self.vocabulary,
+            padding: self.padding,
+            end: self.end.as_ref().map(|end| end.id),
+            special: added
+                .filter(|(_, token)| token.special)
+                .map(|(id, token)| (id, token.content))
+                .collect(),
+        }
+    }
+}
+
+fn encode(
+    tokenizer: &Tokenizer,
+    text: &str,
+    special_tokens: bool,
+) -> Result<Vec<u32>, CalibrationError> {
+    let encoding = tokenizer.encode_fast(text, special_tokens);
+    Ok(encoding.map_err(failed)?.get_ids().to_vec())
+}
+
+/// What the post-processor sets before and behind a text.
+fn own_ends(
+    tokenizer: &Tokenizer,
+) -> Result<(Option<SpecialToken>, Option<SpecialToken>), CalibrationError> {
+    let (with, without) = (
+        encode(tokenizer, "a", true)?,
+        encode(tokenizer, "a", false)?,
+    );
+    let at = with
+        .windows(without.len().max(1))
+        .position(|ids| ids == without);
+    let token = |&id: &u32| {
+        Some(SpecialToken {
+            text: tokenizer.id_to_token(id)?,
+            id,
+        })
+    };
+    Ok(match at {
+        Some(at) => {
+            let (before, rest) = with.split_at(at);
+            let behind = rest.get(without.len()..).unwrap_or_default();
+            (
+                before.first().and_then(token),
+                behind.last().and_then(token),
+            )
+        }
+        None => (None, None),
+    })
+}
+
+/// What the model's own configs say. They are checked elsewhere: what cannot be read says nothing here.
+#[derive(Default)]
+struct Facts {
+    model_type: String,
+    tokenizer_class: Option<String>,
+    vocabulary: Option<u32>,
+    padding: Option<u32>,
+    ends: Vec<(&'static str, Vec<u32>)>,
+}
+
+impl Facts {
+    fn read(dir: &Path) -> Facts {
+        let read = |name: &str| {
+            let bytes = small_file::read(&dir.join(name), small_file::MAX_CONFIG).ok()?;
+            serde_json::from_slice::<Value>(&mend(&bytes).0).ok()
+        };
+        let config = read("config.json").unwrap_or_default();
+        let generation = read("generation_config.json").unwrap_or_default();
+        let text = |key: &str| config.get(key).and_then(Value::as_str).map(str::to_owned);
+        let number = |key: &str| u32::try_from(config.get(key)?.as_u64()?).ok();
+        let ends = [
+            ("config.json", &config),
+            ("generation_config.json", &generation),
+        ];
+        let ends = ends.map(|(file, config)| {
+            let ids = match config.get("eos_token_id") {
+                Some(Value::Array(ids)) => ids.as_slice(),
+                Some(id) => std::slice::from_ref(id),
+                None => &[],
+            };
+            let ids = ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok());
+            (file, ids.collect::<Vec<_>>())
+        });
+        Facts {
+            model_type: text("model_type").unwrap_or_default(),
+            tokenizer_class: text("tokenizer_class"),
+            vocabulary: number("vocab_size"),
+            padding: number("pad_token_id"),
+            ends: ends
+                .into_iter()
+                .filter(|(_, ids)| !ids.is_empty())
+                .collect(),
+        }
     }
 }
 
@@ -111,19 +397,6 @@ pub(crate) fn failed(error: tokenizers::Error) -> CalibrationError {
     CalibrationError::Tokenizer {
         reason: error.to_string(),
     }
-}
-
-/// The first `eos_token` of the vocabulary: a string, or an object with `content`.
-fn end_token(dir: &Path, tokenizer: &Tokenizer) -> Result<Option<u32>, CalibrationError> {
-    for name in ["tokenizer_config.json", "special_tokens_map.json"] {
-        let config = small_file::config(dir, name)?;
-        let token = config.get("eos_token").and_then(special_token);
-        let id = token.and_then(|token| tokenizer.token_to_id(&token));
-        if id.is_some() {
-            return Ok(id);
-        }
-    }
-    Ok(None)
 }
 
 #[cfg(test)]
@@ -169,13 +442,26 @@ mod tests {
         write("tokenizer_config.json", r#"{"eos_token": null}"#);
         assert_eq!(ends(), Ok(Some(2)));
         write("tokenizer_config.json", r#"{"eos_token": "<s>"}"#);
-        assert_eq!(ends(), Ok(Some(1)), "the config comes first");
+        assert_eq!(
+            ends(),
+            Ok(Some(2)),
+            "the map comes first, as in Transformers"
+        );
+        let decoder = r#"{"eos_token": "<s>", "added_tokens_decoder": {}}"#;
+        write("tokenizer_config.json", decoder);
+        assert_eq!(
+            ends(),
+            Ok(Some(1)),
+            "but not beside an added_tokens_decoder"
+        );
+        // A token that the vocabulary does not know gets an id of its own, for which the model has no row.
         write("special_tokens_map.json", "{}");
         write("tokenizer_config.json", r#"{"eos_token": "<|nowhere|>"}"#);
+        write("config.json", r#"{"vocab_size": 4096}"#);
+        let refused = refused();
         assert!(
-            refused().contains("special_tokens_map.json"),
-            "{}",
-            refused()
+            refused.contains("<|nowhere|>") && refused.contains("vocabulary of 4096"),
+            "{refused}"
         );
     }
 
@@ -193,7 +479,7 @@ mod tests {
         let one_by_one: Vec<Vec<u32>> = (0..400)
             .map(|at| {
                 let mut ids = tokenizer.encode(&text(at), true).unwrap();
-                ids.push(tokenizer.end.unwrap());
+                ids.push(tokenizer.end().unwrap().id);
                 ids
             })
             .collect();

@@ -25,6 +25,9 @@ pub struct Settings {
     pub stop: Vec<String>,
     /// Go on past the model's end tokens.
     pub ignore_end: bool,
+    /// Replies are turns of a conversation: they end at the tokenizer's end token too, whatever the model's
+    /// configs say.
+    pub turns: bool,
 }
 
 /// A prompt's text.
@@ -116,14 +119,19 @@ impl Work for Generate<'_> {
     fn run<B: Engine>(self, device: B::Device) -> Self::Output {
         let sampler = Sampler::new(self.settings.choice, self.settings.repetition_penalty)?;
         let mut prompt = (self.next)(None)?;
+        let tokenizer = TextTokenizer::load(self.dir)?;
+        let mut ends = match self.settings.ignore_end {
+            true => Vec::new(),
+            false => end_tokens(self.dir)?,
+        };
+        if self.settings.turns && !self.settings.ignore_end {
+            ends.extend(tokenizer.end().map(|end| end.id));
+        }
         let mut session = Session {
             dir: self.dir,
             settings: self.settings,
-            tokenizer: TextTokenizer::load(self.dir)?,
-            ends: match self.settings.ignore_end {
-                true => Vec::new(),
-                false => end_tokens(self.dir)?,
-            },
+            tokenizer,
+            ends,
             decoder: Decoder::<B>::load(&Model::open(self.dir, &device)?)?,
             sampler,
         };

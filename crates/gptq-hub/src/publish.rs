@@ -137,7 +137,7 @@ impl Hub {
             .iter()
             .filter(|entry| is_weights(&entry.path) && !files.iter().any(|f| f.name == entry.path));
         changes.delete = gone.map(|entry| entry.path.clone()).collect();
-        if !create && !(changes.delete.is_empty() && changes.replace.is_empty()) {
+        if !(create || changes.delete.is_empty() && changes.replace.is_empty()) {
             // A revision whose first upload broke off is still the copy of main that it began as.
             let copy =
                 revision != "main" && self.commit_of(&repo, "main")?.as_ref() == Some(&commit);

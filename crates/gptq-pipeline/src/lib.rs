@@ -40,6 +40,7 @@ mod run;
 mod scratch;
 mod sources;
 mod stream;
+mod texts;
 mod write_behind;
 
 pub use branch_plan::{BranchPlan, PlannedLinear};
@@ -61,3 +62,4 @@ pub use report::{
     BlockReport, BranchReport, LinearReport, Measure, ModelFiles, Perplexity, PhaseSeconds, Summary,
 };
 pub use resume::unfinished;
+pub use texts::{Look, check_texts};

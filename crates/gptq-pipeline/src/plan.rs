@@ -247,7 +247,7 @@ fn look(
     let config = ModelConfig::read(&dir.join("config.json"))?;
     let quantised = || crate::PipelineError::Quantised { dir: dir.into() };
     let checkpoint = match Checkpoint::open(dir) {
-        Ok(checkpoint) if !(partial && !checkpoint.absent_files().is_empty()) => checkpoint,
+        Ok(checkpoint) if !partial || checkpoint.absent_files().is_empty() => checkpoint,
         Err(FormatError::NoCheckpoint { .. }) | Ok(_) => {
             return match QuantizeConfig::read(dir)? {
                 Some(_) => Err(quantised()),

@@ -66,6 +66,11 @@ pub enum Event<'a> {
         /// The directory.
         dir: &'a Path,
     },
+    /// Calibration windows are drawn.
+    Calibrated {
+        /// What should be known of the text, in a line each.
+        warnings: &'a [String],
+    },
     /// Windows are drawn and the model is open; the blocks come next.
     Started {
         /// Tokens to calibrate on.
@@ -205,6 +210,9 @@ impl Work for Quantise<'_> {
         let model = Model::<B>::open(&plan.model_dir, &device)?.taken_in(plan.half);
         let tokenizer = TextTokenizer::load(&plan.model_dir)?;
         let calibration = Calibration::draw(&plan.calibration, &tokenizer)?;
+        (self.on_event)(Event::Calibrated {
+            warnings: &calibration.warnings(),
+        });
         let (checkpoint, card) = (model.checkpoint(), B::card(&device));
         let prints = Fingerprints::new(plan, &calibration, checkpoint, self.device, card)?;
         let mut model_hash = ModelHash::new(checkpoint, model.config(), plan.half);

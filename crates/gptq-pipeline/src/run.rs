@@ -17,6 +17,7 @@ use crate::gram::{Dense, Grams};
 use crate::journal::BranchBlock;
 use crate::kept_states::States;
 use crate::memory::Places;
+use crate::model_files::ModelHash;
 use crate::output_errors::OutputErrors;
 use crate::profile::{Clock, Phase};
 use crate::quantise::{Event, check_stop};

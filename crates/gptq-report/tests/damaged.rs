@@ -168,7 +168,8 @@ fn output_errors_over_one_are_read_and_those_that_nothing_measured_is_are_refuse
         });
     })
     .unwrap();
-    let refused: [(fn(&mut BranchReport), &str); 4] = [
+    type Edit = fn(&mut BranchReport);
+    let refused: [(Edit, &str); 4] = [
         (
             |report| report.linears[1].output_error = Some(1e31),
             "linears[1].output_error = 1e31",

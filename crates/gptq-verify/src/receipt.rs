@@ -53,8 +53,11 @@ pub struct Perplexity {
     pub text: String,
     /// Tokens per window.
     pub window: usize,
-    /// Tokens scored.
+    /// Tokens scored: all of a full window but its first.
     pub tokens: usize,
+    /// Tokens behind the last full window, which are not scored; older receipts do not say.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub left_over: usize,
     /// Of the judged directory.
     pub value: f64,
     /// Of the dense model on the same windows.
@@ -69,6 +72,10 @@ pub struct BlockError {
     /// `‖B̂(x) - B(x)‖² / ‖B(x) - x‖²` over the text, `B` the dense block, `B̂` the judged one, `x` the
     /// dense model's hidden states before it.
     pub relative_error: f64,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 /// Those of `checks` that failed, in a sentence each.

@@ -224,14 +224,15 @@ fn run<B: Engine>(
         return Ok(());
     }
     let tokenizer = TextTokenizer::load(model.checkpoint().dir())?;
-    let tokens = evaluation_tokens(text, &tokenizer, *window)?;
-    let windows: Vec<Vec<u32>> = tokens.chunks_exact(*window).map(<[u32]>::to_vec).collect();
+    let evaluated = evaluation_tokens(text, &tokenizer, *window)?;
+    let windows: Vec<Vec<u32>> = evaluated.windows().map(<[u32]>::to_vec).collect();
     let Measured { perplexity, dense } = measure(model, dense, &windows, on_block)?;
     let name = text.file_name().unwrap_or_default().to_string_lossy();
     receipt.perplexity = Some(Perplexity {
         text: name.into_owned(),
         window: *window,
-        tokens: windows.len() * (window - 1),
+        tokens: evaluated.scored(),
+        left_over: evaluated.left_over(),
         value: perplexity,
         dense: dense.as_ref().map(|d| d.perplexity),
     });

@@ -1,71 +1,182 @@
 //! `gptq calibration show`.
 
+use std::path::Path;
+
 use anyhow::Result;
 use gptq_calibration::{
-    Calibration, Manifest, Overlap, RUN, Sampling, TextTokenizer, evaluation_tokens,
+    Calibration, EvaluationText, Manifest, Overlap, RUN, Sampling, SpecialToken, TextTokenizer,
 };
 use gptq_pipeline::Plan;
 use serde::Serialize;
 
 use crate::cli::{CalibrationArgs, CalibrationCommand, warn};
 use crate::hub::{self, Need};
-use crate::{log, size, terminal};
+use crate::table::count;
+use crate::{size, terminal};
 
 /// What `--json` prints.
 #[derive(Serialize)]
 struct Shown<'a> {
     manifest: &'a Manifest,
+    /// Joins documents.
+    end_token: Option<Token<'a>>,
+    /// What the tokenizer sets before each document.
+    bos_token: Option<Token<'a>>,
     first_window: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     evaluation: Option<Evaluation>,
+    warnings: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Token<'a> {
+    text: &'a str,
+    id: u32,
 }
 
 #[derive(Serialize)]
 struct Evaluation {
+    text: String,
+    documents: usize,
+    #[serde(skip_serializing_if = "is_zero")]
+    rows_left_out: usize,
     tokens: usize,
+    window: usize,
+    windows: usize,
+    /// Behind the last full window.
+    left_over: usize,
     shared_tokens: usize,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 pub(crate) fn run(args: CalibrationArgs) -> Result<()> {
     let CalibrationCommand::Show(args) = args.command;
     let recipe = args.recipe.load(args.perplexity)?;
-    let plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, true)?)?;
-    warn(&plan);
+    let mut plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, true)?)?;
     let tokenizer = TextTokenizer::load(&plan.model_dir)?;
     let drawn = Calibration::draw(&plan.calibration, &tokenizer)?;
-    let overlap = match &plan.evaluation {
-        Some((text, window)) => {
-            Some(drawn.overlap(&evaluation_tokens(text, &tokenizer, *window)?)?)
+    plan.warnings.extend(tokenizer.end_warning());
+    plan.warnings.extend(drawn.warnings());
+    let evaluation = match &plan.evaluation {
+        Some((path, window)) => {
+            let text = EvaluationText::read(path, &tokenizer, *window)?;
+            let overlap = drawn.overlap(&text.tokens)?;
+            plan.warnings.extend(text_warnings(&text, overlap));
+            Some(evaluation(path, &text, overlap))
         }
         None => None,
     };
+    warn(&plan);
     let first_window = tokenizer.decode(&drawn.windows[0])?;
     if args.json {
         let shown = Shown {
             manifest: &drawn.manifest,
+            end_token: tokenizer.end().map(Token::of),
+            bos_token: tokenizer.beginning().map(Token::of),
             first_window,
-            evaluation: overlap.map(|o| Evaluation {
-                tokens: o.total,
-                shared_tokens: o.shared,
-            }),
+            evaluation,
+            warnings: plan.warnings,
         };
         println!("{}", serde_json::to_string_pretty(&shown)?);
-    } else {
-        print(&drawn.manifest);
-        println!("\nfirst window:\n{}", terminal::lines(&first_window));
+        return Ok(());
     }
-    if let Some(Overlap { shared, total }) = overlap.filter(|o| o.shared > 0) {
-        let share = 100.0 * shared as f64 / total as f64;
-        log::warning(&format!(
-            "{shared} of the evaluation text's {total} tokens ({share:.1} %) lie in runs of \
-             {RUN} or more that the calibration rows hold too; perplexity on them says little"
-        ));
+    print(&drawn.manifest, &tokenizer);
+    if let Some(evaluation) = evaluation {
+        line("evaluation", evaluation.describe());
     }
+    println!("\nfirst window:\n{}", terminal::lines(&first_window));
     Ok(())
 }
 
-fn print(manifest: &Manifest) {
-    let line = |name: &str, value: String| println!("{name:<12}{}", terminal::line(&value));
+impl Token<'_> {
+    fn of(token: &SpecialToken) -> Token<'_> {
+        Token {
+            text: &token.text,
+            id: token.id,
+        }
+    }
+}
+
+/// What should be known of an evaluation text beside the calibration text.
+fn text_warnings(text: &EvaluationText, overlap: Overlap) -> Vec<String> {
+    let Overlap { shared, total } = overlap;
+    let short = (total < text.window).then(|| {
+        format!(
+            "the evaluation text's {total} tokens do not fill one window of {}; the largest that fits is {total}: \
+             --window {total}, or window = {total} under [evaluation]",
+            text.window
+        )
+    });
+    let shared = (shared > 0).then(|| {
+        let share = 100.0 * shared as f64 / total as f64;
+        format!(
+            "{shared} of the evaluation text's {total} tokens ({share:.1} %) lie in runs of \
+             {RUN} or more that the calibration rows hold too; perplexity on them says little"
+        )
+    });
+    let lines = short.into_iter().chain(text.warnings());
+    lines.chain(shared).collect()
+}
+
+fn evaluation(path: &Path, text: &EvaluationText, overlap: Overlap) -> Evaluation {
+    Evaluation {
+        text: path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
+        documents: text.documents,
+        rows_left_out: text.rows_left_out,
+        tokens: text.tokens.len(),
+        window: text.window,
+        windows: text.windows().count(),
+        left_over: text.left_over(),
+        shared_tokens: overlap.shared,
+    }
+}
+
+impl Evaluation {
+    fn describe(&self) -> String {
+        let left_out = match self.rows_left_out {
+            0 => String::new(),
+            rows => format!(", {} without text left out", count(rows, "row")),
+        };
+        let left_over = match self.left_over {
+            0 => String::new(),
+            tokens => format!(", {} behind the last left out", count(tokens, "token")),
+        };
+        let overlap = match self.shared_tokens {
+            0 => "none".to_owned(),
+            tokens => count(tokens, "token"),
+        };
+        format!(
+            "{}: {}{left_out}, {}, {} of {}{left_over}; overlap with the calibration rows: {overlap}",
+            self.text,
+            count(self.documents, "document"),
+            count(self.tokens, "token"),
+            count(self.windows, "window"),
+            self.window
+        )
+    }
+}
+
+/// A range of rows in words.
+fn range(rows: &str) -> String {
+    match rows.split_once(':') {
+        Some(("0", "")) => "all rows".to_owned(),
+        Some((first, "")) => format!("rows {first} to the last"),
+        _ => format!("rows {rows}"),
+    }
+}
+
+fn line(name: &str, value: String) {
+    println!("{name:<12}{}", terminal::line(&value));
+}
+
+fn print(manifest: &Manifest, tokenizer: &TextTokenizer) {
     line("source", manifest.source.clone());
     if let Some(revision) = &manifest.revision {
         line("revision", revision.clone());
@@ -77,7 +188,7 @@ fn print(manifest: &Manifest) {
             format!("{}, {size}, SHA-256 {}", file.name, file.sha256),
         );
     }
-    let mut rows = format!("{} used of {}", manifest.row_count, manifest.rows);
+    let mut rows = format!("{} used of {}", manifest.row_count, range(&manifest.rows));
     if manifest.min_tokens > 0 {
         rows += &format!(", of at least {} tokens", manifest.min_tokens);
     }
@@ -87,13 +198,35 @@ fn print(manifest: &Manifest) {
     if manifest.null_rows > 0 {
         rows += &format!(", {} left out for a null", manifest.null_rows);
     }
+    if manifest.blank_rows > 0 {
+        rows += &format!(", {} left out without text", manifest.blank_rows);
+    }
+    if manifest.mended_rows > 0 {
+        rows += &format!(
+            ", {} with halves of surrogate pairs replaced",
+            manifest.mended_rows
+        );
+    }
     line("rows", rows);
     line("document", format!("{:?}", manifest.template));
     line(
         "tokenizer",
         format!("SHA-256 {}", manifest.tokenizer_sha256),
     );
-    line("tokens", manifest.available_tokens.to_string());
+    let name = |token: Option<&SpecialToken>| match token {
+        Some(SpecialToken { text, id }) => format!("{text:?} ({id})"),
+        None => "none".to_owned(),
+    };
+    let (end, beginning) = (name(tokenizer.end()), name(tokenizer.beginning()));
+    line(
+        "joined by",
+        format!("end token {end}; before each document: {beginning}"),
+    );
+    let masked = match manifest.masked_tokens {
+        0 => String::new(),
+        masked => format!(", {masked} masked ones left out"),
+    };
+    line("tokens", format!("{}{masked}", manifest.available_tokens));
     let sampling = match manifest.sampling {
         Sampling::Concatenate => "consecutive".to_owned(),
         Sampling::RandomWindows => format!("drawn with seed {}", manifest.seed),

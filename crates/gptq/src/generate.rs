@@ -148,6 +148,7 @@ impl GenerateArgs {
             max_new_tokens: self.max_new_tokens,
             stop,
             ignore_end: self.ignore_eos,
+            turns: template.is_some(),
         }
     }
 }

@@ -116,6 +116,11 @@ pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
             "{}: this file system has no locks; see to it that no second run writes there meanwhile",
             dir.display()
         )),
+        Event::Calibrated { warnings } => {
+            // Those of the plan have been printed.
+            let new = warnings.iter().filter(|line| !plan.warnings.contains(line));
+            new.for_each(|line| warning(line));
+        }
         Event::Started { tokens, .. } => info!(tokens, "calibrating"),
         Event::Linear { branch, report } => {
             let branch = &plan.branches[*branch];

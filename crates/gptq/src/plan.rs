@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use gptq_model::ModelConfig;
-use gptq_pipeline::{Plan, Weights};
+use gptq_pipeline::{Look, Plan, Weights, check_texts};
 use serde_json::{Value, json};
 
 use crate::cli::{PlanArgs, warn};
@@ -12,8 +12,18 @@ use crate::{size, table};
 pub(crate) fn run(args: PlanArgs) -> Result<()> {
     let recipe = args.recipe.load(None)?;
     let plan = match args.model_config {
-        Some(path) => Plan::for_config(&recipe, ModelConfig::read(&path)?)?,
-        None => Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?,
+        Some(path) => {
+            let mut plan = Plan::for_config(&recipe, ModelConfig::read(&path)?)?;
+            let unjudged =
+                "planned from shapes alone: neither the tokenizer nor the texts are judged";
+            plan.warnings.push(unjudged.into());
+            plan
+        }
+        None => {
+            let mut plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
+            plan.warnings.extend(check_texts(&plan, Look::First)?);
+            plan
+        }
     };
     warn(&plan);
     show(&plan, args.json)
@@ -95,8 +105,8 @@ fn print(plan: &Plan) {
     );
     println!("weights: {}", weights(plan));
     println!(
-        "calibration: {} windows of {} = {} tokens",
-        plan.calibration.samples,
+        "calibration: {} of {} = {} tokens",
+        table::count(plan.calibration.samples, "window"),
         plan.calibration.seq_len,
         plan.tokens()
     );

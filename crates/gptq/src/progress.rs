@@ -6,8 +6,8 @@ use std::io::IsTerminal;
 use gptq_pipeline::{Allocation, BranchPlan, Choice, Event, LinearReport, Measure, Plan};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use crate::size;
 use crate::time_left::TimeLeft;
+use crate::{size, table};
 
 /// Turns events into what a person sees.
 pub(crate) struct Progress<'a> {
@@ -71,8 +71,9 @@ impl<'a> Progress<'a> {
         match event {
             Event::Started { tokens, linears } => {
                 self.say(&format!(
-                    "calibrating on {tokens} tokens, {} windows of {}",
-                    self.plan.calibration.samples, self.plan.calibration.seq_len
+                    "calibrating on {tokens} tokens, {} of {}",
+                    table::count(self.plan.calibration.samples, "window"),
+                    self.plan.calibration.seq_len
                 ));
                 if std::io::stderr().is_terminal() {
                     self.bars = Some(self.start_bars(linears));
@@ -100,6 +101,7 @@ impl<'a> Progress<'a> {
             }
             // In the log.
             Event::Block { .. }
+            | Event::Calibrated { .. }
             | Event::NotLocked { .. }
             | Event::StatesKept { .. }
             | Event::StatesNotKept { .. } => {}

@@ -7,8 +7,8 @@ use anyhow::{Result, anyhow, bail, ensure};
 use gptq_format::Checkpoint;
 use gptq_kernels::Device;
 use gptq_pipeline::{
-    BranchReport, Event, InputSource, Measure, Outcome, Perplexity, Phase, Plan, Profile, Recipe,
-    RunOptions, quantise, unfinished,
+    BranchReport, Event, InputSource, Look, Measure, Outcome, Perplexity, Phase, Plan, Profile,
+    Recipe, RunOptions, check_texts, quantise, unfinished,
 };
 use gptq_verify::{Check, Evaluation, Request, check_tensors, failures, verify};
 use serde_json::json;
@@ -37,7 +37,8 @@ pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
         (None, None) => bail!("no recipe"),
     };
     if args.dry_run {
-        let plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
+        let mut plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
+        plan.warnings.extend(check_texts(&plan, Look::Whole)?);
         warn(&plan);
         if plan.weights.is_none() && matches!(recipe.model_source()?, InputSource::Local(_)) {
             // Says what was looked for.
@@ -82,6 +83,7 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
     }
     let mut plan = Plan::new(recipe, &hub::fetch(recipe, Need::Weights, true)?)?;
     plan.command = Some(command(std::env::args_os().skip(1)));
+    plan.warnings.extend(check_texts(&plan, Look::First)?);
     warn(&plan);
     let mut progress = Progress::new(&plan, args.json);
     let options = RunOptions {

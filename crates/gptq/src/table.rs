@@ -33,3 +33,10 @@ pub(crate) fn render(rows: &[Vec<String>]) -> String {
     }
     text
 }
+/// A number of things in words: `1 window`, `2 windows`.
+pub(crate) fn count(n: usize, thing: &str) -> String {
+    match n {
+        1 => format!("1 {thing}"),
+        _ => format!("{n} {thing}s"),
+    }
+}

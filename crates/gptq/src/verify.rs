@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
 use clap::Args;
+use gptq_calibration::{EvaluationText, TextTokenizer};
 use gptq_format::branch_dirs;
 use gptq_kernels::Device;
 use gptq_verify::{Asked, Evaluation, Receipt, Request, verify};
 
 use crate::block_progress::BlockProgress;
-use crate::{table, terminal};
+use crate::{log, table, terminal};
 
 #[derive(Args)]
 pub(crate) struct VerifyArgs {
@@ -73,6 +74,11 @@ pub(crate) fn run(args: VerifyArgs) -> Result<()> {
         false => branches(&args.dir)?,
     };
     let mut receipts = Vec::new();
+    if let (Some(text), Some((_, first))) = (&args.text, branches.first()) {
+        text_warnings(text, args.window, first)?
+            .iter()
+            .for_each(|line| log::warning(line));
+    }
     for (name, dir) in branches {
         let receipt = judge(&name, &dir, &request, args.device)?;
         if !args.no_receipt && dir_is_quantised(&receipt) {
@@ -103,6 +109,20 @@ pub(crate) fn run(args: VerifyArgs) -> Result<()> {
         bail!("{}", failed.join("; "));
     }
     Ok(())
+}
+
+/// What should be known of the text before it is measured on. All branches of a matrix have one tokenizer.
+fn text_warnings(text: &Path, window: usize, dir: &Path) -> Result<Vec<String>> {
+    // What is missing or damaged is for the judgement to tell.
+    let Ok(tokenizer) = TextTokenizer::load(dir) else {
+        return Ok(Vec::new());
+    };
+    let text = EvaluationText::first_look(text, &tokenizer, window)?;
+    Ok(tokenizer
+        .end_warning()
+        .into_iter()
+        .chain(text.warnings())
+        .collect())
 }
 
 /// Checkpoints directly below `dir`, by name, `main` first.
@@ -154,8 +174,14 @@ fn show(name: &str, receipt: &Receipt) {
     }
     if let Some(p) = &receipt.perplexity {
         println!(
-            "  measured on {} tokens of {} in windows of {}",
-            p.tokens, p.text, p.window
+            "  measured on {} tokens of {} in windows of {}{}",
+            p.tokens,
+            p.text,
+            p.window,
+            match p.left_over {
+                0 => String::new(),
+                more => format!("; {more} more fill no window"),
+            }
         );
     }
 }

@@ -260,7 +260,9 @@ mod tests {
         };
         let found = run_guarded(device, || -> u8 { fail(failed()) }).unwrap_err();
         assert!(matches!(&found, DeviceError::OutOfMemory { .. }), "{found}");
-        let found = run_guarded(device, || -> u8 { fail(Error::Stream { why: "it is null" }) });
+        let found = run_guarded(device, || -> u8 {
+            fail(Error::Stream { why: "it is null" })
+        });
         assert!(found.unwrap_err().to_string().starts_with("cuda:1: "));
         let bug = catch_unwind(|| run_guarded(device, || resume_unwind(Box::new("a bug"))));
         assert!(matches!(bug, Err(payload) if payload.downcast_ref() == Some(&"a bug")));

@@ -20,7 +20,7 @@ use crate::Source;
 fn count(path: &Path) -> Result<(u64, usize), String> {
     let file = &Source::Local(path.into()).files().unwrap()[0];
     let (mut rows, mut items) = (0, 0);
-    let _ = crate::reader::read(file, &["ids"], &mut |row| {
+    let _ = crate::reader::read(file, &crate::reader::Reading::of(&["ids"]), &mut |row| {
         rows += 1;
         items += row["ids"].as_array().map_or(0, Vec::len);
         Ok(ControlFlow::Continue(()))
@@ -55,9 +55,11 @@ fn what_a_fuzzer_found_to_be_slow_is_read_or_refused_soon() {
             fs::copy(entry.unwrap().path(), &path).unwrap();
             let file = &Source::Local(path.clone()).files().unwrap()[0];
             let since = Instant::now();
-            let read = crate::reader::read(file, &["input", "output"], &mut |_| {
-                Ok(ControlFlow::Continue(()))
-            });
+            let read = crate::reader::read(
+                file,
+                &crate::reader::Reading::of(&["input", "output"]),
+                &mut |_| Ok(ControlFlow::Continue(())),
+            );
             // One took a minute, one two; a file of a kilobyte takes milliseconds.
             assert!(since.elapsed() < Duration::from_secs(5), "{read:?}");
             if let Err(error) = read {
@@ -73,7 +75,9 @@ fn what_a_fuzzer_found_to_be_slow_is_read_or_refused_soon() {
     let path = dir.path().join("rows.parquet");
     fs::copy(file, &path).unwrap();
     let file = &Source::Local(path).files().unwrap()[0];
-    let read = crate::reader::read(file, &["output"], &mut |_| Ok(ControlFlow::Continue(())));
+    let read = crate::reader::read(file, &crate::reader::Reading::of(&["output"]), &mut |_| {
+        Ok(ControlFlow::Continue(()))
+    });
     let error = read.unwrap_err().to_string();
     assert!(
         error.contains("rows.parquet: ") && error.contains("a page header: "),

@@ -144,7 +144,7 @@ fn every_format_and_compression_gives_the_same_windows() {
 fn talks(path: &Path) -> Vec<serde_json::Value> {
     let file = &Source::Local(path.into()).files().unwrap()[0];
     let mut talks = Vec::new();
-    let _ = crate::reader::read(file, &[], &mut |row| {
+    let _ = crate::reader::read(file, &crate::reader::Reading::of(&[]), &mut |row| {
         talks.push(row.get("messages").cloned().unwrap_or_default());
         Ok(std::ops::ControlFlow::Continue(()))
     })
@@ -308,7 +308,7 @@ fn an_arrow_file_whose_footer_lies_about_a_length_is_refused_before_memory_is_ta
 fn broken_and_unknown_files_are_refused_by_name() {
     let dir = TempDir::new().unwrap();
     for (name, text, words) in [
-        ("a.json", "[{\"input\": 1}", "row 0"),
+        ("a.json", "[{\"input\": 1}", "row 1: "),
         ("b.json", "{\"a\": 1}", "without a list"),
         ("c.json", "{\"a\": [], \"b\": []}", "more than one list"),
         ("d.json", "[1]", "neither an object nor a text"),
@@ -322,7 +322,7 @@ fn broken_and_unknown_files_are_refused_by_name() {
             "{\"input\": \"a\", \"output\": \"b\"}\n7",
             "neither an object nor a text",
         ),
-        ("d4.json", "[\"a\"]\n[\"b\"]", "its columns are text"),
+        ("d4.json", "[\"a\"]\n[\"b\"]", "row 1: "),
         ("e.jsonl", "{\"input\": \"a\"", "line 1"),
         ("f.csv", "a,b\n1\n", "f.csv"),
         ("f2.csv", &",".repeat(5000), "5001 columns"),
@@ -373,7 +373,7 @@ proptest! {
         fs::write(&path, bytes).unwrap();
         let file = &Source::Local(path).files().unwrap()[0];
         let mut rows = 0;
-        let read = crate::reader::read(file, &["input"], &mut |_| {
+        let read = crate::reader::read(file, &crate::reader::Reading::of(&["input"]), &mut |_| {
             rows += 1;
             Ok(std::ops::ControlFlow::Continue(()))
         });

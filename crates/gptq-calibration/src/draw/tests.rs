@@ -9,7 +9,7 @@ fn root(path: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "../..", path].iter().collect()
 }
 
-fn settings(sampling: Sampling) -> CalibrationSettings {
+pub(super) fn settings(sampling: Sampling) -> CalibrationSettings {
     CalibrationSettings {
         source: Source::Local(root(
             "calibration/wikidoc/wikidoc_patient_information_1000.json",
@@ -25,7 +25,7 @@ fn settings(sampling: Sampling) -> CalibrationSettings {
     }
 }
 
-fn tokenizer() -> TextTokenizer {
+pub(super) fn tokenizer() -> TextTokenizer {
     TextTokenizer::load(&root("tests/models/medi-tiny")).unwrap()
 }
 

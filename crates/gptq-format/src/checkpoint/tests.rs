@@ -72,7 +72,8 @@ fn a_tensor_in_two_shards_counts_where_the_index_says_or_both_are_equal() {
         write(&dir.path().join(name), &[tensor]);
     };
     let x = || Checkpoint::open(dir.path()).map(|it| it.f16("x", &[1]).unwrap()[0].to_f32());
-    (shard(1, 2.0), shard(2, 2.0));
+    shard(1, 2.0);
+    shard(2, 2.0);
     assert_eq!(x().unwrap(), 2.0);
     shard(2, 3.0);
     let line = x().unwrap_err().to_string();
