@@ -22,7 +22,7 @@ use crate::stream::{Chunk, Stream};
 
 /// Of how many tokens one is compared: the dense forward, the branch's own, and the products of a linear
 /// are each that part of the run's forward (`crates/README.md` has figures).
-const SHARE: usize = 128;
+const SHARE: usize = 256;
 /// Least tokens of a window.
 const LEAST: usize = 256;
 /// Tokens of a window that is not taken whole are a multiple of this.

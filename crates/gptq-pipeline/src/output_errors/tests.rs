@@ -150,15 +150,16 @@ fn output_errors_are_those_of_the_formula_in_f64_on_the_device() {
 }
 
 #[test]
-fn about_one_token_in_128_is_compared_and_never_less_than_a_short_window() {
+fn about_one_token_in_256_is_compared_and_never_less_than_a_short_window() {
     for (samples, seq_len, windows, tokens) in [
-        (128, 4096, 1, 4096),
-        (128, 1024, 1, 1024),
-        (129, 1024, 2, 1024),
-        (64, 4096, 1, 2048),
+        (128, 4096, 1, 2048),
+        (128, 1024, 1, 512),
+        (256, 1024, 1, 1024),
+        (257, 1024, 2, 1024),
+        (64, 4096, 1, 1024),
         (16, 512, 1, 256),
         (8, 128, 1, 128),
-        (100, 1000, 1, 768),
+        (100, 1000, 1, 384),
         (1, 1, 1, 1),
     ] {
         assert_eq!(Share::of(samples, seq_len), Share { windows, tokens });
