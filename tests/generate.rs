@@ -218,3 +218,47 @@ fn a_turn_ends_at_the_tokenizer_s_end_token_too_and_a_plain_prompt_does_not() {
     assert_eq!(ids(&ended), before[0][..=first]);
     assert_eq!(ids(&reply(plain)), before[1], "the model's own end alone");
 }
+
+#[test]
+fn a_reply_that_ends_before_it_began_says_why() {
+    let scratch = Scratch::new();
+    let model = scratch.copy_model();
+    let prompt = [
+        "--prompt",
+        "What is asthma?",
+        "--greedy",
+        "--max-new-tokens",
+        "4",
+    ];
+    let first = reply(&prompt)["tokens"][0].clone();
+    let path = model.join("generation_config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["eos_token_id"] = first.clone();
+    fs::write(&path, config.to_string()).unwrap();
+    let model = model.to_str().unwrap();
+    let said = |more: &[&str]| {
+        let args = [&["generate", model], &prompt[..], more].concat();
+        let output = crate::harness::gptq(args);
+        assert!(output.status.success());
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let without = said(&[]);
+    assert!(
+        without.contains("ended at once") && without.contains(&format!("({first})")),
+        "{without}"
+    );
+    assert!(
+        without.contains("--ignore-eos") && !without.contains("--template"),
+        "{without}"
+    );
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    fs::write(scratch.path("model/chat_template.jinja"), template).unwrap();
+    let with = said(&[]);
+    assert!(
+        with.contains("--template own") && with.contains("--chat"),
+        "{with}"
+    );
+    let going_on = succeed([&["generate", model, "--ignore-eos"], &prompt[..]].concat());
+    assert!(!going_on.trim().is_empty());
+}

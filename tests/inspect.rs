@@ -186,3 +186,39 @@ fn files_without_g_idx_and_configs_in_one_place_read_the_same() {
     assert_eq!(inspect(&dir)["format"], "gptq_v2");
     assert_eq!(greedy(&dir), expected);
 }
+
+#[test]
+fn a_directory_of_branches_is_one_table() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(
+        &medi_tiny(),
+        "[[branch]]\nname = \"wide\"\nbits = 8\ngroup_size = -1\n\
+         [[branch]]\nname = \"main\"\nbits = 4\ngroup_size = 64\nsym = false\n",
+    );
+    succeed(["quantize", recipe.to_str().unwrap()]);
+    let out = scratch.out();
+    let table = succeed(["inspect", out.to_str().unwrap()]);
+    let lines: Vec<&str> = table.lines().collect();
+    assert_eq!(lines.len(), 3, "{table}");
+    assert!(
+        lines[0].starts_with("branch") && lines[1].starts_with("main"),
+        "{table}"
+    );
+    let size = fs::metadata(out.join("wide/model.safetensors"))
+        .unwrap()
+        .len();
+    for word in [
+        "8",
+        "-1",
+        &format!("{:.2} MB", size as f64 / 1e6),
+        "GPTQModel",
+    ] {
+        assert!(lines[2].contains(word), "{word}: {table}");
+    }
+    let found = inspect(&out);
+    assert_eq!(found["main"], inspect(&out.join("main")));
+    assert_eq!(found["wide"]["settings"]["bits"], 8);
+    // Nothing to inspect, below or in it.
+    let line = crate::harness::refuse(["inspect", "tests/data"]);
+    assert!(line.contains("tests/data"), "{line}");
+}

@@ -31,6 +31,8 @@ mod publish;
 mod report;
 mod requantize;
 mod resume;
+mod sixteen_bits;
 mod stop;
 mod texts;
+mod tolerance;
 mod verify;

@@ -50,9 +50,43 @@ fn digests_are_those_of_the_tensors_in_the_file_and_the_run_is_on_record() {
         );
         assert_eq!(report["perplexity"]["text"], "eval_wikidoc_40.json");
         assert!(report["perplexity"]["value"].as_f64().unwrap() > 1.0);
+        let [own, text] = ["dense", "text_sha256"].map(|key| &report["perplexity"][key]);
+        assert!(
+            own.is_f64() && text.as_str().unwrap().len() == 64,
+            "{report}"
+        );
         let phases = report["phases"].as_array().unwrap();
         assert!(phases.iter().any(|p| p["phase"] == "Gram"), "{phases:?}");
     }
+}
+
+#[test]
+fn the_dense_models_perplexity_stands_beside_the_branches() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), BRANCHES);
+    let text = "tests/data/eval_wikidoc_40.json";
+    let args = ["quantize", recipe.to_str().unwrap(), "--perplexity", text];
+    let alone = succeed(["verify", "tests/models/medi-tiny", "--text", text, "--json"]);
+    let alone: Value = serde_json::from_str(&alone).unwrap();
+    let dense = alone["perplexity"]["value"].as_f64().unwrap();
+    let table = succeed(args);
+    let row = table
+        .lines()
+        .find(|l| l.starts_with("dense model"))
+        .unwrap();
+    assert!(row.contains(&format!("{dense:.3}")), "{table}");
+    assert!(
+        table.contains("over dense") && table.contains("windows of 1024"),
+        "{table}"
+    );
+    let own = || json(&scratch.out().join("main/report.json"))["perplexity"].clone();
+    assert_eq!(own()["dense"], dense);
+    // Of the same text it is taken from there: what is on record comes back.
+    let path = scratch.out().join("main/report.json");
+    let edited = fs::read_to_string(&path).unwrap();
+    fs::write(&path, edited.replace(&own()["dense"].to_string(), "123.25")).unwrap();
+    let record: Value = serde_json::from_str(&succeed(args.iter().chain(&["--json"]))).unwrap();
+    assert_eq!(record["dense_perplexity"], 123.25);
 }
 
 #[test]

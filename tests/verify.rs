@@ -160,40 +160,6 @@ fn the_dense_model_agrees_with_itself() {
 }
 
 #[test]
-fn what_is_tolerated_goes_by_the_fewest_bits_unless_it_is_said() {
-    let scratch = Scratch::new();
-    let branches = "[[branch]]\nname = \"two\"\nbits = 4\ngroup_size = 64\n\
-                    [[branch.override]]\nmatch = \"*.down_proj\"\nbits = 2\n\
-                    [[branch]]\nname = \"three\"\nbits = 3\ngroup_size = 64\n";
-    let recipe = scratch.recipe(&medi_tiny(), branches);
-    succeed(["quantize", recipe.to_str().unwrap()]);
-    let out = scratch.out();
-    let verify = |more: &[&str]| {
-        let args = ["verify", out.to_str().unwrap(), "--json", "--text"];
-        let args = [
-            &args[..],
-            &["tests/data/eval_wikidoc_40.json", "--window", "512"],
-            more,
-        ];
-        let text = gptq([&args.concat()[..], &["--against", "tests/models/medi-tiny"]].concat());
-        let receipts: Value = serde_json::from_slice(&text.stdout).unwrap();
-        ["two", "three"].map(|name| {
-            let receipt = &receipts[name];
-            assert!(
-                receipt["kl_divergence"].as_f64().unwrap() > 0.0,
-                "{receipt}"
-            );
-            (
-                receipt["pass"].as_bool().unwrap(),
-                receipt["tolerances"]["kl_divergence"].as_f64().unwrap(),
-            )
-        })
-    };
-    assert_eq!(verify(&[]), [(true, 2.0), (true, 0.5)]);
-    assert_eq!(verify(&["--max-kl", "0.01"]), [(false, 0.01); 2]);
-}
-
-#[test]
 fn a_tolerance_that_fails_is_told_and_leaves_a_failing_receipt() {
     let scratch = Scratch::new();
     branch(&scratch);

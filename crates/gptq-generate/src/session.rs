@@ -60,6 +60,9 @@ pub struct Reply {
     pub tokens: Vec<u32>,
     /// Why it ended.
     pub finish: Finish,
+    /// The end token's text, where one ended it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub end_token: Option<String>,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
     /// Those of them that were still in the cache.
@@ -71,6 +74,11 @@ pub struct Reply {
 }
 
 impl Reply {
+    /// Whether it ended before any text: the first token was an end token.
+    pub fn ended_at_once(&self) -> bool {
+        self.finish == Finish::EndToken && self.tokens.len() == 1
+    }
+
     /// Tokens per second of the prompt.
     pub fn prompt_rate(&self) -> f64 {
         (self.prompt_tokens - self.cached_tokens) as f64 / self.prompt_seconds
@@ -202,10 +210,15 @@ impl<B: Engine> Session<'_, B> {
         if finish != Finish::StopString {
             give(stops.finish());
         }
+        let end_token = match finish {
+            Finish::EndToken => Some(self.tokenizer.decode(&context[context.len() - 1..])?),
+            _ => None,
+        };
         Ok(Reply {
             text,
             tokens: context.split_off(prompt_tokens),
             finish,
+            end_token,
             prompt_tokens,
             cached_tokens,
             prompt_seconds,

@@ -98,6 +98,19 @@ impl<B: Engine> Flow<B> {
     }
 }
 
+/// A tensor that comes up inside a block, as [`Block::observed`] shows it.
+#[derive(Clone, Debug)]
+pub enum Seen<B: Engine> {
+    /// What a linear, by its index in the spec, gives: `[tokens, out_features]`.
+    Output(usize, Tensor<B, 2>),
+    /// Rotated queries `[windows, seq, heads, dim]` and keys `[windows, seq, kv_heads, dim]`.
+    Rotated(Tensor<B, 4>, Tensor<B, 4>),
+    /// The gated activation: `[tokens, features]`.
+    Gated(Tensor<B, 2>),
+    /// The residual stream: `[tokens, hidden]`.
+    Residual(Tensor<B, 2>),
+}
+
 /// A block's weights on the device. Cloning shares them.
 #[derive(Clone, Debug)]
 pub struct Block<B: Engine> {
@@ -128,23 +141,29 @@ impl<B: Engine> Block<B> {
     /// The input of the linears of `tap`, `[tokens, in_features]`.
     pub fn input(&self, tap: usize, flow: &Flow<B>) -> Tensor<B, 2> {
         let tap = &self.spec.taps[tap];
-        let mut flow = self.run(tap.start..tap.at, flow.clone(), None);
+        let mut flow = self.run(tap.start..tap.at, flow.clone(), None, &mut |_| ());
         self.read(&mut flow, tap.from, tap.at)
     }
 
     /// Runs the linears of `taps` and what stands between them, up to the next tap.
     pub fn advance(&self, taps: Range<usize>, flow: Flow<B>) -> Flow<B> {
-        self.run(self.spec.ops_of(taps), flow, None)
+        self.run(self.spec.ops_of(taps), flow, None, &mut |_| ())
     }
 
     /// The whole block.
     pub fn forward(&self, flow: Flow<B>) -> Flow<B> {
-        self.run(0..self.spec.ops.len(), flow, None)
+        self.observed(flow, &mut |_| ())
+    }
+
+    /// The whole block, showing `observe` what comes up on the way.
+    pub fn observed(&self, flow: Flow<B>, observe: &mut dyn FnMut(Seen<B>)) -> Flow<B> {
+        self.run(0..self.spec.ops.len(), flow, None, observe)
     }
 
     /// The whole block for the tokens that follow those in `cache`, which gains theirs: one window.
     pub fn forward_cached(&self, flow: Flow<B>, cache: &mut Cache<B>) -> Flow<B> {
-        self.run(0..self.spec.ops.len(), flow, Some(cache))
+        let ops = 0..self.spec.ops.len();
+        self.run(ops, flow, Some(cache), &mut |_| ())
     }
 
     /// Runs the operations `ops`.
@@ -153,6 +172,7 @@ impl<B: Engine> Block<B> {
         ops: Range<usize>,
         mut flow: Flow<B>,
         mut cache: Option<&mut Cache<B>>,
+        observe: &mut dyn FnMut(Seen<B>),
     ) -> Flow<B> {
         for at in ops {
             let mut read = |register: Register| self.read(&mut flow, register, at);
@@ -170,21 +190,25 @@ impl<B: Engine> Block<B> {
                     let x = read(*from);
                     for &(linear, to) in outputs {
                         let y = self.linears[linear].forward(x.clone());
+                        observe(Seen::Output(linear, y.clone()));
                         flow.activations.insert(to, y);
                     }
                 }
                 Op::Attend(attention) => {
                     let qkv = attention.qkv.map(read);
-                    let attended = self.attend(attention, qkv, flow.windows, cache.as_deref_mut());
+                    let cache = cache.as_deref_mut();
+                    let attended = self.attend(attention, qkv, flow.windows, cache, observe);
                     flow.activations.insert(attention.to, attended);
                 }
                 Op::Gate { gate, up, to } => {
                     let y = B::swiglu(read(*gate), read(*up));
+                    observe(Seen::Gated(y.clone()));
                     flow.activations.insert(*to, y);
                 }
                 Op::Add { from } => {
                     let y = read(*from);
                     flow.residual = flow.residual + y;
+                    observe(Seen::Residual(flow.residual.clone()));
                 }
             }
         }
@@ -218,6 +242,7 @@ impl<B: Engine> Block<B> {
         [q, k, v]: [Tensor<B, 2>; 3],
         windows: usize,
         cache: Option<&mut Cache<B>>,
+        observe: &mut dyn FnMut(Seen<B>),
     ) -> Tensor<B, 2> {
         let tokens = q.dims()[0];
         let split = |x: Tensor<B, 2>, heads: usize| {
@@ -231,6 +256,7 @@ impl<B: Engine> Block<B> {
         let attended = match cache.map(|cache| (cache.len(), cache)) {
             None => {
                 let [q, k, v] = self.rotated(&attention.rope, qkv, 0);
+                observe(Seen::Rotated(q.clone(), k.clone()));
                 B::causal_attention(q, k, v)
             }
             Some((0, cache)) => {

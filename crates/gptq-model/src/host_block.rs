@@ -104,6 +104,14 @@ impl HostBlock {
         })
     }
 
+    /// A linear, by its index in the spec, as it lies in the files, if it is quantised.
+    pub fn packed(&self, linear: usize) -> Option<&PackedLinear> {
+        match &self.linears[linear].weight {
+            HostWeight::Packed(packed) => Some(packed),
+            HostWeight::Dense(_) => None,
+        }
+    }
+
     /// Puts the block on a device, in compute dtype; packed linears are dequantised unless
     /// `keep_packed`.
     pub(crate) fn upload<B: Engine>(

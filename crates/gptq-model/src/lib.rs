@@ -24,7 +24,7 @@ mod rope;
 mod rope_scaling;
 mod spec;
 
-pub use block::{Block, Flow, Linear, Weight};
+pub use block::{Block, Flow, Linear, Seen, Weight};
 pub use block_builder::BlockBuilder;
 pub use cache::Cache;
 pub use census::Census;

@@ -137,6 +137,9 @@ pub struct BlockReport {
 pub struct Perplexity {
     /// File name of the text.
     pub text: String,
+    /// Its SHA-256; older reports have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text_sha256: Option<String>,
     /// Tokens per window.
     pub window: usize,
     /// Tokens scored.

@@ -74,9 +74,10 @@ impl BranchPage {
         let config = &report.quantize_config;
         let blocks = branch.receipt.iter().flat_map(|r| &r.blocks);
         let fresh: Vec<_> = blocks
-            .map(|b| {
-                let title = format!("layer {}: {}", b.layer, number::error(b.relative_error));
-                (b.layer as f64, b.relative_error, title)
+            .filter_map(|b| {
+                let error = b.relative_error?;
+                let title = format!("layer {}: {}", b.layer, number::error(error));
+                Some((b.layer as f64, error, title))
             })
             .collect();
         let has_fresh = !fresh.is_empty();

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::base_card::BaseCard;
 use crate::description::description;
-use crate::{Branch, Matrix, PromptTemplate, ReportError, number};
+use crate::{Branch, Matrix, PromptTemplate, ReportError, Windows, number};
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
 
@@ -58,6 +58,8 @@ pub struct Facts {
     prompt: String,
     /// The same for a Python string between `"""`.
     prompt_python: String,
+    /// Whether it is the tokenizer's chat template.
+    prompt_own: bool,
     /// The branches.
     branches: Vec<BranchFacts>,
     /// The branch for examples.
@@ -69,14 +71,20 @@ pub struct Facts {
     dtype: String,
     /// Names of the clients, in the order of a branch's `loads`.
     clients: Vec<&'static str>,
-    /// What perplexity was measured on: `eval.json, windows of 1024`.
-    measured_on: Vec<String>,
-    /// The dense model's, where all branches have the same.
-    dense_perplexity: Option<String>,
+    /// What perplexity was measured on, a column each.
+    measured_on: Vec<MeasuredOn>,
     /// Version of gptq.
     gptq_version: String,
     /// The base model's card, without its front matter.
     base_card: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct MeasuredOn {
+    /// `eval.json, windows of 1024`.
+    name: String,
+    /// The dense model's perplexity, where all branches say the same.
+    dense: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -96,9 +104,11 @@ struct BranchFacts {
     size: String,
     exllama: bool,
     description: String,
-    perplexity: Option<String>,
-    /// Over the dense model's.
-    over: Option<String>,
+    /// Perplexity, and how far it lies over the dense model's, on each of `measured_on`; `None` where it
+    /// was not measured there.
+    perplexities: Vec<Option<String>>,
+    /// What `gptq verify` found wrong.
+    failure: Option<String>,
     /// `None` where a client loads it, else why not.
     loads: Vec<Option<&'static str>>,
 }
@@ -124,25 +134,30 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
         .iter()
         .find_map(|key| first.config[key].as_str());
     let dtype = dtype.unwrap_or("float16");
+    let windows = matrix.windows();
     let branches: Vec<BranchFacts> = matrix
         .branches
         .iter()
-        .map(|branch| BranchFacts::new(branch, settings))
+        .map(|branch| BranchFacts::new(branch, &windows, settings))
         .collect();
     let loads = |client: Client| {
         let at = Client::ALL.iter().position(|c| *c == client)?;
         let branch = branches.iter().find(|b| b.loads[at].is_none())?;
         Some(branch.name.clone())
     };
-    let mut measured_on = Vec::new();
-    for measured in matrix.branches.iter().filter_map(Branch::perplexity) {
-        let text = format!("{}, windows of {}", measured.text, measured.window);
-        if !measured_on.contains(&text) {
-            measured_on.push(text);
-        }
-    }
-    let mut dense = matrix.branches.iter().filter_map(|b| b.perplexity()?.dense);
-    let dense = dense.next().filter(|first| dense.all(|d| d == *first));
+    let dense_on = |windows: &Windows| {
+        let measured = matrix
+            .branches
+            .iter()
+            .filter_map(|b| b.measured_on(windows));
+        let mut dense = measured.filter_map(|it| it.dense_perplexity);
+        dense.next().filter(|first| dense.all(|d| d == *first))
+    };
+    let measured_on = windows.iter().map(|windows| MeasuredOn {
+        name: cell(&windows.name()),
+        dense: dense_on(windows).map(|value| format!("{value:.3}")),
+    });
+    let measured_on = measured_on.collect();
     let license = license.unwrap_or_else(|| "unknown".to_owned());
     Ok(Facts {
         user: user.to_owned(),
@@ -170,13 +185,13 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
             .text
             .replace('\\', "\\\\")
             .replace("\"\"\"", "\\\"\\\"\\\""),
+        prompt_own: settings.prompt.own,
         example: branches.get(1).unwrap_or(&branches[0]).name.clone(),
         tgi: loads(Client::Tgi),
         vllm: loads(Client::Vllm),
         dtype: dtype.to_owned(),
         clients: Client::ALL.map(Client::name).to_vec(),
         measured_on,
-        dense_perplexity: dense.map(|value| format!("{value:.3}")),
         gptq_version: first.report.gptq_version.clone(),
         base_card: base.map(|b| b.body).filter(|body| !body.is_empty()),
         branches,
@@ -184,6 +199,14 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
 }
 
 impl Facts {
+    /// Branches that `gptq verify` failed, with what it found wrong.
+    pub fn failures(&self) -> Vec<(&str, &str)> {
+        let branches = self.branches.iter();
+        branches
+            .filter_map(|b| Some((b.name.as_str(), b.failure.as_deref()?)))
+            .collect()
+    }
+
     /// What the front matter lacks, and the option that adds it.
     pub fn missing(&self) -> Vec<(&'static str, &'static str)> {
         let has = |key: &str| self.front.iter().any(|e| e.starts_with(&format!("{key}:")));
@@ -296,10 +319,17 @@ fn front(known: &Front<'_>) -> Vec<String> {
 }
 
 impl BranchFacts {
-    fn new(branch: &Branch, settings: &CardSettings) -> BranchFacts {
+    fn new(branch: &Branch, windows: &[Windows], settings: &CardSettings) -> BranchFacts {
         let report = &branch.report;
         let config = &report.quantize_config;
-        let measured = branch.perplexity();
+        let perplexity = |windows: &Windows| {
+            let it = branch.measured_on(windows)?;
+            let over = it
+                .dense_perplexity
+                .map(|dense| number::over(it.perplexity, dense));
+            let over = over.map_or_else(String::new, |over| format!(" ({over})"));
+            Some(format!("{:.3}{over}", it.perplexity))
+        };
         let source = &report.calibration.source;
         let dataset = settings.dataset.as_ref().unwrap_or(source);
         let clients = branch.clients();
@@ -331,8 +361,8 @@ impl BranchFacts {
                 .iter()
                 .any(|s| s.client == Client::ExLlama && s.verdict.is_ok()),
             description: description(branch),
-            perplexity: measured.map(|p| format!("{:.3}", p.value)),
-            over: measured.and_then(|p| Some(number::over(p.value, p.dense?))),
+            perplexities: windows.iter().map(perplexity).collect(),
+            failure: branch.failure().map(|failure| cell(&failure)),
             loads: loads.to_vec(),
         }
     }

@@ -16,6 +16,10 @@ pub(crate) fn description(branch: &Branch) -> String {
         (true, false) => "act order",
         (false, _) => "no act order",
     };
+    let preset = match branch.report.preset.name() {
+        "standard" => String::new(),
+        other => format!(", preset {other}"),
+    };
     let sentence = match (config.bits, config.group_size) {
         (Bits::Two, _) => {
             "The smallest files; only where nothing else fits, quality suffers plainly."
@@ -55,11 +59,11 @@ pub(crate) fn description(branch: &Branch) -> String {
             }
             None => "Some linears have their own bits or groups.",
         };
-        let bits = branch.bits_per_weight();
-        return format!("{bits:.2} bits per weight, {order}. {why}{unordered}");
+        let bits = branch.bits_per_weight().unwrap_or_default();
+        return format!("{bits:.2} bits per weight, {order}{preset}. {why}{unordered}");
     }
     format!(
-        "{}-bit, {groups}, {order}. {sentence}{unordered}",
+        "{}-bit, {groups}, {order}{preset}. {sentence}{unordered}",
         config.bits
     )
 }

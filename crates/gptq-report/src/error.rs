@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use gptq_calibration::CalibrationError;
 use gptq_format::FormatError;
 use thiserror::Error;
 
@@ -33,6 +34,15 @@ pub enum ReportError {
          with {{prompt}} where the user's text goes"
     )]
     PromptTemplate { name: String, known: String },
+    #[error(
+        "{}: its tokenizer has no chat template; name another one with --prompt-template", dir.display()
+    )]
+    NoChatTemplate { dir: PathBuf },
+    #[error("{}: {source}; --prompt-template names another one", dir.display())]
+    ChatTemplate {
+        dir: PathBuf,
+        source: Box<CalibrationError>,
+    },
     #[error("{template}: {}", reason(source))]
     Template {
         template: String,

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::branch_page::BranchPage;
 use crate::plot::{Point, scatter};
 use crate::provenance::provenance;
-use crate::{Branch, Matrix, ReportError, Row, number, rows};
+use crate::{Branch, Matrix, ReportError, Row, Windows, number, rows};
 
 const TEMPLATE: &str = include_str!("../templates/report.html");
 const STYLE: &str = include_str!("../templates/report.css");
@@ -17,9 +17,9 @@ const SCRIPT: &str = include_str!("../templates/report.js");
 /// A column of the table of branches.
 #[derive(Serialize)]
 struct Column {
-    name: &'static str,
+    name: String,
     /// What it means, where the name does not say.
-    hint: &'static str,
+    hint: String,
     /// One per branch.
     cells: Vec<Cell>,
 }
@@ -119,7 +119,10 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
         (
             "Per weight",
             "bits, with scales, zero points and g_idx, of the quantised linears",
-            |r| shown(r.bits_per_weight, format!("{:.3}", r.bits_per_weight)),
+            |r| {
+                r.bits_per_weight
+                    .and_then(|bits| shown(bits, format!("{bits:.3}")))
+            },
         ),
         ("Act order", "", |r| {
             plain(if r.desc_act { "yes" } else { "no" })
@@ -145,7 +148,7 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
             "what the solver makes small, the mean over the linears",
             |r| r.mean_objective.and_then(|e| shown(e, number::error(e))),
         ),
-        ("Perplexity", "on held-out text", |r| {
+        (PERPLEXITY, "on held-out text", |r| {
             r.perplexity.and_then(|p| shown(p, format!("{p:.3}")))
         }),
         ("Over dense", "perplexity over the dense model's", |r| {
@@ -171,21 +174,70 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
             shown(r.seconds, number::seconds(r.seconds))
         }),
     ];
-    columns
+    let columns = columns
         .into_iter()
-        .filter(|(_, _, show)| rows.iter().any(|r| show(r).is_some()))
-        .map(|(name, hint, show)| {
-            let cells = rows.iter().map(|row| {
-                let (value, text) = show(row).unwrap_or((String::new(), "–".to_owned()));
-                Cell { value, text }
-            });
-            Column {
-                name,
-                hint,
-                cells: cells.collect(),
-            }
-        })
-        .collect()
+        .filter(|(_, _, show)| rows.iter().any(|r| show(r).is_some()));
+    let columns = columns.map(|(name, hint, show)| Column {
+        name: name.to_owned(),
+        hint: hint.to_owned(),
+        cells: rows.iter().map(|row| Cell::of(show(row))).collect(),
+    });
+    let mut columns: Vec<Column> = columns.collect();
+    // What was measured on other windows stands apart, each under its own name.
+    let measured = rows
+        .iter()
+        .find_map(|row| Some((row.text.as_ref()?, row.window?)));
+    let others = other_windows(rows);
+    if let (Some((text, window)), false) = (measured, others.is_empty()) {
+        let own = columns.iter_mut().find(|column| column.name == PERPLEXITY);
+        if let Some(column) = own {
+            column.name = format!("{PERPLEXITY}, {text}, windows of {window}");
+        }
+    }
+    columns.extend(others.iter().map(|windows| {
+        Column {
+            name: format!("{PERPLEXITY}, {}", windows.name()),
+            hint: "on these windows alone: it compares with nothing else".to_owned(),
+            cells: (rows.iter())
+                .map(|row| {
+                    let mut others = row.on_other_windows.iter();
+                    let own = others.find(|it| it.windows.same(windows));
+                    Cell::of(own.map(|it| {
+                        let over = it
+                            .dense_perplexity
+                            .map(|dense| number::over(it.perplexity, dense));
+                        let over = over.map_or_else(String::new, |over| format!(" ({over})"));
+                        (
+                            it.perplexity.to_string(),
+                            format!("{:.3}{over}", it.perplexity),
+                        )
+                    }))
+                })
+                .collect(),
+        }
+    }));
+    columns
+}
+
+const PERPLEXITY: &str = "Perplexity";
+
+/// The windows of what stands apart in any row.
+fn other_windows(rows: &[Row]) -> Vec<Windows> {
+    let mut all: Vec<Windows> = Vec::new();
+    for measured in rows.iter().flat_map(|row| &row.on_other_windows) {
+        if !all.iter().any(|it| it.same(&measured.windows)) {
+            all.push(measured.windows.clone());
+        }
+    }
+    all
+}
+
+impl Cell {
+    /// A dash where there is nothing.
+    fn of(shown: Option<(String, String)>) -> Cell {
+        let (value, text) = shown.unwrap_or((String::new(), "–".to_owned()));
+        Cell { value, text }
+    }
 }
 
 /// Size against perplexity.
@@ -200,21 +252,15 @@ struct Plot {
 }
 
 fn plot(matrix: &Matrix) -> Option<Plot> {
-    let first = matrix.branches.iter().find_map(Branch::perplexity)?;
-    let comparable = |branch: &&Branch| {
-        branch.perplexity().is_some_and(|p| {
-            (&p.text, p.window, p.tokens) == (&first.text, first.window, first.tokens)
-        })
-    };
-    let (drawn, others): (Vec<&Branch>, Vec<&Branch>) = matrix
-        .branches
-        .iter()
-        .filter(|b| b.perplexity().is_some())
-        .partition(comparable);
+    let windows = matrix.windows().into_iter().next()?;
+    let measured = |branch: &Branch| branch.measured_on(&windows);
+    let (drawn, others): (Vec<&Branch>, Vec<&Branch>) = (matrix.branches.iter())
+        .filter(|b| !b.measured().is_empty())
+        .partition(|b| measured(b).is_some());
     let short = |branch: &Branch| {
         let config = &branch.report.quantize_config;
         if branch.mixed() {
-            return format!("mixed, {:.2}", branch.bits_per_weight());
+            return format!("mixed, {:.2}", branch.bits_per_weight().unwrap_or_default());
         }
         match i64::from(config.group_size) {
             -1 => format!("{} bits, rows", config.bits),
@@ -224,7 +270,7 @@ fn plot(matrix: &Matrix) -> Option<Plot> {
     let points = drawn.iter().map(|branch| {
         let twins = drawn.iter().filter(|b| short(b) == short(branch)).count();
         let name = &branch.report.branch;
-        let value = branch.perplexity().map_or(f64::NAN, |p| p.value);
+        let value = measured(branch).map_or(f64::NAN, |it| it.perplexity);
         Point {
             x: branch.bytes as f64,
             y: value,
@@ -240,7 +286,7 @@ fn plot(matrix: &Matrix) -> Option<Plot> {
         }
     });
     let points: Vec<Point> = points.collect();
-    let dense = drawn.iter().find_map(|b| b.perplexity()?.dense);
+    let dense = drawn.iter().find_map(|b| measured(b)?.dense_perplexity);
     let svg = scatter(
         &points,
         dense.map(|value| (value, "dense model")),
@@ -252,9 +298,9 @@ fn plot(matrix: &Matrix) -> Option<Plot> {
     );
     Some(Plot {
         svg: Value::from_safe_string(svg),
-        text: first.text.clone(),
-        window: first.window,
-        tokens: first.tokens,
+        text: windows.text.clone(),
+        window: windows.window,
+        tokens: windows.tokens,
         left_out: others.iter().map(|b| b.report.branch.clone()).collect(),
     })
 }

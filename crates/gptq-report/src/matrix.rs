@@ -15,6 +15,8 @@ use crate::ReportError;
 pub struct Receipt {
     /// Whether everything held.
     pub pass: bool,
+    /// What was checked.
+    pub checks: Vec<Check>,
     /// On held-out text.
     pub perplexity: Option<Perplexity>,
     /// Mean of `KL(dense ‖ branch)` over next-token distributions, in nats.
@@ -25,13 +27,25 @@ pub struct Receipt {
     pub blocks: Vec<BlockError>,
 }
 
+/// One check.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Check {
+    /// What was checked, in a word or two.
+    pub name: String,
+    /// Whether it held.
+    pub pass: bool,
+    /// What was found.
+    pub detail: String,
+}
+
 /// One block's relative output error against the dense block on the same inputs.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 pub struct BlockError {
     /// Block index.
     pub layer: usize,
-    /// `‖y - ŷ‖² / ‖y‖²`.
-    pub relative_error: f64,
+    /// `‖y - ŷ‖² / ‖y‖²`; none of a block that is to do nothing.
+    #[serde(default)]
+    pub relative_error: Option<f64>,
 }
 
 /// Most blocks of a receipt, as of a model's `config.json`.
@@ -75,7 +89,8 @@ impl Receipt {
                     "blocks[{i}].layer = {layer} is not below {MAX_LAYERS}"
                 ));
             }
-            number(&format!("blocks[{i}].relative_error"), block.relative_error)?;
+            let error = block.relative_error.unwrap_or_default();
+            number(&format!("blocks[{i}].relative_error"), error)?;
         }
         Ok(())
     }
@@ -90,6 +105,8 @@ pub struct Branch {
     pub receipt: Option<Receipt>,
     /// Its `config.json`.
     pub config: serde_json::Value,
+    /// The directory.
+    pub dir: PathBuf,
     /// Bytes of its weight files, as they lie on the disk.
     pub bytes: u64,
 }
@@ -142,6 +159,11 @@ impl Matrix {
         Ok(Matrix { branches })
     }
 
+    /// The first branch's directory, with the tokenizer that all of them have.
+    pub fn dir(&self) -> &Path {
+        &self.branches[0].dir
+    }
+
     /// The base model's public name.
     pub fn model(&self) -> &str {
         &self.branches[0].report.model
@@ -158,6 +180,7 @@ impl Branch {
                 false => None,
             },
             config: read_json(&dir.join("config.json"))?,
+            dir: dir.to_owned(),
             bytes: weight_bytes(dir)?,
         })
     }
@@ -174,10 +197,14 @@ impl Branch {
         )
     }
 
-    /// Measured on held-out text: by `gptq verify`, else by `gptq quantize`.
-    pub fn perplexity(&self) -> Option<&Perplexity> {
-        let verified = self.receipt.as_ref().and_then(|r| r.perplexity.as_ref());
-        verified.or(self.report.perplexity.as_ref())
+    /// What `gptq verify` found wrong, where it did.
+    pub fn failure(&self) -> Option<String> {
+        let receipt = self.receipt.as_ref().filter(|receipt| !receipt.pass)?;
+        let first = receipt.checks.iter().find(|check| !check.pass);
+        Some(match first {
+            Some(check) => format!("{}: {}", check.name, check.detail),
+            None => "verify.json does not say why".to_owned(),
+        })
     }
 
     /// Its quantised linears.
@@ -200,12 +227,13 @@ impl Branch {
             .any(|l| settings(&l[0]) != settings(&l[1]))
     }
 
-    /// Bits per weight of its quantised linears, scales, zero points and `g_idx` included.
-    pub fn bits_per_weight(&self) -> f64 {
+    /// Bits per weight of its quantised linears, scales, zero points and `g_idx` included; none where none
+    /// is quantised.
+    pub fn bits_per_weight(&self) -> Option<f64> {
         let linears = self.linears();
         let stored: u64 = linears.iter().map(LinearShape::stored_bits).sum();
         let weights: u64 = linears.iter().map(LinearShape::weights).sum();
-        stored as f64 / weights as f64
+        (weights > 0).then(|| stored as f64 / weights as f64)
     }
 
     /// Who can load it.

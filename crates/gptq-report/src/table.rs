@@ -4,7 +4,7 @@ use gptq_format::{Bits, GroupSize};
 use gptq_pipeline::{Measure, Preset};
 use serde::Serialize;
 
-use crate::{Branch, Matrix};
+use crate::{Branch, Matrix, Measured, Windows};
 
 /// One branch. Fields without a measurement are `null` in JSON and empty in CSV.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -18,7 +18,7 @@ pub struct Row {
     /// Whether some linears have other bits or another group size.
     pub mixed: bool,
     /// Of the quantised linears, scales, zero points and `g_idx` included.
-    pub bits_per_weight: f64,
+    pub bits_per_weight: Option<f64>,
     /// Act order.
     pub desc_act: bool,
     /// Symmetric codes.
@@ -45,14 +45,20 @@ pub struct Row {
     pub worst_error: f64,
     /// Mean of these errors as a fraction of round-to-nearest's.
     pub mean_ratio: f64,
-    /// On held-out text.
+    /// Perplexity on held-out text: in all rows on the same windows, those that most branches were measured on.
     pub perplexity: Option<f64>,
-    /// The dense model's on the same text.
+    /// The text.
+    pub text: Option<String>,
+    /// Tokens per window of it.
+    pub window: Option<usize>,
+    /// The dense model's on the same windows.
     pub dense_perplexity: Option<f64>,
     /// Mean KL divergence from the dense model, nats.
     pub kl_divergence: Option<f64>,
     /// Share of positions with the dense model's likeliest token.
     pub top1_agreement: Option<f64>,
+    /// What was measured on other windows, which compares with nothing above.
+    pub on_other_windows: Vec<Measured>,
     /// What `gptq verify` said.
     pub verified: Option<bool>,
     /// Wall time spent on the branch alone.
@@ -61,11 +67,14 @@ pub struct Row {
 
 /// A row per branch, in the matrix's order.
 pub fn rows(matrix: &Matrix) -> Vec<Row> {
-    matrix.branches.iter().map(Row::of).collect()
+    let windows = matrix.windows();
+    let branches = matrix.branches.iter();
+    branches.map(|b| Row::of(b, &windows)).collect()
 }
 
 impl Row {
-    pub(crate) fn of(branch: &Branch) -> Row {
+    /// With what was measured on the first of the matrix's `windows`, and apart from it the rest.
+    fn of(branch: &Branch, windows: &[Windows]) -> Row {
         let report = &branch.report;
         let config = &report.quantize_config;
         let summary = report.summary(Measure::Weights);
@@ -74,7 +83,10 @@ impl Row {
             Measure::Weights => None,
         };
         let receipt = branch.receipt.as_ref();
-        let perplexity = branch.perplexity();
+        let all = branch.measured_among(windows).into_iter();
+        let (measured, others): (Vec<Measured>, _) =
+            all.partition(|it| windows.first().is_some_and(|first| it.windows.same(first)));
+        let measured = measured.first();
         Row {
             branch: report.branch.clone(),
             bits: config.bits,
@@ -94,10 +106,13 @@ impl Row {
             mean_error: summary.mean_error,
             worst_error: summary.worst_error,
             mean_ratio: summary.mean_ratio,
-            perplexity: perplexity.map(|p| p.value),
-            dense_perplexity: perplexity.and_then(|p| p.dense),
-            kl_divergence: receipt.and_then(|r| r.kl_divergence),
-            top1_agreement: receipt.and_then(|r| r.top1_agreement),
+            perplexity: measured.map(|it| it.perplexity),
+            text: measured.map(|it| it.windows.text.clone()),
+            window: measured.map(|it| it.windows.window),
+            dense_perplexity: measured.and_then(|it| it.dense_perplexity),
+            kl_divergence: measured.and_then(|it| it.kl_divergence),
+            top1_agreement: measured.and_then(|it| it.top1_agreement),
+            on_other_windows: others,
             verified: receipt.map(|r| r.pass),
             seconds: report.seconds,
         }
@@ -109,7 +124,7 @@ pub fn csv(rows: &[Row]) -> String {
     let mut text = String::from(
         "branch,bits,group_size,mixed,bits_per_weight,desc_act,sym,damp_percent,preset,bytes,\
          mean_output_error,worst_output_error,mean_output_ratio,last_block_error,mean_objective,mean_error,worst_error,\
-         mean_ratio,perplexity,dense_perplexity,kl_divergence,top1_agreement,verified,seconds\n",
+         mean_ratio,perplexity,text,window,dense_perplexity,kl_divergence,top1_agreement,on_other_windows,verified,seconds\n",
     );
     for row in rows {
         let fields = [
@@ -117,7 +132,7 @@ pub fn csv(rows: &[Row]) -> String {
             row.bits.to_string(),
             row.group_size.to_string(),
             row.mixed.to_string(),
-            row.bits_per_weight.to_string(),
+            measured(row.bits_per_weight),
             row.desc_act.to_string(),
             row.sym.to_string(),
             row.damp_percent.to_string(),
@@ -132,15 +147,26 @@ pub fn csv(rows: &[Row]) -> String {
             row.worst_error.to_string(),
             row.mean_ratio.to_string(),
             measured(row.perplexity),
+            quoted(row.text.as_deref().unwrap_or_default()),
+            measured(row.window),
             measured(row.dense_perplexity),
             measured(row.kl_divergence),
             measured(row.top1_agreement),
+            quoted(&others(&row.on_other_windows)),
             measured(row.verified),
             row.seconds.to_string(),
         ];
         text += &(fields.join(",") + "\n");
     }
     text
+}
+
+/// `"19.099 (eval.json, windows of 512)"`, and so on.
+fn others(others: &[Measured]) -> String {
+    let all = others
+        .iter()
+        .map(|it| format!("{} ({})", it.perplexity, it.windows.name()));
+    all.collect::<Vec<_>>().join("; ")
 }
 
 fn measured(value: Option<impl ToString>) -> String {

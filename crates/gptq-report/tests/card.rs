@@ -10,7 +10,7 @@ use crate::fixture::{directory, matrix_with};
 fn settings() -> CardSettings {
     CardSettings {
         repo: "user/medi-tiny-GPTQ".to_owned(),
-        prompt: PromptTemplate::load("chatml").unwrap(),
+        prompt: PromptTemplate::load("chatml", Path::new(".")).unwrap(),
         base_card: None,
         base_model: None,
         dataset: None,
@@ -153,6 +153,121 @@ fn what_does_not_belong_together_is_refused() {
     let twice = directory(|report| report.branch = "main".to_owned());
     let error = Matrix::read(twice.path()).unwrap_err().to_string();
     assert!(error.contains("a second branch"), "{error}");
-    let error = PromptTemplate::load("nothing-like-this").unwrap_err();
+    let error = PromptTemplate::load("nothing-like-this", Path::new(".")).unwrap_err();
     assert!(error.to_string().contains("chatml"), "{error}");
+}
+
+/// A branch directory with the tokenizer's files that matter here.
+fn with_template(template: &str) -> (tempfile::TempDir, Matrix) {
+    let target = directory(|_| ());
+    let config = r#"{"eos_token": "<|im_end|>"}"#;
+    fs::write(target.path().join("main/tokenizer_config.json"), config).unwrap();
+    fs::write(target.path().join("main/chat_template.jinja"), template).unwrap();
+    let matrix = Matrix::read(target.path()).unwrap();
+    (target, matrix)
+}
+
+#[test]
+fn the_tokenizers_own_template_is_shown_and_applied_by_its_name() {
+    let chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}\
+                  {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let (_target, matrix) = with_template(chatml);
+    for prompt in [
+        PromptTemplate::of(matrix.dir()).unwrap(),
+        PromptTemplate::load("own", matrix.dir()).unwrap(),
+    ] {
+        let settings = CardSettings {
+            prompt,
+            ..settings()
+        };
+        let text = card(&facts(&matrix, &settings).unwrap(), None).unwrap();
+        assert!(
+            text.contains("```\n<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n```"),
+            "{text}"
+        );
+        assert!(text.contains("tokenizer.apply_chat_template("), "{text}");
+        assert!(!text.contains("template = ") && !text.contains("{system_message}"));
+    }
+    // Without one there is nothing to apply.
+    let plain = matrix_with(|_| ());
+    let name = PromptTemplate::of(plain.dir()).unwrap().name;
+    assert_eq!(name, "plain");
+    let line = PromptTemplate::load("own", plain.dir()).unwrap_err();
+    assert!(line.to_string().contains("--prompt-template"), "{line}");
+    let (_target, broken) = with_template("{{ raise_exception('no') }}");
+    let line = PromptTemplate::of(broken.dir()).unwrap_err().to_string();
+    assert!(
+        line.contains("no") && line.contains("--prompt-template"),
+        "{line}"
+    );
+}
+
+#[test]
+fn no_known_template_leaves_more_than_the_prompt_open() {
+    for name in ["chatml", "llama-2", "alpaca", "plain"] {
+        let template = PromptTemplate::load(name, Path::new(".")).unwrap();
+        assert_eq!(template.text.matches(['{', '}']).count(), 2, "{name}");
+        assert_eq!(template.text.matches("{prompt}").count(), 1, "{name}");
+    }
+}
+
+#[test]
+fn branches_that_differ_by_preset_alone_are_described_differently() {
+    let matrix = matrix_with(|report| {
+        if report.branch.ends_with("64g-actorder_True") {
+            report.quantize_config = report.quantize_config.clone();
+            report.preset = gptq_pipeline::Preset::Best;
+        }
+    });
+    let text = card(&facts(&matrix, &settings()).unwrap(), None).unwrap();
+    assert_eq!(text.matches("act order, preset best.").count(), 1, "{text}");
+}
+
+#[test]
+fn perplexities_on_different_windows_have_columns_of_their_own() {
+    let matrix = matrix_with(|report| {
+        if report.branch == "main" {
+            // Beside the receipt's 1024: the run measured it on other windows.
+            let measured = report.perplexity.as_mut().unwrap();
+            (measured.window, measured.tokens, measured.value) = (512, 4088, 22.75);
+            measured.dense = Some(21.0);
+        }
+    });
+    let text = card(&facts(&matrix, &settings()).unwrap(), None).unwrap();
+    let row = |start: &str| text.lines().find(|line| line.starts_with(start)).unwrap();
+    let heading = row("| Branch | Bits");
+    assert!(
+        heading.contains(
+            "| Perplexity, eval_wikidoc_40.json, windows of 1024 \
+             | Perplexity, eval_wikidoc_40.json, windows of 512 |"
+        ),
+        "{heading}"
+    );
+    let main = row("| [main]");
+    assert!(
+        main.contains("| 21.500 (+6.17 %) | 22.750 (+8.33 %) |"),
+        "{main}"
+    );
+    let other = row("| [gptq-4bit-64g");
+    assert!(other.contains("| 21.135 | not measured |"), "{other}");
+}
+
+#[test]
+fn a_failed_verification_is_on_the_card() {
+    let target = directory(|_| ());
+    let receipt = target.path().join("main/verify.json");
+    let text = fs::read_to_string(&receipt).unwrap();
+    let failed = r#""pass": false, "checks": [{"name": "KL divergence", "pass": false, "detail": "0.2 | much"}]"#;
+    fs::write(&receipt, text.replace("\"pass\": true", failed)).unwrap();
+    let facts = facts(&Matrix::read(target.path()).unwrap(), &settings()).unwrap();
+    assert_eq!(facts.failures(), [("main", "KL divergence: 0.2 \\| much")]);
+    let text = card(&facts, None).unwrap();
+    let row = text
+        .lines()
+        .find(|line| line.starts_with("| [main]"))
+        .unwrap();
+    assert!(
+        row.contains("**Failed verification** (KL divergence: 0.2 \\| much)"),
+        "{row}"
+    );
 }

@@ -58,13 +58,13 @@ fn the_table_holds_the_reports_own_numbers() {
         let number = |i: usize| value(i).parse::<f64>().unwrap();
         let summary = branch.report.summary(Measure::Weights);
         assert_eq!(value(0), branch.report.branch);
-        assert_eq!(number(3), branch.bits_per_weight());
+        assert_eq!(Some(number(3)), branch.bits_per_weight());
         assert_eq!(number(6), branch.report.bytes as f64);
         assert_eq!(number(7), summary.mean_error);
         assert_eq!(number(8), summary.worst_error);
         assert_eq!(number(9), summary.mean_ratio);
-        match branch.perplexity() {
-            Some(measured) => assert_eq!(number(10), measured.value),
+        match branch.measured().first() {
+            Some(measured) => assert_eq!(number(10), measured.perplexity),
             None => assert_eq!(value(10), ""),
         }
         assert_eq!(number(15), branch.report.seconds);
@@ -154,6 +154,75 @@ fn a_receipt_counts_before_the_runs_own_measurement() {
     );
     assert!(row.contains("passed") && row.contains(">91.27 %<"), "{row}");
     assert!(section(&page, 0).contains("block output on fresh text"));
+}
+
+#[test]
+fn perplexities_on_different_windows_never_share_a_column() {
+    let matrix = matrix_with(|report| {
+        let Some(measured) = &mut report.perplexity else {
+            return;
+        };
+        match report.branch.as_str() {
+            "main" => (measured.window, measured.value) = (512, 22.75),
+            // The same name and window, and another text.
+            "gptq-4bit-32g-actorder_True" => measured.text_sha256 = Some("b".repeat(64)),
+            _ => measured.text_sha256 = Some("a".repeat(64)),
+        }
+    });
+    let page = html(&matrix).unwrap();
+    let heading = between(&page, "<thead>", "</thead>");
+    for name in [
+        "Perplexity, eval_wikidoc_40.json, windows of 1024<",
+        "Perplexity, eval_wikidoc_40.json (SHA-256 aaaaaaaa), windows of 1024<",
+        "Perplexity, eval_wikidoc_40.json (SHA-256 bbbbbbbb), windows of 1024<",
+        "Perplexity, eval_wikidoc_40.json, windows of 512<",
+    ] {
+        assert!(heading.contains(name), "{name}: {heading}");
+    }
+    let rows = rows(&matrix);
+    let of = |name: &str| {
+        rows.iter()
+            .find(|row| row.branch.starts_with(name))
+            .unwrap()
+    };
+    let (main, other) = (of("main"), of("gptq-4bit-32g"));
+    assert_eq!((main.perplexity, main.window), (Some(21.5), Some(1024)));
+    assert_eq!(main.on_other_windows[0].perplexity, 22.75);
+    assert_eq!(other.perplexity, None);
+    assert_eq!(other.on_other_windows.len(), 1);
+    let table = csv(&rows);
+    assert!(
+        table.contains("\"22.75 (eval_wikidoc_40.json, windows of 512)\""),
+        "{table}"
+    );
+}
+
+#[test]
+fn a_block_without_a_relative_error_is_left_out_of_the_plot() {
+    let target = crate::fixture::directory(|_| ());
+    let receipt = target.path().join("main/verify.json");
+    let text = std::fs::read_to_string(&receipt).unwrap();
+    for without in [
+        "\"relative_error\": null",
+        "\"reason\": \"it adds nothing\"",
+    ] {
+        std::fs::write(
+            &receipt,
+            text.replace("\"relative_error\": 0.0048", without),
+        )
+        .unwrap();
+        let matrix = gptq_report::Matrix::read(target.path()).unwrap();
+        assert_eq!(
+            matrix.branches[0].receipt.as_ref().unwrap().blocks[1].relative_error,
+            None
+        );
+        let page = html(&matrix).unwrap();
+        let main = section(&page, 0);
+        assert!(
+            main.contains("layer 0: 5.100e-3") && !main.contains("layer 1: 4.8"),
+            "{main}"
+        );
+    }
 }
 
 #[test]

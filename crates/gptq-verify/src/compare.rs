@@ -1,33 +1,69 @@
 //! A model on windows of text, alone or beside the dense model it came from, block by block.
 //!
 //! Perplexity is `exp` of the mean negative log-likelihood of every token of every window but the
-//! window's first.
+//! window's first. Beside a branch and its dense model, the dense model rounded to nearest with the branch's
+//! settings goes through a share of the windows: it says what such settings cost without any method.
 
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use gptq_kernels::{Engine, map_lanes};
-use gptq_model::{Flow, Head, Model};
+use gptq_model::{Block, Flow, Head, HostBlock, Model};
 
+use crate::nearest::{Setting, nearest};
+use crate::range::{Range, Readings};
+use crate::weights::{self, Strange};
 use crate::{BlockError, VerifyError};
 
 /// Tokens run through a block together.
 const CHUNK: usize = 4096;
 /// Rows of logits alive together.
 const LOGIT_ROWS: usize = 512;
+/// Of how many windows one is rounded to nearest too.
+const SHARE: usize = 4;
 
 /// What the text showed.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Measured {
-    pub perplexity: f64,
+    /// Mean negative log-likelihood of a token; not finite where the output is not.
+    pub loss: f64,
+    pub range: Range,
     pub dense: Option<Compared>,
 }
 
 /// Against the dense model.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Compared {
-    pub perplexity: f64,
+    /// Its mean negative log-likelihood of a token.
+    pub loss: f64,
     pub kl_divergence: f64,
     pub top1_agreement: f64,
     pub blocks: Vec<BlockError>,
+    /// Mean code width of the quantised weights; 16 where there are none.
+    pub bits: f64,
+    /// Rounding to nearest, where anything is quantised.
+    pub nearest: Option<Nearest>,
+    /// Groups whose scale is not that of their weights.
+    pub strange: Vec<Strange>,
+}
+
+/// The dense model rounded to nearest with the branch's settings, on a share of the text.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Nearest {
+    pub tokens: usize,
+    /// Mean negative log-likelihood of a token, and the dense model's on the same ones.
+    pub loss: f64,
+    pub dense_loss: f64,
+    pub kl_divergence: f64,
+    pub top1_agreement: f64,
+}
+
+/// How a block's linear is quantised.
+struct Quantized {
+    /// Its index in the block's spec, and its module.
+    linear: usize,
+    module: String,
+    setting: Setting,
+    g_idx: Vec<i32>,
+    in_features: usize,
 }
 
 /// Runs `windows`, all of one length of at least 2, through `model`, and through `dense`, taken in the
@@ -42,58 +78,215 @@ pub(crate) fn measure<B: Engine>(
     let window = windows.first().map_or(1, Vec::len).max(1);
     let per_chunk = (CHUNK / window).max(1);
     let mut flows = model.embed(windows, per_chunk, model.dtype())?;
-    let mut dense_flows = match dense {
-        Some(dense) => dense.embed(windows, per_chunk, dense.dtype())?,
-        None => Vec::new(),
-    };
-    let mut blocks = Vec::new();
+    let mut range = Range::default();
+    let mut beside = dense
+        .map(|dense| Beside::start(model, dense, windows, per_chunk))
+        .transpose()?;
     for layer in 0..model.config().layers {
-        let block = model.block(layer)?;
-        flows = map_lanes::<B, _, _>(flows, |flow| block.forward(flow));
-        if let Some(dense) = dense {
-            let dense = dense.block(layer)?;
-            let ran = map_lanes::<B, _, _>(dense_flows, |flow| {
-                let right = dense.forward(flow.clone());
-                let found = block.forward(flow.clone());
-                let error = energy(&found, &right);
-                (error, energy(&right, &flow), right)
-            });
-            let total = |part: fn(&(f64, f64, Flow<B>)) -> f64| ran.iter().map(part).sum::<f64>();
-            blocks.push(BlockError {
-                layer,
-                relative_error: total(|r| r.0) / total(|r| r.1),
-            });
-            dense_flows = ran.into_iter().map(|(_, _, flow)| flow).collect();
-        }
+        let host = model.read_block(layer)?;
+        let quantized = match &beside {
+            Some(_) => quantized(model, &host, layer)?,
+            None => Vec::new(),
+        };
+        let block = model.upload(host);
+        let mut readings = Readings::default();
+        let ran = map_lanes::<B, _, _>(flows, |flow| Readings::of(&block, flow));
+        let ran = ran.into_iter().map(|(flow, found)| {
+            readings.merge(found);
+            flow
+        });
+        flows = ran.collect();
+        let dense_readings = match &mut beside {
+            Some(beside) => beside.block(layer, &block, &quantized, readings.overflow())?,
+            None => None,
+        };
+        range.add(Some(layer), &readings, dense_readings.as_ref());
         on_block(layer + 1);
     }
-    let heads = (model.head()?, dense.map(Model::head).transpose()?);
+    let head = model.head()?;
     let mut sums = Sums::default();
-    let mut dense_flows = dense_flows.into_iter();
-    for (flow, chunk) in flows.into_iter().zip(windows.chunks(per_chunk)) {
-        let beside = heads.1.as_ref().zip(dense_flows.next());
-        sums.add(
-            &heads.0,
-            &flow,
-            beside.as_ref().map(|(h, f)| (*h, f)),
-            chunk,
-        );
+    let mut readings = Readings::default();
+    for (at, chunk) in windows.chunks(per_chunk).enumerate() {
+        let Some(flow) = flows.get(at) else { break };
+        let others = beside.as_ref().map(|beside| beside.at(at));
+        sums.add(&head, flow, others, chunk, &mut readings);
     }
-    let n = sums.tokens as f64;
-    let measured = Measured {
-        perplexity: (sums.loss / n).exp(),
-        dense: dense.map(|_| Compared {
-            perplexity: (sums.dense_loss / n).exp(),
-            kl_divergence: sums.divergence / n,
-            top1_agreement: sums.agreed as f64 / n,
-            blocks,
-        }),
+    range.add(None, &readings, None);
+    Ok(Measured {
+        loss: sums.own.mean(sums.own.loss),
+        range,
+        dense: beside.map(|beside| sums.compared(beside)),
+    })
+}
+
+/// The linears of a block that are quantised.
+fn quantized<B: Engine>(
+    model: &Model<B>,
+    block: &HostBlock,
+    layer: usize,
+) -> Result<Vec<Quantized>, VerifyError> {
+    let Some(config) = model.checkpoint().quantize_config() else {
+        return Ok(Vec::new());
     };
-    match measured.perplexity.is_finite() {
-        true => Ok(measured),
-        false => Err(VerifyError::NonFiniteOutput {
-            dir: model.checkpoint().dir().into(),
-        }),
+    let linears = model.config().block(layer).linears().iter().enumerate();
+    let packed = linears.filter_map(|(linear, spec)| Some((linear, spec, block.packed(linear)?)));
+    packed
+        .map(|(linear, spec, packed)| {
+            let module = spec.module(layer);
+            let own = config.module(&module)?;
+            Ok(Quantized {
+                linear,
+                setting: Setting {
+                    bits: packed.bits,
+                    group_size: own.map_or(config.group_size, |(_, group_size)| group_size),
+                    sym: config.sym,
+                },
+                g_idx: packed.g_idx.clone(),
+                in_features: packed.in_features,
+                module,
+            })
+        })
+        .collect()
+}
+
+/// The dense model beside the one that is judged.
+struct Beside<'a, B: Engine> {
+    model: &'a Model<B>,
+    head: Head<B>,
+    flows: Vec<Flow<B>>,
+    /// What goes through the model rounded to nearest: the first windows of each chunk; of a chunk none,
+    /// where the ones before hold the share already, and nothing where nothing is quantised.
+    rounded: Vec<Option<Flow<B>>>,
+    blocks: Vec<BlockError>,
+    strange: Vec<Strange>,
+    /// Bits of the quantised weights' codes, and how many weights.
+    codes: [f64; 2],
+}
+
+impl<'a, B: Engine> Beside<'a, B> {
+    fn start(
+        judged: &Model<B>,
+        model: &'a Model<B>,
+        windows: &[Vec<u32>],
+        per_chunk: usize,
+    ) -> Result<Self, VerifyError> {
+        let flows = model.embed(windows, per_chunk, model.dtype())?;
+        let quantised = judged.checkpoint().quantize_config().is_some();
+        let mut seen: usize = 0;
+        let rounded = flows.iter().map(|flow| {
+            let before = seen.div_ceil(SHARE);
+            seen += flow.windows;
+            let share = seen.div_ceil(SHARE) - before;
+            first(flow, if quantised { share } else { 0 })
+        });
+        Ok(Beside {
+            rounded: rounded.collect(),
+            head: model.head()?,
+            model,
+            flows,
+            blocks: Vec::new(),
+            strange: Vec::new(),
+            codes: [0.0; 2],
+        })
+    }
+
+    /// Runs block `layer`; its readings, if they are asked for.
+    fn block(
+        &mut self,
+        layer: usize,
+        judged: &Block<B>,
+        quantized: &[Quantized],
+        read: bool,
+    ) -> Result<Option<Readings>, VerifyError> {
+        let dense = self.model.block(layer)?;
+        let mut nearby = dense.clone();
+        for linear in quantized {
+            let at = linear.linear;
+            let weight = |block: &Block<B>| block.linear(at).weight.dense(self.model.dtype());
+            let (right, found) = (weight(&dense), weight(judged));
+            let weights = right.dims().iter().product::<usize>() as f64;
+            let bits = linear.setting.bits.get() as f64;
+            self.codes = [self.codes[0] + bits * weights, self.codes[1] + weights];
+            let group_size = linear.setting.group_size;
+            let columns = group_size.columns(linear.in_features);
+            let groups = group_size.groups(linear.in_features);
+            let sums = weights::sums(right.clone(), found, &linear.g_idx, columns);
+            let strange = weights::strange(linear.module.clone(), sums, groups);
+            self.strange.extend(strange);
+            nearby.set_weight(at, nearest(right, linear.setting));
+        }
+        let flows = std::mem::take(&mut self.flows).into_iter();
+        let both = flows.zip(std::mem::take(&mut self.rounded)).collect();
+        let ran = map_lanes::<B, _, _>(both, |(flow, rounded): (Flow<B>, Option<Flow<B>>)| {
+            let (right, readings) = match read {
+                true => Readings::of(&dense, flow.clone()),
+                false => (dense.forward(flow.clone()), Readings::default()),
+            };
+            let mut energies = Energies {
+                found: energy(&judged.forward(flow.clone()), &right),
+                whole: energy(&right, &flow),
+                ..Energies::default()
+            };
+            let rounded = rounded.map(|rounded| {
+                let share = |flow: &Flow<B>| first(flow, rounded.windows);
+                if let (Some(flow), Some(right)) = (share(&flow), share(&right)) {
+                    energies.share = energy(&right, &flow);
+                    energies.nearest = energy(&nearby.forward(flow), &right);
+                }
+                nearby.forward(rounded)
+            });
+            (right, rounded, energies, readings)
+        });
+        let mut sum = Energies::default();
+        let mut all = Readings::default();
+        for (flow, rounded, energies, readings) in ran {
+            self.flows.push(flow);
+            self.rounded.push(rounded);
+            sum.add(energies);
+            all.merge(readings);
+        }
+        self.blocks.push(sum.error(layer));
+        Ok(read.then_some(all))
+    }
+
+    /// What goes into the head for a chunk.
+    fn at(&self, chunk: usize) -> Others<'_, B> {
+        Others {
+            head: &self.head,
+            dense: self.flows.get(chunk),
+            rounded: self.rounded.get(chunk).and_then(Option::as_ref),
+        }
+    }
+}
+
+/// The first `windows` windows; none where that is none.
+fn first<B: Engine>(flow: &Flow<B>, windows: usize) -> Option<Flow<B>> {
+    let tokens = flow.residual.dims()[0] / flow.windows.max(1) * windows;
+    let states = || flow.residual.clone().narrow(0, 0, tokens);
+    (windows > 0).then(|| Flow::new(windows, states()))
+}
+
+/// Squared lengths, summed over tokens.
+#[derive(Clone, Copy, Debug, Default)]
+struct Energies {
+    /// `‖B̂(x) - B(x)‖²` and `‖B(x) - x‖²`.
+    found: f64,
+    whole: f64,
+    /// The same of the block rounded to nearest, on its share of the text.
+    nearest: f64,
+    share: f64,
+}
+
+impl Energies {
+    fn add(&mut self, other: Energies) {
+        self.found += other.found;
+        self.whole += other.whole;
+        self.nearest += other.nearest;
+        self.share += other.share;
+    }
+
+    fn error(&self, layer: usize) -> BlockError {
+        BlockError::new(layer, [self.found, self.whole], [self.nearest, self.share])
     }
 }
 
@@ -105,14 +298,56 @@ fn energy<B: Engine>(a: &Flow<B>, b: &Flow<B>) -> f64 {
     sum.into_data().iter::<f64>().sum()
 }
 
-/// Sums over scored tokens.
-#[derive(Default)]
-struct Sums {
+/// What runs beside the judged model, before the head.
+struct Others<'a, B: Engine> {
+    head: &'a Head<B>,
+    dense: Option<&'a Flow<B>>,
+    rounded: Option<&'a Flow<B>>,
+}
+
+/// Sums over scored tokens, of one model beside the dense one.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sum {
     tokens: usize,
     loss: f64,
+    /// The dense model's on the same tokens.
     dense_loss: f64,
     divergence: f64,
     agreed: usize,
+}
+
+impl Sum {
+    /// Adds the log-probabilities `found`, and the dense model's beside them.
+    fn add<B: Engine>(&mut self, found: Tensor<B, 2>, right: Option<&Right<B>>, targets: &[u32]) {
+        self.tokens += targets.len();
+        self.loss += loss(found.clone(), targets);
+        let Some(right) = right else { return };
+        self.dense_loss += right.loss;
+        let divergence = right.p.clone() * (right.log_p.clone() - found.clone());
+        self.divergence += floats(divergence.sum_dim(1)).sum::<f64>();
+        let agreed = right.likeliest.clone().equal(found.argmax(1)).int().sum();
+        self.agreed += agreed.into_data().iter::<i64>().sum::<i64>() as usize;
+    }
+
+    /// By the token.
+    fn mean(&self, sum: f64) -> f64 {
+        sum / self.tokens as f64
+    }
+}
+
+/// The dense model's predictions.
+struct Right<B: Engine> {
+    log_p: Tensor<B, 2>,
+    p: Tensor<B, 2>,
+    likeliest: Tensor<B, 2, Int>,
+    loss: f64,
+}
+
+/// Sums of the judged model and of the dense one rounded to nearest.
+#[derive(Default)]
+struct Sums {
+    own: Sum,
+    nearest: Sum,
 }
 
 impl Sums {
@@ -120,8 +355,9 @@ impl Sums {
         &mut self,
         head: &Head<B>,
         flow: &Flow<B>,
-        dense: Option<(&Head<B>, &Flow<B>)>,
+        others: Option<Others<'_, B>>,
         windows: &[Vec<u32>],
+        readings: &mut Readings,
     ) {
         for (i, tokens) in windows.iter().enumerate() {
             let window = tokens.len();
@@ -130,21 +366,51 @@ impl Sums {
             for (piece, targets) in all.chunks(LOGIT_ROWS).enumerate() {
                 let start = i * window + piece * LOGIT_ROWS;
                 let rows = start..start + targets.len();
-                let log_p = |head: &Head<B>, flow: &Flow<B>| {
-                    let states = flow.residual.clone().slice([rows.clone()]);
-                    log_softmax(head.logits(states), 1)
+                let logits = |head: &Head<B>, flow: &Flow<B>| {
+                    head.logits(flow.residual.clone().slice([rows.clone()]))
                 };
-                let found = log_p(head, flow);
-                self.tokens += targets.len();
-                self.loss += loss(found.clone(), targets);
-                let Some((head, flow)) = dense else { continue };
-                let right = log_p(head, flow);
-                self.dense_loss += loss(right.clone(), targets);
-                let divergence = right.clone().exp() * (right.clone() - found.clone());
-                self.divergence += floats(divergence.sum_dim(1)).sum::<f64>();
-                let agreed = right.argmax(1).equal(found.argmax(1)).int().sum();
-                self.agreed += agreed.into_data().iter::<i64>().sum::<i64>() as usize;
+                let own = logits(head, flow);
+                readings.read("logits", own.clone());
+                let right = others.as_ref().and_then(|others| {
+                    let log_p = log_softmax(logits(others.head, others.dense?), 1);
+                    Some(Right {
+                        p: log_p.clone().exp(),
+                        likeliest: log_p.clone().argmax(1),
+                        loss: loss(log_p.clone(), targets),
+                        log_p,
+                    })
+                });
+                self.own.add(log_softmax(own, 1), right.as_ref(), targets);
+                let rounded = others.as_ref().and_then(|others| {
+                    let flow = others.rounded.filter(|flow| i < flow.windows)?;
+                    Some(log_softmax(logits(others.head, flow), 1))
+                });
+                if let Some(rounded) = rounded {
+                    self.nearest.add(rounded, right.as_ref(), targets);
+                }
             }
+        }
+    }
+
+    fn compared<B: Engine>(&self, beside: Beside<'_, B>) -> Compared {
+        let Sums { own, nearest } = self;
+        Compared {
+            loss: own.mean(own.dense_loss),
+            kl_divergence: own.mean(own.divergence),
+            top1_agreement: own.mean(own.agreed as f64),
+            bits: match beside.codes {
+                [_, 0.0] => 16.0,
+                [bits, weights] => bits / weights,
+            },
+            blocks: beside.blocks,
+            strange: beside.strange,
+            nearest: (nearest.tokens > 0).then(|| Nearest {
+                tokens: nearest.tokens,
+                loss: nearest.mean(nearest.loss),
+                dense_loss: nearest.mean(nearest.dense_loss),
+                kl_divergence: nearest.mean(nearest.divergence),
+                top1_agreement: nearest.mean(nearest.agreed as f64),
+            }),
         }
     }
 }

@@ -18,12 +18,21 @@
 
 mod compare;
 mod error;
+mod nearest;
+mod range;
 mod receipt;
 mod recorded;
 mod structure;
+mod tolerance;
 mod verify;
+mod weights;
 
 pub use error::VerifyError;
 pub use gptq_format::FileDigest;
-pub use receipt::{BlockError, Check, Perplexity, RECEIPT, Receipt, failures};
-pub use verify::{Asked, Evaluation, Request, Tolerances, check_tensors, verify};
+pub use range::{Overflow, Range};
+pub use receipt::{
+    BlockError, Check, Depth, NearestRounding, Perplexity, RECEIPT, Receipt, failures,
+};
+pub use tolerance::{Asked, Tolerances};
+pub(crate) use verify::check;
+pub use verify::{Evaluation, RANGE, Request, check_tensors, perplexity, verify};

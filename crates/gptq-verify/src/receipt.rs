@@ -6,7 +6,7 @@ use std::path::Path;
 use gptq_format::{FileDigest, FormatError, read_json, write_json};
 use serde::{Deserialize, Serialize};
 
-use crate::Tolerances;
+use crate::{Range, Tolerances};
 
 /// The receipt's name in a branch directory.
 pub const RECEIPT: &str = "verify.json";
@@ -22,10 +22,22 @@ pub struct Receipt {
     pub files: BTreeMap<String, FileDigest>,
     /// In the order they were made.
     pub checks: Vec<Check>,
+    /// How much was looked at; older receipts do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depth: Option<Depth>,
     /// What was tolerated.
     pub tolerances: Tolerances,
-    /// On the evaluation text, if one was given.
+    /// On the evaluation text, if one was given and the output is finite.
     pub perplexity: Option<Perplexity>,
+    /// What came up on the way, as f16 takes it; older receipts do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<Range>,
+    /// The dense model rounded to nearest with the same settings, which the tolerances go by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nearest: Option<NearestRounding>,
+    /// Where most is lost and what would lose less, in a line; where a good deal is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advice: Option<String>,
     /// Mean over tokens of `Σ p ln(p / q)`, `p` the dense model's next-token probabilities and `q`
     /// the branch's.
     pub kl_divergence: Option<f64>,
@@ -46,11 +58,41 @@ pub struct Check {
     pub detail: String,
 }
 
+/// How much a judgement looked at, from less to more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Depth {
+    /// The files alone.
+    Files,
+    /// It was run on a text.
+    Text,
+    /// It was run on a text beside the dense model.
+    Beside,
+}
+
+/// What rounding the dense model to nearest costs, measured on a share of the text.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NearestRounding {
+    /// Tokens scored.
+    pub tokens: usize,
+    /// Perplexity over the dense model's, as a fraction of it; absent where it is beyond all numbers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub perplexity_increase: Option<f64>,
+    /// Mean KL divergence from the dense model, nats per token; absent where it is not finite.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_divergence: Option<f64>,
+    /// Fraction of tokens after which both find the same token the most likely.
+    pub top1_agreement: f64,
+}
+
 /// Perplexity on some text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
     /// File name of the text.
     pub text: String,
+    /// Its SHA-256; older receipts have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text_sha256: Option<String>,
     /// Tokens per window.
     pub window: usize,
     /// Tokens scored: all of a full window but its first.
@@ -65,18 +107,62 @@ pub struct Perplexity {
 }
 
 /// What one block does wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BlockError {
     /// Its index.
     pub layer: usize,
     /// `‖B̂(x) - B(x)‖² / ‖B(x) - x‖²` over the text, `B` the dense block, `B̂` the judged one, `x` the
-    /// dense model's hidden states before it.
-    pub relative_error: f64,
+    /// dense model's hidden states before it. Absent where there is none, and `reason` says why; null in
+    /// older receipts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relative_error: Option<f64>,
+    /// The same of the dense block rounded to nearest, on its share of the text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nearest_error: Option<f64>,
+    /// Why there is no relative error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 fn is_zero(count: &usize) -> bool {
     *count == 0
 }
+
+impl BlockError {
+    /// Of a block with `‖B̂(x) - B(x)‖²` and `‖B(x) - x‖²`, and the same of its rounding to nearest.
+    pub(crate) fn new(
+        layer: usize,
+        [found, whole]: [f64; 2],
+        [nearest, share]: [f64; 2],
+    ) -> BlockError {
+        let relative = |error: f64, whole: f64| {
+            let quotient = (whole > 0.0).then(|| error / whole);
+            quotient.filter(|quotient| quotient.is_finite())
+        };
+        let relative_error = relative(found, whole);
+        let reason = match (found, whole) {
+            _ if relative_error.is_some() => None,
+            (0.0, 0.0) => Some(DOES_NOTHING),
+            (found, 0.0) if found.is_finite() => Some(SHOULD_DO_NOTHING),
+            _ => Some(NOT_FINITE),
+        };
+        BlockError {
+            layer,
+            relative_error,
+            nearest_error: relative(nearest, share),
+            reason: reason.map(str::to_owned),
+        }
+    }
+
+    /// Whether it is right without a relative error: the dense block does nothing, and so does it.
+    pub(crate) fn does_nothing(&self) -> bool {
+        self.reason.as_deref() == Some(DOES_NOTHING)
+    }
+}
+
+const DOES_NOTHING: &str = "the dense block adds nothing to its input, nor does this one";
+const SHOULD_DO_NOTHING: &str = "the dense block adds nothing to its input, and this one does";
+const NOT_FINITE: &str = "its output is not finite";
 
 /// Those of `checks` that failed, in a sentence each.
 pub fn failures(checks: &[Check]) -> Vec<String> {
@@ -107,8 +193,142 @@ impl Receipt {
         write_json(&dir.join(RECEIPT), self)
     }
 
+    /// How much it looked at.
+    pub fn depth(&self) -> Depth {
+        self.depth
+            .unwrap_or(match (self.kl_divergence, &self.perplexity) {
+                (Some(_), _) => Depth::Beside,
+                (None, Some(_)) => Depth::Text,
+                (None, None) => Depth::Files,
+            })
+    }
+
+    /// What stands on record after this judgement, where `before` stood so far: of the same model files a
+    /// judgement that looked at more keeps its numbers and its verdict, unless this one fails. The
+    /// second value is whether it is `before` that stands.
+    pub fn standing(&self, before: Option<Receipt>) -> (Receipt, bool) {
+        let before = before.filter(|before| {
+            let judged = |receipt: &Receipt| {
+                let files = receipt.files.iter().filter(|(name, _)| is_judged(name));
+                files
+                    .map(|(name, digest)| (name.clone(), digest.clone()))
+                    .collect::<BTreeMap<_, _>>()
+            };
+            self.pass && self.depth() < before.depth() && judged(self) == judged(before)
+        });
+        match before {
+            Some(before) => {
+                // Files beside the model, such as a card, may have changed.
+                let files = self.files.clone();
+                (Receipt { files, ..before }, true)
+            }
+            None => (self.clone(), false),
+        }
+    }
+
     /// The checks that failed, in a sentence each.
     pub fn failures(&self) -> Vec<String> {
         failures(&self.checks)
+    }
+}
+
+/// Whether a judgement depends on this file: weights, configs and tokenizer, and not what people read or
+/// a maker wrote down.
+fn is_judged(name: &str) -> bool {
+    let kinds = [".safetensors", ".bin", ".pt", ".json", ".model", ".txt"];
+    kinds.iter().any(|kind| name.ends_with(kind)) && !name.starts_with("report") && !is_notice(name)
+}
+
+/// Whether this is a text for people.
+fn is_notice(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    ["license", "licence", "notice", "readme"]
+        .iter()
+        .any(|word| name.starts_with(word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn receipt(pass: bool, depth: Depth, weights: &str) -> Receipt {
+        let digest = |sha256: &str| FileDigest {
+            bytes: 1,
+            sha256: sha256.into(),
+        };
+        Receipt {
+            pass,
+            gptq_version: String::new(),
+            files: [("model.safetensors", weights), ("README.md", weights)]
+                .map(|(name, sha256)| (name.into(), digest(sha256)))
+                .into(),
+            checks: vec![],
+            depth: Some(depth),
+            tolerances: Tolerances::default(),
+            perplexity: None,
+            range: None,
+            nearest: None,
+            advice: None,
+            kl_divergence: None,
+            top1_agreement: None,
+            blocks: vec![],
+        }
+    }
+
+    #[test]
+    fn a_weaker_pass_of_the_same_bytes_leaves_a_stronger_verdict_as_it_is() {
+        use Depth::{Beside, Files, Text};
+        let run = |pass, depth| receipt(pass, depth, "a");
+        for (before, new, stays) in [
+            (run(false, Beside), run(true, Files), true),
+            (run(false, Beside), run(true, Text), true),
+            (run(true, Beside), run(true, Files), true),
+            (run(false, Text), run(true, Files), true),
+            (run(false, Beside), run(true, Beside), false),
+            (run(false, Text), run(true, Beside), false),
+            (run(true, Beside), run(false, Files), false),
+            (run(false, Files), run(true, Files), false),
+            (receipt(false, Beside, "b"), run(true, Files), false),
+        ] {
+            let right = if stays { &before } else { &new };
+            let (found, old) = new.standing(Some(before.clone()));
+            assert_eq!((found.pass, found.depth()), (right.pass, right.depth()));
+            assert_eq!(old, stays, "{before:?} {new:?}");
+            assert_eq!(found.files, new.files);
+        }
+        assert_eq!(run(true, Files).standing(None), (run(true, Files), false));
+    }
+
+    #[test]
+    fn a_card_written_in_between_changes_nothing_and_is_on_record() {
+        let before = receipt(false, Depth::Beside, "a");
+        let mut new = receipt(true, Depth::Files, "a");
+        if let Some(card) = new.files.get_mut("README.md") {
+            card.sha256 = "another".into();
+        }
+        let (found, stays) = new.standing(Some(before));
+        assert!(stays && !found.pass);
+        assert_eq!(found.files["README.md"].sha256, "another");
+    }
+
+    #[test]
+    fn a_block_without_a_relative_error_says_why_and_old_receipts_are_read() {
+        for ([found, whole], error, nothing) in [
+            ([1.0, 4.0], Some(0.25), false),
+            ([0.0, 0.0], None, true),
+            ([1e-9, 0.0], None, false),
+            ([f64::NAN, 4.0], None, false),
+            ([f64::INFINITY, f64::INFINITY], None, false),
+        ] {
+            let block = BlockError::new(3, [found, whole], [found, whole]);
+            assert_eq!((block.relative_error, block.nearest_error), (error, error));
+            assert_eq!(block.does_nothing(), nothing);
+            assert_eq!(block.reason.is_none(), error.is_some());
+            let text = serde_json::to_string(&block).unwrap();
+            assert!(!text.contains("null"), "{text}");
+            assert_eq!(serde_json::from_str::<BlockError>(&text).unwrap(), block);
+        }
+        let old = serde_json::from_str::<BlockError>(r#"{"layer": 1, "relative_error": null}"#);
+        assert_eq!(old.unwrap().relative_error, None);
     }
 }

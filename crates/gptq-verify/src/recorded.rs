@@ -13,10 +13,14 @@ pub(crate) struct Recorded {
     pub digests: Option<BTreeMap<String, LinearDigests>>,
     /// SHA-256 of the calibration's source.
     pub calibration_sha256: Vec<String>,
+    /// How it was made, for advice: the preset, and tokens calibrated on.
+    pub preset: Option<String>,
+    pub calibration_tokens: Option<usize>,
 }
 
 #[derive(Deserialize)]
 struct Report {
+    preset: Option<String>,
     #[serde(default)]
     linears: Vec<Linear>,
     calibration: Option<Calibration>,
@@ -30,6 +34,10 @@ struct Linear {
 
 #[derive(Deserialize)]
 struct Calibration {
+    #[serde(default)]
+    samples: usize,
+    #[serde(default)]
+    seq_len: usize,
     /// Of reports from before several files could be read.
     source_sha256: Option<String>,
     #[serde(default)]
@@ -54,7 +62,10 @@ impl Recorded {
             .into_iter()
             .filter_map(|linear| Some((linear.name, linear.digests?)))
             .collect();
+        let tokens = (report.calibration.as_ref()).map(|c| c.samples.saturating_mul(c.seq_len));
         Ok(Recorded {
+            preset: report.preset,
+            calibration_tokens: tokens.filter(|&tokens| tokens > 0),
             digests: (!digests.is_empty()).then_some(digests),
             calibration_sha256: report.calibration.map_or_else(Vec::new, |calibration| {
                 let files = calibration.files.into_iter().map(|file| file.sha256);

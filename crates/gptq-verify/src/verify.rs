@@ -2,15 +2,21 @@
 
 use std::path::{Path, PathBuf};
 
-use gptq_calibration::{TextTokenizer, evaluation_tokens};
-use gptq_format::{Bits, FileDigest, QuantizeConfig, files, sha256_file};
+use gptq_calibration::{EvaluationText, TextTokenizer, evaluation_tokens};
+use gptq_format::{FileDigest, Half, files, read_json, sha256_file};
 use gptq_kernels::{Device, Engine, Work};
 use gptq_model::{Census, Model};
-use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::compare::{Compared, Measured, measure};
+use crate::compare::measure;
 use crate::recorded::Recorded;
-use crate::{Check, Perplexity, RECEIPT, Receipt, VerifyError, structure};
+use crate::tolerance::{advice, judge};
+use crate::{
+    Asked, Check, Depth, Perplexity, RECEIPT, Range, Receipt, Tolerances, VerifyError, structure,
+};
+
+/// The check of what 16-bit programs can hold.
+pub const RANGE: &str = "f16";
 
 /// Text to measure on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,74 +35,8 @@ pub struct Request {
     pub evaluation: Option<Evaluation>,
     /// Run this dense model beside it on the same text.
     pub against: Option<PathBuf>,
-    /// How far it may be from the dense model, where not as far as its bits let expect.
+    /// How far it may be from the dense model, where not as far as its settings let expect.
     pub tolerances: Asked,
-}
-
-/// Tolerances that were asked for, each in place of [`Tolerances::of`]'s.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-#[allow(missing_docs, reason = "the names are those of the tolerances")]
-pub struct Asked {
-    pub perplexity_increase: Option<f64>,
-    pub kl_divergence: Option<f64>,
-    pub top1_agreement: Option<f64>,
-    pub block_error: Option<f64>,
-}
-
-/// How far a branch may be from its dense model.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Tolerances {
-    /// Perplexity over the dense model's, as a fraction of it.
-    pub perplexity_increase: f64,
-    /// Mean KL divergence, nats per token.
-    pub kl_divergence: f64,
-    /// Least fraction of tokens with the same most likely next token.
-    pub top1_agreement: f64,
-    /// Largest relative error of a block.
-    pub block_error: f64,
-}
-
-impl Tolerances {
-    /// What a branch of so many bits is expected to keep. medi-tiny, 64 windows of 1024, on 40 texts, in this
-    /// order: 3 bits, group 128, act order +20.6 %, 0.264, 0.712, 0.078, as AutoGPTQ does it without act order
-    /// +36.7 %, 0.409, 0.647, 0.119; 2 bits, group 128 +224 %, 1.40, 0.380, 0.336, group 64 +164 %, 1.25, 0.413,
-    /// 0.305. Half as much again is tolerated of group 128 at 2 bits, twice as much at 3 and 4; larger models
-    /// lose less. Weights that are not the model's lie far beyond any of them.
-    pub fn of(bits: Bits) -> Self {
-        let [
-            perplexity_increase,
-            kl_divergence,
-            top1_agreement,
-            block_error,
-        ] = match bits {
-            Bits::Two => [4.0, 2.0, 0.25, 0.5],
-            Bits::Three => [0.4, 0.5, 0.6, 0.15],
-            Bits::Four | Bits::Eight => [0.1, 0.1, 0.8, 0.1],
-        };
-        Tolerances {
-            perplexity_increase,
-            kl_divergence,
-            top1_agreement,
-            block_error,
-        }
-    }
-
-    /// Those that were asked for, and for the others what the fewest bits of `config` let expect.
-    fn new(asked: Asked, config: Option<&QuantizeConfig>) -> Self {
-        let own = config.map(|config| config.bits);
-        let overrides = config.and_then(|config| config.dynamic.as_ref());
-        let overrides = overrides.into_iter().flat_map(|all| all.iter());
-        let bits = overrides.filter_map(|(_, it)| it.bits).chain(own);
-        let usual = Tolerances::of(bits.min_by_key(|bits| bits.get()).unwrap_or(Bits::Four));
-        Tolerances {
-            perplexity_increase: asked
-                .perplexity_increase
-                .unwrap_or(usual.perplexity_increase),
-            kl_divergence: asked.kl_divergence.unwrap_or(usual.kl_divergence),
-            top1_agreement: asked.top1_agreement.unwrap_or(usual.top1_agreement),
-            block_error: asked.block_error.unwrap_or(usual.block_error),
-        }
-    }
 }
 
 /// Reopens `dir`, a branch or a dense checkpoint, and checks every tensor against its configs and the
@@ -159,8 +99,12 @@ impl Work for Verify<'_> {
             gptq_version: env!("CARGO_PKG_VERSION").into(),
             files: listed.map(digest).collect(),
             checks,
-            tolerances: Tolerances::new(request.tolerances, model.checkpoint().quantize_config()),
+            depth: Some(Depth::Files),
+            tolerances: Tolerances::default(),
             perplexity: None,
+            range: None,
+            nearest: None,
+            advice: None,
             kl_divergence: None,
             top1_agreement: None,
             blocks: Vec::new(),
@@ -173,14 +117,20 @@ impl Work for Verify<'_> {
                 .transpose()?;
             let layers = model.config().layers;
             let mut on_block = |done| on_block(done, layers);
+            let asked = Asking {
+                evaluation,
+                tolerances: request.tolerances,
+            };
             run(
                 &model,
                 dense.as_ref(),
-                evaluation,
+                asked,
                 &recorded,
                 &mut receipt,
                 &mut on_block,
             )?;
+            let config = model.checkpoint().quantize_config();
+            receipt.advice = advice(&receipt, config, &recorded);
         }
         receipt.pass = receipt.checks.iter().all(|check| check.pass);
         Ok(receipt)
@@ -206,92 +156,192 @@ fn open_dense<B: Engine>(
     }
 }
 
+/// What to run on, and what to tolerate.
+#[derive(Clone, Copy)]
+struct Asking<'a> {
+    evaluation: &'a Evaluation,
+    tolerances: Asked,
+}
+
 fn run<B: Engine>(
     model: &Model<B>,
     dense: Option<&Model<B>>,
-    evaluation: &Evaluation,
+    asked: Asking<'_>,
     recorded: &Recorded,
     receipt: &mut Receipt,
     on_block: &mut dyn FnMut(usize),
 ) -> Result<(), VerifyError> {
-    let Evaluation { text, window } = evaluation;
-    if *window < 2 {
-        return Err(VerifyError::Window { window: *window });
-    }
-    if recorded.calibration_sha256.contains(&sha256_file(text)?) {
+    let Evaluation { text, window } = asked.evaluation;
+    let dir = model.checkpoint().dir();
+    let text_sha256 = sha256_file(text)?;
+    if recorded.calibration_sha256.contains(&text_sha256) {
         let detail = "this file was calibrated on; measure on other text";
         receipt.checks.push(check("text", false, detail.into()));
         return Ok(());
     }
-    let tokenizer = TextTokenizer::load(model.checkpoint().dir())?;
-    let evaluated = evaluation_tokens(text, &tokenizer, *window)?;
+    let evaluated = evaluated(dir, asked.evaluation)?;
     let windows: Vec<Vec<u32>> = evaluated.windows().map(<[u32]>::to_vec).collect();
-    let Measured { perplexity, dense } = measure(model, dense, &windows, on_block)?;
-    let name = text.file_name().unwrap_or_default().to_string_lossy();
-    receipt.perplexity = Some(Perplexity {
-        text: name.into_owned(),
+    let measured = measure(model, dense, &windows, on_block)?;
+    let perplexity = Perplexity {
+        text: file_name(text),
+        text_sha256: Some(text_sha256),
         window: *window,
         tokens: evaluated.scored(),
         left_over: evaluated.left_over(),
-        value: perplexity,
-        dense: dense.as_ref().map(|d| d.perplexity),
+        value: measured.loss.exp(),
+        dense: measured.dense.as_ref().map(|dense| dense.loss.exp()),
+    };
+    receipt.depth = Some(match dense {
+        Some(_) => Depth::Beside,
+        None => Depth::Text,
     });
-    if let Some(compared) = dense {
-        judge(receipt, perplexity, compared);
+    let dense_half = dense.map(|dense| dense.checkpoint().half());
+    let (pass, detail) = range_holds(&measured.range, declared(dir, model.half())?, dense_half);
+    receipt.checks.push(check(RANGE, pass, detail));
+    receipt.range = Some(measured.range);
+    let whose = |value: f64, name: &Path| match value {
+        value if value.is_finite() => None,
+        _ => Some(format!("{}: its output is not finite", name.display())),
+    };
+    let dense_dir = dense.map(|dense| dense.checkpoint().dir());
+    let lost = whose(perplexity.value, dir)
+        .or_else(|| whose(perplexity.dense.unwrap_or_default(), dense_dir?));
+    if let Some(detail) = lost {
+        receipt.checks.push(check("perplexity", false, detail));
+        return Ok(());
+    }
+    receipt.perplexity = Some(perplexity);
+    if let Some(compared) = measured.dense {
+        judge(receipt, measured.loss, compared, asked.tolerances);
     }
     Ok(())
 }
 
-/// Compares what was measured with the tolerances.
-fn judge(receipt: &mut Receipt, perplexity: f64, compared: Compared) {
-    let Compared {
-        perplexity: dense,
-        kl_divergence,
-        top1_agreement,
-        blocks,
-    } = compared;
-    let allowed = receipt.tolerances;
-    let increase = perplexity / dense - 1.0;
-    let worst = blocks
-        .iter()
-        .max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
-    receipt.checks.extend([
-        check(
-            "perplexity",
-            increase <= allowed.perplexity_increase,
-            format!(
-                "{perplexity:.4}, dense {dense:.4}: {:+.2} %, tolerated {:+.2} %",
-                100.0 * increase,
-                100.0 * allowed.perplexity_increase
-            ),
-        ),
-        check(
-            "KL divergence",
-            kl_divergence <= allowed.kl_divergence,
-            format!("{kl_divergence:.5}, tolerated {}", allowed.kl_divergence),
-        ),
-        check(
-            "top-1 agreement",
-            top1_agreement >= allowed.top1_agreement,
-            format!("{top1_agreement:.4}, at least {}", allowed.top1_agreement),
-        ),
-    ]);
-    receipt.checks.extend(worst.map(|worst| {
-        check(
-            "blocks",
-            worst.relative_error <= allowed.block_error,
-            format!(
-                "largest relative error {:.3e} in block {}, tolerated {}",
-                worst.relative_error, worst.layer, allowed.block_error
-            ),
-        )
-    }));
-    receipt.kl_divergence = Some(kl_divergence);
-    receipt.top1_agreement = Some(top1_agreement);
-    receipt.blocks = blocks;
+/// The evaluation text as the tokenizer of the model in `dir` has it.
+fn evaluated(dir: &Path, evaluation: &Evaluation) -> Result<EvaluationText, VerifyError> {
+    let Evaluation { text, window } = evaluation;
+    if *window < 2 {
+        return Err(VerifyError::Window { window: *window });
+    }
+    let tokenizer = TextTokenizer::load(dir)?;
+    Ok(evaluation_tokens(text, &tokenizer, *window)?)
 }
 
-fn check(name: &str, pass: bool, detail: String) -> Check {
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
+/// Runs the model in `dir`, its weights taken in `half`, on a text.
+///
+/// # Errors
+/// No checkpoint, no text, or an output that is not finite.
+pub fn perplexity(
+    dir: &Path,
+    half: Half,
+    evaluation: &Evaluation,
+    device: Device,
+) -> Result<Perplexity, VerifyError> {
+    device.resolve()?.run(Alone {
+        dir,
+        half,
+        evaluation,
+    })?
+}
+
+struct Alone<'a> {
+    dir: &'a Path,
+    half: Half,
+    evaluation: &'a Evaluation,
+}
+
+impl Work for Alone<'_> {
+    type Output = Result<Perplexity, VerifyError>;
+
+    fn run<B: Engine>(self, device: B::Device) -> Self::Output {
+        let model = Model::<B>::open(self.dir, &device)?.taken_in(self.half);
+        let evaluated = evaluated(self.dir, self.evaluation)?;
+        let windows: Vec<Vec<u32>> = evaluated.windows().map(<[u32]>::to_vec).collect();
+        let value = measure(&model, None, &windows, &mut |_| ())?.loss.exp();
+        let Evaluation { text, window } = self.evaluation;
+        match value.is_finite() {
+            true => Ok(Perplexity {
+                text: file_name(text),
+                text_sha256: Some(sha256_file(text)?),
+                window: *window,
+                tokens: evaluated.scored(),
+                left_over: evaluated.left_over(),
+                value,
+                dense: None,
+            }),
+            false => Err(VerifyError::NonFiniteOutput {
+                dir: self.dir.into(),
+            }),
+        }
+    }
+}
+
+/// What `config.json` says that programs compute in; `stored` where it says nothing of 16 bits.
+fn declared(dir: &Path, stored: Half) -> Result<Half, VerifyError> {
+    let config: Value = read_json(&dir.join("config.json"))?;
+    let name = ["dtype", "torch_dtype"]
+        .iter()
+        .find_map(|key| config.get(key)?.as_str());
+    let halves = [Half::F16, Half::Bf16];
+    let named = halves
+        .into_iter()
+        .find(|half| name == Some(half.torch_name()));
+    Ok(named.unwrap_or(stored))
+}
+
+/// Whether a program that computes in `declared` can run the model, and what there is to say. `dense` is
+/// what the dense model is stored in, where it ran beside.
+fn range_holds(range: &Range, declared: Half, dense: Option<Half>) -> (bool, String) {
+    let Some(first) = range.overflows.first() else {
+        let detail = format!(
+            "holds everything; the largest is {:.4e} ({})",
+            range.largest, range.at
+        );
+        return (true, detail);
+    };
+    let largest = match first.largest {
+        Some(largest) => format!(" reach {largest:.3e}"),
+        None => " are infinite".to_owned(),
+    };
+    let others = match range.overflows.len() - 1 {
+        0 => String::new(),
+        1 => ", and so at one more place".to_owned(),
+        n => format!(", and so at {n} more places"),
+    };
+    let found = format!(
+        "{}{largest}, beyond f16's {} ({} {}){others}",
+        first.place(),
+        Half::F16.largest(),
+        first.values,
+        if first.values == 1 { "value" } else { "values" },
+    );
+    if declared == Half::Bf16 {
+        return (
+            true,
+            format!(
+                "{found}; bf16, which config.json names, holds them, programs that compute in f16 do not"
+            ),
+        );
+    }
+    let bf16 = "dtype = \"bf16\" in the recipe";
+    let why = match (first.dense, dense) {
+        (Some(false), _) => "the dense model has none there: take more bits, smaller groups or other calibration text".to_owned(),
+        (Some(true), Some(Half::Bf16)) => format!("the dense model has them too, and is bf16: {bf16} keeps its range"),
+        (Some(true), _) => format!("the dense model has them too, and cannot be run in f16 itself: {bf16} gives a branch that can be run"),
+        (None, _) => format!("--against MODEL says whether the dense model has them too; if so, {bf16} holds them"),
+    };
+    (
+        false,
+        format!("{found}: programs that compute in f16 get NaN; {why}"),
+    )
+}
+
+pub(crate) fn check(name: &str, pass: bool, detail: String) -> Check {
     Check {
         name: name.into(),
         pass,

@@ -14,7 +14,10 @@ pub(crate) fn run(args: CardArgs) -> Result<()> {
     let matrix = Matrix::read(&args.dir)?;
     let settings = CardSettings {
         repo: args.repo,
-        prompt: PromptTemplate::load(&args.prompt_template)?,
+        prompt: match &args.prompt_template {
+            Some(name) => PromptTemplate::load(name, matrix.dir())?,
+            None => PromptTemplate::of(matrix.dir())?,
+        },
         base_card: args.base_card.as_deref().map(read).transpose()?,
         base_model: args.base_model,
         dataset: args.dataset,
@@ -45,6 +48,11 @@ pub(crate) fn run(args: CardArgs) -> Result<()> {
     write_file(&path, text.as_bytes())?;
     for (key, option) in facts.missing() {
         log::warning(&format!("the card does not say {key}; {option} adds it"));
+    }
+    for (branch, why) in facts.failures() {
+        log::warning(&format!(
+            "{branch} failed verification, and the card says so ({why}); gptq publish refuses it"
+        ));
     }
     println!("written to {}", path.display());
     Ok(())

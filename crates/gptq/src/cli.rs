@@ -77,7 +77,7 @@ pub(crate) enum Command {
     Report(ReportArgs),
     /// Write the model card, a matrix's README.md for the Hub
     #[command(
-        after_help = "Example:\n  gptq card out/meditron-7B-GPTQ --repo user/meditron-7B-GPTQ --prompt-template chatml \\\n    \
+        after_help = "Example:\n  gptq card out/meditron-7B-GPTQ --repo user/meditron-7B-GPTQ \\\n    \
                       --base-card models/meditron-7b/README.md"
     )]
     Card(CardArgs),
@@ -331,9 +331,10 @@ pub(crate) struct CardArgs {
     /// Where the matrix will be published
     #[arg(long, value_name = "USER/NAME")]
     pub repo: String,
-    /// chatml, llama-2, alpaca, plain, or a file with {prompt} where the user's text goes
-    #[arg(long, value_name = "NAME", default_value = "plain")]
-    pub prompt_template: String,
+    /// own (the tokenizer's chat template), chatml, llama-2, alpaca, plain, or a file with {prompt} where the
+    /// user's text goes [default: own where there is one, else plain]
+    #[arg(long, value_name = "NAME")]
+    pub prompt_template: Option<String>,
     /// A minijinja template instead of the built-in one; --json prints what it can use
     #[arg(long, value_name = "FILE")]
     pub template: Option<PathBuf>,

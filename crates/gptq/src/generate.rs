@@ -155,6 +155,7 @@ impl GenerateArgs {
 
 /// Where prompts come from and what is said between them.
 struct Talk {
+    dir: PathBuf,
     /// The one prompt of `--prompt`, until it is asked for.
     prompt: Option<String>,
     chat: bool,
@@ -167,6 +168,7 @@ impl Talk {
     fn new(args: GenerateArgs, template: Option<ChatTemplate>) -> Self {
         let system = args.system.map(|text| Message::new("system", text));
         Talk {
+            dir: args.dir,
             prompt: args.prompt,
             chat: args.chat,
             json: args.json,
@@ -199,6 +201,9 @@ impl Talk {
 
     fn finish(&mut self, reply: &Reply) {
         self.history.push(Message::new("assistant", &reply.text));
+        if let Some(note) = self.note(reply) {
+            log::note(&note);
+        }
         if self.json {
             out(&format!("{}\n", record(reply)));
             return;
@@ -214,6 +219,28 @@ impl Talk {
             reply.prompt_rate(),
             reply.tokens.len()
         );
+    }
+
+    /// Why there is no text, where there is none.
+    fn note(&self, reply: &Reply) -> Option<String> {
+        if !reply.ended_at_once() {
+            return None;
+        }
+        let token = format!(
+            "{} ({})",
+            reply.end_token.as_deref().unwrap_or_default(),
+            reply.tokens.first()?
+        );
+        let own = || matches!(ChatTemplate::of(&self.dir), Ok(Some(_)));
+        Some(match self.template.is_none() && own() {
+            true => format!(
+                "ended at once, the first token being the end token {token}; the model has a chat template, which \
+                 --template own or --chat write the prompt in"
+            ),
+            false => format!(
+                "ended at once, the first token being the end token {token}; --ignore-eos goes on past it"
+            ),
+        })
     }
 
     /// The next line that is not empty.

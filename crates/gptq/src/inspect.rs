@@ -1,16 +1,18 @@
 //! `gptq inspect`.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
-use gptq_format::{Inspection, LinearInfo};
+use gptq_format::{Inspection, LinearInfo, SharedSettings, branch_dirs};
 
 use crate::{log, size, table, terminal};
 
 #[derive(Args)]
 pub(crate) struct InspectArgs {
-    /// A checkpoint's directory, or one of its weight files
+    /// A checkpoint's directory, one of its weight files, or a directory of branches
     path: PathBuf,
     /// Print everything as JSON: every tensor with its SHA-256 too
     #[arg(long)]
@@ -18,6 +20,10 @@ pub(crate) struct InspectArgs {
 }
 
 pub(crate) fn run(args: InspectArgs) -> Result<()> {
+    let branches = branches(&args.path)?;
+    if !branches.is_empty() {
+        return matrix(branches, args.json);
+    }
     let found = Inspection::of(&args.path)?;
     for note in &found.notes {
         log::warning(note);
@@ -83,6 +89,81 @@ pub(crate) fn run(args: InspectArgs) -> Result<()> {
         .to_vec();
     let rows: Vec<_> = [heading].into_iter().chain(files).collect();
     println!("\n{}", table::render(&rows).trim_end());
+    Ok(())
+}
+
+/// Checkpoints directly below `path`, where it holds none itself.
+fn branches(path: &Path) -> Result<Vec<(String, PathBuf)>> {
+    if !path.is_dir()
+        || fs::read_dir(path)
+            .with_context(|| path.display().to_string())?
+            .any(|entry| entry.is_ok_and(|e| is_weights(&e.path())))
+    {
+        return Ok(Vec::new());
+    }
+    let mut found = branch_dirs(path)?;
+    found.retain(|(_, dir)| dir.join("config.json").exists());
+    Ok(found)
+}
+
+/// Whether a file may hold weights, by its name.
+fn is_weights(path: &Path) -> bool {
+    let known = ["safetensors", "bin", "pt"];
+    (path.extension()).is_some_and(|end| known.iter().any(|known| end == *known))
+}
+
+/// A table of branches, or an object with one of each.
+fn matrix(branches: Vec<(String, PathBuf)>, json: bool) -> Result<()> {
+    let mut found = Vec::new();
+    for (name, dir) in branches {
+        let inspection = Inspection::of(&dir)?;
+        found.push((name, inspection));
+    }
+    if json {
+        let found: BTreeMap<_, _> = found.into_iter().collect();
+        println!("{}", serde_json::to_string_pretty(&found)?);
+        return Ok(());
+    }
+    let heading = [
+        "branch",
+        "format",
+        "bits",
+        "group",
+        "act order",
+        "sym",
+        "size",
+        "loads in",
+    ];
+    let mut rows = vec![heading.map(String::from).to_vec()];
+    for (name, it) in found {
+        let settings = it.settings.as_ref();
+        let of = |value: &dyn Fn(&SharedSettings) -> String| {
+            settings.map_or_else(|| "-".to_owned(), value)
+        };
+        let several = || "several".to_owned();
+        let yes = |yes: bool| if yes { "yes" } else { "no" }.to_owned();
+        let loads = it.clients.iter().filter(|c| c.loads).map(|c| c.name);
+        rows.push(vec![
+            name,
+            it.format.to_owned(),
+            of(&|s| s.bits.map_or_else(several, |b| b.to_string())),
+            of(&|s| s.group_size.map_or_else(several, |g| g.to_string())),
+            of(&|s| yes(s.act_order)),
+            of(&|s| yes(s.sym)),
+            size::decimal(
+                it.files
+                    .iter()
+                    .filter(|f| is_weights(Path::new(&f.name)))
+                    .map(|f| f.bytes)
+                    .sum(),
+            ),
+            match settings {
+                Some(_) => loads.collect::<Vec<_>>().join(", "),
+                None => "-".to_owned(),
+            },
+        ]);
+    }
+    println!("{}", table::render(&rows).trim_end());
     Ok(())
 }
 

@@ -13,7 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Result, anyhow};
 use gptq_calibration::Manifest;
 use gptq_pipeline::{
-    Allocation, BranchReport, Choice, Event, LinearReport, Measure, Plan, Propagation, RunOptions,
+    Allocation, BranchReport, Choice, Event, LinearReport, Measure, Perplexity, Plan, Propagation,
+    RunOptions,
 };
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
@@ -67,6 +68,12 @@ pub(crate) fn start(
 pub(crate) fn warning(text: &str) {
     eprintln!("gptq: warning: {}", terminal::line(text));
     warn!("{text}");
+}
+
+/// Says something a person may want to know, and logs it.
+pub(crate) fn note(text: &str) {
+    eprintln!("gptq: {}", terminal::line(text));
+    info!("{text}");
 }
 
 /// What a run is going to do.
@@ -145,15 +152,23 @@ pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
 }
 
 /// What running a finished branch gave.
-pub(crate) fn perplexity(branch: &str, measured: &gptq_verify::Perplexity) {
+pub(crate) fn perplexity(branch: &str, measured: &Perplexity) {
     let (text, window) = (measured.text.as_str(), measured.window);
     info!(
         branch,
         text,
         window,
         perplexity = measured.value,
+        dense = measured.dense,
         "measured"
     );
+}
+
+/// What running the dense model gave.
+pub(crate) fn dense_perplexity(measured: &Perplexity) {
+    let (text, window) = (measured.text.as_str(), measured.window);
+    let perplexity = measured.value;
+    info!(text, window, perplexity, "measured the dense model");
 }
 
 /// What a person should know about finished branches, in a line each.

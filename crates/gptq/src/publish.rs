@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::cli::PublishArgs;
-use crate::{hub, log, size, terminal};
+use crate::{hub, log, size, terminal, verify};
 
 /// The card of the whole repository, beside the branches.
 const CARD: &str = "README.md";
@@ -193,7 +193,13 @@ fn check_receipt(dir: &Path, files: &[LocalFile]) -> Result<()> {
     let remedy = format!("run gptq verify {}, or say --unverified", dir.display());
     let receipt = Receipt::read(dir)?;
     let receipt = receipt.ok_or_else(|| anyhow!("{}: not verified; {remedy}", dir.display()))?;
-    ensure!(receipt.pass, "{}: did not pass; {remedy}", dir.display());
+    ensure!(
+        receipt.pass,
+        "{}: did not pass: {}; mend it, run {} with tolerances of your own, or say --unverified",
+        dir.display(),
+        terminal::line(&receipt.failures().join("; ")),
+        verify::again(&receipt, dir)
+    );
     for file in files.iter().filter(|file| file.name != RECEIPT) {
         let judged = receipt.files.get(&file.name);
         let same = match judged {

@@ -1,16 +1,16 @@
 //! `gptq quantize`.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Result, anyhow, bail, ensure};
-use gptq_format::Checkpoint;
+use gptq_format::{Checkpoint, sha256_file};
 use gptq_kernels::Device;
 use gptq_pipeline::{
     BranchReport, Event, InputSource, Look, Measure, Outcome, Perplexity, Phase, Plan, Profile,
     Recipe, RunOptions, check_texts, quantise, unfinished,
 };
-use gptq_verify::{Check, Evaluation, Request, check_tensors, failures, verify};
+use gptq_verify::{Check, Evaluation, RANGE, Request, check_tensors, failures, perplexity, verify};
 use serde_json::json;
 
 use crate::block_progress::BlockProgress;
@@ -18,7 +18,7 @@ use crate::cli::{QuantizeArgs, RunArgs, warn};
 use crate::hub::{self, Need};
 use crate::progress::Progress;
 use crate::signals::Signals;
-use crate::{log, plan, size, table};
+use crate::{log, plan, size, table, terminal};
 
 /// Finished branches.
 pub(crate) struct Produced {
@@ -26,7 +26,7 @@ pub(crate) struct Produced {
     /// In the plan's order.
     pub reports: Vec<BranchReport>,
     /// One each, where the plan has an evaluation text.
-    pub perplexities: Vec<f64>,
+    pub perplexities: Vec<Perplexity>,
     profile: Profile,
 }
 
@@ -114,10 +114,16 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
     }
 
     log::concerns(&reports);
+    let evaluation = (plan.evaluation.clone()).map(|(text, window)| Evaluation { text, window });
+    let dense = match &evaluation {
+        Some(evaluation) => Some(dense(&plan, evaluation, args.device, &reports)?),
+        None => None,
+    };
+    let beside = evaluation.zip(dense);
     let mut perplexities = Vec::new();
     for (branch, report) in plan.branches.iter().zip(&mut reports) {
         let dir = plan.branch_dir(branch);
-        perplexities.extend(prove(&dir, plan.evaluation.as_ref(), args.device, report)?);
+        perplexities.extend(prove(&dir, beside.as_ref(), args.device, report)?);
     }
     drop(lock);
     Ok(Produced {
@@ -128,14 +134,51 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
     })
 }
 
+/// The dense model's perplexity, taken from a branch of an earlier run where one has it of the same text.
+fn dense(
+    plan: &Plan,
+    evaluation: &Evaluation,
+    device: Device,
+    reports: &[BranchReport],
+) -> Result<Perplexity> {
+    let digest = sha256_file(&evaluation.text)?;
+    let known = reports.iter().find_map(|report| {
+        let measured = report.perplexity.as_ref()?;
+        let same =
+            measured.text_sha256.as_ref() == Some(&digest) && measured.window == evaluation.window;
+        Some(Perplexity {
+            value: measured.dense.filter(|_| same)?,
+            ..measured.clone()
+        })
+    });
+    let dense = match known {
+        Some(known) => known,
+        None => recorded(perplexity(&plan.model_dir, plan.half, evaluation, device)?),
+    };
+    log::dense_perplexity(&dense);
+    Ok(dense)
+}
+
+/// As a report has it.
+fn recorded(measured: gptq_verify::Perplexity) -> Perplexity {
+    Perplexity {
+        text: measured.text,
+        text_sha256: measured.text_sha256,
+        window: measured.window,
+        tokens: measured.tokens,
+        value: measured.value,
+        dense: measured.dense,
+    }
+}
+
 /// Reopens a finished branch: every tensor is to be what the solver found, and where there is a text
-/// to measure on the branch is run, and its report has the perplexity.
+/// to measure on the branch is run, and its report has the perplexity, `beside` the dense model's.
 fn prove(
     dir: &Path,
-    evaluation: Option<&(PathBuf, usize)>,
+    beside: Option<&(Evaluation, Perplexity)>,
     device: Device,
     report: &mut BranchReport,
-) -> Result<Option<f64>> {
+) -> Result<Option<Perplexity>> {
     let holds = |checks: &[Check]| {
         let failed = failures(checks);
         ensure!(
@@ -146,33 +189,35 @@ fn prove(
         );
         Ok(())
     };
-    let Some((text, window)) = evaluation.cloned() else {
+    let Some((evaluation, dense)) = beside else {
         holds(&check_tensors(dir)?)?;
         return Ok(None);
     };
     let request = Request {
-        evaluation: Some(Evaluation { text, window }),
+        evaluation: Some(evaluation.clone()),
         ..Request::default()
     };
     let mut progress = BlockProgress::new(&report.branch);
     let mut show = |done, blocks| progress.show(done, blocks);
-    let receipt = verify(dir, &request, device, &mut show)?;
+    let mut receipt = verify(dir, &request, device, &mut show)?;
     drop(progress);
+    // The branch is what it was to be, and the other branches want to be measured too.
+    let too_large = receipt
+        .checks
+        .extract_if(.., |check| check.name == RANGE && !check.pass);
+    for check in too_large {
+        log::warning(&format!("{}: {}", report.branch, check.detail));
+    }
     holds(&receipt.checks)?;
     let Some(measured) = receipt.perplexity else {
         return Ok(None);
     };
+    let mut measured = recorded(measured);
+    let same = |p: &Perplexity| (p.text_sha256.clone(), p.window, p.tokens);
+    measured.dense = (same(&measured) == same(dense)).then_some(dense.value);
     log::perplexity(&report.branch, &measured);
-    let measured = Perplexity {
-        text: measured.text,
-        window: measured.window,
-        tokens: measured.tokens,
-        value: measured.value,
-        dense: measured.dense,
-    };
-    let value = measured.value;
-    report.record_perplexity(dir, measured)?;
-    Ok(Some(value))
+    report.record_perplexity(dir, measured.clone())?;
+    Ok(Some(measured))
 }
 
 /// The command line as a shell reads it. Of an absolute path only the last component stays, so that
@@ -221,10 +266,15 @@ fn record(produced: &Produced) -> serde_json::Value {
             "last_block_error": report.last_block_error(),
             "mean_objective": report.mean_objective(),
             "seconds": report.seconds,
-            "perplexity": produced.perplexities.get(i),
+            "perplexity": produced.perplexities.get(i).map(|p| p.value),
         })
     });
-    json!({"branches": branches.collect::<Vec<_>>(), "seconds": produced.profile.total})
+    let mut record =
+        json!({"branches": branches.collect::<Vec<_>>(), "seconds": produced.profile.total});
+    if let Some(dense) = produced.perplexities.iter().find_map(|p| p.dense) {
+        record["dense_perplexity"] = dense.into();
+    }
+    record
 }
 
 /// A row per phase, then what no phase has and the whole.
@@ -244,8 +294,8 @@ fn time(profile: &Profile) -> String {
     table::render(&[heading].into_iter().chain(rows).collect::<Vec<_>>())
 }
 
-/// A row per branch; a perplexity column if there is one for each.
-fn summary(reports: &[BranchReport], perplexities: &[f64]) -> String {
+/// A row per branch; if there is a perplexity for each, columns with it, and a row for the dense model.
+fn summary(reports: &[BranchReport], perplexities: &[Perplexity]) -> String {
     let measure = Measure::of(reports);
     let blocks = reports.iter().map(BranchReport::last_block_error);
     let blocks: Option<Vec<f64>> = blocks.collect();
@@ -255,7 +305,7 @@ fn summary(reports: &[BranchReport], perplexities: &[f64]) -> String {
     }
     heading.push("seconds");
     if !perplexities.is_empty() {
-        heading.push("perplexity");
+        heading.extend(["perplexity", "over dense"]);
     }
     let mut rows = vec![heading.into_iter().map(String::from).collect::<Vec<_>>()];
     for (i, report) in reports.iter().enumerate() {
@@ -269,10 +319,14 @@ fn summary(reports: &[BranchReport], perplexities: &[f64]) -> String {
         ];
         row.extend(blocks.iter().map(|blocks| format!("{:.3e}", blocks[i])));
         row.push(format!("{:.1}", report.seconds));
-        row.extend(perplexities.get(i).map(|p| format!("{p:.3}")));
+        if let Some(measured) = perplexities.get(i) {
+            row.push(format!("{:.3}", measured.value));
+            row.push(over(measured).unwrap_or_else(|| "-".to_owned()));
+        }
         rows.push(row);
     }
-    table::render(&rows) + &explanation(measure, reports)
+    let measured_on = dense_row(&mut rows, perplexities);
+    table::render(&rows) + &explanation(measure, reports) + &measured_on
 }
 
 /// What the table's errors are, in a line.
@@ -288,6 +342,33 @@ fn explanation(measure: Measure, reports: &[BranchReport]) -> String {
               report has the error against the dense model's output\n"
             .to_owned(),
     }
+}
+
+/// Adds a row for the dense model, whose last two columns are those of perplexity; what it was measured on,
+/// in a line.
+fn dense_row(rows: &mut Vec<Vec<String>>, perplexities: &[Perplexity]) -> String {
+    let measured = perplexities.iter().find_map(|p| Some((p, p.dense?)));
+    let (Some((measured, dense)), Some(heading)) = (measured, rows.first()) else {
+        return String::new();
+    };
+    let mut row = vec!["dense model".to_owned()];
+    row.resize(heading.len() - 2, "-".to_owned());
+    row.extend([format!("{dense:.3}"), "-".to_owned()]);
+    rows.push(row);
+    format!(
+        "perplexity: on {} tokens of {} in windows of {}\n",
+        measured.tokens,
+        terminal::line(&measured.text),
+        measured.window
+    )
+}
+
+/// How far a perplexity lies over the dense model's: `"+0.96 %"`.
+pub(crate) fn over(measured: &Perplexity) -> Option<String> {
+    Some(format!(
+        "{:+.2} %",
+        100.0 * (measured.value / measured.dense? - 1.0)
+    ))
 }
 
 #[cfg(test)]

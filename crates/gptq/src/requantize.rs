@@ -47,9 +47,9 @@ pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
             perplexity: after
                 .perplexities
                 .get(i)
-                .copied()
                 .zip(perplexity)
-                .map(|(new, old)| [new, old.value]),
+                .map(|(new, old)| [new.value, old.value]),
+            dense_perplexity: after.perplexities.get(i).and_then(|new| new.dense),
         });
     }
     if args.run.json {
@@ -74,19 +74,24 @@ struct Compared {
     mean_error: [f64; 2],
     #[serde(skip_serializing_if = "Option::is_none")]
     perplexity: Option<[f64; 2]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dense_perplexity: Option<f64>,
 }
 
 fn comparison(compared: &[Compared], measure: Measure) -> String {
     let mut heading = vec!["branch", measure.name(), "was"];
     if compared.iter().any(|branch| branch.perplexity.is_some()) {
-        heading.extend(["perplexity", "was"]);
+        heading.extend(["perplexity", "was", "dense"]);
     }
     let mut rows = vec![heading.into_iter().map(String::from).collect::<Vec<_>>()];
     for branch in compared {
         let mut row = vec![branch.branch.clone()];
         row.extend(branch.mean_error.map(|error| format!("{error:.3e}")));
         let perplexity = branch.perplexity.into_iter().flatten();
-        row.extend(perplexity.map(|p| format!("{p:.4}")));
+        let dense = branch
+            .dense_perplexity
+            .filter(|_| branch.perplexity.is_some());
+        row.extend(perplexity.chain(dense).map(|p| format!("{p:.4}")));
         rows.push(row);
     }
     table::render(&rows)

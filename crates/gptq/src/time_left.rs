@@ -2,6 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+/// Rounds of parts that an estimate goes by: a machine that others begin or cease to use changes its pace.
+const ROUNDS: usize = 4;
+
 /// Parts that take about the same time each, but for the first: kernels are compiled and files come from the
 /// disk then.
 pub(crate) struct TimeLeft {
@@ -9,8 +12,8 @@ pub(crate) struct TimeLeft {
     parts: usize,
     /// How many are done.
     done: usize,
-    /// How many are the first, which do not count once there are others.
-    slow: usize,
+    /// How many are a round; the first round does not count once there are others.
+    round: usize,
     /// Of each part that was waited for.
     seconds: Vec<f64>,
     /// When the last was done, or the work began.
@@ -18,12 +21,12 @@ pub(crate) struct TimeLeft {
 }
 
 impl TimeLeft {
-    /// Of `parts`, of which the first `slow` may take longer; they begin now.
-    pub(crate) fn new(parts: usize, slow: usize) -> Self {
+    /// Of `parts` in rounds of `round`, of which the first may take longer; they begin now.
+    pub(crate) fn new(parts: usize, round: usize) -> Self {
         TimeLeft {
             parts,
             done: 0,
-            slow,
+            round,
             seconds: Vec::new(),
             since: Instant::now(),
         }
@@ -63,7 +66,11 @@ impl TimeLeft {
     }
 
     fn left_at(&self, now: Instant) -> Option<Duration> {
-        let usual = match self.seconds.get(self.slow..) {
+        let recent = self
+            .seconds
+            .len()
+            .saturating_sub(ROUNDS * self.round.max(1));
+        let usual = match self.seconds.get(self.round.max(recent)..) {
             Some(rest) if !rest.is_empty() => rest,
             _ => &self.seconds,
         };
@@ -118,6 +125,15 @@ mod tests {
         let later = |seconds| left.left_at(now + Duration::from_secs(seconds));
         assert!((later(2).unwrap().as_secs_f64() - 70.0).abs() < 1e-6);
         assert_eq!(later(100), later(4));
+        // Four blocks at half the pace later it goes by those.
+        for _ in 0..4 {
+            for seconds in [10, 6] {
+                now += Duration::from_secs(seconds);
+                left.part_at(now);
+            }
+        }
+        let told = left.left_at(now).unwrap().as_secs_f64();
+        assert!((told - 80.0).abs() < 1e-6, "five blocks of 16 s: {told}");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use clap::Args;
 use gptq_calibration::{EvaluationText, TextTokenizer};
 use gptq_format::branch_dirs;
 use gptq_kernels::Device;
-use gptq_verify::{Asked, Evaluation, Receipt, Request, verify};
+use gptq_verify::{Asked, Depth, Evaluation, RECEIPT, Receipt, Request, verify};
 
 use crate::block_progress::BlockProgress;
 use crate::{log, table, terminal};
@@ -27,20 +27,17 @@ pub(crate) struct VerifyArgs {
     /// Run this dense model beside it, and compare blocks and predictions
     #[arg(long, value_name = "MODEL", requires = "text")]
     against: Option<PathBuf>,
-    /// Tolerated perplexity over the dense model's, as a fraction of it [default: by the fewest bits; 2: 4,
-    /// 3: 0.4, 4 and 8: 0.1]
+    /// Tolerated perplexity over the dense model's, as a fraction of it [default: by what rounding to nearest
+    /// with the branch's settings costs on the same text, as all that follow]
     #[arg(long, value_name = "X")]
     max_perplexity_increase: Option<f64>,
-    /// Tolerated mean KL divergence from the dense model's predictions, in nats [default: 2: 2, 3: 0.5, 4
-    /// and 8: 0.1]
+    /// Tolerated mean KL divergence from the dense model's predictions, in nats
     #[arg(long, value_name = "X")]
     max_kl: Option<f64>,
     /// Least fraction of tokens after which both models find the same token the most likely
-    /// [default: 2: 0.25, 3: 0.6, 4 and 8: 0.8]
     #[arg(long, value_name = "X")]
     min_top1: Option<f64>,
-    /// Tolerated relative error of a block's output, given the dense block's input [default: 2: 0.5, 3:
-    /// 0.15, 4 and 8: 0.1]
+    /// Tolerated relative error of a block's output, given the dense block's input
     #[arg(long, value_name = "X")]
     max_block_error: Option<f64>,
     /// Leave no verify.json in the branch directory
@@ -81,11 +78,11 @@ pub(crate) fn run(args: VerifyArgs) -> Result<()> {
     }
     for (name, dir) in branches {
         let receipt = judge(&name, &dir, &request, args.device)?;
-        if !args.no_receipt && dir_is_quantised(&receipt) {
-            receipt.write(&dir)?;
-        }
         if !args.json {
             show(&name, &receipt);
+        }
+        if !args.no_receipt && dir_is_quantised(&receipt) {
+            keep(&receipt, &name, &dir)?;
         }
         receipts.push((name, receipt));
     }
@@ -103,7 +100,10 @@ pub(crate) fn run(args: VerifyArgs) -> Result<()> {
     }
     let failed = receipts.iter().filter(|(_, receipt)| !receipt.pass);
     let failed: Vec<String> = failed
-        .map(|(name, receipt)| format!("{name}: {}", receipt.failures().join("; ")))
+        .map(|(name, receipt)| {
+            let failures = receipt.failures().into_iter().chain(receipt.advice.clone());
+            format!("{name}: {}", failures.collect::<Vec<_>>().join("; "))
+        })
         .collect();
     if !failed.is_empty() {
         bail!("{}", failed.join("; "));
@@ -148,6 +148,37 @@ fn judge(name: &str, dir: &Path, request: &Request, device: Device) -> Result<Re
     })?)
 }
 
+/// Writes the receipt, or keeps the one that looked at more of the same bytes.
+fn keep(receipt: &Receipt, name: &str, dir: &Path) -> Result<()> {
+    // One that cannot be read says nothing.
+    let before = Receipt::read(dir).ok().flatten();
+    let (standing, stays) = receipt.standing(before);
+    standing.write(dir)?;
+    if stays && !standing.pass {
+        log::warning(&format!(
+            "{name}: these files failed when more was looked at, and {RECEIPT} goes on saying so ({}); \
+             {} judges them again",
+            standing.failures().join("; "),
+            again(&standing, dir)
+        ));
+    }
+    Ok(())
+}
+
+/// The command that looks at as much as `receipt` did.
+pub(crate) fn again(receipt: &Receipt, dir: &Path) -> String {
+    let text = match &receipt.perplexity {
+        Some(measured) => format!("{} --window {}", measured.text, measured.window),
+        None => "FILE".to_owned(),
+    };
+    let more = match receipt.depth() {
+        Depth::Files => String::new(),
+        Depth::Text => format!(" --text {text}"),
+        Depth::Beside => format!(" --text {text} --against MODEL"),
+    };
+    format!("gptq verify {}{more}", dir.display())
+}
+
 /// A receipt belongs beside quantised weights, not into somebody's dense model.
 fn dir_is_quantised(receipt: &Receipt) -> bool {
     receipt.files.contains_key("quantize_config.json")
@@ -173,16 +204,19 @@ fn show(name: &str, receipt: &Receipt) {
         println!("  perplexity {:.4}", p.value);
     }
     if let Some(p) = &receipt.perplexity {
+        let text = terminal::line(&p.text);
         println!(
-            "  measured on {} tokens of {} in windows of {}{}",
+            "  measured on {} tokens of {text} in windows of {}{}",
             p.tokens,
-            p.text,
             p.window,
             match p.left_over {
                 0 => String::new(),
                 more => format!("; {more} more fill no window"),
             }
         );
+    }
+    if let Some(advice) = &receipt.advice {
+        println!("  {}", terminal::line(advice));
     }
 }
 
@@ -204,7 +238,7 @@ fn summary(receipts: &[(String, Receipt)]) -> String {
         };
         let perplexity = receipt.perplexity.as_ref();
         let increase = perplexity.and_then(|p| Some(100.0 * (p.value / p.dense? - 1.0)));
-        let worst = receipt.blocks.iter().map(|b| b.relative_error);
+        let worst = receipt.blocks.iter().filter_map(|b| b.relative_error);
         let passed = receipt.checks.iter().filter(|c| c.pass).count();
         rows.push(vec![
             name.clone(),
@@ -213,10 +247,7 @@ fn summary(receipts: &[(String, Receipt)]) -> String {
             increase.map_or_else(|| "-".to_owned(), |i| format!("{i:+.2} %")),
             number(receipt.kl_divergence, 5),
             number(receipt.top1_agreement, 4),
-            number(
-                worst.fold(None, |a: Option<f64>, b| Some(a.map_or(b, |a| a.max(b)))),
-                5,
-            ),
+            number(worst.max_by(f64::total_cmp), 5),
         ]);
     }
     table::render(&rows)

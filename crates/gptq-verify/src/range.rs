@@ -1,0 +1,288 @@
+//! Whether programs that compute in f16 can run the model: nothing that they hold may lie beyond 65504.
+//!
+//! Here the CPU computes in f32, and attention adds its scores up in f32 everywhere, so that a product too
+//! large for f16 passes unseen. Transformers' eager attention takes `q kᵀ` in the model's own type and
+//! scales it afterwards: one score beyond the range is an infinity, and its row becomes NaN.
+
+use burn::tensor::{DType, ElementConversion, Tensor};
+use gptq_format::Half;
+use gptq_kernels::Engine;
+use gptq_model::{Block, Flow, Seen};
+use serde::{Deserialize, Serialize};
+
+/// Score matrices looked at in a block of a chunk: those of the heads with the longest queries and keys.
+const MATRICES: usize = 8;
+
+/// What came up in the forward pass, as f16 takes it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Range {
+    /// The largest magnitude among what f16 holds.
+    pub largest: f64,
+    /// Where that was.
+    pub at: String,
+    /// What f16 does not hold, in the order in which it comes up.
+    pub overflows: Vec<Overflow>,
+}
+
+/// Values of one kind, in one place, that are beyond f16's range.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Overflow {
+    /// Block index; none for the logits.
+    pub layer: Option<usize>,
+    /// What they are, such as "attention scores before scaling".
+    pub what: String,
+    /// How many.
+    pub values: u64,
+    /// The largest magnitude; none where it was computed in 16 bits, as an infinity.
+    pub largest: Option<f64>,
+    /// Whether the dense model has such there; unknown without one.
+    pub dense: Option<bool>,
+}
+
+impl Overflow {
+    /// Where it is.
+    pub(crate) fn place(&self) -> String {
+        place(self.layer, &self.what)
+    }
+}
+
+fn place(layer: Option<usize>, what: &str) -> String {
+    match layer {
+        Some(layer) => format!("{what} of block {layer}"),
+        None => what.to_owned(),
+    }
+}
+
+/// The largest magnitude of one kind, and how many values lie beyond f16's range.
+#[derive(Clone, Debug, PartialEq)]
+struct Reading {
+    what: String,
+    largest: f64,
+    over: u64,
+}
+
+/// What a block, or the head, showed.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Readings(Vec<Reading>);
+
+impl Readings {
+    /// Runs a block on `flow` and reads what comes up.
+    pub(crate) fn of<B: Engine>(block: &Block<B>, flow: Flow<B>) -> (Flow<B>, Readings) {
+        let mut readings = Readings::default();
+        let flow = block.observed(flow, &mut |seen| readings.see(block, seen));
+        (flow, readings)
+    }
+
+    fn see<B: Engine>(&mut self, block: &Block<B>, seen: Seen<B>) {
+        match seen {
+            Seen::Output(linear, y) => {
+                let linear = block.spec().linears().get(linear);
+                self.read(&output(linear.map_or("", |linear| &linear.name)), y);
+            }
+            Seen::Gated(y) => self.read("gated activations", y),
+            Seen::Residual(y) => self.read("hidden states", y),
+            Seen::Rotated(q, k) => {
+                let flat = |x: &Tensor<B, 4>| {
+                    let [windows, seq, heads, dim] = x.dims();
+                    x.clone().reshape([windows * seq, heads * dim])
+                };
+                self.read("rotated queries", flat(&q));
+                self.read("rotated keys", flat(&k));
+                self.scores(q, k);
+            }
+        }
+    }
+
+    /// Adds the magnitudes of `x`.
+    pub(crate) fn read<B: Engine>(&mut self, what: &str, x: Tensor<B, 2>) {
+        let limit = Half::F16.largest();
+        let magnitudes = x.abs();
+        let largest: f64 = magnitudes.clone().max_dim(1).max().into_scalar().elem();
+        // What was computed in 16 bits is infinite by now, and NaN further on.
+        let over = match largest <= limit {
+            true => 0,
+            false => count(magnitudes.lower_equal_elem(limit).bool_not().int().sum()),
+        };
+        self.add(Reading {
+            what: what.to_owned(),
+            largest,
+            over,
+        });
+    }
+
+    /// Adds the scores `q·k` of every query with every key: those of keys that are masked later too, as an
+    /// infinity stays one when the mask is added to it. Below the range is nothing: such a key gets no
+    /// weight either way.
+    fn scores<B: Engine>(&mut self, q: Tensor<B, 4>, k: Tensor<B, 4>) {
+        let limit = Half::F16.largest();
+        let [_, seq, heads, dim] = q.dims();
+        let kv_heads = k.dims()[2];
+        let shared = heads / kv_heads;
+        // |q·k| is at most |q||k|.
+        let longest = |x: &Tensor<B, 4>| -> Vec<f64> {
+            let x = x.clone().cast(DType::F32);
+            let squares = (x.clone() * x).sum_dim(3).max_dim(1);
+            squares.into_data().iter::<f64>().collect()
+        };
+        let (of_q, of_k) = (longest(&q), longest(&k));
+        let bounds = of_k.iter().zip(of_q.chunks(shared)).enumerate();
+        let mut bounds: Vec<(usize, f64)> = bounds
+            .map(|(at, (k, q))| {
+                let q = q.iter().copied().fold(0.0, f64::max);
+                (at, (q * k).sqrt())
+            })
+            .filter(|&(_, bound)| bound > limit && bound.is_finite())
+            .collect();
+        bounds.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let mut reading = Reading {
+            what: "attention scores before scaling".to_owned(),
+            largest: 0.0,
+            over: 0,
+        };
+        for (at, _) in bounds.into_iter().take(MATRICES) {
+            let (window, head) = (at / kv_heads, at % kv_heads);
+            let part = |x: &Tensor<B, 4>, first: usize, n: usize| {
+                let part = x
+                    .clone()
+                    .slice([window..window + 1, 0..seq, first..first + n, 0..dim]);
+                part.cast(DType::F32)
+                    .swap_dims(1, 2)
+                    .reshape([n * seq, dim])
+            };
+            let (q, k) = (part(&q, head * shared, shared), part(&k, head, 1));
+            let scores = q.matmul(k.transpose());
+            let largest: f64 = scores.clone().max_dim(1).max().into_scalar().elem();
+            reading.largest = reading.largest.max(largest);
+            if largest > limit {
+                reading.over += count(scores.greater_elem(limit).int().sum());
+            }
+        }
+        self.add(reading);
+    }
+
+    fn add(&mut self, new: Reading) {
+        match self.0.iter_mut().find(|reading| reading.what == new.what) {
+            Some(reading) => {
+                if new.largest > reading.largest || new.largest.is_nan() {
+                    reading.largest = new.largest;
+                }
+                reading.over += new.over;
+            }
+            None => self.0.push(new),
+        }
+    }
+
+    /// Adds another chunk's.
+    pub(crate) fn merge(&mut self, other: Readings) {
+        other.0.into_iter().for_each(|reading| self.add(reading));
+    }
+
+    /// Whether any value lies beyond the range.
+    pub(crate) fn overflow(&self) -> bool {
+        self.0.iter().any(|reading| reading.over > 0)
+    }
+
+    fn is_over(&self, what: &str) -> bool {
+        self.0.iter().any(|r| r.what == what && r.over > 0)
+    }
+}
+
+fn count<B: Engine>(sum: Tensor<B, 1, burn::tensor::Int>) -> u64 {
+    let sum: i64 = sum.into_scalar().elem();
+    sum.unsigned_abs()
+}
+
+/// What a linear gives, by its module's name.
+fn output(module: &str) -> String {
+    match module.rsplit('.').next().unwrap_or(module) {
+        "q_proj" => "queries".to_owned(),
+        "k_proj" => "keys".to_owned(),
+        "v_proj" => "values".to_owned(),
+        linear => format!("outputs of {linear}"),
+    }
+}
+
+impl Range {
+    /// Adds what the whole text showed in block `layer`, or in the head; `dense` is what the dense model
+    /// showed there, where it was looked at.
+    pub(crate) fn add(
+        &mut self,
+        layer: Option<usize>,
+        readings: &Readings,
+        dense: Option<&Readings>,
+    ) {
+        for reading in &readings.0 {
+            if reading.over > 0 {
+                self.overflows.push(Overflow {
+                    layer,
+                    what: reading.what.clone(),
+                    values: reading.over,
+                    largest: Some(reading.largest).filter(|l| l.is_finite()),
+                    dense: dense.map(|dense| dense.is_over(&reading.what)),
+                });
+            } else if reading.largest > self.largest {
+                self.largest = reading.largest;
+                self.at = place(layer, &reading.what);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::TensorData;
+    use gptq_kernels::Cpu;
+
+    use super::*;
+
+    fn heads(values: Vec<f32>, shape: [usize; 4], dtype: DType) -> Tensor<Cpu, 4> {
+        let data = TensorData::new(values, shape);
+        Tensor::<Cpu, 4>::from_data(data, (&Default::default(), DType::F32)).cast(dtype)
+    }
+
+    #[test]
+    fn scores_are_those_of_every_pair_of_a_query_and_a_key() {
+        // One window of two tokens, two query heads on one key head of dimension 2. Only the first query
+        // of the second head meets the second key, which lies after it, beyond the range: 300 * 300.
+        let q = vec![1.0, 0.0, 300.0, 0.0, 2.0, 0.0, -300.0, 0.0];
+        let k = vec![1.0, 1.0, 300.0, -5.0];
+        for dtype in [DType::F32, DType::F16] {
+            let mut readings = Readings::default();
+            readings.scores(
+                heads(q.clone(), [1, 2, 2, 2], dtype),
+                heads(k.clone(), [1, 2, 1, 2], dtype),
+            );
+            let [reading] = &readings.0[..] else {
+                panic!("one reading")
+            };
+            assert_eq!((reading.largest, reading.over), (9e4, 1), "{dtype:?}");
+        }
+    }
+
+    #[test]
+    fn scores_that_cannot_reach_the_range_are_not_computed() {
+        let mut readings = Readings::default();
+        readings.scores(
+            heads(vec![250.0, 0.0], [1, 1, 1, 2], DType::F32),
+            heads(vec![250.0, 0.0], [1, 1, 1, 2], DType::F32),
+        );
+        assert_eq!(readings.0[0].largest, 0.0);
+        assert!(!readings.overflow());
+    }
+
+    #[test]
+    fn values_beyond_the_range_are_counted_also_where_they_are_infinite_already() {
+        let values = vec![1.0, -7e4, 65504.0, f32::INFINITY, -2.0, 3.0];
+        for dtype in [DType::F32, DType::F16] {
+            let data = TensorData::new(values.clone(), [2, 3]);
+            let x = Tensor::<Cpu, 2>::from_data(data, (&Default::default(), DType::F32));
+            let mut readings = Readings::default();
+            readings.read("values", x.cast(dtype));
+            let mut range = Range::default();
+            range.add(Some(3), &readings, None);
+            let found = &range.overflows[0];
+            assert_eq!((found.values, found.largest), (2, None), "{dtype:?}");
+            assert_eq!(found.place(), "values of block 3");
+        }
+    }
+}
