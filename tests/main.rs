@@ -33,6 +33,7 @@ mod requantize;
 mod resume;
 mod sixteen_bits;
 mod stop;
+mod templates;
 mod texts;
 mod tolerance;
 mod verify;

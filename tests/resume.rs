@@ -76,7 +76,7 @@ pub(crate) fn killed_after_a_block(recipe: &Path, out: &Path, flags: &[&str]) {
 }
 
 /// Every file below `out`, without the times in reports.
-fn contents(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+pub(crate) fn contents(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     for branch in fs::read_dir(out).unwrap() {
         let branch = branch.unwrap().path();

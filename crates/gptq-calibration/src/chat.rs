@@ -1,26 +1,51 @@
 //! Chat templates: messages as the one text a model was trained on.
 //!
 //! A template is Jinja as Transformers renders it (`apply_chat_template`): blocks swallow their own
-//! line, `break` and `continue` work, strings have Python's methods, and `raise_exception` ends the
-//! rendering with a message. It comes from a checkpoint, so its length ([`MAX_TEMPLATE`]) and what it can
-//! do ([`jinja`]) are limited.
+//! line, `break` and `continue` work, values are written as Python writes them, `tojson` is
+//! `json.dumps`, `{% generation %}` and `strftime_now` are known, and `raise_exception` ends the rendering with
+//! a message. It comes from a checkpoint, so its length ([`MAX_TEMPLATE`]) and what it can do
+//! ([`jinja`]) are limited.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
+use minijinja::Value as JinjaValue;
 use minijinja::value::Serde;
-use minijinja::{Environment, context};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::Value as Json;
 
 use crate::CalibrationError;
-use crate::jinja;
+use crate::jinja::{self, Jinja, Objection};
 use crate::small_file::{self, MAX_TEMPLATE};
+use crate::value::{Map, Value};
 
 /// ChatML: each message between `<|im_start|>role` and `<|im_end|>`.
 const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
-                      {{ message.content }}<|im_end|>\n{% endfor %}\
+                      {% if message.content is string %}{{ message.content }}{% else %}\
+                      {% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}\
+                      <|im_end|>\n{% endfor %}\
                       {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+/// Tokens that templates know by name.
+const SPECIAL_TOKENS: [&str; 7] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+];
+
+/// Keys of a message that hold its reasoning, the first of them the one that most templates read.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// Where a checkpoint keeps templates beside the one in `chat_template.jinja`.
+const MORE_TEMPLATES: &str = "additional_chat_templates";
+
+/// The name of the template for conversations with tools.
+const TOOL_USE: &str = "tool_use";
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,10 +69,45 @@ impl Message {
 /// How a conversation is written for a model.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
-    /// `bos_token`, `eos_token` and the others a template may name.
-    special: BTreeMap<String, String>,
+    default: Option<Named>,
+    /// For conversations with tools, where there is one.
+    tool_use: Option<Named>,
+    special: BTreeMap<&'static str, String>,
     complete: bool,
+    /// The date that `strftime_now` tells.
+    date: String,
+}
+
+/// A compiled template and where it comes from.
+#[derive(Debug)]
+struct Named {
+    origin: String,
+    jinja: Jinja,
+}
+
+impl Named {
+    fn new(origin: impl Into<String>, source: &str) -> Result<Self, CalibrationError> {
+        let origin = origin.into();
+        if source.len() as u64 > MAX_TEMPLATE {
+            return Err(CalibrationError::ChatTemplate {
+                template: origin,
+                line: 0,
+                reason: format!("over the limit of {MAX_TEMPLATE} bytes"),
+            });
+        }
+        match Jinja::new(source) {
+            Ok(jinja) => Ok(Named { origin, jinja }),
+            Err(objection) => Err(objects(&origin, objection)),
+        }
+    }
+}
+
+fn objects(origin: &str, objection: Objection) -> CalibrationError {
+    CalibrationError::ChatTemplate {
+        template: origin.to_owned(),
+        line: objection.line,
+        reason: objection.reason,
+    }
 }
 
 impl ChatTemplate {
@@ -57,54 +117,87 @@ impl ChatTemplate {
         reason = "the template is a constant, and a test parses it"
     )]
     pub fn chatml() -> Self {
-        ChatTemplate::parse(CHATML, BTreeMap::new(), false).expect("the built-in template parses")
+        let built_in = Named::new("the built-in ChatML", CHATML);
+        ChatTemplate {
+            default: Some(built_in.expect("the built-in template parses")),
+            tool_use: None,
+            special: BTreeMap::new(),
+            complete: false,
+            date: jinja::now(),
+        }
     }
 
-    /// The template that the tokenizer in `dir` has: `chat_template.jinja`, else `chat_template` in
-    /// `tokenizer_config.json` (a text, or a list whose "default" counts). `None` where there is
-    /// neither.
+    /// The template that the tokenizer in `dir` has: `chat_template.jinja` and, for conversations with
+    /// tools, `additional_chat_templates/tool_use.jinja`; where there are no such files, `chat_template` in
+    /// `tokenizer_config.json` (a text, or several by name, of which "default" and "tool_use" count).
+    /// `None` where there is neither. Its date is this moment.
     ///
     /// # Errors
     /// A file that cannot be read, or a template that does not parse.
     pub fn of(dir: &Path) -> Result<Option<Self>, CalibrationError> {
         let config = small_file::config(dir, "tokenizer_config.json")?;
-        let own = dir.join("chat_template.jinja");
-        let source = match small_file::read(&own, MAX_TEMPLATE) {
-            Ok(bytes) => {
-                Some(
-                    String::from_utf8(bytes).map_err(|_| CalibrationError::Malformed {
-                        path: own,
-                        reason: "not UTF-8 text".into(),
-                    })?,
-                )
-            }
-            Err(error) if error.is_missing_file() => config.get("chat_template").and_then(named),
-            Err(error) => return Err(error),
+        let read = |path: PathBuf| match small_file::read(&path, MAX_TEMPLATE) {
+            Ok(bytes) => match String::from_utf8(bytes) {
+                Ok(source) => Named::new(path.to_string_lossy(), &source).map(Some),
+                Err(_) => Err(CalibrationError::Malformed {
+                    path,
+                    reason: "not UTF-8 text".into(),
+                }),
+            },
+            Err(error) if error.is_missing_file() => Ok(None),
+            Err(error) => Err(error),
         };
-        let special = ["bos_token", "eos_token", "unk_token", "pad_token"]
-            .into_iter()
-            .filter_map(|name| Some((name.to_owned(), special_token(config.get(name)?)?)))
-            .collect();
-        source
-            .map(|source| ChatTemplate::parse(&source, special, true))
-            .transpose()
+        let more = dir.join(MORE_TEMPLATES);
+        let mut default = read(dir.join("chat_template.jinja"))?;
+        let mut tool_use = read(more.join(format!("{TOOL_USE}.jinja")))?;
+        // Files go before what the configuration says, even where none of them is the default.
+        if default.is_none() && tool_use.is_none() && !holds_templates(&more) {
+            let origin = dir.join("tokenizer_config.json");
+            let named = |name| match config
+                .get("chat_template")
+                .and_then(|given| source(given, name))
+            {
+                Some(source) => Named::new(origin.to_string_lossy(), source).map(Some),
+                None => Ok(None),
+            };
+            (default, tool_use) = (named("default")?, named(TOOL_USE)?);
+        }
+        if default.is_none() && tool_use.is_none() {
+            return Ok(None);
+        }
+        let older = small_file::config(dir, "special_tokens_map.json")?;
+        let special = SPECIAL_TOKENS.into_iter().filter_map(|name| {
+            let token = |config: &Json| special_token(config.get(name)?);
+            Some((name, token(&config).or_else(|| token(&older))?))
+        });
+        Ok(Some(ChatTemplate {
+            default,
+            tool_use,
+            special: special.collect(),
+            complete: true,
+            date: jinja::now(),
+        }))
     }
 
-    fn parse(
-        source: &str,
-        special: BTreeMap<String, String>,
-        complete: bool,
-    ) -> Result<Self, CalibrationError> {
-        if source.len() as u64 > MAX_TEMPLATE {
-            return Err(CalibrationError::ChatTemplate {
-                line: 0,
-                reason: format!("over the limit of {MAX_TEMPLATE} bytes"),
-            });
+    /// The same with another date, `2026-11-30` or `2026-11-30T08:15:00`.
+    #[must_use]
+    pub fn dated(self, date: &str) -> Self {
+        ChatTemplate {
+            date: date.to_owned(),
+            ..self
         }
-        Ok(ChatTemplate {
-            environment: jinja::environment("chat", source)?,
-            special,
-            complete,
+    }
+
+    /// The date that a template is told.
+    pub fn date(&self) -> &str {
+        &self.date
+    }
+
+    /// Whether a template asked for the date since this was last called.
+    pub(crate) fn asked_for_date(&self) -> bool {
+        let templates = [&self.default, &self.tool_use].into_iter().flatten();
+        templates.fold(false, |asked, template| {
+            template.jinja.asked_for_date() || asked
         })
     }
 
@@ -120,48 +213,97 @@ impl ChatTemplate {
         (!self.complete).then_some("<|im_end|>")
     }
 
-    /// The conversation as text, with the opening of the assistant's next turn if asked for. Its
-    /// messages are [`Message`]s, or objects with more keys than those.
+    /// The conversation as text, with the opening of the assistant's next turn if asked for.
     ///
     /// # Errors
     /// What the template itself refuses, such as roles out of turn.
     pub fn render(
         &self,
-        messages: &[impl Serialize + Sync],
+        messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<String, CalibrationError> {
-        let messages = Serde(messages);
-        let special = minijinja::Value::from(Serde(&self.special));
-        jinja::on_its_own_stack(|| {
-            let chat = self.environment.get_template("chat")?;
-            chat.render(context! { messages, add_generation_prompt, ..special })
-        })
+        let text = |text: &String| Value::String(text.clone());
+        let message = |message: &Message| {
+            let keys = [("role", &message.role), ("content", &message.content)];
+            keys.into_iter()
+                .map(|(key, value)| (key.to_owned(), text(value)))
+                .collect()
+        };
+        let messages: Vec<Map> = messages.iter().map(message).collect();
+        self.write(&messages, &Value::Null, add_generation_prompt)
+    }
+
+    /// As [`Self::render`], of messages with any keys, and with tools where they are not null.
+    pub(crate) fn write(
+        &self,
+        messages: &[Map],
+        tools: &Value,
+        add_generation_prompt: bool,
+    ) -> Result<String, CalibrationError> {
+        let with_tools = self.tool_use.as_ref().filter(|_| !tools.is_null());
+        let template = with_tools.or(self.default.as_ref());
+        let template = template.ok_or(CalibrationError::NoChatTemplate)?;
+        let messages = messages.iter().map(with_reasoning).map(Value::Object);
+        let messages: Vec<Value> = messages.collect();
+        let special = self.special.iter();
+        let mut values: BTreeMap<&'static str, JinjaValue> = special
+            .map(|(name, token)| (*name, token.as_str().into()))
+            .collect();
+        values.insert("messages", Serde(messages).into());
+        values.insert("tools", Serde(tools).into());
+        values.insert("documents", ().into());
+        values.insert("add_generation_prompt", add_generation_prompt.into());
+        let rendered = template.jinja.render(values, &self.date);
+        rendered.map_err(|objection| objects(&template.origin, objection))
     }
 }
 
-/// A template by itself, or the one called "default" of several.
-fn named(value: &Value) -> Option<String> {
-    let default = |list: &Vec<Value>| {
-        let is_default = |entry: &&Value| entry.get("name").is_some_and(|name| name == "default");
-        let entry = list.iter().find(is_default)?;
-        entry.get("template")?.as_str().map(str::to_owned)
+/// The message with its reasoning under every name that templates read, as Transformers gives it to them.
+fn with_reasoning(message: &Map) -> Map {
+    let Some(reasoning) = REASONING.iter().find_map(|key| message.get(*key)) else {
+        return message.clone();
     };
+    let mut all = Map::new();
+    all.insert("thinking".into(), reasoning.clone());
+    all.extend(message.clone());
+    all.insert("reasoning_content".into(), reasoning.clone());
+    all
+}
+
+/// Whether a directory has a file that is named like a template.
+fn holds_templates(dir: &Path) -> bool {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut paths = entries.map(|entry| entry.path());
+    paths.any(|path| {
+        path.extension()
+            .is_some_and(|extension| extension == "jinja")
+    })
+}
+
+/// A template by itself, which is the default, or the one called `name` of several.
+fn source<'v>(value: &'v Json, name: &str) -> Option<&'v str> {
     match value {
-        Value::Array(list) => default(list),
-        other => other.as_str().map(str::to_owned),
+        Json::String(text) => Some(text.as_str()).filter(|_| name == "default"),
+        Json::Array(list) => {
+            let named = |entry: &&Json| entry.get("name").is_some_and(|given| given == name);
+            let named = list.iter().find(named);
+            named?.get("template")?.as_str()
+        }
+        several => several.get(name)?.as_str(),
     }
 }
 
 /// A special token of `tokenizer_config.json`: a string, or an object with `content`.
-pub(crate) fn special_token(value: &Value) -> Option<String> {
+pub(crate) fn special_token(value: &Json) -> Option<String> {
     let text = value.as_str().or_else(|| value.get("content")?.as_str());
     text.map(str::to_owned)
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
+mod golden;
 
+#[cfg(test)]
+mod tests {
     use super::*;
 
     fn talk() -> Vec<Message> {
@@ -211,7 +353,7 @@ mod tests {
         ]
         .iter()
         .collect();
-        let golden: Value = serde_json::from_slice(&fs::read(golden).unwrap()).unwrap();
+        let golden: serde_json::Value = serde_json::from_slice(&fs::read(golden).unwrap()).unwrap();
         let talk: Vec<Message> =
             serde_json::from_value(golden["chat"]["messages"].clone()).unwrap();
         let cases = golden["chat"]["templates"].as_array().unwrap();

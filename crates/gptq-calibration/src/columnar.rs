@@ -20,10 +20,10 @@ use arrow::ipc::convert::try_fb_to_schema;
 use arrow::ipc::reader::{FileReader, StreamReader, read_footer_length};
 use arrow::ipc::{Block, root_as_footer};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
-use serde_json::{Map, Value};
 
 use crate::reader::{EachRow, Reading, Row, malformed};
 use crate::source::SourceFile;
+use crate::value::{Map, Value};
 use crate::value_budget::ValueBudget;
 use crate::{CalibrationError, parquet_file};
 

@@ -1,10 +1,11 @@
-//! A cell as a conversation: its messages in the form that chat templates know, `{role, content}`
-//! with text for content. They come in that form, with content in parts or null, or in ShareGPT's,
-//! `{from, value}`. Other keys, such as `tool_calls`, go along for templates that ask for them.
-
-use serde_json::{Map, Value};
+//! A cell as a conversation: its messages in the form that chat templates know, `{role, content}`, with
+//! keys in the order in which they came. Content is a text or a list of text parts. They come in that
+//! form or in ShareGPT's, `{from, value}`. Other keys, such as `tool_calls`, go along for templates that
+//! ask for them. As in Transformers, a key that holds null is no key: files stored by columns give every
+//! message every key.
 
 use crate::json::kind;
+use crate::value::{Map, Value};
 
 /// ShareGPT's names of roles that templates have others for.
 const ROLES: [(&str, &str); 5] = [
@@ -16,65 +17,97 @@ const ROLES: [(&str, &str); 5] = [
 ];
 
 /// The messages of a cell. The error says what was found instead.
-pub(crate) fn messages(cell: &Value) -> Result<Vec<Value>, String> {
+pub(crate) fn messages(cell: &Value) -> Result<Vec<Map>, String> {
     let list = cell.as_array();
     let list = list.ok_or_else(|| format!("it is {}, not a list", kind(cell)))?;
+    if list.is_empty() {
+        return Err("it is a list without a message".into());
+    }
     let numbered = list.iter().enumerate();
     numbered
         .map(|(i, value)| message(value).map_err(|why| format!("message {i} {why}")))
         .collect()
 }
 
-fn message(value: &Value) -> Result<Value, String> {
+fn message(value: &Value) -> Result<Map, String> {
     let keys = value.as_object();
     let keys = keys.ok_or_else(|| format!("is {}", kind(value)))?;
-    // Files stored by columns give every message every key, null where it has none, and templates
-    // ask whether a key is there.
-    let present = keys.iter().filter(|(_, value)| !value.is_null());
-    let mut message: Map<String, Value> = present.map(|(k, v)| (k.clone(), v.clone())).collect();
-    let (role, said) = match message.remove("role") {
-        Some(role) => (role, "content"),
-        None => match message.remove("from") {
-            Some(from) => (from, "value"),
-            None => return Err("has neither role nor from".into()),
-        },
-    };
-    let Value::String(mut role) = role else {
-        return Err(format!("has a role that is {}", kind(&role)));
-    };
-    if said == "value"
-        && let Some((_, name)) = ROLES.iter().find(|(from, _)| *from == role)
-    {
-        role = (*name).to_owned();
+    let has = |key: &str| keys.get(key).is_some_and(|value| !value.is_null());
+    let share_gpt = !has("role") && has("from");
+    if !share_gpt && !has("role") {
+        return Err("has neither role nor from".into());
     }
-    let content = match message.remove(said) {
-        Some(content) => text(content)?,
-        // Null, as of an assistant that calls a tool.
-        None if keys.contains_key(said) || message.contains_key("tool_calls") => String::new(),
-        None => return Err(format!("has no {said}")),
-    };
-    message.insert("role".into(), role.into());
-    message.insert("content".into(), content.into());
-    Ok(Value::Object(message))
+    let said = if share_gpt { "value" } else { "content" };
+    if !has(said) && !keys.contains_key(said) && !has("tool_calls") {
+        return Err(format!("has no {said}"));
+    }
+    let mut message = Map::new();
+    for (key, value) in keys.iter().filter(|(_, value)| !value.is_null()) {
+        let key = match (share_gpt, key.as_str()) {
+            (true, "from") => "role",
+            (true, "value") => "content",
+            (_, key) => key,
+        };
+        let value = match key {
+            "role" => role(value, share_gpt)?,
+            "content" => content(value)?,
+            _ => value.clone(),
+        };
+        message.insert(key.to_owned(), value);
+    }
+    Ok(message)
 }
 
-/// Content as text: parts are joined.
-fn text(content: Value) -> Result<String, String> {
+fn role(role: &Value, share_gpt: bool) -> Result<Value, String> {
+    let name = role.as_str();
+    let name = name.ok_or_else(|| format!("has a role that is {}", kind(role)))?;
+    let known = ROLES.iter().find(|(from, _)| share_gpt && *from == name);
+    Ok(known.map_or(name, |(_, known)| known).into())
+}
+
+fn content(content: &Value) -> Result<Value, String> {
     match content {
-        Value::String(text) => Ok(text),
-        Value::Array(parts) => parts.iter().map(part).collect(),
-        other => Err(format!("has content that is {}", kind(&other))),
+        Value::String(_) => {}
+        Value::Array(parts) => parts.iter().try_for_each(part)?,
+        other => return Err(format!("has content that is {}", kind(other))),
     }
+    Ok(content.clone())
 }
 
-fn part(part: &Value) -> Result<&str, String> {
-    match part.get("type").and_then(Value::as_str) {
-        Some("text") => {
-            let text = part.get("text").and_then(Value::as_str);
-            text.ok_or_else(|| "has a part of type \"text\" without a text".into())
-        }
+fn part(part: &Value) -> Result<(), String> {
+    match part["type"].as_str() {
+        Some("text") => match part["text"].as_str() {
+            Some(_) => Ok(()),
+            None => Err("has a part of type \"text\" without a text".into()),
+        },
         Some(other) => Err(format!("has a part of type {other:?}, which is no text")),
         None => Err("has a part without a type".into()),
+    }
+}
+
+/// The tools of a row, as a list of objects, or as JSON that says one. The error says what was found
+/// instead.
+pub(crate) fn tools(cell: &Value) -> Result<Value, String> {
+    let parsed = match cell.as_str() {
+        Some(text) => {
+            let parsed = serde_json::from_str(text);
+            parsed.map_err(|error| format!("it is a text that is no JSON: {error}"))?
+        }
+        None => cell.clone(),
+    };
+    // Some keep each tool as JSON, so that a file stored by columns can hold tools that differ.
+    let tool = |tool: Value| match &tool {
+        Value::String(text) => serde_json::from_str(text).unwrap_or(tool),
+        _ => tool,
+    };
+    let tools: Vec<Value> = match parsed {
+        Value::Array(tools) => tools.into_iter().map(tool).collect(),
+        Value::Null => return Ok(Value::Null),
+        other => return Err(format!("it is {}, not a list of tools", kind(&other))),
+    };
+    match tools.iter().find(|tool| tool.as_object().is_none()) {
+        Some(other) => Err(format!("it has a tool that is {}", kind(other))),
+        None => Ok(Value::Array(tools)),
     }
 }
 
@@ -85,10 +118,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_form_of_a_message_becomes_role_and_text() {
+    fn every_form_of_a_message_becomes_role_and_content() {
         let share_gpt = ["system", "human", "user", "gpt", "chatgpt", "bing", "tool"];
         let share_gpt = share_gpt.map(|from| json!({"from": from, "value": "Hi", "weight": null}));
-        let found = messages(&share_gpt.to_vec().into()).unwrap();
+        let found = messages(&Value::from(share_gpt.to_vec())).unwrap();
         let roles: Vec<&str> = found.iter().map(|m| m["role"].as_str().unwrap()).collect();
         assert_eq!(
             roles,
@@ -102,26 +135,57 @@ mod tests {
                 "tool"
             ]
         );
-        assert_eq!(found[1], json!({"role": "user", "content": "Hi"}));
+        let hi = Value::from(json!({"role": "user", "content": "Hi"}));
+        assert_eq!(found[1], *hi.as_object().unwrap());
 
-        let calls = json!([{"function": {"name": "f", "arguments": {"a": 1}}}]);
+        let calls = json!([{"function": {"name": "f", "arguments": {"a": 1, "b": null}}}]);
+        let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
         let talk = json!([
-            {"role": "human", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "human", "content": parts},
             {"role": "assistant", "content": null, "tool_calls": calls},
             {"role": "tool", "content": "", "name": "f", "tool_calls": null},
         ]);
         let expected = json!([
-            {"role": "human", "content": "ab"},
-            {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "human", "content": parts},
+            {"role": "assistant", "tool_calls": calls},
             {"role": "tool", "content": "", "name": "f"},
         ]);
-        assert_eq!(Value::Array(messages(&talk).unwrap()), expected);
+        assert_eq!(Value::from(messages(&talk.into()).unwrap()), expected);
+    }
+
+    #[test]
+    fn the_keys_of_a_message_keep_their_order() {
+        let cell = r#"[{"value": "Hi", "z": 1, "from": "human", "a": {"y": 1, "b": 2}}]"#;
+        let cell: Value = serde_json::from_str(cell).unwrap();
+        let found = Value::from(messages(&cell).unwrap()).to_string();
+        let expected = r#"[{"content":"Hi","z":1,"role":"user","a":{"y":1,"b":2}}]"#;
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn tools_are_a_list_or_json_of_one() {
+        let list = Value::from(json!([{"type": "function"}]));
+        assert_eq!(tools(&list).unwrap(), list);
+        assert_eq!(tools(&r#"[{"type": "function"}]"#.into()).unwrap(), list);
+        let texts = Value::from(vec![r#"{"type": "function"}"#]);
+        assert_eq!(tools(&texts).unwrap(), list);
+        assert_eq!(tools(&"null".into()).unwrap(), Value::Null);
+        for (cell, words) in [
+            (json!("get_time"), "no JSON"),
+            (json!({"a": 1}), "an object, not a list"),
+            (json!([1]), "a tool that is a number"),
+            (json!(["get_time"]), "a tool that is a text"),
+        ] {
+            let why = tools(&cell.clone().into()).unwrap_err();
+            assert!(why.contains(words), "{cell}: {why}");
+        }
     }
 
     #[test]
     fn what_is_no_message_is_named() {
         for (cell, words) in [
             (json!("Hi"), "it is a text, not a list"),
+            (json!([]), "a list without a message"),
             (json!(["Hi"]), "message 0 is a text"),
             (
                 json!([{"role": "user", "content": "a"}, {"text": "a"}]),
@@ -142,7 +206,7 @@ mod tests {
                 "a part of type \"image_url\"",
             ),
         ] {
-            let why = messages(&cell).unwrap_err();
+            let why = messages(&cell.clone().into()).unwrap_err();
             assert!(why.contains(words), "{cell}: {why}");
         }
     }

@@ -3,15 +3,14 @@
 use std::collections::HashSet;
 use std::ops::{AddAssign, ControlFlow};
 
-use serde_json::Value;
-
 use crate::chat::ChatTemplate;
 use crate::reader::{Reading, Row};
 use crate::rendering::Document;
 use crate::row_range::Place;
 use crate::source::SourceFile;
 use crate::token_rows::TokenRules;
-use crate::{CalibrationError, CalibrationSettings, reader};
+use crate::value::Value;
+use crate::{CalibrationError, CalibrationSettings, OnError, reader};
 
 /// A batch is full with this many documents, or this many bytes.
 const BATCH_DOCUMENTS: usize = 256;
@@ -36,7 +35,8 @@ impl Most {
 
 /// Gives every document of `files` in the settings' range of rows to `give`, until the end, until it breaks,
 /// or until `most` is reached; says whether all were given. Rows that lack a column they need or have a null
-/// there, and rows without text, are left out and counted.
+/// there, rows without text, and those that a chat template objects to where the settings say so, are left
+/// out and counted.
 ///
 /// # Errors
 /// What cannot be read or rendered; files that end before the range begins; and every row left out.
@@ -56,6 +56,7 @@ pub(crate) fn send(
     let mut seen = HashSet::new();
     let mut batch = Batch::default();
     let mut looked = Looked::default();
+    let mut first_objection = None;
     let (mut index, mut bytes, mut is_whole) = (0, 0, true);
     for file in files {
         let flow = reader::read(file, &reading, &mut |row| {
@@ -81,8 +82,19 @@ pub(crate) fn send(
                 true => None,
                 false => {
                     let rendered = settings.rendering.render(index - 1, &row, chat, rules);
-                    let (document, masked) =
-                        rendered.map_err(CalibrationError::in_file(&file.path))?;
+                    batch.dated |= chat.is_some_and(ChatTemplate::asked_for_date);
+                    let rendered = rendered.map_err(CalibrationError::in_file(&file.path));
+                    let (document, masked) = match rendered {
+                        Err(error)
+                            if error.is_objection() && settings.on_error == OnError::Skip =>
+                        {
+                            looked.left_out.objections += 1;
+                            batch.left_out.objections += 1;
+                            first_objection.get_or_insert(error);
+                            return Ok(ControlFlow::Continue(()));
+                        }
+                        other => other?,
+                    };
                     batch.masked += masked;
                     Some(document)
                 }
@@ -113,6 +125,13 @@ pub(crate) fn send(
         return Err(CalibrationError::NoRows {
             range: settings.rows.to_string(),
             available: index,
+        });
+    }
+    if let Some(first) = first_objection.filter(|_| looked.is_all_left_out() && is_whole) {
+        return Err(CalibrationError::Objections {
+            rows: looked.left_out.objections,
+            range: settings.rows.to_string(),
+            source: Box::new(first),
         });
     }
     let is_refused = looked.is_all_left_out() && (is_whole || looked.lacks_a_column());
@@ -202,11 +221,13 @@ pub(crate) struct LeftOut {
     pub nulls: usize,
     /// They hold no text.
     pub blank: usize,
+    /// A chat template objects to them.
+    pub objections: usize,
 }
 
 impl LeftOut {
     fn total(&self) -> usize {
-        self.nulls + self.blank
+        self.nulls + self.blank + self.objections
     }
 }
 
@@ -214,6 +235,7 @@ impl AddAssign for LeftOut {
     fn add_assign(&mut self, more: LeftOut) {
         self.nulls += more.nulls;
         self.blank += more.blank;
+        self.objections += more.objections;
     }
 }
 
@@ -228,6 +250,8 @@ pub(crate) struct Batch {
     pub mended: usize,
     /// Positions that masks dropped.
     pub masked: usize,
+    /// Whether a chat template asked for the date.
+    pub dated: bool,
     bytes: usize,
 }
 

@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::panic::resume_unwind;
+use std::str::FromStr;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
@@ -15,7 +16,7 @@ use crate::source::SourceFile;
 use crate::token_file::{TokenFile, TokenWriter};
 use crate::{
     CalibrationError, Difference, Manifest, Overlap, Rendering, RowRange, Source, TextTokenizer,
-    documents, overlap,
+    documents, is_date, overlap,
 };
 
 /// How windows are taken from the joined rows.
@@ -27,6 +28,29 @@ pub enum Sampling {
     RandomWindows,
     /// Consecutive windows from the start.
     Concatenate,
+}
+
+/// What becomes of a row that its chat template objects to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnError {
+    /// The run stops, and names the row.
+    #[default]
+    Stop,
+    /// The row is left out, and counted.
+    Skip,
+}
+
+impl FromStr for OnError {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "stop" => Ok(OnError::Stop),
+            "skip" => Ok(OnError::Skip),
+            _ => Err("neither stop nor skip".into()),
+        }
+    }
 }
 
 /// What to calibrate on.
@@ -42,6 +66,11 @@ pub struct CalibrationSettings {
     pub min_tokens: usize,
     /// Of equal documents, only the first is kept.
     pub dedupe: bool,
+    /// What becomes of a row that a chat template objects to.
+    pub on_error: OnError,
+    /// The date that chat templates are told, `2026-11-30` or `2026-11-30T08:15:00`; without it, this
+    /// moment's.
+    pub date: Option<String>,
     /// Windows.
     pub samples: usize,
     /// Tokens per window.
@@ -107,6 +136,7 @@ impl Calibration {
             left_out,
             mended_rows,
             masked_tokens,
+            dated,
             difference,
             tokens,
         } = joined;
@@ -125,8 +155,10 @@ impl Calibration {
                 row_count,
                 null_rows: left_out.nulls,
                 blank_rows: left_out.blank,
+                objected_rows: left_out.objections,
                 mended_rows,
                 masked_tokens,
+                date: chat.filter(|_| dated).map(|chat| chat.date().to_owned()),
                 min_tokens: settings.min_tokens,
                 dedupe: settings.dedupe,
                 template: settings.rendering.describe(),
@@ -154,7 +186,14 @@ impl Calibration {
                  U+FFFD now"
             )),
         };
-        let more = mended.into_iter().chain(manifest.repetition_warning());
+        let objected = match manifest.objected_rows {
+            0 => None,
+            rows => Some(format!(
+                "{rows} rows were left out because the chat template objects to them"
+            )),
+        };
+        let more = mended.into_iter().chain(objected);
+        let more = more.chain(manifest.repetition_warning());
         difference.into_iter().chain(more).collect()
     }
 
@@ -165,15 +204,26 @@ impl Calibration {
 }
 
 impl CalibrationSettings {
-    /// What writes conversations, where rows are some.
+    /// What writes conversations, where rows are some, with the date that it tells.
+    ///
+    /// # Errors
+    /// A template that cannot be read or does not parse, a tokenizer without one, and what is no date.
     pub(crate) fn chat(
         &self,
         tokenizer: &TextTokenizer,
     ) -> Result<Option<ChatTemplate>, CalibrationError> {
-        match self.rendering {
-            Rendering::Messages { chatml: true, .. } => Ok(Some(ChatTemplate::chatml())),
-            Rendering::Messages { chatml: false, .. } => ChatTemplate::of(tokenizer.dir()),
-            Rendering::Template(_) | Rendering::Tokens { .. } => Ok(None),
+        let chat = match self.rendering {
+            Rendering::Messages { chatml: true, .. } => ChatTemplate::chatml(),
+            Rendering::Messages { chatml: false, .. } => {
+                let own = ChatTemplate::of(tokenizer.dir())?;
+                own.ok_or(CalibrationError::NoChatTemplate)?
+            }
+            Rendering::Template(_) | Rendering::Tokens { .. } => return Ok(None),
+        };
+        match &self.date {
+            Some(date) if !is_date(date) => Err(CalibrationError::Date { text: date.clone() }),
+            Some(date) => Ok(Some(chat.dated(date))),
+            None => Ok(Some(chat)),
         }
     }
 }
@@ -184,6 +234,7 @@ struct Joined {
     left_out: LeftOut,
     mended_rows: usize,
     masked_tokens: usize,
+    dated: bool,
     difference: Option<Difference>,
     tokens: TokenFile,
 }
@@ -202,11 +253,12 @@ fn join(
     let mut row_count = 0;
     let (mut left_out, mut mended_rows, mut masked_tokens) = (LeftOut::default(), 0, 0);
     let mut difference = None;
-    let mut is_first = true;
+    let (mut is_first, mut dated) = (true, false);
     for batch in batches {
         left_out += batch.left_out;
         mended_rows += batch.mended;
         masked_tokens += batch.masked;
+        dated |= batch.dated;
         // What the first rows show need not be looked for in all.
         if std::mem::take(&mut is_first) {
             difference = tokenizer.difference(&batch.documents)?;
@@ -226,6 +278,7 @@ fn join(
         left_out,
         mended_rows,
         masked_tokens,
+        dated,
         difference,
         tokens: writer.finish()?,
     })
@@ -282,6 +335,8 @@ fn covered(mut starts: Vec<usize>, seq_len: usize) -> usize {
     total
 }
 
+#[cfg(test)]
+mod chats;
 #[cfg(test)]
 mod formats;
 #[cfg(test)]

@@ -145,15 +145,60 @@ pub enum CalibrationError {
         dir.display()
     )]
     SlowTokenizer { dir: PathBuf, found: &'static str },
-    #[error("chat template, line {line}: {reason}")]
-    ChatTemplate { line: usize, reason: String },
+    #[error("{template}{}: {reason}", at_line(*line))]
+    ChatTemplate {
+        template: String,
+        line: usize,
+        reason: String,
+    },
+    #[error("row {row}: {source}")]
+    InRow {
+        row: usize,
+        source: Box<CalibrationError>,
+    },
+    #[error(
+        "the chat template objects to all {rows} rows of the range {range}, to the first of them so: {source}"
+    )]
+    Objections {
+        rows: usize,
+        range: String,
+        source: Box<CalibrationError>,
+    },
+    #[error("date = {text:?} is no date like \"2026-11-30\" or \"2026-11-30T08:15:00\"")]
+    Date { text: String },
     #[error("the tokenizer failed: {reason}")]
     Tokenizer { reason: String },
+}
+
+fn at_line(line: usize) -> String {
+    match line {
+        0 => String::new(),
+        line => format!(", line {line}"),
+    }
 }
 
 impl CalibrationError {
     pub(crate) fn is_missing_file(&self) -> bool {
         matches!(self, CalibrationError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
+    }
+
+    /// Whether it is a chat template's objection to a conversation, and not a fault of the row or file.
+    pub(crate) fn is_objection(&self) -> bool {
+        match self {
+            CalibrationError::InFile { source, .. } | CalibrationError::InRow { source, .. } => {
+                source.is_objection()
+            }
+            CalibrationError::ChatTemplate { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// What is wrong with a row, with its number.
+    pub(crate) fn in_row(row: usize) -> impl FnOnce(Self) -> Self {
+        move |source| CalibrationError::InRow {
+            row,
+            source: source.into(),
+        }
     }
 
     /// What is wrong with a row, with the file it lies in.

@@ -13,10 +13,9 @@ use std::io::Read;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use serde_json::Value;
-
 use crate::reader::{self, Reading, TEXT};
 use crate::source::{Compression, Format, SourceFile, format};
+use crate::value::Value;
 use crate::{CalibrationError, TextTokenizer};
 
 /// Most bytes of text, as decompressed: some 16 million tokens, where measurements take a million at most.
@@ -245,7 +244,7 @@ fn column(file: &SourceFile, limit: u64, enough: u64) -> Result<Texts, Calibrati
             return Ok(ControlFlow::Break(()));
         }
         let has_text = row.contains_key(TEXT);
-        match row.remove(TEXT) {
+        match row.swap_remove(TEXT) {
             Some(Value::String(text)) if !text.trim().is_empty() => {
                 bytes += text.len() as u64;
                 within(bytes, limit, file)?;

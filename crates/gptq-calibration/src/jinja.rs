@@ -5,16 +5,29 @@
 //! trees: only an assignment to a namespace could put one inside itself or grow without end, so what
 //! is assigned to one is a copy, of limited size.
 
+mod date;
+mod filters;
+mod format;
+mod json;
+mod methods;
+mod operators;
+mod python;
+mod source;
+
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use minijinja::machinery::{Token, tokenize};
+use minijinja::machinery::{eval, get_compiled_template, make_string_output};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::ValueKind;
-use minijinja::{Environment, Error, ErrorKind, State, Value};
-use minijinja_contrib::pycompat::unknown_method_callback;
+use minijinja::value::{Kwargs, Tuple, ValueKind};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
 
-use crate::CalibrationError;
+pub use self::date::is_date;
+pub(crate) use self::date::now;
+use self::python::{Text, refusal};
+use self::source::{COPY, GENERATION, PLAIN};
 
 /// Steps after which a template is taken to run forever.
 const FUEL: u64 = 10_000_000;
@@ -27,66 +40,116 @@ const STACK: usize = 512 << 20;
 const MAX_DEPTH: usize = 64;
 const MAX_VALUES: usize = 1 << 14;
 
-/// Digits of a number in `str.format`'s text.
-const MAX_WIDTH_DIGITS: usize = 4;
+/// The name of the one template in an environment.
+const NAME: &str = "chat";
 
-/// The filter that copies. A template may use it too, and gains nothing.
-const COPY: &str = "gptq_copy";
-
-/// An environment as Transformers has it, with `source` under `name`.
-///
-/// # Errors
-/// What does not parse, with its line.
-pub(crate) fn environment(
-    name: &'static str,
-    source: &str,
-) -> Result<Environment<'static>, CalibrationError> {
-    on_its_own_stack(|| {
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build()?;
-        environment.set_syntax(syntax.clone());
-        environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(method);
-        environment.add_function("raise_exception", |message: String| {
-            Err::<String, _>(Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_filter(COPY, |value: Value| copy(&value, 0, &mut 0));
-        environment.add_template_owned(name, assigning_copies(source, syntax)?)?;
-        Ok(environment)
-    })
+/// A template, compiled, in an environment as Transformers has it.
+#[derive(Debug)]
+pub(crate) struct Jinja {
+    environment: Environment<'static>,
+    /// Whether a rendering asked for the date.
+    dated: Arc<AtomicBool>,
 }
 
-/// Python's methods, less what `format` could fill memory with before fuel is counted.
-fn method(
-    state: &mut State<'_, '_>,
-    value: &Value,
-    name: &str,
-    args: &[Value],
-) -> Result<Value, Error> {
-    let is_wide = |text: &str| {
-        let digits = |byte: &u8| byte.is_ascii_digit();
-        text.as_bytes()
-            .windows(MAX_WIDTH_DIGITS + 1)
-            .any(|run| run.iter().all(digits))
-    };
-    match name == "format" && value.as_str().is_some_and(is_wide) {
-        true => Err(Error::new(
-            ErrorKind::InvalidOperation,
-            "a width too large in a format",
-        )),
-        false => unknown_method_callback(state, value, name, args),
+impl Jinja {
+    /// Compiles a template.
+    ///
+    /// # Errors
+    /// What does not parse, with its line.
+    pub(crate) fn new(source: &str) -> Result<Self, Objection> {
+        on_its_own_stack(|| {
+            let mut environment = Environment::new();
+            let syntax = SyntaxConfig::builder()
+                .trim_blocks(true)
+                .lstrip_blocks(true)
+                .build()?;
+            environment.set_syntax(syntax.clone());
+            environment.set_fuel(Some(FUEL));
+            environment.set_unknown_method_callback(methods::method);
+            environment.set_formatter(|out, state, value| {
+                let escaped = match (state.auto_escape(), value.is_safe()) {
+                    (AutoEscape::None, _) | (_, true) => None,
+                    _ => Some(state.apply_filter("e", std::slice::from_ref(value))?),
+                };
+                let mut text = Text::new(state);
+                text.push_str(escaped.as_ref().unwrap_or(value))?;
+                let written = out.write_str(&text.finish());
+                written.map_err(|error| {
+                    Error::new(ErrorKind::WriteFailure, "no output").with_source(error)
+                })
+            });
+            // Under names of their own for those that are put in their places.
+            environment.add_filter("library_int", minijinja::filters::int);
+            environment.add_filter("library_float", minijinja::filters::float);
+            filters::add_to(&mut environment);
+            operators::add_to(&mut environment);
+            let dated = Arc::new(AtomicBool::new(false));
+            date::add_to(&mut environment, dated.clone());
+            environment.add_filter(COPY, |value: Value| copy(&value, 0, &mut 0));
+            environment.add_filter(PLAIN, |value: Value| value);
+            environment.add_function(
+                GENERATION,
+                |state: &mut minijinja::State<'_, '_>, body: Kwargs| {
+                    let caller: Value = body.get("caller")?;
+                    caller.call(state, &[])
+                },
+            );
+            environment.add_template_owned(NAME, source::exchanged(source, syntax)?)?;
+            Ok(Jinja { environment, dated })
+        })
     }
+
+    /// Renders the template with `values`, on the date `now`.
+    ///
+    /// # Errors
+    /// What the template refuses, and what goes wrong in it, with its line.
+    pub(crate) fn render(
+        &self,
+        values: BTreeMap<&'static str, Value>,
+        now: &str,
+    ) -> Result<String, Objection> {
+        on_its_own_stack(|| {
+            let template = self.environment.get_template(NAME)?;
+            let compiled = get_compiled_template(&template);
+            let (program, blocks) = operators::exchange(compiled);
+            let values = values.into_iter().chain([(date::NOW, Value::from(now))]);
+            let values = Value::from_pairs(values);
+            let mut text = String::new();
+            let mut out = make_string_output(&mut text);
+            let escape = compiled.initial_auto_escape.clone();
+            eval(
+                &self.environment,
+                &program,
+                values,
+                &blocks,
+                &mut out,
+                escape,
+            )?;
+            Ok(text)
+        })
+    }
+
+    /// Whether a rendering asked for the date since this was last called.
+    pub(crate) fn asked_for_date(&self) -> bool {
+        self.dated.swap(false, Ordering::Relaxed)
+    }
+}
+
+/// What a template, or the library, has against a rendering.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Objection {
+    /// The template's line, from 1; 0 where none is known.
+    pub line: usize,
+    /// What it says.
+    pub reason: String,
 }
 
 /// What the library does with a template: its errors by line, its panics (on some malformed format
 /// strings, `{a[é`) as one.
-pub(crate) fn on_its_own_stack<T: Send>(
+fn on_its_own_stack<T: Send>(
     work: impl FnOnce() -> Result<T, Error> + Send,
-) -> Result<T, CalibrationError> {
-    let refused = |reason: String| CalibrationError::ChatTemplate { line: 0, reason };
+) -> Result<T, Objection> {
+    let refused = |reason: String| Objection { line: 0, reason };
     thread::scope(|scope| {
         thread::Builder::new()
             .stack_size(STACK)
@@ -98,61 +161,14 @@ pub(crate) fn on_its_own_stack<T: Send>(
     })
 }
 
-fn told(error: Error) -> CalibrationError {
+fn told(error: Error) -> Objection {
     let reason = error
         .detail()
         .map_or_else(|| error.kind().to_string(), str::to_owned);
-    CalibrationError::ChatTemplate {
+    Objection {
         line: error.line().unwrap_or(0),
-        reason,
+        reason: reason.replace('\n', " "),
     }
-}
-
-/// `{% set ns.a = b %}` as `{% set ns.a = (b)|copy %}`, and `{% set ns.a | b %}`, which opens a block,
-/// as `{% set ns.a | b|copy %}`. Lines stay where they are.
-fn assigning_copies(source: &str, syntax: SyntaxConfig) -> Result<String, Error> {
-    let mut written = String::with_capacity(source.len());
-    let mut from = 0;
-    let mut write_to = |offset: u32, then: &str| {
-        let offset = offset as usize;
-        written.push_str(source.get(from..offset).unwrap_or_default());
-        written.push_str(then);
-        from = offset;
-    };
-    let mut tokens = tokenize(source, false, syntax);
-    let mut opens = false;
-    while let Some((token, _)) = tokens.next().transpose()? {
-        let is_set = opens && matches!(token, Token::Ident("set"));
-        opens = matches!(token, Token::BlockStart);
-        if !is_set {
-            continue;
-        }
-        let mut dotted = false;
-        let mut value = None;
-        while let Some((token, span)) = tokens.next().transpose()? {
-            match (token, value) {
-                (Token::Dot, None) => dotted = true,
-                (Token::Pipe, None) => value = Some("|"),
-                (Token::Assign, None) => {
-                    value = Some(")|");
-                    if dotted {
-                        write_to(span.end_offset, "(");
-                    }
-                }
-                (Token::BlockEnd, value) => {
-                    if let (true, Some(close)) = (dotted, value) {
-                        write_to(span.start_offset, close);
-                        write_to(span.start_offset, COPY);
-                        write_to(span.start_offset, " ");
-                    }
-                    break;
-                }
-                _ => {}
-            }
-        }
-    }
-    write_to(u32::try_from(source.len()).unwrap_or(u32::MAX), "");
-    Ok(written)
 }
 
 /// The value with every list and map in it made anew: a namespace becomes the map it is now.
@@ -162,20 +178,22 @@ fn copy(value: &Value, depth: usize, values: &mut usize) -> Result<Value, Error>
         if depth == MAX_DEPTH || *values > MAX_VALUES {
             let limits = format!("over {MAX_DEPTH} deep or {MAX_VALUES} in all");
             let reason = format!("too many values in one of a namespace: {limits}");
-            return Err(Error::new(ErrorKind::InvalidOperation, reason));
+            return Err(refusal(reason));
         }
         copy(value, depth + 1, values)
     };
     Ok(match value.kind() {
         ValueKind::Seq | ValueKind::Iterable => {
             let items: Result<Vec<Value>, _> = value.try_iter()?.map(|item| inner(&item)).collect();
-            Value::from(items?)
+            match value.is_tuple() {
+                true => Value::from(Tuple::from(items?)),
+                false => Value::from(items?),
+            }
         }
         ValueKind::Map => {
             let pair = |key: Value| Ok((inner(&key)?, inner(&value.get_item(&key)?)?));
-            let pairs: Result<BTreeMap<Value, Value>, Error> =
-                value.try_iter()?.map(pair).collect();
-            Value::from(pairs?)
+            let pairs: Result<Vec<(Value, Value)>, Error> = value.try_iter()?.map(pair).collect();
+            Value::from_pairs(pairs?)
         }
         _ => value.clone(),
     })
@@ -183,17 +201,15 @@ fn copy(value: &Value, depth: usize, values: &mut usize) -> Result<Value, Error>
 
 #[cfg(test)]
 mod tests {
-    use minijinja::context;
-
     use super::*;
     use crate::small_file::MAX_TEMPLATE;
 
-    fn render(source: &str) -> Result<String, CalibrationError> {
-        let environment = environment("chat", source)?;
-        on_its_own_stack(|| {
-            let template = environment.get_template("chat")?;
-            template.render(context! { words => ["a", "b"] })
-        })
+    fn render(source: &str) -> Result<String, String> {
+        let words = BTreeMap::from([("words", Value::from(vec!["a", "b"]))]);
+        let told = |error: Objection| format!("line {}: {}", error.line, error.reason);
+        Jinja::new(source)
+            .and_then(|jinja| jinja.render(words, "2026-11-30T08:15:00"))
+            .map_err(told)
     }
 
     #[test]
@@ -216,7 +232,7 @@ mod tests {
         );
         assert_eq!(set("{# {% set ns.x = 2 #}", "ns.x"), "1");
         let error = render("\n\n{% set ns = namespace() %}{% set ns.x = nothing() %}").unwrap_err();
-        assert!(error.to_string().contains("line 3"), "{error}");
+        assert!(error.contains("line 3"), "{error}");
     }
 
     #[test]
@@ -248,7 +264,7 @@ mod tests {
             let grow =
                 format!("{{% for i in range(50000) %}}{{% set ns.a = {value} %}}{{% endfor %}}");
             let source = format!("{{% set ns = namespace(a=[]) %}}{grow}");
-            render(&source).unwrap_err().to_string()
+            render(&source).unwrap_err()
         };
         assert!(grown("[ns.a]").contains("64 deep"), "{}", grown("[ns.a]"));
         assert!(grown("[ns.a, ns.a]").contains("in all"));
@@ -268,7 +284,7 @@ mod tests {
             "{{ range(1000000000)|list }}",
             "{% set ns = namespace(a='a') %}{% for i in range(40) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
         ] {
-            let error = render(grown).unwrap_err().to_string();
+            let error = render(grown).unwrap_err();
             let said = ["out of fuel", "too large", "too many", "width"];
             assert!(said.iter().any(|it| error.contains(it)), "{grown}: {error}");
         }

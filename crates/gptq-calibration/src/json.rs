@@ -6,12 +6,12 @@ use std::io::{self, Read};
 use std::ops::ControlFlow;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::Value;
 
 use crate::CalibrationError;
 use crate::lenient_json::mend;
 use crate::reader::{EachRow, Row, malformed, text_row};
 use crate::source::SourceFile;
+use crate::value::Value;
 
 /// Bytes read together while looking for the end of the first object.
 const PIECE: u64 = 1 << 16;

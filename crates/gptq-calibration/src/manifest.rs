@@ -33,6 +33,12 @@ pub struct Manifest {
     /// Positions of rows of token ids that an attention mask dropped.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub masked_tokens: usize,
+    /// Rows left out because the chat template objects to them, of those that were reached.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub objected_rows: usize,
+    /// The date that the chat template was told, where it asked for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub date: Option<String>,
     /// Least tokens of a row.
     #[serde(default)]
     pub min_tokens: usize,

@@ -16,15 +16,14 @@ use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::ops::ControlFlow;
 use std::rc::Rc;
 
-use serde_json::{Map, Value};
-
 use crate::json::{self, Opening};
 use crate::lenient_json::Lenient;
 use crate::source::{Compression, Format, SourceFile};
+use crate::value::{Map, Value};
 use crate::{CalibrationError, columnar};
 
 /// Column names and values.
-pub type Row = Map<String, Value>;
+pub type Row = Map;
 
 /// Takes one row; breaks when it wants no more.
 pub type EachRow<'a> = dyn FnMut(Row) -> Result<ControlFlow<()>, CalibrationError> + 'a;

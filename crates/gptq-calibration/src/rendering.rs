@@ -1,13 +1,16 @@
 //! A row as one document: a template over its columns, a conversation, or token ids.
 
-use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::chat::ChatTemplate;
 use crate::conversation;
 use crate::reader::Row;
 use crate::token_rows::{self, MASK, TokenRules};
+use crate::value::Value;
 use crate::{CalibrationError, Template};
+
+/// The column that holds a conversation's tools, beside its messages.
+const TOOLS: &str = "tools";
 
 /// How a row becomes a document.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,7 +55,8 @@ impl Rendering {
     pub(crate) fn optional_columns(&self) -> &'static [&'static str] {
         match self {
             Rendering::Tokens { .. } => &[MASK],
-            Rendering::Template(_) | Rendering::Messages { .. } => &[],
+            Rendering::Messages { .. } => &[TOOLS],
+            Rendering::Template(_) => &[],
         }
     }
 
@@ -76,13 +80,13 @@ impl Rendering {
                     let mut said = ["content", "value"]
                         .into_iter()
                         .filter_map(|key| message.get(key));
-                    message.is_object()
+                    message.as_object().is_some()
                         && message.get("tool_calls").is_none_or(Value::is_null)
                         && said.all(|said| said.is_null() || is_blank(said))
                         && ["role", "from"]
                             .iter()
                             .any(|key| message.get(key).is_some())
-                }) && cell(column).is_some_and(Value::is_array)
+                }) && cell(column).is_some_and(|cell| cell.as_array().is_some())
             }
             Rendering::Tokens { .. } => false,
         }
@@ -138,7 +142,14 @@ impl Rendering {
                 let takes = "messages takes a list of {role, content} or {from, value} objects";
                 let messages = conversation::messages(cell(column)?);
                 let messages = messages.map_err(|found| wrong(column, found, takes))?;
-                let text = chat.render(&messages, false)?;
+                let tools = match row.get(TOOLS) {
+                    Some(cell) => conversation::tools(cell).map_err(|found| {
+                        wrong(TOOLS, found, "beside messages, tools is a list of tools")
+                    })?,
+                    None => Value::Null,
+                };
+                let text = chat.write(&messages, &tools, false);
+                let text = text.map_err(CalibrationError::in_row(index))?;
                 let document = match chat.is_complete() {
                     true => Document::Complete(text),
                     false => Document::Text(text),
@@ -192,9 +203,13 @@ impl Document {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
+
+    macro_rules! json {
+        ($($json:tt)*) => {
+            Value::from(serde_json::json!($($json)*))
+        };
+    }
 
     #[test]
     fn messages_and_token_ids_become_documents() {

@@ -1,9 +1,8 @@
 //! `"{input}\n{output}"`: a row's columns as one document.
 
-use serde_json::{Map, Value};
-
 use crate::CalibrationError;
 use crate::json::kind;
+use crate::value::{Map, Value};
 
 /// A parsed template: literal text and column names in braces; `{{` and `}}` are literal braces.
 #[derive(Clone, Debug, PartialEq)]
@@ -93,11 +92,7 @@ impl Template {
 
     /// Fills in the columns of row number `index`: texts as they are, numbers and booleans as JSON has
     /// them. Errors where one is missing, null, a list or an object.
-    pub fn render(
-        &self,
-        index: usize,
-        row: &Map<String, Value>,
-    ) -> Result<String, CalibrationError> {
+    pub fn render(&self, index: usize, row: &Map) -> Result<String, CalibrationError> {
         let mut document = String::new();
         for part in &self.parts {
             let column = match part {
@@ -140,7 +135,9 @@ mod tests {
     #[test]
     fn columns_and_doubled_braces_are_filled_in() {
         let template = Template::parse("{a}\n{{x}} {b}").unwrap();
-        let row = json!({"a": "one", "b": "two", "c": 3, "d": [], "e": null, "f": 0.5, "g": true});
+        let row = Value::from(
+            json!({"a": "one", "b": "two", "c": 3, "d": [], "e": null, "f": 0.5, "g": true}),
+        );
         let row = row.as_object().unwrap();
         assert_eq!(template.render(0, row).unwrap(), "one\n{x} two");
         let plain = Template::parse("{c} {f} {g}").unwrap();

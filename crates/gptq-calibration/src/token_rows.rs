@@ -6,9 +6,8 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
-
 use crate::json::kind;
+use crate::value::Value;
 
 /// The column of 1 where there is a token and 0 where there is padding.
 pub(crate) const MASK: &str = "attention_mask";
@@ -117,9 +116,13 @@ impl TokenRules {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
+
+    macro_rules! json {
+        ($($json:tt)*) => {
+            Value::from(serde_json::json!($($json)*))
+        };
+    }
 
     fn rules() -> TokenRules {
         TokenRules {

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use arrow::array::{ArrayRef, RecordBatch, StringArray};
 use arrow::ipc::writer::FileWriter;
 use gptq_calibration::{
-    Calibration, CalibrationSettings, Rendering, RowRange, Sampling, Source, Template,
+    Calibration, CalibrationSettings, OnError, Rendering, RowRange, Sampling, Source, Template,
     TextTokenizer,
 };
 use parquet::arrow::ArrowWriter;
@@ -123,6 +123,8 @@ fn a_columnar_file_is_read_in_a_tenth_of_its_size() {
             rows: RowRange::default(),
             min_tokens: 0,
             dedupe: true,
+            on_error: OnError::Stop,
+            date: None,
             samples: 2,
             seq_len: 64,
             seed: 0,

@@ -53,6 +53,11 @@ impl Fingerprint {
         }
     }
 
+    /// The text under a key.
+    pub(crate) fn text(&self, key: &str) -> Option<String> {
+        serde_json::from_str(self.0.get(key)?).ok()
+    }
+
     /// The same without one key.
     pub(crate) fn without(mut self, key: &str) -> Self {
         self.0.remove(key);

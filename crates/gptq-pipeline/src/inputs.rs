@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use gptq_calibration::{CalibrationSettings, Rendering, RowRange, Source, Template};
+use gptq_calibration::{CalibrationSettings, Rendering, RowRange, Source, Template, is_date};
 use toml::Spanned;
 
 use crate::recipe::ChatChoice;
@@ -126,6 +126,16 @@ impl Recipe {
             );
             return Err(self.refuse(&file.samples, reason));
         }
+        let date = match &file.date {
+            Some(date) if !is_date(date.get_ref()) => {
+                let reason = format!(
+                    "date = {:?} is no date like \"2026-11-30\" or \"2026-11-30T08:15:00\"",
+                    date.get_ref()
+                );
+                return Err(self.refuse(date, reason));
+            }
+            date => date.as_ref().map(|date| date.get_ref().clone()),
+        };
         let source = match (&fetched.calibration, self.calibration_source()?) {
             (Some(fetched), _) => fetched.clone(),
             (None, InputSource::Local(path)) => Source::Local(path),
@@ -141,6 +151,8 @@ impl Recipe {
             rows,
             min_tokens: file.min_tokens,
             dedupe: file.dedupe,
+            on_error: file.on_error,
+            date,
             samples,
             seq_len,
             seed: file.seed,

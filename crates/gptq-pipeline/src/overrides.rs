@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use gptq_calibration::OnError;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
@@ -22,6 +23,12 @@ pub struct RecipeOverrides {
     pub rendering: Option<RenderingOverride>,
     /// Which rows.
     pub rows: Option<String>,
+    /// What becomes of a row that its chat template objects to.
+    #[serde(default)]
+    pub on_error: Option<OnError>,
+    /// The date that chat templates are told.
+    #[serde(default)]
+    pub date: Option<String>,
     /// Output directory.
     pub output: Option<PathBuf>,
     /// Windows.
@@ -83,6 +90,12 @@ impl Recipe {
         }
         if let Some(rows) = overrides.rows {
             *calibration.rows.get_mut() = rows;
+        }
+        if let Some(on_error) = overrides.on_error {
+            calibration.on_error = on_error;
+        }
+        if let Some(date) = overrides.date {
+            calibration.date = Some(Spanned::new(0..0, date));
         }
         if let Some(rendering) = overrides.rendering {
             (calibration.template, calibration.column) = (None, None);

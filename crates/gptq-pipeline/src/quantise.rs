@@ -21,7 +21,7 @@ use crate::memory::{Places, chunk_windows};
 use crate::model_files::ModelHash;
 use crate::profile::{Clock, Profile};
 use crate::read_ahead::read_ahead;
-use crate::resume::{Found, Restored, discard};
+use crate::resume::{Found, Restored, date_told, discard};
 use crate::run::{About, Run};
 use crate::scratch::Scratch;
 use crate::write_behind::WriteBehind;
@@ -209,7 +209,11 @@ impl Work for Quantise<'_> {
         let places = Places::new::<B>(plan, *self.budget, self.options.host_memory, shared)?;
         let model = Model::<B>::open(&plan.model_dir, &device)?.taken_in(plan.half);
         let tokenizer = TextTokenizer::load(&plan.model_dir)?;
-        let calibration = Calibration::draw(&plan.calibration, &tokenizer)?;
+        let mut settings = plan.calibration.clone();
+        if settings.date.is_none() && !self.options.restart {
+            settings.date = date_told(plan)?;
+        }
+        let calibration = Calibration::draw(&settings, &tokenizer)?;
         (self.on_event)(Event::Calibrated {
             warnings: &calibration.warnings(),
         });

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use gptq_calibration::Sampling;
+use gptq_calibration::{OnError, Sampling};
 use gptq_format::{Bits, GroupSize, Half};
 use serde::Deserialize;
 use thiserror::Error;
@@ -102,6 +102,9 @@ pub(crate) struct Calibration {
     pub min_tokens: usize,
     #[serde(default)]
     pub dedupe: bool,
+    #[serde(default)]
+    pub on_error: OnError,
+    pub date: Option<Spanned<String>>,
     #[serde(default = "default_samples")]
     pub samples: Spanned<usize>,
     #[serde(default = "default_seq_len")]

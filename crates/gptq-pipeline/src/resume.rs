@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use gptq_calibration::is_date;
 use gptq_format::{Checkpoint, LinearDigests, PackedLinear, StagedDir};
 
 use crate::branch_plan::check_name;
@@ -15,6 +16,9 @@ use crate::{
     BlockReport, BranchPlan, BranchReport, Clamped, LinearReport, ModelFiles, PipelineError, Plan,
     PlannedLinear, Recipe, RecipeOverrides, RunOptions, report_limits, sources,
 };
+
+/// Where a fingerprint has the date that a chat template was told.
+const DATE: &str = "calibration.date";
 
 /// What there is to do, and what was done before.
 pub(crate) struct Found {
@@ -167,6 +171,24 @@ fn check(
         }
     }
     Ok(())
+}
+
+/// The date that a chat template was told when what lies in the output directory was begun, so that it is
+/// gone on with, or kept, on any other day: that of the unfinished run, else that of a finished branch.
+pub(crate) fn date_told(plan: &Plan) -> Result<Option<String>, PipelineError> {
+    let recorded = Journal::read(&plan.output)?.filter(|found| !found.blocks.is_empty());
+    let begun = recorded
+        .iter()
+        .flat_map(|found| found.header.branches.values());
+    let mut told = begun.filter_map(|print| print.text(DATE)).next();
+    for branch in &plan.branches {
+        let dir = plan.branch_dir(branch);
+        if told.is_none() && dir.join(crate::report::FILE).exists() {
+            let report = BranchReport::read(&dir)?;
+            told = report.fingerprint.and_then(|print| print.text(DATE));
+        }
+    }
+    Ok(told.filter(|date| is_date(date)))
 }
 
 /// Removes what an unfinished run left: its journal, and the beginnings of its branches and of

@@ -198,6 +198,10 @@ fn print(manifest: &Manifest, tokenizer: &TextTokenizer) {
     if manifest.null_rows > 0 {
         rows += &format!(", {} left out for a null", manifest.null_rows);
     }
+    if manifest.objected_rows > 0 {
+        let objected = manifest.objected_rows;
+        rows += &format!(", {objected} left out because the chat template objects to them");
+    }
     if manifest.blank_rows > 0 {
         rows += &format!(", {} left out without text", manifest.blank_rows);
     }
@@ -209,6 +213,9 @@ fn print(manifest: &Manifest, tokenizer: &TextTokenizer) {
     }
     line("rows", rows);
     line("document", format!("{:?}", manifest.template));
+    if let Some(date) = &manifest.date {
+        line("date", date.clone());
+    }
     line(
         "tokenizer",
         format!("SHA-256 {}", manifest.tokenizer_sha256),

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use gptq_calibration::OnError;
 use gptq_kernels::Device;
 use gptq_pipeline::{Plan, Recipe, RecipeOverrides, RenderingOverride, parse_size};
 use humantime::parse_duration;
@@ -160,6 +161,12 @@ pub(crate) struct RowArgs {
     /// Only these rows, such as 0:1000
     #[arg(long, value_name = "RANGE")]
     pub rows: Option<String>,
+    /// What becomes of a row that the chat template objects to: stop the run, or skip the row
+    #[arg(long, value_name = "stop|skip")]
+    pub on_error: Option<OnError>,
+    /// The date that chat templates are told, such as 2026-11-30, in place of this moment's
+    #[arg(long, value_name = "DATE")]
+    pub date: Option<String>,
 }
 
 impl RowArgs {
@@ -381,6 +388,8 @@ impl ChangeArgs {
             calibration: self.calibration,
             rendering: self.rows.rendering(),
             rows: self.rows.rows,
+            on_error: self.rows.on_error,
+            date: self.rows.date,
             output: self.output,
             samples: self.samples,
             seq_len: self.seq_len,

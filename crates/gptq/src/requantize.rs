@@ -152,6 +152,8 @@ fn recipe(args: &RequantizeArgs, before: &[(PathBuf, BranchReport)]) -> Result<R
         calibration: Some(args.calibration.clone()),
         rendering: args.rows.rendering(),
         rows: args.rows.rows.clone(),
+        on_error: args.rows.on_error,
+        date: args.rows.date.clone(),
         output: Some(output),
         samples: Some(args.samples.unwrap_or(first.calibration.samples)),
         seq_len: Some(args.seq_len.unwrap_or(first.calibration.seq_len)),

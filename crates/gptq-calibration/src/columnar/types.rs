@@ -52,7 +52,8 @@ fn read(path: &Path, column: &str) -> Result<Vec<Value>, String> {
 }
 
 /// Checks what a column reads as from every format.
-fn check(array: ArrayRef, expected: Value) {
+fn check(array: ArrayRef, expected: impl Into<Value>) {
+    let expected = expected.into();
     let dir = TempDir::new().unwrap();
     let kind = array.data_type().clone();
     for path in write(&dir, RecordBatch::try_from_iter([("x", array)]).unwrap()) {

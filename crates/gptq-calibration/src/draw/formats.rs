@@ -30,6 +30,8 @@ fn settings(path: &Path, template: &str) -> CalibrationSettings {
         rows: "3:".parse().unwrap(),
         min_tokens: 0,
         dedupe: false,
+        on_error: OnError::Stop,
+        date: None,
         samples: 5,
         seq_len: 100,
         seed: 11,
@@ -141,7 +143,7 @@ fn every_format_and_compression_gives_the_same_windows() {
 }
 
 /// The column `messages` of every row.
-fn talks(path: &Path) -> Vec<serde_json::Value> {
+fn talks(path: &Path) -> Vec<crate::Value> {
     let file = &Source::Local(path.into()).files().unwrap()[0];
     let mut talks = Vec::new();
     let _ = crate::reader::read(file, &crate::reader::Reading::of(&[]), &mut |row| {

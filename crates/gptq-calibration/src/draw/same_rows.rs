@@ -65,6 +65,8 @@ fn settings(rendering: Rendering, first: usize, dedupe: bool, all: bool) -> Cali
         rows: format!("{first}:").parse().unwrap(),
         min_tokens: 0,
         dedupe,
+        on_error: OnError::Stop,
+        date: None,
         samples: 2,
         seq_len: 8,
         seed: 5,

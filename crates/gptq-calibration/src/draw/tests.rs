@@ -18,6 +18,8 @@ pub(super) fn settings(sampling: Sampling) -> CalibrationSettings {
         rows: "0:50".parse().unwrap(),
         min_tokens: 0,
         dedupe: false,
+        on_error: OnError::Stop,
+        date: None,
         samples: 4,
         seq_len: 512,
         seed: 3,

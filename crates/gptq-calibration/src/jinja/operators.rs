@@ -1,0 +1,227 @@
+//! Operators whose meaning in Python is another than the library's. A compiled template's instructions
+//! are exchanged, one for one, for calls of these functions; their names are no identifiers, so that no
+//! template can hide them behind a variable.
+
+use std::collections::BTreeMap;
+
+use minijinja::machinery::{CompiledTemplate, Instruction, Instructions};
+use minijinja::value::{Tuple, ValueKind};
+use minijinja::{Environment, Error, State, Value};
+
+use super::python::{Text, float, refusal, type_name};
+use super::{format, methods};
+
+/// Instructions, and those of the template's blocks.
+pub(super) type Program<'s> = (Instructions<'s>, BTreeMap<&'s str, Instructions<'s>>);
+
+/// A filter's name where it stands for an attribute.
+const ATTRIBUTES: [(&str, &str); 11] = [
+    ("copy", ".copy"),
+    ("fromkeys", ".fromkeys"),
+    ("get", ".get"),
+    ("items", ".items"),
+    ("keys", ".keys"),
+    ("values", ".values"),
+    ("clear", ".clear"),
+    ("pop", ".pop"),
+    ("popitem", ".popitem"),
+    ("setdefault", ".setdefault"),
+    ("update", ".update"),
+];
+
+/// Adds the functions that [`exchange`] calls.
+pub(super) fn add_to(environment: &mut Environment<'static>) {
+    environment.add_function("~", concat);
+    environment.add_function("%", remainder);
+    environment.add_function("[:]", slice);
+    environment.add_function("<", |a: &Value, b: &Value| compare(a, b).map(|()| a < b));
+    environment.add_function("<=", |a: &Value, b: &Value| compare(a, b).map(|()| a <= b));
+    environment.add_function(">", |a: &Value, b: &Value| compare(a, b).map(|()| a > b));
+    environment.add_function(">=", |a: &Value, b: &Value| compare(a, b).map(|()| a >= b));
+    environment.add_function("._", |_: &Value, _: &Value| {
+        Err::<Value, _>(refusal(
+            "a chat template cannot store an attribute of a namespace that begins with an underscore",
+        ))
+    });
+    for ((name, filter), known) in ATTRIBUTES.into_iter().zip(methods::attributes()) {
+        debug_assert_eq!(name, known);
+        environment.add_filter(filter, move |value: &Value| methods::attribute(value, name));
+    }
+}
+
+/// The template with Python's operators.
+pub(super) fn exchange<'s>(template: &CompiledTemplate<'s>) -> Program<'s> {
+    let blocks = template.blocks.iter();
+    let blocks = blocks.map(|(name, block)| (*name, exchanged(block)));
+    (exchanged(&template.instructions), blocks.collect())
+}
+
+fn exchanged<'s>(original: &Instructions<'s>) -> Instructions<'s> {
+    let mut program = Instructions::new(original.name(), original.source());
+    let mut index = 0;
+    while let Some(instruction) = original.get(index) {
+        let call = |name| Instruction::CallFunction(name, Some(2));
+        let instruction = match instruction {
+            Instruction::StringConcat => call("~"),
+            Instruction::Rem => call("%"),
+            Instruction::Lt => call("<"),
+            Instruction::Lte => call("<="),
+            Instruction::Gt => call(">"),
+            Instruction::Gte => call(">="),
+            Instruction::Slice => Instruction::CallFunction("[:]", Some(4)),
+            Instruction::SetAttr(name) if name.starts_with('_') => call("._"),
+            Instruction::GetAttr(name) => {
+                let known = ATTRIBUTES.iter().find(|(known, _)| known == name);
+                match known {
+                    Some((_, filter)) => Instruction::ApplyFilter(filter, Some(1), u8::MAX),
+                    None => instruction.clone(),
+                }
+            }
+            other => other.clone(),
+        };
+        match (original.get_span(index), original.get_line(index)) {
+            (Some(span), _) => program.add_with_span(instruction, span),
+            (None, Some(line)) => {
+                program.add_with_line(instruction, u16::try_from(line).unwrap_or(u16::MAX))
+            }
+            (None, None) => program.add(instruction),
+        };
+        index += 1;
+    }
+    program
+}
+
+/// `a ~ b`.
+fn concat(state: &State<'_, '_>, a: &Value, b: &Value) -> Result<Value, Error> {
+    let mut text = Text::new(state);
+    text.push_str(a)?;
+    text.push_str(b)?;
+    Ok(text.finish().into())
+}
+
+/// `a % b`: what a text is filled with, or what a division leaves.
+fn remainder(state: &State<'_, '_>, a: &Value, b: &Value) -> Result<Value, Error> {
+    if let Some(text) = a.as_str() {
+        return format::percent(state, text, b).map(Value::from);
+    }
+    let unsupported = || {
+        let (a, b) = (type_name(a), type_name(b));
+        refusal(format!("unsupported operand types for %: {a} and {b}"))
+    };
+    let is_number = |value: &Value| matches!(value.kind(), ValueKind::Number | ValueKind::Bool);
+    if !is_number(a) || !is_number(b) {
+        return Err(unsupported());
+    }
+    if !b.is_true() {
+        return Err(refusal("modulo by zero"));
+    }
+    if float(a).is_none() && float(b).is_none() {
+        let (a, b) = (i128::try_from(a.clone())?, i128::try_from(b.clone())?);
+        let rest = a.wrapping_rem(b);
+        let other_sign = rest != 0 && (rest < 0) != (b < 0);
+        return Ok(Value::from(if other_sign { rest + b } else { rest }));
+    }
+    let (a, b) = (f64::try_from(a.clone())?, f64::try_from(b.clone())?);
+    let rest = a % b;
+    let other_sign = rest != 0.0 && (rest < 0.0) != (b < 0.0);
+    Ok(Value::from(if other_sign { rest + b } else { rest }))
+}
+
+/// Refuses what Python does not order.
+fn compare(a: &Value, b: &Value) -> Result<(), Error> {
+    let class = |value: &Value| match value.kind() {
+        ValueKind::Number | ValueKind::Bool => 1,
+        ValueKind::String => 2,
+        ValueKind::Seq | ValueKind::Iterable if value.is_tuple() => 3,
+        ValueKind::Seq | ValueKind::Iterable => 4,
+        _ => 0,
+    };
+    match class(a) == class(b) && class(a) > 0 {
+        true => Ok(()),
+        false => {
+            let (a, b) = (type_name(a), type_name(b));
+            Err(refusal(format!("{a} and {b} are not ordered")))
+        }
+    }
+}
+
+/// `value[start:stop:step]`: a text, list or tuple like the one it is taken from.
+fn slice(
+    state: &State<'_, '_>,
+    value: &Value,
+    start: &Value,
+    stop: &Value,
+    step: &Value,
+) -> Result<Value, Error> {
+    let bound = |bound: &Value| match bound.is_none() {
+        true => Ok(None),
+        false if bound.kind() == ValueKind::Bool || bound.is_integer() => {
+            // Whatever lies beyond is as good as the end.
+            let number = i128::try_from(bound.clone())?.clamp(i64::MIN.into(), i64::MAX.into());
+            Ok(i64::try_from(number).ok())
+        }
+        false => {
+            let kind = type_name(bound);
+            Err(refusal(format!(
+                "a slice's bounds are integers, not {kind}"
+            )))
+        }
+    };
+    let (start, stop) = (bound(start)?, bound(stop)?);
+    let step = bound(step)?.unwrap_or(1);
+    if step == 0 {
+        return Err(refusal("a slice's step cannot be zero"));
+    }
+    if let Some(text) = value.as_str() {
+        state.consume_fuel(text.len() as u64 / 64)?;
+        let chars: Vec<char> = text.chars().collect();
+        let taken = places(chars.len(), start, stop, step).filter_map(|i| chars.get(i));
+        return Ok(taken.collect::<String>().into());
+    }
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable => {
+            let items: Vec<Value> = value.try_iter()?.collect();
+            state.consume_fuel(items.len() as u64)?;
+            let taken =
+                places(items.len(), start, stop, step).filter_map(|i| items.get(i).cloned());
+            let taken: Vec<Value> = taken.collect();
+            Ok(match value.is_tuple() {
+                true => Value::from(Tuple::from(taken)),
+                false => Value::from(taken),
+            })
+        }
+        ValueKind::Undefined => Err(refusal("what is undefined cannot be sliced")),
+        // As with any other item that is not there.
+        _ => Ok(Value::UNDEFINED),
+    }
+}
+
+/// Python's `range(*slice(start, stop, step).indices(length))`.
+fn places(
+    length: usize,
+    start: Option<i64>,
+    stop: Option<i64>,
+    step: i64,
+) -> impl Iterator<Item = usize> {
+    let length = i64::try_from(length).unwrap_or(i64::MAX);
+    let (least, most) = match step > 0 {
+        true => (0, length),
+        false => (-1, length - 1),
+    };
+    let place = |bound: i64| match bound < 0 {
+        true => bound.saturating_add(length).max(least),
+        false => bound.min(most),
+    };
+    let (first, last) = match step > 0 {
+        true => (least, most),
+        false => (most, least),
+    };
+    let mut at = start.map_or(first, place);
+    let stop = stop.map_or(last, place);
+    std::iter::from_fn(move || {
+        let goes_on = if step > 0 { at < stop } else { at > stop };
+        let now = goes_on.then_some(at)?;
+        at = at.saturating_add(step);
+        usize::try_from(now).ok()
+    })
+}
