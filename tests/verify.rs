@@ -7,11 +7,11 @@ use serde_json::{Value, json};
 
 use crate::harness::{Scratch, edit_header, edit_tensor, gptq, medi_tiny, refuse, succeed};
 
-/// A finished 4-bit branch in groups of 64.
+/// A finished 4-bit branch in groups of 64, scattered by act order.
 fn branch(scratch: &Scratch) -> PathBuf {
     let recipe = scratch.recipe(
         &medi_tiny(),
-        "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n",
+        "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\ndesc_act = true\n",
     );
     succeed(["quantize", recipe.to_str().unwrap()]);
     scratch.out().join("a")

@@ -19,7 +19,8 @@ fuzz_target!(|text: &str| {
             assert!(branch.bytes(&config) > 0);
             assert!(!branch.clients(&config).is_empty());
             let written = branch.quantize_config(&plan.model_name, &config);
-            for (module, _, own) in branch.quantised_modules(&config) {
+            for linear in branch.planned_linears(&config) {
+                let (module, own) = (linear.module, linear.settings);
                 // What readers are told of a module is what the solver does to it.
                 let told = written.module(&module).expect("the pattern is ours");
                 assert_eq!(told, Some((own.bits, own.group_size)), "{module}");

@@ -113,7 +113,7 @@ pub use plan::{Numerics, Plan, Propagation, parse_size};
 pub use prompt::PromptTemplate;
 pub use recipe::{Recipe, RecipeError};
 pub use rope_scaling::RopeScaling;
-pub use spec::{Attention, BlockSpec, LinearSpec, Op, Register, Rope, VectorSpec};
+pub use spec::{Attention, BlockSpec, Division, LinearSpec, Op, Register, Rope, VectorSpec};
 pub use report::{BranchReport, LinearReport, Perplexity, PhaseSeconds, Summary};
 pub use report_error::ReportError;
 pub use table::{Row, csv, rows};

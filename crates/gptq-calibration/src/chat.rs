@@ -387,13 +387,6 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_of_the_template_library_is_a_refusal() {
-        let template = own("{{ '{a[b\u{6ce}'.format(0) }}").unwrap();
-        let error = template.render(&talk(), true).unwrap_err().to_string();
-        assert!(error.contains("cannot read it"), "{error}");
-    }
-
-    #[test]
     fn a_tokenizer_without_a_template_has_none() {
         let dir = tempfile::tempdir().unwrap();
         assert!(ChatTemplate::of(dir.path()).unwrap().is_none());

@@ -244,17 +244,12 @@ mod tests {
             "{% set a.x | default(a, true) %}{% endset %}{% set b.x | default(b, true) %}{% endset %}",
             "{% for i in [a, b] %}{% set a.x = loop %}{% set b.x = loop %}{% endfor %}",
         ] {
-            for shown in [
-                "a",
-                "a == b",
-                "a|tojson",
-                "[a, b]|sort",
-                "a in [b]",
-                "a|pprint",
-            ] {
+            for shown in ["a", "a == b", "[a, b]|sort", "a in [b]", "a|pprint"] {
                 let source = format!("{two}{assign}{{{{ {shown} }}}}");
                 render(&source).unwrap();
             }
+            // As in Python, no JSON, but an end.
+            assert!(render(&format!("{two}{assign}{{{{ a|tojson }}}}")).is_err());
         }
     }
 
@@ -279,7 +274,13 @@ mod tests {
             "{{ ('a' * 1000000).replace('a', 'a' * 100000) }}",
             "{{ ('a' * 1000000)|replace('a', 'a' * 100000) }}",
             "{{ range(100000)|join('a' * 100000) }}",
-            "{{ ('a' * 100000).join(range(100000)) }}",
+            "{{ ('a' * 100000).join('b' * 100000) }}",
+            "{{ [['a' * 1000000] * 1000] * 1000 }}",
+            "{{ ([['a' * 1000000] * 1000] * 1000) ~ '' }}",
+            "{{ ([['a' * 1000000] * 1000] * 1000)|tojson }}",
+            "{{ '%s' % [['a' * 1000000] * 1000] }}",
+            "{{ '%*d' % (1000000000, 1) }}",
+            "{{ 'a'.ljust(1000000000) }}",
             "{{ [0] * 1000000000 }}",
             "{{ range(1000000000)|list }}",
             "{% set ns = namespace(a='a') %}{% for i in range(40) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
@@ -288,6 +289,12 @@ mod tests {
             let said = ["out of fuel", "too large", "too many", "width"];
             assert!(said.iter().any(|it| error.contains(it)), "{grown}: {error}");
         }
+    }
+
+    #[test]
+    fn a_panic_of_the_template_library_is_a_refusal() {
+        let refused = on_its_own_stack::<()>(|| panic!("a fault of the library's"));
+        assert!(refused.unwrap_err().reason.contains("cannot read it"));
     }
 
     #[test]

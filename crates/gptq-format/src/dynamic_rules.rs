@@ -2,7 +2,8 @@
 //!
 //! As GPTQModel reads it: expressions are tried in the order in which they are written, at the beginning
 //! of the name; the first that matches counts. `-:` before it says "left in full precision", `+:` or nothing
-//! "with these settings". They are Python's, with look-around.
+//! "with these settings". They are Python's, with look-around. Some readers try them on names of tensors
+//! (`...down_proj.qweight`): those written here have no `$` at their end.
 //!
 //! Limits: [`MAX_PATTERNS`] patterns of [`MAX_PATTERN`] bytes, [`MAX_COMPILED`] bytes each as compiled, and
 //! [`MAX_STEPS`] steps back in matching one.

@@ -14,8 +14,8 @@ use serde_json::Value;
 
 use crate::mapped_file::MappedFile;
 use crate::{
-    Bits, Checkpoint, CheckpointFormat, Client, FormatError, GroupSize, LinearShape,
-    QuantizeConfig, client_support, read_json, sha256, unpack_across,
+    Bits, Checkpoint, CheckpointFormat, Contents, FormatError, GroupSize, LinearShape,
+    client_support, read_json, sha256, side_files, unpack_across,
 };
 
 /// A checkpoint described.
@@ -93,6 +93,10 @@ pub struct ClientInfo {
     pub loads: bool,
     /// The rule that fails.
     pub why: Option<&'static str>,
+    /// What its user has to do where it loads.
+    pub note: Option<&'static str>,
+    /// The versions that the rules are from.
+    pub tried: &'static str,
 }
 
 /// One tensor.
@@ -138,13 +142,14 @@ impl Inspection {
             group_size: shared(&linears, |l| l.group_size),
             act_order: linears.iter().any(|l| l.act_order),
             sym: own.map_or_else(|| linears.iter().all(|l| l.sym), |c| c.sym),
-            damp_percent: own.map(|c| c.damp_percent).filter(|&d| d > 0.0),
+            damp_percent: own.and_then(|c| c.damp_percent),
             without_g_idx: linears.iter().filter(|l| !l.g_idx).count(),
         });
         let stray = stray(&checkpoint, &linears)?;
         let tensors: Vec<TensorInfo> = tensors(&checkpoint)?;
+        let format = stored_format(&checkpoint, &linears)?;
         Ok(Inspection {
-            format: match (&settings, stored_format(&checkpoint, &linears)?) {
+            format: match (&settings, format) {
                 (None, _) => "dense",
                 (_, CheckpointFormat::Gptq) => "gptq",
                 (_, CheckpointFormat::GptqV2) => "gptq_v2",
@@ -155,50 +160,43 @@ impl Inspection {
             base_model: own.and_then(|c| c.model_name_or_path.clone()),
             files: match path.is_dir() {
                 true => files(path)?,
-                false => vec![file(path)?],
+                false => vec![file(dir, &name_of(path))?],
             },
             tensor_bytes: tensors.iter().map(|t| t.bytes).sum(),
             clients: settings.as_ref().map_or_else(Vec::new, |settings| {
-                let several = settings.bits.is_none() || settings.group_size.is_none();
-                let mixed = several || own.is_some_and(QuantizeConfig::is_mixed);
-                let listed = own.is_some_and(|own| !own.listed().is_empty());
-                let clients = clients(&linears, settings.sym, mixed);
-                let told = clients.into_iter().map(|client| client.told(listed, stray));
-                told.collect()
+                let shapes = linears.iter().map(LinearInfo::shape).collect();
+                // What the tensors say goes before what a config says of them.
+                let mixed = settings.bits.is_none() || settings.group_size.is_none();
+                let scattered = settings.act_order;
+                let contents = match own {
+                    Some(config) => Contents {
+                        sym: settings.sym,
+                        scattered,
+                        mixed,
+                        stray,
+                        ..Contents::of(config, shapes)
+                    },
+                    None => Contents {
+                        linears: shapes,
+                        sym: settings.sym,
+                        format,
+                        desc_act: scattered,
+                        static_groups: false,
+                        scattered,
+                        mixed,
+                        skips: false,
+                        listed: false,
+                        stray,
+                        damp_percent: None,
+                    },
+                };
+                clients(&contents)
             }),
             notes: checkpoint.notes().to_vec(),
             settings,
             linears,
             tensors,
         })
-    }
-}
-
-impl ClientInfo {
-    /// The verdict on a checkpoint whose quantised linears are `listed` in its config, or that has linears
-    /// of which its config says otherwise than its tensors.
-    fn told(self, listed: bool, stray: bool) -> Self {
-        // Optimum, which Transformers loads through, and vLLM leave what is not listed dense.
-        let reads_lists = ["Transformers", "vLLM"]
-            .iter()
-            .any(|it| self.name.starts_with(it));
-        let why = match (stray, listed && !reads_lists) {
-            (true, _) => "config and tensors disagree on which linears are quantised",
-            (_, true) => "does not read modules_in_block_to_quantize",
-            _ if listed && self.why == Some("does not read per-module settings") => {
-                return ClientInfo {
-                    loads: true,
-                    why: None,
-                    ..self
-                };
-            }
-            _ => return self,
-        };
-        ClientInfo {
-            loads: false,
-            why: Some(why),
-            ..self
-        }
     }
 }
 
@@ -242,28 +240,38 @@ fn kind(module: &str) -> &str {
     module
 }
 
-/// The files of a directory, described: neither directories nor what begins with a dot.
+/// The files of a directory, described: neither directories nor what begins with a dot, and of what lies in
+/// subdirectories what goes along into branches.
 ///
 /// # Errors
 /// A directory or file that cannot be read.
 pub fn files(dir: &Path) -> Result<Vec<FileInfo>, FormatError> {
-    let mut paths = Vec::new();
+    let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(FormatError::io(dir))? {
         let path = entry.map_err(FormatError::io(dir))?.path();
-        let hidden = (path.file_name()).is_some_and(|n| n.to_string_lossy().starts_with('.'));
-        if path.is_file() && !hidden {
-            paths.push(path);
+        let name = name_of(&path);
+        if path.is_file() && !name.starts_with('.') {
+            names.push(name);
         }
     }
-    paths.sort();
-    paths.par_iter().map(|path| file(path)).collect()
+    names.extend(
+        side_files(dir)?
+            .into_iter()
+            .filter(|name| name.contains('/')),
+    );
+    names.sort();
+    names.par_iter().map(|name| file(dir, name)).collect()
 }
 
-fn file(path: &Path) -> Result<FileInfo, FormatError> {
-    let bytes = MappedFile::open(path)?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
+fn name_of(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
+fn file(dir: &Path, name: &str) -> Result<FileInfo, FormatError> {
+    let bytes = MappedFile::open(&dir.join(name))?;
     Ok(FileInfo {
-        name: name.into_owned(),
+        name: name.to_owned(),
         bytes: bytes.len() as u64,
         sha256: sha256(&bytes),
     })
@@ -394,22 +402,26 @@ fn shared<T: PartialEq>(linears: &[LinearInfo], value: impl Fn(&LinearInfo) -> T
     values.all(|v| v == first).then_some(first)
 }
 
-fn clients(linears: &[LinearInfo], sym: bool, mixed: bool) -> Vec<ClientInfo> {
-    let shapes: Vec<LinearShape> = linears
-        .iter()
-        .map(|l| LinearShape {
-            in_features: l.in_features,
-            out_features: l.out_features,
-            bits: l.bits,
-            group_size: l.group_size,
-        })
-        .collect();
-    let supports = client_support(&shapes, sym, mixed).into_iter();
+impl LinearInfo {
+    fn shape(&self) -> LinearShape {
+        LinearShape {
+            in_features: self.in_features,
+            out_features: self.out_features,
+            bits: self.bits,
+            group_size: self.group_size,
+        }
+    }
+}
+
+fn clients(contents: &Contents) -> Vec<ClientInfo> {
+    let supports = client_support(contents).into_iter();
     supports
         .map(|support| ClientInfo {
-            name: Client::name(support.client),
+            name: support.client.name(),
             loads: support.verdict.is_ok(),
             why: support.verdict.err(),
+            note: support.note,
+            tried: support.client.tried(),
         })
         .collect()
 }

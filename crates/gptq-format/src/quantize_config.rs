@@ -41,10 +41,11 @@ pub struct QuantizeConfig {
     pub bits: Bits,
     /// Columns per group.
     pub group_size: GroupSize,
-    /// Damping as a fraction of the mean diagonal of the Hessian.
-    #[serde(default)]
-    pub damp_percent: f64,
-    /// Act order.
+    /// Damping as a fraction of the mean diagonal of the Hessian; some tools say it elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damp_percent: Option<f64>,
+    /// Act order, for readers: groups of columns that do not lie together. Columns that were solved in that
+    /// order with groups as they lie (`static_groups`) need none of it.
     #[serde(default)]
     pub desc_act: bool,
     /// Groups fixed from the original weights.
@@ -251,11 +252,6 @@ impl QuantizeConfig {
         let lists = self.modules_in_block_to_quantize.iter().flatten();
         let names = lists.flat_map(OneOrMany::names);
         names.map(String::as_str).collect()
-    }
-
-    /// Whether readers that know one setting for all linears find others.
-    pub fn is_mixed(&self) -> bool {
-        self.dynamic.is_some() || !self.listed().is_empty()
     }
 }
 

@@ -1,4 +1,4 @@
-//! JSON files, and the files of a model directory that go along untouched.
+//! JSON files, and the files of a model directory that go along into branches.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
@@ -6,24 +6,69 @@ use std::path::Path;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
-use crate::{FormatError, write_file};
+use crate::{FormatError, make_public, python_json, write_file};
 
-/// What a tokenizer or a generation setting may be spread over. `config.json` is not among them: it
-/// gains `quantization_config`.
-pub const SIDE_FILES: [&str; 12] = [
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+/// What a tokenizer, its chat templates or a generation setting may be spread over. `config.json` is not
+/// among them: it gains `quantization_config`.
+const NAMES: [&str; 12] = [
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
     "preprocessor_config.json",
-    "LICENSE",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+];
+
+/// The same, by how names begin and end: `vocab.json`, `tokenizer.model.v3`, `spiece.model`, `qwen.tiktoken`.
+const BEGINNINGS: [&str; 3] = ["vocab.", "tokenizer.model", "sentencepiece."];
+const ENDINGS: [&str; 3] = [".model", ".tiktoken", ".spm"];
+
+/// Words in the names of licences, notices and terms of use; `LICENSE`, `Notice.txt`, `USE_POLICY.md`.
+const LEGAL: [&str; 9] = [
+    "license",
+    "licence",
+    "notice",
+    "copying",
+    "copyright",
+    "third_party",
+    "use_policy",
+    "acceptable_use",
+    "responsible_use",
+];
+
+/// Endings of code, weights and data, whatever else is in a name.
+const OTHER: [&str; 12] = [
+    ".bin",
+    ".gguf",
+    ".h5",
+    ".ipynb",
+    ".jsonl",
+    ".msgpack",
+    ".onnx",
+    ".parquet",
+    ".pt",
+    ".pth",
+    ".py",
+    ".safetensors",
+];
+
+/// Subdirectories whose files go along.
+const DIRECTORIES: [&str; 2] = ["additional_chat_templates", "LICENSES"];
+
+/// JSON whose texts are tokens: nothing in it is about a machine, and it is copied byte for byte.
+const VOCABULARIES: [&str; 4] = [
+    "added_tokens.json",
+    "tekken.json",
+    "tokenizer.json",
+    "vocab.json",
 ];
 
 /// Most bytes of a JSON file that is read: parsed, it may take twenty times as much memory. The index of a
@@ -32,13 +77,21 @@ pub const MAX_JSON: u64 = 32 << 20;
 /// Most bytes of a file that goes along; the largest `tokenizer.json` in use have about 35 MB.
 const MAX_SIDE_FILE: u64 = 256 << 20;
 
-/// Reads a JSON file.
+/// Reads a JSON file. A number that JSON does not have, as Python writes it, is the object that
+/// Transformers 5 writes in its place: `{"__float__": "NaN"}`.
 ///
 /// # Errors
 /// A file that cannot be read, is not a regular one, is over 32 MiB, or does not parse.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FormatError> {
-    let bytes = read_regular(path, MAX_JSON)?;
-    serde_json::from_slice(&bytes).map_err(|source| FormatError::Json {
+    parse_json(path, &read_regular(path, MAX_JSON)?)
+}
+
+fn parse_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, FormatError> {
+    let parsed = serde_json::from_slice(bytes).or_else(|error| match python_json::tagged(bytes) {
+        Some(bytes) => serde_json::from_slice(&bytes),
+        None => Err(error),
+    });
+    parsed.map_err(|source| FormatError::Json {
         path: path.into(),
         source,
     })
@@ -49,18 +102,24 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FormatError> {
 /// # Errors
 /// One that [`read_json`] would not read for its size, and what [`write_file`] says.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), FormatError> {
-    let mut text = serde_json::to_string_pretty(value).map_err(|source| FormatError::Json {
+    write_file(path, &json_text(path, value)?)
+}
+
+fn json_text(path: &Path, value: &impl Serialize) -> Result<Vec<u8>, FormatError> {
+    let text = serde_json::to_vec_pretty(value);
+    let mut text = text.map_err(|source| FormatError::Json {
         path: path.into(),
         source,
     })?;
-    text.push('\n');
-    if text.len() as u64 > MAX_JSON {
-        return Err(FormatError::Malformed {
+    text.push(b'\n');
+    let length = text.len() as u64;
+    match length > MAX_JSON {
+        true => Err(FormatError::Malformed {
             path: path.into(),
-            reason: over(text.len() as u64, MAX_JSON),
-        });
+            reason: over(length, MAX_JSON),
+        }),
+        false => Ok(text),
     }
-    write_file(path, text.as_bytes())
 }
 
 /// The bytes of a regular file of at most `limit`: a device says that it has none and never ends.
@@ -91,7 +150,50 @@ fn over(length: u64, limit: u64) -> String {
     format!("{length} bytes, over the limit of {limit} for such a file")
 }
 
-/// The contents of one of the [`SIDE_FILES`] of `dir`; `None` where there is none. What it holds goes into
+/// Whether a file of a model's directory goes along into branches, by its name, with `/` after a
+/// subdirectory's.
+pub fn goes_along(name: &str) -> bool {
+    let any = |words: &[&str], test: &dyn Fn(&str) -> bool| words.iter().any(|word| test(word));
+    if let Some((dir, file)) = name.split_once('/') {
+        let plain = !file.contains('/') && !file.starts_with('.');
+        return DIRECTORIES.contains(&dir) && plain && !file.ends_with(".py");
+    }
+    let lower = name.to_ascii_lowercase().replace(['-', ' '], "_");
+    NAMES.contains(&name)
+        || (any(&BEGINNINGS, &|word| name.starts_with(word))
+            || any(&ENDINGS, &|word| name.ends_with(word))
+            || any(&LEGAL, &|word| lower.contains(word)))
+            && !any(&OTHER, &|word| lower.ends_with(word))
+}
+
+/// Names of the files of `dir` that go along, sorted, with `/` after a subdirectory's.
+///
+/// # Errors
+/// A directory that cannot be read.
+pub fn side_files(dir: &Path) -> Result<Vec<String>, FormatError> {
+    let mut found = names(dir)?;
+    for inside in DIRECTORIES {
+        let path = dir.join(inside);
+        if path.is_dir() {
+            let names = names(&path)?.into_iter();
+            found.extend(names.map(|name| format!("{inside}/{name}")));
+        }
+    }
+    found.retain(|name| goes_along(name));
+    found.sort();
+    Ok(found)
+}
+
+fn names(dir: &Path) -> Result<Vec<String>, FormatError> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(FormatError::io(dir))? {
+        let name = entry.map_err(FormatError::io(dir))?.file_name();
+        names.extend(name.into_string());
+    }
+    Ok(names)
+}
+
+/// The contents of one of the [`side_files`] of `dir`; `None` where there is none. What it holds goes into
 /// branches that are published, so a link may lead to a file of `dir` itself or of a Hub cache, and
 /// nowhere else.
 ///
@@ -126,16 +228,35 @@ fn is_blob(path: &Path) -> bool {
     blobs.ends_with("blobs") && blobs.with_file_name("snapshots").is_dir()
 }
 
-/// Copies the tokenizer and generation files that `from` has into `to`, byte for byte.
+/// Copies the [`side_files`] of `from` into `to`, byte for byte, but for JSON settings in which something is
+/// not to be published ([`make_public`]).
 ///
 /// # Errors
-/// What [`side_file`] refuses, and what cannot be written.
+/// What [`side_file`] refuses, JSON settings that do not parse, and what cannot be written.
 pub fn copy_side_files(from: &Path, to: &Path) -> Result<(), FormatError> {
-    for name in SIDE_FILES {
+    for name in side_files(from)? {
         // Read and written rather than `fs::copy`: a read-only original must not make a
         // read-only copy.
-        if let Some(bytes) = side_file(from, name)? {
-            write_file(&to.join(name), &bytes)?;
+        let Some(mut bytes) = side_file(from, &name)? else {
+            continue;
+        };
+        let path = to.join(&name);
+        if name.ends_with(".json") && !VOCABULARIES.contains(&name.as_str()) {
+            let mut value: Value = parse_json(&from.join(&name), &bytes)?;
+            if !make_public(&mut value).is_nothing() {
+                bytes = json_text(&path, &value)?;
+            }
+        }
+        match name.split_once('/') {
+            None => write_file(&path, &bytes)?,
+            Some((dir, _)) => {
+                let dir = to.join(dir);
+                fs::create_dir_all(&dir).map_err(FormatError::io(&dir))?;
+                write_file(&path, &bytes)?;
+                // The directory's own names are not synced with those of `to`.
+                let synced = File::open(&dir).and_then(|dir| dir.sync_all());
+                synced.map_err(FormatError::io(&dir))?;
+            }
         }
     }
     Ok(())
@@ -219,6 +340,105 @@ mod tests {
             largest,
             "left as it was"
         );
+    }
+
+    #[test]
+    fn tokenizers_templates_and_licences_go_along_under_all_their_names() {
+        let along = [
+            "tokenizer.json",
+            "tokenizer.model",
+            "tokenizer.model.v3",
+            "tekken.json",
+            "qwen.tiktoken",
+            "vocab.json",
+            "vocab.txt",
+            "merges.txt",
+            "spiece.model",
+            "sentencepiece.bpe.model",
+            "added_tokens.json",
+            "special_tokens_map.json",
+            "processor_config.json",
+            "preprocessor_config.json",
+            "chat_template.json",
+            "chat_template.jinja",
+            "additional_chat_templates/tool_use.jinja",
+            "generation_config.json",
+            "LICENSE",
+            "LICENSE.txt",
+            "license.md",
+            "LICENCE",
+            "Licence.pdf",
+            "LICENSE-MODEL",
+            "MODEL_LICENSE",
+            "Tongyi Qianwen LICENSE AGREEMENT",
+            "COPYING",
+            "COPYING.LESSER",
+            "NOTICE",
+            "Notice.txt",
+            "THIRD_PARTY_NOTICES.md",
+            "third-party.txt",
+            "USE_POLICY.md",
+            "LICENSES/MIT.txt",
+        ];
+        for name in along {
+            assert!(goes_along(name), "{name}");
+        }
+        let stay = [
+            "config.json",
+            "README.md",
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "modeling_x.py",
+            "tokenization_x.py",
+            "license_check.py",
+            "quantize_config.json",
+            "report.json",
+            "verify.json",
+            "runs/LICENSE",
+            "additional_chat_templates/a/b.jinja",
+            "additional_chat_templates/x.py",
+            "LICENSES/.git",
+            "trainer_state.json",
+            "optimizer.pt",
+        ];
+        for name in stay {
+            assert!(!goes_along(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn settings_are_copied_without_what_is_not_to_be_published() {
+        let root = tempfile::tempdir().unwrap();
+        let (from, to) = (root.path().join("from"), root.path().join("to"));
+        fs::create_dir_all(from.join("additional_chat_templates")).unwrap();
+        fs::create_dir(&to).unwrap();
+        let write = |name: &str, text: &str| fs::write(from.join(name), text).unwrap();
+        write(
+            "additional_chat_templates/tool_use.jinja",
+            "{{ '/home/me/x' }}",
+        );
+        write("tokenizer.json", r#"{"model": {"vocab": {"/usr/bin": 0}}}"#);
+        let public = "{\"eos_token\":   \"</s>\"}";
+        write("special_tokens_map.json", public);
+        write(
+            "tokenizer_config.json",
+            r#"{"tokenizer_file": "/home/me/t.json", "a": 1, "b": NaN}"#,
+        );
+        copy_side_files(&from, &to).unwrap();
+        let copied = |name: &str| fs::read_to_string(to.join(name)).unwrap();
+        for name in ["additional_chat_templates/tool_use.jinja", "tokenizer.json"] {
+            assert_eq!(copied(name), fs::read_to_string(from.join(name)).unwrap());
+        }
+        assert_eq!(copied("special_tokens_map.json"), public);
+        let settings: Value = serde_json::from_str(&copied("tokenizer_config.json")).unwrap();
+        assert_eq!(
+            settings,
+            serde_json::json!({"a": 1, "b": {"__float__": "NaN"}})
+        );
+        write("generation_config.json", "{");
+        let line = copy_side_files(&from, &to).unwrap_err().to_string();
+        assert!(line.contains("generation_config.json"), "{line}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use gptq_format::{SIDE_FILES, read_json};
+use gptq_format::{goes_along, read_json};
 use serde::Deserialize;
 
 use crate::HubError;
@@ -47,13 +47,10 @@ pub struct DataFiles<'a> {
 
 /// Config and tokenizer, and the index of the weights if there is one: what is fetched first.
 pub(crate) fn model_side(names: &[&str]) -> Vec<String> {
-    let wanted = ["config.json"].into_iter().chain(SIDE_FILES);
+    let side = |name: &&str| *name == "config.json" || goes_along(name);
+    let side = names.iter().copied().filter(side);
     let index = weights(names).and_then(|(index, _)| index);
-    wanted
-        .filter(|name| names.contains(name))
-        .chain(index)
-        .map(str::to_owned)
-        .collect()
+    side.chain(index).map(str::to_owned).collect()
 }
 
 /// The weight files: what the index in `snapshot` names, or the one file.

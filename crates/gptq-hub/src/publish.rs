@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use futures::StreamExt;
-use gptq_format::MAX_JSON;
+use gptq_format::{MAX_JSON, side_files};
 use hf_hub::repository::{AddSource, CommitOperation, RepoTypeModel};
 use serde_json::Value;
 
@@ -42,14 +42,12 @@ pub struct Changes {
 }
 
 impl LocalFile {
-    /// Every plain file directly in `dir`, by name; subdirectories and hidden files stay.
+    /// Every plain file directly in `dir`, by name, and of its subdirectories what goes along into branches;
+    /// others and hidden files stay.
     pub fn list(dir: &Path) -> Result<Vec<Self>, HubError> {
         let mut files = Vec::new();
-        for entry in std::fs::read_dir(dir).map_err(HubError::io(dir))? {
-            let entry = entry.map_err(HubError::io(dir))?;
-            let path = entry.path();
-            let metadata = entry.metadata().map_err(HubError::io(&path))?;
-            let name = entry.file_name().to_string_lossy().into_owned();
+        let mut add = |name: String, path: PathBuf| {
+            let metadata = std::fs::symlink_metadata(&path).map_err(HubError::io(&path))?;
             if metadata.is_file() && !name.starts_with('.') && !name.ends_with(".partial") {
                 files.push(LocalFile {
                     name,
@@ -57,6 +55,21 @@ impl LocalFile {
                     bytes: metadata.len(),
                 });
             }
+            Ok::<_, HubError>(())
+        };
+        for entry in std::fs::read_dir(dir).map_err(HubError::io(dir))? {
+            let entry = entry.map_err(HubError::io(dir))?;
+            add(
+                entry.file_name().to_string_lossy().into_owned(),
+                entry.path(),
+            )?;
+        }
+        for name in side_files(dir)?
+            .into_iter()
+            .filter(|name| name.contains('/'))
+        {
+            let path = dir.join(&name);
+            add(name, path)?;
         }
         files.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(files)

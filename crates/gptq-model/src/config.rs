@@ -1,5 +1,7 @@
 //! `config.json` of a model of the Llama kind, in Transformers 4's spelling (`rope_theta` at the top,
-//! `torch_dtype`) or 5's (`rope_parameters`, `dtype`).
+//! `torch_dtype`) or 5's (`rope_parameters`, `dtype`). Where two keys say one thing, that one counts
+//! which counts in Transformers 5 (`configuration_*.py`, `modeling_rope_utils.py`), and a `null` is what
+//! it is there.
 //!
 //! What all families have is read here. Their files (`families/`) say what a key means that is left out, and
 //! describe the blocks.
@@ -8,23 +10,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use gptq_format::read_json;
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::families::{FAMILIES, Keys};
-use crate::rope_scaling::{RopeScaling, scaling};
+use crate::families::Family;
+use crate::keys::Keys;
+use crate::rope_scaling::{RopeScaling, rotary};
 use crate::{BlockSpec, ModelError, Rope};
 
-/// How a family writes that tokens see only so many before them.
-#[derive(Clone, Copy, PartialEq)]
-pub(crate) enum SlidingWindow {
-    /// It has none.
-    Never,
-    /// `sliding_window`, in every block; off when `null`.
-    Always,
-    /// `sliding_window` in blocks from `max_window_layers` on, if `use_sliding_window`.
-    Switched,
-}
+/// Names of the one activation there is.
+const SILU: [&str; 2] = ["silu", "swish"];
 
 /// More blocks than any model has. Every linear of every block is named and planned.
 const MAX_LAYERS: usize = 1 << 12;
@@ -66,61 +60,11 @@ pub struct ModelConfig {
     blocks: Vec<Arc<BlockSpec>>,
 }
 
-#[derive(Deserialize)]
-struct Raw {
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    vocab_size: usize,
-    max_position_embeddings: usize,
-    #[serde(default = "default_eps")]
-    rms_norm_eps: f64,
-    #[serde(default = "silu")]
-    hidden_act: String,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<RawRope>,
-    rope_parameters: Option<RawRope>,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    sliding_window: Option<usize>,
-    #[serde(default)]
-    use_sliding_window: bool,
-    max_window_layers: Option<usize>,
-}
-
-/// `rope_scaling` or `rope_parameters`.
-#[derive(Default, Deserialize)]
-pub(crate) struct RawRope {
-    rope_theta: Option<f64>,
-    #[serde(alias = "type")]
-    pub rope_type: Option<String>,
-    pub factor: Option<f64>,
-    pub low_freq_factor: Option<f64>,
-    pub high_freq_factor: Option<f64>,
-    pub original_max_position_embeddings: Option<f64>,
-}
-
-fn default_eps() -> f64 {
-    1e-6
-}
-
-fn silu() -> String {
-    "silu".into()
-}
-
-impl SlidingWindow {
-    fn of(self, raw: &Raw) -> Option<usize> {
-        let first = raw.max_window_layers.unwrap_or_default();
-        let on = match self {
-            SlidingWindow::Never => false,
-            SlidingWindow::Always => true,
-            SlidingWindow::Switched => raw.use_sliding_window && first < raw.num_hidden_layers,
-        };
-        raw.sliding_window.filter(|_| on)
-    }
+/// Context the model was trained for, in tokens.
+pub(crate) fn max_positions(config: &Keys<'_>) -> Result<usize, String> {
+    let key = "max_position_embeddings";
+    let found = config.found(key)?.or(Family::of(config)?.default(key));
+    found.ok_or_else(|| format!("{key} is missing"))
 }
 
 impl ModelConfig {
@@ -136,80 +80,62 @@ impl ModelConfig {
         })
     }
 
-    /// From the parsed object; the error is a sentence.
+    /// From the parsed object; the error is a sentence that names the key.
     pub fn from_json(value: Value) -> Result<Self, String> {
-        let Value::Object(mut keys) = value else {
-            return Err("it is not an object".into());
+        let object = value.as_object().ok_or("not an object")?;
+        let config = Keys::new(object);
+        let family = Family::of(&config)?;
+        if let Some(act) = config.found::<String>("hidden_act")?
+            && !SILU.contains(&act.as_str())
+        {
+            return Err(format!("hidden_act {act:?} is not supported, only silu"));
+        }
+        let (hidden_size, heads) = (
+            config.required("hidden_size")?,
+            config.required("num_attention_heads")?,
+        );
+        let layers = config.required("num_hidden_layers")?;
+        let max_positions = max_positions(&config)?;
+        let (rope_theta, rope_scaling) = rotary(&config, max_positions)?;
+        let nullable = |key| {
+            let found = config.nullable(key)?;
+            Ok::<Option<usize>, String>(found.unwrap_or(family.default(key)))
         };
-        let model_type = keys.get("model_type").ok_or("model_type is missing")?;
-        let family = FAMILIES
-            .iter()
-            .find(|family| model_type == family.model_type)
-            .ok_or_else(|| {
-                format!(
-                    "model_type {model_type} is not supported; known are: {}",
-                    FAMILIES
-                        .iter()
-                        .map(|it| it.model_type)
-                        .collect::<Vec<_>>()
-                        .join(", ")
-                )
-            })?;
-        for &(key, value) in family.defaults {
-            keys.entry(key).or_insert_with(|| json!(value));
-        }
-        let raw = Raw::deserialize(&Value::Object(keys.clone())).map_err(|e| e.to_string())?;
-        if raw.hidden_act != "silu" {
-            return Err(format!(
-                "hidden_act {:?} is not supported, only silu",
-                raw.hidden_act
-            ));
-        }
-        let max_positions = raw.max_position_embeddings;
-        let rope = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
-        let rope_scaling = scaling(rope.unwrap_or(&RawRope::default()), max_positions)?;
-        let rope_theta = raw
-            .rope_parameters
-            .as_ref()
-            .and_then(|rope| rope.rope_theta)
-            .or(raw.rope_theta)
-            .unwrap_or(10_000.0);
-        let mut config = ModelConfig {
-            hidden_size: raw.hidden_size,
-            intermediate_size: raw.intermediate_size,
-            layers: raw.num_hidden_layers,
-            heads: raw.num_attention_heads,
-            kv_heads: raw.num_key_value_heads.unwrap_or(raw.num_attention_heads),
-            head_dim: match raw.head_dim {
+        let mut found = ModelConfig {
+            hidden_size,
+            intermediate_size: config.required("intermediate_size")?,
+            layers,
+            heads,
+            kv_heads: nullable("num_key_value_heads")?.unwrap_or(heads),
+            head_dim: match nullable("head_dim")? {
                 Some(dim) => dim,
-                None => raw
-                    .hidden_size
-                    .checked_div(raw.num_attention_heads)
+                None => hidden_size
+                    .checked_div(heads)
                     .ok_or("num_attention_heads is 0")?,
             },
-            vocabulary: raw.vocab_size,
+            vocabulary: config.required("vocab_size")?,
             max_positions,
-            rms_norm_eps: raw.rms_norm_eps,
+            rms_norm_eps: config.found("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
             rope_scaling,
-            tied_embeddings: raw.tie_word_embeddings,
-            sliding_window: family.sliding_window.of(&raw),
+            tied_embeddings: config.found("tie_word_embeddings")?.unwrap_or(false),
+            sliding_window: family.sliding_window(&config, layers)?,
             blocks: Vec::new(),
         };
-        config.check()?;
-        for layer in 0..config.layers {
-            let block = (family.block)(&config, &Keys(&keys), layer)?;
+        found.check()?;
+        for layer in 0..layers {
+            let block = (family.block)(&found, &config, layer)?;
             // Most blocks are as the one before, and share its description.
-            let block = match config.blocks.last() {
+            let block = match found.blocks.last() {
                 Some(last) if **last == block => last.clone(),
                 _ => Arc::new(block),
             };
-            config.blocks.push(block);
+            found.blocks.push(block);
         }
-        if config.count() > MAX_PARAMETERS {
+        if found.count() > MAX_PARAMETERS {
             return Err("the shapes make a model of over 2^48 parameters".into());
         }
-        Ok(config)
+        Ok(found)
     }
 
     /// The description of block `layer`.
@@ -258,9 +184,6 @@ impl ModelConfig {
         }
         if !self.head_dim.is_multiple_of(2) {
             return Err(format!("head_dim = {} is odd", self.head_dim));
-        }
-        if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
-            return Err(format!("rope_theta = {} is not positive", self.rope_theta));
         }
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
             return Err(format!("rms_norm_eps = {} is negative", self.rms_norm_eps));

@@ -120,6 +120,17 @@ impl LinearSpec {
     }
 }
 
+/// How devices that share out the heads and the feed-forward of a block divide a linear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Division {
+    /// Each has some of the outputs.
+    Outputs,
+    /// Each has the outputs of some key and value heads, or a copy of one.
+    KvHeads,
+    /// Each has the inputs that it has computed itself.
+    Inputs,
+}
+
 /// The weights of a norm.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VectorSpec {
@@ -238,6 +249,31 @@ impl BlockSpec {
             }
         }
         names
+    }
+
+    /// How devices that share out the block divide a linear.
+    pub fn division(&self, linear: usize) -> Division {
+        let input = self.kept_input(self.linears[linear].tap);
+        if input.is_some_and(|register| register != Register::RESIDUAL) {
+            return Division::Inputs;
+        }
+        let mut output = None;
+        for op in &self.ops {
+            match op {
+                Op::Linears { outputs, .. } => {
+                    let own = outputs.iter().find(|(at, _)| *at == linear);
+                    output = own.map(|(_, to)| *to).or(output);
+                }
+                Op::Norm { from, to, .. } if output == Some(*from) => output = Some(*to),
+                Op::Attend(Attention { qkv: [_, k, v], .. })
+                    if [Some(*k), Some(*v)].contains(&output) =>
+                {
+                    return Division::KvHeads;
+                }
+                _ => {}
+            }
+        }
+        Division::Outputs
     }
 
     /// Weights of all linears, without biases.

@@ -3,16 +3,20 @@
 use std::collections::BTreeMap;
 
 use gptq_format::{
-    CheckpointFormat, Dynamic, Half, LinearShape, QuantizeConfig, Support, TensorSpec,
-    client_support,
+    CheckpointFormat, Contents, Dynamic, GroupSize, Half, LinearShape, QuantizeConfig, Support,
+    TensorSpec, client_support,
 };
-use gptq_model::{ModelConfig, Role};
+use gptq_model::{Division, ModelConfig, Role};
 use gptq_solver::Settings;
 
 use crate::{BranchPlan, Choice, PlannedLinear};
 
 /// Blocks that one expression names: readers limit its length.
 const LAYERS: usize = 128;
+
+/// Least and most damping that readers are told of: GPTQModel 7.7 loads no file that says 0 or 1, though
+/// nobody has a use for it once the codes are found. `report.json` has what was asked for.
+const TOLD_DAMPING: (f64, f64) = (1e-6, 1.0 - 1e-6);
 
 impl BranchPlan {
     /// How zero points are stored: asymmetric branches may have a zero of 0, which v1 cannot hold.
@@ -29,8 +33,8 @@ impl BranchPlan {
         QuantizeConfig {
             bits: self.bits,
             group_size: self.group_size,
-            damp_percent: self.damp_percent,
-            desc_act: self.desc_act,
+            damp_percent: Some(self.damp_percent.clamp(TOLD_DAMPING.0, TOLD_DAMPING.1)),
+            desc_act: self.needs_desc_act(),
             static_groups: self.static_groups,
             sym: self.sym,
             true_sequential: self.true_sequential,
@@ -43,9 +47,16 @@ impl BranchPlan {
         }
     }
 
+    /// Whether readers have to be told of act order: with static groups it is over once the codes are found,
+    /// as every group's columns lie together.
+    pub fn needs_desc_act(&self) -> bool {
+        self.desc_act && !self.static_groups
+    }
+
     /// What linears have other than the branch's own settings, as regular expressions over names, no two of
     /// which match the same one: readers try them in an order that JSON does not keep. Each names
-    /// blocks and linears, and what readers that run these as one call them.
+    /// blocks and linears, and what readers that run these as one call them, and is true of what begins
+    /// so: no such name begins with another.
     fn dynamic(&self, config: &ModelConfig) -> BTreeMap<String, Dynamic> {
         let own = Some(Choice {
             bits: self.bits,
@@ -81,7 +92,7 @@ impl BranchPlan {
                     false => format!("({})", numbers.join("|")),
                 };
                 let sign = if choice.is_some() { '+' } else { '-' };
-                let expression = format!("{sign}:model\\.layers\\.{layers}\\.({names})$");
+                let expression = format!("{sign}:model\\.layers\\.{layers}\\.({names})");
                 let settings = Dynamic {
                     bits: choice.map(|it| it.bits),
                     group_size: choice.map(|it| it.group_size),
@@ -146,38 +157,105 @@ impl BranchPlan {
 
     /// Who can load the branch; while it is open, whatever is picked.
     pub fn clients(&self, config: &ModelConfig) -> Vec<Support> {
-        let mut linears = self.linears(config);
+        let linears = self.possible(config);
+        client_support(&self.contents(linears.iter().map(PlannedLinear::stored).collect()))
+    }
+
+    /// What files of these linears say.
+    fn contents(&self, linears: Vec<LinearShape>) -> Contents {
         let own = Choice {
             bits: self.bits,
             group_size: self.group_size,
         };
-        let mut mixed = !self.overrides.is_empty() || self.picked.values().any(|it| *it != own);
-        if let Some(budget) = self.budget.as_ref().filter(|_| self.is_open()) {
-            mixed = true;
-            let planned = self.planned_linears(config).into_iter();
-            linears = planned
-                .flat_map(|linear| {
-                    let choices = match self.overriding(&linear.module) {
-                        Some(_) => vec![linear.settings],
-                        None => (budget.choices.iter())
-                            .map(|choice| Settings {
-                                bits: choice.bits,
-                                group_size: choice.group_size,
-                                ..linear.settings
-                            })
-                            .collect(),
-                    };
-                    let stored = move |settings| {
-                        PlannedLinear {
-                            settings,
-                            ..linear.clone()
-                        }
-                        .stored()
-                    };
-                    choices.into_iter().map(stored)
-                })
-                .collect();
+        let overridden = self.overrides.iter().any(|it| it.settings.is_some());
+        let picked = self.picked.values().any(|it| *it != own);
+        let groups = linears.iter().any(|l| l.group_size != GroupSize::Row);
+        Contents {
+            linears,
+            sym: self.sym,
+            format: self.format(),
+            desc_act: self.needs_desc_act(),
+            static_groups: self.static_groups,
+            scattered: self.needs_desc_act() && groups,
+            mixed: overridden || picked || self.is_open(),
+            skips: self.overrides.iter().any(|it| it.settings.is_none()),
+            listed: false,
+            stray: false,
+            damp_percent: Some(self.damp_percent.clamp(TOLD_DAMPING.0, TOLD_DAMPING.1)),
         }
-        client_support(&linears, self.sym, mixed)
+    }
+
+    /// Every quantised linear; of an open branch, with each setting that it may get.
+    fn possible(&self, config: &ModelConfig) -> Vec<PlannedLinear> {
+        let budget = self.budget.as_ref().filter(|_| self.is_open());
+        let all = |linear: PlannedLinear| {
+            let Some(budget) = budget.filter(|_| self.overriding(&linear.module).is_none()) else {
+                return vec![linear];
+            };
+            let with = |choice: &Choice| PlannedLinear {
+                settings: Settings {
+                    bits: choice.bits,
+                    group_size: choice.group_size,
+                    ..linear.settings
+                },
+                ..linear.clone()
+            };
+            budget.choices.iter().map(with).collect()
+        };
+        let linears = self.planned_linears(config).into_iter();
+        linears.flat_map(all).collect()
+    }
+
+    /// Whether the branch can be split over `ranks` devices by heads and by the width of the feed-forward, as
+    /// readers split, and who loads it so; the error is a sentence.
+    ///
+    /// `q`, `k`, `v`, `gate` and `up` are split by outputs, `o` and `down` by inputs: a rank has whole heads
+    /// (of keys and values, or each a copy of one), and its inputs are whole groups.
+    pub fn split(&self, config: &ModelConfig, ranks: usize) -> Result<Vec<Support>, String> {
+        let kv_fits =
+            config.kv_heads.is_multiple_of(ranks) || ranks.is_multiple_of(config.kv_heads);
+        if !config.heads.is_multiple_of(ranks) || !kv_fits {
+            return Err(format!(
+                "{} query heads and {} of keys and values cannot be shared out",
+                config.heads, config.kv_heads
+            ));
+        }
+        let mut shares = Vec::new();
+        for linear in self.possible(config) {
+            let (module, whole) = (&linear.module, linear.stored());
+            let division = config.block(linear.layer).division(linear.linear);
+            let by_inputs = division == Division::Inputs;
+            let mut share = whole;
+            let (side, features) = match by_inputs {
+                true => ("inputs", &mut share.in_features),
+                false => ("outputs", &mut share.out_features),
+            };
+            let parts = match division {
+                Division::KvHeads => ranks.min(config.kv_heads),
+                _ => ranks,
+            };
+            let all = *features;
+            *features = all / parts;
+            if !all.is_multiple_of(parts) || !features.is_multiple_of(32) {
+                return Err(format!(
+                    "{module}: {all} {side} are not multiples of 32 for every rank"
+                ));
+            }
+            if by_inputs && self.contents(vec![whole]).scattered {
+                return Err(format!(
+                    "{module}: act order scatters its groups over all ranks; static_groups = true keeps them together"
+                ));
+            }
+            let one_group = whole.group_size == GroupSize::Row;
+            if by_inputs && !one_group && !share.group_size.divides(share.in_features) {
+                return Err(format!(
+                    "{module}: {} of {all} inputs for each rank are not whole groups of {}",
+                    share.in_features, share.group_size
+                ));
+            }
+            shares.push(share);
+        }
+        let support = client_support(&self.contents(shares)).into_iter();
+        Ok(support.filter(|it| it.client.splits()).collect())
     }
 }

@@ -1,11 +1,12 @@
 //! One branch made valid: its settings, and what each linear gets.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use gptq_format::{Bits, GroupSize, LinearShape};
 use gptq_model::{LinearSpec, ModelConfig};
 use gptq_solver::Settings;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::pattern::matches;
@@ -14,6 +15,39 @@ use crate::{Allocation, Budget, Choice, Method, Preset, Recipe, RecipeError};
 
 /// Longest branch name taken: it becomes a directory and a Hub revision.
 const MAX_NAME: usize = 96;
+
+/// In which order a branch's columns are solved, and whether its groups are those of the order in which
+/// they lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ColumnOrder {
+    /// Act order: columns by descending energy of their inputs.
+    pub desc_act: bool,
+    /// Group parameters from the original weights, of columns that lie together.
+    pub static_groups: bool,
+}
+
+impl ColumnOrder {
+    /// Of a branch whose recipe says neither: act order for its accuracy, and groups that every reader takes.
+    pub const DEFAULT: ColumnOrder = ColumnOrder {
+        desc_act: true,
+        static_groups: true,
+    };
+
+    /// What the two keys of a recipe say. Where one of them is there, the other is off by default as in
+    /// AutoGPTQ, and act order on.
+    fn of(desc_act: Option<bool>, static_groups: Option<bool>) -> Self {
+        match (desc_act, static_groups) {
+            (None, None) => ColumnOrder::DEFAULT,
+            _ => ColumnOrder {
+                desc_act: desc_act.unwrap_or(true),
+                static_groups: static_groups.unwrap_or(false),
+            },
+        }
+    }
+}
+
+/// Group sizes that are tried where a recipe names none, the best known first.
+const DEFAULT_GROUPS: [usize; 3] = [128, 64, 32];
 
 /// One branch, every setting known.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -47,6 +81,9 @@ pub struct BranchPlan {
     pub allocation: Option<Allocation>,
     #[serde(skip)]
     pub(crate) picked: BTreeMap<String, Choice>,
+    /// Why it has smaller groups than a recipe gets that names none and a model that takes them.
+    #[serde(skip)]
+    pub group_note: Option<String>,
     pub(crate) overrides: Vec<ModuleOverride>,
 }
 
@@ -84,7 +121,38 @@ pub(crate) struct ModuleOverride {
     pub(crate) settings: Option<(Bits, GroupSize)>,
 }
 
+impl fmt::Display for ColumnOrder {
+    /// As the settings of a branch are told in one line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match (self.desc_act, self.static_groups) {
+            (true, false) => "act order",
+            (true, true) => "act order with static groups",
+            (false, true) => "no act order, static groups",
+            (false, false) => "no act order",
+        })
+    }
+}
+
+impl ColumnOrder {
+    /// The same in a column headed "act order".
+    pub fn cell(self) -> &'static str {
+        match (self.desc_act, self.static_groups) {
+            (true, false) => "yes",
+            (true, true) => "static",
+            (false, _) => "no",
+        }
+    }
+}
+
 impl BranchPlan {
+    /// In which order its columns are solved, and with which groups.
+    pub fn order(&self) -> ColumnOrder {
+        ColumnOrder {
+            desc_act: self.desc_act,
+            static_groups: self.static_groups,
+        }
+    }
+
     /// Resolves `branch` over the recipe's defaults and checks it against the model's shapes.
     pub(crate) fn new(
         recipe: &Recipe,
@@ -106,12 +174,9 @@ impl BranchPlan {
                 return Err(recipe.refuse(place, reason));
             }
         };
-        let default_group = Spanned::new(branch.name.span(), GroupSize::Columns(128));
-        let group_size = branch
-            .group_size
-            .as_ref()
-            .or(defaults.group_size.as_ref())
-            .unwrap_or(&default_group);
+        let named = branch.group_size.as_ref().or(defaults.group_size.as_ref());
+        let default_group = Spanned::new(place.span(), GroupSize::Columns(DEFAULT_GROUPS[0]));
+        let group_size = named.unwrap_or(&default_group);
         let damp = branch
             .damp_percent
             .as_ref()
@@ -125,15 +190,16 @@ impl BranchPlan {
             }
         };
         let preset = branch.preset.or(defaults.preset).unwrap_or_default();
+        let order = ColumnOrder::of(
+            branch.desc_act.or(defaults.desc_act),
+            branch.static_groups.or(defaults.static_groups),
+        );
         let mut plan = BranchPlan {
             name: branch.name.get_ref().clone(),
             bits,
             group_size: *group_size.get_ref(),
-            desc_act: branch.desc_act.or(defaults.desc_act).unwrap_or(true),
-            static_groups: branch
-                .static_groups
-                .or(defaults.static_groups)
-                .unwrap_or(false),
+            desc_act: order.desc_act,
+            static_groups: order.static_groups,
             sym: branch.sym.or(defaults.sym).unwrap_or(true),
             damp_percent,
             true_sequential: branch
@@ -153,8 +219,12 @@ impl BranchPlan {
             budget: budget.as_ref().map(|(budget, _)| budget.clone()),
             allocation: None,
             picked: BTreeMap::new(),
+            group_note: None,
             overrides: Vec::new(),
         };
+        if named.is_none() && budget.is_none() {
+            plan.choose_groups(branch, config);
+        }
         for own in &branch.overrides {
             plan.add_override(recipe, own, config)?;
         }
@@ -189,6 +259,33 @@ impl BranchPlan {
                 recipe.refuse(place, format!("its overrides: {why}; {remedy}"))
             })?;
         Ok(plan)
+    }
+
+    /// Takes the largest of the default group sizes that divides the inputs of every linear that will have it.
+    /// Where none does, nor can the codes be packed.
+    fn choose_groups(&mut self, branch: &Branch, config: &ModelConfig) {
+        let takes = |module: &str| {
+            let mut own = branch.overrides.iter();
+            let own = own.find(|own| matches(own.pattern.get_ref(), module));
+            own.is_none_or(|own| !own.skip && own.group_size.is_none())
+        };
+        let inputs: Vec<(String, usize)> = linears(config)
+            .map(|(layer, _, linear)| (linear.module(layer), linear.in_features))
+            .filter(|(module, _)| takes(module))
+            .collect();
+        let mut wider = None;
+        for size in DEFAULT_GROUPS {
+            self.group_size = GroupSize::Columns(size);
+            self.group_note = wider.map(|(wider, (module, n_in)): (usize, &(String, usize))| {
+                format!(
+                    "groups of {size}, as {wider} does not divide the {n_in} inputs of {module}"
+                )
+            });
+            match inputs.iter().find(|(_, n_in)| !n_in.is_multiple_of(size)) {
+                Some(odd) => wider = Some((size, odd)),
+                None => return,
+            }
+        }
     }
 
     fn add_override(

@@ -12,6 +12,7 @@ use gptq_model::ModelConfig;
 use half::f16;
 use serde_json::Value;
 
+use crate::written_config::written_config;
 use crate::{BranchPlan, BranchReport, LinearReport, Plan};
 
 /// An unfinished branch.
@@ -44,22 +45,18 @@ impl BranchWriter {
                 path: path.join("quantize_config.json"),
                 reason,
             })?;
-        let mut config: Value = read_json(&plan.model_dir.join("config.json"))?;
-        config["quantization_config"] =
-            serde_json::to_value(&settings).expect("a config of plain values always serialises");
-        // Whatever the base was in, this is what is written here.
-        let spelt = |key: &&str| config.get(*key).is_some();
-        let mut keys: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(spelt).collect();
-        if keys.is_empty() {
-            keys.push("torch_dtype");
-        }
-        for key in keys {
-            config[key] = plan.half.torch_name().into();
-        }
+        let base = plan.model_dir.join("config.json");
+        let (mut config, _) = written_config(read_json(&base)?, plan.half)
+            .map_err(|reason| FormatError::Malformed { path: base, reason })?;
+        config.insert(
+            "quantization_config".to_owned(),
+            serde_json::to_value(&settings).expect("a config of plain values always serialises"),
+        );
         // As the tensors have it, which may not be what the base's config says.
-        let tied = ModelConfig::from_json(config.clone()).is_ok_and(|it| it.tied_embeddings);
-        if tied != plan.config.tied_embeddings {
-            config["tie_word_embeddings"] = plan.config.tied_embeddings.into();
+        let tied = ModelConfig::from_json(Value::Object(config.clone()));
+        if tied.is_ok_and(|it| it.tied_embeddings) != plan.config.tied_embeddings {
+            let tied = plan.config.tied_embeddings.into();
+            config.insert("tie_word_embeddings".to_owned(), tied);
         }
         write_json(&path.join("config.json"), &config)?;
         write_json(&path.join("quantize_config.json"), &settings)?;

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use gptq_calibration::Calibration;
-use gptq_format::{Checkpoint, FormatError, SIDE_FILES, le_bytes, sha256, sha256_file, side_file};
+use gptq_format::{Checkpoint, FormatError, le_bytes, sha256, sha256_file, side_file, side_files};
 use gptq_kernels::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -123,11 +123,11 @@ impl Fingerprints {
         let dir = &plan.model_dir;
         let config = dir.join("config.json");
         let config = fs::read(&config).map_err(FormatError::io(&config))?;
-        let side = SIDE_FILES.map(|name| {
-            let file = side_file(dir, name)?;
-            Ok::<_, FormatError>(file.map(|file| sha256(&file)))
+        let side = side_files(dir)?.into_iter().map(|name| {
+            let file = side_file(dir, &name)?;
+            Ok::<_, FormatError>((name, file.map(|file| sha256(&file))))
         });
-        let side = side.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let side = side.collect::<Result<BTreeMap<_, _>, _>>()?;
         let tokens = calibration.windows.concat();
         let mut shared = Fingerprint::default();
         shared.add(
@@ -137,7 +137,7 @@ impl Fingerprints {
                 "dtype": plan.half,
                 "config": sha256(&config),
                 "weights": checkpoint.sample_digest()?,
-                "side_files": sha256(format!("{side:?}").as_bytes()),
+                "side_files": side,
             }),
         );
         let manifest = serde_json::to_value(&calibration.manifest);

@@ -42,8 +42,9 @@ mod sources;
 mod stream;
 mod texts;
 mod write_behind;
+mod written_config;
 
-pub use branch_plan::{BranchPlan, PlannedLinear};
+pub use branch_plan::{BranchPlan, ColumnOrder, PlannedLinear};
 pub use budget::{AllocatedGroup, Allocation, Budget, Choice};
 pub use error::PipelineError;
 pub use fingerprint::Fingerprint;
@@ -59,7 +60,8 @@ pub use profile::{Phase, Profile};
 pub use quantise::{Event, Outcome, RunOptions, quantise};
 pub use recipe::{Recipe, RecipeError};
 pub use report::{
-    BlockReport, BranchReport, LinearReport, Measure, ModelFiles, Perplexity, PhaseSeconds, Summary,
+    BlockReport, BranchReport, LinearReport, Measure, ModelFiles, Perplexity, PhaseSeconds, Solved,
+    Summary,
 };
 pub use resume::unfinished;
 pub use texts::{Look, check_texts};

@@ -1,5 +1,6 @@
 //! What the command line may change in a recipe.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use gptq_calibration::OnError;
@@ -7,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::recipe::{Evaluation, default_window};
-use crate::{Recipe, RecipeError};
+use crate::{ColumnOrder, Recipe, RecipeError};
 
 /// Command-line values that replace the recipe's.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -39,6 +40,10 @@ pub struct RecipeOverrides {
     pub seed: Option<u64>,
     /// Text to measure each finished branch's perplexity on.
     pub evaluation: Option<PathBuf>,
+    /// By branch, the order of columns where the recipe leaves it to the default: that of a branch made
+    /// before, whatever the default was then.
+    #[serde(default)]
+    pub orders: BTreeMap<String, ColumnOrder>,
 }
 
 /// One of the ways a row becomes a document; the values are the recipe's.
@@ -74,6 +79,18 @@ impl Recipe {
         if !overrides.branches.is_empty() {
             file.branch
                 .retain(|b| overrides.branches.contains(b.get_ref().name.get_ref()));
+        }
+        let defaults = &file.defaults;
+        if defaults.desc_act.is_none() && defaults.static_groups.is_none() {
+            for branch in &mut file.branch {
+                let branch = branch.get_mut();
+                if let (None, None) = (branch.desc_act, branch.static_groups)
+                    && let Some(order) = overrides.orders.get(branch.name.get_ref())
+                {
+                    branch.desc_act = Some(order.desc_act);
+                    branch.static_groups = Some(order.static_groups);
+                }
+            }
         }
         let set = |value: Option<usize>, slot: &mut Spanned<usize>| {
             if let Some(value) = value {

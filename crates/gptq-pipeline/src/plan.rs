@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::CalibrationSettings;
-use gptq_format::{Checkpoint, FormatError, Half, QuantizeConfig};
+use gptq_format::{Checkpoint, FormatError, Half, QuantizeConfig, read_json};
 use gptq_model::{Census, ModelConfig};
 use toml::Spanned;
 
 use crate::inputs::looks_like_repo;
 use crate::recipe::{OnOverflow, Propagate};
+use crate::written_config::written_config;
 use crate::{
     BranchPlan, Fetched, InputSource, Memory, Recipe, RecipeError, RecipeOverrides, Share,
 };
@@ -100,6 +101,10 @@ impl Plan {
         let (config, weights, warnings) = look(&dir, fetched.model.is_some())?;
         let calibration = recipe.calibration(fetched)?;
         let mut plan = Plan::for_config(recipe, config)?;
+        let base = read_json(&dir.join("config.json"))?;
+        if let Ok((_, notes)) = written_config(base, plan.half) {
+            plan.warnings.extend(notes);
+        }
         (plan.model_dir, plan.calibration, plan.weights) = (dir, calibration, weights);
         plan.warnings.extend(warnings);
         Ok(plan)
@@ -310,5 +315,7 @@ fn size(text: &str) -> Option<u64> {
     u64::try_from(bytes).ok().filter(|&bytes| bytes > 0)
 }
 
+#[cfg(test)]
+mod reader_tests;
 #[cfg(test)]
 mod tests;

@@ -12,7 +12,7 @@ use gptq_format::{
 use gptq_solver::Gains;
 use serde::{Deserialize, Serialize};
 
-use crate::{Allocation, Clamped, Fingerprint, Method, Preset, Share, report_limits};
+use crate::{Allocation, Clamped, ColumnOrder, Fingerprint, Method, Preset, Share, report_limits};
 
 /// Its name in a branch directory.
 pub(crate) const FILE: &str = "report.json";
@@ -151,6 +151,15 @@ pub struct Perplexity {
     pub dense: Option<f64>,
 }
 
+/// What a branch's columns were solved with, whatever its files tell readers of it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Solved {
+    /// By descending energy of their inputs.
+    pub act_order: bool,
+    /// Damping that was asked for, as a fraction of the mean diagonal.
+    pub damp_percent: f64,
+}
+
 /// Seconds of one phase of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PhaseSeconds {
@@ -177,6 +186,9 @@ pub struct BranchReport {
     pub branch: String,
     /// Its settings as readers see them.
     pub quantize_config: QuantizeConfig,
+    /// How its columns were solved; older reports have only what readers see.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub solved: Option<Solved>,
     /// How codes and scales were found.
     pub preset: Preset,
     /// The options themselves; not in reports of before there were any to choose.
@@ -234,6 +246,22 @@ pub struct Summary {
 }
 
 impl BranchReport {
+    /// How its columns were solved.
+    pub fn solved(&self) -> Solved {
+        self.solved.unwrap_or(Solved {
+            act_order: self.quantize_config.desc_act,
+            damp_percent: self.quantize_config.damp_percent.unwrap_or_default(),
+        })
+    }
+
+    /// In which order, and with which groups.
+    pub fn order(&self) -> ColumnOrder {
+        ColumnOrder {
+            desc_act: self.solved().act_order,
+            static_groups: self.quantize_config.static_groups,
+        }
+    }
+
     /// Means and maxima over the linears.
     pub fn summary(&self, measure: Measure) -> Summary {
         let n = self.linears.len().max(1) as f64;

@@ -64,7 +64,7 @@ pub(crate) fn check_plan(linears: &[usize]) -> Result<(), String> {
 pub(crate) fn check(report: &BranchReport) -> Result<(), String> {
     let config = &report.quantize_config;
     group("quantize_config.group_size", config.group_size)?;
-    number("quantize_config.damp_percent", config.damp_percent)?;
+    number("damp_percent", report.solved().damp_percent)?;
     seconds("seconds", report.seconds)?;
     most("phases", report.phases.len(), MAX_ENTRIES)?;
     for (i, phase) in report.phases.iter().enumerate() {

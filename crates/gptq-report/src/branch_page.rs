@@ -71,7 +71,7 @@ pub(crate) struct Time {
 impl BranchPage {
     pub(crate) fn new(branch: &Branch) -> BranchPage {
         let report = &branch.report;
-        let config = &report.quantize_config;
+        let damp_percent = report.solved().damp_percent;
         let blocks = branch.receipt.iter().flat_map(|r| &r.blocks);
         let fresh: Vec<_> = blocks
             .filter_map(|b| {
@@ -115,8 +115,8 @@ impl BranchPage {
             fresh: has_fresh,
             kinds: kinds(&report.linears, measure, &options),
             options,
-            unusual: unusual(&report.linears, measure, config.damp_percent),
-            damp_percent: config.damp_percent,
+            unusual: unusual(&report.linears, measure, damp_percent),
+            damp_percent,
             stages: times(stages(&report.linears)),
             phases: times(phases.collect()),
         }
@@ -140,22 +140,16 @@ fn settings(branch: &Branch) -> String {
         None => vec![format!("{} bits", config.bits), groups],
     };
     words.extend([
-        if config.desc_act {
-            "act order"
-        } else {
-            "no act order"
-        }
-        .to_owned(),
+        report.order().to_string(),
         if config.sym {
             "symmetric"
         } else {
             "asymmetric"
         }
         .to_owned(),
-        format!("damping {}", config.damp_percent),
+        format!("damping {}", report.solved().damp_percent),
     ]);
     let more = [
-        yes(config.static_groups, "static groups"),
         yes(!config.true_sequential, "whole blocks at once"),
         yes(
             config.dynamic.is_some(),

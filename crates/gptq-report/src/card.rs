@@ -71,6 +71,8 @@ pub struct Facts {
     dtype: String,
     /// Names of the clients, in the order of a branch's `loads`.
     clients: Vec<&'static str>,
+    /// The versions that is from, and how.
+    tried: Vec<&'static str>,
     /// What perplexity was measured on, a column each.
     measured_on: Vec<MeasuredOn>,
     /// Version of gptq.
@@ -95,6 +97,8 @@ struct BranchFacts {
     /// `"128"`, `"none"`, or `"mixed"`.
     group_size: String,
     act_order: bool,
+    /// "yes", "no", or "static" with groups of columns as they lie.
+    order: &'static str,
     damp_percent: f64,
     /// Calibration data, linked where it is on the Hub.
     dataset: String,
@@ -191,6 +195,7 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
         vllm: loads(Client::Vllm),
         dtype: dtype.to_owned(),
         clients: Client::ALL.map(Client::name).to_vec(),
+        tried: Client::ALL.map(Client::tried).to_vec(),
         measured_on,
         gptq_version: first.report.gptq_version.clone(),
         base_card: base.map(|b| b.body).filter(|body| !body.is_empty()),
@@ -348,8 +353,9 @@ impl BranchFacts {
                 GroupSize::Row => "none".to_owned(),
                 GroupSize::Columns(n) => n.to_string(),
             },
-            act_order: config.desc_act,
-            damp_percent: config.damp_percent,
+            act_order: report.solved().act_order,
+            order: report.order().cell(),
+            damp_percent: report.solved().damp_percent,
             dataset: match hub_id(dataset) {
                 Some(id) => format!("[{id}](https://huggingface.co/datasets/{id})"),
                 None => cell(dataset),

@@ -11,11 +11,7 @@ pub(crate) fn description(branch: &Branch) -> String {
         GroupSize::Row => "one scale per row".to_owned(),
         GroupSize::Columns(n) => format!("groups of {n}"),
     };
-    let order = match (config.desc_act, config.static_groups) {
-        (true, true) => "act order with static groups",
-        (true, false) => "act order",
-        (false, _) => "no act order",
-    };
+    let order = branch.report.order();
     let preset = match branch.report.preset.name() {
         "standard" => String::new(),
         other => format!(", preset {other}"),
@@ -48,9 +44,11 @@ pub(crate) fn description(branch: &Branch) -> String {
             "Close to the unquantised model, in the least memory that 8 bits take."
         }
     };
-    let unordered = match config.desc_act {
-        true => "",
-        false => " For clients that are slow with act order, or do not know it.",
+    // With one group per row there is no order to it.
+    let scattered = config.desc_act && !config.static_groups && config.group_size != GroupSize::Row;
+    let ordered = match scattered {
+        true => " Not for clients without act order (vLLM, AutoRound).",
+        false => "",
     };
     if branch.mixed() {
         let why = match branch.report.budget {
@@ -60,10 +58,10 @@ pub(crate) fn description(branch: &Branch) -> String {
             None => "Some linears have their own bits or groups.",
         };
         let bits = branch.bits_per_weight().unwrap_or_default();
-        return format!("{bits:.2} bits per weight, {order}{preset}. {why}{unordered}");
+        return format!("{bits:.2} bits per weight, {order}{preset}. {why}{ordered}");
     }
     format!(
-        "{}-bit, {groups}, {order}{preset}. {sentence}{unordered}",
+        "{}-bit, {groups}, {order}{preset}. {sentence}{ordered}",
         config.bits
     )
 }

@@ -124,9 +124,11 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
                     .and_then(|bits| shown(bits, format!("{bits:.3}")))
             },
         ),
-        ("Act order", "", |r| {
-            plain(if r.desc_act { "yes" } else { "no" })
-        }),
+        (
+            "Act order",
+            "static: with groups of columns as they lie",
+            |r| plain(r.act_order),
+        ),
         (
             "Damp",
             "asked for, as a fraction of the mean diagonal",

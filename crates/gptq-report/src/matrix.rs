@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use gptq_format::{FormatError, LinearShape, Support, branch_dirs, client_support, read_json};
+use gptq_format::{
+    Contents, FormatError, LinearShape, Support, branch_dirs, client_support, read_json,
+};
 use gptq_pipeline::{BranchReport, Perplexity};
 use serde::Deserialize;
 
@@ -238,8 +240,8 @@ impl Branch {
 
     /// Who can load it.
     pub fn clients(&self) -> Vec<Support> {
-        let config = &self.report.quantize_config;
-        client_support(&self.linears(), config.sym, config.dynamic.is_some())
+        let contents = Contents::of(&self.report.quantize_config, self.linears());
+        client_support(&contents)
     }
 }
 

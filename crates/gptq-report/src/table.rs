@@ -19,8 +19,10 @@ pub struct Row {
     pub mixed: bool,
     /// Of the quantised linears, scales, zero points and `g_idx` included.
     pub bits_per_weight: Option<f64>,
-    /// Act order.
+    /// Act order, as readers are told.
     pub desc_act: bool,
+    /// Whether columns were solved in that order: "yes", "no", or "static" with groups as they lie.
+    pub act_order: &'static str,
     /// Symmetric codes.
     pub sym: bool,
     /// Damping asked for, as a fraction of the mean diagonal.
@@ -94,8 +96,9 @@ impl Row {
             mixed: branch.mixed(),
             bits_per_weight: branch.bits_per_weight(),
             desc_act: config.desc_act,
+            act_order: report.order().cell(),
             sym: config.sym,
-            damp_percent: config.damp_percent,
+            damp_percent: report.solved().damp_percent,
             preset: report.preset,
             bytes: branch.bytes,
             mean_output_error: output.map(|it| it.mean_error),
@@ -122,7 +125,7 @@ impl Row {
 /// The rows as CSV (RFC 4180), headed by the names of [`Row`]'s fields.
 pub fn csv(rows: &[Row]) -> String {
     let mut text = String::from(
-        "branch,bits,group_size,mixed,bits_per_weight,desc_act,sym,damp_percent,preset,bytes,\
+        "branch,bits,group_size,mixed,bits_per_weight,desc_act,act_order,sym,damp_percent,preset,bytes,\
          mean_output_error,worst_output_error,mean_output_ratio,last_block_error,mean_objective,mean_error,worst_error,\
          mean_ratio,perplexity,text,window,dense_perplexity,kl_divergence,top1_agreement,on_other_windows,verified,seconds\n",
     );
@@ -134,6 +137,7 @@ pub fn csv(rows: &[Row]) -> String {
             row.mixed.to_string(),
             measured(row.bits_per_weight),
             row.desc_act.to_string(),
+            row.act_order.to_owned(),
             row.sym.to_string(),
             row.damp_percent.to_string(),
             row.preset.name().to_owned(),

@@ -4,7 +4,8 @@
 use std::path::Path;
 
 use gptq_format::{
-    Checkpoint, GroupSize, LinearDigests, LinearShape, PackedLinear, QuantizeConfig, client_support,
+    Checkpoint, Contents, GroupSize, LinearDigests, LinearShape, PackedLinear, QuantizeConfig,
+    client_support,
 };
 use gptq_model::{Census, Role};
 use rayon::prelude::*;
@@ -49,7 +50,12 @@ pub(crate) fn check(dir: &Path, census: &Census, recorded: &Recorded) -> Vec<Che
             ),
         };
         checks.push(("digests", digests));
-        checks.push(("clients", clients(&linears.shapes, quantize_config)));
+        let scattered = linears.out_of_order.is_some();
+        let contents = Contents {
+            scattered,
+            ..Contents::of(quantize_config, linears.shapes)
+        };
+        checks.push(("clients", clients(&contents)));
     }
     let check = |(name, (pass, detail)): (&str, (bool, String))| Check {
         name: name.into(),
@@ -245,8 +251,8 @@ fn different(
 }
 
 /// Who loads it; a branch that nobody loads fails.
-fn clients(linears: &[LinearShape], config: &QuantizeConfig) -> (bool, String) {
-    let support = client_support(linears, config.sym, config.is_mixed());
+fn clients(contents: &Contents) -> (bool, String) {
+    let support = client_support(contents);
     let loads = support.iter().filter(|s| s.verdict.is_ok());
     let names: Vec<&str> = loads.map(|s| s.client.name()).collect();
     match names.is_empty() {

@@ -317,6 +317,9 @@ pub(crate) struct PlanArgs {
     /// Plan from this config.json alone; the recipe's model need not be here
     #[arg(long, value_name = "FILE")]
     pub model_config: Option<PathBuf>,
+    /// Say which branches can be split over this many devices, and who loads them so
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=1024))]
+    pub tp: Option<u16>,
     /// Print the plan as JSON
     #[arg(long)]
     pub json: bool,
@@ -395,6 +398,7 @@ impl ChangeArgs {
             seq_len: self.seq_len,
             seed: self.seed,
             evaluation: perplexity,
+            orders: Default::default(),
         })?;
         Ok(recipe)
     }

@@ -102,6 +102,7 @@ pub(crate) fn plan(plan: &Plan, device: &str, options: &RunOptions<'_>) {
             branch = branch.name,
             bits = %branch.bits,
             group_size = %branch.group_size,
+            group_note = branch.group_note.as_deref(),
             budget_bits = branch.budget.as_ref().map(|budget| budget.bits),
             desc_act = branch.desc_act,
             static_groups = branch.static_groups,

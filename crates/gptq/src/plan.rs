@@ -1,6 +1,7 @@
 //! `gptq plan`.
 
 use anyhow::Result;
+use gptq_format::Support;
 use gptq_model::ModelConfig;
 use gptq_pipeline::{Look, Plan, Weights, check_texts};
 use serde_json::{Value, json};
@@ -26,39 +27,71 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
         }
     };
     warn(&plan);
-    show(&plan, args.json)
+    show(&plan, args.tp.map(usize::from), args.json)
+}
+
+/// Which branches can be split over so many devices.
+fn print_split(plan: &Plan, ranks: usize) {
+    for branch in &plan.branches {
+        let name = &branch.name;
+        let support = match branch.split(&plan.config, ranks) {
+            Ok(support) => support,
+            Err(why) => {
+                println!("{name}: not over {ranks} devices: {why}");
+                continue;
+            }
+        };
+        for Support {
+            client, verdict, ..
+        } in support
+        {
+            match verdict {
+                Ok(()) => println!("{name}: over {ranks} devices in {}", client.name()),
+                Err(why) => println!(
+                    "{name}: not over {ranks} devices in {}: {why}",
+                    client.name()
+                ),
+            }
+        }
+    }
 }
 
 /// The plan, for people or for programs.
-pub(crate) fn show(plan: &Plan, as_json: bool) -> Result<()> {
+/// With `ranks`, also of each branch over so many devices.
+pub(crate) fn show(plan: &Plan, ranks: Option<usize>, as_json: bool) -> Result<()> {
     match as_json {
-        true => println!("{}", serde_json::to_string_pretty(&record(plan))?),
-        false => print(plan),
+        true => println!("{}", serde_json::to_string_pretty(&record(plan, ranks))?),
+        false => print(plan, ranks),
     }
     Ok(())
 }
 
-fn record(plan: &Plan) -> Value {
+fn record(plan: &Plan, ranks: Option<usize>) -> Value {
     let config = &plan.config;
     let memory = plan.memory();
     let branches = plan.branches.iter().map(|branch| {
-        let clients = branch.clients(config).into_iter().map(|support| {
-            json!({
-                "name": support.client.name(),
-                "loads": support.verdict.is_ok(),
-                "why": support.verdict.err(),
-            })
-        });
-        json!({
+        let mut record = json!({
             "name": branch.name,
             "bits": branch.bits,
             "group_size": branch.group_size,
             "budget_bits": branch.budget.as_ref().map(|budget| budget.bits),
-            "desc_act": branch.desc_act,
+            "desc_act": branch.needs_desc_act(),
+            "act_order": branch.desc_act,
+            "static_groups": branch.static_groups,
             "damp_percent": branch.damp_percent,
             "bytes": branch.bytes(config),
-            "clients": clients.collect::<Vec<_>>(),
-        })
+            "clients": clients(branch.clients(config)),
+        });
+        if let Some(ranks) = ranks {
+            let split = branch.split(config, ranks);
+            record["tensor_parallel"] = json!({
+                "ranks": ranks,
+                "splits": split.is_ok(),
+                "why": split.as_ref().err(),
+                "clients": clients(split.unwrap_or_default()),
+            });
+        }
+        record
     });
     json!({
         "model": plan.model_name,
@@ -94,8 +127,21 @@ fn weights(plan: &Plan) -> String {
     }
 }
 
+fn clients(support: Vec<Support>) -> Vec<Value> {
+    let of = |support: Support| {
+        json!({
+            "name": support.client.name(),
+            "loads": support.verdict.is_ok(),
+            "why": support.verdict.err(),
+            "note": support.note,
+            "tried": support.client.tried(),
+        })
+    };
+    support.into_iter().map(of).collect()
+}
+
 /// Sizes, memory and clients, from shapes alone.
-fn print(plan: &Plan) {
+fn print(plan: &Plan, ranks: Option<usize>) {
     let config = &plan.config;
     println!(
         "{}: {:.2} million parameters, {} layers",
@@ -154,7 +200,7 @@ fn print(plan: &Plan) {
                 Some(_) => "measured".to_owned(),
                 None => branch.group_size.to_string(),
             },
-            if branch.desc_act { "yes" } else { "no" }.to_owned(),
+            branch.order().cell().to_owned(),
             branch.damp_percent.to_string(),
             size::decimal(branch.bytes(config)),
             loads.join(", "),
@@ -171,10 +217,19 @@ fn print(plan: &Plan) {
                 budget.choices.len()
             );
         }
+        if let Some(note) = &branch.group_note {
+            println!("{}: {note}", branch.name);
+        }
         for support in branch.clients(config) {
-            if let Err(why) = support.verdict {
-                println!("{}: not in {}: {why}", branch.name, support.client.name());
+            let client = support.client.name();
+            match (support.verdict, support.note) {
+                (Err(why), _) => println!("{}: not in {client}: {why}", branch.name),
+                (Ok(()), Some(note)) => println!("{}: in {client} {note}", branch.name),
+                (Ok(()), None) => {}
             }
         }
+    }
+    if let Some(ranks) = ranks {
+        print_split(plan, ranks);
     }
 }

@@ -44,7 +44,7 @@ pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
             // Says what was looked for.
             Checkpoint::open(&plan.model_dir)?;
         }
-        return plan::show(&plan, args.run.json);
+        return plan::show(&plan, None, args.run.json);
     }
     let made = produce(&recipe, &args.run, signals)?;
     if args.run.json {

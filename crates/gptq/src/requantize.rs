@@ -159,6 +159,10 @@ fn recipe(args: &RequantizeArgs, before: &[(PathBuf, BranchReport)]) -> Result<R
         seq_len: Some(args.seq_len.unwrap_or(first.calibration.seq_len)),
         seed: Some(first.calibration.seed),
         evaluation: args.run.perplexity.clone(),
+        orders: before
+            .iter()
+            .map(|(_, r)| (r.branch.clone(), r.order()))
+            .collect(),
     })?;
     // A report names no directory of the machine that made it.
     let model = recipe.model_source();

@@ -25,6 +25,19 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
         });
     }
     environment.add_filter("forceescape", escape);
+    for (name, method) in [
+        ("trim", "strip"),
+        ("upper", "upper"),
+        ("lower", "lower"),
+        ("capitalize", "capitalize"),
+        ("replace", "replace"),
+    ] {
+        environment.add_filter(name, by_method(method));
+    }
+    environment.add_filter("title", |state: &State<'_, '_>, value: &Value| {
+        let text = str_of(state, value)?;
+        Ok::<_, Error>(minijinja::filters::title(text.into()))
+    });
     environment.add_filter("int", int);
     environment.add_filter("float", float);
     environment.add_filter("truncate", truncate);
@@ -68,6 +81,17 @@ fn string(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
     match value.kind() {
         ValueKind::String => Ok(value.clone()),
         _ => str_of(state, value).map(Value::from),
+    }
+}
+
+/// A filter that is a method of the value as a text.
+fn by_method(
+    method: &'static str,
+) -> impl Fn(&mut State<'_, '_>, &Value, Rest<Value>) -> Result<Value, Error> + Send + Sync + 'static
+{
+    move |state, value, Rest(args)| {
+        let text = Value::from(str_of(state, value)?);
+        text.call_method(state, method, &args)
     }
 }
 

@@ -1,5 +1,5 @@
 //! Operators whose meaning in Python is another than the library's. A compiled template's instructions
-//! are exchanged, one for one, for calls of these functions; their names are no identifiers, so that no
+//! are exchanged for calls of these functions; their names are no identifiers, so that no
 //! template can hide them behind a variable.
 
 use std::collections::BTreeMap;
@@ -29,9 +29,14 @@ const ATTRIBUTES: [(&str, &str); 11] = [
     ("update", ".update"),
 ];
 
+/// The filter that a loop's list goes through.
+const ITERATED: &str = ".iterated";
+
 /// Adds the functions that [`exchange`] calls.
 pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_function("~", concat);
+    environment.add_function("+", add);
+    environment.add_filter(ITERATED, iterated);
     environment.add_function("%", remainder);
     environment.add_function("[:]", slice);
     environment.add_function("<", |a: &Value, b: &Value| compare(a, b).map(|()| a < b));
@@ -56,13 +61,28 @@ pub(super) fn exchange<'s>(template: &CompiledTemplate<'s>) -> Program<'s> {
     (exchanged(&template.instructions), blocks.collect())
 }
 
+/// Before each loop stands one instruction more, so that jumps lead further.
 fn exchanged<'s>(original: &Instructions<'s>) -> Instructions<'s> {
+    let mut places = vec![0];
+    let mut place = 0;
+    for index in 0.. {
+        match original.get(index) {
+            Some(Instruction::PushLoop(_)) => place += 2,
+            Some(_) => place += 1,
+            None => break,
+        }
+        places.push(place);
+    }
+    let to = |target: u32| places.get(target as usize).copied().unwrap_or(target);
     let mut program = Instructions::new(original.name(), original.source());
-    let mut index = 0;
-    while let Some(instruction) = original.get(index) {
+    for index in 0.. {
+        let Some(instruction) = original.get(index) else {
+            break;
+        };
         let call = |name| Instruction::CallFunction(name, Some(2));
         let instruction = match instruction {
             Instruction::StringConcat => call("~"),
+            Instruction::Add => call("+"),
             Instruction::Rem => call("%"),
             Instruction::Lt => call("<"),
             Instruction::Lte => call("<="),
@@ -77,18 +97,80 @@ fn exchanged<'s>(original: &Instructions<'s>) -> Instructions<'s> {
                     None => instruction.clone(),
                 }
             }
+            Instruction::Iterate(target) => Instruction::Iterate(to(*target)),
+            Instruction::Jump(target) => Instruction::Jump(to(*target)),
+            Instruction::JumpIfFalse(target) => Instruction::JumpIfFalse(to(*target)),
+            Instruction::JumpIfFalseOrPop(target) => Instruction::JumpIfFalseOrPop(to(*target)),
+            Instruction::JumpIfTrueOrPop(target) => Instruction::JumpIfTrueOrPop(to(*target)),
+            Instruction::BuildMacro(name, at, flags) => {
+                Instruction::BuildMacro(name, to(*at), *flags)
+            }
             other => other.clone(),
         };
-        match (original.get_span(index), original.get_line(index)) {
+        let mut add = |instruction| match (original.get_span(index), original.get_line(index)) {
             (Some(span), _) => program.add_with_span(instruction, span),
             (None, Some(line)) => {
                 program.add_with_line(instruction, u16::try_from(line).unwrap_or(u16::MAX))
             }
             (None, None) => program.add(instruction),
         };
-        index += 1;
+        if let Instruction::PushLoop(_) = instruction {
+            add(Instruction::ApplyFilter(ITERATED, Some(1), u8::MAX));
+        }
+        add(instruction);
     }
     program
+}
+
+/// What a loop goes over: the library takes none for an empty list.
+fn iterated(value: &Value) -> Result<Value, Error> {
+    match value.is_none() {
+        true => Err(refusal("NoneType is not iterable")),
+        false => Ok(value.clone()),
+    }
+}
+
+/// `a + b`: of two texts of which one is marked as safe, the other is escaped, as by markupsafe.
+fn add(state: &mut State<'_, '_>, a: &Value, b: &Value) -> Result<Value, Error> {
+    let unsupported = || {
+        let (a, b) = (type_name(a), type_name(b));
+        refusal(format!("unsupported operand types for +: {a} and {b}"))
+    };
+    let is_list = |value: &Value| matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable);
+    if let (Some(left), Some(right)) = (a.as_str(), b.as_str()) {
+        if !a.is_safe() && !b.is_safe() {
+            let mut text = Text::new(state);
+            text.push(left)?;
+            text.push(right)?;
+            return Ok(text.finish().into());
+        }
+        let left = state.apply_filter("e", std::slice::from_ref(a))?;
+        let right = state.apply_filter("e", std::slice::from_ref(b))?;
+        let mut text = Text::new(state);
+        text.push_str(&left)?;
+        text.push_str(&right)?;
+        return Ok(Value::from_safe_string(text.finish()));
+    }
+    if is_number(a) && is_number(b) {
+        if float(a).is_some() || float(b).is_some() {
+            return Ok((f64::try_from(a.clone())? + f64::try_from(b.clone())?).into());
+        }
+        let sum = i128::try_from(a.clone())?.checked_add(i128::try_from(b.clone())?);
+        return sum.map(Value::from).ok_or_else(unsupported);
+    }
+    if !is_list(a) || !is_list(b) || a.is_tuple() != b.is_tuple() {
+        return Err(unsupported());
+    }
+    let items: Vec<Value> = a.try_iter()?.chain(b.try_iter()?).collect();
+    state.consume_fuel(items.len() as u64)?;
+    Ok(match a.is_tuple() {
+        true => Value::from(Tuple::from(items)),
+        false => Value::from(items),
+    })
+}
+
+fn is_number(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Number | ValueKind::Bool)
 }
 
 /// `a ~ b`.
@@ -108,7 +190,6 @@ fn remainder(state: &State<'_, '_>, a: &Value, b: &Value) -> Result<Value, Error
         let (a, b) = (type_name(a), type_name(b));
         refusal(format!("unsupported operand types for %: {a} and {b}"))
     };
-    let is_number = |value: &Value| matches!(value.kind(), ValueKind::Number | ValueKind::Bool);
     if !is_number(a) || !is_number(b) {
         return Err(unsupported());
     }

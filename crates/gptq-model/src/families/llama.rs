@@ -1,7 +1,7 @@
 //! Llama: biases by `attention_bias` and `mlp_bias`.
 
-use super::{Family, Keys, parts};
-use crate::config::SlidingWindow;
+use super::{Family, SlidingWindow, flag, parts};
+use crate::keys::Keys;
 use crate::{BlockBuilder, BlockSpec, ModelConfig};
 
 pub(super) const FAMILY: Family = Family {
@@ -12,9 +12,9 @@ pub(super) const FAMILY: Family = Family {
 };
 
 fn block(config: &ModelConfig, keys: &Keys<'_>, _layer: usize) -> Result<BlockSpec, String> {
-    let bias = keys.flag("attention_bias")?;
+    let bias = flag(keys, "attention_bias")?;
     let mut block = BlockBuilder::new(config.hidden_size);
     parts::attention(&mut block, config, bias, bias);
-    parts::feed_forward(&mut block, config, keys.flag("mlp_bias")?);
+    parts::feed_forward(&mut block, config, flag(keys, "mlp_bias")?);
     Ok(block.build())
 }

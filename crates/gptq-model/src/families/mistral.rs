@@ -1,7 +1,7 @@
 //! Mistral: Llama's block without biases, over a sliding window.
 
-use super::{Family, Keys, parts};
-use crate::config::SlidingWindow;
+use super::{Family, SlidingWindow, parts};
+use crate::keys::Keys;
 use crate::{BlockBuilder, BlockSpec, ModelConfig};
 
 pub(super) const FAMILY: Family = Family {

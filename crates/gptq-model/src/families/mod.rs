@@ -8,10 +8,11 @@ mod mistral;
 mod parts;
 mod qwen2;
 mod qwen3;
+mod sliding_window;
 
-use serde_json::{Map, Value};
+use sliding_window::SlidingWindow;
 
-use crate::config::SlidingWindow;
+use crate::keys::Keys;
 use crate::{BlockSpec, ModelConfig};
 
 /// Model types this crate runs.
@@ -22,23 +23,44 @@ pub(crate) const FAMILIES: &[Family] =
 pub(crate) struct Family {
     pub(crate) model_type: &'static str,
     /// Keys of the config, and what they are where they are left out.
-    pub(crate) defaults: &'static [(&'static str, usize)],
-    pub(crate) sliding_window: SlidingWindow,
+    defaults: &'static [(&'static str, usize)],
+    sliding_window: SlidingWindow,
     /// Describes a block by its index. The config's shapes have been checked, its blocks are still
     /// missing. The error is a sentence.
     pub(crate) block: fn(&ModelConfig, &Keys<'_>, usize) -> Result<BlockSpec, String>,
 }
 
-/// The config's keys that only some families have.
-pub(crate) struct Keys<'a>(pub(crate) &'a Map<String, Value>);
-
-impl Keys<'_> {
-    /// A switch, off where it is left out.
-    fn flag(&self, key: &str) -> Result<bool, String> {
-        match self.0.get(key) {
-            None | Some(Value::Null) => Ok(false),
-            Some(Value::Bool(on)) => Ok(*on),
-            Some(other) => Err(format!("{key} = {other} is neither true nor false")),
-        }
+impl Family {
+    /// The family of a config.
+    pub(crate) fn of(config: &Keys<'_>) -> Result<&'static Family, String> {
+        let model_type: String = config.required("model_type")?;
+        let known = FAMILIES.iter().find(|it| it.model_type == model_type);
+        known.ok_or_else(|| {
+            let known: Vec<&str> = FAMILIES.iter().map(|it| it.model_type).collect();
+            format!(
+                "model_type {model_type:?} is not supported; known are: {}",
+                known.join(", ")
+            )
+        })
     }
+
+    /// What a key is where it is left out.
+    pub(crate) fn default(&self, key: &str) -> Option<usize> {
+        let mut defaults = self.defaults.iter();
+        defaults.find(|(name, _)| *name == key).map(|&(_, it)| it)
+    }
+
+    /// How many tokens one sees in the blocks that see the fewest, if that is not all.
+    pub(crate) fn sliding_window(
+        &self,
+        config: &Keys<'_>,
+        layers: usize,
+    ) -> Result<Option<usize>, String> {
+        self.sliding_window.tokens(self, config, layers)
+    }
+}
+
+/// A switch of the config, off where it is left out.
+fn flag(config: &Keys<'_>, key: &str) -> Result<bool, String> {
+    Ok(config.found(key)?.unwrap_or(false))
 }

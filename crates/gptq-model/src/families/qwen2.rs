@@ -1,7 +1,7 @@
 //! Qwen2: Llama's block with biases on queries, keys and values.
 
-use super::{Family, Keys, parts};
-use crate::config::SlidingWindow;
+use super::{Family, SlidingWindow, parts};
+use crate::keys::Keys;
 use crate::{BlockBuilder, BlockSpec, ModelConfig};
 
 pub(super) const FAMILY: Family = Family {

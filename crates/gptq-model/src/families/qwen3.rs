@@ -1,8 +1,8 @@
 //! Qwen3: heads as wide as `head_dim` says, whatever the hidden size, with a norm over each head's queries
 //! and keys before they are rotated.
 
-use super::{Family, Keys, parts};
-use crate::config::SlidingWindow;
+use super::{Family, SlidingWindow, flag, parts};
+use crate::keys::Keys;
 use crate::{BlockBuilder, BlockSpec, ModelConfig};
 
 pub(super) const FAMILY: Family = Family {
@@ -20,7 +20,7 @@ pub(super) const FAMILY: Family = Family {
 
 fn block(config: &ModelConfig, keys: &Keys<'_>, _layer: usize) -> Result<BlockSpec, String> {
     let (dim, eps) = (config.head_dim, config.rms_norm_eps);
-    let bias = keys.flag("attention_bias")?;
+    let bias = flag(keys, "attention_bias")?;
     let mut block = BlockBuilder::new(config.hidden_size);
     let x = parts::norm(&mut block, config, "input_layernorm");
     let [q, k, v] = parts::qkv(&mut block, config, x, bias);

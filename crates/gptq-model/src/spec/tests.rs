@@ -4,7 +4,7 @@ use gptq_kernels::Cpu;
 
 use burn::tensor::{DType, Tensor, TensorData};
 
-use crate::{BlockBuilder, BlockSpec, ModelConfig, Register};
+use crate::{BlockBuilder, BlockSpec, Division, ModelConfig, Register};
 
 /// A Llama block with fewer key heads than query heads, which together are wider than the hidden states.
 fn llama() -> BlockSpec {
@@ -95,6 +95,15 @@ fn linears_are_fused_only_together() {
     assert_eq!(block.fused(&[0, 2]), [""; 0]);
     assert_eq!(block.fused(&[3, 4, 5]), ["mlp.gate_up_proj"]);
     assert_eq!(block.fused(&[3]), [""; 0]);
+}
+
+#[test]
+fn devices_divide_what_they_compute_themselves_by_inputs() {
+    let block = llama();
+    let divisions: Vec<Division> = (0..7).map(|linear| block.division(linear)).collect();
+    use Division::{Inputs, KvHeads, Outputs};
+    let expected = [Outputs, KvHeads, KvHeads, Inputs, Outputs, Outputs, Inputs];
+    assert_eq!(divisions, expected);
 }
 
 #[test]

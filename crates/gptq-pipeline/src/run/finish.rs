@@ -8,7 +8,7 @@ use gptq_kernels::Engine;
 use super::Run;
 use crate::profile::Phase;
 use crate::quantise::{Event, check_stop};
-use crate::{BranchReport, Fingerprint, PipelineError, Propagation};
+use crate::{BranchReport, Fingerprint, PipelineError, Propagation, Solved};
 
 /// What a report says beside the run's own numbers.
 pub(crate) struct About<'a> {
@@ -37,6 +37,10 @@ impl<B: Engine> Run<'_, '_, B> {
                 model_files: Some(model_files.clone()),
                 branch: branch.name.clone(),
                 quantize_config: branch.quantize_config(&plan.model_name, &plan.config),
+                solved: Some(Solved {
+                    act_order: branch.desc_act,
+                    damp_percent: branch.damp_percent,
+                }),
                 preset: branch.preset,
                 method: Some(branch.method),
                 budget: branch.allocation.clone(),
