@@ -27,6 +27,9 @@ mod budget;
 #[allow(dead_code, reason = "the command says what a card lacks")]
 #[path = "../../crates/gptq-report/src/card.rs"]
 mod card;
+#[allow(dead_code, reason = "only a run reads the checkpoint")]
+#[path = "../../crates/gptq-model/src/census.rs"]
+mod census;
 #[path = "../../crates/gptq-model/src/config.rs"]
 mod config;
 #[path = "../../crates/gptq-report/src/description.rs"]
@@ -39,10 +42,17 @@ mod families;
 mod heat_map;
 #[path = "../../crates/gptq-report/src/html.rs"]
 mod html;
+#[allow(dead_code, reason = "only a run reads the checkpoint")]
+#[path = "../../crates/gptq-model/src/inventory.rs"]
+mod inventory;
 #[path = "../../crates/gptq-pipeline/src/inputs.rs"]
 mod inputs;
+#[path = "../../crates/gptq-model/src/keys.rs"]
+mod keys;
 #[path = "../../crates/gptq-report/src/matrix.rs"]
 mod matrix;
+#[path = "../../crates/gptq-report/src/measured.rs"]
+mod measured;
 #[allow(dead_code, reason = "only a run finds places for what it holds")]
 #[path = "../../crates/gptq-pipeline/src/memory.rs"]
 mod memory;
@@ -77,17 +87,23 @@ mod report;
 mod report_error;
 #[path = "../../crates/gptq-pipeline/src/report_limits.rs"]
 mod report_limits;
+#[allow(dead_code, reason = "only a run takes them out of the windows")]
+#[path = "../../crates/gptq-pipeline/src/share.rs"]
+mod share;
 #[allow(dead_code, reason = "only a forward pass runs the operations")]
 #[path = "../../crates/gptq-model/src/spec.rs"]
 mod spec;
 #[path = "../../crates/gptq-report/src/table.rs"]
 mod table;
+#[allow(dead_code, reason = "only a run writes configs")]
+#[path = "../../crates/gptq-pipeline/src/written_config.rs"]
+mod written_config;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::ControlFlow;
 use std::panic;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use gptq_calibration::Source;
@@ -97,24 +113,30 @@ use tempfile::TempDir;
 use thiserror::Error;
 
 pub use block_builder::BlockBuilder;
-pub use branch_plan::{BranchPlan, PlannedLinear};
+pub use branch_plan::{BranchPlan, ColumnOrder, PlannedLinear};
 pub use budget::{Allocation, Budget, Choice};
+pub use census::Census;
 pub use card::{CardSettings, Facts, card, facts};
 pub use config::ModelConfig;
 pub use error::ModelError;
 pub use gptq_solver::Gains;
 pub use html::html;
 pub use inputs::{Fetched, InputSource};
-pub use matrix::{BlockError, Branch, Matrix, Receipt};
+pub use inventory::{ModelTensor, Role};
+pub use matrix::{BlockError, Branch, Check, Matrix, Receipt};
+pub use measured::{Measured, Windows};
 pub use memory::Memory;
 pub use method::{Method, Preset};
 pub use overrides::{RecipeOverrides, RenderingOverride};
-pub use plan::{Numerics, Plan, Propagation, parse_size};
+pub use plan::{Numerics, Plan, Propagation, Weights, parse_size};
 pub use prompt::PromptTemplate;
 pub use recipe::{Recipe, RecipeError};
-pub use rope_scaling::RopeScaling;
+pub use rope_scaling::{RopeScaling, spell_out_rotary};
+pub use share::Share;
 pub use spec::{Attention, BlockSpec, Division, LinearSpec, Op, Register, Rope, VectorSpec};
-pub use report::{BranchReport, LinearReport, Perplexity, PhaseSeconds, Summary};
+pub use report::{
+    BlockReport, BranchReport, LinearReport, Measure, ModelFiles, Perplexity, PhaseSeconds, Solved, Summary,
+};
 pub use report_error::ReportError;
 pub use table::{Row, csv, rows};
 
@@ -126,6 +148,8 @@ pub enum PipelineError {
     Recipe(#[from] RecipeError),
     #[error(transparent)]
     Model(#[from] ModelError),
+    #[error("{}", dir.display())]
+    Quantised { dir: PathBuf },
     #[error("{needed} of {budget}")]
     DeviceMemory { needed: u64, budget: u64 },
     #[error("{needed} of {budget}")]

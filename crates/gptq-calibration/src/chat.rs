@@ -196,9 +196,8 @@ impl ChatTemplate {
     /// Whether a template asked for the date since this was last called.
     pub(crate) fn asked_for_date(&self) -> bool {
         let templates = [&self.default, &self.tool_use].into_iter().flatten();
-        templates.fold(false, |asked, template| {
-            template.jinja.asked_for_date() || asked
-        })
+        // Each is asked, as asking forgets.
+        templates.filter(|it| it.jinja.asked_for_date()).count() > 0
     }
 
     /// Whether the rendered text holds every special token, as a tokenizer's own template does:

@@ -161,7 +161,8 @@ impl From<serde_json::Value> for Value {
 #[cfg(test)]
 impl PartialEq<serde_json::Value> for Value {
     fn eq(&self, other: &serde_json::Value) -> bool {
-        *self == Value::from(other.clone())
+        let other = Value::from(other.clone());
+        *self == other
     }
 }
 

@@ -196,7 +196,7 @@ impl Contents {
                 // It ignores g_idx. Where rows are one group, it ignores desc_act too.
                 let groups = self.linears.iter().any(|l| l.group_size != GroupSize::Row);
                 need(
-                    !self.scattered && !(self.desc_act && groups),
+                    !(self.scattered || self.desc_act && groups),
                     "no act order (desc_act)",
                 )?;
                 self.all(

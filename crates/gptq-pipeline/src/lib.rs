@@ -38,6 +38,7 @@ mod report_limits;
 mod resume;
 mod run;
 mod scratch;
+mod share;
 mod sources;
 mod stream;
 mod texts;
@@ -53,7 +54,6 @@ pub use hidden_range::{Clamped, Overflow};
 pub use inputs::{Fetched, InputSource};
 pub use memory::Memory;
 pub use method::{Method, Preset};
-pub use output_errors::Share;
 pub use overrides::{RecipeOverrides, RenderingOverride};
 pub use plan::{Numerics, Plan, Propagation, Weights, parse_size};
 pub use profile::{Phase, Profile};
@@ -64,4 +64,5 @@ pub use report::{
     Summary,
 };
 pub use resume::unfinished;
+pub use share::Share;
 pub use texts::{Look, check_texts};

@@ -39,30 +39,16 @@ fn checkpoint_of(dir: &Path, [hidden, wide, layers, vocabulary]: [usize; 4], dty
         "max_position_embeddings": 2048,
     });
     write_json(&dir.join("config.json"), &config).unwrap();
-    let mut specs = Vec::new();
-    let mut add = |name: String, shape: &[usize]| {
-        let shape = shape.into();
-        specs.push(TensorSpec { name, dtype, shape });
-    };
-    for name in ["model.embed_tokens", "lm_head"] {
-        add(format!("{name}.weight"), &[vocabulary, hidden]);
-    }
-    add("model.norm.weight".into(), &[hidden]);
-    for layer in 0..layers {
-        for (name, shape) in [
-            ("input_layernorm", &[hidden][..]),
-            ("post_attention_layernorm", &[hidden]),
-            ("self_attn.q_proj", &[hidden, hidden]),
-            ("self_attn.k_proj", &[hidden, hidden]),
-            ("self_attn.v_proj", &[hidden, hidden]),
-            ("self_attn.o_proj", &[hidden, hidden]),
-            ("mlp.gate_proj", &[wide, hidden]),
-            ("mlp.up_proj", &[wide, hidden]),
-            ("mlp.down_proj", &[hidden, wide]),
-        ] {
-            add(format!("model.layers.{layer}.{name}.weight"), shape);
-        }
-    }
+    let tensors = ModelConfig::from_json(config)
+        .unwrap()
+        .tensors()
+        .into_iter();
+    let specs = tensors.map(|tensor| TensorSpec {
+        name: tensor.name,
+        dtype,
+        shape: tensor.shape,
+    });
+    let specs: Vec<TensorSpec> = specs.collect();
     let mut writer = ShardedWriter::create(dir, &specs, None).unwrap();
     let mut state = 1u64;
     for spec in &specs {

@@ -6,7 +6,7 @@
 
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use gptq_kernels::{Engine, map_lanes};
-use gptq_model::{Block, Flow, Head, HostBlock, Model};
+use gptq_model::{Block, BlockSpec, Flow, Head, HostBlock, Model};
 
 use crate::nearest::{Setting, nearest};
 use crate::range::{Range, Readings};
@@ -67,13 +67,13 @@ struct Quantized {
 }
 
 /// Runs `windows`, all of one length of at least 2, through `model`, and through `dense`, taken in the
-/// same type, in the same pass. One block of each is resident at a time; the hidden states of all windows are. `on_block` is
-/// told the number of blocks done.
+/// same type, in the same pass. One block of each is resident at a time; the hidden states of all windows are.
+/// `on_progress` is told the share of the work that is done.
 pub(crate) fn measure<B: Engine>(
     model: &Model<B>,
     dense: Option<&Model<B>>,
     windows: &[Vec<u32>],
-    on_block: &mut dyn FnMut(usize),
+    on_progress: &mut dyn FnMut(f64),
 ) -> Result<Measured, VerifyError> {
     let window = windows.first().map_or(1, Vec::len).max(1);
     let per_chunk = (CHUNK / window).max(1);
@@ -82,7 +82,18 @@ pub(crate) fn measure<B: Engine>(
     let mut beside = dense
         .map(|dense| Beside::start(model, dense, windows, per_chunk))
         .transpose()?;
-    for layer in 0..model.config().layers {
+    // By weights: a large vocabulary's head may be as much work as many blocks.
+    let config = model.config();
+    let head_work = config.vocabulary as f64 * config.hidden_size as f64;
+    let block_work = |spec: &BlockSpec| spec.parameters() as f64;
+    let all_work = config
+        .blocks()
+        .iter()
+        .map(|spec| block_work(spec))
+        .sum::<f64>()
+        + head_work;
+    let mut work = 0.0;
+    for (layer, spec) in config.blocks().iter().enumerate() {
         let host = model.read_block(layer)?;
         let quantized = match &beside {
             Some(_) => quantized(model, &host, layer)?,
@@ -101,15 +112,20 @@ pub(crate) fn measure<B: Engine>(
             None => None,
         };
         range.add(Some(layer), &readings, dense_readings.as_ref());
-        on_block(layer + 1);
+        work += block_work(spec);
+        on_progress(work / all_work);
     }
     let head = model.head()?;
     let mut sums = Sums::default();
     let mut readings = Readings::default();
-    for (at, chunk) in windows.chunks(per_chunk).enumerate() {
+    let chunks = windows.chunks(per_chunk);
+    let chunk_work = head_work / chunks.len() as f64;
+    for (at, chunk) in chunks.enumerate() {
         let Some(flow) = flows.get(at) else { break };
         let others = beside.as_ref().map(|beside| beside.at(at));
         sums.add(&head, flow, others, chunk, &mut readings);
+        work += chunk_work;
+        on_progress(work / all_work);
     }
     range.add(None, &readings, None);
     Ok(Measured {

@@ -49,8 +49,8 @@ pub fn check_tensors(dir: &Path) -> Result<Vec<Check>, VerifyError> {
     Ok(structure::check(dir, &Census::take(dir)?, &recorded))
 }
 
-/// Reopens `dir`, a branch or a dense checkpoint, and checks it as `request` says. `on_block` is told
-/// how many blocks of how many the text has been through.
+/// Reopens `dir`, a branch or a dense checkpoint, and checks it as `request` says. `on_progress` is told
+/// the share of the work on a text that is done, 0 to 1.
 ///
 /// # Errors
 /// What cannot be judged at all: no checkpoint, no text. What can be and does not hold is a failed
@@ -59,19 +59,19 @@ pub fn verify(
     dir: &Path,
     request: &Request,
     device: Device,
-    on_block: &mut dyn FnMut(usize, usize),
+    on_progress: &mut dyn FnMut(f64),
 ) -> Result<Receipt, VerifyError> {
     device.resolve()?.run(Verify {
         dir,
         request,
-        on_block,
+        on_progress,
     })?
 }
 
 struct Verify<'a> {
     dir: &'a Path,
     request: &'a Request,
-    on_block: &'a mut dyn FnMut(usize, usize),
+    on_progress: &'a mut dyn FnMut(f64),
 }
 
 impl Work for Verify<'_> {
@@ -81,7 +81,7 @@ impl Work for Verify<'_> {
         let Verify {
             dir,
             request,
-            on_block,
+            on_progress,
         } = self;
         let census = Census::take(dir)?;
         let recorded = Recorded::read(dir)?;
@@ -115,8 +115,6 @@ impl Work for Verify<'_> {
             let dense = (request.against.as_deref())
                 .map(|dense| open_dense(&model, dense, &device))
                 .transpose()?;
-            let layers = model.config().layers;
-            let mut on_block = |done| on_block(done, layers);
             let asked = Asking {
                 evaluation,
                 tolerances: request.tolerances,
@@ -127,7 +125,7 @@ impl Work for Verify<'_> {
                 asked,
                 &recorded,
                 &mut receipt,
-                &mut on_block,
+                on_progress,
             )?;
             let config = model.checkpoint().quantize_config();
             receipt.advice = advice(&receipt, config, &recorded);
@@ -169,7 +167,7 @@ fn run<B: Engine>(
     asked: Asking<'_>,
     recorded: &Recorded,
     receipt: &mut Receipt,
-    on_block: &mut dyn FnMut(usize),
+    on_progress: &mut dyn FnMut(f64),
 ) -> Result<(), VerifyError> {
     let Evaluation { text, window } = asked.evaluation;
     let dir = model.checkpoint().dir();
@@ -181,7 +179,7 @@ fn run<B: Engine>(
     }
     let evaluated = evaluated(dir, asked.evaluation)?;
     let windows: Vec<Vec<u32>> = evaluated.windows().map(<[u32]>::to_vec).collect();
-    let measured = measure(model, dense, &windows, on_block)?;
+    let measured = measure(model, dense, &windows, on_progress)?;
     let perplexity = Perplexity {
         text: file_name(text),
         text_sha256: Some(text_sha256),
@@ -232,7 +230,7 @@ fn file_name(path: &Path) -> String {
     name.to_string_lossy().into_owned()
 }
 
-/// Runs the model in `dir`, its weights taken in `half`, on a text.
+/// Runs the model in `dir`, its weights taken in `half`, on a text. `on_progress` as for [`verify`].
 ///
 /// # Errors
 /// No checkpoint, no text, or an output that is not finite.
@@ -241,11 +239,13 @@ pub fn perplexity(
     half: Half,
     evaluation: &Evaluation,
     device: Device,
+    on_progress: &mut dyn FnMut(f64),
 ) -> Result<Perplexity, VerifyError> {
     device.resolve()?.run(Alone {
         dir,
         half,
         evaluation,
+        on_progress,
     })?
 }
 
@@ -253,6 +253,7 @@ struct Alone<'a> {
     dir: &'a Path,
     half: Half,
     evaluation: &'a Evaluation,
+    on_progress: &'a mut dyn FnMut(f64),
 }
 
 impl Work for Alone<'_> {
@@ -262,7 +263,9 @@ impl Work for Alone<'_> {
         let model = Model::<B>::open(self.dir, &device)?.taken_in(self.half);
         let evaluated = evaluated(self.dir, self.evaluation)?;
         let windows: Vec<Vec<u32>> = evaluated.windows().map(<[u32]>::to_vec).collect();
-        let value = measure(&model, None, &windows, &mut |_| ())?.loss.exp();
+        let value = measure(&model, None, &windows, self.on_progress)?
+            .loss
+            .exp();
         let Evaluation { text, window } = self.evaluation;
         match value.is_finite() {
             true => Ok(Perplexity {

@@ -5,7 +5,6 @@
 
 #![forbid(unsafe_code)]
 
-mod block_progress;
 mod bug;
 mod calibration;
 mod card;
@@ -26,6 +25,7 @@ mod signals;
 mod size;
 mod table;
 mod terminal;
+mod text_progress;
 mod time_left;
 mod verify;
 

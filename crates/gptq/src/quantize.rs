@@ -13,11 +13,11 @@ use gptq_pipeline::{
 use gptq_verify::{Check, Evaluation, RANGE, Request, check_tensors, failures, perplexity, verify};
 use serde_json::json;
 
-use crate::block_progress::BlockProgress;
 use crate::cli::{QuantizeArgs, RunArgs, warn};
 use crate::hub::{self, Need};
 use crate::progress::Progress;
 use crate::signals::Signals;
+use crate::text_progress::TextProgress;
 use crate::{log, plan, size, table, terminal};
 
 /// Finished branches.
@@ -153,7 +153,12 @@ fn dense(
     });
     let dense = match known {
         Some(known) => known,
-        None => recorded(perplexity(&plan.model_dir, plan.half, evaluation, device)?),
+        None => {
+            let mut progress = TextProgress::new("dense model");
+            let (model, half) = (&plan.model_dir, plan.half);
+            let mut show = |done| progress.show(done);
+            recorded(perplexity(model, half, evaluation, device, &mut show)?)
+        }
     };
     log::dense_perplexity(&dense);
     Ok(dense)
@@ -197,8 +202,8 @@ fn prove(
         evaluation: Some(evaluation.clone()),
         ..Request::default()
     };
-    let mut progress = BlockProgress::new(&report.branch);
-    let mut show = |done, blocks| progress.show(done, blocks);
+    let mut progress = TextProgress::new(&report.branch);
+    let mut show = |done| progress.show(done);
     let mut receipt = verify(dir, &request, device, &mut show)?;
     drop(progress);
     // The branch is what it was to be, and the other branches want to be measured too.

@@ -8,9 +8,9 @@ use gptq_pipeline::{BranchReport, Measure, Recipe, RecipeOverrides};
 use gptq_verify::{Evaluation, Request, verify};
 use serde::Serialize;
 
-use crate::block_progress::BlockProgress;
 use crate::cli::RequantizeArgs;
 use crate::signals::Signals;
+use crate::text_progress::TextProgress;
 use crate::{quantize, table};
 
 pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
@@ -34,8 +34,8 @@ pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
         let (dir, old) = old.context("every branch came from a report")?;
         let perplexity = match &request {
             Some(request) => {
-                let mut progress = BlockProgress::new(&format!("{} as it was", new.branch));
-                let mut show = |done, blocks| progress.show(done, blocks);
+                let mut progress = TextProgress::new(&format!("{} as it was", new.branch));
+                let mut show = |done| progress.show(done);
                 verify(dir, request, args.run.device, &mut show)?.perplexity
             }
             None => None,

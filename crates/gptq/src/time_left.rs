@@ -94,7 +94,7 @@ impl TimeLeft {
 }
 
 /// `"8 s"`, `"3 min 20 s"`, `"2 h 05 min"`.
-fn rounded(time: Duration) -> String {
+pub(crate) fn rounded(time: Duration) -> String {
     let seconds = time.as_secs_f64().round().max(1.0) as u64;
     match seconds {
         0..60 => format!("{seconds} s"),

@@ -10,7 +10,7 @@ use gptq_format::branch_dirs;
 use gptq_kernels::Device;
 use gptq_verify::{Asked, Depth, Evaluation, RECEIPT, Receipt, Request, verify};
 
-use crate::block_progress::BlockProgress;
+use crate::text_progress::TextProgress;
 use crate::{log, table, terminal};
 
 #[derive(Args)]
@@ -142,9 +142,9 @@ fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
 }
 
 fn judge(name: &str, dir: &Path, request: &Request, device: Device) -> Result<Receipt> {
-    let mut progress = BlockProgress::new(name);
-    Ok(verify(dir, request, device, &mut |done, blocks| {
-        progress.show(done, blocks);
+    let mut progress = TextProgress::new(name);
+    Ok(verify(dir, request, device, &mut |done| {
+        progress.show(done)
     })?)
 }
 

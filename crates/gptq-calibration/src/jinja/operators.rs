@@ -2,7 +2,7 @@
 //! are exchanged for calls of these functions; their names are no identifiers, so that no
 //! template can hide them behind a variable.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use minijinja::machinery::{CompiledTemplate, Instruction, Instructions};
 use minijinja::value::{Tuple, ValueKind};
@@ -61,17 +61,18 @@ pub(super) fn exchange<'s>(template: &CompiledTemplate<'s>) -> Program<'s> {
     (exchanged(&template.instructions), blocks.collect())
 }
 
-/// Before each loop stands one instruction more, so that jumps lead further.
+/// Where an instruction more stands before another, jumps lead further.
 fn exchanged<'s>(original: &Instructions<'s>) -> Instructions<'s> {
-    let mut places = vec![0];
+    let before = added(original);
+    let mut places = Vec::new();
     let mut place = 0;
     for index in 0.. {
-        match original.get(index) {
-            Some(Instruction::PushLoop(_)) => place += 2,
-            Some(_) => place += 1,
-            None => break,
-        }
         places.push(place);
+        if original.get(index).is_none() {
+            break;
+        }
+        let more = before.get(&index).map_or(0, Vec::len);
+        place += u32::try_from(more).unwrap_or(u32::MAX) + 1;
     }
     let to = |target: u32| places.get(target as usize).copied().unwrap_or(target);
     let mut program = Instructions::new(original.name(), original.source());
@@ -114,12 +115,41 @@ fn exchanged<'s>(original: &Instructions<'s>) -> Instructions<'s> {
             }
             (None, None) => program.add(instruction),
         };
-        if let Instruction::PushLoop(_) = instruction {
-            add(Instruction::ApplyFilter(ITERATED, Some(1), u8::MAX));
+        for more in before.get(&index).into_iter().flatten() {
+            add(more.clone());
         }
         add(instruction);
     }
     program
+}
+
+/// Instructions that stand before those of these numbers. Lists that are gone over are looked at; and a
+/// macro, as the body of a call block is one, has every variable that it names: the library overlooks
+/// those of which it takes a slice, and namespaces that it assigns to.
+fn added<'s>(original: &Instructions<'s>) -> BTreeMap<u32, Vec<Instruction<'s>>> {
+    let mut added: BTreeMap<u32, Vec<Instruction<'s>>> = BTreeMap::new();
+    let mut closure = None;
+    for index in 0.. {
+        match original.get(index) {
+            Some(Instruction::PushLoop(_)) => {
+                let look = Instruction::ApplyFilter(ITERATED, Some(1), u8::MAX);
+                added.insert(index, vec![look]);
+            }
+            Some(Instruction::GetClosure) => closure = Some(index),
+            Some(Instruction::BuildMacro(_, body, _)) => {
+                let end = closure.take().unwrap_or(index);
+                let named = (*body..end).filter_map(|at| match original.get(at) {
+                    Some(Instruction::Lookup(name)) if *name != "caller" => Some(*name),
+                    _ => None,
+                });
+                let named: BTreeSet<&'s str> = named.collect();
+                added.insert(end, named.into_iter().map(Instruction::Enclose).collect());
+            }
+            Some(_) => {}
+            None => break,
+        }
+    }
+    added
 }
 
 /// What a loop goes over: the library takes none for an empty list.

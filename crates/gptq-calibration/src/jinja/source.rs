@@ -20,11 +20,14 @@ pub(super) const GENERATION: &str = "gptq_generation";
 /// - `{% set ns.a = b %}` becomes `{% set ns.a = (b)|copy %}`, and `{% set ns.a | b %}`, which opens a block,
 ///   `{% set ns.a | b|copy %}`;
 /// - `{% generation %}` becomes the call block that it is in Transformers;
+/// - lines end with a line feed;
 /// - a number that Python writes with an exponent becomes `(1e16|plain)`.
 ///
 /// # Errors
 /// What cannot be split into tokens, and tags that Transformers does not know.
 pub(super) fn exchanged(source: &str, syntax: SyntaxConfig) -> Result<String, Error> {
+    // As Jinja does, and Python where it reads a file.
+    let source = &source.replace("\r\n", "\n").replace('\r', "\n");
     let mut written = Written {
         source,
         text: String::with_capacity(source.len()),

@@ -1,0 +1,84 @@
+//! Progress of text through a model: a bar on a terminal, now and then a line otherwise.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::time_left::rounded;
+
+/// Between two lines: what is done sooner needs none.
+const EVERY: Duration = Duration::from_secs(10);
+
+/// One text on its way through one model.
+pub(crate) struct TextProgress {
+    name: String,
+    bar: Option<ProgressBar>,
+    /// When it was first heard of, and the share done then: what came before was not all the model's.
+    began: Option<(Instant, f64)>,
+    told: Instant,
+}
+
+impl TextProgress {
+    /// Under the name of what is measured.
+    pub(crate) fn new(name: &str) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{prefix} {bar:30} {pos:>3} % {elapsed}{msg}")
+                .expect("the template is a constant");
+            let bar = ProgressBar::new(100).with_style(style);
+            bar.set_prefix(name.to_owned());
+            bar
+        });
+        TextProgress {
+            name: name.to_owned(),
+            bar,
+            began: None,
+            told: Instant::now(),
+        }
+    }
+
+    /// A share of the work is done, 0 to 1.
+    pub(crate) fn show(&mut self, done: f64) {
+        let now = Instant::now();
+        let (since, before) = *self.began.get_or_insert((now, done));
+        let left = match left(now - since, before, done) {
+            Some(left) => format!(", about {} left", rounded(left)),
+            None => String::new(),
+        };
+        let percent = (100.0 * done).round() as u64;
+        if let Some(bar) = &self.bar {
+            bar.set_message(left);
+            bar.set_position(percent);
+        } else if now - self.told >= EVERY {
+            self.told = now;
+            eprintln!("{}: {percent} % of the text measured{left}", self.name);
+        }
+    }
+}
+
+impl Drop for TextProgress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// What the rest takes, when the work from `before` to `done` took `time`.
+fn left(time: Duration, before: f64, done: f64) -> Option<Duration> {
+    let part = done - before;
+    (part > 0.0 && done < 1.0).then(|| time.mul_f64((1.0 - done) / part))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rest_takes_its_share_of_what_the_work_so_far_took() {
+        let time = Duration::from_secs(30);
+        assert_eq!(left(time, 0.25, 0.5), Some(Duration::from_secs(60)));
+        assert_eq!(left(time, 0.25, 0.25), None, "nothing is known yet");
+        assert_eq!(left(time, 0.25, 1.0), None, "nothing is left");
+    }
+}
