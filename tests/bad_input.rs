@@ -3,7 +3,10 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
+use serde_json::json;
+
 use crate::harness::{Scratch, edit_header, edit_tensor, medi_tiny, refuse, succeed};
+use crate::inspect::{read, write};
 
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\n";
 
@@ -170,6 +173,16 @@ fn a_tokenizer_of_another_vocabulary_is_refused() {
         text.replace("\"vocab_size\": 4096", "\"vocab_size\": 1000"),
     )
     .unwrap();
+    // The weights are those of a model of so many tokens.
+    let weights = model.join("model.safetensors");
+    let mut tensors = read(&weights);
+    for (name, (_, shape, bytes)) in &mut tensors {
+        if ["lm_head.weight", "model.embed_tokens.weight"].contains(&name.as_str()) {
+            *shape = json!([1000, 256]);
+            bytes.truncate(1000 * 256 * 2);
+        }
+    }
+    write(&weights, &tensors);
     let recipe = scratch.recipe(&model, ONE);
     expect(&scratch, &recipe, &["vocabulary of 1000", "tokenizer"]);
 }

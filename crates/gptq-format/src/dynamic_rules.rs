@@ -11,7 +11,7 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-use fancy_regex::{Regex, RegexBuilder};
+use fancy_regex::{CompileError, Error, Regex, RegexBuilder};
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -92,8 +92,18 @@ impl DynamicRules {
 }
 
 /// What is wrong with a pattern, in one line.
-fn refused(pattern: &str, why: &dyn fmt::Display) -> String {
-    let words = why.to_string();
+fn refused(pattern: &str, why: &Error) -> String {
+    let large = match why {
+        Error::CompileError(why) => match &**why {
+            CompileError::InnerError(why) => why.size_limit(),
+            _ => None,
+        },
+        _ => None,
+    };
+    let words = match large {
+        Some(limit) => format!("over {limit} bytes as compiled"),
+        None => why.to_string(),
+    };
     let words: Vec<&str> = words.split_whitespace().collect();
     format!("dynamic pattern {pattern:?}: {}", words.join(" "))
 }

@@ -79,14 +79,15 @@ impl Limits {
         }
     }
 
-    /// Whether any of whole elements is too large. Signed integers, which every processor compares many
-    /// of at once.
+    /// Whether any of whole elements is too large. Without a branch, in signed integers: every processor
+    /// compares many of those at once.
     fn exceeded(&self, bytes: &[u8]) -> bool {
         match self.wide {
             true => {
+                let large = self.large as i32;
                 let values = bytes.as_chunks::<4>().0.iter();
-                let values = values.map(|b| i32::from_le_bytes(*b) & 0x7fff_ffff);
-                values.fold(0, i32::max) as u32 >= self.large
+                let exceeds = |b: &[u8; 4]| (i32::from_le_bytes(*b) & 0x7fff_ffff) >= large;
+                values.map(|b| u32::from(exceeds(b))).sum::<u32>() > 0
             }
             false => {
                 let values = bytes.as_chunks::<2>().0.iter();

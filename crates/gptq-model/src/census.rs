@@ -172,20 +172,21 @@ impl Counting<'_> {
     /// Settings and tensors have to agree on whether anything is quantised, and by whom.
     fn method(&self) -> Result<(), ModelError> {
         let quantised = self.checkpoint.quantised_by();
-        let packed = self.checkpoint.names().any(|it| it.ends_with(".qweight"));
+        let mut names = self.checkpoint.names();
+        let packed = names.find(|name| name.ends_with(".qweight"));
         match (self.checkpoint.quantize_config(), quantised) {
             (None, Some((method, name))) => Err(self.refuse(match packed {
-                true => format!(
+                Some(name) => format!(
                     "its weights are quantised already ({name}), and neither quantize_config.json nor \
                      config.json's quantization_config says how; put back the file that belongs to them, or \
                      use the full-precision model"
                 ),
-                false => format!(
+                None => format!(
                     "its weights are quantised already, by {method} ({name}); use the full-precision model \
                      that it was made from"
                 ),
             })),
-            (Some(config), _) if !packed && self.quantises_any(config)? => {
+            (Some(config), _) if packed.is_none() && self.quantises_any(config)? => {
                 let file = match self.checkpoint.dir().join("quantize_config.json").exists() {
                     true => "quantize_config.json says that its linears are quantised by gptq",
                     false => "config.json's quantization_config says that its linears are quantised by gptq",
@@ -243,7 +244,7 @@ impl Counting<'_> {
             Some(FormatError::MissingTensor { dir, name, hint }) => {
                 let hint = match more {
                     0 => hint,
-                    _ => format!(" and {more} more are{hint}"),
+                    _ => format!("{hint} and {more} more are"),
                 };
                 Err(FormatError::MissingTensor { dir, name, hint }.into())
             }
@@ -310,6 +311,15 @@ impl Counting<'_> {
                 }
             }
             _ => look(&tensor.name, &tensor.shape, false, false)?,
+        }
+        // Where the settings do not say that it was left out.
+        let dense = settings.is_some() && self.checkpoint.contains(&tensor.name);
+        if let (true, Some(FormatError::MissingTensor { hint, .. })) = (dense, missing.first_mut())
+        {
+            *hint += &format!(
+                " ({} is there, and the settings do not leave it in full precision)",
+                tensor.name
+            );
         }
         Ok(missing)
     }

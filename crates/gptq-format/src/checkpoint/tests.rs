@@ -1,3 +1,5 @@
+//! Directories of small files, whole and not.
+
 use std::fs;
 
 use safetensors::tensor::TensorView as View;

@@ -1,3 +1,5 @@
+//! Checkpoints made of what their config asks for, and then of something else.
+
 use gptq_format::{ShardedWriter, TensorSpec, write_json};
 use serde_json::{Value, json};
 
