@@ -451,7 +451,7 @@ fn a_full_disk_stops_a_run_which_goes_on_when_there_is_room() {
     fs::write(&filler, vec![1; 25 << 20]).unwrap();
     let line = refused(quantize(&recipe, &SLOW).output().unwrap());
     assert!(
-        line.contains("bytes are needed") && line.contains("are free"),
+        line.contains("are needed here") && line.contains("are free"),
         "{line}"
     );
     fs::remove_file(&filler).unwrap();

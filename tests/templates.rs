@@ -67,7 +67,7 @@ fn a_row_that_the_template_objects_to_is_named_or_left_out_and_counted() {
     ];
     let text = succeed(shown.iter().chain(&["--samples", "2", "--seq-len", "128"]));
     assert!(
-        text.contains("59 used of 0:, 1 left out because the chat template objects to"),
+        text.contains("59 used of all rows, 1 left out because the chat template objects to"),
         "{text}"
     );
     let skip = [&QUICK[..], &["--on-error", "skip"]].concat();

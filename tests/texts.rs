@@ -111,7 +111,7 @@ fn what_is_wrong_with_the_tokenizer_is_told_before_the_work() {
     );
     let line = refused_by_all(&scratch, &recipe(&scratch, &model, &talks, ""));
     assert!(
-        line.contains("template") && line.contains("line 1"),
+        line.contains("chat template") && line.contains("line 1"),
         "{line}"
     );
     put(

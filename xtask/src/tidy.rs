@@ -19,6 +19,7 @@ const TOP_LEVEL: [&str; 12] = [
     "calibration",
     "configs",
     "crates",
+    "findings",
     "fuzz",
     "kernels",
     "tests",

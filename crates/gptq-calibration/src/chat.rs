@@ -152,12 +152,14 @@ impl ChatTemplate {
         let mut tool_use = read(more.join(format!("{TOOL_USE}.jinja")))?;
         // Files go before what the configuration says, even where none of them is the default.
         if default.is_none() && tool_use.is_none() && !holds_templates(&more) {
-            let origin = dir.join("tokenizer_config.json");
+            // A line is one of the template, not of the file that holds it.
+            let file = dir.join("tokenizer_config.json");
+            let origin = format!("{}: chat template", file.display());
             let named = |name| match config
                 .get("chat_template")
                 .and_then(|given| source(given, name))
             {
-                Some(source) => Named::new(origin.to_string_lossy(), source).map(Some),
+                Some(source) => Named::new(origin.as_str(), source).map(Some),
                 None => Ok(None),
             };
             (default, tool_use) = (named("default")?, named(TOOL_USE)?);

@@ -63,7 +63,7 @@ pub use linear_shape::LinearShape;
 pub use mapped_file::install_sigbus_handler;
 pub use output_lock::OutputLock;
 pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
-pub use public_json::{TakenOut, make_public};
+pub use public_json::{TakenOut, make_public, without_directories};
 pub use quantize_config::{CheckpointFormat, OneOrMany, QuantizeConfig};
 pub use quantized::{PackedLinear, QuantizedLinear};
 pub use side_files::{

@@ -71,7 +71,7 @@ fn clean(value: &mut Value, taken: &mut TakenOut) {
         Value::Object(entries) => clean_entries(entries, taken),
         Value::Array(items) => items.iter_mut().for_each(|item| clean(item, taken)),
         Value::String(text) => {
-            if let Some(short) = shortened(text) {
+            if let Some(short) = without_directories(text) {
                 *text = short;
                 taken.paths += 1;
             }
@@ -109,7 +109,7 @@ fn is_local(key: &str, value: &Value) -> bool {
 }
 
 /// A text without the directories of the paths in it; `None` where there is none.
-fn shortened(text: &str) -> Option<String> {
+pub fn without_directories(text: &str) -> Option<String> {
     if fits(&PATH, text) && !text.contains(char::is_whitespace) {
         let last = text
             .trim_end_matches(['/', '\\'])

@@ -5,6 +5,8 @@ use std::path::Path;
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use gptq_format::{Checkpoint, Half, TABLE_PIECE};
 use gptq_kernels::Engine;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::{bf16, f16};
 
 use crate::inventory::{EMBEDDING, HEAD};
 use crate::{Block, Census, Flow, HostBlock, ModelConfig, ModelError, rope};
@@ -165,6 +167,11 @@ impl<B: Engine> Model<B> {
     /// a vocabulary's may be as large as several blocks.
     fn table(&self, name: &str, [rows, cols]: [usize; 2]) -> Result<Tensor<B, 2>, ModelError> {
         let (device, dtype) = (&self.device, self.dtype());
+        if dtype == DType::F32 {
+            // An engine that computes in f32 has its tensors in host memory, where an assignment to a slice
+            // copies the whole: the pieces are put together before.
+            return self.host_table(name, [rows, cols]);
+        }
         let step = (TABLE_PIECE / cols.max(1)).max(1) * cols;
         let mut table = Tensor::empty([rows, cols], (device, dtype));
         let bring = |first: usize, piece: &[u16]| {
@@ -182,6 +189,24 @@ impl<B: Engine> Model<B> {
         self.checkpoint
             .half_pieces(self.half, name, &shape, step, bring)?;
         Ok(table)
+    }
+
+    /// As [`Model::table`], in f32.
+    fn host_table(&self, name: &str, shape: [usize; 2]) -> Result<Tensor<B, 2>, ModelError> {
+        let mut values = vec![0f32; shape.iter().product()];
+        let half = self.half;
+        let widen = |first: usize, piece: &[u16]| {
+            let values = &mut values[first..first + piece.len()];
+            match half {
+                Half::F16 => (piece.reinterpret_cast::<f16>()).convert_to_f32_slice(values),
+                Half::Bf16 => (piece.reinterpret_cast::<bf16>()).convert_to_f32_slice(values),
+            }
+            Ok::<_, ModelError>(())
+        };
+        self.checkpoint
+            .half_pieces(half, name, &shape, TABLE_PIECE, widen)?;
+        let data = TensorData::new(values, shape);
+        Ok(Tensor::from_data(data, (&self.device, DType::F32)))
     }
 
     /// A tensor of the checkpoint on the device, in compute dtype.

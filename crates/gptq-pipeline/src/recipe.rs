@@ -6,7 +6,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::{OnError, Sampling};
-use gptq_format::{Bits, GroupSize, Half};
+use gptq_format::{Bits, GroupSize, Half, without_directories};
 use serde::Deserialize;
 use thiserror::Error;
 use toml::Spanned;
@@ -303,7 +303,30 @@ fn public_text(text: &str, file: &RecipeFile) -> String {
     for (_, path) in &paths {
         public = public.replace(&*path.to_string_lossy(), &last(path));
     }
-    public
+    comments_without_paths(public)
+}
+
+/// `recipe` without the paths that its comments name. What begins with `#` may be a part of a value: a change
+/// of the recipe's meaning is none.
+fn comments_without_paths(mut recipe: String) -> String {
+    let Ok(meaning) = recipe.parse::<toml::Table>() else {
+        return recipe;
+    };
+    let starts = recipe.match_indices('\n').map(|(at, _)| at + 1);
+    let lines: Vec<usize> = std::iter::once(0).chain(starts).collect();
+    for start in lines.into_iter().rev() {
+        let line = recipe[start..].lines().next().unwrap_or_default();
+        let Some(at) = line.find('#') else { continue };
+        let Some(short) = without_directories(&line[at..]) else {
+            continue;
+        };
+        let mut public = recipe.clone();
+        public.replace_range(start + at..start + line.len(), &short);
+        if public.parse::<toml::Table>().as_ref() == Ok(&meaning) {
+            recipe = public;
+        }
+    }
+    recipe
 }
 
 fn invalid(path: &Path, text: &str, at: usize, reason: String) -> RecipeError {
@@ -323,14 +346,14 @@ mod tests {
 
     #[test]
     fn the_public_text_names_no_directory_of_this_machine() {
-        let text = "# from /data/me/model\n[model]\nsource = \"/data/me/model\"\n\
-                    [calibration]\nsource = '/data/me/rows \"1\".json' # mine\ntemplate = \"/{input}\"\n\
+        let text = "# from /data/me/model, by /home/me/make.sh\n[model]\nsource = \"/data/me/model\"\n\
+                    [calibration]\nsource = '/data/me/rows \"1\".json' # mine\ntemplate = \"/{input} # /home/x\"\n\
                     [output]\ndir = \"out/model\"\n[evaluation]\ntext = \"/data/me/m\\u006fdel/eval.json\"\n";
         let public = Recipe::parse(Path::new("r.toml"), text.into())
             .unwrap()
             .public_text;
-        let expected = "# from model\n[model]\nsource = \"model\"\n\
-                        [calibration]\nsource = 'rows \"1\".json' # mine\ntemplate = \"/{input}\"\n\
+        let expected = "# from model, by make.sh\n[model]\nsource = \"model\"\n\
+                        [calibration]\nsource = 'rows \"1\".json' # mine\ntemplate = \"/{input} # /home/x\"\n\
                         [output]\ndir = \"out/model\"\n[evaluation]\ntext = \"eval.json\"\n";
         assert_eq!(public, expected);
         let again = Recipe::parse(Path::new("r.toml"), public.clone()).unwrap();

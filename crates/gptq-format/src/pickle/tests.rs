@@ -129,12 +129,15 @@ fn every_opcode_torch_save_does_not_write_is_refused_by_name() {
 fn calls_with_other_arguments_are_refused() {
     let dict = Pickle::new().global("collections", "OrderedDict");
     for (pickle, word) in [
-        (dict.clone().raw(b"K\x01\x85R."), "OrderedDict"),
+        (
+            dict.clone().raw(b"K\x01\x85R."),
+            "calls a class or function with other arguments",
+        ),
         (dict.clone().raw(b"NR."), "tuple"),
         (Pickle::new().raw(b"N)R."), "calls None"),
         (
             Pickle::new().global("torch", "HalfStorage").raw(b")R."),
-            "calls Storage(F16)",
+            "calls a class or function",
         ),
         (Pickle::new().raw(b"NQ."), "tuple"),
         (Pickle::new().raw(b")Q."), "no storage"),
