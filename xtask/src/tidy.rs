@@ -10,7 +10,7 @@ use anyhow::ensure;
 use crate::root;
 
 /// The whole top level but for dotfiles, `target/` and `out/`.
-const TOP_LEVEL: [&str; 12] = [
+const TOP_LEVEL: [&str; 13] = [
     "CHANGELOG.md",
     "Cargo.lock",
     "Cargo.toml",
