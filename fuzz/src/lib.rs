@@ -148,6 +148,8 @@ pub enum PipelineError {
     Recipe(#[from] RecipeError),
     #[error(transparent)]
     Model(#[from] ModelError),
+    #[error(transparent)]
+    Format(#[from] gptq_format::FormatError),
     #[error("{}", dir.display())]
     Quantised { dir: PathBuf },
     #[error("{needed} of {budget}")]
@@ -231,7 +233,7 @@ pub fn open(files: &[(&str, &[u8])]) {
                 let bytes = view.bytes();
                 assert_eq!(bytes.len(), view.elements() * view.dtype.bitsize() / 8);
                 for half in [Half::F16, Half::Bf16] {
-                    let _ = checkpoint.half_bytes(half, name, view.shape);
+                    let _ = checkpoint.check_halves(half, name, view.shape);
                 }
             }
         }
@@ -261,6 +263,7 @@ pub fn report(bytes: &[u8]) {
         let settings = CardSettings {
             repo: "user/name".to_owned(),
             prompt: PromptTemplate {
+                own: false,
                 name: "plain".to_owned(),
                 text: "{prompt}".to_owned(),
             },
