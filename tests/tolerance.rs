@@ -202,10 +202,10 @@ fn branches_that_are_broken_in_ways_that_no_file_shows_fail() {
             "scales",
         ),
         (
-            "a single scale doubled",
+            "one output's scales doubled",
             one(
                 "mlp.up_proj",
-                |i, s| if i == 768 + 100 { 2.0 * s } else { s },
+                |i, s| if i % 768 == 100 { 2.0 * s } else { s },
             ),
             "scales",
         ),

@@ -59,11 +59,12 @@ pub(crate) fn sums<B: Engine>(
 
 /// A gain is out of line that lies so many standard deviations from its linear's median, and so far at least:
 /// of sound 4-bit branches in groups of 64 none lies further than 0.08 in medi-tiny, and in SmolLM2-135M than 0.29
-/// with the presets that search scales, and 0.48 with `autogptq`.
+/// with the presets that search scales.
 const DEVIATIONS: f64 = 10.0;
 const FAR: f64 = 0.4;
-/// How far from the median groups may lie that are a few of their linear: two, or one in [`FEW`].
-const FARTHEST: f64 = 0.75;
+/// A few of a linear's groups, two or one in so many, may lie anywhere: in SmolLM2-135M, with `autogptq` or at 2 bits,
+/// up to ten of 13 824 are up to three times as long as their weights or point the other way, all of them of
+/// one output. What is wrong with a file shows in whole rows or columns of groups.
 const FEW: usize = 1000;
 /// Groups with a smaller part of their linear's mean energy are left out: what makes up for errors elsewhere may
 /// move them by more than they are long.
@@ -102,7 +103,7 @@ pub(crate) fn strange(
     let out: Vec<(usize, f64)> = out.collect();
     let distance = |gain: f64| (gain - usual).abs();
     let &(at, gain) = (out.iter()).max_by(|a, b| distance(a.1).total_cmp(&distance(b.1)))?;
-    if out.len() <= few && distance(gain) <= FARTHEST {
+    if out.len() <= few {
         return None;
     }
     Some(Strange {
@@ -158,13 +159,11 @@ mod tests {
     }
 
     #[test]
-    fn a_scale_that_is_twice_too_large_or_too_small_is_named() {
+    fn scales_that_are_twice_too_large_or_too_small_are_named() {
         assert_eq!(gains(|_, gain| gain), None);
         let single = |factor: f32| gains(|i, gain| if i == 31 { factor * gain } else { gain });
-        let one = single(2.0).unwrap();
-        assert_eq!((one.groups, one.group, one.output), (1, 1, 10));
         // A sound branch may have one such: what makes up for errors elsewhere went into it.
-        assert_eq!(single(0.5), None);
+        assert_eq!([single(2.0), single(0.5)], [None, None]);
         for factor in [2.0, 0.5] {
             let group = gains(|i, gain| if i % 3 == 2 { factor * gain } else { gain }).unwrap();
             assert_eq!((group.groups, group.group), (20, 2));
