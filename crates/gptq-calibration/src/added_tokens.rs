@@ -32,7 +32,7 @@ const NAMED: [&str; 7] = [
     "mask_token",
 ];
 
-/// What the files beside `tokenizer.json` say of tokens.
+/// Tokens named by the files beside `tokenizer.json`.
 #[derive(Debug, Default)]
 pub(crate) struct AddedTokens {
     /// By name, such as `eos_token`.
@@ -41,7 +41,7 @@ pub(crate) struct AddedTokens {
     extra: Vec<AddedToken>,
     /// By the id that was given to them.
     by_id: BTreeMap<u32, AddedToken>,
-    /// Whether `by_id` is all that there is: then the file's own are not read.
+    /// True if `by_id` is the complete list, and the tokenizer file's own tokens are not read.
     is_whole: bool,
 }
 
@@ -224,7 +224,7 @@ fn special(value: &Value) -> Value {
     value
 }
 
-/// Whether Python takes it for true.
+/// Returns the truth value that Python gives it.
 fn is_given(value: &Value) -> bool {
     match value {
         Value::Array(list) => !list.is_empty(),

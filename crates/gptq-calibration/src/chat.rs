@@ -41,7 +41,7 @@ const SPECIAL_TOKENS: [&str; 7] = [
 /// Keys of a message that hold its reasoning, the first of them the one that most templates read.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
-/// Where a checkpoint keeps templates beside the one in `chat_template.jinja`.
+/// Directory of a checkpoint's further templates, beside the one in `chat_template.jinja`.
 const MORE_TEMPLATES: &str = "additional_chat_templates";
 
 /// The name of the template for conversations with tools.
@@ -195,7 +195,7 @@ impl ChatTemplate {
         &self.date
     }
 
-    /// Whether a template asked for the date since this was last called.
+    /// Returns true if a template asked for the date since the last call.
     pub(crate) fn asked_for_date(&self) -> bool {
         let templates = [&self.default, &self.tool_use].into_iter().flatten();
         // Each is asked, as asking forgets.
@@ -234,7 +234,7 @@ impl ChatTemplate {
         self.write(&messages, &Value::Null, add_generation_prompt)
     }
 
-    /// As [`Self::render`], of messages with any keys, and with tools where they are not null.
+    /// Renders messages with any keys, and tools unless they are null; see [`Self::render`].
     pub(crate) fn write(
         &self,
         messages: &[Map],
@@ -271,7 +271,7 @@ fn with_reasoning(message: &Map) -> Map {
     all
 }
 
-/// Whether a directory has a file that is named like a template.
+/// Returns true if a directory holds a file named like a template.
 fn holds_templates(dir: &Path) -> bool {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let mut paths = entries.map(|entry| entry.path());

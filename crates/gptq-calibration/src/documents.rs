@@ -16,7 +16,7 @@ use crate::{CalibrationError, CalibrationSettings, OnError, reader};
 const BATCH_DOCUMENTS: usize = 256;
 const BATCH_BYTES: usize = 1 << 20;
 
-/// How far rows are read.
+/// Limit on the rows that are read.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Most {
     /// Rows, those before the range included.

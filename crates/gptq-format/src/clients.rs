@@ -62,7 +62,7 @@ impl Client {
     }
 }
 
-/// What a branch's files say, as far as readers ask.
+/// Properties of a branch's files that readers depend on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Contents {
     /// The quantised linears.

@@ -19,7 +19,7 @@ pub struct ModelTensor {
     pub role: Role,
 }
 
-/// What a tensor is, as far as its treatment depends on it.
+/// Role of a tensor, as far as its treatment depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// The input embedding, and the output projection where both are one.

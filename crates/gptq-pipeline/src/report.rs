@@ -90,7 +90,7 @@ impl LinearReport {
     }
 }
 
-/// What an error is measured against.
+/// Reference that an error is measured against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Measure {

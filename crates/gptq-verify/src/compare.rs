@@ -56,7 +56,7 @@ pub(crate) struct Nearest {
     pub top1_agreement: f64,
 }
 
-/// How a block's linear is quantised.
+/// Quantisation settings of a block's linear layer.
 struct Quantized {
     /// Its index in the block's spec, and its module.
     linear: usize,

@@ -8,7 +8,7 @@ use burn::tensor::{DType, Tensor};
 use gptq_format::{Bits, GroupSize};
 use gptq_kernels::Engine;
 
-/// How a linear is quantised.
+/// Quantisation settings of a linear layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Setting {
     pub bits: Bits,

@@ -58,7 +58,7 @@ pub struct Check {
     pub detail: String,
 }
 
-/// How much a judgement looked at, from less to more.
+/// Depth of a verification, from less to more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Depth {

@@ -33,7 +33,7 @@ pub struct Asked {
     pub block_error: Option<f64>,
 }
 
-/// How far a branch may be from its dense model.
+/// Largest accepted distance between a branch and its dense model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Tolerances {
     /// Perplexity over the dense model's, as a fraction of it.

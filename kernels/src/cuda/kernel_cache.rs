@@ -20,7 +20,7 @@ use cudarc::driver::{result as driver, sys::CUdevice_attribute};
 
 use super::{error::Error, kernel_store, kernel_store::KernelStore, library::device_count};
 
-/// How long kernels are kept of a build that nobody uses.
+/// Time after which the kernels of an unused build are removed.
 const EXPIRY: Duration = Duration::from_secs(30 * 86_400);
 
 static ROOT: OnceLock<PathBuf> = OnceLock::new();

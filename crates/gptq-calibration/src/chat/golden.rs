@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::*;
 use crate::conversation;
 
-/// Where the text is another, or only one of the two refuses: a template and a conversation, and why.
+/// Known differences in text or in refusal: a template, a conversation, and the reason.
 const DIFFERENT: [(&str, &str, &str); 2] = [
     (
         "llama.cpp/llama-cpp-deepseek-r1.jinja",
