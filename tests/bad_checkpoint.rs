@@ -12,10 +12,10 @@ fn expect(file: &str, words: &[&str]) {
     fs::remove_file(model.join("model.safetensors")).unwrap();
     let bytes = fs::read(root().join("tests/golden/bin").join(file)).unwrap();
     fs::write(model.join("pytorch_model.bin"), bytes).unwrap();
-    quantising_fails(&scratch, &model, words);
+    quantizing_fails(&scratch, &model, words);
 }
 
-fn quantising_fails(scratch: &Scratch, model: &Path, words: &[&str]) {
+fn quantizing_fails(scratch: &Scratch, model: &Path, words: &[&str]) {
     let recipe = scratch.recipe(model, "[[branch]]\nname = \"a\"\nbits = 4\n");
     let line = refuse(["quantize", recipe.to_str().unwrap()]);
     for word in words {
@@ -67,7 +67,7 @@ fn an_index_that_leads_elsewhere_is_refused() {
         fs::remove_file(model.join("model.safetensors")).unwrap();
         let text = r#"{"weight_map": {"model.norm.weight": "../../etc/passwd"}}"#;
         fs::write(model.join(index), text).unwrap();
-        quantising_fails(
+        quantizing_fails(
             &scratch,
             &model,
             &[index, "../../etc/passwd", "not to a file name"],
@@ -81,7 +81,7 @@ fn an_lfs_pointer_is_named_as_such() {
     let model = scratch.copy_model();
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 8919664\n";
     fs::write(model.join("model.safetensors"), pointer).unwrap();
-    quantising_fails(&scratch, &model, &["Git LFS pointer", "git lfs pull"]);
+    quantizing_fails(&scratch, &model, &["Git LFS pointer", "git lfs pull"]);
 }
 
 #[test]
@@ -92,5 +92,5 @@ fn an_unknown_model_type_lists_the_known_ones() {
     let text = fs::read_to_string(&config).unwrap();
     let text = text.replace("\"model_type\": \"llama\"", "\"model_type\": \"mamba\"");
     fs::write(&config, text).unwrap();
-    quantising_fails(&scratch, &model, &["\"mamba\"", "llama, mistral, qwen2"]);
+    quantizing_fails(&scratch, &model, &["\"mamba\"", "llama, mistral, qwen2"]);
 }

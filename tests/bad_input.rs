@@ -10,13 +10,13 @@ use crate::inspect::{read, write};
 
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\n";
 
-/// Quantising must fail before a block is finished; the line must hold every word.
+/// Quantizing must fail before a block is finished; the line must hold every word.
 fn expect(scratch: &Scratch, recipe: &std::path::Path, words: &[&str]) {
     expect_late(recipe, words);
     scratch.assert_nothing_written();
 }
 
-/// Quantising must fail.
+/// Quantizing must fail.
 fn expect_late(recipe: &std::path::Path, words: &[&str]) {
     let line = refuse(["quantize", recipe.to_str().unwrap()]);
     for word in words {

@@ -21,7 +21,7 @@ fn json(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-/// Bits of the tensors of quantised linears for each weight, from the file's own header.
+/// Bits of the tensors of quantized linears for each weight, from the file's own header.
 fn stored_bits(file: &Path, linears: &[Value]) -> f64 {
     let bytes = fs::read(file).unwrap();
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;

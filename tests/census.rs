@@ -323,12 +323,12 @@ fn settings_of_another_method_are_named_and_those_that_say_nothing_are_none() {
     ] {
         with(settings).refused(&["quantization_config", word, "remove"]);
     }
-    // Weights that are quantised indeed.
+    // Weights that are quantized indeed.
     let name = "model.layers.0.mlp.up_proj.weight.absmax";
     let variant = with(json!({"quant_method": "bitsandbytes"})).with(name, &[64], 1.0);
     variant.refused(&["bitsandbytes", "full-precision model"]);
     let variant = Variant::new().with(name, &[64], 1.0);
-    variant.refused(&["quantised already, by bitsandbytes", name]);
+    variant.refused(&["quantized already, by bitsandbytes", name]);
 }
 
 #[test]

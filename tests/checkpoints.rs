@@ -120,7 +120,7 @@ fn one_model_in_every_container_gives_byte_identical_branches() {
 }
 
 #[test]
-fn every_family_is_quantised_and_verified() {
+fn every_family_is_quantized_and_verified() {
     let entries = fs::read_dir(families()).unwrap();
     let dirs = entries.map(|entry| entry.unwrap().path());
     let dirs: Vec<PathBuf> = dirs
@@ -138,15 +138,15 @@ fn every_family_is_quantised_and_verified() {
         for branch in ["four", "eight"] {
             let dir = scratch.out().join(branch);
             let verdict = succeed(["verify", dir.to_str().unwrap()]);
-            assert!(verdict.contains("14 quantised"), "{family}: {verdict}");
+            assert!(verdict.contains("14 quantized"), "{family}: {verdict}");
         }
         // Biases go along untouched.
         let dense = Checkpoint::open(&model).unwrap();
-        let quantised = Checkpoint::open(&scratch.out().join("four")).unwrap();
+        let quantized = Checkpoint::open(&scratch.out().join("four")).unwrap();
         let biases: Vec<&str> = dense.names().filter(|n| n.ends_with(".bias")).collect();
         assert_eq!(biases.len(), if family == "qwen2" { 6 } else { 0 });
         for name in biases {
-            let (a, b) = (dense.view(name).unwrap(), quantised.view(name).unwrap());
+            let (a, b) = (dense.view(name).unwrap(), quantized.view(name).unwrap());
             assert_eq!((a.shape, a.bytes()), (b.shape, b.bytes()), "{name}");
         }
     }

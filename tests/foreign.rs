@@ -1,4 +1,4 @@
-//! Quantised checkpoints as other tools write them: names of files, and which linears are quantised.
+//! Quantized checkpoints as other tools write them: names of files, and which linears are quantized.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -123,7 +123,7 @@ fn linears_that_a_list_leaves_out_are_read_dense() {
     say(&dir, lists);
     assert_eq!(greedy(&dir), expected);
     let verdict = succeed(["verify", dir.to_str().unwrap()]);
-    assert!(verdict.contains("18 quantised linears"), "{verdict}");
+    assert!(verdict.contains("18 quantized linears"), "{verdict}");
     let loads = clients(&dir);
     assert!(loads.contains(&"Transformers".to_owned()), "{loads:?}");
     assert!(!loads.contains(&"ExLlama".to_owned()), "{loads:?}");
@@ -161,7 +161,7 @@ fn the_first_written_of_the_patterns_that_match_counts() {
 }
 
 #[test]
-fn a_quantised_model_is_not_quantised_again() {
+fn a_quantized_model_is_not_quantized_again() {
     let scratch = Scratch::new();
     let dir = branch(&scratch, "", false);
     let again = Scratch::new();
@@ -173,7 +173,7 @@ fn a_quantised_model_is_not_quantised_again() {
         vec!["quantize", recipe],
     ] {
         let line = refuse(&command);
-        for word in ["quantised by gptq already", "full-precision model"] {
+        for word in ["quantized by gptq already", "full-precision model"] {
             assert!(line.contains(word), "no {word:?} in: {line}");
         }
     }
@@ -187,7 +187,7 @@ fn a_quantised_model_is_not_quantised_again() {
     }
     let line = refuse(["quantize", recipe]);
     assert!(
-        line.contains("quantised already") && line.contains("qweight"),
+        line.contains("quantized already") && line.contains("qweight"),
         "{line}"
     );
     again.assert_nothing_written();

@@ -217,7 +217,7 @@ fn every_kind_of_branch_is_written_and_verifies() {
         );
         let verdict = succeed(["verify", dir.to_str().unwrap()]);
         assert!(
-            verdict.contains(&format!("{linears} quantised linears")),
+            verdict.contains(&format!("{linears} quantized linears")),
             "{branch}: {verdict}"
         );
     }

@@ -87,7 +87,7 @@ fn branches_that_make_up_for_drift_do_not_change_those_that_do_not_nor_the_other
         "[[branch]]\nname = \"at-once\"\nbits = 4\npreset = \"best\"\ntrue_sequential = false\n",
     ];
     // Enough windows for several chunks, some of which the dense model runs too.
-    let quantise = |scratch: &Scratch, branches: &str| {
+    let quantize = |scratch: &Scratch, branches: &str| {
         let recipe = scratch.recipe(&medi_tiny(), branches);
         let recipe = recipe.to_str().unwrap();
         let flags = ["--samples", "32", "--seq-len", "256", "--device", "cpu"];
@@ -97,10 +97,10 @@ fn branches_that_make_up_for_drift_do_not_change_those_that_do_not_nor_the_other
         fs::read(scratch.out().join(name).join("model.safetensors"))
     };
     let together = Scratch::new();
-    quantise(&together, &branches.concat());
+    quantize(&together, &branches.concat());
     for (branch, name) in branches.into_iter().zip(["plain", "best", "at-once"]) {
         let alone = Scratch::new();
-        quantise(&alone, branch);
+        quantize(&alone, branch);
         assert!(
             weights(&together, name).unwrap() == weights(&alone, name).unwrap(),
             "{name}"

@@ -32,7 +32,7 @@ fn a_branch_and_its_base_are_run_side_by_side() {
         "tests/models/medi-tiny",
     ]);
     assert!(
-        verdict.contains("93 tensors") && verdict.contains("21 quantised"),
+        verdict.contains("93 tensors") && verdict.contains("21 quantized"),
         "{verdict}"
     );
     assert!(verdict.contains("windows of 512"), "{verdict}");
@@ -205,7 +205,7 @@ fn a_matrix_is_one_table_and_one_bad_branch_fails_it() {
 
 /// Every kind of damage that leaves a file readable, in a tensor of each kind.
 #[test]
-fn a_change_of_any_quantised_tensor_is_caught() {
+fn a_change_of_any_quantized_tensor_is_caught() {
     let scratch = Scratch::new();
     let dir = branch(&scratch);
     let file = dir.join("model.safetensors");

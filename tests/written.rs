@@ -33,7 +33,7 @@ fn rotary(keys: &str) -> Value {
     changes
 }
 
-/// Quantises `model` to one 4-bit branch, and says where it is.
+/// Quantizes `model` to one 4-bit branch, and says where it is.
 pub(crate) fn quantize(scratch: &Scratch, model: &Path, keys: &str) -> PathBuf {
     let recipe = scratch.recipe(
         model,

@@ -1,4 +1,4 @@
-//! Any bytes as `config.json`: the model's shapes, and the settings of a quantised checkpoint.
+//! Any bytes as `config.json`: the model's shapes, and the settings of a quantized checkpoint.
 #![no_main]
 
 use gptq_format::QuantizeConfig;

@@ -151,7 +151,7 @@ pub enum PipelineError {
     #[error(transparent)]
     Format(#[from] gptq_format::FormatError),
     #[error("{}", dir.display())]
-    Quantised { dir: PathBuf },
+    Quantized { dir: PathBuf },
     #[error("{needed} of {budget}")]
     DeviceMemory { needed: u64, budget: u64 },
     #[error("{needed} of {budget}")]

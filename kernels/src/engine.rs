@@ -24,7 +24,7 @@ pub fn map_lanes<B: Engine, T: Send, R: Send>(
 /// Columns of a Gram panel in the default [`Engine::gram_add`].
 const GRAM_PANEL: usize = 128;
 
-/// Operations of the quantiser on a backend. Shapes are `[rows, cols]`, row-major; every tensor
+/// Operations of the quantizer on a backend. Shapes are `[rows, cols]`, row-major; every tensor
 /// named `x`, `w` or a weight has the dtype that [`Engine::compute`] says, in one model the same.
 ///
 /// Like Burn's own operations these return tensors, not results: a device that fails unwinds, and
@@ -37,8 +37,8 @@ pub trait Engine: Backend {
     /// Tokens whose transient activations are worth having at once, in whole windows.
     const CHUNK_TOKENS: usize = 4096;
 
-    /// Whether generation leaves quantised weights packed on the device and multiplies with them
-    /// there; without it they are dequantised once, when they are loaded.
+    /// Whether generation leaves quantized weights packed on the device and multiplies with them
+    /// there; without it they are dequantized once, when they are loaded.
     const KEEPS_PACKED: bool = false;
 
     /// Element type of weights and activations in the forward pass of a model taken in `half`.
@@ -166,7 +166,7 @@ pub trait Engine: Backend {
     }
 
     /// Solves every linear that shares one input: orders, damps and factors its Gram matrix once,
-    /// then quantises each weight of `requests`, or what `drift` makes of it, and packs it for `format`.
+    /// then quantizes each weight of `requests`, or what `drift` makes of it, and packs it for `format`.
     ///
     /// # Errors
     /// A Gram matrix that is not finite or cannot be factored, or a result that `format` cannot
@@ -183,9 +183,9 @@ pub trait Engine: Backend {
 
     /// The weights a packed linear stands for, `[out, in]` in `dtype`, which [`Engine::compute`] gives.
     /// Its `g_idx` has been checked against its groups.
-    fn dequantise(packed: &PackedLinear, dtype: DType, device: &Self::Device) -> Tensor<Self, 2> {
+    fn dequantize(packed: &PackedLinear, dtype: DType, device: &Self::Device) -> Tensor<Self, 2> {
         let shape = [packed.out_features, packed.in_features];
-        let data = TensorData::new(packed.unpack().dequantise(), shape);
+        let data = TensorData::new(packed.unpack().dequantize(), shape);
         Tensor::<Self, 2>::from_data(data, (device, DType::F32)).cast(dtype)
     }
 
@@ -194,10 +194,10 @@ pub trait Engine: Backend {
         PackedWeight::upload(packed, device)
     }
 
-    /// `x [tokens, in] · wᵀ` for a packed `w`, giving `[tokens, out]`. The default dequantises by way
+    /// `x [tokens, in] · wᵀ` for a packed `w`, giving `[tokens, out]`. The default dequantizes by way
     /// of the host at every call: override it together with [`Engine::KEEPS_PACKED`].
     fn packed_matmul_nt(x: Tensor<Self, 2>, w: &PackedWeight<Self>) -> Tensor<Self, 2> {
-        let weight = Self::dequantise(&w.download(), x.dtype(), &x.device());
+        let weight = Self::dequantize(&w.download(), x.dtype(), &x.device());
         Self::matmul_nt(x, weight)
     }
 

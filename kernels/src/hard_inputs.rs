@@ -55,7 +55,7 @@ fn cuda() -> Option<On<Cuda>> {
 }
 
 impl<B: Engine> On<B> {
-    /// Quantises weights `w [OUT, IN]` on inputs `x [TOKENS, IN]` at 4 bits in groups of 32.
+    /// Quantizes weights `w [OUT, IN]` on inputs `x [TOKENS, IN]` at 4 bits in groups of 32.
     fn solve(
         &self,
         x: Vec<f32>,

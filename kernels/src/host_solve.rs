@@ -1,5 +1,5 @@
 //! The solver on the host, in f64: downloads the Gram matrix and the weights, uploads the
-//! dequantised result.
+//! dequantized result.
 
 use std::time::Instant;
 
@@ -80,9 +80,9 @@ fn solve_one<B: Engine>(
         refine: (settings.refine > 0).then(|| part(refined, energy)),
     };
     let nearest = round_to_nearest(&w, &settings);
-    let found = solution.dequantise();
+    let found = solution.dequantize();
     let relative_error = relative(&w, &found);
-    let rtn_error = relative(&w, &nearest.dequantise());
+    let rtn_error = relative(&w, &nearest.dequantize());
     let objective = match &shifted {
         Some((target, _)) => relative(target, &found),
         None => relative_error,
@@ -92,8 +92,8 @@ fn solve_one<B: Engine>(
         let data = TensorData::new(values, shape);
         Tensor::<B, 2>::from_data(data, (&device, DType::F32)).cast(dtype)
     };
-    let weight = upload(quantized.dequantise());
-    let nearest = upload(nearest.into_quantized().dequantise());
+    let weight = upload(quantized.dequantize());
+    let nearest = upload(nearest.into_quantized().dequantize());
     times.sweep += started.elapsed().as_secs_f64();
     let started = Instant::now();
     let packed = quantized.pack(format)?.into();

@@ -1,4 +1,4 @@
-//! A quantised linear on a device, its codes still packed.
+//! A quantized linear on a device, its codes still packed.
 //!
 //! `w[o, i] = scale[g, o] (code[i, o] - zero[g, o])` with `g = g_idx[i]`; `gptq-format` has the layout
 //! of codes and zeros in words.
@@ -196,7 +196,7 @@ mod tests {
 
         let x: Vec<f32> = (0..2 * n_in).map(|i| (i % 13) as f32 - 6.0).collect();
         let x = Tensor::<Cpu, 2>::from_data(TensorData::new(x, [2, n_in]), (&device, DType::F32));
-        let dense = TensorData::new(linear.dequantise(), [n_out, n_in]);
+        let dense = TensorData::new(linear.dequantize(), [n_out, n_in]);
         let dense = Tensor::<Cpu, 2>::from_data(dense, (&device, DType::F32));
         let found = Cpu::packed_matmul_nt(x.clone(), &weight).into_data();
         let expected = Cpu::matmul_nt(x, dense).into_data();

@@ -16,7 +16,7 @@ pub struct Hessian {
     pub damping: f64,
 }
 
-/// How the inputs of the quantised model have drifted from the dense model's, over tokens that both
+/// How the inputs of the quantized model have drifted from the dense model's, over tokens that both
 /// ran on; see [`gptq_solver::Target`].
 #[derive(Clone, Debug)]
 pub struct Drift<B: Engine> {
@@ -28,7 +28,7 @@ pub struct Drift<B: Engine> {
     pub strength: f64,
 }
 
-/// One linear to quantise.
+/// One linear to quantize.
 #[derive(Clone, Debug)]
 pub struct Request<B: Engine> {
     /// `[out, in]`, compute dtype.
@@ -69,12 +69,12 @@ impl From<Fetched> for Incoming {
     }
 }
 
-/// One quantised linear.
+/// One quantized linear.
 #[derive(Debug)]
 pub struct Solved<B: Engine> {
     /// The checkpoint's tensors, here or on their way.
     pub packed: Incoming,
-    /// The dequantised weights `[out, in]`, compute dtype.
+    /// The dequantized weights `[out, in]`, compute dtype.
     pub weight: Tensor<B, 2>,
     /// The same for round to nearest.
     pub nearest: Tensor<B, 2>,

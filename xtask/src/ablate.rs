@@ -328,7 +328,7 @@ fn document(args: &AblateArgs, rows: &[Row], sizes: &[Row], [first, second]: [f6
          - **searched**: each group's scale is the best of 32 ranges, turned towards the largest weight, weighted by what \
          an error in a column costs the sweep (`src/grid.rs`).\n\
          - **asymmetric**: what is rounded is the weight that reproduces the dense model's output from the \
-         quantised model's inputs, measured on a quarter of the windows (`src/target.rs`).\n\
+         quantized model's inputs, measured on a quarter of the windows (`src/target.rs`).\n\
          - **refined**: passes of coordinate descent over the codes after the sweep (`src/refine.rs`).\n\n\
          `preset = \"autogptq\"` is plain GPTQ, `\"standard\"` (the default) is searched, and `\"best\"` is searched \
          and asymmetric, and refined once at 2 and 3 bits.\n",

@@ -1,4 +1,4 @@
-//! The f32 forward, dense or dequantised, against another program's: logits, and greedy tokens.
+//! The f32 forward, dense or dequantized, against another program's: logits, and greedy tokens.
 
 use std::path::Path;
 

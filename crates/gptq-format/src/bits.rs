@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Width of a quantised code.
+/// Width of a quantized code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
 pub enum Bits {
@@ -35,7 +35,7 @@ impl Bits {
         ((1u32 << self.get()) - 1) as u8
     }
 
-    /// The zero point of a symmetric quantiser, `2^(bits-1)`.
+    /// The zero point of a symmetric quantizer, `2^(bits-1)`.
     pub fn symmetric_zero(self) -> u8 {
         1 << (self.get() - 1)
     }

@@ -49,7 +49,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// No weights, a file whose directory does not parse or disagrees with its length, a tensor that is in
-    /// two shards with other values, and quantisation settings of another method than GPTQ.
+    /// two shards with other values, and quantization settings of another method than GPTQ.
     pub fn open(dir: &Path) -> Result<Self, FormatError> {
         let WeightFiles {
             container,
@@ -124,14 +124,14 @@ impl Checkpoint {
             Err(FormatError::OtherMethod { path, method, .. }) => Err(FormatError::OtherMethod {
                 path,
                 method,
-                dense: self.quantised_by().is_none(),
+                dense: self.quantized_by().is_none(),
             }),
             read => read,
         }
     }
 
-    /// By their names and dtypes, the method that some of the tensors are quantised by.
-    pub fn quantised_by(&self) -> Option<(&'static str, &str)> {
+    /// By their names and dtypes, the method that some of the tensors are quantized by.
+    pub fn quantized_by(&self) -> Option<(&'static str, &str)> {
         self.tensors.iter().find_map(|(name, (_, place))| {
             let (_, suffix) = name.rsplit_once('.')?;
             let method = match (suffix, place.dtype) {
@@ -196,7 +196,7 @@ impl Checkpoint {
         }
     }
 
-    /// Maps one file, with the quantisation settings beside it.
+    /// Maps one file, with the quantization settings beside it.
     ///
     /// Errors as [`Checkpoint::open`].
     pub fn open_file(path: &Path) -> Result<Self, FormatError> {
@@ -231,7 +231,7 @@ impl Checkpoint {
         &self.files
     }
 
-    /// The GPTQ settings, when this is a quantised checkpoint.
+    /// The GPTQ settings, when this is a quantized checkpoint.
     pub fn quantize_config(&self) -> Option<&QuantizeConfig> {
         self.quantize_config.as_ref()
     }
@@ -407,7 +407,7 @@ impl Checkpoint {
         read
     }
 
-    /// The quantised linear `module` (its `qweight`, `qzeros`, `scales`, `g_idx`), or `None` when
+    /// The quantized linear `module` (its `qweight`, `qzeros`, `scales`, `g_idx`), or `None` when
     /// the checkpoint is dense or the config leaves this module in full precision.
     ///
     /// Errors when a tensor is missing, or its shape or dtype disagrees with the config, or `g_idx`

@@ -65,7 +65,7 @@ impl Client {
 /// Properties of a branch's files that readers depend on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Contents {
-    /// The quantised linears.
+    /// The quantized linears.
     pub linears: Vec<LinearShape>,
     /// Symmetric codes.
     pub sym: bool,
@@ -79,11 +79,11 @@ pub struct Contents {
     pub scattered: bool,
     /// Whether linears have settings other than the branch's.
     pub mixed: bool,
-    /// Whether any of a block's linears is left unquantised.
+    /// Whether any of a block's linears is left unquantized.
     pub skips: bool,
-    /// Whether a list says which linears are quantised (`modules_in_block_to_quantize`).
+    /// Whether a list says which linears are quantized (`modules_in_block_to_quantize`).
     pub listed: bool,
-    /// Whether settings and tensors disagree on which linears are quantised.
+    /// Whether settings and tensors disagree on which linears are quantized.
     pub stray: bool,
     /// `damp_percent`, where readers are told.
     pub damp_percent: Option<f64>,
@@ -156,7 +156,7 @@ impl Contents {
         )?;
         need(
             !self.stray,
-            "config and tensors disagree on which linears are quantised",
+            "config and tensors disagree on which linears are quantized",
         )?;
         // Optimum, which Transformers loads through, and vLLM leave what is not listed dense.
         need(

@@ -61,7 +61,7 @@ impl DynamicRules {
         self.matchers().map(|_| ())
     }
 
-    /// The first rule that matches a module: whether it is quantised, and its settings.
+    /// The first rule that matches a module: whether it is quantized, and its settings.
     pub(crate) fn find(&self, module: &str) -> Result<Option<(bool, &Dynamic)>, String> {
         for ((pattern, own), matcher) in self.rules.iter().zip(self.matchers()?) {
             let matches = matcher.is_match(module);

@@ -79,7 +79,7 @@ pub enum FormatError {
     },
     #[error(
         "tensor {name} holds {count} non-finite value(s), the first at element {first}; \
-         the checkpoint is damaged and cannot be quantised"
+         the checkpoint is damaged and cannot be quantized"
     )]
     NonFinite {
         name: String,

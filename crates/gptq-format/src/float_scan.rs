@@ -1,4 +1,4 @@
-//! Looks for values that cannot be quantised in a file that is read piece by piece for another reason.
+//! Looks for values that cannot be quantized in a file that is read piece by piece for another reason.
 //!
 //! Of a float without its sign, compared as an integer, everything from some number on is too large or
 //! not finite: a maximum of integers over a piece tells, and only a piece that has one is looked at again.

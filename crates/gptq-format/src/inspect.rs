@@ -1,6 +1,6 @@
 //! What a checkpoint is, from its files alone: a directory or a single file, written by whatever tool.
 //!
-//! The tensors speak first: a quantised linear is whatever has a `qweight`, its bits are
+//! The tensors speak first: a quantized linear is whatever has a `qweight`, its bits are
 //! `32 * columns of qzeros / out`, its groups the rows of `scales`. Configs add what tensors cannot
 //! tell.
 
@@ -31,9 +31,9 @@ pub struct Inspection {
     pub files: Vec<FileInfo>,
     /// Bytes of all tensors.
     pub tensor_bytes: usize,
-    /// What the quantised linears share; `None` for a dense checkpoint.
+    /// What the quantized linears share; `None` for a dense checkpoint.
     pub settings: Option<SharedSettings>,
-    /// The quantised linears.
+    /// The quantized linears.
     pub linears: Vec<LinearInfo>,
     /// Who can load it; empty for a dense checkpoint.
     pub clients: Vec<ClientInfo>,
@@ -52,7 +52,7 @@ pub struct FileInfo {
     pub sha256: String,
 }
 
-/// Settings of the quantised linears as a whole.
+/// Settings of the quantized linears as a whole.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct SharedSettings {
     /// Where they come from: a config's file name, or "tensors" where there is no config.
@@ -71,7 +71,7 @@ pub struct SharedSettings {
     pub without_g_idx: usize,
 }
 
-/// One quantised linear.
+/// One quantized linear.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[allow(missing_docs, reason = "the names say it")]
 pub struct LinearInfo {
@@ -116,7 +116,7 @@ impl Inspection {
     /// beside it.
     ///
     /// # Errors
-    /// Files that cannot be read, and quantised tensors whose shapes do not fit together.
+    /// Files that cannot be read, and quantized tensors whose shapes do not fit together.
     pub fn of(path: &Path) -> Result<Self, FormatError> {
         let (dir, checkpoint) = match path.is_dir() {
             true => (path, Checkpoint::open(path)?),
@@ -126,7 +126,7 @@ impl Inspection {
                 (dir, Checkpoint::open_file(path)?)
             }
         };
-        let linears = quantised_linears(&checkpoint)?;
+        let linears = quantized_linears(&checkpoint)?;
         let config: Value = match dir.join("config.json").exists() {
             true => read_json(&dir.join("config.json"))?,
             false => Value::Null,
@@ -200,7 +200,7 @@ impl Inspection {
     }
 }
 
-/// Whether a linear beside the quantised ones is dense where the config says that it is quantised, or the
+/// Whether a linear beside the quantized ones is dense where the config says that it is quantized, or the
 /// other way round.
 fn stray(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<bool, FormatError> {
     let Some(config) = checkpoint.quantize_config() else {
@@ -211,14 +211,14 @@ fn stray(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<bool, Format
             return Ok(true);
         }
     }
-    // Linears that some block has quantised.
+    // Linears that some block has quantized.
     let kinds: BTreeSet<&str> = linears.iter().map(|linear| kind(&linear.name)).collect();
     for module in checkpoint
         .names()
         .filter_map(|name| name.strip_suffix(".weight"))
     {
         let kind = kind(module);
-        // In a block; not its routers, which nobody quantises.
+        // In a block; not its routers, which nobody quantizes.
         let linear = kinds.contains(kind) || (kind != module && kind.ends_with("_proj"));
         if linear && config.module(module)?.is_some() {
             return Ok(true);
@@ -293,7 +293,7 @@ fn tensors(checkpoint: &Checkpoint) -> Result<Vec<TensorInfo>, FormatError> {
     names.par_iter().map(describe).collect()
 }
 
-fn quantised_linears(checkpoint: &Checkpoint) -> Result<Vec<LinearInfo>, FormatError> {
+fn quantized_linears(checkpoint: &Checkpoint) -> Result<Vec<LinearInfo>, FormatError> {
     let modules = checkpoint
         .names()
         .filter_map(|name| name.strip_suffix(".qweight"));

@@ -1,10 +1,10 @@
-//! What a quantised linear takes on the disk, from its shape and settings alone.
+//! What a quantized linear takes on the disk, from its shape and settings alone.
 
 use safetensors::Dtype;
 
 use crate::{Bits, GroupSize, TensorSpec};
 
-/// One quantised linear, as far as sizes and readers' rules depend on it.
+/// One quantized linear, as far as sizes and readers' rules depend on it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LinearShape {
     /// Inputs.

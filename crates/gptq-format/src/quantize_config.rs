@@ -72,8 +72,8 @@ pub struct QuantizeConfig {
     /// Per-module settings, by prefixed regular expression.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dynamic: Option<DynamicRules>,
-    /// Endings of the names of those modules that are quantised, where not all are; in lists of those that
-    /// were quantised together, or in one.
+    /// Endings of the names of those modules that are quantized, where not all are; in lists of those that
+    /// were quantized together, or in one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules_in_block_to_quantize: Option<Vec<OneOrMany>>,
 }
@@ -104,7 +104,7 @@ fn gptq() -> String {
     "gptq".into()
 }
 
-/// `config.json`, for what it says of quantisation.
+/// `config.json`, for what it says of quantization.
 #[derive(Deserialize)]
 struct Outside {
     quantization_config: Option<Ordered>,
@@ -172,7 +172,7 @@ impl QuantizeConfig {
                 Value::Null => Ok(None),
                 _ => Err(FormatError::Malformed {
                     path: path.into(),
-                    reason: "quantisation settings that are no object; remove them".into(),
+                    reason: "quantization settings that are no object; remove them".into(),
                 }),
             };
         };
@@ -247,7 +247,7 @@ impl QuantizeConfig {
         })
     }
 
-    /// Endings of the quantised modules' names, where only those listed are.
+    /// Endings of the quantized modules' names, where only those listed are.
     pub fn listed(&self) -> Vec<&str> {
         let lists = self.modules_in_block_to_quantize.iter().flatten();
         let names = lists.flat_map(OneOrMany::names);
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_modules_that_are_listed_are_quantised() {
+    fn only_the_modules_that_are_listed_are_quantized() {
         let module = |lists: &str, name: &str| {
             let config: QuantizeConfig = serde_json::from_str(&format!(
                 r#"{{"bits": 4, "group_size": 64, "modules_in_block_to_quantize": {lists}}}"#

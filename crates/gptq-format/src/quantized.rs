@@ -8,7 +8,7 @@ use crate::{
     Bits, CheckpointFormat, FormatError, pack_across, pack_down, unpack_across, unpack_down,
 };
 
-/// A quantised linear, one byte per code.
+/// A quantized linear, one byte per code.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedLinear {
     /// Code width.
@@ -27,7 +27,7 @@ pub struct QuantizedLinear {
     pub g_idx: Vec<i32>,
 }
 
-/// A quantised linear as its four tensors on disk.
+/// A quantized linear as its four tensors on disk.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PackedLinear {
     /// Code width.
@@ -59,7 +59,7 @@ impl QuantizedLinear {
         clippy::indexing_slicing,
         reason = "the innermost loop; shapes and g_idx are checked where a linear is read"
     )]
-    pub fn dequantise(&self) -> Vec<f32> {
+    pub fn dequantize(&self) -> Vec<f32> {
         let (n_in, n_out) = (self.in_features, self.out_features);
         let scales: Vec<f32> = self.scales.iter().map(|s| s.to_f32()).collect();
         let mut weight = vec![0f32; n_in * n_out];
@@ -174,9 +174,9 @@ mod tests {
     }
 
     #[test]
-    fn dequantised_weights_follow_the_group_index() {
+    fn dequantized_weights_follow_the_group_index() {
         let linear = tiny(8);
-        let weight = linear.dequantise();
+        let weight = linear.dequantize();
         let (o, i) = (5, 3);
         let expected = linear.scales[32 + o].to_f32() * (f32::from(linear.codes[i * 32 + o]) - 8.0);
         assert_eq!(weight[o * 32 + i], expected);

@@ -1,4 +1,4 @@
-//! Text from a checkpoint, dense or quantised, token by token.
+//! Text from a checkpoint, dense or quantized, token by token.
 //!
 //! Reading order: [`Settings`] says how to choose and when to stop; [`Sampler`] turns logits into a
 //! choice; [`Stops`] watches the text; [`generate`] runs prompts and gives [`Reply`] for each.

@@ -94,7 +94,7 @@ impl Reply {
 /// Gives the next prompt, if there is one, after the reply to the one before.
 pub type Next<'a> = dyn FnMut(Option<&Reply>) -> Result<Option<Prompt>, GenerateError> + 'a;
 
-/// Loads the checkpoint in `dir`, dense or quantised, and answers the prompts that `next` gives,
+/// Loads the checkpoint in `dir`, dense or quantized, and answers the prompts that `next` gives,
 /// until it gives none. `next` gets the reply to the prompt before; `show` gets text as it comes.
 ///
 /// # Errors

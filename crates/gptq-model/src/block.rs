@@ -34,11 +34,11 @@ pub enum Weight<B: Engine> {
 }
 
 impl<B: Engine> Weight<B> {
-    /// In `dtype`, the compute dtype; packed ones are dequantised.
+    /// In `dtype`, the compute dtype; packed ones are dequantized.
     pub fn dense(&self, dtype: DType) -> Tensor<B, 2> {
         match self {
             Weight::Dense(weight) => weight.clone(),
-            Weight::Packed(packed) => B::dequantise(&packed.download(), dtype, &packed.device()),
+            Weight::Packed(packed) => B::dequantize(&packed.download(), dtype, &packed.device()),
         }
     }
 }

@@ -49,7 +49,7 @@ pub struct Census {
 struct Counting<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a ModelConfig,
-    /// Every tensor that the model has, quantised or not.
+    /// Every tensor that the model has, quantized or not.
     known: BTreeSet<String>,
 }
 
@@ -169,38 +169,38 @@ impl Counting<'_> {
         }
     }
 
-    /// Settings and tensors have to agree on whether anything is quantised, and by whom.
+    /// Settings and tensors have to agree on whether anything is quantized, and by whom.
     fn method(&self) -> Result<(), ModelError> {
-        let quantised = self.checkpoint.quantised_by();
+        let quantized = self.checkpoint.quantized_by();
         let mut names = self.checkpoint.names();
         let packed = names.find(|name| name.ends_with(".qweight"));
-        match (self.checkpoint.quantize_config(), quantised) {
+        match (self.checkpoint.quantize_config(), quantized) {
             (None, Some((method, name))) => Err(self.refuse(match packed {
                 Some(name) => format!(
-                    "its weights are quantised already ({name}), and neither quantize_config.json nor \
+                    "its weights are quantized already ({name}), and neither quantize_config.json nor \
                      config.json's quantization_config says how; put back the file that belongs to them, or \
                      use the full-precision model"
                 ),
                 None => format!(
-                    "its weights are quantised already, by {method} ({name}); use the full-precision model \
+                    "its weights are quantized already, by {method} ({name}); use the full-precision model \
                      that it was made from"
                 ),
             })),
-            (Some(config), _) if packed.is_none() && self.quantises_any(config)? => {
+            (Some(config), _) if packed.is_none() && self.quantizes_any(config)? => {
                 let file = match self.checkpoint.dir().join("quantize_config.json").exists() {
-                    true => "quantize_config.json says that its linears are quantised by gptq",
-                    false => "config.json's quantization_config says that its linears are quantised by gptq",
+                    true => "quantize_config.json says that its linears are quantized by gptq",
+                    false => "config.json's quantization_config says that its linears are quantized by gptq",
                 };
                 Err(self.refuse(format!(
                     "{file}, and no tensor is (no qweight): if the weights are the full-precision model's, \
-                     remove those settings; else fetch the quantised weights"
+                     remove those settings; else fetch the quantized weights"
                 )))
             }
             _ => Ok(()),
         }
     }
 
-    fn quantises_any(&self, config: &QuantizeConfig) -> Result<bool, ModelError> {
+    fn quantizes_any(&self, config: &QuantizeConfig) -> Result<bool, ModelError> {
         for tensor in self.config.block_tensors(0) {
             if tensor.role == Role::Linear && config.module(tensor.module())?.is_some() {
                 return Ok(true);
@@ -252,7 +252,7 @@ impl Counting<'_> {
         }
     }
 
-    /// One tensor of the model, or the four that stand for it where it is quantised; those that are missing.
+    /// One tensor of the model, or the four that stand for it where it is quantized; those that are missing.
     fn one(&mut self, tensor: &ModelTensor) -> Result<Vec<FormatError>, ModelError> {
         let settings = match (tensor.role, self.checkpoint.quantize_config()) {
             (Role::Linear, Some(config)) => config.module(tensor.module())?,

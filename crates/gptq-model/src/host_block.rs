@@ -104,7 +104,7 @@ impl HostBlock {
         })
     }
 
-    /// A linear, by its index in the spec, as it lies in the files, if it is quantised.
+    /// A linear, by its index in the spec, as it lies in the files, if it is quantized.
     pub fn packed(&self, linear: usize) -> Option<&PackedLinear> {
         match &self.linears[linear].weight {
             HostWeight::Packed(packed) => Some(packed),
@@ -112,7 +112,7 @@ impl HostBlock {
         }
     }
 
-    /// Puts the block on a device, in compute dtype; packed linears are dequantised unless
+    /// Puts the block on a device, in compute dtype; packed linears are dequantized unless
     /// `keep_packed`.
     pub(crate) fn upload<B: Engine>(
         self,
@@ -130,7 +130,7 @@ impl HostBlock {
                 HostWeight::Packed(packed) if keep_packed => {
                     Weight::Packed(B::resident(packed, device))
                 }
-                HostWeight::Packed(packed) => Weight::Dense(B::dequantise(packed, dtype, device)),
+                HostWeight::Packed(packed) => Weight::Dense(B::dequantize(packed, dtype, device)),
             },
             bias: linear
                 .bias

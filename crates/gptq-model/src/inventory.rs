@@ -26,7 +26,7 @@ pub enum Role {
     Embedding,
     /// The output projection.
     Head,
-    /// Weights of a linear that may be quantised.
+    /// Weights of a linear that may be quantized.
     Linear,
     /// A norm's weights, a bias.
     Vector,

@@ -4,7 +4,7 @@
 //! Reading order: [`ModelConfig`] reads `config.json` and has the [`BlockSpec`] of each block, which its
 //! family describes; [`ModelTensor`]s are the tensors that it asks for, and [`Census`] compares them with a
 //! checkpoint; [`Block`] runs a block from tap to tap over a [`Flow`] of hidden states; [`HostBlock`] is a
-//! block read ahead; [`Model`] loads the parts from a checkpoint, dense or quantised; [`Decoder`] holds all of
+//! block read ahead; [`Model`] loads the parts from a checkpoint, dense or quantized; [`Decoder`] holds all of
 //! them and a [`Cache`] per block to predict token after token.
 
 #![forbid(unsafe_code)]

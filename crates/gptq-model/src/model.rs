@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use crate::inventory::{EMBEDDING, HEAD};
 use crate::{Block, Census, Flow, HostBlock, ModelConfig, ModelError, rope};
 
-/// A checkpoint and its config, ready to load parts from. Quantised linears are dequantised as they
+/// A checkpoint and its config, ready to load parts from. Quantized linears are dequantized as they
 /// are loaded.
 pub struct Model<B: Engine> {
     config: ModelConfig,

@@ -103,7 +103,7 @@ impl BranchPlan {
         dynamic
     }
 
-    /// Every tensor of the branch's files, in model order; what stays unquantised is in `half`.
+    /// Every tensor of the branch's files, in model order; what stays unquantized is in `half`.
     pub fn tensors(&self, config: &ModelConfig, half: Half) -> Vec<TensorSpec> {
         let tensors = config.tensors().into_iter();
         let specs = tensors.flat_map(|tensor| {
@@ -149,7 +149,7 @@ impl BranchPlan {
         }
     }
 
-    /// Every quantised linear; of an open branch, with the settings that it begins with.
+    /// Every quantized linear; of an open branch, with the settings that it begins with.
     pub(crate) fn linears(&self, config: &ModelConfig) -> Vec<LinearShape> {
         let linears = self.planned_linears(config);
         linears.iter().map(PlannedLinear::stored).collect()
@@ -185,7 +185,7 @@ impl BranchPlan {
         }
     }
 
-    /// Every quantised linear; of an open branch, with each setting that it may get.
+    /// Every quantized linear; of an open branch, with each setting that it may get.
     fn possible(&self, config: &ModelConfig) -> Vec<PlannedLinear> {
         let budget = self.budget.as_ref().filter(|_| self.is_open());
         let all = |linear: PlannedLinear| {

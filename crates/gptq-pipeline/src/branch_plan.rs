@@ -87,7 +87,7 @@ pub struct BranchPlan {
     pub(crate) overrides: Vec<ModuleOverride>,
 }
 
-/// A linear of the model that a branch quantises.
+/// A linear of the model that a branch quantizes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlannedLinear {
     /// Block index.
@@ -98,7 +98,7 @@ pub struct PlannedLinear {
     pub module: String,
     /// `(in_features, out_features)`.
     pub shape: (usize, usize),
-    /// How it is quantised; of an open branch, what it begins with.
+    /// How it is quantized; of an open branch, what it begins with.
     pub settings: Settings,
 }
 
@@ -246,7 +246,7 @@ impl BranchPlan {
         if linears.is_empty() {
             return Err(recipe.refuse(
                 place,
-                "its overrides skip every linear; nothing is left to quantise",
+                "its overrides skip every linear; nothing is left to quantize",
             ));
         }
         if let Some((budget, at)) = &budget {
@@ -367,14 +367,14 @@ impl BranchPlan {
         })
     }
 
-    /// Every linear that is quantised, in model order.
+    /// Every linear that is quantized, in model order.
     pub fn planned_linears(&self, config: &ModelConfig) -> Vec<PlannedLinear> {
         linears(config)
             .filter_map(|(layer, at, linear)| self.planned(layer, at, linear))
             .collect()
     }
 
-    /// Linear `at` of block `layer`, where it is quantised.
+    /// Linear `at` of block `layer`, where it is quantized.
     pub(crate) fn planned(
         &self,
         layer: usize,

@@ -113,7 +113,7 @@ impl BranchWriter {
         Ok(())
     }
 
-    /// Writes a quantised linear's four tensors.
+    /// Writes a quantized linear's four tensors.
     pub(crate) fn write(&mut self, module: &str, linear: &PackedLinear) -> Result<(), FormatError> {
         // What a solver makes of a scale that f16 cannot hold; of a grid turned round, the negative of it.
         let largest = |scale: &f16| scale.to_f32().abs() >= f16::MAX.to_f32();

@@ -1,6 +1,6 @@
 //! A size budget: a branch's bits per weight, kept by giving each group of linears its own setting.
 //!
-//! Bits per weight are those of the files: the four tensors of every quantised linear, `qweight`,
+//! Bits per weight are those of the files: the four tensors of every quantized linear, `qweight`,
 //! `qzeros`, `scales` and `g_idx`, over the weights that they stand for. Linears that stay as they are
 //! do not count. Linears that an override names have its settings, and count.
 //!
@@ -44,7 +44,7 @@ pub struct Budget {
 pub struct Allocation {
     /// Most bits per weight that were allowed.
     pub budget_bits: f64,
-    /// Bits per weight of all quantised linears.
+    /// Bits per weight of all quantized linears.
     pub mean_bits: f64,
     /// What was there to choose from.
     pub choices: Vec<Choice>,
@@ -207,7 +207,7 @@ impl BranchPlan {
         Ok(())
     }
 
-    /// Weights of every quantised linear.
+    /// Weights of every quantized linear.
     pub(crate) fn weights(&self, config: &ModelConfig) -> u64 {
         let linears = self.linears(config);
         linears.iter().map(LinearShape::weights).sum()
@@ -220,7 +220,7 @@ impl BranchPlan {
         fixed.map(|linear| linear.stored().stored_bits()).sum()
     }
 
-    /// The most that the budget leaves to all quantised linears.
+    /// The most that the budget leaves to all quantized linears.
     pub(crate) fn budget_total(&self, budget: &Budget, config: &ModelConfig) -> u64 {
         (budget.bits * self.weights(config) as f64).floor() as u64
     }

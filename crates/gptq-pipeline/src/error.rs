@@ -26,10 +26,10 @@ pub enum PipelineError {
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error(
-        "{}: quantised by gptq already; quantise the full-precision model that it was made from",
+        "{}: quantized by gptq already; quantize the full-precision model that it was made from",
         dir.display()
     )]
-    Quantised { dir: PathBuf },
+    Quantized { dir: PathBuf },
     #[error(
         "the device memory budget is {}, and this run needs at least {}; give more with --device-memory, shorten \
          the windows with --seq-len, or use --device cpu",

@@ -1,7 +1,7 @@
 //! Recipe to plan to run to report.
 //!
 //! Reading order: [`Recipe`] is the TOML as typed; [`Plan`] is the recipe made valid against a
-//! model's shapes, and below it nothing is checked again; [`quantise`] is the run; [`BranchReport`]
+//! model's shapes, and below it nothing is checked again; [`quantize`] is the run; [`BranchReport`]
 //! is what each branch directory says about itself.
 
 #![forbid(unsafe_code)]
@@ -30,7 +30,7 @@ mod overrides;
 mod pattern;
 mod plan;
 mod profile;
-mod quantise;
+mod quantize;
 mod read_ahead;
 mod recipe;
 mod report;
@@ -57,7 +57,7 @@ pub use method::{Method, Preset};
 pub use overrides::{RecipeOverrides, RenderingOverride};
 pub use plan::{Numerics, Plan, Propagation, Weights, parse_size};
 pub use profile::{Phase, Profile};
-pub use quantise::{Event, Outcome, RunOptions, quantise};
+pub use quantize::{Event, Outcome, RunOptions, quantize};
 pub use recipe::{Recipe, RecipeError};
 pub use report::{
     BlockReport, BranchReport, LinearReport, Measure, ModelFiles, Perplexity, PhaseSeconds, Solved,

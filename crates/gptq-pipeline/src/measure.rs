@@ -16,7 +16,7 @@ use crate::branch_plan::ModuleOverride;
 use crate::journal::Recorded;
 use crate::memory::{Places, chunk_windows};
 use crate::model_files::ModelHash;
-use crate::quantise::{Inputs, Quantise};
+use crate::quantize::{Inputs, Quantize};
 use crate::read_ahead::read_ahead;
 use crate::resume::Restored;
 use crate::run::{Output, Run};
@@ -29,7 +29,7 @@ const SHARE: usize = 4;
 /// Windows.
 const LEAST: usize = 8;
 
-impl Quantise<'_> {
+impl Quantize<'_> {
     /// Spends the budgets of `plan`, the branches with index `branches`: as `recorded` says, or else by
     /// measuring.
     pub(crate) fn settle<B: Engine>(

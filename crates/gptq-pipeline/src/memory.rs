@@ -83,7 +83,7 @@ impl Sizes {
     fn of(plan: &Plan) -> Sizes {
         let config = &plan.config;
         let streams = match plan.propagation {
-            Propagation::Quantised => plan.branches.len() as u128,
+            Propagation::Quantized => plan.branches.len() as u128,
             Propagation::Dense => 1,
         };
         let hidden = config.hidden_size as u128;
@@ -160,7 +160,7 @@ impl Sizes {
         self.chunks::<B>() * self.chunk_states::<B>()
     }
 
-    /// What a device holds besides hidden states, in bytes: a block dense and quantised, the
+    /// What a device holds besides hidden states, in bytes: a block dense and quantized, the
     /// embedding, a chunk's transients, the largest Gram matrix with its factors.
     fn fixed<B: Engine>(&self) -> u128 {
         (2 * self.block + self.table + self.transients::<B>()) * 2

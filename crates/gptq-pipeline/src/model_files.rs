@@ -2,7 +2,7 @@
 //!
 //! A run hashes them on a thread of its own, while the blocks are computed, and waits for it before the
 //! first branch is put in place. One thread keeps up with any disk and leaves the others to the run. As every
-//! byte goes by, it also looks for weights that cannot be quantised: one in the last block ends the run in
+//! byte goes by, it also looks for weights that cannot be quantized: one in the last block ends the run in
 //! the first seconds.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +16,7 @@ use gptq_format::{Checkpoint, FileDigest, FloatScan, FormatError, Half};
 use gptq_model::ModelConfig;
 use rayon::prelude::*;
 
-use crate::quantise::check_stop;
+use crate::quantize::check_stop;
 use crate::{ModelFiles, PipelineError};
 
 /// How often one that waits looks whether it is to stop.
@@ -119,7 +119,7 @@ impl ModelHash {
     /// What the thread has met so far that makes the run useless.
     ///
     /// # Errors
-    /// A weight that cannot be quantised, a file that cannot be read.
+    /// A weight that cannot be quantized, a file that cannot be read.
     pub(crate) fn check(&mut self) -> Result<(), PipelineError> {
         let done = |thread: &JoinHandle<_>| thread.is_finished();
         if let State::UnderWay(under_way) = &mut self.state

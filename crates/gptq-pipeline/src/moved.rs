@@ -1,4 +1,4 @@
-//! How far a block's output moves when some of its linears are quantised.
+//! How far a block's output moves when some of its linears are quantized.
 
 use burn::tensor::{DType, Tensor};
 use gptq_format::FormatError;
@@ -15,14 +15,14 @@ pub(crate) const LOST: f64 = 1e6;
 
 impl<B: Engine> Stream<B> {
     /// The mean over tokens of `‖ŷ - y‖² / ‖y‖²`, `y` the residual stream at the end of `block` and `ŷ`
-    /// with the weights of `quantised`, which differ from tap `from` on.
+    /// with the weights of `quantized`, which differ from tap `from` on.
     ///
     /// By the token, and not by the sum over tokens: the next norm takes each token's length out, and
     /// single tokens can be longer than all the others together.
     pub(crate) fn moved(
         &self,
         block: &Block<B>,
-        quantised: &Block<B>,
+        quantized: &Block<B>,
         from: usize,
         device: &B::Device,
         clock: &mut Clock,
@@ -35,7 +35,7 @@ impl<B: Engine> Stream<B> {
                     let end = block.advance(from..block.spec().taps().end, flow.clone());
                     end.residual.cast(DType::F32)
                 };
-                let (dense, own) = (end(block), end(quantised));
+                let (dense, own) = (end(block), end(quantized));
                 let tokens = dense.dims()[0];
                 let lengths = squares(dense.clone()).add_scalar(f32::MIN_POSITIVE);
                 let sum = (squares(own - dense) / lengths).sum().into_data();

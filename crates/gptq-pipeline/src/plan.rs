@@ -17,8 +17,8 @@ use crate::{
 /// Which hidden states a branch's Hessians are computed from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Propagation {
-    /// The branch's own, quantisation errors included.
-    Quantised,
+    /// The branch's own, quantization errors included.
+    Quantized,
     /// The dense model's, shared by all branches.
     Dense,
 }
@@ -53,7 +53,7 @@ pub struct Plan {
     pub config: ModelConfig,
     /// Its weights, as their headers have them; `None` where there are none yet.
     pub weights: Option<Weights>,
-    /// What its weights are taken in, and written in where they stay unquantised.
+    /// What its weights are taken in, and written in where they stay unquantized.
     pub half: Half,
     /// What to calibrate on.
     pub calibration: CalibrationSettings,
@@ -168,7 +168,7 @@ impl Plan {
             ));
         }
         let propagation = match file.propagate {
-            Propagate::Quantised => Propagation::Quantised,
+            Propagate::Quantized => Propagation::Quantized,
             Propagate::Dense => Propagation::Dense,
         };
         if propagation == Propagation::Dense {
@@ -250,12 +250,12 @@ fn look(
     partial: bool,
 ) -> Result<(ModelConfig, Option<Weights>, Vec<String>), crate::PipelineError> {
     let config = ModelConfig::read(&dir.join("config.json"))?;
-    let quantised = || crate::PipelineError::Quantised { dir: dir.into() };
+    let quantized = || crate::PipelineError::Quantized { dir: dir.into() };
     let checkpoint = match Checkpoint::open(dir) {
         Ok(checkpoint) if !partial || checkpoint.absent_files().is_empty() => checkpoint,
         Err(FormatError::NoCheckpoint { .. }) | Ok(_) => {
             return match QuantizeConfig::read(dir)? {
-                Some(_) => Err(quantised()),
+                Some(_) => Err(quantized()),
                 None => Ok((config, None, Vec::new())),
             };
         }
@@ -270,7 +270,7 @@ fn look(
     let census = Census::of(config, checkpoint);
     match census.fault {
         Some(fault) => Err(fault.into()),
-        None if census.checkpoint.quantize_config().is_some() => Err(quantised()),
+        None if census.checkpoint.quantize_config().is_some() => Err(quantized()),
         None => Ok((census.config, Some(weights), census.warnings)),
     }
 }

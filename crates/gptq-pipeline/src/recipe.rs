@@ -71,8 +71,10 @@ pub(crate) struct RecipeFile {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Propagate {
+        /// Each branch's own; older recipes spell it `quantised`.
     #[default]
-    Quantised,
+    #[serde(alias = "quantised")]
+    Quantized,
     Dense,
 }
 

@@ -20,7 +20,7 @@ use crate::memory::Places;
 use crate::model_files::ModelHash;
 use crate::output_errors::OutputErrors;
 use crate::profile::{Clock, Phase};
-use crate::quantise::{Event, check_stop};
+use crate::quantize::{Event, check_stop};
 use crate::read_ahead::Ahead;
 use crate::resume::Restored;
 use crate::scratch::Scratch;
@@ -33,7 +33,7 @@ use crate::{
 
 pub(crate) use finish::About;
 
-/// The linears that a tap of block `layer` has to quantise.
+/// The linears that a tap of block `layer` has to quantize.
 fn planned(branch: &BranchPlan, layer: usize, block: &BlockSpec, tap: usize) -> Vec<PlannedLinear> {
     let linears = block.linears_of(tap);
     linears
@@ -221,7 +221,7 @@ impl<B: Engine> Run<'_, '_, B> {
         Ok(())
     }
 
-    /// Solves the first of `groups` for every branch of `stream`, moves on with the quantised
+    /// Solves the first of `groups` for every branch of `stream`, moves on with the quantized
     /// weights, and goes on with the rest; a branch at a time, once they differ. Streams at the
     /// block's end are pushed to `done`.
     fn taps(
@@ -257,22 +257,22 @@ impl<B: Engine> Run<'_, '_, B> {
         let mut parent = Some(stream);
         for (i, &branch) in branches.iter().enumerate() {
             let started = Instant::now();
-            let mut quantised = block.clone();
+            let mut quantized = block.clone();
             for (at, tap) in group.clone().enumerate() {
                 match &grams {
                     Some(grams) => {
                         let grams = grams[at].clone();
-                        self.solve(entered, branch, tap, grams, &mut quantised)
+                        self.solve(entered, branch, tap, grams, &mut quantized)
                             .map_err(|error| explained(error, parent.as_ref(), device))?;
                     }
-                    None => self.restore(layer, branch, tap, Some(&mut quantised))?,
+                    None => self.restore(layer, branch, tap, Some(&mut quantized))?,
                 }
                 if let Some(compared) = &mut entered.compared {
-                    compared.advance(branch, tap, &quantised, device, self.clock)?;
+                    compared.advance(branch, tap, &quantized, device, self.clock)?;
                 }
             }
             if let (None, Some(stream)) = (&self.writer, &parent) {
-                let moved = stream.moved(block, &quantised, group.start, device, self.clock)?;
+                let moved = stream.moved(block, &quantized, group.start, device, self.clock)?;
                 let at = (layer, group.start);
                 self.outputs[branch].moved.insert(at, moved);
             }
@@ -287,13 +287,13 @@ impl<B: Engine> Run<'_, '_, B> {
             }
             .expect("taken only by the last branch");
             own.branches = vec![branch];
-            let (own, clamped) = own.advance(&quantised, group.clone(), device, self.clock)?;
+            let (own, clamped) = own.advance(&quantized, group.clone(), device, self.clock)?;
             self.note_clamped(layer, group, &[branch], clamped);
             if self.frugal {
                 B::release_memory(device);
             }
             self.outputs[branch].seconds += shared + started.elapsed().as_secs_f64();
-            self.taps(entered, own, &quantised, rest, done)?;
+            self.taps(entered, own, &quantized, rest, done)?;
         }
         if let Some(mut stream) = parent {
             stream.branches = branches;
@@ -347,7 +347,7 @@ impl<B: Engine> Run<'_, '_, B> {
         }
     }
 
-    /// Quantises one tap's linears for one branch: codes to its files, weights into `block`.
+    /// Quantizes one tap's linears for one branch: codes to its files, weights into `block`.
     fn solve(
         &mut self,
         entered: &Entered<'_, B>,
@@ -491,7 +491,7 @@ impl<B: Engine> Run<'_, '_, B> {
             let packed = restored.read(&self.partials[branch], report)?;
             if let Some(block) = &mut block {
                 let dtype = self.model.dtype();
-                block.set_weight(linear, B::dequantise(&packed, dtype, device));
+                block.set_weight(linear, B::dequantize(&packed, dtype, device));
             }
             (self.on_event)(Event::Linear { branch, report });
         }

@@ -2,7 +2,7 @@
 //! still share them.
 //!
 //! All branches begin on one stream. It splits when its branches first differ: at the first solved
-//! tap of block 0, where each branch goes on with its own quantised weights. With dense
+//! tap of block 0, where each branch goes on with its own quantized weights. With dense
 //! propagation it never splits.
 
 use std::borrow::Cow;
@@ -25,7 +25,7 @@ use crate::scratch::{Scratch, Slot};
 /// How hidden states are kept between taps.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Keep {
-    /// In this type: half the memory of f32, and its rounding is far below the quantisation's error.
+    /// In this type: half the memory of f32, and its rounding is far below the quantization's error.
     pub(crate) half: Half,
     /// Bring states beyond its range back into it.
     pub(crate) clamp: bool,

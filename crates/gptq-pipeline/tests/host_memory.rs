@@ -10,7 +10,7 @@ use std::time::Duration;
 use gptq_format::{ShardedWriter, TensorSpec, le_bytes, write_json};
 use gptq_kernels::Device;
 use gptq_model::ModelConfig;
-use gptq_pipeline::{Fetched, PipelineError, Plan, Recipe, RunOptions, quantise};
+use gptq_pipeline::{Fetched, PipelineError, Plan, Recipe, RunOptions, quantize};
 use half::{bf16, f16};
 use peak_alloc::PeakAlloc;
 use safetensors::Dtype;
@@ -115,7 +115,7 @@ fn peak(plan: &Plan, budget: u64) -> Result<[u64; 2], PipelineError> {
     };
     ALLOCATOR.reset_peak_usage();
     let (before, mut most) = (mapped(), 0);
-    quantise(plan, Device::Cpu, options, &mut |_| {
+    quantize(plan, Device::Cpu, options, &mut |_| {
         most = most.max(mapped().saturating_sub(before));
     })?;
     Ok([ALLOCATOR.peak_usage() as u64, most])

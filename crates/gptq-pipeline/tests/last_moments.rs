@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gptq_kernels::Device;
-use gptq_pipeline::{Event, Fetched, PipelineError, Plan, Recipe, RunOptions, quantise};
+use gptq_pipeline::{Event, Fetched, PipelineError, Plan, Recipe, RunOptions, quantize};
 use safetensors::SafeTensors;
 use tempfile::TempDir;
 
@@ -51,7 +51,7 @@ fn run_keeping(
         restart,
         stop: &stop,
     };
-    let ended = quantise(plan, Device::Cpu, options, &mut |event| {
+    let ended = quantize(plan, Device::Cpu, options, &mut |event| {
         if stops(&event) {
             stop.store(true, Ordering::Relaxed);
         }

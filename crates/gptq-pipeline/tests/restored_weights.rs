@@ -68,7 +68,7 @@ fn packed_tensors_give_back_the_solved_weights_bit_for_bit() {
         };
         let solved = Cpu::solve(gram, None, hessian, vec![request], branch.format()).unwrap();
         let solved = solved.solved.into_iter().next().unwrap();
-        let again = Cpu::dequantise(&solved.packed.wait(), DType::F32, &Default::default());
+        let again = Cpu::dequantize(&solved.packed.wait(), DType::F32, &Default::default());
         assert!(bits(again) == bits(solved.weight), "{}", branch.name);
     }
 }

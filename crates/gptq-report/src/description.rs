@@ -35,13 +35,13 @@ pub(crate) fn description(branch: &Branch) -> String {
         }
         (Bits::Four, _) => "The usual balance of memory, speed and quality.",
         (Bits::Eight, GroupSize::Columns(..=32)) => {
-            "The closest to the unquantised model, for the most memory."
+            "The closest to the unquantized model, for the most memory."
         }
         (Bits::Eight, GroupSize::Columns(_)) => {
-            "Hardly told apart from the unquantised model, at about half its size."
+            "Hardly told apart from the unquantized model, at about half its size."
         }
         (Bits::Eight, GroupSize::Row) => {
-            "Close to the unquantised model, in the least memory that 8 bits take."
+            "Close to the unquantized model, in the least memory that 8 bits take."
         }
     };
     // With one group per row there is no order to it.

@@ -118,7 +118,7 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
         ),
         (
             "Per weight",
-            "bits, with scales, zero points and g_idx, of the quantised linears",
+            "bits, with scales, zero points and g_idx, of the quantized linears",
             |r| {
                 r.bits_per_weight
                     .and_then(|bits| shown(bits, format!("{bits:.3}")))

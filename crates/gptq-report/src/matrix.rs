@@ -209,7 +209,7 @@ impl Branch {
         })
     }
 
-    /// Its quantised linears.
+    /// Its quantized linears.
     fn linears(&self) -> Vec<LinearShape> {
         let linears = self.report.linears.iter().map(|l| LinearShape {
             in_features: l.shape[1],
@@ -229,8 +229,8 @@ impl Branch {
             .any(|l| settings(&l[0]) != settings(&l[1]))
     }
 
-    /// Bits per weight of its quantised linears, scales, zero points and `g_idx` included; none where none
-    /// is quantised.
+    /// Bits per weight of its quantized linears, scales, zero points and `g_idx` included; none where none
+    /// is quantized.
     pub fn bits_per_weight(&self) -> Option<f64> {
         let linears = self.linears();
         let stored: u64 = linears.iter().map(LinearShape::stored_bits).sum();

@@ -17,7 +17,7 @@ pub struct Row {
     pub group_size: GroupSize,
     /// Whether some linears have other bits or another group size.
     pub mixed: bool,
-    /// Of the quantised linears, scales, zero points and `g_idx` included.
+    /// Of the quantized linears, scales, zero points and `g_idx` included.
     pub bits_per_weight: Option<f64>,
     /// Act order, as readers are told.
     pub desc_act: bool,

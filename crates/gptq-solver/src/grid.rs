@@ -1,4 +1,4 @@
-//! A group's quantisation grid: `w_hat = scale * (code - zero)`.
+//! A group's quantization grid: `w_hat = scale * (code - zero)`.
 
 use crate::{Real, Settings};
 

@@ -2,7 +2,7 @@
 //! against.
 //!
 //! For a linear with weights `W [out, in]` whose inputs have the Gram matrix `H = XᵀX [in, in]`,
-//! find codes whose dequantised weights `Q` keep `‖(W - Q)X‖²` small, one column at a time, each
+//! find codes whose dequantized weights `Q` keep `‖(W - Q)X‖²` small, one column at a time, each
 //! column's rounding error folded into the columns not yet rounded (Frantar et al., 2022).
 //!
 //! Reading order: [`Settings`] says what is wanted, [`Grid`] is a group's scale and zero,

@@ -152,7 +152,7 @@ mod tests {
             w.column_mut(5).fill(0.0);
             let damped = with_damping(&gram, 0.01);
             let loss =
-                |solution: &Solution<f64>| output_energy(&(&w - solution.dequantise()), &damped);
+                |solution: &Solution<f64>| output_energy(&(&w - solution.dequantize()), &damped);
             let mut solution = solve(&w, &factor, &settings);
             let grids = (solution.scales.clone(), solution.zeros.clone());
             let mut losses = vec![loss(&solution)];
@@ -171,7 +171,7 @@ mod tests {
             assert!(losses[1] < 0.97 * losses[0], "{losses:?}");
             assert!(losses[59] - losses[60] <= rounding);
             assert_eq!(grids, (solution.scales.clone(), solution.zeros.clone()));
-            let zero = solution.dequantise().column(5).norm();
+            let zero = solution.dequantize().column(5).norm();
             assert_eq!(zero, 0.0);
 
             let mut together = solve(&w, &factor, &settings);

@@ -36,7 +36,7 @@ pub struct Solution<T: Real> {
 
 impl<T: Real> Solution<T> {
     /// The weights the codes stand for, `[out, in]`.
-    pub fn dequantise(&self) -> DMatrix<T> {
+    pub fn dequantize(&self) -> DMatrix<T> {
         DMatrix::from_fn(self.codes.nrows(), self.codes.ncols(), |r, c| {
             let g = self.g_idx[c];
             let steps = f64::from(self.codes[(r, c)]) - f64::from(self.zeros[(r, g)]);

@@ -1,6 +1,6 @@
 //! The weights to round when the model's inputs have already drifted.
 //!
-//! A linear of the quantised model is given `X`, not the `X_d` of the dense model, and what it should
+//! A linear of the quantized model is given `X`, not the `X_d` of the dense model, and what it should
 //! reproduce is the dense output `X_d Wᵀ` (rows are tokens). The weights that come closest on `X`,
 //! `argmin ‖X_d Wᵀ - X W'ᵀ‖² + λ ‖W' - W‖²`, are
 //!

@@ -37,9 +37,9 @@ pub(crate) struct Compared {
     pub kl_divergence: f64,
     pub top1_agreement: f64,
     pub blocks: Vec<BlockError>,
-    /// Mean code width of the quantised weights; 16 where there are none.
+    /// Mean code width of the quantized weights; 16 where there are none.
     pub bits: f64,
-    /// Rounding to nearest, where anything is quantised.
+    /// Rounding to nearest, where anything is quantized.
     pub nearest: Option<Nearest>,
     /// Groups whose scale is not that of their weights.
     pub strange: Vec<Strange>,
@@ -56,7 +56,7 @@ pub(crate) struct Nearest {
     pub top1_agreement: f64,
 }
 
-/// Quantisation settings of a block's linear layer.
+/// Quantization settings of a block's linear layer.
 struct Quantized {
     /// Its index in the block's spec, and its module.
     linear: usize,
@@ -135,7 +135,7 @@ pub(crate) fn measure<B: Engine>(
     })
 }
 
-/// The linears of a block that are quantised.
+/// The linears of a block that are quantized.
 fn quantized<B: Engine>(
     model: &Model<B>,
     block: &HostBlock,
@@ -171,11 +171,11 @@ struct Beside<'a, B: Engine> {
     head: Head<B>,
     flows: Vec<Flow<B>>,
     /// What goes through the model rounded to nearest: the first windows of each chunk; of a chunk none,
-    /// where the ones before hold the share already, and nothing where nothing is quantised.
+    /// where the ones before hold the share already, and nothing where nothing is quantized.
     rounded: Vec<Option<Flow<B>>>,
     blocks: Vec<BlockError>,
     strange: Vec<Strange>,
-    /// Bits of the quantised weights' codes, and how many weights.
+    /// Bits of the quantized weights' codes, and how many weights.
     codes: [f64; 2],
 }
 
@@ -187,13 +187,13 @@ impl<'a, B: Engine> Beside<'a, B> {
         per_chunk: usize,
     ) -> Result<Self, VerifyError> {
         let flows = model.embed(windows, per_chunk, model.dtype())?;
-        let quantised = judged.checkpoint().quantize_config().is_some();
+        let quantized = judged.checkpoint().quantize_config().is_some();
         let mut seen: usize = 0;
         let rounded = flows.iter().map(|flow| {
             let before = seen.div_ceil(SHARE);
             seen += flow.windows;
             let share = seen.div_ceil(SHARE) - before;
-            first(flow, if quantised { share } else { 0 })
+            first(flow, if quantized { share } else { 0 })
         });
         Ok(Beside {
             rounded: rounded.collect(),

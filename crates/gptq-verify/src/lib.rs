@@ -1,5 +1,5 @@
 //! Judges a finished directory from its files alone: reopen, check every tensor against the configs
-//! and the digests its maker recorded, dequantise, run beside the dense model, and leave a receipt.
+//! and the digests its maker recorded, dequantize, run beside the dense model, and leave a receipt.
 //! Knows nothing of how the codes were found.
 //!
 //! Reading order: [`Request`] says what to check and what to tolerate, [`verify`] does it, and

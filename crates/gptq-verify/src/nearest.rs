@@ -1,4 +1,4 @@
-//! Rounding a dense weight to the nearest code of a branch's settings: what quantising costs without any
+//! Rounding a dense weight to the nearest code of a branch's settings: what quantizing costs without any
 //! method, which a branch is measured against.
 //!
 //! Symmetric: `scale = 2 max|w| / (2^b - 1)`, the zero point in the middle. Asymmetric: from the minimum to
@@ -8,7 +8,7 @@ use burn::tensor::{DType, Tensor};
 use gptq_format::{Bits, GroupSize};
 use gptq_kernels::Engine;
 
-/// Quantisation settings of a linear layer.
+/// Quantization settings of a linear layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Setting {
     pub bits: Bits,

@@ -101,7 +101,7 @@ fn tensors(
     }
     let count = checkpoint.names().count();
     let mut said = vec![format!(
-        "{count} tensors as their configs say, {} quantised linears",
+        "{count} tensors as their configs say, {} quantized linears",
         linears.shapes.len()
     )];
     said.extend(census.warnings.iter().cloned());
@@ -120,7 +120,7 @@ fn scales_are_not_zero(module: &str, packed: &PackedLinear) -> Result<(), Verify
     }
 }
 
-/// What the quantised linears show beyond their shapes; of each kind of fault the first.
+/// What the quantized linears show beyond their shapes; of each kind of fault the first.
 #[derive(Default)]
 struct Linears {
     shapes: Vec<LinearShape>,

@@ -320,7 +320,7 @@ fn remedies(config: &QuantizeConfig, recorded: &Recorded) -> Vec<String> {
         Bits::Eight => {}
     }
     if remedies.is_empty() {
-        remedies.push("no quantisation of the blocks named".to_owned());
+        remedies.push("no quantization of the blocks named".to_owned());
     }
     remedies
 }

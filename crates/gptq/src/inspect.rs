@@ -41,7 +41,7 @@ pub(crate) fn run(args: InspectArgs) -> Result<()> {
         size::decimal(found.tensor_bytes as u64)
     );
     if let Some(base) = &found.base_model {
-        println!("quantised from {}", terminal::line(base));
+        println!("quantized from {}", terminal::line(base));
     }
     if let Some(settings) = &found.settings {
         let several = || "several".to_owned();
@@ -167,7 +167,7 @@ fn matrix(branches: Vec<(String, PathBuf)>, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// A row for each kind of quantised linear, with how many there are.
+/// A row for each kind of quantized linear, with how many there are.
 fn shapes(linears: &[LinearInfo]) -> String {
     let kind = |l: &LinearInfo| {
         let name = l.name.rsplit('.').next().unwrap_or_default().to_owned();

@@ -84,7 +84,7 @@ pub(crate) fn plan(plan: &Plan, device: &str, options: &RunOptions<'_>) {
         device,
         command = plan.command.as_deref().unwrap_or_default(),
         propagation = match plan.propagation {
-            Propagation::Quantised => "quantised",
+            Propagation::Quantized => "quantized",
             Propagation::Dense => "dense",
         },
         "run"
@@ -217,7 +217,7 @@ fn allocated(branch: &str, allocation: &Allocation) {
     }
 }
 
-/// A linear that was quantised; what is unusual about it is a warning.
+/// A linear that was quantized; what is unusual about it is a warning.
 fn linear(branch: &str, asked: f64, report: &LinearReport) {
     let name = &report.name;
     info!(

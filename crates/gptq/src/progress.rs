@@ -16,7 +16,7 @@ pub(crate) struct Progress<'a> {
     group: MultiProgress,
     /// Lines go to standard error: standard output is a program's.
     aside: bool,
-    /// Linears of each branch to quantise, by layer.
+    /// Linears of each branch to quantize, by layer.
     expected: Vec<BTreeMap<usize, usize>>,
     /// Per branch, the errors of the layer under way.
     layer: BTreeMap<usize, Vec<f64>>,
@@ -28,7 +28,7 @@ pub(crate) struct Progress<'a> {
     measuring: Option<TimeLeft>,
 }
 
-/// How many linears of each layer a branch quantises.
+/// How many linears of each layer a branch quantizes.
 fn expected(plan: &Plan, branch: &BranchPlan) -> BTreeMap<usize, usize> {
     let mut layers = BTreeMap::new();
     for linear in branch.planned_linears(&plan.config) {

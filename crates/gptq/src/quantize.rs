@@ -8,7 +8,7 @@ use gptq_format::{Checkpoint, sha256_file};
 use gptq_kernels::Device;
 use gptq_pipeline::{
     BranchReport, Event, InputSource, Look, Measure, Outcome, Perplexity, Phase, Plan, Profile,
-    Recipe, RunOptions, check_texts, quantise, unfinished,
+    Recipe, RunOptions, check_texts, quantize, unfinished,
 };
 use gptq_verify::{Check, Evaluation, RANGE, Request, check_tensors, failures, perplexity, verify};
 use serde_json::json;
@@ -100,7 +100,7 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
         mut reports,
         profile,
         lock,
-    } = quantise(&plan, args.device, options, &mut |event| {
+    } = quantize(&plan, args.device, options, &mut |event| {
         log::event(&plan, &event);
         // Until the blocks begin there is nothing to lose.
         if matches!(event, Event::Started { .. }) {

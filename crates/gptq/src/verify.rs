@@ -81,7 +81,7 @@ pub(crate) fn run(args: VerifyArgs) -> Result<()> {
         if !args.json {
             show(&name, &receipt);
         }
-        if !args.no_receipt && dir_is_quantised(&receipt) {
+        if !args.no_receipt && dir_is_quantized(&receipt) {
             keep(&receipt, &name, &dir)?;
         }
         receipts.push((name, receipt));
@@ -179,8 +179,8 @@ pub(crate) fn again(receipt: &Receipt, dir: &Path) -> String {
     format!("gptq verify {}{more}", dir.display())
 }
 
-/// A receipt belongs beside quantised weights, not into somebody's dense model.
-fn dir_is_quantised(receipt: &Receipt) -> bool {
+/// A receipt belongs beside quantized weights, not into somebody's dense model.
+fn dir_is_quantized(receipt: &Receipt) -> bool {
     receipt.files.contains_key("quantize_config.json")
         || receipt.checks.iter().any(|check| check.name == "clients")
 }

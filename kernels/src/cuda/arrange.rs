@@ -60,7 +60,7 @@ fn columns_kernel<F: Float>(
 /// `out[r, c] = scale (code - zero)` of position `position[c]`, row `offset + r`.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
-fn dequantise_kernel<F: Float>(
+fn dequantize_kernel<F: Float>(
     codes: &Array<u8>,
     scales: &Array<f32>,
     zeros: &Array<f32>,
@@ -139,9 +139,9 @@ pub(crate) fn into_columns(
     }
 }
 
-/// The dequantised weights of the layer in rows `offset..offset + rows`: `[rows, in]` of this dtype in
+/// The dequantized weights of the layer in rows `offset..offset + rows`: `[rows, in]` of this dtype in
 /// the original column order.
-pub(crate) fn dequantise(
+pub(crate) fn dequantize(
     swept: &Swept,
     position: &Buffer,
     [offset, rows]: [usize; 2],
@@ -152,7 +152,7 @@ pub(crate) fn dequantise(
     let (count, dim) = tiles(rows, columns);
     // SAFETY: indices stay inside the shapes; `offset + rows <= swept.rows`.
     unsafe {
-        dequantise_kernel::launch_unchecked::<CudaRuntime>(
+        dequantize_kernel::launch_unchecked::<CudaRuntime>(
             &out.client,
             count,
             dim,

@@ -109,8 +109,8 @@ impl Engine for Cuda {
         })
     }
 
-    fn dequantise(packed: &PackedLinear, dtype: DType, device: &Device) -> Tensor<Self, 2> {
-        super::dequantise(packed, dtype, device).unwrap_or_else(|error| fail(error))
+    fn dequantize(packed: &PackedLinear, dtype: DType, device: &Device) -> Tensor<Self, 2> {
+        super::dequantize(packed, dtype, device).unwrap_or_else(|error| fail(error))
     }
 
     fn resident(packed: &PackedLinear, device: &Device) -> PackedWeight<Self> {

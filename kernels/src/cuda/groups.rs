@@ -389,7 +389,7 @@ pub(crate) fn parameters(
 }
 
 /// The weights, f16 or bf16 `[out, in]`, rounded to nearest in groups of their original columns and
-/// dequantised again.
+/// dequantized again.
 pub(crate) fn round_to_nearest(weight: &Buffer, settings: Settings) -> Buffer {
     let [rows, columns] = [weight.meta.shape()[0], weight.meta.shape()[1]];
     let out = buffer::empty(weight, [rows, columns], weight.dtype);

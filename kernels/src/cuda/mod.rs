@@ -63,7 +63,7 @@ pub(crate) use library::{device_count, missing_library};
 pub use linear::linear;
 pub use norm::rms_norm;
 pub(crate) use pack::Fetched;
-pub use pack::dequantise;
+pub use pack::dequantize;
 pub use packed_linear::packed_linear;
 pub use packed_rows::resident;
 pub use relative_error::relative_error;

@@ -1,4 +1,4 @@
-//! Codes and zero points packed into 32-bit words, and packed tensors dequantised.
+//! Codes and zero points packed into 32-bit words, and packed tensors dequantized.
 //!
 //! Thirty-two values of `b` bits make `b` words: value `j` takes bits `b j ..` of them as one
 //! little-endian string. For 2, 4 and 8 bits no value crosses a word; for 3 bits this is
@@ -296,7 +296,7 @@ impl fmt::Debug for Fetched {
 /// # Errors
 ///
 /// Lengths that do not fit together.
-pub fn dequantise(
+pub fn dequantize(
     packed: &PackedLinear,
     dtype: DType,
     device: &Device,
@@ -311,7 +311,7 @@ pub fn dequantise(
         || packed.g_idx.len() != columns
     {
         return Err(Error::Shape {
-            operation: "dequantise",
+            operation: "dequantize",
             reason: format!("a packed linear [{rows}, {columns}] of {bits} bits"),
         });
     }
@@ -327,7 +327,7 @@ pub fn dequantise(
     Ok(buffer::into_float(out))
 }
 
-/// Dequantises `qweight`, `qzeros`, `scales` and the group of each of its columns into `out`
+/// Dequantizes `qweight`, `qzeros`, `scales` and the group of each of its columns into `out`
 /// `[rows, columns]`, f16 or bf16. Their lengths fit together, and the groups are below their number.
 pub(crate) fn unpack(
     [qweight, qzeros, scales, group_of]: [&Buffer; 4],

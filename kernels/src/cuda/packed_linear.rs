@@ -3,7 +3,7 @@
 //! One token is multiplied by the codes as they are, in f32: the columns of a load first give `Σ x code` and
 //! `Σ x`, and only their combination `s (Σ x code - z Σ x)` meets scale and zero. A code becomes a float
 //! without a conversion: its bits in the mantissa of 1 are `1 + code / 2^b`. More tokens than one are
-//! multiplied by the dequantised weights, by cuBLAS.
+//! multiplied by the dequantized weights, by cuBLAS.
 //!
 //! A cube first gathers the input by position into shared memory, a load's columns padded by 16 bytes so
 //! that no two units of a quarter of a plane meet in a bank. Its planes then walk over the rows, two at a

@@ -20,7 +20,7 @@ use gptq_solver::{Gains, Settings};
 
 use super::{
     Cuda,
-    arrange::{dequantise, into_columns},
+    arrange::{dequantize, into_columns},
     blas::{Element, Matrix, product},
     buffer::{self, Buffer},
     error::Error,
@@ -38,7 +38,7 @@ use crate::{Drift, Hessian, Request, SolveTimes, Solved, Subset};
 /// Columns whose errors from before them are taken together.
 const STRETCH: usize = 8 * PANEL;
 
-/// Quantises linear layers that share an input.
+/// Quantizes linear layers that share an input.
 ///
 /// `gram` is f32 `[in, in]`, of which the upper triangle is read; each weight is `[out, in]`, all f16 or
 /// all bf16.
@@ -107,7 +107,7 @@ pub fn solve(
         for (at, rounded) in members.into_iter().zip(targets) {
             let rows = weights[at].meta.shape()[0];
             let span = [offset, rows];
-            let weight = dequantise(&swept, &position, span, weights[at].dtype);
+            let weight = dequantize(&swept, &position, span, weights[at].dtype);
             let nearest = round_to_nearest(&weights[at], settings);
             let own = &weights[at];
             measurement.energy(&correlation, own, (at, Sum::Output));

@@ -201,16 +201,16 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
     let subset = Cpu::solve(gram, None, hessian, vec![request], CheckpointFormat::Gptq).unwrap();
     let solved = subset.solved.into_iter().next().unwrap();
     let dense = Cpu::matmul_nt(tensor(&x, [tokens, n]), tensor(&w, [out, n]));
-    let quantised = Cpu::matmul_nt(tensor(&x, [tokens, n]), solved.weight.clone());
+    let quantized = Cpu::matmul_nt(tensor(&x, [tokens, n]), solved.weight.clone());
     let energy = |t: Tensor<Cpu, 2>| values(t).iter().map(|v| v * v).sum::<f64>();
-    let direct = energy(dense.clone() - quantised) / energy(dense);
+    let direct = energy(dense.clone() - quantized) / energy(dense);
     assert!(
         (solved.relative_error / direct - 1.0).abs() < 1e-3,
         "{} {direct}",
         solved.relative_error
     );
     assert!(solved.relative_error < solved.rtn_error);
-    let unpacked = Cpu::dequantise(&solved.packed.wait(), DType::F32, &Default::default());
+    let unpacked = Cpu::dequantize(&solved.packed.wait(), DType::F32, &Default::default());
     assert_eq!(values(unpacked), values(solved.weight.clone()));
     assert_eq!((subset.damping, subset.dead_columns), (0.01, 0));
 }

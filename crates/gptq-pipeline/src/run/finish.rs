@@ -7,7 +7,7 @@ use gptq_kernels::Engine;
 
 use super::Run;
 use crate::profile::Phase;
-use crate::quantise::{Event, check_stop};
+use crate::quantize::{Event, check_stop};
 use crate::{BranchReport, Fingerprint, PipelineError, Propagation, Solved};
 
 /// What a report says beside the run's own numbers.
@@ -45,7 +45,7 @@ impl<B: Engine> Run<'_, '_, B> {
                 method: Some(branch.method),
                 budget: branch.allocation.clone(),
                 propagation: match plan.propagation {
-                    Propagation::Quantised => "quantised".to_owned(),
+                    Propagation::Quantized => "quantised".to_owned(),
                     Propagation::Dense => "dense".to_owned(),
                 },
                 calibration: about.manifest.clone(),

@@ -67,7 +67,7 @@ fn the_error_is_the_rounding_residuals_times_the_inverse_factor() {
     let settings = settings(Bits::Eight, GroupSize::Row);
     let factor = Factor::new(&h, true, 0.1).unwrap();
     let solution = solve(&w, &factor, &settings);
-    let d = &w - solution.dequantise();
+    let d = &w - solution.dequantize();
     let d = DMatrix::from_fn(40, 200, |r, k| d[(r, factor.order[k])]);
     let e = d * &factor.upper;
     for j in 0..200 {
@@ -138,7 +138,7 @@ fn weights_of_a_dead_column_become_zero() {
     }
     let factor = Factor::new(&h, true, 0.1).unwrap();
     assert_eq!(factor.dead, [3, 40]);
-    let q = solve(&w, &factor, &settings(Bits::Four, GroupSize::Columns(32))).dequantise();
+    let q = solve(&w, &factor, &settings(Bits::Four, GroupSize::Columns(32))).dequantize();
     assert!(
         q.column(3)
             .iter()
@@ -157,8 +157,8 @@ fn gptq_beats_round_to_nearest_on_the_calibration_inputs() {
         (Bits::Eight, 32),
     ] {
         let settings = settings(bits, GroupSize::Columns(group));
-        let gptq = solve(&w, &Factor::new(&h, true, 0.01).unwrap(), &settings).dequantise();
-        let rtn = round_to_nearest(&w, &settings).dequantise();
+        let gptq = solve(&w, &Factor::new(&h, true, 0.01).unwrap(), &settings).dequantize();
+        let rtn = round_to_nearest(&w, &settings).dequantize();
         let (gptq, rtn) = (
             output_energy(&(&w - gptq), &h),
             output_energy(&(&w - rtn), &h),
@@ -175,8 +175,8 @@ fn groups_that_do_not_fit_the_block_are_solved_whole() {
         let settings = settings(Bits::Four, GroupSize::Columns(group));
         let solution = solve(&w, &factor, &settings);
         assert_eq!(solution.scales.shape(), (8, 192 / group));
-        let rtn = round_to_nearest(&w, &settings).dequantise();
-        assert!(output_energy(&(&w - solution.dequantise()), &h) < output_energy(&(&w - rtn), &h));
+        let rtn = round_to_nearest(&w, &settings).dequantize();
+        assert!(output_energy(&(&w - solution.dequantize()), &h) < output_energy(&(&w - rtn), &h));
     }
 }
 
@@ -349,7 +349,7 @@ fn f64_codes_agree_with_autogptq_but_for_exact_ties() {
         );
 
         // And the error AutoGPTQ's run measured is ours.
-        let error = output_energy(&(w - ours.dequantise()), h) / output_energy(w, h);
+        let error = output_energy(&(w - ours.dequantize()), h) / output_energy(w, h);
         let theirs = entry["relative_output_error"].as_f64().unwrap();
         assert!(
             (error / theirs - 1.0).abs() < 1e-3,
@@ -374,7 +374,7 @@ fn f32_agrees_with_autogptq_on_nearly_every_code() {
             .count();
         let share = same as f64 / codes.len() as f64;
         assert!(share >= 0.995, "{prefix}: {share} of the codes");
-        let q = ours.dequantise().map(f64::from);
+        let q = ours.dequantize().map(f64::from);
         let error = output_energy(&(w - q), h) / output_energy(w, h);
         let theirs = entry["relative_output_error"].as_f64().unwrap();
         assert!(
@@ -393,15 +393,15 @@ fn rounding_scales_to_f16_first_costs_no_accuracy() {
             ..case_settings(case)
         };
         let ours = solve(w, &factor_for(h, case), &settings);
-        let error = output_energy(&(w - ours.dequantise()), h) / output_energy(w, h);
+        let error = output_energy(&(w - ours.dequantize()), h) / output_energy(w, h);
         let theirs = entry["relative_output_error"].as_f64().unwrap();
         assert!(
             error / theirs < 1.02,
             "{layer} {case}: {error} against {theirs}"
         );
         // What is written is what was solved: f16 scales convert without loss.
-        let written = ours.clone().into_quantized().dequantise();
-        let solved = ours.dequantise();
+        let written = ours.clone().into_quantized().dequantize();
+        let solved = ours.dequantize();
         for (i, value) in written.iter().enumerate() {
             let exact = solved[(i / w.ncols(), i % w.ncols())];
             assert!((f64::from(*value) - exact).abs() <= 6e-8 * exact.abs());
@@ -419,7 +419,7 @@ fn searching_scales_lowers_the_error_of_real_layers() {
             ..case_settings(case)
         };
         let ours = solve(w, &factor_for(h, case), &settings);
-        let error = output_energy(&(w - ours.dequantise()), h) / output_energy(w, h);
+        let error = output_energy(&(w - ours.dequantize()), h) / output_energy(w, h);
         let plain = entry["relative_output_error"].as_f64().unwrap();
         // At 8 bits there is little to clip for; below, the gain is 4 to 50 %.
         let bound = if settings.bits == Bits::Eight {

@@ -75,7 +75,7 @@ fn packed_of<E: Element>() {
                     let weight = resident(&packed, &device).unwrap();
                     assert_eq!(weight.download(), packed);
                     let [columns, rows] = shape;
-                    let dense = packed.unpack().dequantise();
+                    let dense = packed.unpack().dequantize();
                     for tokens in [1, 3] {
                         let x = random.halves::<E>(tokens * columns, 1.0);
                         let found = packed_linear(tensor(&x, [tokens, columns], &device), &weight);

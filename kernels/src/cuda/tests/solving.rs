@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use nalgebra::DMatrix;
 
 use crate::cuda::{
-    Cuda, Device, Error, cross_add, dequantise, gram_add, gram_zeros, solve,
+    Cuda, Device, Error, cross_add, dequantize, gram_add, gram_zeros, solve,
     testing::{Random, device, distance, rounding, tensor, tensor_f32, values, wide},
 };
 use crate::{Drift, Hessian, Request, Solved, Subset};
@@ -95,9 +95,9 @@ pub(super) fn judge<E: Element>(
         refine: (settings.refine > 0).then_some(refined / energy),
     };
     let lost = |q: DMatrix<f64>| output_energy(&(&w - q), gram) / energy;
-    let expected_error = lost(expected.dequantise());
-    let objective = output_energy(&(&target - expected.dequantise()), gram) / energy;
-    let rtn_error = lost(round_to_nearest(&w, settings).dequantise());
+    let expected_error = lost(expected.dequantize());
+    let objective = output_energy(&(&target - expected.dequantize()), gram) / energy;
+    let rtn_error = lost(round_to_nearest(&w, settings).dequantize());
     let expected = expected.into_quantized();
 
     let packed = found.packed.wait();
@@ -114,7 +114,7 @@ pub(super) fn judge<E: Element>(
     assert!(share >= least, "{label}: {share} of the codes agree");
 
     let dense = values(found.weight.clone());
-    let unpacked = dequantise(&packed, E::dtype(), &found.weight.device()).unwrap();
+    let unpacked = dequantize(&packed, E::dtype(), &found.weight.device()).unwrap();
     assert!(
         values(unpacked) == dense,
         "{label}: packed and dense differ"

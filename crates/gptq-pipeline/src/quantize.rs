@@ -75,7 +75,7 @@ pub enum Event<'a> {
     Started {
         /// Tokens to calibrate on.
         tokens: usize,
-        /// Linears each branch will quantise.
+        /// Linears each branch will quantize.
         linears: &'a [usize],
     },
     /// A branch was finished by an earlier run.
@@ -146,7 +146,7 @@ pub enum Event<'a> {
 /// # Errors
 /// Whatever is wrong with the inputs is found before any block is run where it can be. After an
 /// error in a later block the output directory holds the unfinished run, to be gone on with.
-pub fn quantise(
+pub fn quantize(
     plan: &Plan,
     device: Device,
     options: RunOptions<'_>,
@@ -155,7 +155,7 @@ pub fn quantise(
     let clock = Clock::new(options.profile);
     let device = device.resolve()?;
     let mut budget = options.device_memory;
-    let work = Quantise {
+    let work = Quantize {
         plan,
         device,
         options,
@@ -173,7 +173,7 @@ pub fn quantise(
     }
 }
 
-pub(crate) struct Quantise<'a> {
+pub(crate) struct Quantize<'a> {
     plan: &'a Plan,
     device: Device,
     pub(crate) options: RunOptions<'a>,
@@ -191,7 +191,7 @@ pub(crate) struct Inputs<B: Engine> {
     pub(crate) places: Places,
 }
 
-impl Work for Quantise<'_> {
+impl Work for Quantize<'_> {
     type Output = Result<Outcome, PipelineError>;
 
     fn run<B: Engine>(mut self, device: B::Device) -> Self::Output {
@@ -268,7 +268,7 @@ impl Work for Quantise<'_> {
     }
 }
 
-impl Quantise<'_> {
+impl Quantize<'_> {
     /// Makes these branches in one pass over the blocks.
     fn pass<B: Engine>(
         &mut self,
