@@ -16,7 +16,7 @@ fn presets_and_options_decide_the_codes_and_best_is_closest_to_the_dense_model()
     let branches = [
         branch("standard", ""),
         branch("nothing", "preset = \"autogptq\"\nscale_search = true"),
-        branch("zero", "asymmetric = 0.0\nrefine = 0"),
+        branch("zero", "mismatch_correction = 0.0\nrefine = 0"),
         branch("best", "preset = \"best\""),
     ];
     let recipe = scratch.recipe(&medi_tiny(), &branches.concat());
@@ -109,25 +109,32 @@ fn branches_that_make_up_for_drift_do_not_change_those_that_do_not_nor_the_other
 }
 
 #[test]
-fn with_dense_propagation_there_is_no_drift_to_make_up_for() {
+fn with_dense_propagation_there_is_no_mismatch_to_correct() {
     let scratch = Scratch::new();
     let branches = "[[branch]]\nname = \"plain\"\nbits = 4\n\
-                    [[branch]]\nname = \"asymmetric\"\nbits = 4\nasymmetric = 1.0\n";
+                    [[branch]]\nname = \"corrected\"\nbits = 4\nmismatch_correction = 1.0\n";
     let recipe = scratch.recipe_with(&medi_tiny(), "propagate = \"dense\"", "", branches);
     succeed(["quantize", recipe.to_str().unwrap(), "--device", "cpu"]);
     let weights =
         |name: &str| fs::read(scratch.out().join(name).join("model.safetensors")).unwrap();
-    assert!(weights("plain") == weights("asymmetric"));
+    assert!(weights("plain") == weights("corrected"));
 }
 
 #[test]
 fn options_out_of_range_are_refused_at_their_place() {
     for (option, said) in [
         (
-            "asymmetric = 1.5",
-            "asymmetric = 1.5 is not between 0 and 1",
+            "mismatch_correction = 1.5",
+            "mismatch_correction = 1.5 is not between 0 and 1",
         ),
-        ("asymmetric = nan", "is not between 0 and 1"),
+        (
+            "asymmetric = nan",
+            "asymmetric = NaN is not between 0 and 1",
+        ),
+        (
+            "asymmetric = 0.5\nmismatch_correction = 0.5",
+            "asymmetric is the old name of mismatch_correction",
+        ),
         ("refine = 1000", "more than 100 passes"),
         ("preset = \"fast\"", "best"),
     ] {

@@ -2,7 +2,7 @@
 #![no_main]
 
 use gptq_format::QuantizeConfig;
-use gptq_fuzz::ModelConfig;
+use gptq_spec::ModelConfig;
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 

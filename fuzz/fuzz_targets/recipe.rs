@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use gptq_fuzz::{Plan, Recipe, small_model};
+use gptq_fuzz::small_model;
+use gptq_plan::{Plan, Recipe};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

@@ -183,7 +183,11 @@ pub trait Engine: Backend {
 
     /// The weights a packed linear stands for, `[out, in]` in `dtype`, which [`Engine::compute`] gives.
     /// Its `g_idx` has been checked against its groups.
-    fn dequantize(packed: &PackedLinear, dtype: DType, device: &Self::Device) -> Tensor<Self, 2> {
+    fn dequantize_packed(
+        packed: &PackedLinear,
+        dtype: DType,
+        device: &Self::Device,
+    ) -> Tensor<Self, 2> {
         let shape = [packed.out_features, packed.in_features];
         let data = TensorData::new(packed.unpack().dequantize(), shape);
         Tensor::<Self, 2>::from_data(data, (device, DType::F32)).cast(dtype)
@@ -197,7 +201,7 @@ pub trait Engine: Backend {
     /// `x [tokens, in] · wᵀ` for a packed `w`, giving `[tokens, out]`. The default dequantizes by way
     /// of the host at every call: override it together with [`Engine::KEEPS_PACKED`].
     fn packed_matmul_nt(x: Tensor<Self, 2>, w: &PackedWeight<Self>) -> Tensor<Self, 2> {
-        let weight = Self::dequantize(&w.download(), x.dtype(), &x.device());
+        let weight = Self::dequantize_packed(&w.download(), x.dtype(), &x.device());
         Self::matmul_nt(x, weight)
     }
 

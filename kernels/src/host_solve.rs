@@ -76,7 +76,7 @@ fn solve_one<B: Engine>(
     let refined = refine(target, gram, factor, &mut solution, settings.refine);
     let gains = Gains {
         scale_search: (settings.scale_search).then(|| part(solution.search_gain, energy)),
-        asymmetric: shifted.as_ref().map(|&(_, gain)| gain),
+        mismatch_correction: shifted.as_ref().map(|&(_, gain)| gain),
         refine: (settings.refine > 0).then(|| part(refined, energy)),
     };
     let nearest = round_to_nearest(&w, &settings);

@@ -28,19 +28,22 @@ const SETTINGS: [(&str, u32, u32, bool); 6] = [
 const OPTIONS: [(&str, &str); 10] = [
     ("plain GPTQ", "preset = \"autogptq\""),
     ("refined once", "preset = \"autogptq\"\nrefine = 1"),
-    ("asymmetric", "preset = \"autogptq\"\nasymmetric = 1.0"),
+    (
+        "asymmetric",
+        "preset = \"autogptq\"\nmismatch_correction = 1.0",
+    ),
     ("searched", "preset = \"standard\""),
     ("searched, refined once", "refine = 1"),
     ("searched, refined three times", "refine = 3"),
-    ("searched, asymmetric by half", "asymmetric = 0.5"),
-    ("searched, asymmetric", "asymmetric = 1.0"),
+    ("searched, asymmetric by half", "mismatch_correction = 0.5"),
+    ("searched, asymmetric", "mismatch_correction = 1.0"),
     (
         "searched, asymmetric, refined once",
-        "asymmetric = 1.0\nrefine = 1",
+        "mismatch_correction = 1.0\nrefine = 1",
     ),
     (
         "searched, asymmetric, refined three times",
-        "asymmetric = 1.0\nrefine = 3",
+        "mismatch_correction = 1.0\nrefine = 3",
     ),
 ];
 

@@ -1,13 +1,26 @@
-//! Licences and sources of every dependency, as `.cargo/deny.toml` allows them. cargo-deny reads the same
-//! file and does more; this needs nothing but cargo.
+//! Licences and sources of every dependency, as `.cargo/deny.toml` allows them, and crates that link no device.
+//! cargo-deny reads the same file and does more; this needs nothing but cargo.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
+
+/// Crates that read and write files, and describe models and runs: neither they nor what they depend on may
+/// link Burn or CUDA, so that fuzz targets and whatever else reads reports build in a minute.
+const WITHOUT_DEVICES: [&str; 6] = [
+    "gptq-format",
+    "gptq-solver",
+    "gptq-spec",
+    "gptq-calibration",
+    "gptq-plan",
+    "gptq-report",
+];
+/// How the names of packages that link one begin.
+const DEVICES: [&str; 3] = ["burn", "cubecl", "cudarc"];
 
 /// What dependencies may be.
 struct Policy {
@@ -35,9 +48,52 @@ pub(crate) fn complaints(root: &Path) -> anyhow::Result<Vec<String>> {
     let used = packages
         .iter()
         .filter(|package| package["id"].as_str().is_some_and(|id| used.contains(id)));
-    Ok(used
-        .filter_map(|package| policy.complaint(package))
-        .collect())
+    let licences = used.filter_map(|package| policy.complaint(package));
+    Ok(licences.chain(devices(&metadata)).collect())
+}
+
+/// One line for each crate of [`WITHOUT_DEVICES`] that depends on a device's package, directly or not.
+fn devices(metadata: &Value) -> Vec<String> {
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let packages = list(&metadata["packages"]).into_iter();
+    let names: BTreeMap<String, String> = packages
+        .map(|package| (text(&package["id"]), text(&package["name"])))
+        .collect();
+    // Dependencies of tests are not linked.
+    let linked = |dep: &Value| {
+        let kinds = list(&dep["dep_kinds"]);
+        kinds.iter().any(|kind| kind["kind"].is_null())
+    };
+    let nodes = list(&metadata["resolve"]["nodes"]).into_iter();
+    let uses: BTreeMap<String, Vec<String>> = nodes
+        .map(|node| {
+            let deps = list(&node["deps"]).into_iter().filter(linked);
+            (
+                text(&node["id"]),
+                deps.map(|dep| text(&dep["pkg"])).collect(),
+            )
+        })
+        .collect();
+    let complaint = |crate_name: &str| {
+        let id = names.iter().find(|(_, name)| *name == crate_name)?.0;
+        let mut seen = BTreeSet::from([id]);
+        let mut next = vec![id];
+        while let Some(id) = next.pop() {
+            let name = &names[id];
+            if DEVICES.iter().any(|device| name.starts_with(device)) {
+                return Some(format!(
+                    "{crate_name}: links {name}, and must link no device"
+                ));
+            }
+            next.extend(uses[id].iter().filter(|dep| seen.insert(*dep)));
+        }
+        None
+    };
+    WITHOUT_DEVICES
+        .iter()
+        .filter_map(|name| complaint(name))
+        .collect()
 }
 
 impl Policy {

@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use gptq_format::{ShardedWriter, TensorSpec, le_bytes, write_json};
-use gptq_model::{ModelConfig, ModelTensor};
+use gptq_spec::{ModelConfig, ModelTensor};
 use half::f16;
 use rayon::prelude::*;
 use safetensors::Dtype;

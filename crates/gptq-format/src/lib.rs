@@ -67,7 +67,8 @@ pub use public_json::{TakenOut, make_public, without_directories};
 pub use quantize_config::{CheckpointFormat, OneOrMany, QuantizeConfig};
 pub use quantized::{PackedLinear, QuantizedLinear};
 pub use side_files::{
-    MAX_JSON, copy_side_files, goes_along, read_json, side_file, side_files, write_json,
+    MAX_JSON, MAX_REPORT, copy_side_files, goes_along, read_json, read_json_within, side_file,
+    side_files, write_json, write_json_within,
 };
 pub use staged_dir::StagedDir;
 pub use tensor_view::TensorView;

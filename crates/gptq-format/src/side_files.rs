@@ -74,6 +74,8 @@ const VOCABULARIES: [&str; 4] = [
 /// Most bytes of a JSON file that is read: parsed, it may take twenty times as much memory. The index of a
 /// model of a trillion parameters has about 10 MB.
 pub const MAX_JSON: u64 = 32 << 20;
+/// Most bytes of a branch's `report.json`, with room for 128 experts in each of 94 blocks.
+pub const MAX_REPORT: u64 = 256 << 20;
 /// Most bytes of a file that goes along; the largest `tokenizer.json` in use have about 35 MB.
 const MAX_SIDE_FILE: u64 = 256 << 20;
 
@@ -83,7 +85,15 @@ const MAX_SIDE_FILE: u64 = 256 << 20;
 /// # Errors
 /// A file that cannot be read, is not a regular one, is over 32 MiB, or does not parse.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FormatError> {
-    parse_json(path, &read_regular(path, MAX_JSON)?)
+    read_json_within(path, MAX_JSON)
+}
+
+/// Reads a JSON file of at most `limit` bytes, as [`read_json`] does.
+///
+/// # Errors
+/// Those of [`read_json`], with this limit.
+pub fn read_json_within<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<T, FormatError> {
+    parse_json(path, &read_regular(path, limit)?)
 }
 
 fn parse_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, FormatError> {
@@ -102,10 +112,22 @@ fn parse_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, Forma
 /// # Errors
 /// One that [`read_json`] would not read for its size, and what [`write_file`] says.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), FormatError> {
-    write_file(path, &json_text(path, value)?)
+    write_json_within(path, value, MAX_JSON)
 }
 
-fn json_text(path: &Path, value: &impl Serialize) -> Result<Vec<u8>, FormatError> {
+/// Writes a JSON file of at most `limit` bytes, as [`write_json`] does.
+///
+/// # Errors
+/// Those of [`write_json`], with this limit.
+pub fn write_json_within(
+    path: &Path,
+    value: &impl Serialize,
+    limit: u64,
+) -> Result<(), FormatError> {
+    write_file(path, &json_text(path, value, limit)?)
+}
+
+fn json_text(path: &Path, value: &impl Serialize, limit: u64) -> Result<Vec<u8>, FormatError> {
     let text = serde_json::to_vec_pretty(value);
     let mut text = text.map_err(|source| FormatError::Json {
         path: path.into(),
@@ -113,10 +135,10 @@ fn json_text(path: &Path, value: &impl Serialize) -> Result<Vec<u8>, FormatError
     })?;
     text.push(b'\n');
     let length = text.len() as u64;
-    match length > MAX_JSON {
+    match length > limit {
         true => Err(FormatError::Malformed {
             path: path.into(),
-            reason: over(length, MAX_JSON),
+            reason: over(length, limit),
         }),
         false => Ok(text),
     }
@@ -244,7 +266,7 @@ pub fn copy_side_files(from: &Path, to: &Path) -> Result<(), FormatError> {
         if name.ends_with(".json") && !VOCABULARIES.contains(&name.as_str()) {
             let mut value: Value = parse_json(&from.join(&name), &bytes)?;
             if !make_public(&mut value).is_nothing() {
-                bytes = json_text(&path, &value)?;
+                bytes = json_text(&path, &value, MAX_JSON)?;
             }
         }
         match name.split_once('/') {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use futures::StreamExt;
-use gptq_format::{MAX_JSON, side_files};
+use gptq_format::{MAX_REPORT, side_files};
 use hf_hub::repository::{AddSource, CommitOperation, RepoTypeModel};
 use serde_json::Value;
 
@@ -216,7 +216,7 @@ async fn is_own(repo: &Repo, commit: &str, tree: &[Entry]) -> Result<bool, HubEr
     let (Some(report), Some(_)) = (find("report.json"), find("quantize_config.json")) else {
         return Ok(false);
     };
-    if report.size > MAX_JSON {
+    if report.size > MAX_REPORT {
         return Ok(false);
     }
     let told = |e| HubError::from_hub(e, repo.context(commit));

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor};
 use gptq_kernels::{Engine, PackedWeight};
+use gptq_spec::{Attention, BlockSpec, Op, Register, Rope};
 
-use crate::spec::{Attention, BlockSpec, Op, Register, Rope};
 use crate::{Cache, rope};
 
 /// `y = x wᵀ + bias`.
@@ -38,7 +38,9 @@ impl<B: Engine> Weight<B> {
     pub fn dense(&self, dtype: DType) -> Tensor<B, 2> {
         match self {
             Weight::Dense(weight) => weight.clone(),
-            Weight::Packed(packed) => B::dequantize(&packed.download(), dtype, &packed.device()),
+            Weight::Packed(packed) => {
+                B::dequantize_packed(&packed.download(), dtype, &packed.device())
+            }
         }
     }
 }
@@ -140,7 +142,7 @@ impl<B: Engine> Block<B> {
 
     /// The input of the linears of `tap`, `[tokens, in_features]`.
     pub fn input(&self, tap: usize, flow: &Flow<B>) -> Tensor<B, 2> {
-        let tap = &self.spec.taps[tap];
+        let tap = self.spec.tap(tap);
         let mut flow = self.run(tap.start..tap.at, flow.clone(), None, &mut |_| ());
         self.read(&mut flow, tap.from, tap.at)
     }
@@ -157,12 +159,12 @@ impl<B: Engine> Block<B> {
 
     /// The whole block, showing `observe` what comes up on the way.
     pub fn observed(&self, flow: Flow<B>, observe: &mut dyn FnMut(Seen<B>)) -> Flow<B> {
-        self.run(0..self.spec.ops.len(), flow, None, observe)
+        self.run(0..self.spec.ops().len(), flow, None, observe)
     }
 
     /// The whole block for the tokens that follow those in `cache`, which gains theirs: one window.
     pub fn forward_cached(&self, flow: Flow<B>, cache: &mut Cache<B>) -> Flow<B> {
-        let ops = 0..self.spec.ops.len();
+        let ops = 0..self.spec.ops().len();
         self.run(ops, flow, Some(cache), &mut |_| ())
     }
 
@@ -176,7 +178,7 @@ impl<B: Engine> Block<B> {
     ) -> Flow<B> {
         for at in ops {
             let mut read = |register: Register| self.read(&mut flow, register, at);
-            match &self.spec.ops[at] {
+            match &self.spec.ops()[at] {
                 Op::Norm {
                     vector,
                     eps,
@@ -291,3 +293,6 @@ impl<B: Engine> Block<B> {
         [q, B::rotary(k, cos, sin), v]
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,8 +2,7 @@
 
 use burn::tensor::{DType, Tensor};
 use gptq_kernels::{Engine, append};
-
-use crate::BlockSpec;
+use gptq_spec::BlockSpec;
 
 /// Tokens a cache grows by.
 const GROWTH: usize = 256;

@@ -2,9 +2,10 @@
 
 use burn::tensor::DType;
 use gptq_kernels::Engine;
+use gptq_spec::ModelConfig;
 
 use crate::model::Embedding;
-use crate::{Block, Cache, Head, Model, ModelConfig, ModelError};
+use crate::{Block, Cache, Head, Model, ModelError};
 
 /// Every block resident, each with its cache.
 pub struct Decoder<B: Engine> {

@@ -1,8 +1,7 @@
 //! The one error type of this crate.
 
-use std::path::PathBuf;
-
 use gptq_format::FormatError;
+use gptq_spec::SpecError;
 use thiserror::Error;
 
 /// Why a model cannot be loaded or run.
@@ -10,16 +9,9 @@ use thiserror::Error;
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum ModelError {
     #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
     Format(#[from] FormatError),
-    #[error("{}: {reason}", path.display())]
-    Config { path: PathBuf, reason: String },
-    #[error("{}: {reason}", dir.display())]
-    Census { dir: PathBuf, reason: String },
-    #[error(
-        "windows of {tokens} tokens are longer than the model's sliding window of {sees}, which \
-         would need another attention mask; use at most {sees}"
-    )]
-    SlidingWindow { tokens: usize, sees: usize },
     #[error(
         "token {id} is outside the model's vocabulary of {vocabulary}; the tokenizer belongs to \
          another model"

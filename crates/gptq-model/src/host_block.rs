@@ -6,9 +6,10 @@ use std::sync::Arc;
 use burn::tensor::Tensor;
 use gptq_format::{Checkpoint, FormatError, Half, PackedLinear};
 use gptq_kernels::{Engine, HostBuffer};
+use gptq_spec::{BlockSpec, LinearSpec};
 use rayon::prelude::*;
 
-use crate::{Block, BlockSpec, Linear, LinearSpec, ModelError, Weight, rope};
+use crate::{Block, Linear, ModelError, Weight, rope};
 
 /// One block, read and checked, not yet on a device. Its 16-bit tensors lie one after the other in memory
 /// that the device copies from.
@@ -130,7 +131,9 @@ impl HostBlock {
                 HostWeight::Packed(packed) if keep_packed => {
                     Weight::Packed(B::resident(packed, device))
                 }
-                HostWeight::Packed(packed) => Weight::Dense(B::dequantize(packed, dtype, device)),
+                HostWeight::Packed(packed) => {
+                    Weight::Dense(B::dequantize_packed(packed, dtype, device))
+                }
             },
             bias: linear
                 .bias

@@ -5,11 +5,11 @@ use std::path::Path;
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use gptq_format::{Checkpoint, Half, TABLE_PIECE};
 use gptq_kernels::Engine;
+use gptq_spec::{Census, EMBEDDING, HEAD, ModelConfig};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 
-use crate::inventory::{EMBEDDING, HEAD};
-use crate::{Block, Census, Flow, HostBlock, ModelConfig, ModelError, rope};
+use crate::{Block, Flow, HostBlock, ModelError, rope};
 
 /// A checkpoint and its config, ready to load parts from. Quantized linears are dequantized as they
 /// are loaded.

@@ -5,8 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::{DType, Tensor, TensorData};
 use gptq_kernels::Engine;
-
-use crate::Rope;
+use gptq_spec::Rope;
 
 /// The last tables asked for; blocks ask for the same ones, one after the other. Clones share them.
 #[derive(Clone, Debug)]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gptq_pipeline::{LinearReport, Measure, Share};
+use gptq_plan::{LinearReport, Measure, Share};
 use minijinja::Value;
 use serde::Serialize;
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gptq_pipeline::{LinearReport, Measure};
+use gptq_plan::{LinearReport, Measure};
 use serde::Serialize;
 
 use crate::number;
@@ -154,7 +154,7 @@ pub(crate) fn label(name: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use gptq_format::{Bits, GroupSize};
-    use gptq_pipeline::Gains;
+    use gptq_solver::Gains;
 
     use super::*;
 

@@ -1,6 +1,6 @@
 //! `report.html`: one file, no network, no framework.
 
-use gptq_pipeline::Measure;
+use gptq_plan::Measure;
 use minijinja::value::Serde;
 use minijinja::{Environment, Value, context};
 use serde::Serialize;

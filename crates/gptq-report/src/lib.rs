@@ -24,7 +24,7 @@ mod table;
 pub use card::{CardSettings, Facts, card, facts};
 pub use error::ReportError;
 pub use html::html;
-pub use matrix::{BlockError, Branch, Check, Matrix, Receipt};
+pub use matrix::{Branch, Matrix};
 pub use measured::{Measured, Windows};
 pub use number::decimal_size;
 pub use prompt::PromptTemplate;

@@ -6,97 +6,9 @@ use std::path::{Path, PathBuf};
 use gptq_format::{
     Contents, FormatError, LinearShape, Support, branch_dirs, client_support, read_json,
 };
-use gptq_pipeline::{BranchReport, Perplexity};
-use serde::Deserialize;
+use gptq_plan::{BranchReport, Receipt};
 
 use crate::ReportError;
-
-/// What `gptq verify` left in a branch (`verify.json`); only the numbers shown to people.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default)]
-pub struct Receipt {
-    /// Whether everything held.
-    pub pass: bool,
-    /// What was checked.
-    pub checks: Vec<Check>,
-    /// On held-out text.
-    pub perplexity: Option<Perplexity>,
-    /// Mean of `KL(dense ‖ branch)` over next-token distributions, in nats.
-    pub kl_divergence: Option<f64>,
-    /// Share of positions where branch and dense model agree on the likeliest token.
-    pub top1_agreement: Option<f64>,
-    /// Every block's error on text it was not calibrated on.
-    pub blocks: Vec<BlockError>,
-}
-
-/// One check.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-pub struct Check {
-    /// What was checked, in a word or two.
-    pub name: String,
-    /// Whether it held.
-    pub pass: bool,
-    /// What was found.
-    pub detail: String,
-}
-
-/// One block's relative output error against the dense block on the same inputs.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
-pub struct BlockError {
-    /// Block index.
-    pub layer: usize,
-    /// `‖y - ŷ‖² / ‖y‖²`; none of a block that is to do nothing.
-    #[serde(default)]
-    pub relative_error: Option<f64>,
-}
-
-/// Most blocks of a receipt, as of a model's `config.json`.
-const MAX_LAYERS: usize = 1 << 12;
-/// Largest error or divergence: nothing that is measured comes near it.
-const MAX_NUMBER: f64 = 1e30;
-
-impl Receipt {
-    /// The file at `path`, if its numbers are such as can be measured.
-    fn read(path: PathBuf) -> Result<Receipt, FormatError> {
-        let receipt: Receipt = read_json(&path)?;
-        match receipt.check() {
-            Ok(()) => Ok(receipt),
-            Err(reason) => Err(FormatError::Malformed { path, reason }),
-        }
-    }
-
-    /// The first field that is not, in half a line.
-    fn check(&self) -> Result<(), String> {
-        if let Some(measured) = &self.perplexity {
-            measured.check()?;
-        }
-        let number = |field: &str, value: f64| match value.abs() <= MAX_NUMBER {
-            true => Ok(()),
-            false => Err(format!(
-                "{field} = {value:e} is beyond {MAX_NUMBER:e}, which nothing measured is"
-            )),
-        };
-        number("kl_divergence", self.kl_divergence.unwrap_or_default())?;
-        number("top1_agreement", self.top1_agreement.unwrap_or_default())?;
-        let blocks = self.blocks.len();
-        if blocks > MAX_LAYERS {
-            return Err(format!(
-                "blocks: {blocks} is over the limit of {MAX_LAYERS}"
-            ));
-        }
-        for (i, block) in self.blocks.iter().enumerate() {
-            if block.layer >= MAX_LAYERS {
-                let layer = block.layer;
-                return Err(format!(
-                    "blocks[{i}].layer = {layer} is not below {MAX_LAYERS}"
-                ));
-            }
-            let error = block.relative_error.unwrap_or_default();
-            number(&format!("blocks[{i}].relative_error"), error)?;
-        }
-        Ok(())
-    }
-}
 
 /// A finished branch directory.
 #[derive(Clone, Debug)]
@@ -174,13 +86,9 @@ impl Matrix {
 
 impl Branch {
     fn read(dir: &Path) -> Result<Branch, ReportError> {
-        let receipt = dir.join("verify.json");
         Ok(Branch {
             report: BranchReport::read(dir)?,
-            receipt: match receipt.is_file() {
-                true => Some(Receipt::read(receipt)?),
-                false => None,
-            },
+            receipt: Receipt::read(dir)?,
             config: read_json(&dir.join("config.json"))?,
             dir: dir.to_owned(),
             bytes: weight_bytes(dir)?,

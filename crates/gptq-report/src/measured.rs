@@ -63,7 +63,7 @@ pub struct Measured {
 }
 
 impl Measured {
-    fn new(measured: &gptq_pipeline::Perplexity) -> Measured {
+    fn new(measured: &gptq_plan::Perplexity) -> Measured {
         Measured {
             windows: Windows {
                 text: measured.text.clone(),

@@ -1,7 +1,7 @@
 //! Where branches come from; what several of them share is said once.
 
 use gptq_calibration::Manifest;
-use gptq_pipeline::BranchReport;
+use gptq_plan::BranchReport;
 use serde::Serialize;
 
 use crate::Matrix;

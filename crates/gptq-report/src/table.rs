@@ -1,7 +1,7 @@
 //! The numbers of a matrix, a row per branch: for the page, as CSV and as JSON.
 
 use gptq_format::{Bits, GroupSize};
-use gptq_pipeline::{Measure, Preset};
+use gptq_plan::{Measure, Preset};
 use serde::Serialize;
 
 use crate::{Branch, Matrix, Measured, Windows};

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use gptq_pipeline::{BlockReport, BranchReport, Share};
+use gptq_plan::{BlockReport, BranchReport, Share};
 use gptq_report::{Matrix, html, rows};
 use serde_json::{Value, json};
 

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::Path;
 
-use gptq_pipeline::BranchReport;
+use gptq_plan::BranchReport;
 use gptq_report::Matrix;
 use tempfile::TempDir;
 

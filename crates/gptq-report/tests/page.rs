@@ -1,6 +1,6 @@
 //! What the page shows is what the reports say.
 
-use gptq_pipeline::{BlockReport, Measure, Share};
+use gptq_plan::{BlockReport, Measure, Share};
 use gptq_report::{csv, html, rows};
 
 use crate::fixture::matrix_with;
@@ -86,7 +86,7 @@ fn the_table_holds_the_reports_own_numbers() {
 }
 
 /// As a run of today: outputs compared with the dense model's, the weights far away on purpose.
-fn compared(report: &mut gptq_pipeline::BranchReport) {
+fn compared(report: &mut gptq_plan::BranchReport) {
     report.compared = Some(Share {
         windows: 2,
         tokens: 512,

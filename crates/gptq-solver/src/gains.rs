@@ -13,10 +13,14 @@ pub struct Gains {
     /// `Σ M_jj² (w_j - q_j)²`, less what the chosen ones do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale_search: Option<f64>,
-    /// Making up for drift: `‖X_d Wᵀ - X Wᵀ‖²` less `‖X_d Wᵀ - X W'ᵀ‖²`, on the windows that the drift was
+    /// Correcting the mismatch of activations: `‖X_d Wᵀ - X Wᵀ‖²` less `‖X_d Wᵀ - X W'ᵀ‖²`, on the windows that it was
     /// measured on, nothing being rounded yet.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub asymmetric: Option<f64>,
+    #[serde(
+        default,
+        rename = "asymmetric",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub mismatch_correction: Option<f64>,
     /// Refining: what its passes took off `tr((W - Q) H (W - Q)ᵀ)`, `H` damped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refine: Option<f64>,
@@ -27,7 +31,7 @@ impl Gains {
     pub fn used(&self) -> impl Iterator<Item = (&'static str, f64)> + use<> {
         [
             ("scale_search", self.scale_search),
-            ("asymmetric", self.asymmetric),
+            ("mismatch_correction", self.mismatch_correction),
             ("refine", self.refine),
         ]
         .into_iter()

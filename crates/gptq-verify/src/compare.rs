@@ -6,12 +6,14 @@
 
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use gptq_kernels::{Engine, map_lanes};
-use gptq_model::{Block, BlockSpec, Flow, Head, HostBlock, Model};
+use gptq_model::{Block, Flow, Head, HostBlock, Model};
+use gptq_plan::{BlockError, F16Range};
+use gptq_spec::BlockSpec;
 
+use crate::VerifyError;
 use crate::nearest::{Setting, nearest};
-use crate::range::{Range, Readings};
+use crate::range::{self, Readings};
 use crate::weights::{self, Strange};
-use crate::{BlockError, VerifyError};
 
 /// Tokens run through a block together.
 const CHUNK: usize = 4096;
@@ -25,7 +27,7 @@ const SHARE: usize = 4;
 pub(crate) struct Measured {
     /// Mean negative log-likelihood of a token; not finite where the output is not.
     pub loss: f64,
-    pub range: Range,
+    pub range: F16Range,
     pub dense: Option<Compared>,
 }
 
@@ -78,7 +80,7 @@ pub(crate) fn measure<B: Engine>(
     let window = windows.first().map_or(1, Vec::len).max(1);
     let per_chunk = (CHUNK / window).max(1);
     let mut flows = model.embed(windows, per_chunk, model.dtype())?;
-    let mut range = Range::default();
+    let mut range = F16Range::default();
     let mut beside = dense
         .map(|dense| Beside::start(model, dense, windows, per_chunk))
         .transpose()?;
@@ -111,7 +113,7 @@ pub(crate) fn measure<B: Engine>(
             Some(beside) => beside.block(layer, &block, &quantized, readings.overflow())?,
             None => None,
         };
-        range.add(Some(layer), &readings, dense_readings.as_ref());
+        range::add(&mut range, Some(layer), &readings, dense_readings.as_ref());
         work += block_work(spec);
         on_progress(work / all_work);
     }
@@ -127,7 +129,7 @@ pub(crate) fn measure<B: Engine>(
         work += chunk_work;
         on_progress(work / all_work);
     }
-    range.add(None, &readings, None);
+    range::add(&mut range, None, &readings, None);
     Ok(Measured {
         loss: sums.own.mean(sums.own.loss),
         range,

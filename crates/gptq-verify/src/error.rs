@@ -6,6 +6,7 @@ use gptq_calibration::CalibrationError;
 use gptq_format::FormatError;
 use gptq_kernels::DeviceError;
 use gptq_model::ModelError;
+use gptq_spec::SpecError;
 use thiserror::Error;
 
 /// Why a directory does not pass.
@@ -14,6 +15,8 @@ use thiserror::Error;
 pub enum VerifyError {
     #[error(transparent)]
     Format(#[from] FormatError),
+    #[error(transparent)]
+    Spec(#[from] SpecError),
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error(transparent)]

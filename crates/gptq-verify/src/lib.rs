@@ -3,7 +3,7 @@
 //! Knows nothing of how the codes were found.
 //!
 //! Reading order: [`Request`] says what to check and what to tolerate, [`verify`] does it, and
-//! [`Receipt`] is what comes of it.
+//! [`Receipt`](gptq_plan::Receipt) is the result.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(
@@ -20,7 +20,6 @@ mod compare;
 mod error;
 mod nearest;
 mod range;
-mod receipt;
 mod recorded;
 mod structure;
 mod tolerance;
@@ -28,11 +27,6 @@ mod verify;
 mod weights;
 
 pub use error::VerifyError;
-pub use gptq_format::FileDigest;
-pub use range::{Overflow, Range};
-pub use receipt::{
-    BlockError, Check, Depth, NearestRounding, Perplexity, RECEIPT, Receipt, failures,
-};
-pub use tolerance::{Asked, Tolerances};
+pub use tolerance::Asked;
 pub(crate) use verify::check;
 pub use verify::{Evaluation, RANGE, Request, check_tensors, perplexity, verify};

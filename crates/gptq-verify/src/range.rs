@@ -8,45 +8,13 @@ use burn::tensor::{DType, ElementConversion, Tensor};
 use gptq_format::Half;
 use gptq_kernels::Engine;
 use gptq_model::{Block, Flow, Seen};
-use serde::{Deserialize, Serialize};
+use gptq_plan::{F16Overflow, F16Range};
 
 /// Score matrices looked at in a block of a chunk: those of the heads with the longest queries and keys.
 const MATRICES: usize = 8;
 
-/// What came up in the forward pass, as f16 takes it.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Range {
-    /// The largest magnitude among what f16 holds.
-    pub largest: f64,
-    /// Where that was.
-    pub at: String,
-    /// What f16 does not hold, in the order in which it comes up.
-    pub overflows: Vec<Overflow>,
-}
-
-/// Values of one kind, in one place, that are beyond f16's range.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Overflow {
-    /// Block index; none for the logits.
-    pub layer: Option<usize>,
-    /// What they are, such as "attention scores before scaling".
-    pub what: String,
-    /// How many.
-    pub values: u64,
-    /// The largest magnitude; none where it was computed in 16 bits, as an infinity.
-    pub largest: Option<f64>,
-    /// Whether the dense model has such there; unknown without one.
-    pub dense: Option<bool>,
-}
-
-impl Overflow {
-    /// Where it is.
-    pub(crate) fn place(&self) -> String {
-        place(self.layer, &self.what)
-    }
-}
-
-fn place(layer: Option<usize>, what: &str) -> String {
+/// Place of a value, for messages.
+pub(crate) fn place(layer: Option<usize>, what: &str) -> String {
     match layer {
         Some(layer) => format!("{what} of block {layer}"),
         None => what.to_owned(),
@@ -202,28 +170,26 @@ fn output(module: &str) -> String {
     }
 }
 
-impl Range {
-    /// Adds what the whole text showed in block `layer`, or in the head; `dense` is what the dense model
-    /// showed there, where it was looked at.
-    pub(crate) fn add(
-        &mut self,
-        layer: Option<usize>,
-        readings: &Readings,
-        dense: Option<&Readings>,
-    ) {
-        for reading in &readings.0 {
-            if reading.over > 0 {
-                self.overflows.push(Overflow {
-                    layer,
-                    what: reading.what.clone(),
-                    values: reading.over,
-                    largest: Some(reading.largest).filter(|l| l.is_finite()),
-                    dense: dense.map(|dense| dense.is_over(&reading.what)),
-                });
-            } else if reading.largest > self.largest {
-                self.largest = reading.largest;
-                self.at = place(layer, &reading.what);
-            }
+/// Adds to `range` what the whole text showed in block `layer`, or in the head; `dense` is what the dense model
+/// showed there, where it was looked at.
+pub(crate) fn add(
+    range: &mut F16Range,
+    layer: Option<usize>,
+    readings: &Readings,
+    dense: Option<&Readings>,
+) {
+    for reading in &readings.0 {
+        if reading.over > 0 {
+            range.overflows.push(F16Overflow {
+                layer,
+                what: reading.what.clone(),
+                values: reading.over,
+                largest: Some(reading.largest).filter(|l| l.is_finite()),
+                dense: dense.map(|dense| dense.is_over(&reading.what)),
+            });
+        } else if reading.largest > range.largest {
+            range.largest = reading.largest;
+            range.at = place(layer, &reading.what);
         }
     }
 }
@@ -278,11 +244,11 @@ mod tests {
             let x = Tensor::<Cpu, 2>::from_data(data, (&Default::default(), DType::F32));
             let mut readings = Readings::default();
             readings.read("values", x.cast(dtype));
-            let mut range = Range::default();
-            range.add(Some(3), &readings, None);
+            let mut range = F16Range::default();
+            add(&mut range, Some(3), &readings, None);
             let found = &range.overflows[0];
             assert_eq!((found.values, found.largest), (2, None), "{dtype:?}");
-            assert_eq!(found.place(), "values of block 3");
+            assert_eq!(place(found.layer, &found.what), "values of block 3");
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use gptq_format::{FormatError, LinearDigests, read_json};
+use gptq_format::{FormatError, LinearDigests, MAX_REPORT, read_json_within};
 use serde::Deserialize;
 
 /// A maker's record.
@@ -56,7 +56,7 @@ impl Recorded {
         if !path.exists() {
             return Ok(Recorded::default());
         }
-        let report: Report = read_json(&path)?;
+        let report: Report = read_json_within(&path, MAX_REPORT)?;
         let digests: BTreeMap<_, _> = report
             .linears
             .into_iter()

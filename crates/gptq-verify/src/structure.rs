@@ -7,11 +7,12 @@ use gptq_format::{
     Checkpoint, Contents, GroupSize, LinearDigests, LinearShape, PackedLinear, QuantizeConfig,
     client_support,
 };
-use gptq_model::{Census, Role};
+use gptq_plan::Check;
+use gptq_spec::{Census, Role};
 use rayon::prelude::*;
 
+use crate::VerifyError;
 use crate::recorded::Recorded;
-use crate::{Check, VerifyError};
 
 /// Checks the checkpoint in `dir`: each check with what it found, the tensors themselves first. Where
 /// they do not hold there is nothing further to check.

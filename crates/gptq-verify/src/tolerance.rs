@@ -6,12 +6,12 @@
 //! nothing of a model, as 2 bits do, the mean bits of a weight set the limit.
 
 use gptq_format::{Bits, GroupSize, QuantizeConfig};
-use serde::{Deserialize, Serialize};
+use gptq_plan::{BlockError, Check, NearestRounding, Receipt, Tolerances};
 
+use crate::check;
 use crate::compare::{Compared, Nearest};
 use crate::recorded::Recorded;
 use crate::weights::Strange;
-use crate::{BlockError, Check, NearestRounding, Receipt, check};
 
 /// A branch may lose so much more than rounding to nearest does, and this on top, for what is noise where
 /// next to nothing is lost.
@@ -31,19 +31,6 @@ pub struct Asked {
     pub kl_divergence: Option<f64>,
     pub top1_agreement: Option<f64>,
     pub block_error: Option<f64>,
-}
-
-/// Largest accepted distance between a branch and its dense model.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Tolerances {
-    /// Perplexity over the dense model's, as a fraction of it.
-    pub perplexity_increase: f64,
-    /// Mean KL divergence, nats per token.
-    pub kl_divergence: f64,
-    /// Least fraction of tokens with the same most likely next token.
-    pub top1_agreement: f64,
-    /// Relative error of the block that comes nearest to what is tolerated of it.
-    pub block_error: f64,
 }
 
 /// The most that is tolerated at some bits per weight: nats per token, share of tokens, whatever rounding
@@ -94,32 +81,30 @@ impl Most {
     }
 }
 
-impl Tolerances {
-    /// Those that were asked for, and for the others what a branch of `bits` per weight is to keep beside
-    /// its rounding to nearest. Of blocks nothing yet.
-    pub(crate) fn new(asked: Asked, bits: f64, nearest: Option<&Nearest>) -> Self {
-        let most = Most::at(bits);
-        // Rounding to nearest may leave numbers that are none.
-        let beside = |lost: Option<f64>, most: f64| match lost.filter(|lost| lost.is_finite()) {
-            Some(lost) => most.min(NOISE + FACTOR * lost.max(0.0)),
-            None => most,
-        };
-        let nats = beside(nearest.map(|n| n.loss - n.dense_loss), most.nats);
-        let divergence = beside(nearest.map(|n| n.kl_divergence), most.nats);
-        let disagreement = beside(nearest.map(|n| 1.0 - n.top1_agreement), most.disagreement);
-        Tolerances {
-            perplexity_increase: asked.perplexity_increase.unwrap_or(nats.exp_m1()),
-            kl_divergence: asked.kl_divergence.unwrap_or(divergence),
-            top1_agreement: asked.top1_agreement.unwrap_or(1.0 - disagreement),
-            block_error: asked.block_error.unwrap_or(BLOCK_MOST),
-        }
+/// Returns the tolerances that were asked for, and for the others what a branch of `bits` per weight is to keep
+/// beside its rounding to nearest. The block error is the most that any block may have.
+fn tolerances(asked: Asked, bits: f64, nearest: Option<&Nearest>) -> Tolerances {
+    let most = Most::at(bits);
+    // Rounding to nearest may leave numbers that are none.
+    let beside = |lost: Option<f64>, most: f64| match lost.filter(|lost| lost.is_finite()) {
+        Some(lost) => most.min(NOISE + FACTOR * lost.max(0.0)),
+        None => most,
+    };
+    let nats = beside(nearest.map(|n| n.loss - n.dense_loss), most.nats);
+    let divergence = beside(nearest.map(|n| n.kl_divergence), most.nats);
+    let disagreement = beside(nearest.map(|n| 1.0 - n.top1_agreement), most.disagreement);
+    Tolerances {
+        perplexity_increase: asked.perplexity_increase.unwrap_or(nats.exp_m1()),
+        kl_divergence: asked.kl_divergence.unwrap_or(divergence),
+        top1_agreement: asked.top1_agreement.unwrap_or(1.0 - disagreement),
+        block_error: asked.block_error.unwrap_or(BLOCK_MOST),
     }
 }
 
 /// Judges what was measured beside the dense model, and records it.
 pub(crate) fn judge(receipt: &mut Receipt, loss: f64, compared: Compared, asked: Asked) {
-    let mut allowed = Tolerances::new(asked, compared.bits, compared.nearest.as_ref());
-    let nearest = compared.nearest.as_ref().map(NearestRounding::of);
+    let mut allowed = tolerances(asked, compared.bits, compared.nearest.as_ref());
+    let nearest = compared.nearest.as_ref().map(rounding);
     let increase = (loss - compared.loss).exp_m1();
     let percent = |fraction: f64| format!("{:+.2} %", 100.0 * fraction);
     let beside = |value: Option<String>| match value {
@@ -172,15 +157,13 @@ pub(crate) fn judge(receipt: &mut Receipt, loss: f64, compared: Compared, asked:
     receipt.blocks = compared.blocks;
 }
 
-impl NearestRounding {
-    fn of(nearest: &Nearest) -> NearestRounding {
-        let finite = |value: f64| Some(value).filter(|value| value.is_finite());
-        NearestRounding {
-            tokens: nearest.tokens,
-            perplexity_increase: finite((nearest.loss - nearest.dense_loss).exp_m1()),
-            kl_divergence: finite(nearest.kl_divergence),
-            top1_agreement: nearest.top1_agreement,
-        }
+fn rounding(nearest: &Nearest) -> NearestRounding {
+    let finite = |value: f64| Some(value).filter(|value| value.is_finite());
+    NearestRounding {
+        tokens: nearest.tokens,
+        perplexity_increase: finite((nearest.loss - nearest.dense_loss).exp_m1()),
+        kl_divergence: finite(nearest.kl_divergence),
+        top1_agreement: nearest.top1_agreement,
     }
 }
 

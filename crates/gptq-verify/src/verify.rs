@@ -5,15 +5,15 @@ use std::path::{Path, PathBuf};
 use gptq_calibration::{EvaluationText, TextTokenizer, evaluation_tokens};
 use gptq_format::{FileDigest, Half, files, read_json, sha256_file};
 use gptq_kernels::{Device, Engine, Work};
-use gptq_model::{Census, Model};
+use gptq_model::Model;
+use gptq_plan::{Check, Depth, F16Range, Perplexity, RECEIPT, Receipt, Tolerances};
+use gptq_spec::Census;
 use serde_json::Value;
 
 use crate::compare::measure;
 use crate::recorded::Recorded;
 use crate::tolerance::{advice, judge};
-use crate::{
-    Asked, Check, Depth, Perplexity, RECEIPT, Range, Receipt, Tolerances, VerifyError, structure,
-};
+use crate::{Asked, VerifyError, range, structure};
 
 /// The check of what 16-bit programs can hold.
 pub const RANGE: &str = "f16";
@@ -299,7 +299,7 @@ fn declared(dir: &Path, stored: Half) -> Result<Half, VerifyError> {
 
 /// Whether a program that computes in `declared` can run the model, and what there is to say. `dense` is
 /// what the dense model is stored in, where it ran beside.
-fn range_holds(range: &Range, declared: Half, dense: Option<Half>) -> (bool, String) {
+fn range_holds(range: &F16Range, declared: Half, dense: Option<Half>) -> (bool, String) {
     let Some(first) = range.overflows.first() else {
         let detail = format!(
             "holds everything; the largest is {:.4e} ({})",
@@ -318,7 +318,7 @@ fn range_holds(range: &Range, declared: Half, dense: Option<Half>) -> (bool, Str
     };
     let found = format!(
         "{}{largest}, beyond f16's {} ({} {}){others}",
-        first.place(),
+        range::place(first.layer, &first.what),
         Half::F16.largest(),
         first.values,
         if first.values == 1 { "value" } else { "values" },

@@ -6,7 +6,7 @@ use anyhow::Result;
 use gptq_calibration::{
     Calibration, EvaluationText, Manifest, Overlap, RUN, Sampling, SpecialToken, TextTokenizer,
 };
-use gptq_pipeline::Plan;
+use gptq_plan::Plan;
 use serde::Serialize;
 
 use crate::cli::{CalibrationArgs, CalibrationCommand, warn};

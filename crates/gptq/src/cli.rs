@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use gptq_calibration::OnError;
 use gptq_kernels::Device;
-use gptq_pipeline::{Plan, Recipe, RecipeOverrides, RenderingOverride, parse_size};
+use gptq_plan::{Plan, Recipe, RecipeOverrides, RenderingOverride, parse_size};
 use humantime::parse_duration;
 
 use crate::bug;

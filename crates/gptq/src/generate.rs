@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use gptq_calibration::{ChatTemplate, Message};
 use gptq_generate::{Choice, GenerateError, Prompt, Reply, Settings, generate};
 use gptq_kernels::Device;
-use gptq_model::Census;
+use gptq_spec::Census;
 use serde_json::json;
 
 use crate::log;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, ensure};
 use gptq_calibration::{Source, TextTokenizer};
 use gptq_hub::{DataFiles, Hub, HubSettings, RepoId, STALL, Snapshot};
-use gptq_pipeline::{Fetched, InputSource, Plan, Recipe};
+use gptq_plan::{Fetched, InputSource, Plan, Recipe};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{environment, log, size};

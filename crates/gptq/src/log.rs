@@ -12,10 +12,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Result, anyhow};
 use gptq_calibration::Manifest;
-use gptq_pipeline::{
-    Allocation, BranchReport, Choice, Event, LinearReport, Measure, Perplexity, Plan, Propagation,
-    RunOptions,
+use gptq_plan::{
+    Allocation, BranchReport, Choice, LinearReport, Measure, Perplexity, Plan, Propagation,
 };
+use gptq_run::{Event, RunOptions};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;

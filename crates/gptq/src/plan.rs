@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use gptq_format::Support;
-use gptq_model::ModelConfig;
-use gptq_pipeline::{Look, Plan, Weights, check_texts};
+use gptq_plan::{Look, Plan, Weights, check_texts};
+use gptq_spec::ModelConfig;
 use serde_json::{Value, json};
 
 use crate::cli::{PlanArgs, warn};

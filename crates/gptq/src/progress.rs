@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
 
-use gptq_pipeline::{Allocation, BranchPlan, Choice, Event, LinearReport, Measure, Plan};
+use gptq_plan::{Allocation, BranchPlan, Choice, LinearReport, Measure, Plan};
+use gptq_run::Event;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::time_left::TimeLeft;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, bail, ensure};
 use gptq_format::branch_dirs;
 use gptq_hub::{Changes, Hub, LocalFile, RepoId};
-use gptq_verify::{RECEIPT, Receipt};
+use gptq_plan::{RECEIPT, Receipt};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 

@@ -6,11 +6,12 @@ use std::path::Path;
 use anyhow::{Result, anyhow, bail, ensure};
 use gptq_format::{Checkpoint, sha256_file};
 use gptq_kernels::Device;
-use gptq_pipeline::{
-    BranchReport, Event, InputSource, Look, Measure, Outcome, Perplexity, Phase, Plan, Profile,
-    Recipe, RunOptions, check_texts, quantize, unfinished,
+use gptq_plan::{
+    BranchReport, Check, InputSource, Look, Measure, Perplexity, Plan, Recipe, check_texts,
+    failures,
 };
-use gptq_verify::{Check, Evaluation, RANGE, Request, check_tensors, failures, perplexity, verify};
+use gptq_run::{Event, Outcome, Phase, Profile, RunOptions, quantize, unfinished};
+use gptq_verify::{Evaluation, RANGE, Request, check_tensors, perplexity, verify};
 use serde_json::json;
 
 use crate::cli::{QuantizeArgs, RunArgs, warn};
@@ -157,23 +158,11 @@ fn dense(
             let mut progress = TextProgress::new("dense model");
             let (model, half) = (&plan.model_dir, plan.half);
             let mut show = |done| progress.show(done);
-            recorded(perplexity(model, half, evaluation, device, &mut show)?)
+            perplexity(model, half, evaluation, device, &mut show)?
         }
     };
     log::dense_perplexity(&dense);
     Ok(dense)
-}
-
-/// As a report has it.
-fn recorded(measured: gptq_verify::Perplexity) -> Perplexity {
-    Perplexity {
-        text: measured.text,
-        text_sha256: measured.text_sha256,
-        window: measured.window,
-        tokens: measured.tokens,
-        value: measured.value,
-        dense: measured.dense,
-    }
 }
 
 /// Reopens a finished branch: every tensor is to be what the solver found, and where there is a text
@@ -214,10 +203,9 @@ fn prove(
         log::warning(&format!("{}: {}", report.branch, check.detail));
     }
     holds(&receipt.checks)?;
-    let Some(measured) = receipt.perplexity else {
+    let Some(mut measured) = receipt.perplexity else {
         return Ok(None);
     };
-    let mut measured = recorded(measured);
     let same = |p: &Perplexity| (p.text_sha256.clone(), p.window, p.tokens);
     measured.dense = (same(&measured) == same(dense)).then_some(dense.value);
     log::perplexity(&report.branch, &measured);

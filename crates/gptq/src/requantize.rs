@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use gptq_format::branch_dirs;
-use gptq_pipeline::{BranchReport, Measure, Recipe, RecipeOverrides};
+use gptq_plan::{BranchReport, Measure, Recipe, RecipeOverrides};
 use gptq_verify::{Evaluation, Request, verify};
 use serde::Serialize;
 

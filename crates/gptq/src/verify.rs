@@ -8,7 +8,8 @@ use clap::Args;
 use gptq_calibration::{EvaluationText, TextTokenizer};
 use gptq_format::branch_dirs;
 use gptq_kernels::Device;
-use gptq_verify::{Asked, Depth, Evaluation, RECEIPT, Receipt, Request, verify};
+use gptq_plan::{Depth, RECEIPT, Receipt};
+use gptq_verify::{Asked, Evaluation, Request, verify};
 
 use crate::text_progress::TextProgress;
 use crate::{log, table, terminal};

@@ -109,7 +109,7 @@ impl Engine for Cuda {
         })
     }
 
-    fn dequantize(packed: &PackedLinear, dtype: DType, device: &Device) -> Tensor<Self, 2> {
+    fn dequantize_packed(packed: &PackedLinear, dtype: DType, device: &Device) -> Tensor<Self, 2> {
         super::dequantize(packed, dtype, device).unwrap_or_else(|error| fail(error))
     }
 

@@ -172,7 +172,7 @@ fn gains(settings: &Settings, target: Option<&Target>, sums: Sums) -> Gains {
     let part = |sum| Sums::part(sums.of(sum), output);
     Gains {
         scale_search: settings.scale_search.then(|| part(Sum::Searched)),
-        asymmetric: target.map(|target| {
+        mismatch_correction: target.map(|target| {
             let gain = target.gain(sums.of(Sum::Toward), sums.of(Sum::Shift));
             Sums::part(gain, sums.of(Sum::Drifted))
         }),

@@ -210,7 +210,7 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
         solved.relative_error
     );
     assert!(solved.relative_error < solved.rtn_error);
-    let unpacked = Cpu::dequantize(&solved.packed.wait(), DType::F32, &Default::default());
+    let unpacked = Cpu::dequantize_packed(&solved.packed.wait(), DType::F32, &Default::default());
     assert_eq!(values(unpacked), values(solved.weight.clone()));
     assert_eq!((subset.damping, subset.dead_columns), (0.01, 0));
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use gptq_format::{ShardedWriter, TensorSpec, read_json, write_json};
 use gptq_kernels::Cpu;
+use gptq_spec::{SpecError, model_types};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -13,7 +14,6 @@ use burn::tensor::s;
 
 use super::*;
 use crate::Decoder;
-use crate::families::FAMILIES;
 
 fn root(path: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "../../tests", path]
@@ -127,8 +127,10 @@ fn every_family_gives_the_logits_of_transformers() {
         let config: Value = read_json(&root(&dir).join("config.json")).unwrap();
         types.insert(config["model_type"].as_str().unwrap().to_owned());
     }
-    let families = FAMILIES.iter().map(|family| family.model_type);
-    assert!(types.iter().map(String::as_str).eq(families), "{types:?}");
+    assert!(
+        types.iter().map(String::as_str).eq(model_types()),
+        "{types:?}"
+    );
 }
 
 #[test]
@@ -203,7 +205,7 @@ fn windows_longer_than_the_sliding_window_are_refused() {
     assert!(model.embed(&[vec![1; 8]], 1, DType::F32).is_ok());
     let error = model.embed(&[vec![1; 9]], 1, DType::F32).unwrap_err();
     assert!(
-        matches!(error, ModelError::SlidingWindow { tokens: 9, sees: 8 }),
+        matches!(error, ModelError::Spec(SpecError::SlidingWindow { tokens: 9, sees: 8 })),
         "{error}"
     );
 }

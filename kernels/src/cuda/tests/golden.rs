@@ -83,7 +83,7 @@ fn each_case(scale_search: bool, least_share: f64) {
         let factor = Factor::new(&h, prepared.act_order, prepared.damping).unwrap();
         let expected = host_solve(&w, &factor, &settings);
         let energy = |d: DMatrix<f32>| output_energy(&d.map(f64::from), &h.map(f64::from));
-        let error = energy(&w - expected.dequantise()) / energy(w.clone());
+        let error = energy(&w - expected.dequantize()) / energy(w.clone());
         let expected = expected.into_quantized();
         let same = found
             .codes
@@ -96,7 +96,7 @@ fn each_case(scale_search: bool, least_share: f64) {
             solved.relative_error / error
         );
         assert!(share >= least_share, "{label}: {share} of the codes agree");
-        let q = DMatrix::from_row_slice(w.nrows(), n, &found.dequantise());
+        let q = DMatrix::from_row_slice(w.nrows(), n, &found.dequantize());
         let found_error = energy(&w - q) / energy(w);
         assert!(
             (found_error / error - 1.0).abs() < 0.01,

@@ -91,7 +91,7 @@ pub(super) fn judge<E: Element>(
         scale_search: settings
             .scale_search
             .then_some(expected.search_gain / energy),
-        asymmetric: closer,
+        mismatch_correction: closer,
         refine: (settings.refine > 0).then_some(refined / energy),
     };
     let lost = |q: DMatrix<f64>| output_energy(&(&w - q), gram) / energy;

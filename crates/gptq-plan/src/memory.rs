@@ -1,0 +1,348 @@
+//! What a run holds at once, from shapes alone, and what of it a device has room for.
+
+use gptq_format::TABLE_PIECE;
+use gptq_spec::BlockSpec;
+
+use crate::share::DENSE_SHARE;
+use crate::{Plan, PlanError, Propagation};
+
+/// How an engine divides the calibration windows: the same as `Engine::LANES` and `Engine::CHUNK_TOKENS`
+/// of `gptq-kernels`, which a plan is made without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunking {
+    /// Chunks that run at the same time.
+    pub lanes: usize,
+    /// Tokens of a chunk, unless a window is longer.
+    pub tokens: usize,
+}
+
+impl Chunking {
+    /// On the CPU.
+    pub const CPU: Chunking = Chunking {
+        lanes: 4,
+        tokens: 4096,
+    };
+    /// On a CUDA device.
+    pub const CUDA: Chunking = Chunking {
+        lanes: 1,
+        tokens: 16_384,
+    };
+
+    /// Windows of `seq_len` tokens in a chunk, whose transient activations are alive together.
+    pub fn windows(self, seq_len: usize) -> usize {
+        (self.tokens / seq_len).max(1)
+    }
+}
+
+/// Peak memory in bytes, as budgets count it: with room for what allocators take beyond what is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// On the device of a CUDA run.
+    pub device: u64,
+    /// On the host beside it, where the device has room for all hidden states.
+    pub host: u64,
+    /// On the host of a CPU run.
+    pub cpu: u64,
+    /// Hidden states at their most, which `device` and `cpu` count: what a smaller device keeps on
+    /// the host, and a smaller host on disk.
+    pub states: u64,
+    /// The least `--host-memory` of a CUDA run whose device has no room for the hidden states.
+    pub least_host: u64,
+    /// The least `--host-memory` of a CPU run.
+    pub least_cpu: u64,
+}
+
+/// Where a plan's chunks of windows keep their hidden states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// The first chunks are on the device.
+    pub device: usize,
+    /// The next are in the host's memory, and the others on disk.
+    pub host: usize,
+    /// What those on disk take.
+    pub disk_bytes: u64,
+}
+
+impl Places {
+    /// Everything is on the device.
+    pub const DEVICE: Places = Places {
+        device: usize::MAX,
+        host: 0,
+        disk_bytes: 0,
+    };
+}
+
+/// Host memory of packed tensors on their way to the files; see `write_behind`.
+const QUEUE: u128 = 1 << 30;
+/// What the program itself takes: the tokenizer, threads' stacks, and with CUDA the driver's part.
+const PROGRAM: u128 = 48 << 20;
+const PROGRAM_WITH_CUDA: u128 = 100 << 20;
+/// Device memory that the runtime's pools and the libraries' workspaces take beyond what is asked
+/// for, as a divisor of the whole.
+const SLACK: u128 = 10;
+
+/// Sizes that the peaks are sums of, in elements. Products of a recipe's numbers with a config's are
+/// more than 64 bits hold where both are at their limits.
+struct Sizes {
+    tokens: u128,
+    samples: u128,
+    seq_len: u128,
+    /// Residuals of every stream and one stream's widest activation, per token.
+    states: u128,
+    /// All linears of the largest block.
+    block: u128,
+    table: u128,
+    widest: u128,
+    hidden: u128,
+    /// Bytes for comparing outputs with the dense model's, by the bytes of a number in a product: the states of
+    /// the compared tokens, a window's inputs and outputs, and the nearest weights of a stage.
+    compared: [u128; 2],
+    /// Square matrices: Gram matrices and factors, and what a refinement or a drift needs beside them.
+    squares: u128,
+}
+
+impl Sizes {
+    fn of(plan: &Plan) -> Sizes {
+        let config = &plan.config;
+        let streams = match plan.propagation {
+            Propagation::Quantized => plan.branches.len() as u128,
+            Propagation::Dense => 1,
+        };
+        let hidden = config.hidden_size as u128;
+        let blocks = config.blocks().iter();
+        let inputs = blocks.clone().flat_map(|block| {
+            let taps = block.taps();
+            taps.map(|tap| block.in_features(tap) as u128)
+        });
+        let widest = inputs.max().unwrap_or(hidden);
+        let corrects = u128::from(plan.corrects_mismatch());
+        let refined = plan.branches.iter().any(|b| b.method.refine > 0);
+        let dense = blocks.clone().map(|block| kept(block, hidden)).max();
+        let dense = corrects * dense.unwrap_or_default() / DENSE_SHARE as u128;
+        let share = plan.share();
+        let window = share.tokens as u128;
+        let branches = plan.branches.len() as u128;
+        let states = (5 + branches) * hidden + 2 * widest;
+        let nearest = blocks.clone().flat_map(|block| {
+            block.taps().map(|tap| {
+                let linears = &block.linears()[block.linears_of(tap)];
+                let weights = linears.iter().map(|linear| {
+                    let (n_in, n_out) = linear.shape();
+                    2 * n_in as u128 * n_out as u128
+                });
+                weights.sum::<u128>()
+            })
+        });
+        let nearest = nearest.max().unwrap_or_default();
+        let compared = |bytes: u128| {
+            share.windows as u128 * window * states * 2
+                + window * widest * (3 * bytes + 3 * 4)
+                + nearest * bytes
+        };
+        Sizes {
+            compared: [compared(2), compared(4)],
+            tokens: plan.tokens() as u128,
+            samples: plan.calibration.samples as u128,
+            seq_len: plan.calibration.seq_len as u128,
+            states: streams * hidden + widest + dense,
+            block: blocks
+                .map(|block| block.weights())
+                .max()
+                .unwrap_or_default(),
+            table: config.vocabulary as u128 * hidden,
+            widest,
+            hidden,
+            squares: 4 + 3 * corrects + u128::from(refined),
+        }
+    }
+
+    /// Tokens of a chunk.
+    fn chunk(&self, chunking: Chunking) -> u128 {
+        let windows = chunking.windows(self.seq_len as usize) as u128;
+        windows.min(self.samples) * self.seq_len
+    }
+
+    /// Chunks of the plan.
+    fn chunks(&self, chunking: Chunking) -> u128 {
+        self.tokens.div_ceil(self.chunk(chunking).max(1))
+    }
+
+    /// Bytes of one chunk's hidden states.
+    fn chunk_states(&self, chunking: Chunking) -> u128 {
+        self.chunk(chunking) * self.states * 2
+    }
+
+    /// One chunk's transient activations.
+    fn transients(&self, chunking: Chunking) -> u128 {
+        self.chunk(chunking) * (self.hidden * 6 + self.widest * 4)
+    }
+
+    /// Bytes of all chunks' hidden states.
+    fn all_states(&self, chunking: Chunking) -> u128 {
+        self.chunks(chunking) * self.chunk_states(chunking)
+    }
+
+    /// What a device holds besides hidden states, in bytes: a block dense and quantized, the
+    /// embedding, a chunk's transients, the largest Gram matrix with its factors.
+    fn fixed(&self, chunking: Chunking) -> u128 {
+        (2 * self.block + self.table + self.transients(chunking)) * 2
+            + self.squares * self.widest * self.widest * 4
+            + self.compared[0]
+    }
+
+    /// What the host holds in any run besides hidden states: the blocks being read, packed tensors
+    /// on their way to the files, the windows, the program.
+    fn beside(&self, program: u128) -> u128 {
+        let packed = (2 * self.block).min(QUEUE);
+        2 * self.block * 2 + packed + self.tokens * 4 + self.pieces() + program
+    }
+
+    /// What is converted of the embedding at a time: on its way to the device as it is, as a buffer, as a tensor
+    /// and as one in the type that is computed in, and at the same time on its way into a branch's file.
+    fn pieces(&self) -> u128 {
+        let loaded = 2 + 2 + 2 + 4;
+        let written = 2;
+        self.table.min(TABLE_PIECE as u128) * (loaded + written)
+    }
+
+    /// What the host holds of a CPU run besides hidden states. It computes in f32 and factors in f64.
+    fn fixed_cpu(&self) -> u128 {
+        let lanes = (Chunking::CPU.lanes as u128).min(self.chunks(Chunking::CPU));
+        (2 * self.block).max(self.table) * 4
+            + lanes * self.transients(Chunking::CPU) * 4
+            + self.squares * self.widest * self.widest * 8
+            + self.compared[1]
+            + self.beside(PROGRAM)
+    }
+
+    /// The states of the chunks that run: in memory while they do, wherever they are kept.
+    fn running(&self, chunking: Chunking) -> u128 {
+        let lanes = (chunking.lanes as u128).min(self.chunks(chunking));
+        2 * lanes * self.chunk(chunking) * (self.hidden + self.widest) * 2
+    }
+
+    /// The least memory for hidden states where most of them are on disk: room for those that run, or for all where
+    /// that is less.
+    fn least_states(&self, chunking: Chunking) -> u128 {
+        self.running(chunking).min(self.all_states(chunking))
+    }
+}
+
+/// Per token, the states before every tap of a block and after the last: the residual stream once for each
+/// time that something was added to it, and the other registers.
+fn kept(block: &BlockSpec, hidden: u128) -> u128 {
+    let added = block.taps().filter(|&tap| block.adds(tap..tap + 1));
+    let others = block.taps().map(|tap| block.kept_features(tap) as u128);
+    hidden * (1 + added.count() as u128) + others.sum::<u128>()
+}
+
+impl Memory {
+    /// Hidden states of every branch and one branch's activations in f16, and what stands beside
+    /// them.
+    pub(crate) fn of(plan: &Plan) -> Memory {
+        let sizes = Sizes::of(plan);
+        Memory {
+            device: with_slack(sizes.all_states(Chunking::CUDA) + sizes.fixed(Chunking::CUDA)),
+            host: with_slack(sizes.beside(PROGRAM_WITH_CUDA)),
+            cpu: with_slack(sizes.all_states(Chunking::CPU) + sizes.fixed_cpu()),
+            states: most(sizes.tokens * sizes.states * 2),
+            least_host: with_slack(
+                sizes.beside(PROGRAM_WITH_CUDA) + sizes.least_states(Chunking::CUDA),
+            ),
+            least_cpu: with_slack(sizes.fixed_cpu() + sizes.least_states(Chunking::CPU)),
+        }
+    }
+}
+
+/// The budget of which `bytes` are what [`usable`] leaves.
+fn with_slack(bytes: u128) -> u64 {
+    most(bytes + bytes.div_ceil(SLACK - 1))
+}
+
+/// In 64 bits; what they cannot hold no machine has.
+fn most(bytes: u128) -> u64 {
+    u64::try_from(bytes).unwrap_or(u64::MAX)
+}
+
+fn usable(budget: u64) -> u128 {
+    let budget = u128::from(budget);
+    budget - budget / SLACK
+}
+
+impl Places {
+    /// Within a budget of device memory and one of host memory, each in bytes if there is one.
+    /// `shared`: the device's tensors are in the host's memory.
+    ///
+    /// # Errors
+    /// A budget too small for even one chunk.
+    pub fn new(
+        plan: &Plan,
+        chunking: Chunking,
+        device: Option<u64>,
+        host: Option<u64>,
+        shared: bool,
+    ) -> Result<Places, PlanError> {
+        let sizes = Sizes::of(plan);
+        let chunks = sizes.chunks(chunking);
+        let chunk = sizes.chunk_states(chunking).max(1);
+        let mut on_device = match device {
+            Some(budget) => resident_chunks(&sizes, chunking, budget)?,
+            None => chunks,
+        };
+        let mut on_host = chunks - on_device;
+        if let Some(budget) = host {
+            let (fixed, least) = match shared {
+                true => (sizes.fixed_cpu(), Memory::of(plan).least_cpu),
+                false => {
+                    let beside = sizes.beside(PROGRAM_WITH_CUDA);
+                    // A device that has room for all leaves none of them to the host.
+                    let states = sizes.running(chunking).min(on_host * chunk);
+                    (beside, with_slack(beside + states))
+                }
+            };
+            if budget < least {
+                return Err(PlanError::HostMemory {
+                    needed: least,
+                    budget,
+                });
+            }
+            let room = |beside: u128| usable(budget).saturating_sub(beside) / chunk;
+            let all = room(fixed);
+            // The chunks that run need their places when some are on disk.
+            let room = match all >= chunks {
+                true => chunks,
+                false => room(fixed + sizes.running(chunking)),
+            };
+            if shared {
+                on_device = on_device.min(room);
+                on_host = (chunks - on_device).min(room - on_device);
+            } else {
+                on_host = on_host.min(room);
+            }
+        }
+        Ok(Places {
+            device: on_device as usize,
+            host: on_host as usize,
+            disk_bytes: most((chunks - on_device - on_host) * chunk),
+        })
+    }
+}
+
+/// How many chunks can keep their hidden states on a device with `budget` bytes; the others are
+/// brought over when their turn comes.
+fn resident_chunks(sizes: &Sizes, chunking: Chunking, budget: u64) -> Result<u128, PlanError> {
+    let chunks = sizes.chunks(chunking);
+    let chunk = sizes.chunk_states(chunking);
+    let fixed = sizes.fixed(chunking);
+    // One chunk's states are on the device while it runs, wherever they are kept.
+    let needed = fixed + chunk;
+    if usable(budget) < needed {
+        return Err(PlanError::DeviceMemory {
+            needed: with_slack(needed),
+            budget,
+        });
+    }
+    let room = (usable(budget) - fixed) / chunk.max(1);
+    // The chunk that runs needs its place even when all places are taken.
+    Ok(if room >= chunks { chunks } else { room - 1 })
+}

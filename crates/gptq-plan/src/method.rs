@@ -1,0 +1,65 @@
+//! How codes and scales are found. The format is the same whatever is chosen.
+
+use gptq_format::Bits;
+use serde::{Deserialize, Serialize};
+
+/// A named choice of [`Method`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Preset {
+    /// Exactly AutoGPTQ's method: every scale just spans its group.
+    Autogptq,
+    /// What pays at no real cost.
+    #[default]
+    Standard,
+    /// All that pays.
+    Best,
+}
+
+impl Preset {
+    /// Its name in recipes and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Preset::Autogptq => "autogptq",
+            Preset::Standard => "standard",
+            Preset::Best => "best",
+        }
+    }
+
+    /// What it stands for at a code width.
+    pub fn method(self, bits: Bits) -> Method {
+        match self {
+            Preset::Autogptq => Method::default(),
+            Preset::Standard => Method {
+                scale_search: true,
+                ..Method::default()
+            },
+            Preset::Best => Method {
+                scale_search: true,
+                // From 4 bits on it gains nothing (`crates/gptq-solver/ACCURACY.md`).
+                refine: usize::from(matches!(bits, Bits::Two | Bits::Three)),
+                mismatch_correction: 1.0,
+            },
+        }
+    }
+}
+
+/// The options beyond plain GPTQ; by default, none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Method {
+    /// Each scale searched for the least error, weighted by what the solver pays for it.
+    pub scale_search: bool,
+    /// Passes of coordinate descent over the codes after the sweep.
+    pub refine: usize,
+    /// Strength, 0 to 1, of the activation-mismatch correction: before they are rounded, weights are moved to
+    /// where they give the dense model's output on the branch's own inputs.
+    #[serde(rename = "asymmetric")]
+    pub mismatch_correction: f64,
+}
+
+impl Method {
+    /// True if the method needs the dense model's activations beside the branch's own.
+    pub fn corrects_mismatch(&self) -> bool {
+        self.mismatch_correction > 0.0
+    }
+}

@@ -1,0 +1,293 @@
+//! A recipe made valid: every setting resolved, checked against the model's shapes.
+
+use std::path::{Path, PathBuf};
+
+use gptq_calibration::CalibrationSettings;
+use gptq_format::{Checkpoint, FormatError, Half, QuantizeConfig, read_json};
+use gptq_spec::{Census, ModelConfig};
+use toml::Spanned;
+
+use crate::byte_size::parse_size;
+use crate::inputs::looks_like_repo;
+use crate::recipe::{OnOverflow, Propagate};
+use crate::written_config::written_config;
+use crate::{
+    BranchPlan, Fetched, InputSource, Memory, PlanError, Recipe, RecipeError, RecipeOverrides,
+    Share,
+};
+
+/// Which hidden states a branch's Hessians are computed from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Propagation {
+    /// The branch's own, quantization errors included.
+    Quantized,
+    /// The dense model's, shared by all branches.
+    Dense,
+}
+
+/// What may be done about numbers that do not fit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Numerics {
+    /// Hidden states beyond the range of what they are kept in become its largest number; otherwise
+    /// they end the run.
+    pub clamp_overflow: bool,
+    /// Most damping a linear may need, as a fraction of the mean diagonal.
+    pub max_damping: f64,
+}
+
+/// What was looked at of a model's weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Weights {
+    /// Files.
+    pub files: usize,
+    /// Tensors in them.
+    pub tensors: usize,
+}
+
+/// A valid run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Directory of the dense checkpoint.
+    pub model_dir: PathBuf,
+    /// The base model's public name, for `quantize_config.json`.
+    pub model_name: String,
+    /// Its shapes.
+    pub config: ModelConfig,
+    /// Its weights, as their headers have them; `None` where there are none yet.
+    pub weights: Option<Weights>,
+    /// What its weights are taken in, and written in where they stay unquantized.
+    pub half: Half,
+    /// What to calibrate on.
+    pub calibration: CalibrationSettings,
+    /// Which hidden states are propagated.
+    pub propagation: Propagation,
+    /// Where branch directories go.
+    pub output: PathBuf,
+    /// Largest weight file, bytes.
+    pub shard_size: Option<u64>,
+    /// Text and window to measure perplexity on.
+    pub evaluation: Option<(PathBuf, usize)>,
+    /// What may be done about numbers that do not fit.
+    pub numerics: Numerics,
+    /// The branches, in the recipe's order.
+    pub branches: Vec<BranchPlan>,
+    /// Things a user should know but that do not stop a run.
+    pub warnings: Vec<String>,
+    /// The recipe's text.
+    pub recipe: String,
+    /// The same without this machine's directories, for the report.
+    pub public_recipe: String,
+    /// Where the recipe was, for messages.
+    pub recipe_path: PathBuf,
+    /// What the command line changed in it.
+    pub overrides: RecipeOverrides,
+    /// The command line that asked for the run, for the report; no local path.
+    pub command: Option<String>,
+}
+
+impl Plan {
+    /// Resolves and checks `recipe` against its model; what is on the Hub is in `fetched`. The weights'
+    /// headers are compared with the config where the weights are there.
+    pub fn new(recipe: &Recipe, fetched: &Fetched) -> Result<Plan, PlanError> {
+        let dir = match (&fetched.model, recipe.model_source()?) {
+            (Some(dir), _) => dir.clone(),
+            (None, InputSource::Local(dir)) => dir,
+            (None, InputSource::Hub { repo, .. }) => {
+                let source = &recipe.file.model.source;
+                return Err(recipe
+                    .refuse(source, format!("{repo} was not fetched"))
+                    .into());
+            }
+        };
+        // A Hub model's weights come after its plan.
+        let (config, weights, warnings) = look(&dir, fetched.model.is_some())?;
+        let calibration = recipe.calibration(fetched)?;
+        let mut plan = Plan::for_config(recipe, config)?;
+        let base = read_json(&dir.join("config.json"))?;
+        if let Ok((_, notes)) = written_config(base, plan.half) {
+            plan.warnings.extend(notes);
+        }
+        (plan.model_dir, plan.calibration, plan.weights) = (dir, calibration, weights);
+        plan.warnings.extend(warnings);
+        Ok(plan)
+    }
+
+    /// Resolves and checks `recipe` against shapes alone: nothing is read from its `source`.
+    pub fn for_config(recipe: &Recipe, config: ModelConfig) -> Result<Plan, RecipeError> {
+        let file = &recipe.file;
+        let calibration = recipe.calibration(&Fetched::default())?;
+        let mut branches: Vec<BranchPlan> = Vec::new();
+        for branch in &file.branch {
+            let plan = BranchPlan::new(recipe, branch, &config)?;
+            if branches.iter().any(|b| b.name == plan.name) {
+                let at = &branch.get_ref().name;
+                return Err(recipe.refuse(at, format!("a second branch named {:?}", plan.name)));
+            }
+            branches.push(plan);
+        }
+        if branches.is_empty() {
+            let start = Spanned::new(0..0, ());
+            return Err(recipe.refuse(&start, "no [[branch]]; a recipe needs at least one"));
+        }
+        let linears = branches.iter().map(|b| b.planned_linears(&config).len());
+        let linears: Vec<usize> = linears.collect();
+        crate::report_limits::check_plan(&linears)
+            .map_err(|why| recipe.refuse(&Spanned::new(0..0, ()), why))?;
+        let seq_len = Some((&file.calibration.seq_len, "seq_len"));
+        let window = file.evaluation.as_ref().map(|e| (&e.window, "window"));
+        for (tokens, key) in seq_len.into_iter().chain(window) {
+            config
+                .check_window(*tokens.get_ref())
+                .map_err(|why| recipe.refuse(tokens, format!("{key}: {why}")))?;
+        }
+        let numerics = Numerics {
+            clamp_overflow: file.numerics.overflow == OnOverflow::Clamp,
+            max_damping: match &file.numerics.max_damping {
+                None => 1.0,
+                Some(most) if (0.0..=1.0).contains(most.get_ref()) => *most.get_ref(),
+                Some(most) => {
+                    let reason = format!("max_damping = {} is not between 0 and 1", most.get_ref());
+                    return Err(recipe.refuse(most, reason));
+                }
+            },
+        };
+        if let Some(branch) = (branches.iter()).find(|b| b.damp_percent > numerics.max_damping) {
+            let start = Spanned::new(0..0, ());
+            let at = file.numerics.max_damping.as_ref().map(Spanned::span);
+            let place = at.map_or(start, |span| Spanned::new(span, ()));
+            let reason = format!(
+                "max_damping = {} is below the damp_percent = {} of branch {}",
+                numerics.max_damping, branch.damp_percent, branch.name
+            );
+            return Err(recipe.refuse(&place, reason));
+        }
+        let mut warnings: Vec<String> = recipe.old_spellings().collect();
+        if calibration.seq_len > config.max_positions {
+            warnings.push(format!(
+                "windows of {} tokens are longer than the model's context of {}; calibrating at \
+                 positions it was not trained for",
+                calibration.seq_len, config.max_positions
+            ));
+        }
+        let propagation = match file.propagate {
+            Propagate::Quantized => Propagation::Quantized,
+            Propagate::Dense => Propagation::Dense,
+        };
+        if propagation == Propagation::Dense {
+            // The inputs are the dense model's: there is no drift to make up for.
+            for branch in &mut branches {
+                branch.method.mismatch_correction = 0.0;
+            }
+        }
+        let source = file.model.source.get_ref();
+        Ok(Plan {
+            model_dir: source.into(),
+            model_name: public_name(source),
+            config,
+            weights: None,
+            half: file.model.dtype,
+            calibration,
+            propagation,
+            output: file.output.dir.get_ref().clone(),
+            shard_size: file
+                .output
+                .shard_size
+                .as_ref()
+                .map(|size| parse_size(size.get_ref()).map_err(|why| recipe.refuse(size, why)))
+                .transpose()?,
+            evaluation: file
+                .evaluation
+                .as_ref()
+                .map(|e| (e.text.get_ref().clone(), *e.window.get_ref())),
+            numerics,
+            branches,
+            warnings,
+            recipe: recipe.text.clone(),
+            public_recipe: recipe.public_text.clone(),
+            recipe_path: recipe.path.clone(),
+            overrides: recipe.overrides.clone(),
+            command: None,
+        })
+    }
+
+    /// Where a branch goes.
+    pub fn branch_dir(&self, branch: &BranchPlan) -> PathBuf {
+        self.output.join(&branch.name)
+    }
+
+    /// The same run of these branches alone.
+    pub fn only(&self, branches: &[usize]) -> Plan {
+        let branches = branches.iter().map(|&i| self.branches[i].clone());
+        Plan {
+            branches: branches.collect(),
+            ..self.clone()
+        }
+    }
+
+    /// Calibration tokens.
+    pub fn tokens(&self) -> usize {
+        self.calibration.samples * self.calibration.seq_len
+    }
+
+    /// True if any branch corrects the mismatch of its activations, and so needs the dense model beside its own.
+    pub fn corrects_mismatch(&self) -> bool {
+        self.branches.iter().any(|b| b.method.corrects_mismatch())
+    }
+
+    /// The calibration tokens that output errors are measured on.
+    pub fn share(&self) -> Share {
+        Share::of(self.calibration.samples, self.calibration.seq_len)
+    }
+
+    /// What the run will hold at once.
+    pub fn memory(&self) -> Memory {
+        Memory::of(self)
+    }
+}
+
+/// The model in `dir` by its config and, where they are there, its weights' headers; what a user should
+/// know of them. `partial` weights are as good as none.
+fn look(
+    dir: &Path,
+    partial: bool,
+) -> Result<(ModelConfig, Option<Weights>, Vec<String>), PlanError> {
+    let config = ModelConfig::read(&dir.join("config.json"))?;
+    let quantized = || PlanError::Quantized { dir: dir.into() };
+    let checkpoint = match Checkpoint::open(dir) {
+        Ok(checkpoint) if !partial || checkpoint.absent_files().is_empty() => checkpoint,
+        Err(FormatError::NoCheckpoint { .. }) | Ok(_) => {
+            return match QuantizeConfig::read(dir)? {
+                Some(_) => Err(quantized()),
+                None => Ok((config, None, Vec::new())),
+            };
+        }
+        // An index without a file that it names.
+        Err(FormatError::Malformed { .. }) if partial => return Ok((config, None, Vec::new())),
+        Err(error) => return Err(error.into()),
+    };
+    let weights = Weights {
+        files: checkpoint.files().len(),
+        tensors: checkpoint.names().count(),
+    };
+    let census = Census::of(config, checkpoint);
+    match census.fault {
+        Some(fault) => Err(fault.into()),
+        None if census.checkpoint.quantize_config().is_some() => Err(quantized()),
+        None => Ok((census.config, Some(weights), census.warnings)),
+    }
+}
+
+/// A directory's last component, or a Hub id as it is: never a path of this machine.
+fn public_name(source: &str) -> String {
+    let path = Path::new(source);
+    let is_repo = !path.exists() && looks_like_repo(source);
+    match path.file_name() {
+        Some(name) if !is_repo => name.to_string_lossy().into_owned(),
+        _ => source.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod reader_tests;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,383 @@
+//! What a branch says about itself: `report.json`, and `report.csv` with a row per linear.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+
+use gptq_calibration::Manifest;
+use gptq_format::{
+    Bits, FileDigest, FormatError, GroupSize, LinearDigests, MAX_REPORT, QuantizeConfig,
+    read_json_within, write_file, write_json_within,
+};
+use gptq_solver::Gains;
+use serde::{Deserialize, Serialize};
+
+use crate::{Allocation, ColumnOrder, Fingerprint, Method, Preset, Share, report_limits};
+
+/// The report's name in a branch directory.
+pub const REPORT: &str = "report.json";
+
+/// One linear's numbers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinearReport {
+    /// Block index.
+    pub layer: usize,
+    /// Full module name.
+    pub name: String,
+    /// `[out_features, in_features]`.
+    pub shape: [usize; 2],
+    /// Code width.
+    pub bits: Bits,
+    /// Columns per group.
+    pub group_size: GroupSize,
+    /// `‖(Ŵ - W)X̂‖² / ‖WX̂‖²` on the branch's own calibration inputs, undamped: how far the weights are from the
+    /// original ones. Activation-mismatch correction moves them away on purpose.
+    pub relative_error: f64,
+    /// The same for round to nearest.
+    pub rtn_error: f64,
+    /// `relative_error / rtn_error`.
+    pub ratio: f64,
+    /// `‖ŴX̂ - WX‖² / ‖WX‖²`, against the dense model's output on its own inputs `X`, on the tokens of
+    /// [`BranchReport::compared`]; older reports have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_error: Option<f64>,
+    /// The same for round to nearest, on the branch's inputs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rtn_output_error: Option<f64>,
+    /// `‖(W' - Ŵ)X̂‖² / ‖WX̂‖²` on all calibration inputs, undamped, with the weights `W'` that were rounded:
+    /// what the solver makes small. Without activation-mismatch correction `W'` is `W`, and this `relative_error`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub solver_objective: Option<f64>,
+    /// What the options beyond plain GPTQ were good for; older reports have none.
+    #[serde(default)]
+    pub gains: Gains,
+    /// Damping that was used, as a fraction of the mean diagonal.
+    pub damp_percent: f64,
+    /// Inputs that were always zero.
+    pub dead_columns: usize,
+    /// Time to factor and solve, shared evenly by the linears of a stage.
+    pub seconds: f64,
+    /// Of its tensors as written; older reports have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digests: Option<LinearDigests>,
+}
+
+impl LinearReport {
+    /// Its error and round-to-nearest's by `measure`; NaN where it was not measured.
+    pub fn errors(&self, measure: Measure) -> [f64; 2] {
+        match measure {
+            Measure::Output => {
+                [self.output_error, self.rtn_output_error].map(|it| it.unwrap_or(f64::NAN))
+            }
+            Measure::Weights => [self.relative_error, self.rtn_error],
+        }
+    }
+
+    /// The error as a fraction of round-to-nearest's; 1 where that loses nothing.
+    pub fn of_rtn(&self, measure: Measure) -> f64 {
+        match self.errors(measure) {
+            [_, 0.0] => 1.0,
+            [error, rtn] => error / rtn,
+        }
+    }
+
+    /// Whether plain rounding would have lost less by every measure there is. Where both lose nothing, it
+    /// would not. By one alone it may: correction moves weights away from the original ones, and what the
+    /// inputs have moved may lie the other way from what was rounded.
+    pub fn is_worse_than_rtn(&self) -> bool {
+        let output = self.output_error.zip(self.rtn_output_error);
+        self.relative_error > self.rtn_error && output.is_none_or(|(own, rtn)| own > rtn)
+    }
+}
+
+/// Reference that an error is measured against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Measure {
+    /// The dense model's output ([`LinearReport::output_error`]).
+    Output,
+    /// The original weights ([`LinearReport::relative_error`]), where a report has nothing else.
+    Weights,
+}
+
+impl Measure {
+    /// The first that all of `reports` have: numbers of different measures do not compare.
+    pub fn of<'a>(reports: impl IntoIterator<Item = &'a BranchReport>) -> Measure {
+        let compared = |report: &BranchReport| {
+            let mut linears = report.linears.iter();
+            linears.all(|it| it.output_error.is_some() && it.rtn_output_error.is_some())
+        };
+        match reports.into_iter().all(compared) {
+            true => Measure::Output,
+            false => Measure::Weights,
+        }
+    }
+
+    /// For a table: "output error", "weight error".
+    pub fn name(self) -> &'static str {
+        match self {
+            Measure::Output => "output error",
+            Measure::Weights => "weight error",
+        }
+    }
+}
+
+/// One block's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BlockReport {
+    /// Block index.
+    pub layer: usize,
+    /// The mean over the tokens of [`BranchReport::compared`] of `‖ŷ - y‖² / ‖y‖²`, with the hidden states after
+    /// the block `y` of the dense model and `ŷ` of the branch: all that the branch lost so far.
+    pub output_error: f64,
+}
+
+/// Values of hidden states before a tap that were brought back into range.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clamped {
+    /// Block index.
+    pub layer: usize,
+    /// The linears whose outputs they follow: "qkv", "o", "gate_up", "down", or "block".
+    pub after: String,
+    /// How many.
+    pub values: usize,
+}
+
+/// Perplexity on some text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Perplexity {
+    /// File name of the text.
+    pub text: String,
+    /// Its SHA-256; older files have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text_sha256: Option<String>,
+    /// Tokens per window.
+    pub window: usize,
+    /// Tokens scored: all of a full window but its first.
+    pub tokens: usize,
+    /// Tokens behind the last full window, which are not scored; older files do not say.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub left_over: usize,
+    /// Of the branch, or of the model that was measured.
+    pub value: f64,
+    /// Of the dense model on the same windows, if it was measured.
+    #[serde(default)]
+    pub dense: Option<f64>,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
+/// What a branch's columns were solved with, whatever its files tell readers of it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Solved {
+    /// By descending energy of their inputs.
+    pub act_order: bool,
+    /// Damping that was asked for, as a fraction of the mean diagonal.
+    pub damp_percent: f64,
+}
+
+/// Seconds of one phase of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PhaseSeconds {
+    /// The phase's name.
+    pub phase: String,
+    /// Of the run's own thread.
+    pub seconds: f64,
+}
+
+/// A model's weight files, by name.
+pub type ModelFiles = BTreeMap<String, FileDigest>;
+
+/// A finished branch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BranchReport {
+    /// Version of this program.
+    pub gptq_version: String,
+    /// The base model's public name.
+    pub model: String,
+    /// The base model's weight files, as it was made from them; older reports name none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_files: Option<ModelFiles>,
+    /// The branch's name.
+    pub branch: String,
+    /// Its settings as readers see them.
+    pub quantize_config: QuantizeConfig,
+    /// How its columns were solved; older reports have only what readers see.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub solved: Option<Solved>,
+    /// How codes and scales were found.
+    pub preset: Preset,
+    /// The options themselves; not in reports of before there were any to choose.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub method: Option<Method>,
+    /// How a size budget was spent, where there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Allocation>,
+    /// "quantised" or "dense": the hidden states the Hessians came from.
+    pub propagation: String,
+    /// What it was calibrated on.
+    pub calibration: Manifest,
+    /// The device it was made on, "cpu" or "cuda:N".
+    pub device: String,
+    /// Bytes of the weight files.
+    pub bytes: u64,
+    /// Wall time spent on this branch alone.
+    pub seconds: f64,
+    /// The whole run until this branch was put in place, all its branches included, by phase.
+    #[serde(default)]
+    pub phases: Vec<PhaseSeconds>,
+    /// What its bytes depend on; older reports have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Fingerprint>,
+    /// The recipe as typed.
+    pub recipe: String,
+    /// The command line, absolute paths shortened to their last component.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<String>,
+    /// Hidden states that were brought back into the range of what they are kept in, where the recipe allowed it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub clamped: Vec<Clamped>,
+    /// Perplexity, if the run measured it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<Perplexity>,
+    /// The calibration tokens that outputs were compared with the dense model's on; older reports have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compared: Option<Share>,
+    /// A row per block, where outputs were compared.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blocks: Vec<BlockReport>,
+    /// A row per linear.
+    pub linears: Vec<LinearReport>,
+}
+
+/// The numbers a table of branches shows, of one [`Measure`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Summary {
+    /// Mean error over the linears.
+    pub mean_error: f64,
+    /// Largest error.
+    pub worst_error: f64,
+    /// Mean of the ratios to round to nearest.
+    pub mean_ratio: f64,
+}
+
+impl BranchReport {
+    /// How its columns were solved.
+    pub fn solved(&self) -> Solved {
+        self.solved.unwrap_or(Solved {
+            act_order: self.quantize_config.desc_act,
+            damp_percent: self.quantize_config.damp_percent.unwrap_or_default(),
+        })
+    }
+
+    /// In which order, and with which groups.
+    pub fn order(&self) -> ColumnOrder {
+        ColumnOrder {
+            desc_act: self.solved().act_order,
+            static_groups: self.quantize_config.static_groups,
+        }
+    }
+
+    /// Means and maxima over the linears.
+    pub fn summary(&self, measure: Measure) -> Summary {
+        let n = self.linears.len().max(1) as f64;
+        let errors = || self.linears.iter().map(|l| l.errors(measure)[0]);
+        Summary {
+            mean_error: errors().sum::<f64>() / n,
+            worst_error: errors().fold(0.0, f64::max),
+            mean_ratio: self.linears.iter().map(|l| l.of_rtn(measure)).sum::<f64>() / n,
+        }
+    }
+
+    /// Mean of what the solver makes small, where the report has it.
+    pub fn mean_objective(&self) -> Option<f64> {
+        let all = self.linears.iter().map(|l| l.solver_objective);
+        let sum: f64 = all.collect::<Option<Vec<_>>>()?.iter().sum();
+        Some(sum / self.linears.len().max(1) as f64)
+    }
+
+    /// What the branch lost through all of its blocks, where that was measured.
+    pub fn last_block_error(&self) -> Option<f64> {
+        let last = self.blocks.iter().max_by_key(|block| block.layer);
+        last.map(|block| block.output_error)
+    }
+
+    /// Reads the `report.json` of a branch directory.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or says what no run can have come to: it names the field.
+    pub fn read(dir: &Path) -> Result<Self, FormatError> {
+        let path = dir.join(REPORT);
+        let report = read_json_within(&path, MAX_REPORT)?;
+        match report_limits::check(&report) {
+            Ok(()) => Ok(report),
+            Err(reason) => Err(FormatError::Malformed { path, reason }),
+        }
+    }
+
+    /// Adds a measured perplexity to the report of the finished branch in `dir`.
+    pub fn record_perplexity(
+        &mut self,
+        dir: &Path,
+        perplexity: Perplexity,
+    ) -> Result<(), FormatError> {
+        self.perplexity = Some(perplexity);
+        self.write_json(dir)
+    }
+
+    /// Writes `report.json`, which is such as [`BranchReport::read`] takes.
+    fn write_json(&self, dir: &Path) -> Result<(), FormatError> {
+        let path = dir.join(REPORT);
+        match report_limits::check(self) {
+            Ok(()) => write_json_within(&path, self, MAX_REPORT),
+            Err(reason) => Err(FormatError::Malformed { path, reason }),
+        }
+    }
+
+    /// Writes `report.json` and `report.csv` into `dir`.
+    pub fn write(&self, dir: &Path) -> Result<(), FormatError> {
+        self.write_json(dir)?;
+        write_file(&dir.join("report.csv"), self.csv().as_bytes())
+    }
+
+    fn csv(&self) -> String {
+        let mut csv = String::from(
+            "layer,name,out_features,in_features,bits,group_size,relative_error,rtn_error,ratio,output_error,\
+             rtn_output_error,solver_objective,block_output_error,damp_percent,dead_columns,search_gain,asymmetric_gain,\
+             refine_gain,seconds\n",
+        );
+        let some = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:e}"));
+        let block = |layer: usize| {
+            let block = self.blocks.iter().find(|block| block.layer == layer);
+            block.map(|block| block.output_error)
+        };
+        for l in &self.linears {
+            let [n_out, n_in] = l.shape;
+            writeln!(
+                csv,
+                "{},{},{n_out},{n_in},{},{},{:e},{:e},{:.6},{},{},{},{},{},{},{},{},{},{:.4}",
+                l.layer,
+                l.name,
+                l.bits,
+                l.group_size,
+                l.relative_error,
+                l.rtn_error,
+                l.ratio,
+                some(l.output_error),
+                some(l.rtn_output_error),
+                some(l.solver_objective),
+                some(block(l.layer)),
+                l.damp_percent,
+                l.dead_columns,
+                some(l.gains.scale_search),
+                some(l.gains.mismatch_correction),
+                some(l.gains.refine),
+                l.seconds
+            )
+            .expect("writing to a string cannot fail");
+        }
+        csv
+    }
+}

@@ -1,0 +1,242 @@
+//! What a `report.json` may say. It may come with a branch from elsewhere, and what reads it multiplies
+//! shapes, draws errors to scale and counts: numbers that no run can come to are refused where it is read.
+//! A journal's records of finished blocks, which become a report, have the same limits.
+
+use std::collections::BTreeSet;
+
+use gptq_format::{GroupSize, MAX_REPORT};
+
+use crate::{Allocation, BlockReport, BranchReport, Clamped, LinearReport, Perplexity, Receipt};
+
+/// Blocks, features and weights of a model, as its `config.json` may have them.
+const MAX_LAYERS: usize = 1 << 12;
+const MAX_FEATURES: usize = 1 << 24;
+const MAX_WEIGHTS: u64 = 1 << 48;
+/// Errors, ratios and damping, either way: nothing that is measured comes near it.
+const MAX_NUMBER: f64 = 1e30;
+/// A broken model's may be the exponential of its largest logit.
+const MAX_PERPLEXITY: f64 = 1e100;
+/// Bytes of a linear's name, and linears of a block, with room for 512 experts.
+const MAX_NAME: usize = 512;
+const MAX_KINDS: usize = 2048;
+/// Three centuries.
+const MAX_SECONDS: f64 = 1e10;
+/// Entries of lists that have a few.
+const MAX_ENTRIES: usize = 1 << 10;
+/// Records of clamped states, and values in each.
+const MAX_CLAMPED: usize = 1 << 16;
+const MAX_COUNT: usize = 1 << 47;
+
+/// Bytes of a journal.
+pub const MAX_JOURNAL: u64 = 1 << 30;
+/// Most bytes that a linear takes in a journal or a report: what a plan is judged by before either is written.
+pub(crate) const LINEAR: u64 = 2048;
+
+/// Whether a journal of so many linears of all branches together, and a report of so many of one, are such as
+/// are read again.
+///
+/// # Errors
+/// They are not; in half a line.
+pub(crate) fn check_plan(linears: &[usize]) -> Result<(), String> {
+    let bytes = |linears: usize| (linears as u64).saturating_mul(LINEAR);
+    let most = linears.iter().copied().max().unwrap_or_default();
+    if bytes(most) > MAX_REPORT {
+        return Err(format!(
+            "{most} linears in one branch are more than a report.json can list, {}; skip some",
+            MAX_REPORT / LINEAR
+        ));
+    }
+    let all = linears.iter().sum();
+    if bytes(all) > MAX_JOURNAL {
+        return Err(format!(
+            "{all} linears in all branches together are more than a run's journal can list, {}; make fewer \
+             branches at a time with --branch",
+            MAX_JOURNAL / LINEAR
+        ));
+    }
+    Ok(())
+}
+
+/// Whether every number lies within its limits.
+///
+/// # Errors
+/// The field that does not, in half a line.
+pub(crate) fn check(report: &BranchReport) -> Result<(), String> {
+    let config = &report.quantize_config;
+    group("quantize_config.group_size", config.group_size)?;
+    number("damp_percent", report.solved().damp_percent)?;
+    seconds("seconds", report.seconds)?;
+    most("phases", report.phases.len(), MAX_ENTRIES)?;
+    for (i, phase) in report.phases.iter().enumerate() {
+        seconds(&format!("phases[{i}].seconds"), phase.seconds)?;
+    }
+    let calibration = &report.calibration;
+    most("calibration.samples", calibration.samples, MAX_FEATURES)?;
+    most("calibration.seq_len", calibration.seq_len, MAX_FEATURES)?;
+    if let Some(measured) = &report.perplexity {
+        measured.check()?;
+    }
+    report.budget.iter().try_for_each(budget)?;
+    most("clamped", report.clamped.len(), MAX_CLAMPED)?;
+    for (i, states) in report.clamped.iter().enumerate() {
+        clamped(states).map_err(|why| format!("clamped[{i}].{why}"))?;
+    }
+    if let Some(share) = &report.compared {
+        most("compared.windows", share.windows, MAX_FEATURES)?;
+        most("compared.tokens", share.tokens, MAX_FEATURES)?;
+    }
+    most("blocks", report.blocks.len(), MAX_LAYERS)?;
+    for (i, it) in report.blocks.iter().enumerate() {
+        block(it).map_err(|why| format!("blocks[{i}].{why}"))?;
+    }
+    let linears = MAX_LAYERS * MAX_KINDS;
+    most("linears", report.linears.len(), linears)?;
+    let mut weights = 0;
+    let mut kinds = BTreeSet::new();
+    for (i, it) in report.linears.iter().enumerate() {
+        linear(it).map_err(|why| format!("linears[{i}].{why}"))?;
+        let index = format!(".{}.", it.layer);
+        kinds.insert(it.name.split_once(&index).map_or(&*it.name, |name| name.1));
+        if kinds.len() > MAX_KINDS {
+            return Err(format!(
+                "linears[{i}].name: over {MAX_KINDS} different linears of a block"
+            ));
+        }
+        let [n_out, n_in] = it.shape.map(|n| n as u64);
+        weights += n_out * n_in;
+        if weights > MAX_WEIGHTS {
+            return Err(format!("linears[{i}].shape: over 2^48 weights together"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the numbers of a verification report lie within their limits.
+///
+/// # Errors
+/// The field that does not, in half a line.
+pub(crate) fn receipt(receipt: &Receipt) -> Result<(), String> {
+    if let Some(measured) = &receipt.perplexity {
+        measured.check()?;
+    }
+    number("kl_divergence", receipt.kl_divergence.unwrap_or_default())?;
+    number("top1_agreement", receipt.top1_agreement.unwrap_or_default())?;
+    most("blocks", receipt.blocks.len(), MAX_LAYERS)?;
+    for (i, block) in receipt.blocks.iter().enumerate() {
+        below(&format!("blocks[{i}].layer"), block.layer, MAX_LAYERS)?;
+        let error = block.relative_error.unwrap_or_default();
+        number(&format!("blocks[{i}].relative_error"), error)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn linear(linear: &LinearReport) -> Result<(), String> {
+    below("layer", linear.layer, MAX_LAYERS)?;
+    most("name", linear.name.len(), MAX_NAME)?;
+    if linear.shape.contains(&0) || linear.shape.iter().any(|&n| n > MAX_FEATURES) {
+        return Err(format!(
+            "shape = {:?} is not within 1 and 2^24",
+            linear.shape
+        ));
+    }
+    group("group_size", linear.group_size)?;
+    let gains = linear.gains.used();
+    let gains = gains.map(|(name, gain)| (format!("gains.{name}"), gain));
+    let numbers = [
+        ("relative_error", linear.relative_error),
+        ("rtn_error", linear.rtn_error),
+        ("ratio", linear.ratio),
+        ("damp_percent", linear.damp_percent),
+    ];
+    let numbers = numbers.map(|(name, value)| (name.to_owned(), value));
+    for (name, value) in numbers.into_iter().chain(gains) {
+        number(&name, value)?;
+    }
+    for (name, value) in [
+        ("output_error", linear.output_error),
+        ("rtn_output_error", linear.rtn_output_error),
+        ("solver_objective", linear.solver_objective),
+    ] {
+        number(name, value.unwrap_or_default())?;
+    }
+    most("dead_columns", linear.dead_columns, MAX_FEATURES)?;
+    seconds("seconds", linear.seconds)
+}
+
+fn budget(spent: &Allocation) -> Result<(), String> {
+    number("budget.budget_bits", spent.budget_bits)?;
+    number("budget.mean_bits", spent.mean_bits)?;
+    most("budget.choices", spent.choices.len(), MAX_ENTRIES)?;
+    let groups = MAX_LAYERS * MAX_KINDS;
+    most("budget.groups", spent.groups.len(), groups)
+}
+
+pub(crate) fn block(block: &BlockReport) -> Result<(), String> {
+    below("layer", block.layer, MAX_LAYERS)?;
+    number("output_error", block.output_error)
+}
+
+pub(crate) fn clamped(states: &Clamped) -> Result<(), String> {
+    below("layer", states.layer, MAX_LAYERS)?;
+    most("values", states.values, MAX_COUNT)
+}
+
+impl Perplexity {
+    /// Whether its numbers are such as can be measured.
+    ///
+    /// # Errors
+    /// The field that is not, in half a line.
+    pub fn check(&self) -> Result<(), String> {
+        most("perplexity.window", self.window, MAX_COUNT)?;
+        most("perplexity.tokens", self.tokens, MAX_COUNT)?;
+        within("perplexity.value", self.value, MAX_PERPLEXITY)?;
+        within(
+            "perplexity.dense",
+            self.dense.unwrap_or_default(),
+            MAX_PERPLEXITY,
+        )
+    }
+}
+
+fn group(field: &str, size: GroupSize) -> Result<(), String> {
+    match size {
+        GroupSize::Row => Ok(()),
+        GroupSize::Columns(n) => most(field, n, MAX_FEATURES),
+    }
+}
+
+fn number(field: &str, value: f64) -> Result<(), String> {
+    within(field, value, MAX_NUMBER)
+}
+
+fn within(field: &str, value: f64, most: f64) -> Result<(), String> {
+    match value.abs() <= most {
+        true => Ok(()),
+        false => Err(format!(
+            "{field} = {value:e} is beyond {most:e}, which nothing measured is"
+        )),
+    }
+}
+
+pub(crate) fn seconds(field: &str, value: f64) -> Result<(), String> {
+    match (0.0..=MAX_SECONDS).contains(&value) {
+        true => Ok(()),
+        false => Err(format!(
+            "{field} = {value:e} is not between 0 and {MAX_SECONDS:e}"
+        )),
+    }
+}
+
+fn most(field: &str, value: usize, limit: usize) -> Result<(), String> {
+    match value <= limit {
+        true => Ok(()),
+        false => Err(format!("{field}: {value} is over the limit of {limit}")),
+    }
+}
+
+fn below(field: &str, value: usize, limit: usize) -> Result<(), String> {
+    most(field, value, limit - 1)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,57 @@
+//! Which calibration tokens outputs are compared with the dense model's on.
+
+use serde::{Deserialize, Serialize};
+
+/// Of how many tokens one is compared: the dense forward, the branch's own, and the products of a linear
+/// are each that part of the run's forward (`crates/README.md` has figures).
+pub const SHARE: usize = 256;
+/// Stride: every `DENSE_SHARE`-th chunk is also run through the dense model where a branch corrects the
+/// mismatch of its activations. A quarter of the windows tells most of what all tell, at a quarter of the cost
+/// (`crates/README.md` has figures).
+pub const DENSE_SHARE: usize = 4;
+/// Least tokens of a window.
+const LEAST: usize = 256;
+/// Tokens of a window that is not taken whole are a multiple of this.
+const STEP: usize = 64;
+
+/// The calibration tokens that output errors are measured on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// Windows, evenly spaced from the first.
+    pub windows: usize,
+    /// The first tokens of each.
+    pub tokens: usize,
+}
+
+impl Share {
+    /// Of so many calibration windows of a length.
+    pub(crate) fn of(samples: usize, seq_len: usize) -> Share {
+        let part = samples * seq_len / SHARE / STEP * STEP;
+        Share {
+            windows: samples.div_ceil(SHARE),
+            tokens: part.max(LEAST).min(seq_len),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn about_one_token_in_256_is_compared_and_never_less_than_a_short_window() {
+        for (samples, seq_len, windows, tokens) in [
+            (128, 4096, 1, 2048),
+            (128, 1024, 1, 512),
+            (256, 1024, 1, 1024),
+            (257, 1024, 2, 1024),
+            (64, 4096, 1, 1024),
+            (16, 512, 1, 256),
+            (8, 128, 1, 128),
+            (100, 1000, 1, 384),
+            (1, 1, 1, 1),
+        ] {
+            assert_eq!(Share::of(samples, seq_len), Share { windows, tokens });
+        }
+    }
+}

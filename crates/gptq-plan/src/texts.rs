@@ -1,0 +1,82 @@
+//! What can be told of a run's texts before any of its work: the tokenizer, the calibration rows, and the text
+//! that perplexity is measured on.
+
+use std::fs::File;
+
+use gptq_calibration::{
+    Calibration, CalibrationError, EvaluationText, Rendering, TextTokenizer, evaluation_tokens,
+};
+
+use crate::{Plan, PlanError};
+
+/// How far texts are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// What takes no longer than a moment: large files are not read to their end.
+    First,
+    /// All that a run reads.
+    Whole,
+}
+
+/// Checks the tokenizer and both texts of a plan. What should be known, in a line each.
+///
+/// # Errors
+/// What a run would end with for them: a file or column that is missing, a row that cannot be rendered, a
+/// chat template that does not parse, token ids beyond the vocabulary, too little text.
+pub fn check_texts(plan: &Plan, look: Look) -> Result<Vec<String>, PlanError> {
+    let dir = &plan.model_dir;
+    let is_alone = !dir.join("tokenizer.json").exists() && !has_weights(plan);
+    let tokenizer = match is_alone {
+        true => None,
+        false => Some(TextTokenizer::load(dir)?),
+    };
+    let mut warnings = Vec::new();
+    let settings = &plan.calibration;
+    let rows = match (look, &tokenizer) {
+        (Look::Whole, Some(tokenizer)) if settings.source.is_here() => {
+            Calibration::draw(settings, tokenizer)?.warnings()
+        }
+        _ => Calibration::first_look(settings, tokenizer.as_ref())?,
+    };
+    if let Some((path, _)) = &plan.evaluation {
+        File::open(path).map_err(|source| CalibrationError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        if settings.source.holds(path)? {
+            return Err(CalibrationError::CalibratedOn { path: path.clone() }.into());
+        }
+    }
+    let Some(tokenizer) = &tokenizer else {
+        warnings.push(format!(
+            "{}: neither a tokenizer.json nor weights are here; tokens are not judged",
+            dir.display()
+        ));
+        return Ok(warnings);
+    };
+    let joins = match settings.rendering {
+        Rendering::Template(_) | Rendering::Messages { chatml: true, .. } => true,
+        Rendering::Messages { .. } | Rendering::Tokens { .. } => plan.evaluation.is_some(),
+    };
+    warnings.extend(tokenizer.end_warning().filter(|_| joins));
+    warnings.extend(rows);
+    if let Some((path, window)) = &plan.evaluation {
+        let text = match look {
+            Look::First => EvaluationText::first_look(path, tokenizer, *window)?,
+            Look::Whole => evaluation_tokens(path, tokenizer, *window)?,
+        };
+        warnings.extend(text.warnings());
+    }
+    Ok(warnings)
+}
+
+/// Whether the model's directory holds more than its shapes.
+fn has_weights(plan: &Plan) -> bool {
+    let entries = std::fs::read_dir(&plan.model_dir).into_iter().flatten();
+    let mut names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.any(|name| {
+        [".safetensors", ".bin", ".pt", ".pth"]
+            .iter()
+            .any(|end| name.ends_with(end))
+    })
+}

@@ -1,0 +1,69 @@
+//! Whether the disk has room for what a run will write.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use gptq_format::FormatError;
+use gptq_plan::Plan;
+
+use crate::RunError;
+
+/// Beside the tensors: headers, the tokenizer's files, reports, the journal.
+const BESIDE: u64 = 8 << 20;
+
+/// Compares what the branches of `plan` will take, less what is there of them, and `states` bytes of
+/// hidden states in `scratch` (or, without one, beside the branches) with what is free.
+///
+/// # Errors
+/// [`RunError::DiskSpace`], or a directory that cannot be looked at.
+pub(crate) fn check(plan: &Plan, scratch: Option<&Path>, states: u64) -> Result<(), RunError> {
+    let (dir, needed) = (&plan.output, missing(plan));
+    match scratch {
+        None => room(dir, needed.saturating_add(states)),
+        Some(scratch) => room(dir, needed).and_then(|()| room(scratch, states)),
+    }
+}
+
+/// Whether `bytes` more would leave room for what the branches of `plan` will still take.
+pub(crate) fn has_room(plan: &Plan, bytes: u64) -> Result<bool, FormatError> {
+    Ok(free(&plan.output)? >= missing(plan).saturating_add(bytes))
+}
+
+/// What the branches of `plan` will take, less what is there of them.
+fn missing(plan: &Plan) -> u64 {
+    let dir = &plan.output;
+    let bytes = plan.branches.iter().map(|b| b.bytes(&plan.config));
+    let bytes = bytes.fold(BESIDE, u64::saturating_add);
+    let there = plan.branches.iter().map(|branch| {
+        let name = format!("{}.partial", branch.name);
+        allocated(&dir.join(name))
+    });
+    bytes.saturating_sub(there.sum())
+}
+
+fn room(dir: &Path, needed: u64) -> Result<(), RunError> {
+    let free = free(dir)?;
+    match free < needed {
+        true => Err(RunError::DiskSpace {
+            dir: dir.into(),
+            needed,
+            free,
+        }),
+        false => Ok(()),
+    }
+}
+
+/// Bytes that the file system of `dir` has for whoever runs this.
+fn free(dir: &Path) -> Result<u64, FormatError> {
+    let found = rustix::fs::statvfs(dir).map_err(|e| FormatError::io(dir)(e.into()))?;
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+/// Bytes on the disk of the files in `dir`; a file with holes has fewer than its length.
+fn allocated(dir: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return 0;
+    };
+    let metas = entries.filter_map(|entry| entry.ok()?.metadata().ok());
+    metas.map(|meta| meta.blocks().saturating_mul(512)).sum()
+}

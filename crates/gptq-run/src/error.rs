@@ -1,0 +1,119 @@
+//! The one error type of this crate.
+
+use std::path::PathBuf;
+
+use gptq_calibration::CalibrationError;
+use gptq_format::FormatError;
+use gptq_kernels::{DeviceError, SolveError};
+use gptq_model::ModelError;
+use gptq_plan::{PlanError, at_least, spelt};
+use gptq_spec::SpecError;
+use thiserror::Error;
+
+use crate::Overflow;
+
+/// Why a run could not be begun or finished.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum RunError {
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Calibration(#[from] CalibrationError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(
+        "{source}, with a budget of {}; a smaller --device-memory keeps more hidden states on the host",
+        spelt(*budget)
+    )]
+    OutOfDeviceMemory { source: DeviceError, budget: u64 },
+    #[error(
+        "{}: made with something else ({difference}); --restart makes it again, or choose another \
+         output directory", dir.display()
+    )]
+    Finished { dir: PathBuf, difference: String },
+    #[error(
+        "{}: an unfinished run is here, begun with something else ({difference}); --restart begins \
+         anew, or choose another output directory", dir.display()
+    )]
+    Unfinished { dir: PathBuf, difference: String },
+    #[error("{}: no unfinished run is here that could go on", dir.display())]
+    NothingUnfinished { dir: PathBuf },
+    #[error(
+        "{}: {} are needed here and {} are free; make room, or choose another directory",
+        dir.display(), at_least(*needed, 1 << 20), spelt(*free)
+    )]
+    DiskSpace {
+        dir: PathBuf,
+        needed: u64,
+        free: u64,
+    },
+    #[error("stopped {}", progress(*done, *layers))]
+    Stopped { done: usize, layers: usize },
+    #[error("{}, {modules}: {source}", whose(branch))]
+    Solver {
+        branch: String,
+        modules: String,
+        source: Box<SolveError>,
+    },
+    #[error("{}, {modules}: {source}", whose(branch))]
+    HiddenStates {
+        branch: String,
+        modules: String,
+        source: Overflow,
+    },
+    #[error(
+        "{}, {modules}: the Hessian is not positive definite below damping {needed}, and [numerics] max_damping is \
+         {most}; use more calibration tokens or allow more",
+        whose(branch)
+    )]
+    Damping {
+        branch: String,
+        modules: String,
+        needed: f64,
+        most: f64,
+    },
+}
+
+/// The work that failed: probes of size budgets belong to no branch yet.
+fn whose(branch: &str) -> String {
+    match branch {
+        "" => "measuring for budget_bits".to_owned(),
+        name => format!("branch {name}"),
+    }
+}
+
+fn progress(done: usize, layers: usize) -> String {
+    match done {
+        0 => "before the first block was finished; nothing is left behind".to_owned(),
+        _ => format!("after block {done} of {layers}; the same command goes on from there"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_while_a_budget_is_measured_names_no_branch() {
+        let failed = |branch: &str| RunError::Damping {
+            branch: branch.to_owned(),
+            modules: "model.layers.0.mlp.down_proj".to_owned(),
+            needed: 1.0,
+            most: 0.5,
+        };
+        let line = failed("").to_string();
+        assert!(
+            line.starts_with("measuring for budget_bits, model.layers.0"),
+            "{line}"
+        );
+        let line = failed("main").to_string();
+        assert!(line.starts_with("branch main, model.layers.0"), "{line}");
+    }
+}

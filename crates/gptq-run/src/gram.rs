@@ -1,0 +1,248 @@
+//! The Gram matrices of a stream's inputs, and how far these have drifted from the dense model's.
+//!
+//! Branches that make up for drift compare some of their chunks with the dense model's own, which
+//! [`Dense`] takes through the blocks beside them.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use burn::tensor::Tensor;
+use gptq_format::FormatError;
+use gptq_kernels::{Engine, map_lanes};
+use gptq_model::Block;
+use gptq_plan::DENSE_SHARE;
+
+use crate::profile::{Clock, Phase, timed};
+use crate::stream::{Chunk, Stream};
+
+/// The dense model's states of every [`DENSE_SHARE`]-th chunk.
+pub(crate) struct Dense<B: Engine> {
+    /// Before each tap of the block that was entered last.
+    before: Vec<Stream<B>>,
+    end: Stream<B>,
+}
+
+impl<B: Engine> Dense<B> {
+    /// From those chunks' states before the next block.
+    pub(crate) fn new(states: Stream<B>) -> Self {
+        Dense {
+            before: Vec::new(),
+            end: states,
+        }
+    }
+
+    /// After the block that was entered last.
+    pub(crate) fn end(&self) -> &Stream<B> {
+        &self.end
+    }
+
+    /// Before a tap of the block that was entered last.
+    pub(crate) fn before(&self, tap: usize) -> &Stream<B> {
+        &self.before[tap]
+    }
+
+    /// Runs the next block, dense.
+    pub(crate) fn enter(
+        &mut self,
+        block: &Block<B>,
+        device: &B::Device,
+        clock: &mut Clock,
+    ) -> Result<(), FormatError> {
+        self.before.clear();
+        for tap in block.spec().taps() {
+            let (next, _) = self
+                .end
+                .clone()
+                .advance(block, tap..tap + 1, device, clock)?;
+            self.before.push(std::mem::replace(&mut self.end, next));
+        }
+        Ok(())
+    }
+
+    /// Chunk `chunk` of the branches' before `tap`, where there is one.
+    fn chunk(&self, tap: usize, chunk: usize) -> Option<&Chunk<B>> {
+        let at = chunk
+            .is_multiple_of(DENSE_SHARE)
+            .then_some(chunk / DENSE_SHARE)?;
+        self.before(tap).chunks.get(at)
+    }
+}
+
+/// Gram matrices of a tap's input, f32 `[in, in]` each.
+#[derive(Clone)]
+pub(crate) struct Grams<B: Engine> {
+    /// `XᵀX` of all tokens, upper triangle.
+    pub(crate) all: Tensor<B, 2>,
+    /// `XᵀX` and `(X_d - X)ᵀX` of the tokens that the dense model was given too.
+    pub(crate) drift: Option<[Tensor<B, 2>; 2]>,
+}
+
+/// The Gram matrices of the input of each of `taps`, with `block`'s weights in between; the stream stays
+/// where it is.
+pub(crate) fn grams<B: Engine>(
+    stream: &Stream<B>,
+    block: &Block<B>,
+    taps: Range<usize>,
+    dense: Option<&Dense<B>>,
+    device: &B::Device,
+    clock: &mut Clock,
+) -> Result<Vec<Grams<B>>, FormatError> {
+    let started = Instant::now();
+    let chunks: Vec<_> = stream.chunks.iter().enumerate().collect();
+    let tap = Tap {
+        block,
+        taps,
+        dense,
+        device,
+        wait: clock.waits(),
+    };
+    let lane = chunks.len().div_ceil(B::LANES);
+    let lanes = map_lanes::<B, _, _>(chunks.chunks(lane).collect(), |chunks| tap.lane(chunks));
+    let lanes = lanes.into_iter().collect::<Result<Vec<_>, FormatError>>()?;
+    let [forward, gram] = lanes
+        .iter()
+        .fold([0.0; 2], |[f, g], lane| [f + lane.forward, g + lane.gram]);
+    let sums = lanes
+        .into_iter()
+        .map(|lane| lane.sums)
+        .reduce(|sums, lane| sums.into_iter().zip(lane).map(|(a, b)| a + b).collect())
+        .expect("a stream has at least one chunk");
+    let grams = sums.into_iter().map(Sums::finish).collect();
+    // Lanes run at the same time: their shares of it, not their sums.
+    let seconds = started.elapsed().as_secs_f64();
+    let share = forward / (forward + gram).max(f64::MIN_POSITIVE);
+    clock.add(Phase::Forward, seconds * share);
+    clock.add(Phase::Gram, seconds * (1.0 - share));
+    Ok(grams)
+}
+/// Sums over chunks of one tap's input. Tokens that the dense model was given too are summed apart.
+struct Sums<B: Engine> {
+    apart: Option<[Tensor<B, 2>; 2]>,
+    rest: Option<Tensor<B, 2>>,
+}
+
+impl<B: Engine> Sums<B> {
+    /// Adds a chunk's input, and the dense model's for the same tokens.
+    fn add(&mut self, x: Tensor<B, 2>, dense: Option<Tensor<B, 2>>) {
+        let n = x.dims()[1];
+        let zeros = || B::gram_zeros(n, &x.device());
+        // Taken out, so that the engine owns a sum alone and can add in place.
+        match dense {
+            Some(dense) => {
+                let [gram, cross] = self.apart.take().unwrap_or_else(|| [zeros(), zeros()]);
+                let gram = B::gram_add(gram, x.clone());
+                self.apart = Some([gram, B::cross_add(cross, dense, x)]);
+            }
+            None => {
+                let rest = self.rest.take().unwrap_or_else(zeros);
+                self.rest = Some(B::gram_add(rest, x));
+            }
+        }
+    }
+
+    fn finish(self) -> Grams<B> {
+        let of_dense = self.apart.as_ref().map(|[gram, _]| gram.clone());
+        Grams {
+            all: sum(of_dense, self.rest).expect("a lane has at least one chunk"),
+            drift: self.apart,
+        }
+    }
+}
+
+impl<B: Engine> std::ops::Add for Sums<B> {
+    type Output = Sums<B>;
+
+    fn add(self, other: Sums<B>) -> Sums<B> {
+        let apart = match (self.apart, other.apart) {
+            (Some([a, b]), Some([c, d])) => Some([a + c, b + d]),
+            (one, other) => one.or(other),
+        };
+        Sums {
+            apart,
+            rest: sum(self.rest, other.rest),
+        }
+    }
+}
+
+fn sum<B: Engine>(a: Option<Tensor<B, 2>>, b: Option<Tensor<B, 2>>) -> Option<Tensor<B, 2>> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a + b),
+        (one, other) => one.or(other),
+    }
+}
+
+/// What a lane found, and the seconds it took.
+struct Lane<B: Engine> {
+    sums: Vec<Sums<B>>,
+    forward: f64,
+    gram: f64,
+}
+
+/// Where and how inputs are tapped.
+struct Tap<'a, B: Engine> {
+    block: &'a Block<B>,
+    taps: Range<usize>,
+    dense: Option<&'a Dense<B>>,
+    device: &'a B::Device,
+    wait: bool,
+}
+
+impl<B: Engine> Tap<'_, B> {
+    /// [`grams`] over some of the chunks.
+    fn lane(&self, chunks: &[(usize, &Chunk<B>)]) -> Result<Lane<B>, FormatError> {
+        let empty = || Sums {
+            apart: None,
+            rest: None,
+        };
+        let taps = || self.taps.clone();
+        let mut sums: Vec<Sums<B>> = taps().map(|_| empty()).collect();
+        let (mut forward, mut gram) = (0.0, 0.0);
+        for &(at, chunk) in chunks {
+            let (input, seconds) = self.timed(|| chunk.kept_input(self.block, taps(), self.device));
+            forward += seconds;
+            if let Some(input) = input? {
+                let (dense, seconds) = self.timed(|| self.dense_input(self.taps.start, at));
+                forward += seconds;
+                let dense = dense?;
+                gram += self.timed(|| sums[0].add(input, dense)).1;
+                continue;
+            }
+            let (flow, seconds) = self.timed(|| chunk.flow(self.device));
+            forward += seconds;
+            let mut flow = flow?;
+            for (sums, tap) in sums.iter_mut().zip(taps()) {
+                let inputs = || (self.block.input(tap, &flow), self.dense_input(tap, at));
+                let ((input, dense), seconds) = self.timed(inputs);
+                forward += seconds;
+                let dense = dense?;
+                gram += self.timed(|| sums.add(input, dense)).1;
+                if tap + 1 < self.taps.end {
+                    let (next, seconds) = self.timed(|| self.block.advance(tap..tap + 1, flow));
+                    forward += seconds;
+                    flow = next;
+                }
+            }
+        }
+        Ok(Lane {
+            sums,
+            forward,
+            gram,
+        })
+    }
+
+    /// The dense model's input of `tap` for chunk `at`, where it was run.
+    fn dense_input(&self, tap: usize, at: usize) -> Result<Option<Tensor<B, 2>>, FormatError> {
+        let Some(chunk) = self.dense.and_then(|dense| dense.chunk(tap, at)) else {
+            return Ok(None);
+        };
+        let kept = chunk.kept_input(self.block, tap..tap + 1, self.device)?;
+        Ok(Some(match kept {
+            Some(input) => input,
+            None => self.block.input(tap, &chunk.flow(self.device)?),
+        }))
+    }
+
+    fn timed<T>(&self, work: impl FnOnce() -> T) -> (T, f64) {
+        timed::<B, _>(self.wait, self.device, work)
+    }
+}

@@ -1,0 +1,46 @@
+//! The run: a plan carried out on a device.
+//!
+//! Reading order: [`quantize`] is the driver; blocks in order, streams of hidden states that branches
+//! share until they differ, Gram matrices of their inputs, the writer and the journal follow from it.
+
+#![forbid(unsafe_code)]
+
+mod block_loop;
+mod branch_progress;
+mod branch_writer;
+mod chunking;
+mod disk_space;
+mod error;
+mod event;
+mod fingerprint;
+mod finish;
+mod gram;
+mod hidden_range;
+mod journal;
+mod kept_states;
+mod measure;
+mod model_files;
+mod moved;
+mod options;
+mod output_errors;
+mod probe;
+mod profile;
+mod quantize;
+mod read_ahead;
+mod replay;
+mod resume;
+mod run;
+mod scratch;
+mod solve;
+mod sources;
+mod states;
+mod stream;
+mod write_behind;
+
+pub use error::RunError;
+pub use event::Event;
+pub use hidden_range::Overflow;
+pub use options::RunOptions;
+pub use profile::{Phase, Profile};
+pub use quantize::{Outcome, quantize};
+pub use resume::unfinished;

@@ -1,0 +1,55 @@
+//! How far a block's output moves when some of its linears are quantized.
+
+use burn::tensor::{DType, Tensor};
+use gptq_format::FormatError;
+use gptq_kernels::{Engine, map_lanes};
+use gptq_model::Block;
+
+use crate::profile::{Clock, Phase};
+use crate::stream::Stream;
+
+/// Of how many chunks one is looked at.
+const SHARE: usize = 4;
+/// Instead of what is not finite: a state a thousand times as long as it was.
+pub(crate) const LOST: f64 = 1e6;
+
+/// The mean over tokens of `‖ŷ - y‖² / ‖y‖²`, `y` the residual stream at the end of `block` and `ŷ`
+/// with the weights of `quantized`, which differ from tap `from` on.
+///
+/// By the token, and not by the sum over tokens: the next norm takes each token's length out, and
+/// single tokens can be longer than all the others together.
+pub(crate) fn moved<B: Engine>(
+    stream: &Stream<B>,
+    block: &Block<B>,
+    quantized: &Block<B>,
+    from: usize,
+    device: &B::Device,
+    clock: &mut Clock,
+) -> Result<f64, FormatError> {
+    let chunks: Vec<_> = stream.chunks.iter().step_by(SHARE).collect();
+    let moved = clock.measure::<B, _>(Phase::Forward, device, || {
+        map_lanes::<B, _, _>(chunks, |chunk| {
+            let flow = chunk.flow(device)?;
+            let end = |block: &Block<B>| {
+                let end = block.advance(from..block.spec().taps().end, flow.clone());
+                end.residual.cast(DType::F32)
+            };
+            let (dense, own) = (end(block), end(quantized));
+            let tokens = dense.dims()[0];
+            let lengths = squares(dense.clone()).add_scalar(f32::MIN_POSITIVE);
+            let sum = (squares(own - dense) / lengths).sum().into_data();
+            let sum = sum.as_slice::<f32>().expect("the tensor was cast to f32")[0];
+            Ok((f64::from(sum), tokens))
+        })
+    });
+    let moved = moved.into_iter().collect::<Result<Vec<_>, FormatError>>()?;
+    let (sum, tokens) = (moved.into_iter()).fold((0.0, 0), |(sum, n), (moved, tokens)| {
+        (sum + moved, n + tokens)
+    });
+    let mean = sum / tokens as f64;
+    Ok(if mean.is_finite() { mean } else { LOST })
+}
+/// Each row's squared length, `[rows, 1]`.
+pub(crate) fn squares<B: Engine>(x: Tensor<B, 2>) -> Tensor<B, 2> {
+    (x.clone() * x).sum_dim(1)
+}

@@ -1,0 +1,219 @@
+//! How far a branch's outputs are from the dense model's.
+//!
+//! Of a linear `‖ŴX̂ - WX‖² / ‖WX‖²`, with the dense model's inputs `X` and the branch's own `X̂`: what it
+//! rounds and what its inputs have moved, together. Of a block the mean over tokens of `‖ŷ - y‖² / ‖y‖²`, `y` the
+//! residual stream at its end. Both on the first tokens of a small share of the windows ([`Share`]), which go through the dense
+//! blocks and through each branch's beside the run, so that they are the same tokens for every preset and
+//! propagation, and no byte of a branch depends on them.
+//!
+//! `ŴX̂ - WX = (Ŵ - W)X̂ + W(X̂ - X)`: where a branch is close to the dense model both terms are small, so
+//! nothing cancels, and 16-bit products are as good as the differences need.
+
+use burn::tensor::{DType, Tensor};
+use gptq_format::FormatError;
+use gptq_kernels::Engine;
+use gptq_model::Block;
+use gptq_plan::{SHARE, Share};
+
+use crate::gram::Dense;
+use crate::moved::{LOST, squares};
+use crate::profile::{Clock, Phase};
+use crate::stream::{Chunk, Stream};
+
+/// A linear's errors against the dense model's output.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct LinearErrors {
+    pub(crate) output: f64,
+    /// With weights rounded to nearest.
+    pub(crate) nearest: f64,
+}
+
+/// The dense model and every branch on the compared tokens.
+pub(crate) struct OutputErrors<B: Engine> {
+    pub(crate) dense: Dense<B>,
+    /// In the plan's order.
+    pub(crate) own: Vec<Stream<B>>,
+    /// `‖WX‖²` of the block's linears, in its order.
+    energies: Vec<f64>,
+}
+
+impl<B: Engine> OutputErrors<B> {
+    /// From the states before the next block.
+    pub(crate) fn new(dense: Stream<B>, own: Vec<Stream<B>>) -> Self {
+        OutputErrors {
+            dense: Dense::new(dense),
+            own,
+            energies: Vec::new(),
+        }
+    }
+
+    /// Of `branches` branches that begin with the embedded windows in `all`.
+    pub(crate) fn begin(
+        all: &Stream<B>,
+        share: Share,
+        branches: usize,
+        device: &B::Device,
+    ) -> Result<Self, FormatError> {
+        let first = all.sample(SHARE, share.tokens, device)?;
+        let own = (0..branches).map(|branch| Stream {
+            branches: vec![branch],
+            ..first.clone()
+        });
+        Ok(OutputErrors::new(first.clone(), own.collect()))
+    }
+
+    /// Runs the next block, dense; `solving`: its linears are to be compared.
+    pub(crate) fn enter(
+        &mut self,
+        block: &Block<B>,
+        solving: bool,
+        device: &B::Device,
+        clock: &mut Clock,
+    ) -> Result<(), FormatError> {
+        self.dense.enter(block, device, clock)?;
+        self.energies.clear();
+        if !solving {
+            return Ok(());
+        }
+        let energies = clock.measure::<B, _>(Phase::Sweep, device, || {
+            let mut energies = vec![0.0; block.spec().linears().len()];
+            for tap in block.spec().taps() {
+                for chunk in &self.dense.before(tap).chunks {
+                    let x = input(block, tap, chunk, device)?;
+                    let linears = block.spec().linears_of(tap);
+                    let squared = linears.clone().map(|linear| {
+                        let weight = block.linear(linear).weight.dense(x.dtype());
+                        squares(B::matmul_nt(x.clone(), weight).cast(DType::F32))
+                    });
+                    let sums = sums(squared.collect());
+                    for (linear, sum) in linears.zip(sums) {
+                        energies[linear] += sum;
+                    }
+                }
+            }
+            Ok::<_, FormatError>(energies)
+        });
+        self.energies = energies?;
+        Ok(())
+    }
+
+    /// The errors of some of the linears of `tap`, which `block` has dense yet, with the weights that were
+    /// found and the nearest.
+    pub(crate) fn linears(
+        &self,
+        branch: usize,
+        tap: usize,
+        block: &Block<B>,
+        solved: &[(usize, [&Tensor<B, 2>; 2])],
+        device: &B::Device,
+        clock: &mut Clock,
+    ) -> Result<Vec<LinearErrors>, FormatError> {
+        let lost = clock.measure::<B, _>(Phase::Sweep, device, || {
+            let mut lost = vec![[0.0; 2]; solved.len()];
+            let pairs = self.dense.before(tap).chunks.iter();
+            for (dense, own) in pairs.zip(&self.own[branch].chunks) {
+                let dense = input(block, tap, dense, device)?;
+                let own = input(block, tap, own, device)?;
+                let drift = own.clone() - dense;
+                let squared = solved.iter().flat_map(|&(linear, weights)| {
+                    let weight = block.linear(linear).weight.dense(own.dtype());
+                    let shift = B::matmul_nt(drift.clone(), weight.clone()).cast(DType::F32);
+                    weights.map(|rounded| {
+                        let rounding = rounded.clone() - weight.clone();
+                        let moved = B::matmul_nt(own.clone(), rounding).cast(DType::F32);
+                        squares(moved + shift.clone())
+                    })
+                });
+                let sums = sums(squared.collect());
+                for (lost, sums) in lost.iter_mut().zip(sums.chunks_exact(2)) {
+                    lost[0] += sums[0];
+                    lost[1] += sums[1];
+                }
+            }
+            Ok::<_, FormatError>(lost)
+        });
+        let errors = solved.iter().zip(lost?).map(|(&(linear, _), lost)| {
+            let [output, nearest] = lost.map(|lost| part(lost, self.energies[linear]));
+            LinearErrors { output, nearest }
+        });
+        Ok(errors.collect())
+    }
+
+    /// Takes a branch past `tap` with the weights of its own block.
+    pub(crate) fn advance(
+        &mut self,
+        branch: usize,
+        tap: usize,
+        block: &Block<B>,
+        device: &B::Device,
+        clock: &mut Clock,
+    ) -> Result<(), FormatError> {
+        let own = &mut self.own[branch];
+        let (next, _) = own.clone().advance(block, tap..tap + 1, device, clock)?;
+        *own = next;
+        Ok(())
+    }
+
+    /// The error of the output of the block that was entered last, which the branch has been through.
+    pub(crate) fn block(&self, branch: usize, device: &B::Device) -> Result<f64, FormatError> {
+        let (mut sum, mut tokens) = (0.0, 0);
+        let pairs = self.dense.end().chunks.iter().zip(&self.own[branch].chunks);
+        for (dense, own) in pairs {
+            let [dense, own] = [dense, own].map(|chunk| {
+                let states = chunk.flow(device)?.residual;
+                Ok::<_, FormatError>(states.cast(DType::F32))
+            });
+            let (dense, own) = (dense?, own?);
+            tokens += dense.dims()[0];
+            let lengths = squares(dense.clone()).add_scalar(f32::MIN_POSITIVE);
+            sum += sums(vec![squares(own - dense) / lengths])[0];
+        }
+        Ok(bounded(sum / tokens as f64))
+    }
+}
+
+/// The input of the linears of `tap`.
+fn input<B: Engine>(
+    block: &Block<B>,
+    tap: usize,
+    chunk: &Chunk<B>,
+    device: &B::Device,
+) -> Result<Tensor<B, 2>, FormatError> {
+    Ok(match chunk.kept_input(block, tap..tap + 1, device)? {
+        Some(input) => input,
+        None => block.input(tap, &chunk.flow(device)?),
+    })
+}
+
+/// The sum of each of some columns `[tokens, 1]`, brought over at once and added up in f64.
+fn sums<B: Engine>(columns: Vec<Tensor<B, 2>>) -> Vec<f64> {
+    let n = columns.len();
+    let values = Tensor::cat(columns, 1).into_data();
+    let values = values.as_slice::<f32>().expect("the columns are f32");
+    let mut sums = vec![0.0; n];
+    for row in values.chunks_exact(n) {
+        for (sum, &value) in sums.iter_mut().zip(row) {
+            *sum += f64::from(value);
+        }
+    }
+    sums
+}
+
+/// A linear whose dense output is zero has nothing to lose but by giving some.
+fn part(lost: f64, energy: f64) -> f64 {
+    match lost {
+        0.0 => 0.0,
+        lost => bounded(lost / energy),
+    }
+}
+
+/// A number for what is not finite: output a thousand times as long as it was.
+fn bounded(error: f64) -> f64 {
+    match error < LOST {
+        true => error,
+        false => LOST,
+    }
+}
+
+#[cfg(test)]
+mod tests;

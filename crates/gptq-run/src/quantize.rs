@@ -1,0 +1,363 @@
+//! The driver of a run: finds which branches are still missing, and makes them in as few passes over the
+//! blocks as possible.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::scope;
+
+use gptq_calibration::{Calibration, TextTokenizer};
+use gptq_format::{Checkpoint, FormatError, OutputLock, StagedDir};
+use gptq_kernels::{Device, DeviceError, Engine, Work, dtype};
+use gptq_model::Model;
+use gptq_plan::{BranchPlan, BranchReport, Header, Origin, Places, Plan, Recorded};
+
+use crate::branch_writer::BranchWriter;
+use crate::chunking::chunking;
+use crate::disk_space;
+use crate::fingerprint::Fingerprints;
+use crate::finish::About;
+use crate::journal::Journal;
+use crate::measure::{self, Measuring};
+use crate::model_files::ModelHash;
+use crate::options::{RunOptions, check_stop};
+use crate::profile::{Clock, Profile};
+use crate::read_ahead::read_ahead;
+use crate::resume::{Found, Restored, date_told, discard};
+use crate::run::Run;
+use crate::scratch::Scratch;
+use crate::write_behind::WriteBehind;
+use crate::{Event, RunError};
+
+/// The result of a run.
+#[derive(Debug)]
+pub struct Outcome {
+    /// In the plan's order.
+    pub reports: Vec<BranchReport>,
+    /// Where the time went.
+    pub profile: Profile,
+    /// Keeps others from the output directory for as long as the branches are still worked on.
+    pub lock: OutputLock,
+}
+
+/// Carries the plan out on `device`: one load, one tokenisation, one pass over the blocks, every
+/// branch written. Branches that are finished are left as they are, and a run that was stopped goes
+/// on from its last finished block.
+///
+/// # Errors
+/// Whatever is wrong with the inputs is found before any block is run where it can be. After an
+/// error in a later block the output directory holds the unfinished run, to be gone on with.
+pub fn quantize(
+    plan: &Plan,
+    device: Device,
+    options: RunOptions<'_>,
+    on_event: &mut dyn FnMut(Event<'_>),
+) -> Result<Outcome, RunError> {
+    let clock = Clock::new(options.profile);
+    let device = device.resolve()?;
+    let mut budget = options.device_memory;
+    let work = Quantize {
+        plan,
+        device,
+        options,
+        clock,
+        budget: &mut budget,
+        on_event,
+    };
+    match device.run(work) {
+        Ok(outcome) => outcome,
+        Err(source @ DeviceError::OutOfMemory { .. }) => Err(match budget {
+            Some(budget) => RunError::OutOfDeviceMemory { source, budget },
+            None => source.into(),
+        }),
+        Err(source) => Err(source.into()),
+    }
+}
+
+struct Quantize<'a> {
+    plan: &'a Plan,
+    device: Device,
+    options: RunOptions<'a>,
+    clock: Clock,
+    /// Device memory in bytes; filled in with what is free.
+    budget: &'a mut Option<u64>,
+    on_event: &'a mut dyn FnMut(Event<'_>),
+}
+
+/// Inputs of every pass.
+struct Inputs<B: Engine> {
+    model: Model<B>,
+    calibration: Calibration,
+    prints: Fingerprints,
+    places: Places,
+}
+
+impl Work for Quantize<'_> {
+    type Output = Result<Outcome, RunError>;
+
+    fn run<B: Engine>(mut self, device: B::Device) -> Self::Output {
+        let plan = self.plan;
+        let lock = OutputLock::acquire(&plan.output)?;
+        if !lock.is_exclusive() {
+            (self.on_event)(Event::NotLocked { dir: &plan.output });
+        }
+        for branch in &plan.branches {
+            StagedDir::check(&plan.branch_dir(branch))?;
+        }
+        *self.budget = self.budget.or_else(|| B::free_memory(&device));
+        // Where nothing says how much is free, tensors are in the host's memory.
+        let shared = B::free_memory(&device).is_none();
+        let places = Places::new(
+            plan,
+            chunking::<B>(),
+            *self.budget,
+            self.options.host_memory,
+            shared,
+        )?;
+        let model = Model::<B>::open(&plan.model_dir, &device)?.taken_in(plan.half);
+        let tokenizer = TextTokenizer::load(&plan.model_dir)?;
+        let mut settings = plan.calibration.clone();
+        if settings.date.is_none() && !self.options.restart {
+            settings.date = date_told(plan)?;
+        }
+        let calibration = Calibration::draw(&settings, &tokenizer)?;
+        (self.on_event)(Event::Calibrated {
+            warnings: &calibration.warnings(),
+        });
+        let (checkpoint, card) = (model.checkpoint(), B::card(&device));
+        let prints = Fingerprints::new(plan, &calibration, checkpoint, self.device, card)?;
+        let mut model_hash = ModelHash::new(checkpoint, model.config(), plan.half);
+        let mut found = Found::look(plan, checkpoint, &prints, &mut model_hash, &self.options)?;
+        if !found.passes.is_empty() {
+            model_hash.begin();
+        }
+        let unfinished = found.passes.iter().any(|pass| pass.recorded.is_some());
+        let inputs = Inputs {
+            model,
+            calibration,
+            prints,
+            places,
+        };
+        let linears: Vec<usize> = (plan.branches.iter())
+            .map(|b| b.planned_linears(&plan.config).len())
+            .collect();
+        (self.on_event)(Event::Started {
+            tokens: plan.tokens(),
+            linears: &linears,
+        });
+        for (branch, report) in found.finished.iter().enumerate() {
+            if let Some(report) = report {
+                StagedDir::tidy(&plan.branch_dir(&plan.branches[branch]))?;
+                (self.on_event)(Event::Kept { branch, report });
+            }
+        }
+        if !unfinished {
+            discard(plan)?;
+        }
+        let missing: Vec<usize> = (found.passes.iter())
+            .flat_map(|pass| pass.branches.iter().copied())
+            .collect();
+        if !missing.is_empty() {
+            let (scratch, states) = (self.options.scratch, inputs.places.disk_bytes);
+            disk_space::check(&plan.only(&missing), scratch, states)?;
+        }
+        for pass in found.passes {
+            let reports = self.pass(&inputs, &mut model_hash, &pass.branches, pass.recorded)?;
+            for (branch, report) in pass.branches.into_iter().zip(reports) {
+                found.finished[branch] = Some(report);
+            }
+        }
+        Ok(Outcome {
+            reports: found.finished.into_iter().flatten().collect(),
+            profile: self.clock.profile(),
+            lock,
+        })
+    }
+}
+
+impl Quantize<'_> {
+    /// Makes these branches in one pass over the blocks.
+    fn pass<B: Engine>(
+        &mut self,
+        inputs: &Inputs<B>,
+        model_hash: &mut ModelHash,
+        branches: &[usize],
+        recorded: Option<Recorded>,
+    ) -> Result<Vec<BranchReport>, RunError> {
+        let mut plan = self.plan.only(branches);
+        let settled = self.settle(inputs, model_hash, &plan, branches, recorded.as_ref());
+        let done = settled.and_then(|settled| {
+            plan.branches = settled;
+            self.blocks(inputs, model_hash, &plan, branches, recorded)
+        });
+        let plan = &plan;
+        if done.is_ok() {
+            Journal::remove(&plan.output)?;
+            return done;
+        }
+        // What ended the run is what is told, whatever else goes wrong now.
+        let finished = match Recorded::read(&plan.output) {
+            Ok(found) => found.map_or(0, |found| found.blocks.len()),
+            Err(_) => return done,
+        };
+        if finished == 0 {
+            let _ = discard(plan);
+        }
+        match done {
+            Err(RunError::Stopped { layers, .. }) => Err(RunError::Stopped {
+                done: finished,
+                layers,
+            }),
+            other => other,
+        }
+    }
+
+    /// The branches of `plan` with their size budgets spent: as `recorded` says, or else by probing.
+    fn settle<B: Engine>(
+        &mut self,
+        inputs: &Inputs<B>,
+        model_hash: &mut ModelHash,
+        plan: &Plan,
+        branches: &[usize],
+        recorded: Option<&Recorded>,
+    ) -> Result<Vec<BranchPlan>, RunError> {
+        if !plan.branches.iter().any(BranchPlan::is_open) {
+            return Ok(plan.branches.clone());
+        }
+        let settled = match recorded {
+            Some(recorded) => measure::recorded(plan, recorded)?,
+            None => {
+                // Before there is work to lose.
+                disk_space::check(plan, self.options.scratch, inputs.places.disk_bytes)?;
+                let windows = measure::windows(&inputs.calibration.windows);
+                let probes = measure::probes(plan, windows.len());
+                let host = self.options.host_memory;
+                let shared = B::free_memory(inputs.model.device()).is_none();
+                let places = Places::new(&probes, chunking::<B>(), *self.budget, host, shared)?;
+                let scratch = self.scratch(plan, &places)?;
+                let (stop, layers) = (self.options.stop, plan.config.layers);
+                let measuring = Measuring {
+                    model: &inputs.model,
+                    clock: &mut self.clock,
+                    frugal: self.options.device_memory.is_some(),
+                    check: &mut || {
+                        check_stop(stop, layers)?;
+                        model_hash.check()
+                    },
+                    on_event: self.on_event,
+                };
+                measuring.spend(plan, &probes, &windows, &places, scratch.as_ref())?
+            }
+        };
+        for (branch, &index) in settled.iter().zip(branches) {
+            if let Some(allocation) = &branch.allocation {
+                (self.on_event)(Event::Allocated {
+                    branch: index,
+                    allocation,
+                });
+            }
+        }
+        Ok(settled)
+    }
+
+    /// Where the hidden states go that have no place in memory, if there are any.
+    fn scratch(&self, plan: &Plan, places: &Places) -> Result<Option<Arc<Scratch>>, FormatError> {
+        match places.disk_bytes {
+            0 => Ok(None),
+            _ => Scratch::create(self.options.scratch.unwrap_or(&plan.output)).map(Some),
+        }
+    }
+
+    fn blocks<B: Engine>(
+        &mut self,
+        inputs: &Inputs<B>,
+        model_hash: &mut ModelHash,
+        plan: &Plan,
+        branches: &[usize],
+        recorded: Option<Recorded>,
+    ) -> Result<Vec<BranchReport>, RunError> {
+        let prints: Vec<_> = branches
+            .iter()
+            .map(|&i| &inputs.prints.branches[i])
+            .collect();
+        let names: Vec<String> = plan.branches.iter().map(|b| b.name.clone()).collect();
+        let scratch = self.scratch(plan, &inputs.places)?;
+        let (writers, journal, restored) = match recorded {
+            None => {
+                let writers = plan.branches.iter().map(|b| BranchWriter::create(plan, b));
+                let writers = writers.collect::<Result<Vec<_>, FormatError>>()?;
+                let prints = prints.iter().map(|&print| print.clone());
+                let branches: BTreeMap<_, _> = names.iter().cloned().zip(prints).collect();
+                let spent = plan.branches.iter();
+                let spent = spent.filter_map(|b| Some((b.name.clone(), b.allocation.clone()?)));
+                let header = Header::new(
+                    origin(plan)?,
+                    [inputs.prints.run.clone(), inputs.prints.files.clone()],
+                    inputs.prints.embedding.clone(),
+                    branches,
+                    spent.collect(),
+                );
+                let journal = Journal::create(&plan.output, &header)?;
+                (writers, journal, Restored::none(plan))
+            }
+            Some(recorded) => {
+                let journal = Journal::reopen(&plan.output, &recorded)?;
+                let restored = Restored::new(plan, recorded)?;
+                let writers = (plan.branches.iter().zip(&restored.branches))
+                    .map(|(branch, restored)| {
+                        BranchWriter::reopen(plan, branch, &restored.progress.linears)
+                    })
+                    .collect::<Result<Vec<_>, FormatError>>()?;
+                (self.on_event)(Event::Resumed {
+                    layers: restored.layers,
+                    kept: restored.first(),
+                });
+                (writers, journal, restored)
+            }
+        };
+        let partials = match restored.layers {
+            0 => Vec::new(),
+            _ => (writers.iter().map(|writer| Checkpoint::open(writer.path())))
+                .collect::<Result<_, _>>()?,
+        };
+        let (model, on_event) = (&inputs.model, &mut *self.on_event);
+        scope(|scope| {
+            let blocks = read_ahead(scope, model, restored.first());
+            let flows = model.flows(
+                &inputs.calibration.windows,
+                chunking::<B>().windows(plan.calibration.seq_len),
+                dtype(B::kept(plan.half)),
+            )?;
+            let checkpoint = model.checkpoint();
+            let run = Run {
+                plan,
+                model,
+                model_hash,
+                writer: WriteBehind::spawn(scope, writers, checkpoint, journal, names),
+                restored,
+                partials,
+                clock: &mut self.clock,
+                frugal: self.options.device_memory.is_some(),
+                stop: self.options.stop,
+                keep_every: self.options.keep_every,
+                on_event: &mut |event| on_event(event.of(branches)),
+            };
+            let about = About {
+                manifest: &inputs.calibration.manifest,
+                device: self.device.to_string(),
+                prints,
+            };
+            run.carry_out(flows, &inputs.places, scratch.as_ref(), &blocks, about)
+        })
+    }
+}
+
+fn origin(plan: &Plan) -> Result<Origin, FormatError> {
+    let here = Path::new(".");
+    Ok(Origin {
+        path: plan.recipe_path.clone(),
+        recipe: plan.recipe.clone(),
+        overrides: plan.overrides.clone(),
+        directory: here.canonicalize().map_err(FormatError::io(here))?,
+    })
+}

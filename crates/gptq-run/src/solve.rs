@@ -1,0 +1,263 @@
+//! Solving: the linears at a tap quantized from the Gram matrix of their input, and written.
+
+use std::ops::Range;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use gptq_kernels::{Drift, Engine, Hessian, Incoming, Request, Subset};
+use gptq_model::{Block, Model};
+use gptq_plan::{BlockReport, BranchBlock, Clamped, LinearReport, Plan, PlannedLinear};
+
+use crate::block_loop::{At, Strategy};
+use crate::branch_progress::BranchProgress;
+use crate::gram::Grams;
+use crate::output_errors::OutputErrors;
+use crate::profile::{Clock, Phase};
+use crate::states::States;
+use crate::{Event, RunError, hidden_range, kept_states};
+use gptq_format::FormatError;
+
+/// Takes what is solved; on the disk, [`WriteBehind`](crate::write_behind::WriteBehind).
+pub(crate) trait Sink {
+    /// Takes a linear of a branch.
+    fn linear(
+        &mut self,
+        branch: usize,
+        module: String,
+        packed: Incoming,
+    ) -> Result<(), FormatError>;
+
+    /// Takes the record of a block whose linears were all taken.
+    fn block(
+        &mut self,
+        layer: usize,
+        source: String,
+        branches: Vec<BranchBlock>,
+        states: Option<String>,
+    ) -> Result<(), FormatError>;
+}
+
+/// Finds weights, hands them to a [`Sink`], and reports them.
+pub(crate) struct Solve<'a, B: Engine> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) model: &'a Model<B>,
+    pub(crate) sink: &'a mut dyn Sink,
+    /// Of each branch, in the plan's order.
+    pub(crate) progress: &'a mut [BranchProgress],
+    /// The age of the last saved hidden states at which they are saved again.
+    pub(crate) keep_every: Duration,
+    /// When hidden states were saved last, or the run began.
+    pub(crate) last_kept: Instant,
+    pub(crate) stop: &'a AtomicBool,
+    pub(crate) on_event: &'a mut dyn FnMut(Event<'_>),
+}
+
+/// The linears at a tap with their solutions.
+pub(crate) struct SolvedTap<B: Engine> {
+    pub(crate) linears: Vec<PlannedLinear>,
+    pub(crate) subset: Subset<B>,
+    /// Time to factor and solve.
+    pub(crate) seconds: f64,
+}
+
+/// Solves the linears that a branch quantizes at a tap; `None` where it quantizes none.
+///
+/// # Errors
+/// A Gram matrix that cannot be factored, or only with more damping than the plan allows.
+pub(crate) fn solve<B: Engine>(
+    plan: &Plan,
+    model: &Model<B>,
+    at: At,
+    grams: Grams<B>,
+    block: &Block<B>,
+    clock: &mut Clock,
+) -> Result<Option<SolvedTap<B>>, RunError> {
+    let branch = &plan.branches[at.branch];
+    let spec = block.spec();
+    let planned = |linear| branch.planned(at.layer, linear, &spec.linears()[linear]);
+    let linears: Vec<_> = spec.linears_of(at.tap).filter_map(planned).collect();
+    if linears.is_empty() {
+        return Ok(None);
+    }
+    let modules = || {
+        let modules = linears.iter().map(|linear| linear.module.as_str());
+        modules.collect::<Vec<_>>().join(", ")
+    };
+    let request = |linear: &PlannedLinear| Request {
+        weight: block.linear(linear.linear).weight.dense(model.dtype()),
+        settings: linear.settings,
+    };
+    let requests = linears.iter().map(request).collect();
+    let hessian = Hessian {
+        act_order: branch.desc_act,
+        damping: branch.damp_percent,
+    };
+    let strength = branch.method.mismatch_correction;
+    let drift = grams.drift.filter(|_| strength > 0.0);
+    let drift = drift.map(|[gram, cross]| Drift {
+        gram,
+        cross,
+        strength,
+    });
+    let started = Instant::now();
+    let format = branch.format();
+    let subset = B::solve(grams.all, drift, hessian, requests, format).map_err(|source| {
+        RunError::Solver {
+            branch: branch.name.clone(),
+            modules: modules(),
+            source: Box::new(source),
+        }
+    })?;
+    let most = plan.numerics.max_damping;
+    if subset.damping > most {
+        return Err(RunError::Damping {
+            branch: branch.name.clone(),
+            modules: modules(),
+            needed: subset.damping,
+            most,
+        });
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let (factor, pack) = (subset.times.factor, subset.times.pack);
+    clock.add(Phase::Factor, factor);
+    clock.add(Phase::Pack, pack);
+    clock.add(Phase::Sweep, seconds - factor - pack);
+    Ok(Some(SolvedTap {
+        linears,
+        subset,
+        seconds,
+    }))
+}
+
+impl<B: Engine> Strategy<B> for Solve<'_, B> {
+    fn solves(&self) -> bool {
+        true
+    }
+
+    fn tap(
+        &mut self,
+        at: At,
+        grams: Option<Grams<B>>,
+        compared: Option<&OutputErrors<B>>,
+        block: &mut Block<B>,
+        clock: &mut Clock,
+    ) -> Result<(), RunError> {
+        let grams = grams.expect("the loop has Gram matrices for whom solves");
+        let Some(solved) = solve(self.plan, self.model, at, grams, block, clock)? else {
+            return Ok(());
+        };
+        let SolvedTap {
+            linears,
+            subset,
+            seconds,
+        } = solved;
+        let seconds = seconds / linears.len() as f64;
+        let errors = match compared {
+            Some(compared) => {
+                let weights = subset.solved.iter().map(|it| [&it.weight, &it.nearest]);
+                let solved: Vec<_> = linears.iter().map(|it| it.linear).zip(weights).collect();
+                let device = self.model.device();
+                compared.linears(at.branch, at.tap, block, &solved, device, clock)?
+            }
+            None => Vec::new(),
+        };
+        let mut errors = errors.into_iter();
+        for (linear, solved) in linears.into_iter().zip(subset.solved) {
+            let errors = errors.next();
+            let started = Instant::now();
+            (self.sink).linear(at.branch, linear.module.clone(), solved.packed)?;
+            clock.add(Phase::Write, started.elapsed().as_secs_f64());
+            block.set_weight(linear.linear, solved.weight);
+            let (n_in, n_out) = linear.shape;
+            let report = LinearReport {
+                layer: at.layer,
+                name: linear.module,
+                shape: [n_out, n_in],
+                bits: linear.settings.bits,
+                group_size: linear.settings.group_size,
+                relative_error: solved.relative_error,
+                rtn_error: solved.rtn_error,
+                ratio: match solved.rtn_error {
+                    0.0 => 1.0,
+                    rtn => solved.relative_error / rtn,
+                },
+                output_error: errors.map(|errors| errors.output),
+                rtn_output_error: errors.map(|errors| errors.nearest),
+                solver_objective: Some(solved.objective),
+                gains: solved.gains,
+                damp_percent: subset.damping,
+                dead_columns: subset.dead_columns,
+                seconds,
+                digests: None,
+            };
+            (self.on_event)(Event::Linear {
+                branch: at.branch,
+                report: &report,
+            });
+            self.progress[at.branch].linears.push(report);
+        }
+        Ok(())
+    }
+
+    fn spent(&mut self, branch: usize, seconds: f64) {
+        self.progress[branch].seconds += seconds;
+    }
+
+    fn clamped(&mut self, layer: usize, taps: Range<usize>, branches: &[usize], values: usize) {
+        let after = hidden_range::after(self.plan.config.block(layer), taps);
+        for &branch in branches {
+            self.progress[branch].clamped.push(Clamped {
+                layer,
+                after: after.clone(),
+                values,
+            });
+        }
+    }
+
+    fn branch_end(
+        &mut self,
+        layer: usize,
+        branch: usize,
+        compared: Option<&OutputErrors<B>>,
+    ) -> Result<(), RunError> {
+        let Some(compared) = compared else {
+            return Ok(());
+        };
+        let output_error = compared.block(branch, self.model.device())?;
+        let report = &BlockReport {
+            layer,
+            output_error,
+        };
+        (self.on_event)(Event::Block { branch, report });
+        self.progress[branch].blocks.push(*report);
+        Ok(())
+    }
+
+    /// Saves the hidden states, if it is time, and hands on the block's record.
+    fn block_end(
+        &mut self,
+        layer: usize,
+        source: String,
+        states: &States<B>,
+        clock: &mut Clock,
+    ) -> Result<(), RunError> {
+        let last = layer + 1 == self.plan.config.layers;
+        let kept = if last || self.last_kept.elapsed() < self.keep_every {
+            None
+        } else {
+            let started = Instant::now();
+            let kept = kept_states::keep(states, self.plan, layer, self.stop)?;
+            self.last_kept = Instant::now();
+            clock.add(Phase::Write, started.elapsed().as_secs_f64());
+            let layers = layer + 1;
+            (self.on_event)(match &kept {
+                Ok(_) => Event::StatesKept { layers },
+                Err(why) => Event::StatesNotKept { layers, why },
+            });
+            kept.ok()
+        };
+        let branches = self.progress.iter().map(|branch| branch.block(layer));
+        self.sink.block(layer, source, branches.collect(), kept)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,190 @@
+//! A run keeps within its host memory budget: what it allocates is counted, and what of mapped files
+//! is in memory, on checkpoints and hidden states larger than the budget. One test alone, because it
+//! counts the whole process.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use gptq_format::{ShardedWriter, TensorSpec, le_bytes, write_json};
+use gptq_kernels::Device;
+use gptq_plan::{Fetched, Plan, Recipe};
+use gptq_run::{RunError, RunOptions, quantize};
+use gptq_spec::ModelConfig;
+use half::{bf16, f16};
+use peak_alloc::PeakAlloc;
+use safetensors::Dtype;
+use serde_json::json;
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
+/// A checkpoint of `layers` blocks with the bundled model's tokenizer; the bytes of its weights.
+fn checkpoint(dir: &Path, hidden: usize, wide: usize, layers: usize) -> u64 {
+    checkpoint_of(dir, [hidden, wide, layers, 4096], Dtype::F16)
+}
+
+/// The same with a vocabulary of any size, which the tokenizer need not fill, and weights in f16 or bf16.
+fn checkpoint_of(dir: &Path, [hidden, wide, layers, vocabulary]: [usize; 4], dtype: Dtype) -> u64 {
+    fs::create_dir(dir).unwrap();
+    let tokenizer = Path::new(REPOSITORY).join("tests/models/medi-tiny");
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(tokenizer.join(file), dir.join(file)).unwrap();
+    }
+    let config = json!({
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": wide,
+        "num_hidden_layers": layers, "num_attention_heads": hidden / 64, "vocab_size": vocabulary,
+        "max_position_embeddings": 2048,
+    });
+    write_json(&dir.join("config.json"), &config).unwrap();
+    let tensors = ModelConfig::from_json(config)
+        .unwrap()
+        .tensors()
+        .into_iter();
+    let specs = tensors.map(|tensor| TensorSpec {
+        name: tensor.name,
+        dtype,
+        shape: tensor.shape,
+    });
+    let specs: Vec<TensorSpec> = specs.collect();
+    let mut writer = ShardedWriter::create(dir, &specs, None).unwrap();
+    let mut state = 1u64;
+    for spec in &specs {
+        let one = |_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            // Uniform in ±0.035: a deviation of 0.02.
+            ((state >> 40) as f32 / 8_388_608.0 - 1.0) * 0.035
+        };
+        let values: Vec<f32> = match spec.shape.len() {
+            1 => vec![1.0; hidden],
+            _ => (0..spec.bytes() / 2).map(one).collect(),
+        };
+        let values: Vec<u16> = (values.into_iter())
+            .map(|value| match dtype {
+                Dtype::BF16 => bf16::from_f32(value).to_bits(),
+                _ => f16::from_f32(value).to_bits(),
+            })
+            .collect();
+        writer.write(&spec.name, le_bytes(&values)).unwrap();
+    }
+    writer.finish().unwrap()
+}
+
+fn plan(dir: &Path, samples: usize, branches: &str) -> Plan {
+    let rows =
+        Path::new(REPOSITORY).join("calibration/wikidoc/wikidoc_patient_information_1000.json");
+    let (model, out) = (dir.join("model"), dir.join("out"));
+    let text = format!(
+        "[model]\nsource = {model:?}\n[calibration]\nsource = {rows:?}\nrows = \"0:300\"\n\
+         samples = {samples}\nseq_len = 128\n[output]\ndir = {out:?}\n{branches}"
+    );
+    let recipe = Recipe::parse(&dir.join("r.toml"), text).unwrap();
+    let plan = Plan::new(&recipe, &Fetched::default()).unwrap();
+    assert_eq!(
+        plan.config,
+        ModelConfig::read(&model.join("config.json")).unwrap()
+    );
+    plan
+}
+
+/// Bytes of mapped files that are in memory, the program's own among them.
+fn mapped() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssFile:"));
+    let kilobytes = line.unwrap().trim().strip_suffix(" kB").unwrap();
+    kilobytes.parse::<u64>().unwrap() << 10
+}
+
+/// Runs within `budget`; the most bytes that were allocated, and the most of files that came into
+/// memory, looked at after each linear.
+fn peak(plan: &Plan, budget: u64) -> Result<[u64; 2], RunError> {
+    let options = RunOptions {
+        profile: false,
+        device_memory: None,
+        host_memory: Some(budget),
+        scratch: None,
+        keep_every: Duration::ZERO,
+        restart: true,
+        stop: &AtomicBool::new(false),
+    };
+    ALLOCATOR.reset_peak_usage();
+    let (before, mut most) = (mapped(), 0);
+    quantize(plan, Device::Cpu, options, &mut |_| {
+        most = most.max(mapped().saturating_sub(before));
+    })?;
+    Ok([ALLOCATOR.peak_usage() as u64, most])
+}
+
+#[test]
+fn host_memory_stays_within_its_budget() {
+    // A checkpoint several times larger than the budget: the blocks come and go. Only one linear in
+    // each is solved, which takes as much memory as all of them, and less time.
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = checkpoint(&dir.path().join("model"), 256, 512, 320);
+    let skip: String = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+    ]
+    .map(|name| format!("[[branch.override]]\nmatch = \"*.{name}\"\nskip = true\n"))
+    .concat();
+    let branch = format!("[[branch]]\nname = \"a\"\nbits = 4\n{skip}");
+    let large = plan(dir.path(), 4, &branch);
+    let budget = large.memory().least_cpu;
+    assert!(bytes > 4 * budget, "{bytes} bytes for a budget of {budget}");
+    let [used, mapped] = peak(&large, budget).unwrap();
+    println!("checkpoint {bytes}, budget {budget}, used {used}, mapped {mapped}");
+    assert!(used <= budget + budget / 10, "{used} of {budget}");
+    assert!(
+        mapped <= budget / 2,
+        "{mapped} bytes of {bytes} stay mapped"
+    );
+    let error = peak(&large, budget / 2).unwrap_err().to_string();
+    assert!(error.contains("--host-memory"), "{error}");
+
+    // A vocabulary that is most of the model, in a type that is converted on its way to the device and into the
+    // branches: never more than pieces of it besides the embedding itself, and each branch its own again.
+    let dir = tempfile::tempdir().unwrap();
+    let shape = [256, 512, 2, 1 << 16];
+    let bytes = checkpoint_of(&dir.path().join("model"), shape, Dtype::BF16);
+    let second = branch.replace("\"a\"", "\"b\"");
+    let vocabulary = plan(dir.path(), 4, &format!("{branch}{second}"));
+    let table = (shape[0] * shape[3]) as u64;
+    let budget = vocabulary.memory().least_cpu;
+    let [used, mapped] = peak(&vocabulary, budget).unwrap();
+    println!("checkpoint {bytes}, table {table}, budget {budget}, used {used}, mapped {mapped}");
+    assert!(used <= budget, "{used} of {budget}");
+    // The table in what is computed in, and less than it again for all else.
+    assert!(used < 2 * table * 4, "{used} for a table of {}", table * 4);
+    assert!(mapped <= bytes / 4, "{mapped} bytes of {bytes} stay mapped");
+
+    // Hidden states larger than the budget: they come and go as well, and of a larger budget they take
+    // their share. Kept beside the journal too, they are read back a chunk at a time.
+    let dir = tempfile::tempdir().unwrap();
+    checkpoint(&dir.path().join("model"), 64, 64, 2);
+    let branches: String = (0..6)
+        .map(|i| format!("[[branch]]\nname = \"b{i}\"\nbits = 4\ngroup_size = 64\n"))
+        .collect();
+    let wide = plan(dir.path(), 1200, &branches);
+    let (least, states) = (wide.memory().least_cpu, wide.memory().states);
+    assert!(states > least, "{states} bytes for a budget of {least}");
+    for (budget, stay) in [(least, 0), (least + states / 2, states / 4)] {
+        let [used, _] = peak(&wide, budget).unwrap();
+        println!("states {states}, budget {budget}, used {used}");
+        assert!(used <= budget + budget / 10, "{used} of {budget}");
+        assert!(
+            used >= stay,
+            "{used} of {budget}: states went to the disk for nothing"
+        );
+    }
+}

@@ -1,0 +1,23 @@
+//! The one error type of this crate.
+
+use std::path::PathBuf;
+
+use gptq_format::FormatError;
+use thiserror::Error;
+
+/// Why a model cannot be described, or a checkpoint does not hold it.
+#[derive(Debug, Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum SpecError {
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error("{}: {reason}", path.display())]
+    Config { path: PathBuf, reason: String },
+    #[error("{}: {reason}", dir.display())]
+    Census { dir: PathBuf, reason: String },
+    #[error(
+        "windows of {tokens} tokens are longer than the model's sliding window of {sees}, which \
+         would need another attention mask; use at most {sees}"
+    )]
+    SlidingWindow { tokens: usize, sees: usize },
+}

@@ -1,0 +1,108 @@
+//! Every tensor that a model of a config has: the one list that reading, writing and judging a checkpoint
+//! go by.
+
+use crate::ModelConfig;
+
+/// The input embedding.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The output projection.
+pub const HEAD: &str = "lm_head.weight";
+
+/// A tensor of the dense model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelTensor {
+    /// In the checkpoint.
+    pub name: String,
+    /// Row-major; a linear's weights are `[out, in]`.
+    pub shape: Vec<usize>,
+    /// What it is.
+    pub role: Role,
+}
+
+/// Role of a tensor, as far as its treatment depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The input embedding, and the output projection where both are one.
+    Embedding,
+    /// The output projection.
+    Head,
+    /// Weights of a linear that may be quantized.
+    Linear,
+    /// A norm's weights, a bias.
+    Vector,
+}
+
+impl ModelTensor {
+    fn new(name: String, shape: &[usize], role: Role) -> Self {
+        ModelTensor {
+            name,
+            shape: shape.into(),
+            role,
+        }
+    }
+
+    /// The module that it belongs to.
+    pub fn module(&self) -> &str {
+        self.name.rsplit_once('.').map_or("", |(module, _)| module)
+    }
+}
+
+impl ModelConfig {
+    /// Every tensor, in model order.
+    pub fn tensors(&self) -> Vec<ModelTensor> {
+        let hidden = self.hidden_size;
+        let table = [self.vocabulary, hidden];
+        let mut all = vec![ModelTensor::new(EMBEDDING.into(), &table, Role::Embedding)];
+        for layer in 0..self.layers {
+            all.extend(self.block_tensors(layer));
+        }
+        let norm = "model.norm.weight".into();
+        all.push(ModelTensor::new(norm, &[hidden], Role::Vector));
+        if !self.tied_embeddings {
+            all.push(ModelTensor::new(HEAD.into(), &table, Role::Head));
+        }
+        all
+    }
+
+    /// Those of block `layer`.
+    pub fn block_tensors(&self, layer: usize) -> Vec<ModelTensor> {
+        let block = self.block(layer);
+        let vectors = block.vectors().iter().map(|vector| {
+            let name = format!("{}.weight", vector.module(layer));
+            ModelTensor::new(name, &[vector.len], Role::Vector)
+        });
+        let linears = block.linears().iter().flat_map(|linear| {
+            let module = linear.module(layer);
+            let (n_in, n_out) = linear.shape();
+            let weight = ModelTensor::new(format!("{module}.weight"), &[n_out, n_in], Role::Linear);
+            let bias = || ModelTensor::new(format!("{module}.bias"), &[n_out], Role::Vector);
+            [Some(weight), linear.bias.then(bias)].into_iter().flatten()
+        });
+        vectors.chain(linears).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_models_tensors_hold_all_of_its_parameters() {
+        for (model_type, tied) in [("llama", false), ("llama", true), ("qwen2", false)] {
+            let config = ModelConfig::from_json(json!({
+                "model_type": model_type, "hidden_size": 64, "intermediate_size": 96,
+                "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "vocab_size": 100, "tie_word_embeddings": tied,
+            }))
+            .unwrap();
+            let all = config.tensors();
+            let sizes = all.iter().map(|it| it.shape.iter().product::<usize>());
+            assert_eq!(sizes.sum::<usize>(), config.parameters(), "{model_type}");
+            let biases = all.iter().filter(|it| it.name.ends_with(".bias")).count();
+            assert_eq!(biases, if model_type == "qwen2" { 9 } else { 0 });
+            assert_eq!(all.last().unwrap().role == Role::Head, !tied);
+        }
+    }
+}

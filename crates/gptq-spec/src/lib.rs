@@ -1,0 +1,26 @@
+//! A model as data, made from its `config.json`: no tensors, no devices.
+//!
+//! Reading order: [`ModelConfig`] reads `config.json` and has the [`BlockSpec`] of each block, which its
+//! family describes; [`ModelTensor`]s are the tensors that it asks for, and [`Census`] compares them with a
+//! checkpoint. Running the blocks is `gptq-model`'s.
+
+#![forbid(unsafe_code)]
+
+mod block_builder;
+mod census;
+mod config;
+mod error;
+mod families;
+mod inventory;
+mod keys;
+mod rope_scaling;
+mod spec;
+
+pub use block_builder::BlockBuilder;
+pub use census::Census;
+pub use config::ModelConfig;
+pub use error::SpecError;
+pub use families::model_types;
+pub use inventory::{EMBEDDING, HEAD, ModelTensor, Role};
+pub use rope_scaling::{RopeScaling, spell_out_rotary};
+pub use spec::{Attention, BlockSpec, Division, LinearSpec, Op, Register, Rope, Tap, VectorSpec};

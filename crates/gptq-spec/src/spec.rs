@@ -1,0 +1,351 @@
+//! A decoder block as data: its linears, its vectors, and the operations between them.
+//!
+//! A family (`families/`) describes each block of a model once, with a [`BlockBuilder`](crate::BlockBuilder);
+//! [`Block`](crate::Block) runs the description, and every list of a model's parts is computed from it. There
+//! are no tensors here.
+//!
+//! Operations read and write *registers*, each `[tokens, features]` and written once, but for the residual
+//! stream, which enters and leaves the block and which [`Op::Add`] adds to. A *tap* is a point where linears
+//! take their common input. Between two taps only the registers that are still read are alive; the cut stands
+//! before the norms that a tap's input comes from, because these cost less to run again than to keep.
+
+use std::ops::Range;
+
+use crate::RopeScaling;
+
+/// A tensor `[tokens, features]` while a block runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Register(pub(crate) usize);
+
+impl Register {
+    /// The residual stream.
+    pub const RESIDUAL: Register = Register(0);
+}
+
+/// An operation of a block. Vectors and linears are indices into the block's lists.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    /// `to = from / sqrt(mean(from²) + eps) * vector`, over each run of as many features as the vector
+    /// has: all of them, or those of one head.
+    Norm {
+        /// Weights.
+        vector: usize,
+        /// Added to the mean square.
+        eps: f64,
+        /// Input.
+        from: Register,
+        /// Output.
+        to: Register,
+    },
+    /// The linears of one tap on its input.
+    Linears {
+        /// Input.
+        from: Register,
+        /// Each linear and its output.
+        outputs: Vec<(usize, Register)>,
+    },
+    /// Causal attention.
+    Attend(Attention),
+    /// `to = silu(gate) * up`.
+    Gate {
+        /// Gate.
+        gate: Register,
+        /// What is gated.
+        up: Register,
+        /// Output.
+        to: Register,
+    },
+    /// Adds to the residual stream.
+    Add {
+        /// What is added.
+        from: Register,
+    },
+}
+
+/// Causal attention of rotated queries over rotated keys, scaled by `1 / sqrt(head_dim)`. The rotation is
+/// part of it because an engine may rotate a token as it joins the cache.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// Queries, keys and values, not rotated.
+    pub qkv: [Register; 3],
+    /// Output, as wide as the queries.
+    pub to: Register,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Features per head.
+    pub head_dim: usize,
+    /// Rotary embedding.
+    pub rope: Rope,
+}
+
+/// Frequencies of a rotary embedding.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rope {
+    /// Features of a head that are rotated.
+    pub dim: usize,
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// How they are stretched for long contexts.
+    pub scaling: RopeScaling,
+}
+
+/// A linear layer of a block.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LinearSpec {
+    /// Module name within the block.
+    pub name: String,
+    /// Features of the input.
+    pub in_features: usize,
+    /// Features of the output.
+    pub out_features: usize,
+    /// Whether it has a bias.
+    pub bias: bool,
+    /// The tap whose input it takes.
+    pub tap: usize,
+    /// Module name, within the block, under which readers fuse it with its neighbours.
+    pub fused_as: Option<String>,
+}
+
+impl LinearSpec {
+    /// Module name in block `layer` of a checkpoint.
+    pub fn module(&self, layer: usize) -> String {
+        module(layer, &self.name)
+    }
+
+    /// `(in_features, out_features)`.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.in_features, self.out_features)
+    }
+}
+
+/// How devices that share out the heads and the feed-forward of a block divide a linear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Division {
+    /// Each has some of the outputs.
+    Outputs,
+    /// Each has the outputs of some key and value heads, or a copy of one.
+    KvHeads,
+    /// Each has the inputs that it has computed itself.
+    Inputs,
+}
+
+/// The weights of a norm.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VectorSpec {
+    /// Module name within the block.
+    pub name: String,
+    /// Number of weights.
+    pub len: usize,
+}
+
+impl VectorSpec {
+    /// Module name in block `layer` of a checkpoint.
+    pub fn module(&self, layer: usize) -> String {
+        module(layer, &self.name)
+    }
+}
+
+fn module(layer: usize, name: &str) -> String {
+    format!("model.layers.{layer}.{name}")
+}
+
+/// Where a tap lies in a block.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tap {
+    /// First operation since the cut before it.
+    pub start: usize,
+    /// The [`Op::Linears`] that takes its input.
+    pub at: usize,
+    /// Input.
+    pub from: Register,
+    /// Indices of its linears.
+    pub linears: Range<usize>,
+}
+
+/// The description of a decoder block.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockSpec {
+    pub(crate) ops: Vec<Op>,
+    pub(crate) linears: Vec<LinearSpec>,
+    pub(crate) vectors: Vec<VectorSpec>,
+    pub(crate) taps: Vec<Tap>,
+    /// Features by register.
+    pub(crate) widths: Vec<usize>,
+}
+
+impl BlockSpec {
+    /// Its operations, in order.
+    pub fn ops(&self) -> &[Op] {
+        &self.ops
+    }
+
+    /// Where the linears of tap `tap` take their input.
+    ///
+    /// # Panics
+    /// There is no such tap.
+    pub fn tap(&self, tap: usize) -> &Tap {
+        &self.taps[tap]
+    }
+
+    /// Linear layers, in the order in which they run.
+    pub fn linears(&self) -> &[LinearSpec] {
+        &self.linears
+    }
+
+    /// Norm weights, in the order in which they are used.
+    pub fn vectors(&self) -> &[VectorSpec] {
+        &self.vectors
+    }
+
+    /// All taps, in order.
+    pub fn taps(&self) -> Range<usize> {
+        0..self.taps.len()
+    }
+
+    /// The indices of the linears that take the input of `tap`; there is at least one.
+    pub fn linears_of(&self, tap: usize) -> Range<usize> {
+        self.taps[tap].linears.clone()
+    }
+
+    /// Features of a tap's input.
+    pub fn in_features(&self, tap: usize) -> usize {
+        self.widths[self.taps[tap].from.0]
+    }
+
+    /// The register that is the input of `tap` as it is kept, where nothing need be computed for it.
+    pub fn kept_input(&self, tap: usize) -> Option<Register> {
+        let tap = &self.taps[tap];
+        (tap.start == tap.at).then_some(tap.from)
+    }
+
+    /// Whether anything is added to the residual stream between the first of `taps` and the tap after them.
+    pub fn adds(&self, taps: Range<usize>) -> bool {
+        let mut ops = self.ops[self.ops_of(taps)].iter();
+        ops.any(|op| matches!(op, Op::Add { .. }))
+    }
+
+    /// Features of all registers but the residual stream that are kept before `tap`.
+    pub fn kept_features(&self, tap: usize) -> usize {
+        let start = self.taps[tap].start;
+        let written = |&register: &usize| {
+            let register = Register(register);
+            self.ops[..start].iter().any(|op| op.writes(register))
+        };
+        let registers = (1..self.widths.len()).filter(written);
+        registers
+            .filter(|&register| self.is_read(Register(register), start))
+            .map(|register| self.widths[register])
+            .sum()
+    }
+
+    /// The taps' linears in a word: the name they are fused under or else the first one's, without what
+    /// all have in common ("qkv", "o", "gate_up", "down").
+    pub fn tap_name(&self, tap: usize) -> &str {
+        let first = &self.linears[self.taps[tap].linears.start];
+        let name = first.fused_as.as_ref().unwrap_or(&first.name);
+        let name = name.rsplit('.').next().unwrap_or(name);
+        name.strip_suffix("_proj").unwrap_or(name)
+    }
+
+    /// Names under which readers fuse some of `linears`, of which none is missing there.
+    pub fn fused(&self, linears: &[usize]) -> Vec<&str> {
+        let mut names: Vec<&str> = Vec::new();
+        for &linear in linears {
+            let Some(name) = self.linears[linear].fused_as.as_deref() else {
+                continue;
+            };
+            let fused = |&it: &usize| self.linears[it].fused_as.as_deref() == Some(name);
+            let mut all = (0..self.linears.len()).filter(fused);
+            if !names.contains(&name) && all.all(|it| linears.contains(&it)) {
+                names.push(name);
+            }
+        }
+        names
+    }
+
+    /// How devices that share out the block divide a linear.
+    pub fn division(&self, linear: usize) -> Division {
+        let input = self.kept_input(self.linears[linear].tap);
+        if input.is_some_and(|register| register != Register::RESIDUAL) {
+            return Division::Inputs;
+        }
+        let mut output = None;
+        for op in &self.ops {
+            match op {
+                Op::Linears { outputs, .. } => {
+                    let own = outputs.iter().find(|(at, _)| *at == linear);
+                    output = own.map(|(_, to)| *to).or(output);
+                }
+                Op::Norm { from, to, .. } if output == Some(*from) => output = Some(*to),
+                Op::Attend(Attention { qkv: [_, k, v], .. })
+                    if [Some(*k), Some(*v)].contains(&output) =>
+                {
+                    return Division::KvHeads;
+                }
+                _ => {}
+            }
+        }
+        Division::Outputs
+    }
+
+    /// Weights of all linears, without biases.
+    pub fn weights(&self) -> u128 {
+        let linears = self.linears.iter();
+        linears
+            .map(|linear| linear.in_features as u128 * linear.out_features as u128)
+            .sum()
+    }
+
+    /// Parameters: the weights and biases of its linears, and its vectors.
+    pub fn parameters(&self) -> u128 {
+        let biases = self.linears.iter().filter(|linear| linear.bias);
+        let biases: u128 = biases.map(|linear| linear.out_features as u128).sum();
+        let vectors: u128 = self.vectors.iter().map(|vector| vector.len as u128).sum();
+        self.weights() + biases + vectors
+    }
+
+    /// The attention of the block.
+    pub fn attention(&self) -> Option<&Attention> {
+        self.ops.iter().find_map(|op| match op {
+            Op::Attend(attention) => Some(attention),
+            _ => None,
+        })
+    }
+
+    /// Operations from the cut before the first of `taps` to the cut after the last.
+    pub fn ops_of(&self, taps: Range<usize>) -> Range<usize> {
+        let cut = |tap: usize| self.taps.get(tap).map_or(self.ops.len(), |tap| tap.start);
+        cut(taps.start)..cut(taps.end)
+    }
+
+    /// Whether an operation from `start` on reads a register.
+    pub fn is_read(&self, register: Register, start: usize) -> bool {
+        self.ops[start..].iter().any(|op| op.reads(register))
+    }
+}
+
+impl Op {
+    fn reads(&self, register: Register) -> bool {
+        match self {
+            Op::Norm { from, .. } | Op::Linears { from, .. } | Op::Add { from } => {
+                *from == register
+            }
+            Op::Attend(attention) => attention.qkv.contains(&register),
+            Op::Gate { gate, up, .. } => [gate, up].contains(&&register),
+        }
+    }
+
+    fn writes(&self, register: Register) -> bool {
+        match self {
+            Op::Norm { to, .. } | Op::Gate { to, .. } => *to == register,
+            Op::Attend(attention) => attention.to == register,
+            Op::Linears { outputs, .. } => outputs.iter().any(|(_, to)| *to == register),
+            Op::Add { .. } => register == Register::RESIDUAL,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

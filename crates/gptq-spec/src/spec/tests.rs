@@ -1,0 +1,103 @@
+//! What is computed from a description.
+
+use crate::{BlockSpec, Division, ModelConfig};
+
+/// A Llama block with fewer key heads than query heads, which together are wider than the hidden states.
+fn llama() -> BlockSpec {
+    let config = serde_json::json!({
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 100,
+        "mlp_bias": true,
+    });
+    let config = ModelConfig::from_json(config).unwrap();
+    assert_eq!(config.blocks().len(), 2);
+    (**config.block(1)).clone()
+}
+
+#[test]
+fn a_llama_block_has_four_taps() {
+    let block = llama();
+    let named = |tap| {
+        let linears = block.linears_of(tap);
+        let names = linears.map(|at| {
+            assert_eq!(block.linears()[at].tap, tap);
+            (
+                block.linears()[at].name.as_str(),
+                block.linears()[at].shape(),
+            )
+        });
+        (
+            block.tap_name(tap),
+            block.in_features(tap),
+            names.collect::<Vec<_>>(),
+        )
+    };
+    let expected = [
+        (
+            "qkv",
+            64,
+            vec![
+                ("self_attn.q_proj", (64, 128)),
+                ("self_attn.k_proj", (64, 64)),
+                ("self_attn.v_proj", (64, 64)),
+            ],
+        ),
+        ("o", 128, vec![("self_attn.o_proj", (128, 64))]),
+        (
+            "gate_up",
+            64,
+            vec![("mlp.gate_proj", (64, 160)), ("mlp.up_proj", (64, 160))],
+        ),
+        ("down", 160, vec![("mlp.down_proj", (160, 64))]),
+    ];
+    assert_eq!(block.taps().map(named).collect::<Vec<_>>(), expected);
+    let module = block.linears()[6].module(3);
+    assert_eq!(module, "model.layers.3.mlp.down_proj");
+    let norms: Vec<_> = block
+        .vectors()
+        .iter()
+        .map(|it| (&*it.name, it.len))
+        .collect();
+    assert_eq!(
+        norms,
+        [("input_layernorm", 64), ("post_attention_layernorm", 64)]
+    );
+    // Weights, three biases in the feed-forward, two norms.
+    let weights = 64 * (128 + 64 + 64) + 128 * 64 + 3 * 64 * 160;
+    assert_eq!(block.weights(), weights);
+    assert_eq!(block.parameters(), weights + 160 + 160 + 64 + 64 + 64);
+}
+
+#[test]
+fn only_what_is_read_after_a_cut_is_kept() {
+    let block = llama();
+    // The residual stream, and after attention and the gate what comes of them.
+    let kept: Vec<usize> = block.taps().map(|tap| block.kept_features(tap)).collect();
+    assert_eq!(kept, [0, 128, 0, 160]);
+    let as_kept: Vec<bool> = block
+        .taps()
+        .map(|tap| block.kept_input(tap).is_some())
+        .collect();
+    assert_eq!(as_kept, [false, true, false, true]);
+    let adds: Vec<bool> = block.taps().map(|tap| block.adds(tap..tap + 1)).collect();
+    assert_eq!(adds, [false, true, false, true]);
+    assert!(block.adds(0..2) && block.adds(2..4) && !block.adds(0..1));
+}
+
+#[test]
+fn linears_are_fused_only_together() {
+    let block = llama();
+    assert_eq!(block.fused(&[0, 1, 2]), ["self_attn.qkv_proj"]);
+    assert_eq!(block.fused(&[0, 2]), [""; 0]);
+    assert_eq!(block.fused(&[3, 4, 5]), ["mlp.gate_up_proj"]);
+    assert_eq!(block.fused(&[3]), [""; 0]);
+}
+
+#[test]
+fn devices_divide_what_they_compute_themselves_by_inputs() {
+    let block = llama();
+    let divisions: Vec<Division> = (0..7).map(|linear| block.division(linear)).collect();
+    use Division::{Inputs, KvHeads, Outputs};
+    let expected = [Outputs, KvHeads, KvHeads, Inputs, Outputs, Outputs, Inputs];
+    assert_eq!(divisions, expected);
+}
