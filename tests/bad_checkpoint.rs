@@ -1,11 +1,11 @@
-//! Checkpoints that nobody should open: one line, status 1, nothing executed, nothing written.
+//! Hostile checkpoints: one line, status 1, nothing executed, nothing written.
 
 use std::fs;
 use std::path::Path;
 
 use crate::harness::{Scratch, refuse, root};
 
-/// medi-tiny with its weights replaced by `file` from `tests/golden/bin`.
+/// Checks medi-tiny with its weights replaced by `file` from `tests/golden/bin`.
 fn expect(file: &str, words: &[&str]) {
     let scratch = Scratch::new();
     let model = scratch.copy_model();
@@ -34,7 +34,7 @@ fn a_pickle_that_runs_a_command_is_refused_and_runs_nothing() {
             "nothing was executed",
         ],
     );
-    // The command would have run where the tests start gptq.
+    // The pickle's command would have run in the tests' working directory.
     assert!(!root().join("gptq-os-system-was-here").exists());
 }
 

@@ -1,4 +1,4 @@
-//! Bad input: one clear line, status 1, nothing half-written.
+//! Bad input: one clear line, status 1, no partial output.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,13 +10,13 @@ use crate::inspect::{read, write};
 
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\n";
 
-/// Quantizing must fail before a block is finished; the line must hold every word.
+/// Checks that quantizing fails before a block is finished, with a line that contains every word.
 fn expect(scratch: &Scratch, recipe: &std::path::Path, words: &[&str]) {
     expect_late(recipe, words);
     scratch.assert_nothing_written();
 }
 
-/// Quantizing must fail.
+/// Checks that quantizing fails.
 fn expect_late(recipe: &std::path::Path, words: &[&str]) {
     let line = refuse(["quantize", recipe.to_str().unwrap()]);
     for word in words {
@@ -173,7 +173,7 @@ fn a_tokenizer_of_another_vocabulary_is_refused() {
         text.replace("\"vocab_size\": 4096", "\"vocab_size\": 1000"),
     )
     .unwrap();
-    // The weights are those of a model of so many tokens.
+    // The weights belong to a model with this many tokens.
     let weights = model.join("model.safetensors");
     let mut tensors = read(&weights);
     for (name, (_, shape, bytes)) in &mut tensors {
@@ -260,7 +260,7 @@ fn files_over_their_limits_are_refused_unread() {
     let line = refuse(["plan", recipe.to_str().unwrap()]);
     assert!(line.contains("over 1048576 bytes"), "{line}");
 
-    // A sparse file: nothing but its length says how long it is.
+    // A sparse file, large only by its length.
     let model = scratch.copy_model();
     let config = fs::File::create(model.join("config.json")).unwrap();
     config.set_len(100 << 20).unwrap();
@@ -272,13 +272,13 @@ fn files_over_their_limits_are_refused_unread() {
 fn what_files_say_cannot_speak_to_the_terminal() {
     let scratch = Scratch::new();
     let raw = |text: &str| text.contains(['\u{1b}', '\u{9b}', '\r', '\u{7}']);
-    // An error that names what a file holds, on one line.
+    // An error that quotes the contents of a file, on one line.
     let model = scratch.path("a\u{1b}[2Jb\nc");
     fs::create_dir(&model).unwrap();
     let line = refuse(["inspect", model.to_str().unwrap()]);
     assert!(!raw(&line) && line.contains(r"a\u{1b}[2Jb\nc"), "{line:?}");
 
-    // Text of many lines keeps its tabs and line ends.
+    // Text of several lines keeps its tabs and line ends.
     let text = "Fever.\u{1b}]0;title\u{7} A rise\r\nof the\ttemperature.\u{9b}31m ".repeat(400);
     let data = scratch.path("rows.txt");
     fs::write(&data, text.replace('\n', " ")).unwrap();

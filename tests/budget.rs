@@ -1,4 +1,4 @@
-//! Size budgets: bits and group size of each linear picked from what is measured.
+//! Size budgets: bits and group size of each linear layer from a sensitivity pass.
 
 use std::fs;
 use std::path::Path;
@@ -8,10 +8,10 @@ use serde_json::Value;
 use crate::harness::{Scratch, medi_tiny, refuse, refused, succeed, succeeded};
 use crate::resume::{assert_same, killed_after_a_block, quantize, uninterrupted};
 
-/// One linear's settings are said, and count.
+/// An override sets one linear layer, which counts.
 const BUDGET: &str = "[[branch]]\nname = \"a\"\nbudget_bits = 3.5\n\
                       [[branch.override]]\nmatch = \"*.1.mlp.down_proj\"\nbits = 8\ngroup_size = 32\n";
-/// The same with little to choose from.
+/// The same with fewer choices.
 const FEW: &str = "[[branch]]\nname = \"a\"\nbudget_bits = 3.75\n\
                    budget_choices = [{ bits = 3, group_size = 128 }, { bits = 4, group_size = 32 }]\n\
                    [[branch.override]]\nmatch = \"*.1.mlp.down_proj\"\nbits = 8\ngroup_size = 32\n";
@@ -21,7 +21,7 @@ fn json(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-/// Bits of the tensors of quantized linears for each weight, from the file's own header.
+/// Returns the bits of quantized tensors per weight, from the file's header.
 fn stored_bits(file: &Path, linears: &[Value]) -> f64 {
     let bytes = fs::read(file).unwrap();
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
@@ -63,7 +63,7 @@ fn a_budget_is_kept_and_spent_where_it_counts() {
     let bits = report["budget"]["mean_bits"].as_f64().unwrap();
     let found = stored_bits(&branch.join("model.safetensors"), linears);
     assert!((found - bits).abs() < 1e-9, "{found} is not {bits}");
-    // The last change that would fit was made: what is left is less than a step of a whole group.
+    // The allocation is maximal: the rest is less than one step of a whole group.
     assert!((3.3..=3.5).contains(&bits), "{bits}");
     let mut settings: Vec<String> = linears
         .iter()
@@ -77,7 +77,7 @@ fn a_budget_is_kept_and_spent_where_it_counts() {
     settings.dedup();
     assert!(settings.len() > 2, "{settings:?}");
 
-    // Every reader of the files agrees about every linear.
+    // Every reader of the files agrees on every linear layer.
     succeed(["verify", branch.to_str().unwrap(), "--no-receipt"]);
     let out = scratch.out();
     succeed(["report", out.to_str().unwrap()]);
@@ -103,11 +103,11 @@ fn a_run_with_a_budget_goes_on_with_what_it_had_picked() {
     let (recipe, out) = (scratch.recipe(&medi_tiny(), FEW), scratch.out());
     killed_after_a_block(&recipe, &out, &QUICK);
     let said = succeeded(quantize(&recipe, &QUICK).output().unwrap());
-    assert!(said.contains("going on after block"), "{said}");
-    assert!(!said.contains("measuring"), "{said}");
+    assert!(said.contains("resuming after block"), "{said}");
+    assert!(!said.contains("sensitivity pass"), "{said}");
     assert_same(&out, &expected);
 
-    // What a journal says is looked at before it is gone on with.
+    // A journal is checked before resuming from it.
     let scratch = Scratch::new();
     let (recipe, out) = (scratch.recipe(&medi_tiny(), FEW), scratch.out());
     killed_after_a_block(&recipe, &out, &QUICK);
@@ -126,7 +126,7 @@ fn a_budget_that_cannot_be_kept_or_spent_is_refused_at_its_place() {
         ("budget_bits = nan", "is not between 2."),
         (
             "bits = 4\nbudget_choices = [{ bits = 3, group_size = 32 }]",
-            "no use without budget_bits",
+            "requires budget_bits",
         ),
         (
             "budget_bits = 4.0\nbudget_choices = [{ bits = 4, group_size = 32 }]",
@@ -134,11 +134,11 @@ fn a_budget_that_cannot_be_kept_or_spent_is_refused_at_its_place() {
         ),
         (
             "budget_bits = 4.0\nbudget_choices = [{ bits = 4, group_size = 100 }, { bits = 3, group_size = 100 }]",
-            "no group size to choose from divides the",
+            "none of the group sizes divides the",
         ),
         (
             "budget_bits = 4.0\n[[branch.override]]\nmatch = \"*\"\nbits = 4",
-            "its overrides name every linear",
+            "its overrides match every linear layer",
         ),
     ] {
         let scratch = Scratch::new();

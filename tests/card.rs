@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::harness::{Scratch, medi_tiny, refuse, root, succeed};
 
-/// A finished matrix of one branch.
+/// Makes a finished matrix of one branch.
 fn matrix(scratch: &Scratch) -> PathBuf {
     let recipe = scratch.recipe(&medi_tiny(), "[[branch]]\nname = \"main\"\nbits = 4\n");
     succeed(["quantize", recipe.to_str().unwrap()]);

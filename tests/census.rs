@@ -1,5 +1,5 @@
-//! Checkpoints that are not quite what their config says: what is read all the same, and what is refused
-//! before any work. Perplexities are those of Transformers 5.23 in f32 on the same windows.
+//! Checkpoints that deviate from their config: those that are read all the same, and those that are
+//! refused before any work. Perplexities are those of Transformers 5.23 in f32 on the same windows.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ const WEIGHTS: &str = "model.safetensors";
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";
-/// Of medi-tiny, with its own head and with its embedding as its head.
+/// Perplexities of medi-tiny with its own head, and with its embedding as head.
 const OWN_HEAD: f64 = 23.79684;
 const TIED: f64 = 9011.0719;
 
@@ -47,7 +47,7 @@ impl Variant {
         self
     }
 
-    /// With one more tensor of f16, all `value`.
+    /// Adds an f16 tensor with all elements `value`.
     fn with(self, name: &str, shape: &[usize], value: f32) -> Self {
         let n = shape.iter().product();
         let bytes = vec![half::f16::from_f32(value); n];
@@ -63,7 +63,7 @@ impl Variant {
         self.model.to_str().unwrap()
     }
 
-    /// What `plan` warns of.
+    /// Returns the warnings of `plan`.
     fn planned(&self) -> String {
         let output = gptq(["plan", self.recipe().to_str().unwrap()]);
         let said = String::from_utf8(output.stderr).unwrap();
@@ -71,7 +71,8 @@ impl Variant {
         said
     }
 
-    /// Every command that opens the model refuses it in one line with these words, before any work.
+    /// Checks that every command that opens the model refuses it in one line with these words,
+    /// before any work.
     fn refused(&self, words: &[&str]) {
         let recipe = self.recipe();
         let recipe = recipe.to_str().unwrap();
@@ -91,13 +92,13 @@ impl Variant {
         self.scratch.assert_nothing_written();
     }
 
-    /// Its perplexity, as `verify` measures it with every check passed.
+    /// Returns its perplexity from `verify`, with every check passed.
     fn perplexity(&self) -> f64 {
         perplexity(&self.scratch, &self.model)
     }
 }
 
-/// On the first twelve texts, in windows of 256.
+/// Measures the first twelve texts, in windows of 256.
 fn perplexity(scratch: &Scratch, dir: &Path) -> f64 {
     let all = fs::read(root().join("tests/data/eval_wikidoc_40.json")).unwrap();
     let all: Vec<String> = serde_json::from_slice(&all).unwrap();
@@ -121,7 +122,7 @@ fn perplexity(scratch: &Scratch, dir: &Path) -> f64 {
     receipt["perplexity"]["value"].as_f64().unwrap()
 }
 
-/// f32 on both sides, but weights of f16 and sums in other orders.
+/// Both are f32, with f16 weights and different orders of summation.
 fn assert_near(found: f64, expected: f64) {
     assert!(
         (found / expected - 1.0).abs() < 1e-4,
@@ -134,7 +135,7 @@ fn a_head_of_its_own_is_used_and_kept_whatever_the_flag_says() {
     let variant = Variant::new().config("tie_word_embeddings", json!(true));
     let said = variant.planned();
     assert!(
-        said.contains("warning:") && said.contains("lm_head.weight is another matrix"),
+        said.contains("warning:") && said.contains("lm_head.weight differs"),
         "{said}"
     );
     assert_near(variant.perplexity(), OWN_HEAD);
@@ -200,7 +201,7 @@ fn a_head_that_is_missing_is_refused_with_the_flag_that_would_do_without_it() {
         "embed_tokens.weight is missing",
         "\"tie_word_embeddings\": true",
     ]);
-    // A head of another vocabulary is one of its own, and does not fit.
+    // A head for another vocabulary is separate, and does not fit.
     let variant = Variant::new()
         .config("tie_word_embeddings", json!(true))
         .tensors(|all| all.retain(|(name, _)| name != HEAD))
@@ -266,7 +267,7 @@ fn tensors_that_change_nothing_are_left_out_and_named_where_they_are_of_another_
         .with("v_head.bias", &[1], 1.0);
     let said = score.planned();
     assert!(
-        said.contains("warning: tensors score.weight, v_head.bias are of no part"),
+        said.contains("warning: tensors score.weight, v_head.bias are not part"),
         "{said}"
     );
     assert_near(score.perplexity(), OWN_HEAD);
@@ -323,12 +324,12 @@ fn settings_of_another_method_are_named_and_those_that_say_nothing_are_none() {
     ] {
         with(settings).refused(&["quantization_config", word, "remove"]);
     }
-    // Weights that are quantized indeed.
+    // Weights that really are quantized.
     let name = "model.layers.0.mlp.up_proj.weight.absmax";
     let variant = with(json!({"quant_method": "bitsandbytes"})).with(name, &[64], 1.0);
     variant.refused(&["bitsandbytes", "full-precision model"]);
     let variant = Variant::new().with(name, &[64], 1.0);
-    variant.refused(&["quantized already, by bitsandbytes", name]);
+    variant.refused(&["already quantized, by bitsandbytes", name]);
 }
 
 #[test]
@@ -341,13 +342,13 @@ fn a_plan_by_the_config_alone_says_that_weights_were_not_looked_at() {
         plan()
     );
     fs::remove_file(variant.model.join(WEIGHTS)).unwrap();
-    assert!(plan().contains("weights: not looked at"), "{}", plan());
+    assert!(plan().contains("weights: not checked"), "{}", plan());
     let recipe = variant.recipe();
     let line = refuse(["quantize", recipe.to_str().unwrap(), "--dry-run"]);
     assert!(line.contains("no checkpoint here"), "{line}");
 }
 
-/// medi-tiny in three shards, by number, with an index.
+/// Makes medi-tiny in three numbered shards, with an index.
 fn sharded() -> (Variant, Value) {
     let variant = Variant::new();
     let path = variant.model.join(WEIGHTS);
@@ -384,11 +385,11 @@ fn an_index_that_is_wrong_is_no_matter_where_the_shards_have_everything() {
         ),
         (
             Some((norm, shard(1, 3))),
-            "places model.norm.weight in another file",
+            "lists model.norm.weight in a different file",
         ),
         (
             Some(("", String::new())),
-            "model-00001-of-00004.safetensors, which is not there",
+            "model-00001-of-00004.safetensors, which is missing",
         ),
     ] {
         let (variant, mut map) = sharded();
@@ -414,14 +415,14 @@ fn an_index_whose_shards_are_not_there_is_told_with_what_it_says() {
     fs::remove_file(variant.model.join(shard(2, 3))).unwrap();
     variant.refused(&[
         "is missing",
-        "index.json says it is in model-00002-of-00003.safetensors, which is not there",
+        "index.json says it is in model-00002-of-00003.safetensors, which is missing",
     ]);
     for i in [1, 3] {
         fs::remove_file(variant.model.join(shard(i, 3))).unwrap();
     }
     variant.refused(&[
-        "index.json: it names model-00001-of-00003.safetensors",
-        "not there",
+        "index.json: it lists model-00001-of-00003.safetensors",
+        "missing",
     ]);
 }
 
@@ -440,7 +441,7 @@ fn a_weight_that_is_not_finite_ends_a_run_at_once_wherever_it_is() {
         let line = refused(quantize(&recipe, &SLOW).output().unwrap());
         let words = format!("tensor {name} holds 1 non-finite value(s), the first at element 10");
         assert!(line.contains(&words), "{line}");
-        // Not a block was finished.
+        // No block was finished.
         variant.scratch.assert_nothing_written();
     }
 }

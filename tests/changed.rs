@@ -1,4 +1,4 @@
-//! What was changed between two runs on one output directory: it is named, and nothing is made of it.
+//! Changes between two runs on one output directory are named, and the second run does nothing.
 
 use std::fs;
 use std::path::Path;
@@ -25,7 +25,7 @@ fn a_changed_recipe_model_or_calibration_is_named_and_restart_begins_anew() {
                 .output()
                 .unwrap(),
         );
-        for word in words.iter().chain(&["--restart", "unfinished"]) {
+        for word in words.iter().chain(&["--restart", "interrupted"]) {
             assert!(line.contains(word), "no {word:?} in: {line}");
         }
     };
@@ -39,7 +39,7 @@ fn a_changed_recipe_model_or_calibration_is_named_and_restart_begins_anew() {
     fs::write(&recipe, format!("propagate = \"dense\"\n{text}")).unwrap();
     refuse(&[], &["propagate was \"quantised\", is \"dense\""]);
     fs::write(&recipe, &text).unwrap();
-    // The last tensor's middle, in place.
+    // The middle of the last tensor, in place.
     let mut other = bytes.clone();
     let header = 8 + u64::from_le_bytes(other[..8].try_into().unwrap()) as usize;
     let at = header + (other.len() - header) / 2;
@@ -56,7 +56,7 @@ fn a_changed_recipe_model_or_calibration_is_named_and_restart_begins_anew() {
 
     fs::write(&recipe, text.replace("bits = 4", "bits = 8")).unwrap();
     let said = quantize(&recipe, &[&SLOW[..], &["--restart"]].concat()).output();
-    assert!(!succeeded(said.unwrap()).contains("going on"));
+    assert!(!succeeded(said.unwrap()).contains("resuming"));
     let line = refused(
         quantize(&recipe, &[&SLOW[..], &["--seed", "7"]].concat())
             .output()
@@ -70,7 +70,7 @@ fn a_changed_recipe_model_or_calibration_is_named_and_restart_begins_anew() {
 
 #[test]
 fn a_shard_repaired_behind_the_finished_blocks_does_not_end_the_unfinished_run() {
-    // The files of a run from the start on what the repaired run ends with.
+    // The files of a fresh run on the model that the repaired run ends with.
     let repaired = |model: &Path| {
         let weights = model.join("model.safetensors");
         for name in ["model.layers.2.mlp.down_proj.weight", "model.norm.weight"] {
@@ -100,7 +100,7 @@ fn a_shard_repaired_behind_the_finished_blocks_does_not_end_the_unfinished_run()
     );
     repaired(&model);
     let said = succeeded(quantize(&recipe, &SLOW).output().unwrap());
-    assert!(said.contains("going on after block"), "{said}");
+    assert!(said.contains("resuming after block"), "{said}");
     assert!(tensors(&scratch) == tensors(&whole));
 }
 
@@ -112,7 +112,7 @@ fn a_model_changed_in_one_byte_is_no_longer_that_of_a_finished_branch() {
     let recipe = scratch.recipe(&model, one);
     let run = || quantize(&recipe, &QUICK).output().unwrap();
     succeeded(run());
-    // At a tensor's very beginning; of each tensor, the fingerprint knows the middle.
+    // At the beginning of a tensor: the fingerprint covers only the middle of each tensor.
     let weights = model.join("model.safetensors");
     let flip = || edit_tensor(&weights, "model.embed_tokens.weight", |bytes| bytes[0] ^= 1);
     flip();
@@ -120,18 +120,18 @@ fn a_model_changed_in_one_byte_is_no_longer_that_of_a_finished_branch() {
     for word in ["out/a", "model.model.safetensors.sha256 was", "--restart"] {
         assert!(line.contains(word), "no {word:?} in: {line}");
     }
-    // A report of before there was such a record cannot tell.
+    // An older report without such a record cannot detect it.
     let path = scratch.out().join("a/report.json");
     let whole = fs::read(&path).unwrap();
     let mut report: Value = serde_json::from_slice(&whole).unwrap();
     let files = report.as_object_mut().unwrap().remove("model_files");
     assert_eq!(files.unwrap().as_object().unwrap().len(), 1);
     fs::write(&path, report.to_string()).unwrap();
-    assert!(succeeded(run()).contains("a: is there already"));
-    // The same bytes, whenever they were written.
+    assert!(succeeded(run()).contains("a: already finished, skipped"));
+    // The same bytes, written at another time.
     fs::write(&path, whole).unwrap();
     flip();
-    assert!(succeeded(run()).contains("a: is there already"));
+    assert!(succeeded(run()).contains("a: already finished, skipped"));
 }
 
 #[test]
@@ -162,10 +162,10 @@ fn a_changed_calibration_file_is_named_for_finished_and_unfinished_branches() {
     };
     fs::write(&rows, &bytes).unwrap();
     killed_after_a_block(&recipe, &scratch.out(), &SLOW);
-    refuse("unfinished");
-    assert!(succeeded(run()).contains("going on after block"));
+    refuse("interrupted");
+    assert!(succeeded(run()).contains("resuming after block"));
     refuse("out/a");
-    assert!(succeeded(run()).contains("b: is there already"));
+    assert!(succeeded(run()).contains("b: already finished, skipped"));
 }
 
 #[test]
@@ -211,8 +211,9 @@ fn a_run_goes_on_with_a_copy_of_the_program_and_not_with_another() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), TWO);
     killed_after_a_block(&recipe, &scratch.out(), &SLOW);
-    // The other has a byte after the end of all that is loaded. Copied by a process of its own: a file
-    // that a test's thread has open for writing is open in what the others start, too, and cannot run.
+    // The copy has an extra byte at the end. A separate process copies it: a file open for writing
+    // in a test's thread would also be open in child processes started by other tests, and could
+    // not be executed.
     let (same, other) = (scratch.path("same"), scratch.path("other"));
     let script = "cp \"$0\" \"$1\"; cp \"$0\" \"$2\"; printf x >> \"$2\"";
     let mut copy = Command::new("sh");
@@ -226,7 +227,7 @@ fn a_run_goes_on_with_a_copy_of_the_program_and_not_with_another() {
     };
     let line = refused(run(&other));
     assert!(line.contains("gptq.program was"), "{line}");
-    assert!(succeeded(run(&same)).contains("going on after block"));
+    assert!(succeeded(run(&same)).contains("resuming after block"));
 }
 
 #[test]
@@ -244,7 +245,7 @@ fn a_model_that_becomes_shorter_ends_a_run_with_a_line() {
         .unwrap();
     weights.set_len(4096).unwrap();
     let line = refused(child.wait_with_output().unwrap());
-    for word in ["model/model.safetensors: became shorter", "same command"] {
+    for word in ["model/model.safetensors: was truncated", "same command"] {
         assert!(line.contains(word), "no {word:?} in: {line}");
     }
 }

@@ -1,4 +1,4 @@
-//! The model families, and one model in every container: whatever it comes in, the branches are the same.
+//! The model families, and one model in every container: the branches are the same.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,7 +22,7 @@ fn copy(from: &Path, to: &Path, files: &[&str]) {
     }
 }
 
-/// A directory `model` with a family's config and the tokenizer, and no weights yet.
+/// Makes a directory `model` with a family's config and the tokenizer, and no weights yet.
 fn without_weights(scratch: &Scratch, family: &str) -> PathBuf {
     let dir = scratch.path("model");
     fs::create_dir(&dir).unwrap();
@@ -35,7 +35,7 @@ fn without_weights(scratch: &Scratch, family: &str) -> PathBuf {
     dir
 }
 
-/// llama's tensors written again, as `dtype`, in files of `shard_size` bytes.
+/// Rewrites llama's tensors as `dtype`, in files of `shard_size` bytes.
 fn rewrite(dir: &Path, dtype: Dtype, shard_size: Option<u64>) {
     let base = Checkpoint::open(&families().join("llama")).unwrap();
     let spec = |name: &str| TensorSpec {
@@ -59,7 +59,8 @@ fn rewrite(dir: &Path, dtype: Dtype, shard_size: Option<u64>) {
     writer.finish().unwrap();
 }
 
-/// Every file that a run on `scratch`'s model writes, but the report, which has times in it.
+/// Returns every file that a run on `scratch`'s model writes, except the report, which contains
+/// times.
 fn branches(scratch: &Scratch, model: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let recipe = scratch.recipe(model, BRANCHES);
     succeed([
@@ -140,7 +141,7 @@ fn every_family_is_quantized_and_verified() {
             let verdict = succeed(["verify", dir.to_str().unwrap()]);
             assert!(verdict.contains("14 quantized"), "{family}: {verdict}");
         }
-        // Biases go along untouched.
+        // Biases are copied unchanged.
         let dense = Checkpoint::open(&model).unwrap();
         let quantized = Checkpoint::open(&scratch.out().join("four")).unwrap();
         let biases: Vec<&str> = dense.names().filter(|n| n.ends_with(".bias")).collect();

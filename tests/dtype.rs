@@ -13,7 +13,7 @@ use crate::harness::{Scratch, edit_tensor, medi_tiny, refuse, root, succeed};
 
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";
 
-/// The bundled model in bf16, in `model/`.
+/// Makes the bundled model in bf16, in `model/`.
 fn bf16_model(scratch: &Scratch) -> PathBuf {
     let model = scratch.copy_model();
     let base = Checkpoint::open(&root().join(medi_tiny())).unwrap();
@@ -39,14 +39,14 @@ fn bf16_model(scratch: &Scratch) -> PathBuf {
     model
 }
 
-/// Makes the first element of a tensor of `model` this large.
+/// Sets the first element of a tensor of `model`.
 fn enlarge(model: &Path, tensor: &str, value: f32) {
     edit_tensor(&model.join("model.safetensors"), tensor, |bytes| {
         bytes[..2].copy_from_slice(&bf16::from_f32(value).to_le_bytes());
     });
 }
 
-/// A recipe that takes `model` in `dtype`.
+/// Writes a recipe that loads `model` in `dtype`.
 fn recipe(scratch: &Scratch, model: &Path, dtype: &str, branches: &str) -> String {
     let path = scratch.recipe(model, branches);
     let text = fs::read_to_string(&path).unwrap();
@@ -59,7 +59,7 @@ fn quantize(recipe: &str) -> Vec<&str> {
     vec!["quantize", recipe, "--device", "cpu", "--samples", "2"]
 }
 
-/// Perplexities of a branch and of `against`, each block's error checked to be there.
+/// Returns the perplexities of a branch and of `against`, checking that each block has an error.
 fn perplexities(branch: &Path, against: &Path) -> [f64; 2] {
     let [branch_name, against] = [branch, against].map(|path| path.to_str().unwrap());
     succeed([
@@ -121,7 +121,7 @@ fn a_bf16_recipe_keeps_the_weights_that_stay_and_measures_as_f16_does() {
     let text = succeed(prompt.iter().chain(&more));
     assert!(text.trim().len() > "Asthma is".len(), "{text}");
 
-    // f16 holds these weights but for subnormal ones: the two computations are nearly one.
+    // f16 holds these weights except subnormal ones: the two computations are almost equal.
     succeed(
         quantize(&recipe(&scratch, &model, "f16", ONE))
             .iter()
@@ -151,7 +151,7 @@ fn a_weight_beyond_f16_is_refused_in_f16_and_kept_in_bf16() {
     };
     refused("model.layers.0.self_attn.q_proj.weight");
     enlarge(&model, "model.layers.0.self_attn.q_proj.weight", 0.01);
-    // The unknown token's row, which no text meets.
+    // The row of the unknown token, which does not occur in texts.
     refused("model.embed_tokens.weight");
     succeed(quantize(&recipe(&scratch, &model, "bf16", ONE)));
     let branch = scratch.out().join("a");
@@ -169,10 +169,10 @@ fn a_scale_beyond_f16_is_refused_by_name() {
     enlarge(&model, "model.layers.0.self_attn.q_proj.weight", 1e9);
     let line = refuse(quantize(&recipe(&scratch, &model, "bf16", ONE)));
     assert!(
-        line.contains("tensor model.layers.0.self_attn.q_proj.scales: a scale reaches f16's"),
+        line.contains("tensor model.layers.0.self_attn.q_proj.scales: a scale reaches 65504"),
         "{line}"
     );
-    // As the line says.
+    // Follow the advice of the line.
     let skipped =
         format!("{ONE}[[branch.override]]\nmatch = \"*.0.self_attn.q_proj\"\nskip = true\n");
     succeed(quantize(&recipe(&scratch, &model, "bf16", &skipped)));

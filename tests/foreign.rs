@@ -1,4 +1,5 @@
-//! Quantized checkpoints as other tools write them: names of files, and which linears are quantized.
+//! Quantized checkpoints as written by other tools: file names, and which linear layers are
+//! quantized.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +8,8 @@ use serde_json::Value;
 
 use crate::harness::{Scratch, medi_tiny, refuse, succeed};
 
-/// A branch in which `left_out` stay dense and, if `eight`, the down projections have 8 bits.
+/// Makes a branch in which `left_out` stay dense and, with `eight`, the down projections have 8
+/// bits.
 fn branch(scratch: &Scratch, left_out: &str, eight: bool) -> PathBuf {
     let mut branch =
         "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\ndesc_act = false\n".to_owned();
@@ -23,7 +25,8 @@ fn branch(scratch: &Scratch, left_out: &str, eight: bool) -> PathBuf {
     scratch.out().join("a")
 }
 
-/// Replaces what both configs say of single linears by a line of JSON, which keeps its order.
+/// Replaces the settings of single linear layers in both configs by a line of JSON, keeping its
+/// order.
 fn say(dir: &Path, line: &str) {
     for file in ["config.json", "quantize_config.json"] {
         let path = dir.join(file);
@@ -55,7 +58,7 @@ fn greedy(dir: &Path) -> Value {
     serde_json::from_str::<Value>(line.trim()).unwrap()["tokens"].clone()
 }
 
-/// Names of the clients that `inspect` says load it.
+/// Returns the clients that load it according to `inspect`.
 fn clients(dir: &Path) -> Vec<String> {
     let text = succeed(["inspect", dir.to_str().unwrap(), "--json"]);
     let found: Value = serde_json::from_str(&text).unwrap();
@@ -94,7 +97,7 @@ fn weights_under_autogptqs_own_names_are_found() {
         fs::remove_file(other).unwrap();
         succeed(["verify", dir.to_str().unwrap()]);
     }
-    // Two files, and nothing that says which.
+    // Two files, and nothing that selects one.
     fs::write(dir.join("quantize_config.json"), settings).unwrap();
     fs::copy(medi_tiny_weights(), dir.join("other.safetensors")).unwrap();
     let line = refuse(["verify", dir.to_str().unwrap()]);
@@ -123,15 +126,15 @@ fn linears_that_a_list_leaves_out_are_read_dense() {
     say(&dir, lists);
     assert_eq!(greedy(&dir), expected);
     let verdict = succeed(["verify", dir.to_str().unwrap()]);
-    assert!(verdict.contains("18 quantized linears"), "{verdict}");
+    assert!(verdict.contains("18 quantized linear layers"), "{verdict}");
     let loads = clients(&dir);
     assert!(loads.contains(&"Transformers".to_owned()), "{loads:?}");
     assert!(!loads.contains(&"ExLlama".to_owned()), "{loads:?}");
-    // Without it nobody can know.
+    // Without it the format is unknown.
     say(&dir, "\"lm_head\": false");
     assert_eq!(clients(&dir), [""; 0]);
     let line = refuse(["verify", dir.to_str().unwrap()]);
-    for word in ["k_proj.qweight is missing", "k_proj.weight is there"] {
+    for word in ["k_proj.qweight is missing", "k_proj.weight exists"] {
         assert!(line.contains(word), "no {word:?} in: {line}");
     }
 }
@@ -141,7 +144,7 @@ fn the_first_written_of_the_patterns_that_match_counts() {
     let scratch = Scratch::new();
     let dir = branch(&scratch, "*.layers.0.*", true);
     let expected = greedy(&dir);
-    // As GPTQModel reads it; sorted, the other would come first.
+    // In GPTQModel's order; sorted, the other rule would come first.
     let first = r#""-:.*layers\\.0\\..*": {}"#;
     let second = r#""+:.*down_proj.*": {"bits": 8}"#;
     say(&dir, &format!("\"dynamic\": {{{first}, {second}}}"));
@@ -173,7 +176,7 @@ fn a_quantized_model_is_not_quantized_again() {
         vec!["quantize", recipe],
     ] {
         let line = refuse(&command);
-        for word in ["quantized by gptq already", "full-precision model"] {
+        for word in ["already quantized by gptq", "full-precision model"] {
             assert!(line.contains(word), "no {word:?} in: {line}");
         }
     }
@@ -187,7 +190,7 @@ fn a_quantized_model_is_not_quantized_again() {
     }
     let line = refuse(["quantize", recipe]);
     assert!(
-        line.contains("quantized already") && line.contains("qweight"),
+        line.contains("already quantized") && line.contains("qweight"),
         "{line}"
     );
     again.assert_nothing_written();

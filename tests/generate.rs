@@ -1,4 +1,4 @@
-//! `gptq generate`: what it says, and that it says what Transformers says.
+//! `gptq generate`: its messages, and the same text as Transformers.
 
 use std::fs;
 use std::io::Write;
@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::harness::{Scratch, medi_tiny, refuse, root, succeed};
 
-/// One reply of the bundled model.
+/// Returns one reply of the bundled model.
 fn reply(args: &[&str]) -> Value {
     let fixed = [
         "generate",
@@ -28,8 +28,8 @@ fn greedy_text_is_that_of_transformers_token_for_token() {
     let rows = golden["models"]["medi-tiny"].as_array().unwrap();
     assert!(!rows.is_empty());
     for row in rows {
-        // The forward passes agree to 2e-3: a smaller gap between the two best tokens would make
-        // either of them right.
+        // The forward passes agree to 2e-3: with a smaller gap between the two best tokens either
+        // may be chosen.
         assert!(row["smallest_gap"].as_f64().unwrap() > 4e-3);
         let found = reply(&[
             "--prompt",
@@ -129,8 +129,8 @@ fn a_chat_keeps_its_history_in_the_cache() {
     };
     assert_eq!(first["cached_tokens"], 0);
     let cached = second["cached_tokens"].as_u64().unwrap();
-    // The first prompt is in the cache; whether the reply's own tokens are depends on how its text
-    // is cut into tokens again.
+    // The first prompt is in the cache; the reply's own tokens may not be, if its text is tokenized
+    // differently.
     assert!(
         cached >= first["prompt_tokens"].as_u64().unwrap() - 1,
         "{second}"
@@ -157,7 +157,7 @@ fn a_branch_speaks_from_its_codes() {
     ];
     let line = succeed(["generate", dir.to_str().unwrap()].iter().chain(&args));
     let found: Value = serde_json::from_str(line.trim()).unwrap();
-    // At 8 bits the first tokens are the dense model's.
+    // At 8 bits the first tokens equal the dense model's.
     let dense = reply(&args[..5]);
     assert_eq!(found["tokens"][0], dense["tokens"][0]);
 }
@@ -166,7 +166,7 @@ fn a_branch_speaks_from_its_codes() {
 fn wrong_requests_are_refused_in_one_line() {
     let model = ["generate", "tests/models/medi-tiny", "--prompt", "x"];
     let with = |args: &[&'static str]| refuse(model.iter().chain(args));
-    assert!(with(&["--temperature", "0"]).contains("say greedy"));
+    assert!(with(&["--temperature", "0"]).contains("use greedy"));
     assert!(with(&["--top-p", "2"]).contains("at most 1"));
     assert!(with(&["--template", "own"]).contains("no chat template"));
     assert!(with(&["--system", "x"]).contains("--template"));
@@ -197,7 +197,7 @@ fn a_turn_ends_at_the_tokenizer_s_end_token_too_and_a_plain_prompt_does_not() {
         tokens.map(|token| token.as_u64().unwrap()).collect()
     };
     let before = [ids(&reply(chat)), ids(&reply(plain))];
-    // A token that the chat writes, and only later than at once.
+    // A token that the chat generates, but not first.
     let end = before[0][4];
     let first = before[0].iter().position(|id| *id == end).unwrap();
     let json = |name: &str| -> Value {

@@ -1,4 +1,4 @@
-//! Running the binary, and making small variations of the bundled model.
+//! Helpers to run the binary, and to make small variations of the bundled model.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,13 +6,13 @@ use std::process::{Command, Output};
 
 use tempfile::TempDir;
 
-/// The repository's root; recipes name their inputs relative to it.
+/// Returns the repository's root; recipes name their inputs relative to it.
 pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// `gptq` with these arguments in the repository's root, away from any cache, token or proxy of
-/// whoever runs the tests.
+/// Makes a `gptq` command in the repository's root, isolated from the user's cache, token and
+/// proxy.
 pub(crate) fn command<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gptq"));
     command
@@ -39,12 +39,12 @@ pub(crate) fn gptq<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>)
     command(args).output().expect("the binary runs")
 }
 
-/// Runs `gptq` and returns its output; panics with what it said if it failed.
+/// Runs `gptq` and returns its output; panics with its error if it failed.
 pub(crate) fn succeed<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> String {
     succeeded(gptq(args))
 }
 
-/// What a run that must have succeeded printed.
+/// Returns the output of a run that must have succeeded.
 pub(crate) fn succeeded(output: Output) -> String {
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -57,11 +57,11 @@ pub(crate) fn refuse<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S
     refused(gptq(args))
 }
 
-/// The one line of a run that must have failed.
+/// Returns the single line of a run that must have failed.
 pub(crate) fn refused(output: Output) -> String {
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    // Beside warnings, and what is said of downloads before they fail.
+    // Except warnings, and progress of downloads before they fail.
     let aside = |line: &&str| line.contains("warning:") || line.starts_with("fetch");
     let errors: Vec<&str> = stderr.lines().filter(|line| !aside(line)).collect();
     assert_eq!(errors.len(), 1, "one line: {stderr}");
@@ -89,7 +89,7 @@ impl Scratch {
         self.path("out")
     }
 
-    /// Copies the bundled model to `model/`, where a test may change it.
+    /// Copies the bundled model to `model/`, for modification.
     pub(crate) fn copy_model(&self) -> PathBuf {
         let target = self.path("model");
         fs::create_dir(&target).unwrap();
@@ -110,12 +110,12 @@ impl Scratch {
         target
     }
 
-    /// A recipe for `model` on a little calibration text: 8 windows of 256 tokens.
+    /// Writes a recipe for `model` with a little calibration text: 8 windows of 256 tokens.
     pub(crate) fn recipe(&self, model: &Path, branches: &str) -> PathBuf {
         self.recipe_with(model, "", "", branches)
     }
 
-    /// The same with more lines at the top and under `[output]`.
+    /// Does the same with more lines at the top and under `[output]`.
     pub(crate) fn recipe_with(
         &self,
         model: &Path,
@@ -135,7 +135,7 @@ impl Scratch {
         path
     }
 
-    /// Nothing may be left in the output directory: no branch, no half of one.
+    /// Checks that the output directory holds no branch, complete or partial.
     pub(crate) fn assert_nothing_written(&self) {
         let left: Vec<PathBuf> = match fs::read_dir(self.out()) {
             Ok(entries) => entries.map(|e| e.unwrap().path()).collect(),
@@ -145,7 +145,7 @@ impl Scratch {
     }
 }
 
-/// The bundled model.
+/// Returns the bundled model.
 pub(crate) fn medi_tiny() -> PathBuf {
     PathBuf::from("tests/models/medi-tiny")
 }
@@ -161,7 +161,7 @@ pub(crate) fn edit_tensor(file: &Path, name: &str, edit: impl FnOnce(&mut [u8]))
     fs::write(file, bytes).unwrap();
 }
 
-/// Replaces text of the header by text of the same length.
+/// Replaces text of the header by other text of the same length.
 pub(crate) fn edit_header(file: &Path, from: &str, to: &str) {
     assert_eq!(from.len(), to.len(), "the header keeps its length");
     let mut bytes = fs::read(file).unwrap();

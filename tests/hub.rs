@@ -1,5 +1,4 @@
-//! Models and datasets from a Hub on the loopback: what is fetched, what is resumed, what is
-//! refused.
+//! Models and datasets from a Hub on the loopback: downloads, resumption, refusals.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +14,7 @@ const DATASET: &str = "medi/wikidoc";
 pub(crate) const WIKIDOC: &str = "calibration/wikidoc/wikidoc_patient_information_1000.json";
 const TOKEN: &str = "hf_secretSecretSECRET";
 
-/// A Hub with the bundled model, and files beside it that nobody needs.
+/// Starts a Hub with the bundled model, and with other files that are not needed.
 pub(crate) fn hub() -> HubServer {
     let hub = HubServer::start();
     for entry in fs::read_dir(root().join(medi_tiny())).unwrap() {
@@ -50,7 +49,7 @@ pub(crate) fn snapshot(scratch: &Scratch) -> PathBuf {
         .join(commit)
 }
 
-/// The bundled model in two shards.
+/// Splits the bundled model into two shards.
 pub(crate) fn shards() -> Vec<(String, Vec<u8>)> {
     let whole = fs::read(root().join(medi_tiny()).join("model.safetensors")).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&whole).unwrap();
@@ -86,10 +85,10 @@ fn every_route_of_a_model_gives_the_same_bytes() {
     assert!(weights(&single) == weights(&local), "from the Hub");
     let size = fs::metadata(root().join(medi_tiny()).join("model.safetensors")).unwrap();
     let size = format!("{:.2} MB", size.len() as f64 / 1e6);
-    let begun = format!("fetching 1 file of {MODEL}, {size}\n");
+    let begun = format!("downloading 1 file of {MODEL}, {size}\n");
     assert!(told.contains(&begun), "{told}");
     assert!(
-        told.contains(&format!("fetched {MODEL}: {size} in ")),
+        told.contains(&format!("downloaded {MODEL}: {size} in ")),
         "{told}"
     );
     let asked = hub.requests().join("\n");
@@ -101,7 +100,7 @@ fn every_route_of_a_model_gives_the_same_bytes() {
     }
     assert!(asked.contains(&format!("Bearer {TOKEN}")), "{asked}");
 
-    // Again, with nobody there and nobody asked.
+    // Again, offline and without any request.
     let args = [
         "quantize",
         &single.path("recipe.toml").display().to_string(),
@@ -161,7 +160,7 @@ fn the_cache_is_laid_out_as_every_tool_expects() {
         !snapshot(&scratch).join("model.safetensors").exists(),
         "weights are not needed to look at calibration data"
     );
-    // The same commit again: nothing is fetched a second time.
+    // The same commit again: nothing is downloaded a second time.
     hub.requests();
     succeeded(run(&scratch, &hub.url(), &args));
     let asked = hub.requests().join("\n");
@@ -179,12 +178,12 @@ fn a_broken_connection_is_taken_up_where_it_broke() {
     let asked = hub.requests().join("\n");
     assert!(asked.contains("bytes=100000-"), "{asked}");
 
-    // Broken off for good, and taken up by the next run.
+    // Interrupted for good, and resumed by the next run.
     let scratch = Scratch::new();
     hub.fail("cdn", 1, Wrong::Cut(150_000));
     hub.fail("cdn", 100, Wrong::Cut(0));
     let line = refused(quantize(&scratch, &hub));
-    assert!(line.contains("what has come is kept"), "{line}");
+    assert!(line.contains("the partial download is kept"), "{line}");
     scratch.assert_nothing_written();
     hub.heal();
     hub.requests();
@@ -192,7 +191,7 @@ fn a_broken_connection_is_taken_up_where_it_broke() {
     let asked = hub.requests().join("\n");
     assert!(asked.contains("bytes=150000-"), "{asked}");
 
-    // A server that starts anew is taken from its start.
+    // The server does not support ranges, so the download starts over.
     let scratch = Scratch::new();
     hub.fail("cdn", 1, Wrong::Cut(50_000));
     hub.fail("cdn", 1, Wrong::Whole);
@@ -205,9 +204,9 @@ fn a_broken_connection_is_taken_up_where_it_broke() {
 #[test]
 fn what_is_not_what_git_says_is_refused() {
     for (path, wrong, word) in [
-        ("cdn", Wrong::Flipped, "another hash"),
+        ("cdn", Wrong::Flipped, "a wrong hash"),
         ("cdn", Wrong::Longer(10), "longer than"),
-        ("tokenizer_config.json", Wrong::Flipped, "another hash"),
+        ("tokenizer_config.json", Wrong::Flipped, "a wrong hash"),
     ] {
         let (scratch, hub) = (Scratch::new(), hub());
         hub.fail(path, 100, wrong);
@@ -219,7 +218,7 @@ fn what_is_not_what_git_says_is_refused() {
     }
 }
 
-/// What `calibration show --json` says of a recipe with this source.
+/// Returns the output of `calibration show --json` for a recipe with this source.
 fn shown(scratch: &Scratch, hub: &HubServer, source: &str, more: &str) -> serde_json::Value {
     let recipe = scratch.recipe(&medi_tiny(), ONE);
     let text = fs::read_to_string(&recipe).unwrap();
@@ -258,7 +257,7 @@ fn a_dataset_s_own_files_or_its_parquet_conversion_give_the_local_windows() {
         local["manifest"]["files"][0]["sha256"]
     );
 
-    // A script and archives: the rows are where the Hub converted them to.
+    // A script and archives: the rows come from the Hub's conversion.
     let other = "medi/scripted";
     hub.put("datasets", other, "main", "scripted.py", b"import os");
     hub.put("datasets", other, "main", "data.tar", &[0; 512]);
@@ -275,7 +274,7 @@ fn a_dataset_s_own_files_or_its_parquet_conversion_give_the_local_windows() {
     let files = parquet["manifest"]["files"].as_array().unwrap();
     assert_eq!(files.len(), 1, "the training part: {files:?}");
 
-    // A choice of files, and of a revision.
+    // Selected files, and a revision.
     hub.put("datasets", DATASET, "v2", "a.jsonl", b"{\"text\": \"x\"}\n");
     hub.put("datasets", DATASET, "v2", "part/b.json", &rows);
     let chosen = shown(

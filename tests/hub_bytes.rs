@@ -1,9 +1,9 @@
-//! What the Hub calls contents, and how it sends them: git's hashes, SHA-256, base64.
+//! Encodings of the Hub: git's hashes, SHA-256, base64.
 
 use sha1::{Digest, Sha1};
 use sha2::Sha256;
 
-/// A revision's commit, made up.
+/// Returns a synthetic commit of a revision.
 pub(crate) fn commit(repo: &str, revision: &str) -> String {
     git_oid(format!("{repo}@{revision}").as_bytes())
 }
@@ -23,7 +23,7 @@ fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Bytes from their base64.
+/// Decodes base64.
 pub(crate) fn base64(text: &str) -> Vec<u8> {
     const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let (mut bits, mut count, mut bytes) = (0u32, 0, Vec::new());

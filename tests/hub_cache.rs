@@ -1,4 +1,4 @@
-//! The cache: what it must hold before it stands for the Hub, and what is left alone in it.
+//! The cache: what it must contain for offline use, and what must not be modified in it.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -13,7 +13,7 @@ use crate::hub_server::{HubServer, Wrong};
 
 const DATASET: &str = "medi/shards";
 
-/// A dataset of two shards.
+/// Starts a Hub with a dataset of two shards.
 fn dataset() -> HubServer {
     let hub = HubServer::start();
     let rows = fs::read(root().join(WIKIDOC)).unwrap();
@@ -23,7 +23,7 @@ fn dataset() -> HubServer {
     hub
 }
 
-/// `calibration show` of the dataset, with more lines beside its name; without a Hub, offline.
+/// Runs `calibration show` on the dataset with more recipe lines; without a Hub, offline.
 fn show(scratch: &Scratch, hub: Option<&str>, more: &str) -> Output {
     let recipe = scratch.recipe(&medi_tiny(), ONE);
     let text = fs::read_to_string(&recipe).unwrap();
@@ -40,7 +40,7 @@ fn show(scratch: &Scratch, hub: Option<&str>, more: &str) -> Output {
     }
 }
 
-/// How many files `calibration show` took rows from.
+/// Returns the number of files that `calibration show` used.
 fn files(output: Output) -> usize {
     let shown: serde_json::Value = serde_json::from_str(&succeeded(output)).unwrap();
     shown["manifest"]["files"].as_array().unwrap().len()
@@ -54,7 +54,7 @@ fn a_part_of_a_dataset_in_the_cache_does_not_stand_for_the_whole() {
     assert_eq!(files(show(&scratch, None, one)), 1);
     let line = refused(show(&scratch, None, ""));
     assert!(
-        line.contains("data/train-1.json is not all there") && line.contains("run once without"),
+        line.contains("data/train-1.json is incomplete") && line.contains("run once without"),
         "{line}"
     );
     let line = refused(show(&scratch, Some("http://127.0.0.1:9"), ""));
@@ -62,7 +62,7 @@ fn a_part_of_a_dataset_in_the_cache_does_not_stand_for_the_whole() {
     assert_eq!(files(show(&scratch, Some(&hub.url()), "")), 2);
     assert_eq!(files(show(&scratch, None, "")), 2);
 
-    // A first download that broke off between the shards, of a commit that needs no looking up.
+    // A first download that was interrupted between the shards, of a commit that needs no lookup.
     let (scratch, hub) = (Scratch::new(), dataset());
     let pinned = format!("revision = {:?}", commit(DATASET, "main"));
     hub.fail("train-1", 1000, Wrong::Cut(0));
@@ -73,7 +73,7 @@ fn a_part_of_a_dataset_in_the_cache_does_not_stand_for_the_whole() {
     assert_eq!(files(show(&scratch, Some(&hub.url()), &pinned)), 2);
     assert_eq!(files(show(&scratch, None, &pinned)), 2);
 
-    // Without a listing it is taken, and that is said.
+    // Without a listing the cache is used, with a warning.
     fs::remove_dir_all(scratch.path("hf/hub/datasets--medi--shards/.gptq")).unwrap();
     let unchecked = show(&scratch, None, &pinned);
     let told = String::from_utf8_lossy(&unchecked.stderr).into_owned();
@@ -108,10 +108,10 @@ fn a_tokenizer_in_the_cache_without_all_of_its_files_is_not_a_tokenizer() {
         .env("HF_HUB_OFFLINE", "1")
         .output();
     let line = refused(offline.unwrap());
-    assert!(line.contains(&format!("{name} is not all there")), "{line}");
+    assert!(line.contains(&format!("{name} is incomplete")), "{line}");
 }
 
-/// When each file, link and directory below `dir` was last changed.
+/// Returns the modification times of all files, links and directories below `dir`.
 fn times(dir: &Path) -> Vec<(PathBuf, SystemTime)> {
     let mut times = Vec::new();
     let mut paths = vec![dir.to_owned()];
@@ -126,7 +126,7 @@ fn times(dir: &Path) -> Vec<(PathBuf, SystemTime)> {
     times
 }
 
-/// Runs against a cache that has all, and must leave it as it is and fetch nothing.
+/// Runs with a complete cache, which must not be modified, and must not download anything.
 fn assert_left_alone(scratch: &Scratch, hub: &HubServer) {
     let recipe = scratch.recipe(Path::new(MODEL), ONE);
     let before = times(&scratch.path("hf/hub/models--medi--tiny"));
@@ -140,7 +140,7 @@ fn assert_left_alone(scratch: &Scratch, hub: &HubServer) {
     fs::remove_dir_all(scratch.out()).unwrap();
 }
 
-/// Makes everything below `dir` unwritable, or writable again.
+/// Makes everything below `dir` read-only, or writable again.
 fn read_only(dir: &Path, yes: bool) {
     for (path, _) in times(dir) {
         let mut permissions = fs::symlink_metadata(&path).unwrap().permissions();
@@ -159,12 +159,12 @@ fn a_cache_that_has_all_is_left_as_it_is() {
     let args = ["quantize", recipe.to_str().unwrap()];
     succeeded(run(&scratch, &hub.url(), &args));
     fs::remove_dir_all(scratch.out()).unwrap();
-    // Nobody may write there; and whoever may does not.
+    // A read-only cache works, and a writable one is not written to.
     read_only(&scratch.path("hf"), true);
     assert_left_alone(&scratch, &hub);
     read_only(&scratch.path("hf"), false);
 
-    // A link to what is another content by now is made anew.
+    // A link to a different content is replaced.
     let link = snapshot(&scratch).join("config.json");
     let right = fs::read_link(&link).unwrap();
     let tokenizer = fs::read_link(snapshot(&scratch).join("tokenizer.json")).unwrap();
@@ -207,7 +207,7 @@ fn caches_that_other_tools_made_are_used_as_they_are() {
                 false => fs::write(place, bytes).unwrap(),
             }
         }
-        // The listing is all that is written, once.
+        // Only the listing is written, once.
         fs::create_dir_all(repo.join(".gptq")).unwrap();
         let listing = repo
             .join(".gptq")

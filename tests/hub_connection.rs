@@ -1,4 +1,4 @@
-//! Connections to a Hub on the loopback that do not do what they should.
+//! Connections to a misbehaving Hub on the loopback.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use crate::harness::{Scratch, command, medi_tiny, refused, root, succeeded};
 use crate::hub::{MODEL, ONE, hub, quantize, shards};
 use crate::hub_server::{HubServer, Wrong, silent};
 
-/// `quantize` of the model on the Hub, which waits a second for what does not come.
+/// Runs `quantize` of the model on the Hub, with a timeout of one second.
 fn impatient(scratch: &Scratch, hub: &HubServer) -> Output {
     let recipe = scratch.recipe(Path::new(MODEL), ONE);
     let mut command = command(["quantize", recipe.to_str().unwrap()]);
@@ -21,7 +21,7 @@ fn impatient(scratch: &Scratch, hub: &HubServer) -> Output {
 #[test]
 fn a_connection_that_is_silent_counts_as_broken() {
     let (scratch, hub) = (Scratch::new(), hub());
-    // A question, a listing, a download before its first byte, and one in its middle.
+    // Silent at a request, at a listing, before the first byte of a download, and in its middle.
     for path in ["revision", "tree", "tokenizer_config.json"] {
         hub.fail(path, 1, Wrong::Mute);
     }
@@ -30,13 +30,13 @@ fn a_connection_that_is_silent_counts_as_broken() {
     let asked = hub.requests().join("\n");
     assert!(asked.contains("bytes=100000-"), "{asked}");
 
-    // Silent for good: said, and what came is taken up by the next run.
+    // Silent for good: reported, and the partial download is resumed by the next run.
     let (scratch, hub) = (Scratch::new(), self::hub());
     hub.fail("cdn", 1, Wrong::Stall(150_000));
     hub.fail("cdn", 100, Wrong::Stall(0));
     let line = refused(impatient(&scratch, &hub));
     assert!(
-        line.contains("has sent nothing for 1 s") && line.contains("what has come is kept"),
+        line.contains("has sent nothing for 1 s") && line.contains("the partial download is kept"),
         "{line}"
     );
     scratch.assert_nothing_written();
@@ -46,7 +46,7 @@ fn a_connection_that_is_silent_counts_as_broken() {
     let asked = hub.requests().join("\n");
     assert!(asked.contains("bytes=150000-"), "{asked}");
 
-    // Whoever has the files is not kept from them by a Hub that says nothing.
+    // Cached files can be used even if the Hub is silent.
     hub.fail("revision", 100, Wrong::Mute);
     let stale = impatient(&scratch, &hub);
     let told = String::from_utf8_lossy(&stale.stderr).into_owned();
@@ -88,7 +88,7 @@ fn a_file_that_ends_too_early_is_refused_with_what_came_of_it() {
     hub.heal();
     succeeded(quantize(&scratch, &hub));
 
-    // Once, and the rest comes when it is asked for.
+    // Interrupted once; the rest is downloaded on retry.
     let (scratch, hub) = (Scratch::new(), self::hub());
     hub.fail("cdn", 1, Wrong::Short(120_000));
     succeeded(quantize(&scratch, &hub));
@@ -105,7 +105,7 @@ fn several_files_come_at_once() {
     for (name, bytes) in shards() {
         hub.put("models", MODEL, "main", &name, &bytes);
     }
-    // The shards wait for each other: one after the other, each would wait in vain.
+    // The shards wait for each other: one after the other, each would time out.
     hub.fail("-of-2.safetensors", 2, Wrong::Together);
     succeeded(quantize(&scratch, &hub));
     assert!(hub.most_at_once() >= 2, "{}", hub.most_at_once());
@@ -123,7 +123,7 @@ fn another_protocol_is_offered_and_plain_http_is_kept_to() {
         "{asked}"
     );
 
-    // A server that insists on it, and then does not speak it.
+    // A server that insists on the Xet protocol, but does not implement it.
     let (scratch, hub) = (Scratch::new(), self::hub());
     hub.fail("cdn", 100, hash);
     let line = refused(quantize(&scratch, &hub));

@@ -1,5 +1,6 @@
-//! The shared cache's locks, as huggingface_hub's `WeakFileLock` and hf-hub have them: `flock` of
-//! `.locks/{repository}/{etag}.lock`, the etag being git's name of a small file and the SHA-256 of a large one.
+//! The shared cache's locks, as used by huggingface_hub's `WeakFileLock` and hf-hub: `flock` of
+//! `.locks/{repository}/{etag}.lock`, the etag being git's hash of a small file and the SHA-256 of
+//! a large one.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -15,7 +16,7 @@ use crate::hub_server::{HubServer, Wrong};
 
 const REPO: &str = "models--medi--tiny";
 
-/// `quantize` of the model on the Hub.
+/// Makes a `quantize` command for the model on the Hub.
 fn quantize(scratch: &Scratch, hub: &HubServer, seconds: &str) -> Command {
     let recipe = scratch.recipe(Path::new(MODEL), ONE);
     let mut command = command(["quantize", recipe.to_str().unwrap()]);
@@ -28,7 +29,7 @@ fn quantize(scratch: &Scratch, hub: &HubServer, seconds: &str) -> Command {
     command
 }
 
-/// The bytes of a file of the model.
+/// Returns the bytes of a file of the model.
 fn bytes(name: &str) -> Vec<u8> {
     fs::read(root().join(medi_tiny()).join(name)).unwrap()
 }
@@ -46,7 +47,7 @@ fn blob(scratch: &Scratch, etag: &str) -> PathBuf {
     scratch.path("hf/hub").join(REPO).join("blobs").join(etag)
 }
 
-/// Waits until something is so; panics where it never is.
+/// Waits until a condition holds; panics after a timeout.
 fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
@@ -79,7 +80,7 @@ fn a_large_file_gets_its_place_under_the_lock_of_its_own_name() {
     let (scratch, hub) = (Scratch::new(), hub());
     let etag = sha256(&bytes("model.safetensors"));
     let lock = hold(&scratch, &etag);
-    // Nothing comes of the one who has the lock: said, and what came is kept.
+    // The holder of the lock makes no progress: reported, and partial downloads are kept.
     let line = refused(quantize(&scratch, &hub, "1").output().unwrap());
     assert!(line.contains(&format!("{etag}.lock")), "{line}");
     assert!(
@@ -119,7 +120,7 @@ fn what_is_checked_is_the_file_and_not_what_came_over_the_wire() {
         part = begun();
         part.is_some()
     });
-    // Whoever has the same file open writes into it.
+    // Another process has the same file open and writes to it.
     let file = File::options().write(true).open(part.unwrap()).unwrap();
     file.write_all_at(&[!weights[5000]], 5000).unwrap();
     succeeded(running.wait_with_output().unwrap());

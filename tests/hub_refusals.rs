@@ -1,4 +1,4 @@
-//! What the Hub refuses or lacks: one line each, with the remedy, and nothing left behind.
+//! Refusals and missing files of the Hub: one line each with the remedy, and nothing left behind.
 
 use std::fs;
 use std::path::Path;
@@ -26,7 +26,7 @@ fn a_refusal_of_the_hub_is_one_line_with_a_remedy() {
             "revision",
             401,
             "",
-            ["not open to this account", "HF_TOKEN"],
+            ["not accessible to this account", "HF_TOKEN"],
         ),
         ("resolve", 403, "GatedRepo", ["gated", "/medi/tiny"]),
         ("resolve", 401, "GatedRepo", ["gated", "accept its terms"]),
@@ -35,15 +35,18 @@ fn a_refusal_of_the_hub_is_one_line_with_a_remedy() {
             "revision",
             429,
             "",
-            ["fewer requests", "what has come is kept"],
+            [
+                "limits the rate of requests",
+                "the partial download is kept",
+            ],
         ),
         ("revision", 503, "", ["503", "run again"]),
-        ("cdn", 500, "", ["500", "what has come is kept"]),
+        ("cdn", 500, "", ["500", "the partial download is kept"]),
         (
             "revision",
             400,
             "",
-            ["400 for medi/tiny (refused)", "asking again"],
+            ["400 for medi/tiny (refused)", "retrying will not help"],
         ),
         ("resolve", 451, "", ["451 for medi/tiny", "another copy"]),
     ] {
@@ -56,7 +59,7 @@ fn a_refusal_of_the_hub_is_one_line_with_a_remedy() {
         );
         scratch.assert_nothing_written();
     }
-    // What passes is asked for again.
+    // Temporary errors are retried.
     let (scratch, hub) = (Scratch::new(), hub());
     for (path, status) in [
         ("revision", 503),
@@ -88,7 +91,7 @@ fn nobody_there_and_nothing_cached_is_said_plainly() {
         line.contains("HF_HUB_OFFLINE") && line.contains("run once without it"),
         "{line}"
     );
-    // Half a model in the cache is not a model.
+    // Half a model in the cache does not count.
     let hub = hub();
     hub.fail("cdn", 1000, Wrong::Status(404, ""));
     refused(quantize(&scratch, &hub));
@@ -97,7 +100,7 @@ fn nobody_there_and_nothing_cached_is_said_plainly() {
         .env("HF_HUB_OFFLINE", "1")
         .output();
     let line = refused(offline.unwrap());
-    assert!(line.contains("not wholly in"), "{line}");
+    assert!(line.contains("not complete in"), "{line}");
 }
 
 #[test]
@@ -112,7 +115,7 @@ fn a_file_name_that_leaves_the_cache_is_refused() {
         );
         assert!(!snapshot(&scratch).exists());
     }
-    // An index that names one: refused too, though the Hub lists no such file.
+    // An index that lists one: also refused, although the Hub lists no such file.
     let (scratch, hub) = (Scratch::new(), hub());
     let index = br#"{"weight_map": {"model.norm.weight": "../../etc/passwd"}}"#;
     hub.put(
@@ -178,7 +181,7 @@ fn what_a_repository_lacks_is_said_with_what_to_name_instead() {
         (
             &quoted,
             "\"medi/tar\"",
-            ["medi/tar has no file that rows", "name a local file"],
+            ["medi/tar has no file of rows", "name a local file"],
         ),
         (
             &quoted,
@@ -200,7 +203,7 @@ fn what_a_repository_lacks_is_said_with_what_to_name_instead() {
 fn what_cannot_be_a_token_is_not_sent() {
     let (scratch, hub) = (Scratch::new(), hub());
     let recipe = scratch.recipe(Path::new(MODEL), ONE);
-    for (token, why) in [("two words", "a blank"), ("hf_\u{e9}t\u{e9}", "not ASCII")] {
+    for (token, why) in [("two words", "a space"), ("hf_\u{e9}t\u{e9}", "not ASCII")] {
         let mut command = command(["quantize", recipe.to_str().unwrap()]);
         command.env("HF_HOME", scratch.path("hf"));
         let line = refused(silent(&mut command, &hub.url(), token));

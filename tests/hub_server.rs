@@ -1,4 +1,4 @@
-//! A Hub on the loopback: the real routes over files in memory, and the ways they go wrong.
+//! A Hub on the loopback: the real routes over files in memory, with injectable faults.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::hub_bytes::{base64, commit, git_oid, sha256};
 
-/// What goes wrong with requests whose path contains `path`, the next `times` times.
+/// A fault of the next `times` requests whose path contains `path`.
 #[derive(Clone)]
 pub(crate) struct Fault {
     pub path: &'static str,
@@ -22,29 +22,29 @@ pub(crate) struct Fault {
 
 #[derive(Clone, Copy)]
 pub(crate) enum Wrong {
-    /// This status, with this `X-Error-Code`.
+    /// Answers with this status and this `X-Error-Code`.
     Status(u16, &'static str),
-    /// The connection breaks after this many bytes of the body.
+    /// Breaks the connection after this many bytes of the body.
     Cut(usize),
-    /// The body is this many bytes longer than it should be, and says so.
+    /// Sends this many bytes too many, with a matching length.
     Longer(usize),
-    /// A byte of the body is another.
+    /// Changes a byte of the body.
     Flipped,
-    /// The range is not heeded.
+    /// Ignores the range.
     Whole,
-    /// The file ends after this many bytes, and nobody says that it should not.
+    /// Ends the file after this many bytes, with a matching length.
     Short(usize),
-    /// The answer waits until another request is here too, for a while.
+    /// Delays the answer for a while, until another request has arrived.
     Together,
-    /// The answer has this header too.
+    /// Adds this header to the answer.
     Header(&'static str, &'static str),
-    /// After this many bytes of the body nothing more comes, and the connection stays.
+    /// Stops sending after this many bytes of the body, but keeps the connection.
     Stall(usize),
-    /// Nothing comes, not even a status, and the connection stays.
+    /// Sends nothing, not even a status, but keeps the connection.
     Mute,
 }
 
-/// Runs until it is dropped. Large files lie at a second address, as on the Hub.
+/// Runs until dropped. Large files are at a second address, as on the Hub.
 pub(crate) struct HubServer {
     ports: Ports,
     state: Arc<Mutex<State>>,
@@ -58,13 +58,13 @@ struct Ports {
 
 #[derive(Default)]
 struct State {
-    /// By kind, name and revision.
+    /// Repositories by kind, name and revision.
     repos: BTreeMap<(String, String), BTreeMap<String, Files>>,
     faults: Vec<Fault>,
     log: Vec<String>,
     /// New names by old ones.
     renamed: BTreeMap<String, String>,
-    /// Requests that are being answered, and the most that ever were at once.
+    /// Current and maximum number of concurrent requests.
     now: usize,
     most: usize,
     down: bool,
@@ -72,7 +72,7 @@ struct State {
 
 type Files = BTreeMap<String, Vec<u8>>;
 
-/// Files from this size on lie behind a pointer and a redirect, as large ones do.
+/// Files of at least this size are behind a pointer and a redirect, like large ones.
 const LARGE: usize = 20_000;
 
 impl HubServer {
@@ -107,18 +107,18 @@ impl HubServer {
         format!("http://127.0.0.1:{}", self.ports.hub)
     }
 
-    /// Requests for the old name are sent on to the new one.
+    /// Redirects requests for the old name to the new one.
     pub(crate) fn rename(&self, old: &str, new: &str) {
         let mut state = self.state.lock().unwrap();
         state.renamed.insert(old.into(), new.into());
     }
 
-    /// The most requests that were under way together.
+    /// Returns the maximum number of concurrent requests.
     pub(crate) fn most_at_once(&self) -> usize {
         self.state.lock().unwrap().most
     }
 
-    /// Puts a file into `models` or `datasets`, at a revision.
+    /// Adds a file to `models` or `datasets`, at a revision.
     pub(crate) fn put(&self, kind: &str, repo: &str, revision: &str, path: &str, bytes: &[u8]) {
         let mut state = self.state.lock().unwrap();
         let repo = state.repos.entry((kind.into(), repo.into())).or_default();
@@ -126,7 +126,7 @@ impl HubServer {
         files.insert(path.into(), bytes.into());
     }
 
-    /// The files of a revision.
+    /// Returns the files of a revision.
     pub(crate) fn files(&self, kind: &str, repo: &str, revision: &str) -> Option<Files> {
         let state = self.state.lock().unwrap();
         let repo = state.repos.get(&(kind.into(), repo.into()))?;
@@ -142,7 +142,7 @@ impl HubServer {
         self.state.lock().unwrap().faults.clear();
     }
 
-    /// Every request since the last call: method, path, range and credentials.
+    /// Returns every request since the last call: method, path, range and credentials.
     pub(crate) fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.state.lock().unwrap().log)
     }
@@ -151,7 +151,7 @@ impl HubServer {
 impl Drop for HubServer {
     fn drop(&mut self) {
         self.state.lock().unwrap().down = true;
-        // Wakes the listeners, which then see that it is over.
+        // Wakes the listeners, which then stop.
         for port in [self.ports.hub, self.ports.cdn] {
             let _ = TcpStream::connect(("127.0.0.1", port));
         }
@@ -247,7 +247,7 @@ fn answer(stream: TcpStream, request: Request, ports: Ports, shared: &Mutex<Stat
     for (name, value) in &reply.headers {
         head += &format!("{name}: {value}\r\n");
     }
-    // Before it is answered: who asks one thing after the other has asked for nothing else yet.
+    // Recorded before the answer, so that the order of sequential requests is certain.
     shared.lock().unwrap().now -= 1;
     let mut stream = &stream;
     stream.write_all((head + "\r\n").as_bytes()).ok()?;
@@ -260,7 +260,7 @@ fn answer(stream: TcpStream, request: Request, ports: Ports, shared: &Mutex<Stat
     Some(())
 }
 
-/// Holds a connection open, for `most` times 20 ms at most.
+/// Holds a connection open, for at most `most` times 20 ms.
 fn wait_until(shared: &Mutex<State>, most: usize, done: impl Fn(&State) -> bool) {
     for _ in 0..most {
         if done(&shared.lock().unwrap()) {
@@ -349,7 +349,7 @@ fn route(state: &mut State, ports: Ports, request: &Request) -> Reply {
     let mut part = || parts.next().unwrap_or_default().to_owned();
     let (repo, action, rest) = (format!("{}/{}", part(), part()), part(), part());
     if let Some(new) = state.renamed.get(&repo) {
-        // As the Hub does: a path without a host.
+        // A path without a host, as on the Hub.
         let place = format!("{}?{}", request.path.replace(&repo, new), request.query);
         return Reply {
             status: 307,
@@ -365,7 +365,7 @@ fn route(state: &mut State, ports: Ports, request: &Request) -> Reply {
         revisions.insert(rest, start);
         return Reply::json(json!({}));
     }
-    // A revision may hold slashes; a commit stands for the revision it is of.
+    // A revision may contain slashes; a commit stands for its revision.
     let revision = revisions.keys().find(|revision| {
         let starts = |name: &str| rest == name || rest.starts_with(&format!("{name}/"));
         starts(revision) || starts(&commit(&repo, revision))
@@ -401,7 +401,7 @@ fn route(state: &mut State, ports: Ports, request: &Request) -> Reply {
     }
 }
 
-/// Two entries a page, to make clients follow the link to the next.
+/// Returns two entries per page, so that clients must follow the link to the next.
 fn tree(files: &Files, port: u16, request: &Request) -> Reply {
     let page: usize = request
         .query
@@ -462,7 +462,7 @@ fn resolve(bytes: &[u8], port: u16, commit: &str) -> Reply {
     }
 }
 
-/// A commit's lines of JSON: files inline, as base64.
+/// Applies a commit's lines of JSON, with files inline as base64.
 fn upload(files: &mut Files, body: &[u8]) {
     for line in body.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {
         let line: Value = serde_json::from_slice(line).unwrap();
@@ -480,7 +480,7 @@ fn upload(files: &mut Files, body: &[u8]) {
     }
 }
 
-/// Runs `command` against the Hub at `url`; whatever it says, it never says the token.
+/// Runs `command` against the Hub at `url`; checks that its output never contains the token.
 pub(crate) fn silent(command: &mut Command, url: &str, token: &str) -> Output {
     let output = command
         .env("HF_ENDPOINT", url)

@@ -1,4 +1,4 @@
-//! What the environment says about the Hub: where the cache is, and which token goes out.
+//! Environment variables of the Hub: the cache directory, and the token that is sent.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use crate::harness::{Scratch, command, refused, succeeded};
 use crate::hub::{MODEL, ONE, hub};
 use crate::hub_server::HubServer;
 
-/// `plan` of the model on the Hub: the smallest command that asks for something.
+/// Makes a `plan` command for the model on the Hub: the smallest command that makes a request.
 fn plan(scratch: &Scratch, hub: &HubServer) -> Command {
     let recipe = scratch.recipe(Path::new(MODEL), ONE);
     let mut command = command(["quantize", recipe.to_str().unwrap(), "--dry-run"]);
@@ -20,7 +20,7 @@ fn plan(scratch: &Scratch, hub: &HubServer) -> Command {
     command
 }
 
-/// The token that every request since the last call was sent with.
+/// Returns the token of every request since the last call.
 fn token(hub: &HubServer) -> Option<String> {
     let requests = hub.requests();
     assert!(!requests.is_empty());
@@ -60,7 +60,7 @@ fn a_token_comes_from_where_every_tool_looks_and_from_nowhere_where_that_is_swit
         .env("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1");
     succeeded(silent.output().unwrap());
     assert_eq!(token(&hub), None);
-    // As elsewhere, 0 is off.
+    // 0 means off.
     silent.env("HF_HUB_DISABLE_IMPLICIT_TOKEN", "0");
     succeeded(silent.output().unwrap());
     assert_eq!(token(&hub).as_deref(), Some("hf_named"));
@@ -68,7 +68,8 @@ fn a_token_comes_from_where_every_tool_looks_and_from_nowhere_where_that_is_swit
 
 #[test]
 fn without_a_token_none_is_sent_though_the_environment_has_one() {
-    // The library's own promise, in a process whose environment has a token: this test's, run anew.
+    // The library's own guarantee, in a process whose environment has a token: this test's, run
+    // again.
     const AGAIN: &str = "GPTQ_TEST_HUB";
     if let Ok(endpoint) = std::env::var(AGAIN) {
         let scratch = Scratch::new();
@@ -118,7 +119,8 @@ fn blanks_and_line_breaks_around_values_do_not_count() {
     let cache = scratch.path("hf");
     let padded = |value: &str| format!(" {value}\r\n");
     let mut plan = plan(&scratch, &hub);
-    // Large files come from elsewhere, without a token: they are here when requests are looked at.
+    // Large files come from another server, without a token: recorded by the time requests are
+    // checked.
     succeeded(plan.output().unwrap());
     hub.requests();
     plan.env("HF_ENDPOINT", padded(&hub.url()))
@@ -138,7 +140,7 @@ fn blanks_and_line_breaks_around_values_do_not_count() {
     assert_eq!(token(&hub).as_deref(), Some("hf_named"));
     assert!(cache.join("hub/models--medi--tiny/refs/main").is_file());
 
-    // On, in another spelling: nobody is asked.
+    // On, in another spelling: no request is made.
     succeeded(plan.env("HF_HUB_OFFLINE", "Yes\n").output().unwrap());
     assert_eq!(hub.requests(), Vec::<String>::new());
     let elsewhere = scratch.path("elsewhere");

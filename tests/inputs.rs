@@ -1,4 +1,4 @@
-//! Calibration data as users have it, through `gptq calibration show`.
+//! Typical calibration data, through `gptq calibration show`.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -15,7 +15,7 @@ use crate::harness::{
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\n";
 const WIKIDOC: &str = "calibration/wikidoc/wikidoc_patient_information_1000.json";
 
-/// A JSON list of `input` and `output` as a Parquet file.
+/// Converts a JSON list of `input` and `output` to a Parquet file.
 pub(crate) fn parquet(rows: &[u8]) -> Vec<u8> {
     let rows: Vec<Value> = serde_json::from_slice(rows).unwrap();
     let fields = ["input", "output"].map(|name| Field::new(name, DataType::Utf8, true));
@@ -76,7 +76,7 @@ fn files_flags_and_globs_give_the_recipe_s_windows() {
     let rows: Vec<Value> =
         serde_json::from_slice(&fs::read(root().join(WIKIDOC)).unwrap()).unwrap();
 
-    // One text a row, in two compressed files.
+    // One text per row, in two compressed files.
     for (name, rows) in [
         ("part-0.jsonl.gz", &rows[..30]),
         ("part-1.jsonl.gz", &rows[30..]),
@@ -158,7 +158,7 @@ fn a_row_without_the_column_says_which_it_has_and_how_to_choose() {
 fn rows_with_a_null_are_told_of() {
     let scratch = Scratch::new();
     let path = scratch.path("my.json");
-    // JSON lines by another name, as C4 has them.
+    // JSON lines under another extension, as in C4.
     let row = |i: usize| match i % 3 {
         0 => json!({"text": null}),
         _ => json!({"text": format!("Row {i} says that a cold is mild.")}),
@@ -176,7 +176,7 @@ fn rows_with_a_null_are_told_of() {
     let more = ["--column", "text", "--samples", "1", "--seq-len", "64"];
     let text = succeed(flags.iter().chain(&more).chain(&["--rows", "0:"]));
     assert!(
-        text.contains("60 used of all rows, 30 left out for a null"),
+        text.contains("60 used of all rows, 30 skipped for a null"),
         "{text}"
     );
     let line = refuse(flags.iter().chain(&more).chain(&["--rows", "0:1"]));
@@ -193,7 +193,7 @@ fn a_recipe_that_says_two_things_of_a_row_is_refused_at_its_place() {
     let text = fs::read_to_string(&recipe).unwrap();
     for (more, word) in [
         ("column = \"a\"\ntokens = \"b\"", "keep one"),
-        ("chat_template = \"chatml\"", "without messages"),
+        ("chat_template = \"chatml\"", "requires messages"),
         ("revision = \"main\"", "local"),
         ("files = \"*.json\"", "on the Hub"),
     ] {

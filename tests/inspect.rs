@@ -1,4 +1,4 @@
-//! `gptq inspect`: other tools' checkpoints, and how `verify` and `generate` take them.
+//! `gptq inspect` on other tools' checkpoints, which `verify` and `generate` read too.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,8 @@ pub(crate) fn write(file: &Path, tensors: &Tensors) {
     fs::write(file, [&length[..], text.as_bytes(), &data].concat()).unwrap();
 }
 
-/// medi-tiny as GPTQModel wrote it: the recorded linears with medi-tiny's own remaining tensors.
+/// Makes medi-tiny as written by GPTQModel: the recorded linear layers with medi-tiny's other
+/// tensors.
 fn gptqmodel_branch(scratch: &Scratch) -> PathBuf {
     let golden = root().join("tests/golden/gptqmodel_w4g128-act");
     let base = root().join(medi_tiny());
@@ -170,7 +171,7 @@ fn files_without_g_idx_and_configs_in_one_place_read_the_same() {
     assert_eq!(found["settings"]["without_g_idx"], 21);
     succeed(["verify", dir.to_str().unwrap()]);
 
-    // The same codes with true zero points: version 2.
+    // The same codes with version 2's zero points, stored unchanged.
     for (name, _) in &tensors {
         if name.ends_with(".qzeros") {
             edit_tensor(&file, name, |bytes| bytes.fill(0x88));
@@ -217,7 +218,7 @@ fn a_directory_of_branches_is_one_table() {
     let found = inspect(&out);
     assert_eq!(found["main"], inspect(&out.join("main")));
     assert_eq!(found["wide"]["settings"]["bits"], 8);
-    // Nothing to inspect, below or in it.
+    // No checkpoint in the directory or below it.
     let line = crate::harness::refuse(["inspect", "tests/data"]);
     assert!(line.contains("tests/data"), "{line}");
 }

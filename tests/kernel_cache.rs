@@ -1,4 +1,4 @@
-//! Commands that run no kernels leave the driver and the kept kernels alone.
+//! Commands that run no kernels do not touch the driver and the cached kernels.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use crate::harness::{Scratch, command, medi_tiny, succeeded};
 
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";
 
-/// Every file and directory below `dir`, with its time.
+/// Returns every file and directory below `dir`, with its time.
 fn tree(dir: &Path) -> Vec<(PathBuf, SystemTime)> {
     let mut found = Vec::new();
     let mut paths = vec![dir.to_owned()];
@@ -24,7 +24,8 @@ fn tree(dir: &Path) -> Vec<(PathBuf, SystemTime)> {
     found
 }
 
-/// The command with a cache of its own; the loader says on standard error which libraries it looks for.
+/// Makes a command with its own cache; the loader prints on standard error which libraries it looks
+/// for.
 fn watched(cache: &Path, args: &[&str]) -> Command {
     let mut command = command(args);
     command.env("XDG_CACHE_HOME", cache).env("LD_DEBUG", "libs");
@@ -37,7 +38,7 @@ fn commands_that_run_no_kernels_touch_neither_the_driver_nor_the_kept_kernels() 
     let recipe = scratch.recipe(&medi_tiny(), ONE);
     let recipe = recipe.to_str().unwrap();
     let cache = scratch.path("cache");
-    // Of another build, of a build that nobody used for years, and of no build at all.
+    // Of another build, of a build unused for years, and of no build at all.
     let kernels = cache.join("gptq/kernels");
     for name in ["0.1.0-1a-2b/sm_90", "0.0.1-3c-4d/sm_80", "mine"] {
         fs::create_dir_all(kernels.join(name)).unwrap();
@@ -67,7 +68,8 @@ fn commands_that_run_no_kernels_touch_neither_the_driver_nor_the_kept_kernels() 
         assert!(!loaded.contains("libcuda"), "{args:?} loads the driver");
         assert_eq!(tree(&cache), before, "{args:?}");
     }
-    // The control: a command that asks for a CUDA device does look for the driver, where the loader tells.
+    // Control: a command that asks for a CUDA device does look for the driver, if the loader
+    // reports it.
     let cuda = ["quantize", recipe, "--device", "cuda", "--restart"];
     let output = watched(&cache, &cuda).output().unwrap();
     let loaded = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -1,4 +1,4 @@
-//! `--log-file` and `RUST_LOG`: what a run says for later, and what it never says.
+//! `--log-file` and `RUST_LOG`: the contents of a log, and what it must not contain.
 
 use std::fs;
 
@@ -23,7 +23,7 @@ fn a_log_answers_why_a_branch_is_worse() {
     let mut run = command(args.iter().chain(&more).chain(&log_file));
     succeeded(run.env("HF_TOKEN", token).output().unwrap());
     let text = fs::read_to_string(&log).unwrap();
-    // medi-tiny has 3 blocks of 7 linears.
+    // medi-tiny has 3 blocks of 7 linear layers.
     let linears: Vec<&str> = text.lines().filter(|l| l.contains(": linear ")).collect();
     assert_eq!(linears.len(), 21, "{text}");
     for key in [
@@ -55,7 +55,7 @@ fn a_token_is_never_logged_by_whomever_it_is_said() {
     let scratch = Scratch::new();
     let log = scratch.path("run.log");
     let token = "hf_ThisIsSecret";
-    // A name that does not exist, and that is the token itself: the refusal repeats it.
+    // A name that does not exist and contains the token, which the error repeats.
     let mut run = command(["--log-file", log.to_str().unwrap(), "inspect", token]);
     let output = run.env("HF_TOKEN", token).output().unwrap();
     assert_eq!(output.status.code(), Some(1));

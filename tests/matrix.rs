@@ -1,4 +1,4 @@
-//! The main job: a recipe in, finished branches out.
+//! The main task: from a recipe to finished branches.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ fn json(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-/// The number after `word` in a line of output.
+/// Returns the number after `word` in a line of output.
 fn number_after(text: &str, word: &str) -> f64 {
     let rest = &text[text
         .find(word)
@@ -55,14 +55,15 @@ fn the_tiny_recipe_writes_six_branches_within_their_perplexity_bounds() {
         text,
         "--device",
         "cpu",
-        // An eighth of them, which costs the branches less than their bounds leave.
+        // An eighth of the evaluation set, which costs less accuracy than the bounds allow.
         "--samples",
         "16",
     ]);
-    // Per cent over fp16 that each branch may lose on the whole evaluation set of 50127 tokens
-    // (README has what it does lose; round to nearest loses 8.67, 6.39 and 7.46 at 4 bits), and what
-    // these 4092 tokens may add: single tokens' losses change by some 0.25 nats at 4 bits and a tenth of
-    // that at 8, so the mean over 4092 scatters by 0.4 % and 0.04 %; two and a half times that is allowed.
+    // Bounds on the increase over fp16 in per cent: for each branch on the whole evaluation set of
+    // 50127 tokens (README has the actual values; round to nearest loses 8.67, 6.39 and 7.46 at 4
+    // bits), plus the scatter of these 4092 tokens: single tokens' losses change by some 0.25 nats
+    // at 4 bits and a tenth of that at 8, so the mean over 4092 scatters by 0.4 % and 0.04 %; two
+    // and a half times that is allowed.
     let bounds = [
         ("main", 6.9 + 1.0),
         ("gptq-4bit-32g-actorder_True", 4.1 + 1.0),
@@ -77,7 +78,7 @@ fn the_tiny_recipe_writes_six_branches_within_their_perplexity_bounds() {
             .lines()
             .find(|l| l.starts_with(&format!("{branch} ")) && !l.contains(':'))
             .unwrap();
-        // The last column is how far it lies over the dense model's, "+4.92 %".
+        // The last column is the increase over the dense model, "+4.92 %".
         let perplexity = row.split_whitespace().rev().nth(2).unwrap();
         let perplexity: f64 = perplexity.parse().unwrap();
         let loss = 100.0 * (perplexity / dense - 1.0);
@@ -217,7 +218,7 @@ fn every_kind_of_branch_is_written_and_verifies() {
         );
         let verdict = succeed(["verify", dir.to_str().unwrap()]);
         assert!(
-            verdict.contains(&format!("{linears} quantized linears")),
+            verdict.contains(&format!("{linears} quantized linear layers")),
             "{branch}: {verdict}"
         );
     }
@@ -356,7 +357,7 @@ fn hidden_states_kept_on_the_host_or_on_disk_give_the_same_bytes() {
     );
     let weights = |budget: &[&str]| {
         let recipe = recipe.to_str().unwrap();
-        // 32 windows of 256 are two chunks; a budget of 80 MB has room for one at a time.
+        // 32 windows of 256 are two chunks; a budget of 80 MB holds one at a time.
         let args = [
             "quantize",
             recipe,
@@ -371,7 +372,7 @@ fn hidden_states_kept_on_the_host_or_on_disk_give_the_same_bytes() {
     };
     let everywhere = weights(&[]);
     assert!(everywhere == weights(&["--device-memory", "80MB"]));
-    // The least that the plan calls possible; what goes to the disk leaves nothing there.
+    // The minimum stated by the plan; the scratch directory is empty afterwards.
     let plan = [
         "plan",
         recipe.to_str().unwrap(),

@@ -1,4 +1,4 @@
-//! How codes and scales are found: presets and single options, through the binary.
+//! Presets and single options of the method, through the binary.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -46,13 +46,14 @@ fn presets_and_options_decide_the_codes_and_best_is_closest_to_the_dense_model()
     assert_eq!(report("nothing")["preset"], "autogptq");
     assert_eq!(report("nothing")["method"]["scale_search"], true);
     let perplexity = |name: &str| report(name)["perplexity"]["value"].as_f64().unwrap();
-    // At 2 bits the drift is large: on these texts 4 % and more, where two runs differ by 1 %.
+    // At 2 bits the activation mismatch is large: on these texts 4 % and more, while two runs
+    // differ by 1 %.
     assert!(perplexity("best") < 0.98 * perplexity("standard"));
-    // Which options a linear used, and what each gained. The first input has not drifted.
+    // Options used by a linear layer, and their gains. The first input has no mismatch.
     let options = |name: &str, at: usize| {
         let gains = report(name)["linears"][at]["gains"].clone();
         let gains: BTreeMap<String, f64> = serde_json::from_value(gains).unwrap();
-        // Of the output's energy: what an option makes smaller cannot fall by much more than all of it.
+        // Relative to the output's energy, which limits the gain of an option.
         assert!(
             gains.values().all(|&gain| gain > 0.0 && gain < 1.0),
             "{gains:?}"
@@ -86,7 +87,7 @@ fn branches_that_make_up_for_drift_do_not_change_those_that_do_not_nor_the_other
         "[[branch]]\nname = \"best\"\nbits = 4\npreset = \"best\"\n",
         "[[branch]]\nname = \"at-once\"\nbits = 4\npreset = \"best\"\ntrue_sequential = false\n",
     ];
-    // Enough windows for several chunks, some of which the dense model runs too.
+    // Enough windows for several chunks, some of which also run through the dense model.
     let quantize = |scratch: &Scratch, branches: &str| {
         let recipe = scratch.recipe(&medi_tiny(), branches);
         let recipe = recipe.to_str().unwrap();

@@ -1,4 +1,4 @@
-//! Numbers that do not fit: what the recipe allows, and what the report says came of it.
+//! Numbers out of range: the recipe's settings, and the report's records.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ fn report(scratch: &Scratch) -> Value {
     serde_json::from_slice(&text).unwrap()
 }
 
-/// A model whose first block writes numbers beyond f16's range into the residual.
+/// Makes a model whose first block writes numbers beyond f16's range into the residual.
 fn overflowing(scratch: &Scratch) -> std::path::PathBuf {
     let model = scratch.copy_model();
     edit_tensor(
@@ -46,7 +46,7 @@ fn hidden_states_beyond_f16_stop_a_run_with_block_tensor_place_and_count() {
     for part in [
         "branch a, model.layers.1.self_attn.q_proj",
         "the residual before it has ",
-        "beyond f16's range of 65504, first window 0, token ",
+        "beyond f16's range of 65504; the first is in window 0, token ",
         "overflow = \"clamp\"",
     ] {
         assert!(line.contains(part), "{part}: {line}");
@@ -116,7 +116,7 @@ fn damping_is_raised_as_far_as_the_recipe_allows_and_the_report_has_what_was_use
     );
     let report = report(&scratch);
     assert_eq!(report["solved"]["damp_percent"], 0.0);
-    // GPTQModel loads no file that says 0.
+    // GPTQModel refuses files with 0.
     assert_eq!(report["quantize_config"]["damp_percent"], 1e-6);
     assert_eq!(report["linears"][0]["damp_percent"], 0.01, "the first step");
     let log = fs::read_to_string(log).unwrap();

@@ -1,4 +1,4 @@
-//! What a report says of a branch's outputs: a better branch reads better, whatever its method.
+//! Output errors in a report: a better branch has lower ones, whatever its method.
 
 use std::fs;
 
@@ -17,7 +17,7 @@ fn report(scratch: &Scratch, branch: &str) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-/// A number of every linear.
+/// Returns a number of every linear layer.
 fn all(report: &Value, key: &str) -> Vec<f64> {
     let linears = report["linears"].as_array().unwrap();
     let number = |linear: &Value| linear[key].as_f64().unwrap();
@@ -41,32 +41,33 @@ fn best_reads_better_than_standard_and_both_better_than_rounding_in_every_output
     // Against the original weights the better branch looks far worse than rounding.
     let [near, far] = [&standard, &best].map(|it| mean(&all(it, "relative_error")));
     assert!(far > 1.1 * near, "{far} {near}");
-    // Against the dense model's outputs it is the better one.
+    // Against the dense model's outputs it is better.
     let [plain, better] = [&standard, &best].map(|it| mean(&all(it, "output_error")));
     assert!(better < 0.95 * plain, "{better} {plain}");
     for report in [&standard, &best] {
         let rounded = mean(&all(report, "rtn_output_error"));
         assert!(mean(&all(report, "output_error")) < rounded, "{report}");
-        // What the solver makes small is far smaller than what rounding loses of the same weights.
+        // The solver's objective is far below the rounding loss of the same weights.
         let objective = mean(&all(report, "solver_objective"));
         assert!(objective < mean(&all(report, "rtn_error")), "{report}");
         // 64 windows of 256: one of them, whole.
         assert_eq!(report["compared"]["windows"], 1);
         assert_eq!(report["compared"]["tokens"], 256);
     }
-    // Without a correction the weights that are rounded are the original ones.
+    // Without a correction the original weights are rounded.
     assert_eq!(
         all(&standard, "solver_objective"),
         all(&standard, "relative_error")
     );
-    // The model's first input is the dense model's own: only the weights differ, on 256 tokens of 16384.
+    // The model's first input equals the dense model's: only the weights differ, on 256 tokens of
+    // 16384.
     for linear in standard["linears"].as_array().unwrap().iter().take(3) {
         let ratio =
             linear["output_error"].as_f64().unwrap() / linear["relative_error"].as_f64().unwrap();
         assert!((0.8..1.25).contains(&ratio), "{linear}");
     }
 
-    // What the blocks lose together grows, and the better branch loses less.
+    // The accumulated error grows, and the better branch has less.
     let blocks = |report: &Value| -> Vec<f64> {
         let blocks = report["blocks"].as_array().unwrap();
         let layers: Vec<u64> = blocks
@@ -81,7 +82,7 @@ fn best_reads_better_than_standard_and_both_better_than_rounding_in_every_output
     assert!(plain[0] < plain[1] && plain[1] < plain[2], "{plain:?}");
     assert!(better[2] < plain[2], "{better:?} {plain:?}");
 
-    // Table, log, CSV and page say the same.
+    // Table, log, CSV and page agree.
     let row = |branch: &str| -> Vec<f64> {
         let rows = said.lines().skip_while(|line| !line.starts_with("branch "));
         let mut rows = rows.filter(|line| line.starts_with(&format!("{branch} ")));
@@ -139,7 +140,7 @@ fn best_reads_better_than_standard_and_both_better_than_rounding_in_every_output
     let page = fs::read_to_string(scratch.out().join("report.html")).unwrap();
     assert!(page.contains(">Output error<") && page.contains("block output"));
 
-    // A branch reads the same whichever others are made beside it.
+    // A branch's errors do not depend on other branches in the run.
     let alone = Scratch::new();
     let recipe = alone.recipe(&medi_tiny(), BRANCHES);
     let args = ["quantize", recipe.to_str().unwrap(), "--branch", "standard"];
@@ -151,7 +152,8 @@ fn best_reads_better_than_standard_and_both_better_than_rounding_in_every_output
     }
 }
 
-/// The same number, printed in decimal and read back: the last bit may differ.
+/// Returns true if the numbers are equal up to the last bit, after printing in decimal and reading
+/// back.
 fn printed(found: f64, expected: f64) -> bool {
     (found / expected - 1.0).abs() < 1e-12
 }
@@ -167,7 +169,7 @@ fn calibrated_on_dense_states_a_branch_is_still_compared_on_its_own() {
     let recipe = scratch.recipe_with(&medi_tiny(), "propagate = \"dense\"", "", branches);
     succeed(["quantize", recipe.to_str().unwrap(), "--device", "cpu"]);
     let report = report(&scratch, "a");
-    // Its inputs have moved by what the blocks before lost, which the errors of the weights do not show.
+    // Its inputs include the errors of earlier blocks, which weight errors do not show.
     let [output, weights] = ["output_error", "relative_error"].map(|key| all(&report, key));
     assert!(
         mean(&output[14..]) > 1.5 * mean(&weights[14..]),

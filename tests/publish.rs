@@ -18,7 +18,7 @@ fn publish(hub: &HubServer, dir: &Path, more: &[&str]) -> Output {
     silent(&mut command(args.iter().chain(more)), &hub.url(), TOKEN)
 }
 
-/// Verifies a branch; what it says may then be changed.
+/// Verifies a branch; the result may then be changed.
 fn verify(dir: &Path, pass: bool) {
     succeed(["verify", dir.to_str().unwrap()]);
     let path = dir.join("verify.json");
@@ -36,7 +36,7 @@ fn verified_branches_become_revisions_and_only_changes_are_sent_again() {
     let out = scratch.out();
     fs::write(out.join("README.md"), "# The card\n").unwrap();
 
-    // Nothing goes out before every branch has passed.
+    // Nothing is sent before every branch has passed.
     verify(&out.join("main"), true);
     let line = refused(publish(&hub, &out, &[]));
     assert!(
@@ -52,7 +52,7 @@ fn verified_branches_become_revisions_and_only_changes_are_sent_again() {
     fs::write(&config, format!("{text} ")).unwrap();
     let line = refused(publish(&hub, &out, &[]));
     assert!(
-        line.contains("config.json: not what was verified"),
+        line.contains("config.json: changed since verification"),
         "{line}"
     );
     assert_eq!(hub.requests(), Vec::<String>::new(), "nobody was asked");
@@ -82,7 +82,7 @@ fn verified_branches_become_revisions_and_only_changes_are_sent_again() {
     let here = fs::read_dir(out.join("main")).unwrap().count() + 1;
     assert_eq!(files.len(), here, "and the card: {files:?}");
 
-    // A connection that breaks at the second branch: run again.
+    // The connection breaks at the second branch: run again.
     hub.fail("commit/8bit", 100, Wrong::Status(503, ""));
     let line = refused(publish(&hub, &out, &[]));
     assert!(line.contains("503"), "{line}");
@@ -102,7 +102,7 @@ fn verified_branches_become_revisions_and_only_changes_are_sent_again() {
         assert_eq!(there["README.md"], b"# The card\n");
     }
 
-    // Only what changed.
+    // Only the changed files.
     fs::write(out.join("README.md"), "# Another card\n").unwrap();
     hub.requests();
     let printed = succeeded(publish(&hub, &out, &[]));
@@ -143,10 +143,10 @@ fn a_token_is_asked_for_and_one_that_may_not_write_is_said_so() {
     let line = refused(publish(&hub, &out, &["--unverified"]));
     assert!(line.contains("write"), "{line}");
     let line = refused(publish(&hub, Path::new("tests/models"), &[]));
-    assert!(line.contains("no branch here"), "{line}");
+    assert!(line.contains("contains no branch"), "{line}");
 }
 
-/// The lines in which `output` warns.
+/// Returns the warnings in `output`.
 fn warnings(output: &Output) -> String {
     let stderr = String::from_utf8_lossy(&output.stderr);
     let warnings = stderr.lines().filter(|line| line.contains("warning:"));
@@ -167,7 +167,8 @@ fn weights_that_gptq_did_not_publish_stay_unless_the_command_says_otherwise() {
         let requests = hub.requests();
         requests.iter().filter(|r| r.starts_with("POST")).count()
     };
-    // A dense model of somebody's: two shards, and an index. Another program's report is not ours.
+    // Another user's dense model: two shards, and an index. Another program's report does not
+    // count.
     for (name, bytes) in [
         ("model-00001-of-00002.safetensors", &b"one"[..]),
         ("model-00002-of-00002.safetensors", b"two"),
@@ -190,7 +191,7 @@ fn weights_that_gptq_did_not_publish_stay_unless_the_command_says_otherwise() {
         assert_eq!(posts(), 0, "nothing is sent");
     }
 
-    // A branch beside it takes nothing away: main keeps what the branch begins as a copy of.
+    // A new branch removes nothing: `main`, of which it begins as a copy, keeps its files.
     let only = out.join("8bit");
     let one = scratch.path("one");
     fs::create_dir(&one).unwrap();
@@ -203,14 +204,14 @@ fn weights_that_gptq_did_not_publish_stay_unless_the_command_says_otherwise() {
         "{said}"
     );
     assert!(
-        said.contains("main, which it begins as a copy of, keeps them"),
+        said.contains("main, of which it begins as a copy, keeps them"),
         "{said}"
     );
     let shard = "model-00001-of-00002.safetensors";
     assert_eq!(there("main", shard).as_deref(), Some(&b"one"[..]));
     assert_eq!(there("8bit", shard), None);
 
-    // With the flag, and said before it is done.
+    // With the flag, and announced before it is done.
     posts();
     let output = publish(&hub, &out, &["--unverified", "--delete", "--dry-run"]);
     let said = warnings(&output);
@@ -224,7 +225,8 @@ fn weights_that_gptq_did_not_publish_stay_unless_the_command_says_otherwise() {
     assert!(said.contains("which gptq did not publish"), "{said}");
     assert_eq!(there("main", shard), None);
 
-    // From now on it is gptq's: what an earlier version of the branch left goes without a flag, and is said.
+    // The revision is now gptq's: leftovers of an earlier version of the branch are removed without
+    // a flag, with a message.
     hub.put("models", REPO, "main", shard, b"of an earlier upload");
     fs::write(out.join("main/notes.txt"), "new").unwrap();
     let output = publish(&hub, &out, &["--unverified", "--json"]);
@@ -252,7 +254,7 @@ fn a_dense_model_of_one_file_is_not_replaced_without_being_asked_for() {
     succeeded(output);
     assert!(said.contains("main: replaces model.safetensors"), "{said}");
     assert!(there() != b"dense");
-    // Its own weights it replaces at any time.
+    // Its own weights may always be replaced.
     fs::write(out.join("main/notes.txt"), "new").unwrap();
     assert_eq!(warnings(&publish(&hub, &out, &["--unverified"])), "");
 }

@@ -1,4 +1,4 @@
-//! An order of columns and groups that readers of a branch take, and what is said of it before and after.
+//! Column order and groups that clients accept, and the messages about them.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::harness::{Scratch, medi_tiny, succeed};
 use crate::written::{edit, quantize, read};
 
-/// Whether every group of every linear has its columns side by side.
+/// Returns true if every group of every linear layer has contiguous columns.
 fn in_order(dir: &Path, columns: usize) -> bool {
     let checkpoint = Checkpoint::open(dir).unwrap();
     let names: Vec<&str> = checkpoint
@@ -90,7 +90,7 @@ fn an_older_branch_is_made_again_in_the_order_that_it_has() {
         .unwrap()
         .i32("model.layers.0.mlp.up_proj.g_idx", &[256])
         .unwrap();
-    // As the program wrote it whose default that was.
+    // As written by a version with that default.
     let recipe = read(&dir.join("report.json"))["recipe"]
         .as_str()
         .unwrap()

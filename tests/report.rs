@@ -1,4 +1,4 @@
-//! `gptq report`, and what `report.json` says of the files beside it.
+//! `gptq report`, and the contents of `report.json`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ const BRANCHES: &str = "[[branch]]\nname = \"main\"\nbits = 4\n\
     [[branch]]\nname = \"wide\"\nbits = 8\ngroup_size = -1\n\
     [[branch.override]]\nmatch = \"*.layers.1.mlp.down_proj\"\nskip = true\n";
 
-/// Two finished branches, one of them with a linear left as it is.
+/// Makes two finished branches, one of them with an unquantized linear layer.
 fn matrix(scratch: &Scratch) -> PathBuf {
     let recipe = scratch.recipe(&medi_tiny(), BRANCHES);
     let recipe = recipe.to_str().unwrap();
@@ -81,7 +81,7 @@ fn the_dense_models_perplexity_stands_beside_the_branches() {
     );
     let own = || json(&scratch.out().join("main/report.json"))["perplexity"].clone();
     assert_eq!(own()["dense"], dense);
-    // Of the same text it is taken from there: what is on record comes back.
+    // On the same text it is taken from there: the recorded value appears again.
     let path = scratch.out().join("main/report.json");
     let edited = fs::read_to_string(&path).unwrap();
     fs::write(&path, edited.replace(&own()["dense"].to_string(), "123.25")).unwrap();
@@ -123,8 +123,8 @@ fn a_directory_without_branches_is_refused() {
     );
 }
 
-/// Opens the page in headless Chromium, where there is one: no complaint on the console, and a
-/// click on a heading sorts.
+/// Opens the page in headless Chromium, if available: no complaint on the console, and a click on a
+/// heading sorts.
 fn in_a_browser(page: &Path, scratch: &Scratch) {
     let found = ["chromium", "chromium-browser", "google-chrome"]
         .into_iter()
@@ -133,7 +133,7 @@ fn in_a_browser(page: &Path, scratch: &Scratch) {
         eprintln!("skipped: no Chromium here to open the report in");
         return;
     };
-    // The branch's name is the first column; a second click turns the order round.
+    // The branch's name is the first column; a second click reverses the order.
     let click = "<script>const b = document.querySelector('.sortable button'); b.click(); b.click();</script>";
     let clicked = scratch.path("clicked.html");
     let text = fs::read_to_string(page).unwrap();

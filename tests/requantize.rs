@@ -1,4 +1,4 @@
-//! `gptq requantize`: finished branches again, on other data.
+//! `gptq requantize`: quantizes finished branches again with other data.
 
 use std::fs;
 
@@ -18,7 +18,7 @@ fn report(scratch: &Scratch, branch: &str) -> Value {
 fn branches_are_made_again_on_other_rows_and_compared() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), TWO);
-    // Flags change what a recipe says; they count the second time too.
+    // Flags change a recipe; they count the second time too.
     succeed(["quantize", recipe.to_str().unwrap(), "--samples", "4"]);
     let rows = scratch.path("my.jsonl");
     let text = "Take the tablets with water, and see a doctor if the fever stays. ".repeat(4);
@@ -56,7 +56,7 @@ fn branches_are_made_again_on_other_rows_and_compared() {
     );
     let bytes = |dir: &str| fs::read(scratch.path(dir).join("a/model.safetensors")).unwrap();
     assert!(bytes("out") != bytes("out-recalibrated"), "other codes");
-    // What was there is as it was.
+    // The old branches are unchanged.
     assert!(scratch.path("out/b/model.safetensors").exists());
     assert!(
         scratch
@@ -64,7 +64,7 @@ fn branches_are_made_again_on_other_rows_and_compared() {
             .exists()
     );
 
-    // One branch, on the very data it was made from, somewhere else: the same bytes.
+    // One branch, with its original data, into another directory: the same bytes.
     let again = scratch.path("again").display().to_string();
     let one = [
         "requantize",

@@ -1,5 +1,5 @@
-//! Runs that are killed, stopped, crowded out or asked for again: nothing is lost, nothing made
-//! twice, and the bytes are those of a run that nothing happened to.
+//! Runs that are killed, stopped, out of space or repeated: nothing is lost or done twice, and the
+//! bytes equal those of an uninterrupted run.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,12 +17,12 @@ pub(crate) const TWO: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 6
 /// A branch that compares its hidden states with the dense model's, beside one that does not.
 const BEST: &str = "[[branch]]\nname = \"a\"\nbits = 3\npreset = \"best\"\n\
                     [[branch]]\nname = \"b\"\nbits = 8\n";
-/// Hidden states of enough branches that a host without room leaves some of them to the disk.
+/// Enough branches for hidden states that a small host must leave partly on disk.
 const FOUR: &str = "[[branch]]\nname = \"a\"\nbits = 3\npreset = \"best\"\n[[branch]]\nname = \"b\"\nbits = 8\n\
                     [[branch]]\nname = \"c\"\nbits = 4\n[[branch]]\nname = \"d\"\nbits = 2\n";
 pub(crate) const QUICK: [&str; 6] = ["--device", "cpu", "--samples", "2", "--seq-len", "128"];
 const EVALUATION: &str = "tests/data/eval_wikidoc_40.json";
-/// Enough text for a run to be met under way.
+/// Enough text for a run to be interrupted in progress.
 pub(crate) const SLOW: [&str; 6] = ["--device", "cpu", "--samples", "4", "--seq-len", "512"];
 
 pub(crate) fn quantize(recipe: &Path, flags: &[&str]) -> Command {
@@ -36,7 +36,7 @@ pub(crate) fn start(mut command: Command) -> Child {
     command.spawn().unwrap()
 }
 
-/// Finished blocks of the run in `out`.
+/// Returns the finished blocks of the run in `out`.
 pub(crate) fn blocks(out: &Path) -> usize {
     let journal = fs::read_to_string(out.join(".gptq-journal.jsonl")).unwrap_or_default();
     journal.matches('\n').count().saturating_sub(1)
@@ -67,7 +67,7 @@ pub(crate) fn signal(child: &Child, names: &[&str]) {
     );
 }
 
-/// Begins a run, and kills it once a block is finished.
+/// Starts a run, and kills it once a block is finished.
 pub(crate) fn killed_after_a_block(recipe: &Path, out: &Path, flags: &[&str]) {
     let mut child = start(quantize(recipe, flags));
     wait("a block", || blocks(out) > 0);
@@ -75,7 +75,7 @@ pub(crate) fn killed_after_a_block(recipe: &Path, out: &Path, flags: &[&str]) {
     child.wait().unwrap();
 }
 
-/// Every file below `out`, without the times in reports.
+/// Returns every file below `out`, without the times in reports.
 pub(crate) fn contents(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     for branch in fs::read_dir(out).unwrap() {
@@ -100,7 +100,7 @@ pub(crate) fn contents(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 
 fn timeless(report: &[u8]) -> Vec<u8> {
     let mut report: Value = serde_json::from_slice(report).unwrap();
-    // The recipe names its output directory.
+    // The recipe contains its output directory.
     for key in ["seconds", "phases", "command", "recipe"] {
         report.as_object_mut().unwrap().remove(key).unwrap();
     }
@@ -118,7 +118,7 @@ pub(crate) fn assert_same(found: &Path, expected: &BTreeMap<PathBuf, Vec<u8>>) {
     }
 }
 
-/// What a run that nothing happens to writes, and the time it takes.
+/// Returns the output of an uninterrupted run, and its time.
 pub(crate) fn uninterrupted(
     branches: &str,
     flags: &[&str],
@@ -144,19 +144,19 @@ fn a_run_killed_at_twenty_random_moments_gives_the_same_bytes() {
     let (expected, whole) = uninterrupted(TWO, &QUICK);
     let mut state = 6;
     let (mut killed, mut resumed) = (0, 0);
-    // Five runs, each killed four times on its way.
+    // Five runs, each killed four times.
     for _ in 0..5 {
         let scratch = Scratch::new();
         let recipe = scratch.recipe(&medi_tiny(), TWO);
         for _ in 0..4 {
-            // Some of them keep their hidden states after every block.
+            // Some of them save their hidden states after every block.
             let keep: &[&str] = match random(&mut state) % 2 {
                 0 => &[],
                 _ => &["--keep-every", "0s"],
             };
             let mut child = start(quantize(&recipe, &[&QUICK, keep].concat()));
-            // From the start or from some block on, not at shares of a run's time alone: a machine that
-            // is busier for one run than for another would let most of them finish.
+            // Killed at the start or after some block, not only at fractions of a run's time: if
+            // the machine's load varied, most would finish.
             let after = (random(&mut state) % 3) as usize;
             while blocks(&scratch.out()) < after && child.try_wait().unwrap().is_none() {
                 std::thread::sleep(Duration::from_millis(1));
@@ -166,10 +166,10 @@ fn a_run_killed_at_twenty_random_moments_gives_the_same_bytes() {
             killed += usize::from(child.try_wait().unwrap().is_none());
             child.kill().unwrap();
             let output = child.wait_with_output().unwrap();
-            resumed += usize::from(String::from_utf8_lossy(&output.stdout).contains("going on"));
+            resumed += usize::from(String::from_utf8_lossy(&output.stdout).contains("resuming"));
         }
         let output = succeeded(quantize(&recipe, &QUICK).output().unwrap());
-        resumed += usize::from(output.contains("going on"));
+        resumed += usize::from(output.contains("resuming"));
         assert_same(&scratch.out(), &expected);
     }
     assert!(
@@ -198,7 +198,7 @@ fn a_run_goes_on_from_hidden_states_that_were_kept_and_goes_over_its_blocks_agai
         let said = succeeded(quantize(&recipe, &SLOW).output().unwrap());
         let again = if damaged { done } else { 0 };
         assert!(
-            said.contains(&format!("going over {again} again")),
+            said.contains(&format!("running {again} of them again")),
             "{said}"
         );
         assert_same(&out, &expected);
@@ -209,7 +209,7 @@ fn a_run_goes_on_from_hidden_states_that_were_kept_and_goes_over_its_blocks_agai
 fn states_that_lie_on_the_disk_are_kept_and_gone_on_from_too() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), FOUR);
-    // Two chunks in each stream, and no host memory for any.
+    // Two chunks in each stream, and no host memory for either.
     let more = ["--device", "cpu", "--samples", "32"];
     let plan = [
         &["plan", recipe.to_str().unwrap(), "--json"][..],
@@ -231,7 +231,7 @@ fn states_that_lie_on_the_disk_are_kept_and_gone_on_from_too() {
             killed_after_a_block(&recipe, &scratch.out(), &keep);
         }
         let said = succeeded(quantize(&recipe, &flags).output().unwrap());
-        assert_eq!(said.contains("going over 0 again"), kill, "{said}");
+        assert_eq!(said.contains("running 0 of them again"), kill, "{said}");
         assert_eq!(fs::read_dir(&disk).unwrap().count(), 0);
         contents(&scratch.out())
     };
@@ -248,7 +248,7 @@ fn dense_propagation_and_shards_resume_too() {
             killed_after_a_block(&recipe, &scratch.out(), &SLOW);
         }
         let said = succeeded(quantize(&recipe, &SLOW).output().unwrap());
-        assert_eq!(said.contains("going on after block"), kill, "{said}");
+        assert_eq!(said.contains("resuming after block"), kill, "{said}");
         contents(&scratch.out())
     };
     assert!(run(true) == run(false));
@@ -276,7 +276,7 @@ fn whatever_a_kill_left_of_a_replacement_one_directory_stays() {
         }
         let said = run();
         assert_eq!(
-            said.contains("a: is there already"),
+            said.contains("a: already finished, skipped"),
             left & 1 == 1,
             "{said}"
         );
@@ -297,15 +297,15 @@ fn a_finished_branch_is_kept_and_one_added_later_is_made_alone() {
     let weights = scratch.out().join("a/model.safetensors");
     let made = fs::metadata(&weights).unwrap().modified().unwrap();
     let said = run(&recipe);
-    assert!(said.contains("a: is there already"), "{said}");
+    assert!(said.contains("a: already finished, skipped"), "{said}");
     let recipe = scratch.recipe(&medi_tiny(), TWO);
     let said = run(&recipe);
     assert!(
-        said.contains("a: is there already") && said.contains("b: written"),
+        said.contains("a: already finished, skipped") && said.contains("b: written"),
         "{said}"
     );
     assert_eq!(fs::metadata(&weights).unwrap().modified().unwrap(), made);
-    // As if made together.
+    // As if produced in one run.
     let (expected, _) = uninterrupted(TWO, &QUICK);
     assert_same(&scratch.out(), &expected);
 }
@@ -321,10 +321,10 @@ fn an_unfinished_run_goes_on_by_its_directory_alone() {
     let mut resume = command(["quantize", "--device", "cpu", "--resume", "out"]);
     resume.current_dir(out.parent().unwrap());
     let said = succeeded(resume.output().unwrap());
-    assert!(said.contains("going on after block"), "{said}");
+    assert!(said.contains("resuming after block"), "{said}");
     assert_same(&out, &expected);
     let line = refuse(["quantize", "--resume", out.to_str().unwrap()]);
-    assert!(line.contains("no unfinished run"), "{line}");
+    assert!(line.contains("no interrupted run"), "{line}");
 }
 
 #[test]
@@ -346,14 +346,14 @@ fn a_run_that_goes_on_keeps_its_states_where_it_is_told_to_from_here() {
     let least = memory("least_cpu").to_string();
     killed_after_a_block(&recipe, &scratch.out(), &more);
     fs::create_dir(scratch.path("disk")).unwrap();
-    // It was begun in another directory, which has no such place.
+    // It was started in another directory, which has no such path.
     let args = ["quantize", "--device", "cpu", "--resume", "out"];
     let mut resume = command(args);
     resume
         .args(["--host-memory", &least, "--scratch", "disk"])
         .current_dir(scratch.path(""));
     let said = succeeded(resume.output().unwrap());
-    assert!(said.contains("going on after block"), "{said}");
+    assert!(said.contains("resuming after block"), "{said}");
     assert_eq!(fs::read_dir(scratch.path("disk")).unwrap().count(), 0);
 }
 
@@ -372,7 +372,7 @@ fn a_second_run_on_a_directory_is_told_who_holds_it_until_that_dies() {
     first.kill().unwrap();
     first.wait().unwrap();
     assert!(scratch.out().join(".gptq-lock").exists());
-    // Also while what was written is read back and measured.
+    // Also while the output is read back and evaluated.
     let text = ["--restart", "--branch", "a", "--perplexity", EVALUATION];
     let last = start(quantize(&recipe, &[&QUICK[..], &text].concat()));
     wait("the branch", || scratch.out().join("a").exists());
@@ -407,7 +407,7 @@ fn links_in_an_output_directory_are_not_followed() {
     assert_eq!(fs::read(elsewhere.join("report.json")).unwrap(), b"mine");
 }
 
-/// A file system of its own, unmounted at the end.
+/// A separate file system, unmounted at the end.
 struct Mount(PathBuf);
 
 impl Mount {
@@ -435,7 +435,7 @@ fn a_full_disk_stops_a_run_which_goes_on_when_there_is_room() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), TWO);
     let Some(_mount) = Mount::new(scratch.out(), 30) else {
-        // Without the right to mount: a limit on the length of files, which a weight file meets at once.
+        // Without the right to mount: a limit on the length of files, which a weight file exceeds.
         let (recipe, gptq) = (recipe.display(), env!("CARGO_BIN_EXE_gptq"));
         let script = format!("trap '' XFSZ; ulimit -f 1000; {gptq} quantize {recipe} --device cpu");
         let mut limited = Command::new("sh");
@@ -451,7 +451,7 @@ fn a_full_disk_stops_a_run_which_goes_on_when_there_is_room() {
     fs::write(&filler, vec![1; 25 << 20]).unwrap();
     let line = refused(quantize(&recipe, &SLOW).output().unwrap());
     assert!(
-        line.contains("are needed here") && line.contains("are free"),
+        line.contains("are needed") && line.contains("are free"),
         "{line}"
     );
     fs::remove_file(&filler).unwrap();
@@ -469,7 +469,7 @@ fn a_full_disk_stops_a_run_which_goes_on_when_there_is_room() {
     drop(crowd);
     fs::remove_file(&filler).unwrap();
     let said = succeeded(quantize(&recipe, &SLOW).output().unwrap());
-    assert!(said.contains("going on after block"), "{said}");
+    assert!(said.contains("resuming after block"), "{said}");
     assert_same(&scratch.out(), &expected);
 }
 
@@ -496,5 +496,5 @@ fn requantize_goes_on_too() {
     child.kill().unwrap();
     child.wait().unwrap();
     let said = succeed(args);
-    assert!(said.contains("going on after block"), "{said}");
+    assert!(said.contains("resuming after block"), "{said}");
 }

@@ -1,4 +1,4 @@
-//! `gptq verify` finds what programs that compute in f16 cannot run, though it computes in f32 itself.
+//! `gptq verify` finds overflows in f16 programs, although it computes in f32.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,8 @@ use crate::harness::{Scratch, edit_tensor, gptq, medi_tiny, succeed};
 
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n";
 
-/// The rows of heads' rotary pair 2, of 64 values each, in a matrix of 16-bit floats with `n_in` columns.
+/// Scales the rows of rotary pair 2 of each head, of 64 values, in a matrix of 16-bit floats with
+/// `n_in` columns.
 fn pair(bytes: &mut [u8], n_in: usize, heads: usize, factor: f32) {
     for head in 0..heads {
         for row in [head * 64 + 2, head * 64 + 34] {
@@ -42,8 +43,8 @@ fn check<'a>(receipt: &'a Value, name: &str) -> &'a Value {
     checks.iter().find(|check| check["name"] == name).unwrap()
 }
 
-/// Queries 2^14 times as large in one rotary pair and keys 2^14 times as small: the same attention, and in
-/// Transformers with f16 all 1 048 576 logits of 256 tokens are NaN.
+/// Queries 2^14 times as large in one rotary pair and keys 2^14 times as small: the same attention,
+/// but in Transformers with f16 all 1 048 576 logits of 256 tokens are NaN.
 #[test]
 fn queries_beyond_the_range_are_found_and_whose_they_are_is_said() {
     let scratch = Scratch::new();
@@ -81,10 +82,10 @@ fn queries_beyond_the_range_are_found_and_whose_they_are_is_said() {
         (&0.into(), &true.into())
     );
     assert!(first["largest"].as_f64().unwrap() > 65504.0 && first["values"].as_u64() > Some(0));
-    // In f32 it does what the dense model does.
+    // In f32 it equals the dense model.
     assert_eq!(check(&found, "perplexity")["pass"], true);
 
-    // Against the model before the change it is the branch alone that cannot be run.
+    // Compared with the original model, only the branch cannot be run.
     let found = receipt(&dir, Some(&medi_tiny()));
     let detail = check(&found, "f16")["detail"].as_str().unwrap();
     assert!(
@@ -92,9 +93,12 @@ fn queries_beyond_the_range_are_found_and_whose_they_are_is_said() {
         "{detail}"
     );
     let detail = receipt(&dir, None)["checks"].to_string();
-    assert!(detail.contains("--against MODEL says whether"), "{detail}");
+    assert!(
+        detail.contains("use --against MODEL to see whether"),
+        "{detail}"
+    );
 
-    // bf16 holds all of it.
+    // bf16 holds all values.
     let config = dir.join("config.json");
     let bf16 = fs::read_to_string(&config)
         .unwrap()
@@ -106,7 +110,7 @@ fn queries_beyond_the_range_are_found_and_whose_they_are_is_said() {
     assert!(detail.contains("bf16, which config.json names"), "{detail}");
 }
 
-/// What a block holds inside: `up_proj` 2^15 times as large and `down_proj` much smaller.
+/// An overflow inside a block: `up_proj` 2^15 times as large and `down_proj` much smaller.
 #[test]
 fn states_beyond_the_range_inside_a_block_are_found() {
     let scratch = Scratch::new();

@@ -1,5 +1,5 @@
-//! Signals: a run stops where it can be gone on with; any other command ends at once, and files are as
-//! they were. Status 130 or 143.
+//! Signals: a run stops where it can be resumed; other commands end at once and leave files
+//! unchanged. Status 130 or 143.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::harness::{Scratch, command, medi_tiny, root, succeed, succeeded};
 use crate::resume::{SLOW, TWO, assert_same, blocks, quantize, signal, start, uninterrupted, wait};
 
-/// Every file below `dir`, but for locks: that of a dead process holds nothing.
+/// Returns every file below `dir`, except locks: those of dead processes have no effect.
 fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(dir).unwrap() {
@@ -25,19 +25,19 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
-/// Whether it has taken SIGINT over: the mask of caught signals in `/proc` has bit 1.
+/// Returns true if the process handles SIGINT: the mask of caught signals in `/proc` has bit 1.
 fn listens(child: &Child) -> bool {
     let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
     mask.is_some_and(|mask| u64::from_str_radix(mask.trim(), 16).unwrap() & 2 != 0)
 }
 
-/// Starts it, and sends it each signal in turn while it is at work.
+/// Starts the command, and sends it each signal in turn while it is at work.
 fn ends_at_once(what: &str, make: impl Fn() -> Command, scratch: &Scratch) {
     let before = files(&scratch.path(""));
     for (name, status, after) in [("INT", 130, 0), ("TERM", 143, 100), ("INT", 130, 400)] {
         let mut command = make();
-        // An end of the pipe for input stays open: a conversation would go on.
+        // One end of the input pipe stays open, so a conversation would continue.
         let streams = command.stdin(Stdio::piped()).stdout(Stdio::null());
         let mut child = streams.stderr(Stdio::null()).spawn().unwrap();
         wait("signals", || listens(&child));
@@ -62,13 +62,13 @@ fn a_signal_ends_any_other_command_at_once_and_leaves_files_as_they_were() {
     let out = scratch.out();
     let dir = out.join("main");
     let text = "tests/data/eval_wikidoc_40.json";
-    // More text than is tokenised in the time.
+    // More text than is tokenized in that time.
     let rows = "calibration/wikidoc/wikidoc_patient_information_1000.json";
     let rows = fs::read_to_string(root().join(rows)).unwrap();
     let line = serde_json::json!({ "text": rows.repeat(8) }).to_string() + "\n";
     let long = scratch.path("long.jsonl");
     fs::write(&long, line.repeat(4)).unwrap();
-    // Takes connections and never answers.
+    // Accepts connections and never answers.
     let hub = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", hub.local_addr().unwrap());
 
@@ -79,7 +79,7 @@ fn a_signal_ends_any_other_command_at_once_and_leaves_files_as_they_were() {
     };
     ends_at_once("verify", verify, &scratch);
     let generate = || {
-        // All tokens as likely as the end: it goes on and on.
+        // All tokens are as likely as the end token: generation continues.
         let even = ["--temperature", "1000", "--top-p", "1", "--top-k", "0"];
         let mut generate = command(["generate", "--prompt", "What", "--max-new-tokens", "2000"]);
         generate.args(even);
@@ -113,7 +113,7 @@ fn a_signal_ends_any_other_command_at_once_and_leaves_files_as_they_were() {
     };
     ends_at_once("requantize, while it reads", again, &scratch);
 
-    // Killed outright, what it writes is whole or not there.
+    // Even when killed, each file is complete or missing.
     let mut child = verify().stdout(Stdio::null()).spawn().unwrap();
     wait("signals", || listens(&child));
     let before = files(&out);
@@ -142,7 +142,7 @@ fn a_signal_stops_a_run_so_that_it_can_go_on() {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(status), "{said}");
         assert_eq!(said.lines().count(), 1, "{said}");
-        assert!(said.contains("goes on from there"), "{said}");
+        assert!(said.contains("resumes from there"), "{said}");
         output
     };
     stopped("INT", 130);
@@ -167,14 +167,14 @@ fn a_second_signal_ends_a_run_at_once_and_one_before_the_first_block_leaves_noth
     let output = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(130), "{said}");
-    assert!(said.contains("nothing is left behind"), "{said}");
+    assert!(said.contains("nothing was written"), "{said}");
     scratch.assert_nothing_written();
 
     let child = begun();
     signal(&child, &["INT", "TERM"]);
     let output = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    // Of two that are pending together the system may deliver either last.
+    // Of two pending signals the system may deliver either last.
     assert!(matches!(output.status.code(), Some(130 | 143)), "{said}");
     assert!(said.is_empty(), "it took its leave: {said}");
 }

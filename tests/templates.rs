@@ -1,4 +1,4 @@
-//! Chat templates in a run: what one objects to, and the date that it is told.
+//! Chat templates in a run: refusals, and the date.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,13 +8,13 @@ use serde_json::{Value, json};
 use crate::harness::{Scratch, refused, succeed, succeeded};
 use crate::resume::{QUICK, contents, killed_after_a_block, quantize};
 
-/// Writes the date, and refuses conversations that begin otherwise than with a user.
+/// Writes the date, and refuses conversations that do not begin with a user message.
 const TEMPLATE: &str = "{{ strftime_now('%d %B %Y') }}\n{% if messages[0].role != 'user' %}\
                         {{ raise_exception('a user begins') }}{% endif %}\
                         {% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
 
-/// A recipe for the bundled model with that template, on 60 conversations of which row 13 begins with
-/// the assistant.
+/// Writes a recipe for the bundled model with that template, on 60 conversations of which row 13
+/// begins with the assistant.
 fn recipe(scratch: &Scratch) -> PathBuf {
     let model = scratch.copy_model();
     fs::write(model.join("chat_template.jinja"), TEMPLATE).unwrap();
@@ -67,7 +67,7 @@ fn a_row_that_the_template_objects_to_is_named_or_left_out_and_counted() {
     ];
     let text = succeed(shown.iter().chain(&["--samples", "2", "--seq-len", "128"]));
     assert!(
-        text.contains("59 used of all rows, 1 left out because the chat template objects to"),
+        text.contains("59 used of all rows, 1 skipped because the chat template refused"),
         "{text}"
     );
     let skip = [&QUICK[..], &["--on-error", "skip"]].concat();
@@ -98,7 +98,7 @@ fn a_run_that_is_gone_on_with_another_day_tells_its_templates_the_recorded_date(
             .output()
             .unwrap(),
     );
-    assert!(said.contains("going on"), "{said}");
+    assert!(said.contains("resuming"), "{said}");
     let found = contents(&scratch.out());
     for name in ["a/model.safetensors", "a/quantize_config.json"] {
         assert!(
@@ -107,7 +107,7 @@ fn a_run_that_is_gone_on_with_another_day_tells_its_templates_the_recorded_date(
         );
     }
     assert_eq!(manifest(&scratch.out().join("a"))["date"], "2024-07-26");
-    // And a finished branch is kept, on whatever day.
+    // A finished branch is kept on any day.
     let before = contents(&scratch.out());
     succeeded(
         quantize(&recipe, &[&QUICK[..], &today].concat())

@@ -1,5 +1,5 @@
-//! What is wrong with a run's texts is told before any of its work: by `plan`, by `--dry-run`, and in the first
-//! second of `quantize`.
+//! Problems of a run's texts are reported before any work: by `plan`, by `--dry-run`, and in the
+//! first second of `quantize`.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::harness::{Scratch, gptq, medi_tiny, refuse, succeed};
 const ONE: &str = "[[branch]]\nname = \"a\"\nbits = 4\n";
 const EVALUATION: &str = "tests/data/eval_wikidoc_40.json";
 
-/// A recipe whose `[calibration]` has these lines, and more sections.
+/// Writes a recipe with these lines in `[calibration]`, and more sections.
 fn recipe(scratch: &Scratch, model: &Path, calibration: &str, more: &str) -> String {
     let path = scratch.path("recipe.toml");
     let text = format!(
@@ -22,7 +22,7 @@ fn recipe(scratch: &Scratch, model: &Path, calibration: &str, more: &str) -> Str
     path.to_str().unwrap().to_owned()
 }
 
-/// The one line that all three say.
+/// Returns the single line that all three commands print.
 fn refused_by_all(scratch: &Scratch, recipe: &str) -> String {
     let lines = [
         refuse(["plan", recipe]),
@@ -137,12 +137,12 @@ fn what_is_wrong_with_the_tokenizer_is_told_before_the_work() {
     let line = refused_by_all(&scratch, &recipe(&scratch, &model, &good, ""));
     assert!(line.contains("tokenizer.json: "), "{line}");
 
-    // Shapes alone can be planned, and what was not judged is said.
+    // Shapes alone can be planned, with a note on what was not checked.
     fs::remove_file(model.join("model.safetensors")).unwrap();
     let output = gptq(["plan", &recipe(&scratch, &model, &good, "")]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(
-        output.status.success() && said.contains("not judged"),
+        output.status.success() && said.contains("not checked"),
         "{said}"
     );
     let line = refuse([
@@ -175,7 +175,7 @@ fn what_is_wrong_with_the_evaluation_text_is_told_before_the_work() {
     );
     assert!(with("blank.txt", 64).contains("no text"));
     assert!(with("other.jsonl", 64).contains("no column \"text\""));
-    assert!(with("good.jsonl", 64).contains("is calibrated on"));
+    assert!(with("good.jsonl", 64).contains("is used for calibration"));
     assert!(with("short.txt", 1).contains("at least 2"));
 }
 
@@ -188,7 +188,7 @@ fn ids_beyond_the_vocabulary_are_found_in_the_dry_run_wherever_they_are() {
     ids[5900] = json!({"ids": [1, 4096]});
     let calibration = format!("{}\ntokens = \"ids\"", rows(&scratch, "ids.jsonl", &ids));
     let recipe = recipe(&scratch, &medi_tiny(), &calibration, "");
-    // A plan looks at the first rows alone.
+    // A plan reads only the first rows.
     succeed(["plan", &recipe]);
     let line = refuse(["quantize", &recipe, "--dry-run"]);
     assert!(
@@ -218,7 +218,7 @@ fn what_should_be_known_of_the_texts_is_said_by_all_who_read_them() {
         "by config.json 77",
         "each token is read",
         "would read each once",
-        "behind the last full window of 3000",
+        "after the last full window of 3000",
     ];
     for args in [
         &["plan", &recipe][..],
@@ -239,7 +239,7 @@ fn what_should_be_known_of_the_texts_is_said_by_all_who_read_them() {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains(words[0]) && said.contains(words[4]), "{said}");
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(shown.contains("more fill no window"), "{shown}");
+    assert!(shown.contains("more do not fill a window"), "{shown}");
     let receipt: Value =
         serde_json::from_slice(&fs::read(Path::new(branch).join("verify.json")).unwrap()).unwrap();
     let left_over = receipt["perplexity"]["left_over"].as_u64().unwrap();
@@ -274,7 +274,7 @@ fn calibration_show_names_what_joins_documents_and_says_what_it_compared() {
     );
     let tokens = 1024 * windows.as_u64().unwrap() + left_over.as_u64().unwrap();
     assert_eq!(json["evaluation"]["tokens"], tokens);
-    // A text shorter than a window can be compared all the same.
+    // A text shorter than a window can still be compared.
     fs::write(scratch.path("short.txt"), "Fever and cough.").unwrap();
     let short = scratch.path("short.txt");
     let output = gptq([

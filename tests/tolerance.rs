@@ -1,4 +1,4 @@
-//! `gptq verify --against`: sound branches pass, whatever their bits cost, and broken ones do not.
+//! `gptq verify --against`: sound branches pass at any width, and broken ones fail.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -45,7 +45,7 @@ fn failed(receipt: &Value) -> Vec<&str> {
         .collect()
 }
 
-/// What each of these is to lose goes by its own rounding to nearest.
+/// The tolerance of each of these follows from its own rounding to nearest.
 #[test]
 fn sound_branches_pass_at_any_width_and_by_any_method() {
     let scratch = Scratch::new();
@@ -81,10 +81,10 @@ fn sound_branches_pass_at_any_width_and_by_any_method() {
         let of = &receipts[name]["tolerances"];
         of["perplexity_increase"].as_f64().unwrap()
     };
-    // One linear at 2 bits does not open the door for what all of them at 2 bits would lose.
+    // One linear layer at 2 bits does not raise the tolerance to that of all at 2 bits.
     assert!(tolerated("mixed") < 0.5 * tolerated("two"));
     assert!(tolerated("eight") < tolerated("four") && tolerated("four") < tolerated("two"));
-    // What a person can do about it is said where it is worth something.
+    // Advice is given where it helps.
     let advice = receipts["two"]["advice"].as_str().unwrap();
     for word in ["blocks", "3 or 4 bits", "calibration text"] {
         assert!(advice.contains(word), "{word}: {advice}");
@@ -93,7 +93,7 @@ fn sound_branches_pass_at_any_width_and_by_any_method() {
     assert_eq!(receipts["eight"].get("advice"), None);
 }
 
-/// A branch that nothing is recorded of, so that only what it does can tell.
+/// Makes a branch without records, so that only its behaviour can reveal faults.
 fn unrecorded(scratch: &Scratch, settings: &str) -> PathBuf {
     let recipe = scratch.recipe(
         &medi_tiny(),
@@ -105,7 +105,7 @@ fn unrecorded(scratch: &Scratch, settings: &str) -> PathBuf {
     dir
 }
 
-/// The f16 values of a tensor, changed in place.
+/// Changes the f16 values of a tensor in place.
 fn halves(bytes: &mut [u8], change: impl Fn(usize, f32) -> f32) {
     for (i, bytes) in bytes.chunks_exact_mut(2).enumerate() {
         let value = half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
@@ -113,7 +113,7 @@ fn halves(bytes: &mut [u8], change: impl Fn(usize, f32) -> f32) {
     }
 }
 
-/// The same 32-bit words in another order: the next one of a row of coprime steps.
+/// Permutes 32-bit words: by a coprime step within a row.
 fn shuffle(bytes: &mut [u8]) {
     let words: Vec<[u8; 4]> = bytes
         .chunks_exact(4)
@@ -124,7 +124,7 @@ fn shuffle(bytes: &mut [u8]) {
     }
 }
 
-/// Groups scattered over the columns.
+/// Scatters groups over the columns.
 const ORDER: &str = "desc_act = true\nstatic_groups = false";
 
 fn act_order_is_lost(dir: &Path) {
@@ -149,7 +149,7 @@ fn act_order_is_lost(dir: &Path) {
     }
 }
 
-/// What a look at the files cannot tell, and the run beside the dense model does.
+/// Faults that the files cannot show, but a run beside the dense model does.
 #[test]
 fn branches_that_are_broken_in_ways_that_no_file_shows_fail() {
     type Damage = Box<dyn Fn(&Path)>;
@@ -222,7 +222,7 @@ fn branches_that_are_broken_in_ways_that_no_file_shows_fail() {
                 .into();
         assert_eq!(failed(&receipts(&dir, &[])), Vec::<&str>::new());
         for (what, damage, check) in &cases {
-            // Zeros of a symmetric 3-bit grid are no byte that repeats.
+            // Zero points of a symmetric 3-bit grid do not repeat bytewise.
             if bits == 3 && what.contains("zeros") {
                 continue;
             }
@@ -311,19 +311,19 @@ fn a_weaker_check_does_not_hide_a_stronger_one_that_failed() {
         line.contains("did not pass: KL divergence") && line.contains("--against"),
         "{line}"
     );
-    // The card says so too.
+    // The card reports it too.
     succeed(["card", out.to_str().unwrap(), "--repo", "me/medi-GPTQ"]);
     let card = fs::read_to_string(out.join("README.md")).unwrap();
     assert!(
         card.contains("**Failed verification** (KL divergence"),
         "{card}"
     );
-    // As strong a check replaces it, and a weaker one keeps what it measured.
+    // An equally deep verification replaces it, and a weaker one keeps its results.
     succeed(beside(&dir, &[]));
     succeed(["verify", dir.to_str().unwrap()]);
     assert_eq!(receipt()["pass"], true);
     assert!(receipt()["kl_divergence"].is_f64());
-    // Other bytes are another matter.
+    // Other bytes are verified anew.
     refuse(beside(&dir, &["--max-kl", "0.001"]));
     let config = dir.join("config.json");
     let text = fs::read_to_string(&config).unwrap();
@@ -333,7 +333,7 @@ fn a_weaker_check_does_not_hide_a_stronger_one_that_failed() {
     assert_eq!(receipt()["kl_divergence"], Value::Null);
 }
 
-/// `report`, `card` and `publish` read what `verify` writes of a block that adds nothing to its input.
+/// `report`, `card` and `publish` read the `verify.json` of a block that adds nothing to its input.
 #[test]
 fn a_block_that_does_nothing_has_no_relative_error_and_says_so() {
     let scratch = Scratch::new();
@@ -379,7 +379,7 @@ fn a_block_that_does_nothing_has_no_relative_error_and_says_so() {
         );
     };
     read();
-    // As it was written before.
+    // In the old format.
     let mut old = receipt.clone();
     old["blocks"][1] = serde_json::json!({"layer": 1, "relative_error": null});
     fs::write(&path, old.to_string()).unwrap();

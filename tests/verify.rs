@@ -1,4 +1,4 @@
-//! `gptq verify`: what passes, and what is caught.
+//! `gptq verify`: accepted branches, and detected damage.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Scratch, edit_header, edit_tensor, gptq, medi_tiny, refuse, succeed};
 
-/// A finished 4-bit branch in groups of 64, scattered by act order.
+/// Makes a finished 4-bit branch in groups of 64, scattered by act order.
 fn branch(scratch: &Scratch) -> PathBuf {
     let recipe = scratch.recipe(
         &medi_tiny(),
@@ -124,14 +124,14 @@ fn rows_are_texts_and_those_that_were_calibrated_on_are_refused() {
         let stdout = String::from_utf8(output.stdout).unwrap();
         serde_json::from_str::<Value>(&stdout).unwrap()
     };
-    // Not as the raw JSON that it is written in.
+    // Not as the raw JSON in the file.
     let measured = verify(&other)["perplexity"]["value"].clone();
     assert!(measured.is_number());
     assert_eq!(measured, verify(&list)["perplexity"]["value"]);
     let refused = verify(&own);
     assert_eq!(refused["pass"], false);
     let said = refused["checks"].to_string();
-    assert!(said.contains("calibrated on"), "{said}");
+    assert!(said.contains("used for calibration"), "{said}");
 }
 
 #[test]
@@ -271,7 +271,7 @@ fn without_a_record_the_files_are_judged_by_what_they_say_and_do() {
         "{line}"
     );
     edit_tensor(&file, &format!("{module}.qzeros"), |b| b[5] -= 1);
-    // Scales of one group, shifted by one output: nothing that a look at the file could tell.
+    // Scales of one group, shifted by one output: nothing in the file looks wrong.
     edit_tensor(&file, &format!("{module}.scales"), |b| {
         b[..256].rotate_left(2)
     });

@@ -1,5 +1,5 @@
-//! What a branch's files say to others: which setting counts of two, both spellings of it, and nothing of the
-//! machine that made them.
+//! Contents of a branch's files for other programs: precedence of settings, both spellings, and no
+//! local paths.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ pub(crate) fn read(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-/// Changes a JSON object in place; `null` takes a key out.
+/// Changes a JSON object in place; `null` removes a key.
 pub(crate) fn edit(path: &Path, changes: &Value) {
     let mut object = read(path);
     let entries = object.as_object_mut().unwrap();
@@ -25,7 +25,7 @@ pub(crate) fn edit(path: &Path, changes: &Value) {
     fs::write(path, object.to_string()).unwrap();
 }
 
-/// `config.json` of the bundled model without its rotary settings, and with these keys.
+/// Returns the bundled model's `config.json` without its rotary settings, and with these keys.
 fn rotary(keys: &str) -> Value {
     let mut changes = json!({"rope_parameters": null});
     let keys: Map<String, Value> = serde_json::from_str(keys).unwrap();
@@ -33,7 +33,7 @@ fn rotary(keys: &str) -> Value {
     changes
 }
 
-/// Quantizes `model` to one 4-bit branch, and says where it is.
+/// Quantizes `model` to one 4-bit branch, and returns its directory.
 pub(crate) fn quantize(scratch: &Scratch, model: &Path, keys: &str) -> PathBuf {
     let recipe = scratch.recipe(
         model,
@@ -164,7 +164,7 @@ fn numbers_that_json_has_not_matter_where_they_are_used() {
     }
 }
 
-/// Every file below a directory.
+/// Returns every file below a directory.
 fn files(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).unwrap() {
@@ -248,7 +248,7 @@ fn nothing_of_the_makers_machine_is_in_a_branch() {
     for file in all {
         let bytes = fs::read(&file).unwrap();
         for word in &directories {
-            // Of weights, what stands before the first tensor.
+            // For weights, the part before the first tensor.
             let end = match file.extension().is_some_and(|end| end == "safetensors") {
                 true => 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize,
                 false => bytes.len(),
@@ -256,7 +256,7 @@ fn nothing_of_the_makers_machine_is_in_a_branch() {
             let there = bytes[..end]
                 .windows(word.len())
                 .any(|it| it == word.as_bytes());
-            // A tokenizer's words are nobody's directories.
+            // A tokenizer's words are not local paths.
             let tokenizer = file.ends_with("tokenizer.json") && word.len() < 10;
             assert!(!there || tokenizer, "{}: {word}", file.display());
         }
@@ -323,7 +323,7 @@ fn licences_templates_and_tokenizers_go_along_and_code_does_not() {
         (config.get("auto_map"), &config["pretraining_tp"]),
         (None, &json!(1))
     );
-    // They are judged, and so published.
+    // They are verified, and therefore published.
     succeed(["verify", dir.to_str().unwrap()]);
     let receipt = read(&dir.join("verify.json"));
     assert!(

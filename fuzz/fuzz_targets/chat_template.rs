@@ -1,5 +1,5 @@
-//! Any bytes as `tokenizer_config.json` with its special tokens and chat template; what does not begin
-//! like JSON, as `chat_template.jinja`.
+//! Any bytes as `tokenizer_config.json` with its special tokens and chat template; input that does
+//! not look like JSON is used as `chat_template.jinja`.
 #![no_main]
 
 use gptq_calibration::{ChatTemplate, Message};

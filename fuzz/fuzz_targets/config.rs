@@ -19,7 +19,7 @@ fuzz_target!(|bytes: &[u8]| {
         let _ = settings.module("model.layers.0.mlp.down_proj");
     }
     if let Ok(config) = ModelConfig::from_json(value) {
-        // No shape that was let through may overflow what is computed from it.
+        // Calculations with accepted shapes must not overflow.
         let _ = config.parameters();
         let _ = config.check_window(4096);
         for block in config.blocks() {

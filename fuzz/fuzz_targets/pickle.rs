@@ -1,4 +1,4 @@
-//! Any bytes as the pickle of an otherwise sound PyTorch file.
+//! Any bytes as the pickle of an otherwise valid PyTorch file.
 #![no_main]
 
 use std::io::Write;

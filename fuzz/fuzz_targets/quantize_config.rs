@@ -1,4 +1,4 @@
-//! Any bytes as `quantize_config.json` beside the tensors of one quantized linear.
+//! Any bytes as `quantize_config.json` beside the tensors of one quantized linear layer.
 #![no_main]
 
 use std::sync::LazyLock;

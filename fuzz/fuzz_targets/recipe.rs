@@ -22,7 +22,7 @@ fuzz_target!(|text: &str| {
             let written = branch.quantize_config(&plan.model_name, &config);
             for linear in branch.planned_linears(&config) {
                 let (module, own) = (linear.module, linear.settings);
-                // What readers are told of a module is what the solver does to it.
+                // Settings declared to clients for a module equal those of the solver.
                 let told = written.module(&module).expect("the pattern is ours");
                 assert_eq!(told, Some((own.bits, own.group_size)), "{module}");
             }

@@ -1,4 +1,5 @@
-//! Any bytes as `report.json`, and behind a zero byte `verify.json`, of a branch: page, table and card.
+//! Any bytes as `report.json` and, after a zero byte, `verify.json` of a branch: page, table and
+//! card.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

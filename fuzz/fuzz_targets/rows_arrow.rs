@@ -1,4 +1,4 @@
-//! Any bytes as an Arrow file of calibration rows, in the stream or the file form.
+//! Any bytes as an Arrow file of calibration rows, in the stream or the file format.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

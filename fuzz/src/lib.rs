@@ -16,13 +16,14 @@ thread_local! {
     static DIR: TempDir = TempDir::new().expect("a temporary directory");
 }
 
-/// Most elements of a tensor that are gathered: a view with strides of 0 may claim any number.
+/// Maximum number of elements gathered from a tensor: a view with strides of 0 may declare any
+/// number.
 const MAX_ELEMENTS: usize = 1 << 16;
 
-/// Longest list of rows that is gone through.
+/// Maximum number of rows read.
 const MAX_ROWS: usize = 1 << 12;
 
-/// A directory with these files, and no other that an earlier call may have left.
+/// Calls `read` with a directory that contains only these files.
 pub fn with_files(files: &[(&str, &[u8])], read: impl FnOnce(&Path)) {
     DIR.with(|dir| {
         for (name, bytes) in files {
@@ -35,7 +36,7 @@ pub fn with_files(files: &[(&str, &[u8])], read: impl FnOnce(&Path)) {
     });
 }
 
-/// Opens a directory with these files as a checkpoint, and touches every byte of every tensor.
+/// Opens a directory with these files as a checkpoint, and reads every byte of every tensor.
 pub fn open(files: &[(&str, &[u8])]) {
     with_files(files, |dir| {
         let Ok(checkpoint) = Checkpoint::open(dir) else {
@@ -54,15 +55,15 @@ pub fn open(files: &[(&str, &[u8])]) {
     });
 }
 
-/// For readers that catch the panics of a library: libFuzzer's hook would end the process before.
-/// One that is not caught ends it still.
+/// Allows readers to catch panics of a library: libFuzzer's hook would end the process first. A
+/// panic that is not caught still ends it.
 pub fn panics_may_be_caught() {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| panic::set_hook(Box::new(|_| ())));
 }
 
-/// Reads these bytes as the `report.json` of a branch directory, and what follows a zero byte as its
-/// `verify.json`; makes the page, the table and the card.
+/// Reads these bytes as the `report.json` of a branch directory, and the bytes after a zero byte as
+/// its `verify.json`; renders the page, the table and the card.
 pub fn report(bytes: &[u8]) {
     let mut parts = bytes.splitn(2, |&byte| byte == 0);
     let report = parts.next().unwrap_or_default();
@@ -92,7 +93,7 @@ pub fn report(bytes: &[u8]) {
     });
 }
 
-/// Reads the rows of a file of this name, with columns that the starting inputs have.
+/// Reads the rows of a file of this name, with the columns of the starting inputs.
 pub fn calibration_rows(name: &str, file: &[u8]) {
     if name.ends_with(".parquet") || name.ends_with(".arrow") {
         panics_may_be_caught();
@@ -110,7 +111,7 @@ pub fn calibration_rows(name: &str, file: &[u8]) {
     });
 }
 
-/// Shapes of a model of two blocks.
+/// Returns the shapes of a model of two blocks.
 pub fn small_model() -> ModelConfig {
     let config = serde_json::json!({
         "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,

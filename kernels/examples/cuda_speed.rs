@@ -1,8 +1,9 @@
 //! Measures the CUDA engine's operations at the shapes of a 7B layer and prints a table.
 //!
-//! Each figure is the median of repeated runs between two synchronisations of the device, on
-//! random values, beside what the card does at best. Run it alone on the card. With the argument
-//! `solve`, `forward` or `generate`, only that; scales are searched, as by default, unless `plain` is among them.
+//! Each figure is the median of repeated runs between two synchronizations of the device, on random
+//! values, compared with the device's peak rates. Run it alone on the device. The arguments
+//! `solve`, `forward` or `generate` select one part; scales are searched, as by default, unless
+//! `plain` is given.
 
 use std::time::Instant;
 
@@ -22,7 +23,7 @@ const HIDDEN: usize = 4096;
 const WIDE: usize = 11008;
 const HEADS: usize = 32;
 const HEAD: usize = 128;
-/// Windows per call, and in all.
+/// Windows per call, and in total.
 const CHUNK: usize = 4;
 const WINDOWS: usize = 128;
 
@@ -31,8 +32,8 @@ fn random<const D: usize>(shape: [usize; D], deviation: f64, device: &Device) ->
     Tensor::random(shape, distribution, (device, DType::F16))
 }
 
-/// The median seconds of `run`, after one that is not counted; its result is kept until the
-/// device is done.
+/// Returns the median seconds of `run`, after a warm-up run; results are kept until the device is
+/// done.
 fn seconds<T>(device: &Device, repeats: usize, mut run: impl FnMut() -> T) -> f64 {
     let mut once = || {
         Cuda::sync(device).expect("the device answers");
@@ -51,9 +52,9 @@ fn seconds<T>(device: &Device, repeats: usize, mut run: impl FnMut() -> T) -> f6
     times[repeats / 2]
 }
 
-/// What the card does at best.
+/// Peak rates of the device.
 struct Ceilings {
-    /// A copy from device to device, bytes read and written, in GB/s.
+    /// Copy from device to device, bytes read and written, in GB/s.
     copy: f64,
     /// An f16 product of square matrices by cuBLAS, in TFLOP/s.
     product: f64,
@@ -72,7 +73,7 @@ impl Ceilings {
             stream.synchronize().expect("the device answers");
         });
         drop((from, to));
-        // The last owner's drop would tear down the context that Burn works in.
+        // Dropping the last owner would destroy the context that Burn uses.
         std::mem::forget(context);
         let [x, w] = [0; 2].map(|_| random([SIDE, SIDE], 1.0, device));
         let product = seconds(device, 20, || linear(x.clone(), w.clone()).unwrap());
@@ -91,7 +92,7 @@ impl Ceilings {
         ceilings
     }
 
-    /// A row for `amount` TFLOP or GB in `time` seconds.
+    /// Prints a row for `amount` TFLOP or GB in `time` seconds.
     fn row(&self, name: &str, time: f64, amount: f64, unit: &str) {
         let ceiling = match unit {
             "TFLOP/s" => self.product,
@@ -131,7 +132,7 @@ fn main() {
     }
 }
 
-/// Seconds for the forward pass and the Gram matrices of a chunk of windows.
+/// Measures the forward pass and the Gram matrices of a chunk of windows; returns seconds.
 fn forward(device: &Device, ceilings: &Ceilings) -> f64 {
     let tokens = CHUNK * WINDOW;
     let mut forward = 0.0;
@@ -245,8 +246,8 @@ fn forward(device: &Device, ceilings: &Ceilings) -> f64 {
     forward
 }
 
-/// One token: attention over a cache, and linear layers on packed weights. More of them than the card's
-/// cache holds take turns.
+/// Measures one token: attention over a cache, and linear layers on packed weights. More weights
+/// than fit the L2 cache take turns.
 fn generate(device: &Device, ceilings: &Ceilings) {
     const BYTES: usize = 400 << 20;
     for held in [128, 1024, WINDOW] {
@@ -283,7 +284,7 @@ fn generate(device: &Device, ceilings: &Ceilings) {
                 qweight: vec![code; inside / 32 * b * out],
                 qzeros: vec![0x7777_7777; groups * out / 32 * b],
                 scales: vec![f16::from_f32(0.01); groups * out],
-                // Act order: a group's columns lie apart.
+                // With act order, a group's columns are not contiguous.
                 g_idx: (0..inside)
                     .map(|i| (i * 5 % inside % groups) as i32)
                     .collect(),
@@ -309,7 +310,7 @@ fn generate(device: &Device, ceilings: &Ceilings) {
     }
 }
 
-/// Seconds for solving all linear layers of a decoder layer.
+/// Returns the seconds for solving all linear layers of a decoder layer.
 fn solving(device: &Device) -> f64 {
     let tokens = CHUNK * WINDOW;
     let mut solving = 0.0;

@@ -1,5 +1,5 @@
-//! Values that a 16-bit float cannot hold: found, counted, and brought back into its range. From Burn's own
-//! operations, so on any backend.
+//! Finds, counts and clamps values that a 16-bit float cannot hold, with Burn's own operations on
+//! any backend.
 
 use burn::tensor::{DType, Tensor};
 use gptq_format::Half;
@@ -9,18 +9,19 @@ use crate::Engine;
 /// Values of a matrix that are not finite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotFinite {
-    /// Row of the first, row-major.
+    /// Row of the first, in row-major order.
     pub row: usize,
     /// Its column.
     pub column: usize,
-    /// How many there are.
+    /// Number of values.
     pub count: usize,
-    /// Whether one of them is a NaN: an infinity may have been too large a number, a NaN never was one.
+    /// True if one of them is NaN: an infinity may come from a number that was too large, a NaN
+    /// does not.
     pub nan: bool,
 }
 
-/// `x` with every number beyond the range of `half`, infinities included, replaced by the nearest that
-/// it holds, and how many those were. NaN stays what it is.
+/// Replaces every number of `x` beyond the range of `half`, infinities included, by the nearest in
+/// range, and returns their number. NaN is unchanged.
 pub(crate) fn clamp<B: Engine>(x: Tensor<B, 2>, half: Half) -> (Tensor<B, 2>, usize) {
     let over = x.clone().abs().greater_elem(half.largest());
     let count = over.clone().int().sum().into_data();
@@ -34,7 +35,7 @@ pub(crate) fn clamp<B: Engine>(x: Tensor<B, 2>, half: Half) -> (Tensor<B, 2>, us
     }
 }
 
-/// What of `x` is not finite. Brings it to the host.
+/// Finds values of `x` that are not finite. Transfers it to the host.
 pub(crate) fn not_finite<B: Engine>(x: Tensor<B, 2>) -> Option<NotFinite> {
     let [_, columns] = x.dims();
     let values = x.cast(DType::F32).into_data();

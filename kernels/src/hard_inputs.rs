@@ -1,5 +1,5 @@
-//! Inputs and weights that are the worst of their kind, on every engine: each ends in finite weights
-//! whose error is no larger than round-to-nearest's, or in an error that says why not.
+//! Extreme inputs and weights, on every engine: each gives finite weights with an error no larger
+//! than round-to-nearest's, or an error message with the reason.
 
 use burn::tensor::{DType, Tensor, TensorData};
 use gptq_format::{Bits, CheckpointFormat, GroupSize};
@@ -19,17 +19,18 @@ fn random(seed: u64, n: usize) -> Vec<f32> {
     (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
 }
 
-/// An engine to be tested.
+/// An engine under test.
 struct On<B: Engine> {
     device: B::Device,
-    /// Of inputs and weights.
+    /// Dtype of inputs and weights.
     dtype: DType,
-    /// So little that it is hardly more than 0 in that type.
+    /// A value barely above 0 in that dtype.
     tiny: f32,
-    /// The largest weights: what a code stands for may be 8 / 7.5 of them, and is to be in that type too.
+    /// The largest weights: dequantized values may be 8 / 7.5 times as large, and must also fit
+    /// that dtype.
     huge: f32,
-    /// What an error may be above round-to-nearest's, relative to it: both are quotients of sums, in
-    /// f64 or in f32.
+    /// Allowed error above round-to-nearest's, relative to it: both are quotients of sums, in f64
+    /// or in f32.
     noise: f64,
 }
 
@@ -43,7 +44,7 @@ fn cpu() -> On<Cpu> {
     }
 }
 
-/// Nothing without a device.
+/// Returns `None` without a device.
 fn cuda() -> Option<On<Cuda>> {
     testing::device().map(|device| On {
         device,
@@ -92,7 +93,8 @@ impl<B: Engine> On<B> {
         B::solve(gram, None, hessian, vec![request], format)
     }
 
-    /// The one linear, after checking that everything about it is finite and no worse than rounding.
+    /// Returns the single linear layer, after checking that all its values are finite and no worse
+    /// than rounding.
     fn sound(&self, what: &str, subset: &Subset<B>) -> (f64, Vec<f32>) {
         let solved = &subset.solved[0];
         let weights = solved.weight.clone().into_data().convert::<f32>();
@@ -149,7 +151,7 @@ impl<B: Engine> On<B> {
     }
 
     fn raised_damping(&self) {
-        // All columns the same: without damping the second pivot is 0, or what rounding leaves of it.
+        // All columns are equal: without damping the second pivot is 0, up to rounding.
         let constant = vec![1.0; TOKENS * IN];
         let subset = self
             .solve(constant, random(5, OUT * IN), 0.0, true)
@@ -192,7 +194,7 @@ impl<B: Engine> On<B> {
         for (what, w, most) in [
             ("huge", scaled(self.huge), 0.05),
             ("zero", scaled(0.0), 0.0),
-            // Smaller than the smallest f16 scale can tell apart: all is lost, and nothing more.
+            // Smaller than the smallest f16 scale can resolve: all is lost, and nothing more.
             ("tiny", scaled(6e-8), 1.0),
             ("outlier weight", outlier, 0.05),
         ] {

@@ -1,4 +1,4 @@
-//! Host memory that tensors are brought to and from, at the speed of the device's link.
+//! Host memory for transfers of tensors at the speed of the device's link.
 
 use std::fmt;
 use std::ops::Range;
@@ -10,10 +10,10 @@ use half::{bf16, f16};
 
 use crate::cuda::Pinned;
 
-/// f16 or bf16 values on the host, of [`Engine::host_buffer`](crate::Engine::host_buffer) or
-/// [`Engine::download`](crate::Engine::download), by their bits. For a CUDA device they are in
-/// page-locked memory, which goes back to a pool when the buffer is dropped: a transfer still under way
-/// is not disturbed, because the pool waits for it.
+/// The bits of f16 or bf16 values on the host, from
+/// [`Engine::host_buffer`](crate::Engine::host_buffer) or
+/// [`Engine::download`](crate::Engine::download). For a CUDA device they are in page-locked memory,
+/// which returns to a pool when the buffer is dropped; the pool waits for a transfer in progress.
 pub struct HostBuffer {
     memory: Memory,
     half: Half,
@@ -24,7 +24,7 @@ enum Memory {
     Pinned(Pinned),
 }
 
-/// A 16-bit float as Burn names it.
+/// Converts a 16-bit float to Burn's dtype.
 pub fn dtype(half: Half) -> DType {
     match half {
         Half::F16 => DType::F16,
@@ -51,7 +51,7 @@ impl HostBuffer {
         HostBuffer { memory, half }
     }
 
-    /// Of a tensor of f16 or bf16.
+    /// Wraps a tensor of f16 or bf16.
     pub(crate) fn from_data(data: TensorData) -> Self {
         let given = "the caller gives a tensor of f16 or bf16";
         let half = half_of(data.dtype);
@@ -62,7 +62,7 @@ impl HostBuffer {
         HostBuffer::pageable(bits, half)
     }
 
-    /// Some of the values.
+    /// Copies some of the values.
     pub(crate) fn data<const D: usize>(
         &self,
         range: Range<usize>,
@@ -75,14 +75,14 @@ impl HostBuffer {
         }
     }
 
-    /// The values' type.
+    /// Returns the type of the values.
     pub fn half(&self) -> Half {
         self.half
     }
 
-    /// The values; waits for a transfer that writes them.
+    /// Returns the values; waits for a transfer that writes them.
     ///
-    /// A device that fails meanwhile unwinds, as in every operation of an engine.
+    /// Unwinds if the device fails meanwhile, as every operation of an engine does.
     pub fn bits(&self) -> &[u16] {
         match &self.memory {
             Memory::Pageable(bits) => bits,
@@ -90,7 +90,7 @@ impl HostBuffer {
         }
     }
 
-    /// The values, to be written; waits for a transfer that reads or writes them.
+    /// Returns the values for writing; waits for a transfer that reads or writes them.
     pub fn bits_mut(&mut self) -> &mut [u16] {
         match &mut self.memory {
             Memory::Pageable(bits) => bits,

@@ -1,8 +1,8 @@
-//! Device operations: what the model's forward and the solver ask of a Burn backend.
+//! Device operations for the model's forward pass and the solver, on a Burn backend.
 //!
-//! [`Engine`] is the extension trait. Its default bodies run on any backend from Burn's own
-//! operations and the f64 solver on the host: slow on a GPU, right everywhere, and what the CPU
-//! uses. A backend with better means overrides single operations.
+//! [`Engine`] is the extension trait. Its default methods run on any backend, using Burn's own
+//! operations and the f64 solver on the host: slow on a GPU, but correct everywhere, and used for
+//! the CPU. Backends override single operations with faster ones.
 
 mod attention;
 pub mod cuda;

@@ -1,5 +1,5 @@
-//! Compiled kernels are kept from process to process, and damaged ones are compiled again. Without a CUDA device
-//! this prints that it was skipped and passes.
+//! Compiled kernels are cached between processes, and damaged ones are compiled again. Without a
+//! CUDA device this prints that it was skipped and passes.
 
 use std::env;
 use std::fs;
@@ -13,7 +13,7 @@ use half::f16;
 const DIRECTORY: &str = "GPTQ_TEST_KERNELS";
 const FIRST: &str = "VALUES ";
 
-/// One of our own kernels, and two of CubeCL's.
+/// Uses one of our own kernels, and two of CubeCL's.
 struct Compute;
 
 impl Work for Compute {
@@ -32,7 +32,7 @@ impl Work for Compute {
     }
 }
 
-/// A process of its own that computes with kernels kept in `directory`: what it found.
+/// Runs a separate process that computes with kernels cached in `directory`; returns its result.
 fn compute(directory: &Path) -> String {
     let name = "kernels_are_kept_and_damaged_ones_are_compiled_again";
     let again = Command::new(env::current_exe().unwrap())
@@ -47,7 +47,7 @@ fn compute(directory: &Path) -> String {
     values.expect("it says what it found").1.to_owned()
 }
 
-/// Every file below `directory` but the markers of use, with what it holds.
+/// Returns every file below `directory` except the use markers, with its content.
 fn files(directory: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut found = Vec::new();
     let mut paths = vec![directory.to_owned()];
@@ -62,7 +62,7 @@ fn files(directory: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     found
 }
 
-/// The files of the one finished set.
+/// Returns the files of the single finished set.
 fn sealed(directory: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let in_set = |path: &Path| path.to_string_lossy().contains("/set-");
     let files = files(directory)
@@ -119,7 +119,7 @@ fn kernels_are_kept_and_damaged_ones_are_compiled_again() {
         files.iter().map(|(_, bytes)| bytes.clone()).collect()
     };
 
-    // Used as they are: nothing new is compiled.
+    // Cached kernels are used unchanged: nothing new is compiled.
     assert_eq!(compute(directory), expected);
     assert!(contents(&sealed(directory)) == contents(&kept));
 
@@ -132,7 +132,7 @@ fn kernels_are_kept_and_damaged_ones_are_compiled_again() {
         (chunk, b"not what was written"),
     ];
     for (path, damage) in cases {
-        // The set's name changes each time it is made again.
+        // The set's name changes each time it is written again.
         let own = path.file_name().unwrap();
         let now = sealed(directory);
         let (path, _) = now.iter().find(|(path, _)| path.ends_with(own)).unwrap();

@@ -1,4 +1,4 @@
-"""Makes tests/golden/bin: PyTorch files as users have them, and some that nobody should open.
+"""Makes tests/golden/bin: typical PyTorch files, and hostile ones.
 
 Run with PyTorch 2.11 and safetensors, in the repository's root, with OUT naming a folder:
 
@@ -9,7 +9,7 @@ Run with PyTorch 2.11 and safetensors, in the repository's root, with OUT naming
     legacy.bin          torch.save's format before zip files
     os_system.bin       a pickle that would run a command
     deflated.bin        dtypes.bin with its entries compressed
-    versions.json       what made them
+    versions.json       versions of the programs
 """
 
 import json

@@ -64,7 +64,7 @@ families = {
         sliding_window=16,
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
-    # Llama 3.1's frequencies. Wavelengths begin at 6, 32 and 167 tokens: one of each kind that is told apart at
+    # Llama 3.1's frequencies. Wavelengths begin at 6, 32 and 167 tokens: one of each kind, separated at
     # 64/4 and 64/1.
     "llama3": LlamaConfig(
         **common,

@@ -1,11 +1,11 @@
-"""Makes FAMILY/greedy.json for each directory named as an argument, in its place: what Transformers goes on with.
+"""Makes FAMILY/greedy.json for each directory named as an argument, with Transformers' continuation.
 
 Run with PyTorch and Transformers 5.23, in the repository's root:
 
     python tests/golden/make_greedy.py tests/golden/families/llama ...
 
 `prompt`: the first 12 ids of the first row in logits.safetensors. `tokens`: the 48 that follow greedily, without a cache, in
-f32 on the fp16 weights. `margin`: the least by which any of them led the second.
+f32 on the fp16 weights. `margin`: the smallest lead of any of them over the second.
 """
 
 import json

@@ -1,8 +1,8 @@
-//! The accuracy table: every option alone and together, at every setting, on a small model.
+//! The accuracy table: every option alone and combined, at every setting, on a small model.
 //!
-//! A row is one run of the `gptq` binary with a branch per setting. Perplexity is measured on two texts:
-//! options are chosen by the first alone, the second is there to be no worse. The table of the peers, as
-//! measured elsewhere with the same windows, stands beside it.
+//! A row is one run of the `gptq` binary with a branch per setting. Perplexity is measured on two
+//! texts: options are chosen by the first, and the second checks that they generalize. The table of
+//! other tools, measured separately with the same windows, is printed beside it.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ const SETTINGS: [(&str, u32, u32, bool); 6] = [
     ("4-bit g128, no act order", 4, 128, false),
 ];
 
-/// What each row adds to its recipe's defaults.
+/// Defaults of the recipe for each row.
 const OPTIONS: [(&str, &str); 10] = [
     ("plain GPTQ", "preset = \"autogptq\""),
     ("refined once", "preset = \"autogptq\"\nrefine = 1"),
@@ -47,7 +47,7 @@ const OPTIONS: [(&str, &str); 10] = [
     ),
 ];
 
-/// Settings that a size budget is compared with, and the bits per weight that their files take here.
+/// Settings that a size budget is compared with, and their bits per weight as stored.
 const SIZES: [(&str, u32, u32, f64); 5] = [
     ("2-bit g64", 2, 64, 2.342),
     ("2-bit g32", 2, 32, 2.638),
@@ -56,8 +56,8 @@ const SIZES: [(&str, u32, u32, f64); 5] = [
     ("4-bit g128", 4, 128, 4.201),
 ];
 
-/// What other tools reach at the first five settings on medi-24m with the same 128 windows, the first
-/// text (400 WikiDoc texts): measured with their releases of 2026.
+/// Perplexity of other tools at the first five settings on medi-24m with the same 128 windows, on
+/// the first text (400 WikiDoc texts): measured with their releases of 2026.
 const PEERS: [(&str, [Option<f64>; 5]); 6] = [
     (
         "round to nearest",
@@ -107,42 +107,42 @@ const PEERS: [(&str, [Option<f64>; 5]); 6] = [
 pub(crate) struct AblateArgs {
     /// The model's directory
     model: PathBuf,
-    /// Text to calibrate on: rows of {input, output}, of which the first 1000 are used
+    /// Calibration text: rows of {input, output}, of which the first 1000 are used
     #[arg(long)]
     calibration: PathBuf,
-    /// The text that options are chosen by
+    /// Text by which options are chosen
     #[arg(long)]
     text: PathBuf,
-    /// A text that nothing is chosen by
+    /// Text by which nothing is chosen
     #[arg(long)]
     second: PathBuf,
-    /// What the second text is, for the document
+    /// Description of the second text, for the document
     #[arg(long)]
     second_name: String,
     /// Device to run on
     #[arg(long, default_value = "auto")]
     device: String,
-    /// The machine, for the document
+    /// Description of the machine, for the document
     #[arg(long)]
     machine: String,
     /// The binary to measure, instead of this workspace's release build
     #[arg(long)]
     binary: Option<PathBuf>,
-    /// Where branches go, emptied after each row
+    /// Directory for branches, emptied after each row
     #[arg(long, default_value = "out/ablate")]
     work: PathBuf,
-    /// Where ACCURACY.md and ACCURACY.json go, instead of crates/gptq-solver
+    /// Directory for ACCURACY.md and ACCURACY.json, instead of crates/gptq-solver
     #[arg(long)]
     output: Option<PathBuf>,
 }
 
-/// A table's title, and what it shows of a branch.
+/// A table's title, and the value that it shows for a branch.
 type Table = (String, fn(&Cell) -> String);
 
-/// What a row is called, and its branches.
+/// A row's name and its branches.
 type Row = (String, Vec<Cell>);
 
-/// One branch's figures.
+/// Results of one branch.
 struct Cell {
     first: f64,
     second: f64,
@@ -197,7 +197,7 @@ pub(crate) fn run(args: &AblateArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `gptq COMMAND INPUT` on the device that was asked for.
+/// Makes `gptq COMMAND INPUT` on the requested device.
 fn gptq(args: &AblateArgs, command: &str, input: &Path) -> Command {
     let built = root().join("target/release/gptq");
     let mut gptq = Command::new(args.binary.as_ref().unwrap_or(&built));
@@ -207,7 +207,7 @@ fn gptq(args: &AblateArgs, command: &str, input: &Path) -> Command {
     gptq
 }
 
-/// One run with `options` as defaults and a branch of each of `settings`.
+/// Runs `options` as defaults with a branch for each of `settings`.
 fn row(args: &AblateArgs, options: &str, settings: &[String]) -> anyhow::Result<Vec<Cell>> {
     if args.work.exists() {
         std::fs::remove_dir_all(&args.work)?;
@@ -227,7 +227,7 @@ fn row(args: &AblateArgs, options: &str, settings: &[String]) -> anyhow::Result<
         let report: Value = serde_json::from_slice(&std::fs::read(dir.join("report.json"))?)?;
         let linears = report["linears"]
             .as_array()
-            .context("a report without linears")?;
+            .context("a report without linear layers")?;
         let errors = linears
             .iter()
             .filter_map(|it| it["relative_error"].as_f64());
@@ -270,7 +270,7 @@ fn toml_string(value: &str) -> String {
     format!("\"{}\"", value.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
-/// Perplexity of the dense model on both texts.
+/// Measures the perplexity of the dense model on both texts.
 fn dense(args: &AblateArgs) -> anyhow::Result<[f64; 2]> {
     Ok([
         perplexity(args, &args.model, &args.text)?,
@@ -303,7 +303,7 @@ fn output(command: &mut Command) -> anyhow::Result<Vec<u8>> {
 fn number(value: &Value) -> anyhow::Result<f64> {
     value
         .as_f64()
-        .with_context(|| format!("{value} is no number"))
+        .with_context(|| format!("{value} is not a number"))
 }
 
 fn json_rows((name, cells): &Row, settings: &[&str]) -> Vec<Value> {
@@ -325,12 +325,12 @@ fn json_rows((name, cells): &Row, settings: &[&str]) -> Vec<Value> {
 fn document(args: &AblateArgs, rows: &[Row], sizes: &[Row], [first, second]: [f64; 2]) -> String {
     let mut text = format!(
         "# Accuracy, option by option\n\n\
-         Written by `cargo xtask ablate`, with the peers' figures as their own tools gave them. medi-24m (23.5 million parameters, trained on \
+         Written by `cargo xtask ablate`, with the figures of other tools as reported by those tools. medi-24m (23.5 million parameters, trained on \
          WikiDoc), calibrated on the first 128 windows of 1024 tokens of WikiDoc's first 1000 rows, symmetric, \
          damping 0.1. {}.\n\n\
-         - **searched**: each group's scale is the best of 32 ranges, turned towards the largest weight, weighted by what \
-         an error in a column costs the sweep (`src/grid.rs`).\n\
-         - **asymmetric**: what is rounded is the weight that reproduces the dense model's output from the \
+         - **searched**: each group's scale is the best of 32 ranges, mirrored towards the largest weight if positive, weighted by the cost of \
+         an error in a column for the sweep (`src/grid.rs`).\n\
+         - **asymmetric**: activation-mismatch correction: the rounded weight is the one that reproduces the dense model's output from the \
          quantized model's inputs, measured on a quarter of the windows (`src/target.rs`).\n\
          - **refined**: passes of coordinate descent over the codes after the sweep (`src/refine.rs`).\n\n\
          `preset = \"autogptq\"` is plain GPTQ, `\"standard\"` (the default) is searched, and `\"best\"` is searched \
@@ -340,8 +340,8 @@ fn document(args: &AblateArgs, rows: &[Row], sizes: &[Row], [first, second]: [f6
     let tables: [Table; 4] = [
         (
             format!(
-                "Perplexity on 400 WikiDoc texts (fp16 {first:.3}), by which options are chosen; two runs that \
-                 differ in nothing that matters lie within 0.1 % of each other, within 1 % at 2 bits"
+                "Perplexity on 400 WikiDoc texts (fp16 {first:.3}), by which options are chosen; equivalent \
+                 runs are within 0.1 % of each other, within 1 % at 2 bits"
             ),
             |cell| format!("{:.3}", cell.first),
         ),
@@ -353,7 +353,7 @@ fn document(args: &AblateArgs, rows: &[Row], sizes: &[Row], [first, second]: [f6
             |cell| format!("{:.3}", cell.second),
         ),
         (
-            "Mean relative error of the linears' outputs, against the weights as they were"
+            "Mean relative error of the linear layers' outputs, against the original weights"
                 .to_owned(),
             |cell| format!("{:.3e}", cell.error),
         ),
@@ -371,8 +371,8 @@ fn document(args: &AblateArgs, rows: &[Row], sizes: &[Row], [first, second]: [f6
             }
         }
     }
-    text += "\nA size budget (`budget_bits`) gives each linear its own bits and group size; here it is what the \
-             one setting named above the column takes for each weight, scales, zero points and `g_idx` included.\n";
+    text += "\nA size budget (`budget_bits`) gives each linear layer its own bits and group size; here it \
+             equals the bits per weight of the setting above the column, scales, zero points and `g_idx` included.\n";
     for (title, show) in &tables[..2] {
         let title = title.replacen(
             "Perplexity",
@@ -384,7 +384,7 @@ fn document(args: &AblateArgs, rows: &[Row], sizes: &[Row], [first, second]: [f6
     text
 }
 
-/// Of one figure of each branch: `rows` by `headings`.
+/// Formats one value of each branch: `rows` by `headings`.
 fn table(title: &str, headings: &[&str], rows: &[Row], show: fn(&Cell) -> String) -> String {
     let mut text = format!("\n## {title}\n\n| options | {} |\n", headings.join(" | "));
     let _ = writeln!(text, "|{}", "---|".repeat(headings.len() + 1));

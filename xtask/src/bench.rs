@@ -1,8 +1,8 @@
-//! The speed table: whole runs of the `gptq` binary on one model, and the device operations.
+//! The speed table: complete runs of the `gptq` binary on one model, and the device operations.
 //!
 //! Seconds are from process start to exit, when files are synced. A layer's time is the median
-//! distance between the progress lines of successive layers; the cold start is what the first layer
-//! took beyond that, with all that comes before it. Device memory is polled from `nvidia-smi`.
+//! interval between the progress lines of successive layers; the cold start is the time until the
+//! end of the first layer, minus one layer's time. Device memory is polled from `nvidia-smi`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -28,7 +28,7 @@ const BRANCHES: [(&str, u32, i32); 6] = [
     ("gptq-8bit-32g-actorder_True", 8, 32),
     ("gptq-4bit-64g-actorder_True", 4, 64),
 ];
-/// How often device memory is looked at.
+/// Polling interval for device memory.
 const POLL: Duration = Duration::from_millis(200);
 
 #[derive(Args)]
@@ -64,14 +64,14 @@ pub(crate) struct BenchArgs {
     json: bool,
 }
 
-/// One run to measure.
+/// A run to measure.
 struct Case {
     key: &'static str,
     title: &'static str,
     branches: usize,
     dense: bool,
     flags: &'static [&'static str],
-    /// Bytes of device memory that the flags allow: a run that takes over a tenth more fails.
+    /// Limit on device memory in bytes: a run that exceeds it by more than a tenth fails.
     budget: Option<u64>,
 }
 
@@ -118,13 +118,13 @@ const CASES: [Case; 5] = [
     },
 ];
 
-/// What a run took.
+/// Results of a run.
 struct Measured {
     seconds: f64,
     layer: Option<f64>,
     cold: Option<f64>,
     memory: Option<u64>,
-    /// What `--profile` printed.
+    /// Output of `--profile`.
     profile: String,
 }
 
@@ -150,7 +150,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Builds in release mode; the path of what was built.
+/// Builds in release mode; returns the path of the result.
 fn build(what: &[&str], built: &str) -> anyhow::Result<PathBuf> {
     let status = Command::new("cargo")
         .args(["build", "--release"])
@@ -178,7 +178,7 @@ fn kernels(args: &BenchArgs) -> anyhow::Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// A path as a string of TOML.
+/// Formats a path as a TOML string.
 fn quoted(path: &Path) -> toml::Value {
     toml::Value::String(path.display().to_string())
 }
@@ -268,13 +268,13 @@ fn measure(args: &BenchArgs, binary: &Path, case: &Case) -> anyhow::Result<Measu
     })
 }
 
-/// `k` of a progress line `NAME: layer k/n, ...`.
+/// Parses `k` from a progress line `NAME: layer k/n, ...`.
 fn layer_of(line: &str) -> Option<usize> {
     let (_, rest) = line.split_once(": layer ")?;
     rest.split_once('/')?.0.parse().ok()
 }
 
-/// Bytes in use on the first device.
+/// Returns the bytes in use on the first device.
 fn used_memory() -> Option<u64> {
     let output = Command::new("nvidia-smi")
         .args(["--query-gpu=memory.used", "--format=csv,noheader,nounits"])
@@ -285,7 +285,7 @@ fn used_memory() -> Option<u64> {
     Some(mebibytes << 20)
 }
 
-/// The card and its driver.
+/// Returns the name of the device and its driver.
 fn card() -> String {
     Command::new("nvidia-smi")
         .args(["--query-gpu=name,driver_version", "--format=csv,noheader"])
@@ -293,7 +293,7 @@ fn card() -> String {
         .ok()
         .and_then(|output| String::from_utf8(output.stdout).ok())
         .and_then(|text| Some(text.lines().next()?.replace(',', ", driver")))
-        .unwrap_or_else(|| "no NVIDIA card".to_owned())
+        .unwrap_or_else(|| "no NVIDIA device".to_owned())
 }
 
 fn as_markdown(args: &BenchArgs, rows: &[(&Case, Measured)], kernels: &str) -> String {

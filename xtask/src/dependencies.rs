@@ -28,7 +28,7 @@ struct Policy {
     registries: BTreeSet<String>,
 }
 
-/// One line for each dependency that may not be.
+/// Returns one line for each dependency that is not allowed.
 pub(crate) fn complaints(root: &Path) -> anyhow::Result<Vec<String>> {
     let policy = Policy::read(&root.join(".cargo/deny.toml"))?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -101,7 +101,7 @@ impl Policy {
         let deny: toml::Value = toml::from_str(&fs::read_to_string(path)?)?;
         let list = |table: &str, key: &str| {
             let list = deny[table][key].as_array();
-            let list = list.with_context(|| format!("{table}.{key} is no list"))?;
+            let list = list.with_context(|| format!("{table}.{key} is not a list"))?;
             let texts = list.iter().filter_map(|text| text.as_str());
             anyhow::Ok(texts.map(str::to_owned).collect())
         };
@@ -113,7 +113,7 @@ impl Policy {
 
     fn complaint(&self, package: &Value) -> Option<String> {
         let name = package["name"].as_str().unwrap_or_default();
-        // Without a source it is our own.
+        // Workspace crates have no source.
         let source = package["source"].as_str()?;
         let known = source
             .strip_prefix("registry+")
@@ -125,8 +125,8 @@ impl Policy {
         (!self.permits(licence)).then(|| format!("{name}: its licence is {licence:?}"))
     }
 
-    /// Whether an SPDX expression can be met: one side of every OR, both of every AND. Older manifests
-    /// write OR as a slash.
+    /// Returns true if an SPDX expression is satisfied: one side of every OR, both of every AND.
+    /// Older manifests write OR as a slash.
     fn permits(&self, expression: &str) -> bool {
         let spaced = expression
             .replace('/', " OR ")
@@ -164,7 +164,7 @@ impl Policy {
     }
 }
 
-/// The words of an expression.
+/// Words of an expression.
 type Words<I> = std::iter::Peekable<I>;
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! The f32 forward, dense or dequantized, against another program's: logits, and greedy tokens.
+//! Compares the f32 forward pass, dense or dequantized, with another program: logits, and greedy
+//! tokens.
 
 use std::path::Path;
 
@@ -8,10 +9,10 @@ use gptq_kernels::Cpu;
 use gptq_model::{Decoder, Model};
 use safetensors::SafeTensors;
 
-/// Largest difference allowed: two f32 programs that sum in different orders.
+/// Maximum difference between two f32 programs that sum in different orders.
 const TOLERANCE: f32 = 2e-3;
 
-/// Prints the largest difference over all positions; errors when it is over [`TOLERANCE`].
+/// Prints the largest difference over all positions; errors if it is over [`TOLERANCE`].
 pub(crate) fn logits(model: &Path, logits: &Path) -> anyhow::Result<()> {
     let bytes = std::fs::read(logits).with_context(|| logits.display().to_string())?;
     let file = SafeTensors::deserialize(&bytes)?;
@@ -61,14 +62,14 @@ pub(crate) fn logits(model: &Path, logits: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Greedy decoding of every prompt that `tokens` (`tests/golden/generate.json`) has for the model of
-/// this directory's name; errors at the first token that differs.
+/// Decodes greedily every prompt in `tokens` (`tests/golden/generate.json`) for the model with this
+/// directory's name; errors at the first token that differs.
 pub(crate) fn tokens(dir: &Path, tokens: &Path) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(tokens).with_context(|| tokens.display().to_string())?;
     let golden: serde_json::Value = serde_json::from_str(&text)?;
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     let rows = (golden["models"][name.as_ref()].as_array())
-        .ok_or_else(|| anyhow!("{}: nothing for {name}", tokens.display()))?;
+        .ok_or_else(|| anyhow!("{}: no entry for {name}", tokens.display()))?;
     let mut decoder = Decoder::load(&Model::<Cpu>::open(dir, &Default::default())?)?;
     for row in rows {
         let ids = |key: &str| serde_json::from_value::<Vec<u32>>(row[key].clone());

@@ -26,9 +26,9 @@ struct Cli {
 enum Task {
     /// Check the repository's layout, dependencies between crates, and style
     Tidy,
-    /// Everything CI checks
+    /// Run everything that CI checks
     Validate,
-    /// Compare a model's logits or greedy tokens with those another program wrote
+    /// Compare a model's logits or greedy tokens with those of another program
     Golden {
         /// The checkpoint's directory
         #[arg(long)]
@@ -42,7 +42,7 @@ enum Task {
     },
     /// Write a random-weight checkpoint of a known model's shape
     Synth {
-        /// Where to
+        /// Directory to write
         dir: PathBuf,
         /// llama2-7b or tiny
         #[arg(long)]
@@ -50,7 +50,7 @@ enum Task {
         /// Decoder blocks, instead of the shape's own
         #[arg(long)]
         layers: Option<usize>,
-        /// A directory whose tokenizer.json and tokenizer_config.json to copy
+        /// A directory to copy tokenizer.json and tokenizer_config.json from
         #[arg(long)]
         tokenizer: Option<PathBuf>,
     },
@@ -85,10 +85,10 @@ fn main() -> anyhow::Result<()> {
     }
 }
 
-/// The workspace's root.
+/// Returns the workspace's root.
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .parent()
-        .expect("xtask lies in the workspace")
+        .expect("xtask is in the workspace")
         .to_owned()
 }

@@ -1,5 +1,5 @@
-//! What the compiler does not check: the top level, which crate may use which, where
-//! dependencies come from and under which licence, and style.
+//! Checks that the compiler does not make: the top level, dependencies between crates, sources and
+//! licences of dependencies, and style.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,7 +9,7 @@ use anyhow::ensure;
 
 use crate::root;
 
-/// The whole top level but for dotfiles, `target/` and `out/`.
+/// Entries of the top level, except dotfiles, `target/` and `out/`.
 const TOP_LEVEL: [&str; 13] = [
     "CHANGELOG.md",
     "Cargo.lock",
@@ -43,13 +43,13 @@ const ORDER: [(&str, &str); 13] = [
     ("gptq", "crates/gptq"),
 ];
 
-/// Dependencies that would break a promise, though the order allows them.
+/// Dependencies that are forbidden although the order allows them.
 const FORBIDDEN: [(&str, &str); 2] = [("gptq-verify", "gptq-solver"), ("gptq-verify", "gptq-run")];
 
 const LONGEST_FILE: usize = 500;
 const VAGUE_NAMES: [&str; 5] = ["utils.rs", "util.rs", "common.rs", "base.rs", "helpers.rs"];
 
-/// Prints every complaint; errors when there is one.
+/// Prints every complaint; errors if there is any.
 pub(crate) fn run() -> anyhow::Result<()> {
     let complaints = complaints(&root())?;
     for complaint in &complaints {
@@ -106,7 +106,7 @@ fn dependencies(root: &Path) -> anyhow::Result<Vec<String>> {
             .collect();
         for (above, _) in &ORDER[i + 1..] {
             if uses.contains(above) && above != name {
-                found.push(format!("{dir}: {name} uses {above}, which lies above it"));
+                found.push(format!("{dir}: {name} uses {above}, which is above it"));
             }
         }
         for (_, forbidden) in FORBIDDEN.iter().filter(|(who, _)| who == name) {
@@ -142,9 +142,9 @@ fn style(name: &str, text: &str) -> Vec<String> {
         complain("over 500 lines, and does not say why (\"Longer than most: ...\")");
     }
     if VAGUE_NAMES.iter().any(|v| name.ends_with(&format!("/{v}"))) {
-        complain("a file name that explains nothing");
+        complain("the file name is too vague");
     }
-    // Spelled in two halves so that this file does not complain about itself.
+    // Split in two so that this file does not complain about itself.
     for (half, rest) in [
         ("todo", "!("),
         ("unimplemented", "!("),

@@ -1,4 +1,4 @@
-//! Everything CI checks, in the order of what fails fastest.
+//! Runs all checks of CI, the fastest first.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 
 use crate::{root, tidy};
 
-/// Runs every check; errors at the first that fails.
+/// Runs every check; errors at the first failure.
 pub(crate) fn run() -> anyhow::Result<()> {
     tidy::run()?;
     cargo(&["fmt", "--all", "--check"], &[])?;
@@ -35,7 +35,7 @@ fn cargo(args: &[&str], environment: &[(&str, &str)]) -> anyhow::Result<()> {
         .envs(environment.iter().copied())
         .current_dir(root())
         .status()
-        .context("cargo does not start")?;
+        .context("cannot start cargo")?;
     ensure!(status.success(), "cargo {} failed", args.join(" "));
     Ok(())
 }

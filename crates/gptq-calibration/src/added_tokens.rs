@@ -1,4 +1,4 @@
-//! Tokens that stand beside `tokenizer.json`, as Transformers 5 merges them in.
+//! Added tokens of the files beside `tokenizer.json`, merged in as by Transformers 5.
 //!
 //! | file | what it says |
 //! |---|---|
@@ -6,8 +6,8 @@
 //! | `special_tokens_map.json` | the same keys; they win, but are read only where there is no `added_tokens_decoder` |
 //! | `added_tokens.json` | a text and its id; read only where there is no `added_tokens_decoder` |
 //!
-//! A token that the vocabulary knows keeps its id; another gets the next free one, in the order in which
-//! they come here.
+//! A token in the vocabulary keeps its id; others get the next free ids, in the order of this
+//! table.
 //!
 //! Source: `_from_pretrained` in `tokenization_utils_base.py`, and `TokenizersBackend.__init__` in
 //! `tokenization_utils_tokenizers.py`, in Transformers 5.23.
@@ -21,7 +21,7 @@ use crate::CalibrationError;
 use crate::tokenizer::failed;
 use crate::tokenizer_class::Class;
 
-/// Special tokens by name that every class has, in the order in which they are added.
+/// Named special tokens common to all classes, in the order in which they are added.
 const NAMED: [&str; 7] = [
     "bos_token",
     "eos_token",
@@ -35,18 +35,18 @@ const NAMED: [&str; 7] = [
 /// Tokens named by the files beside `tokenizer.json`.
 #[derive(Debug, Default)]
 pub(crate) struct AddedTokens {
-    /// By name, such as `eos_token`.
+    /// Tokens by name, such as `eos_token`.
     named: Vec<(String, AddedToken)>,
     /// Special tokens without a name.
     extra: Vec<AddedToken>,
-    /// By the id that was given to them.
+    /// Tokens by the id assigned to them.
     by_id: BTreeMap<u32, AddedToken>,
     /// True if `by_id` is the complete list, and the tokenizer file's own tokens are not read.
     is_whole: bool,
 }
 
 impl AddedTokens {
-    /// From the three files, each null where it is not there.
+    /// Collects the tokens of the three files; each is null if missing.
     pub(crate) fn new(class: Class, config: &Value, map: &Value, added: &Value) -> Self {
         let declared = config
             .get("added_tokens_decoder")
@@ -113,7 +113,7 @@ impl AddedTokens {
         tokens
     }
 
-    /// Those of `added_tokens.json`.
+    /// Adds the tokens of `added_tokens.json`.
     fn add_listed(&mut self, added: &Value) {
         let special: Vec<&str> = self.special().map(|token| token.content.as_str()).collect();
         let listed = added.as_object().into_iter().flatten();
@@ -131,7 +131,7 @@ impl AddedTokens {
         self.named.iter().map(|(_, token)| token).chain(&self.extra)
     }
 
-    /// A special token by its name.
+    /// Returns a special token by its name.
     pub(crate) fn named(&self, name: &str) -> Option<&str> {
         let mut named = self.named.iter();
         named
@@ -139,7 +139,8 @@ impl AddedTokens {
             .map(|(_, token)| token.content.as_str())
     }
 
-    /// Adds them to `tokenizer`, which was made as `class` says; `filed` are those of `tokenizer.json`.
+    /// Adds the tokens to `tokenizer`, which was built as `class`; `filed` are those of
+    /// `tokenizer.json`.
     pub(crate) fn add_to(
         &self,
         tokenizer: &mut Tokenizer,
@@ -173,7 +174,7 @@ impl AddedTokens {
         }
         tokenizer.add_tokens(add).map_err(failed)?;
         if class == Class::Qwen2 {
-            // This class adds its special tokens once more, plainly.
+            // This class adds its special tokens once more, without flags.
             let plain = self
                 .special()
                 .map(|token| AddedToken::from(token.content.as_str(), true));
@@ -184,7 +185,7 @@ impl AddedTokens {
     }
 }
 
-/// Takes over the keys of `special_tokens_map.json`.
+/// Merges the keys of `special_tokens_map.json` into `keys`.
 fn merge(keys: &mut Map<String, Value>, map: &Map<String, Value>) {
     for (key, value) in map {
         match (key.as_str(), value) {
@@ -212,7 +213,7 @@ fn merge(keys: &mut Map<String, Value>, map: &Map<String, Value>) {
     }
 }
 
-/// The same token, special whatever it says.
+/// Returns the same token, marked as special.
 fn special(value: &Value) -> Value {
     let mut value = value.clone();
     if let Some(flags) = value
@@ -233,7 +234,7 @@ fn is_given(value: &Value) -> bool {
     }
 }
 
-/// A special token: a text, or an object with `content`.
+/// Parses a special token: a string, or an object with `content`.
 fn token(value: &Value) -> Option<AddedToken> {
     match value {
         Value::String(text) => Some(AddedToken::from(text.as_str(), true)),
@@ -241,7 +242,7 @@ fn token(value: &Value) -> Option<AddedToken> {
     }
 }
 
-/// A token with its flags, which are off where they are not given; one that is not special is normalized.
+/// Parses a token with its flags, which default to off; a token that is not special is normalized.
 fn object(value: &Value) -> Option<AddedToken> {
     let content = value.get("content")?.as_str()?;
     let flag = |name: &str| value.get(name).and_then(Value::as_bool);

@@ -1,10 +1,10 @@
-//! Chat templates: messages as the one text a model was trained on.
+//! Chat templates, which turn messages into the text format a model was trained on.
 //!
 //! A template is Jinja as Transformers renders it (`apply_chat_template`): blocks swallow their own
 //! line, `break` and `continue` work, values are written as Python writes them, `tojson` is
-//! `json.dumps`, `{% generation %}` and `strftime_now` are known, and `raise_exception` ends the rendering with
-//! a message. It comes from a checkpoint, so its length ([`MAX_TEMPLATE`]) and what it can do
-//! ([`jinja`]) are limited.
+//! `json.dumps`, `{% generation %}` and `strftime_now` are supported, and `raise_exception` ends
+//! the rendering with a message. Templates come with checkpoints from anyone, so their length
+//! ([`MAX_TEMPLATE`]) and their work ([`jinja`]) are limited.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -38,13 +38,13 @@ const SPECIAL_TOKENS: [&str; 7] = [
     "mask_token",
 ];
 
-/// Keys of a message that hold its reasoning, the first of them the one that most templates read.
+/// Keys of a message that hold its reasoning; most templates read the first.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 /// Directory of a checkpoint's further templates, beside the one in `chat_template.jinja`.
 const MORE_TEMPLATES: &str = "additional_chat_templates";
 
-/// The name of the template for conversations with tools.
+/// Name of the template for conversations with tools.
 const TOOL_USE: &str = "tool_use";
 
 /// One turn of a conversation.
@@ -52,12 +52,12 @@ const TOOL_USE: &str = "tool_use";
 pub struct Message {
     /// "system", "user" or "assistant".
     pub role: String,
-    /// What was said.
+    /// Text of the turn.
     pub content: String,
 }
 
 impl Message {
-    /// A turn.
+    /// Makes a turn.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Message {
             role: role.into(),
@@ -66,19 +66,19 @@ impl Message {
     }
 }
 
-/// How a conversation is written for a model.
+/// Template that writes a conversation for a model.
 #[derive(Debug)]
 pub struct ChatTemplate {
     default: Option<Named>,
-    /// For conversations with tools, where there is one.
+    /// Template for conversations with tools, if there is one.
     tool_use: Option<Named>,
     special: BTreeMap<&'static str, String>,
     complete: bool,
-    /// The date that `strftime_now` tells.
+    /// Date that `strftime_now` returns.
     date: String,
 }
 
-/// A compiled template and where it comes from.
+/// A compiled template and its origin.
 #[derive(Debug)]
 struct Named {
     origin: String,
@@ -111,7 +111,7 @@ fn objects(origin: &str, objection: Objection) -> CalibrationError {
 }
 
 impl ChatTemplate {
-    /// The built-in ChatML.
+    /// Returns the built-in ChatML template.
     #[expect(
         clippy::expect_used,
         reason = "the template is a constant, and a test parses it"
@@ -127,10 +127,10 @@ impl ChatTemplate {
         }
     }
 
-    /// The template that the tokenizer in `dir` has: `chat_template.jinja` and, for conversations with
-    /// tools, `additional_chat_templates/tool_use.jinja`; where there are no such files, `chat_template` in
-    /// `tokenizer_config.json` (a text, or several by name, of which "default" and "tool_use" count).
-    /// `None` where there is neither. Its date is this moment.
+    /// Loads the template of the tokenizer in `dir`: `chat_template.jinja` and, for conversations
+    /// with tools, `additional_chat_templates/tool_use.jinja`; without such files, `chat_template`
+    /// in `tokenizer_config.json` (a string, or several by name, of which "default" and "tool_use"
+    /// are used). `None` if there is neither. Its date is the current time.
     ///
     /// # Errors
     /// A file that cannot be read, or a template that does not parse.
@@ -150,9 +150,10 @@ impl ChatTemplate {
         let more = dir.join(MORE_TEMPLATES);
         let mut default = read(dir.join("chat_template.jinja"))?;
         let mut tool_use = read(more.join(format!("{TOOL_USE}.jinja")))?;
-        // Files go before what the configuration says, even where none of them is the default.
+        // Template files take precedence over the configuration, even if none of them is the
+        // default.
         if default.is_none() && tool_use.is_none() && !holds_templates(&more) {
-            // A line is one of the template, not of the file that holds it.
+            // The reported line is one of the template, not of the file that holds it.
             let file = dir.join("tokenizer_config.json");
             let origin = format!("{}: chat template", file.display());
             let named = |name| match config
@@ -181,7 +182,7 @@ impl ChatTemplate {
         }))
     }
 
-    /// The same with another date, `2026-11-30` or `2026-11-30T08:15:00`.
+    /// Returns the template with another date, `2026-11-30` or `2026-11-30T08:15:00`.
     #[must_use]
     pub fn dated(self, date: &str) -> Self {
         ChatTemplate {
@@ -190,7 +191,7 @@ impl ChatTemplate {
         }
     }
 
-    /// The date that a template is told.
+    /// Returns the date that templates see.
     pub fn date(&self) -> &str {
         &self.date
     }
@@ -198,26 +199,27 @@ impl ChatTemplate {
     /// Returns true if a template asked for the date since the last call.
     pub(crate) fn asked_for_date(&self) -> bool {
         let templates = [&self.default, &self.tool_use].into_iter().flatten();
-        // Each is asked, as asking forgets.
+        // Queries every template, as a query resets its flag.
         templates.filter(|it| it.jinja.asked_for_date()).count() > 0
     }
 
-    /// Whether the rendered text holds every special token, as a tokenizer's own template does:
-    /// encode it without adding any. The built-in leaves them to the tokenizer.
+    /// Returns true if the rendered text contains every special token, as with a tokenizer's own
+    /// template, and must be encoded without adding any. The built-in template leaves them to the
+    /// tokenizer.
     pub fn is_complete(&self) -> bool {
         self.complete
     }
 
-    /// What ends a turn as text, for models whose tokenizers do not know it as a token: the
-    /// built-in's `<|im_end|>`.
+    /// Returns the text that ends a turn, for tokenizers that do not know it as a token: the
+    /// built-in template's `<|im_end|>`.
     pub fn end_of_turn(&self) -> Option<&'static str> {
         (!self.complete).then_some("<|im_end|>")
     }
 
-    /// The conversation as text, with the opening of the assistant's next turn if asked for.
+    /// Renders the conversation, optionally with the opening of the assistant's next turn.
     ///
     /// # Errors
-    /// What the template itself refuses, such as roles out of turn.
+    /// Errors raised by the template, such as roles out of turn.
     pub fn render(
         &self,
         messages: &[Message],
@@ -259,7 +261,7 @@ impl ChatTemplate {
     }
 }
 
-/// The message with its reasoning under every name that templates read, as Transformers gives it to them.
+/// Copies the message's reasoning to every key that templates read, as Transformers does.
 fn with_reasoning(message: &Map) -> Map {
     let Some(reasoning) = REASONING.iter().find_map(|key| message.get(*key)) else {
         return message.clone();
@@ -281,7 +283,7 @@ fn holds_templates(dir: &Path) -> bool {
     })
 }
 
-/// A template by itself, which is the default, or the one called `name` of several.
+/// Returns a single template, which is the default, or the one called `name` of several.
 fn source<'v>(value: &'v Json, name: &str) -> Option<&'v str> {
     match value {
         Json::String(text) => Some(text.as_str()).filter(|_| name == "default"),
@@ -294,7 +296,7 @@ fn source<'v>(value: &'v Json, name: &str) -> Option<&'v str> {
     }
 }
 
-/// A special token of `tokenizer_config.json`: a string, or an object with `content`.
+/// Returns a special token of `tokenizer_config.json`: a string, or an object with `content`.
 pub(crate) fn special_token(value: &Json) -> Option<String> {
     let text = value.as_str().or_else(|| value.get("content")?.as_str());
     text.map(str::to_owned)

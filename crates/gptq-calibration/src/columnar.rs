@@ -1,9 +1,9 @@
-//! Rows of Parquet and Arrow files, a batch at a time and only the columns that are wanted. Arrow
-//! files may be in the stream form, which Hugging Face `datasets` writes, or in the file form.
+//! Reads rows of Parquet and Arrow files in batches, and only the columns that are needed. Arrow
+//! files may be in the stream format, which Hugging Face `datasets` writes, or in the file format.
 //!
-//! Values become JSON values: text and bytes that are text, numbers, booleans, lists, structs, and
-//! dates, times and decimals as text; any other type is refused by name, also within lists and structs.
-//! A file holds no more of them than its size allows ([`ValueBudget`]).
+//! Values become JSON values: strings and bytes that are UTF-8, numbers, booleans, lists, structs,
+//! and dates, times and decimals as strings; other types are refused by name, also within lists and
+//! structs. The number of values is limited by the file's size ([`ValueBudget`]).
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
@@ -27,24 +27,24 @@ use crate::value::{Map, Value};
 use crate::value_budget::ValueBudget;
 use crate::{CalibrationError, parquet_file};
 
-/// Largest columnar file that is unpacked from gzip or zstd, in bytes as decompressed: it has to
-/// lie on disk to be read by columns.
+/// Largest columnar file that is decompressed from gzip or zstd, in bytes as decompressed: it has
+/// to be on disk to be read by columns.
 const LARGEST_UNPACKED: u64 = 4 << 30;
 
-/// First and last bytes of the file form of Arrow.
+/// First and last bytes of an Arrow file in the file format.
 const ARROW_FILE: &[u8; 6] = b"ARROW1";
 
 /// Largest footer of an Arrow or Parquet file, in bytes.
 pub(crate) const MAX_FOOTER: u64 = 64 << 20;
 
-/// Which of the two.
+/// Kind of columnar file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Parquet,
     Arrow,
 }
 
-/// Calls `each` with every row until it breaks; errors when a column that is needed is not there.
+/// Calls `each` with every row until it breaks; errors if a needed column is missing.
 pub(crate) fn read(
     kind: Kind,
     opened: File,
@@ -58,7 +58,7 @@ pub(crate) fn read(
     })
 }
 
-/// The names of all columns.
+/// Returns the names of all columns.
 pub(crate) fn columns(
     kind: Kind,
     mut opened: File,
@@ -73,7 +73,7 @@ pub(crate) fn columns(
     })
 }
 
-/// Both libraries panic on some malformed files instead of returning an error.
+/// Converts panics into errors: both libraries panic on some malformed files.
 fn refuse_panics<T>(
     file: &SourceFile,
     read: impl FnOnce() -> Result<T, CalibrationError>,
@@ -107,7 +107,7 @@ fn parquet(
     let (batches, promised) = parquet_file::open(opened, file, reading)?;
     let (flow, rows) = batches_to_rows(batches, length, file, reading, each)?;
     if flow.is_continue() && rows != promised {
-        let reason = format!("its footer promises {promised} rows, and it holds {rows}");
+        let reason = format!("its footer declares {promised} rows, but it holds {rows}");
         return Err(malformed(file, reason));
     }
     Ok(flow)
@@ -133,7 +133,7 @@ fn arrow(
     Ok(flow)
 }
 
-/// The schema, and whether the file is in the file form. Leaves `opened` at its start.
+/// Returns the schema, and true for the file format. Leaves `opened` at its start.
 fn arrow_schema(opened: &mut File, file: &SourceFile) -> Result<(Schema, bool), CalibrationError> {
     let mut magic = Vec::new();
     (&*opened)
@@ -149,7 +149,7 @@ fn arrow_schema(opened: &mut File, file: &SourceFile) -> Result<(Schema, bool), 
     Ok((schema.map_err(|why| malformed(file, why))?, is_file))
 }
 
-/// The schema that the stream form begins with. Leaves `file` at its start.
+/// Reads the schema at the start of the stream format. Leaves `file` at its start.
 fn stream_schema(file: &mut File) -> Result<Schema, String> {
     let stream = StreamReader::try_new(BufReader::new(&*file), None);
     let schema = stream.map_err(|e| e.to_string())?.schema();
@@ -157,17 +157,16 @@ fn stream_schema(file: &mut File) -> Result<Schema, String> {
     Ok(Schema::clone(&schema))
 }
 
-/// Checks that the footer, and what it points to, lie in the file: the library takes their lengths for
-/// memory before it reads. The footer's schema; leaves `file` at its start.
+/// Checks that the footer and the blocks it refers to are inside the file, since the library
+/// allocates memory by their lengths before reading. Returns the footer's schema; leaves `file` at
+/// its start.
 fn check_footer(file: &mut File) -> Result<Schema, String> {
     let end = file.seek(SeekFrom::End(-10)).map_err(|e| e.to_string())?;
     let mut tail = [0; 10];
     file.read_exact(&mut tail).map_err(|e| e.to_string())?;
     let length = read_footer_length(tail).map_err(|e| e.to_string())? as u64;
     if length > end.min(MAX_FOOTER) {
-        return Err(format!(
-            "a footer of {length} bytes, over what there can be"
-        ));
+        return Err(format!("a footer of {length} bytes, more than the limit"));
     }
     let mut footer = vec![0; length as usize];
     file.seek(SeekFrom::Start(end - length))
@@ -195,7 +194,7 @@ fn check_footer(file: &mut File) -> Result<Schema, String> {
     try_fb_to_schema(schema).map_err(|e| format!("its footer: {e}"))
 }
 
-/// Places of the wanted columns.
+/// Returns the indices of the needed columns.
 pub(crate) fn wanted(
     schema: &Schema,
     file: &SourceFile,
@@ -221,7 +220,7 @@ fn names(schema: &Schema) -> Vec<String> {
     schema.fields().iter().map(|f| f.name().clone()).collect()
 }
 
-/// In bytes.
+/// Returns the length in bytes.
 fn length(opened: &File, file: &SourceFile) -> Result<u64, CalibrationError> {
     let metadata = opened
         .metadata()
@@ -229,8 +228,8 @@ fn length(opened: &File, file: &SourceFile) -> Result<u64, CalibrationError> {
     Ok(metadata.len())
 }
 
-/// Rows given to `each`, and how many there were; refused when they are more, or hold more, than a
-/// file of this length in bytes may.
+/// Passes rows to `each` and counts them; refuses more rows or values than a file of this length in
+/// bytes may have.
 fn batches_to_rows(
     batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
     length: u64,
@@ -274,7 +273,7 @@ fn value(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, Str
     resolved(array, i, budget)
 }
 
-/// A value whose place in the budget is taken.
+/// Converts a value that the budget already covers.
 fn resolved(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, String> {
     if array.is_null(i) {
         return Ok(Value::Null);
@@ -316,7 +315,7 @@ fn resolved(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, 
             }
             Value::Object(object)
         }
-        // One at a time: a long text under many keys would fill memory as a plain array.
+        // One value at a time: a long string under many keys would fill memory as a plain array.
         DataType::Dictionary(..) => {
             let dictionary = array.as_any_dictionary();
             let values = dictionary.values();
@@ -326,7 +325,7 @@ fn resolved(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, 
             resolved(values, key.ok_or("a key outside its dictionary")?, budget)?
         }
         DataType::Timestamp(unit, Some(_)) => {
-            // The number is of UTC, whatever zone it is to be shown in.
+            // The value is in UTC, whatever time zone is set for display.
             let utc = DataType::Timestamp(*unit, None);
             let one = array.slice(i, 1).to_data().into_builder().data_type(utc);
             let one = make_array(one.build().map_err(|e| e.to_string())?);
@@ -344,13 +343,13 @@ fn resolved(array: &dyn Array, i: usize, budget: &ValueBudget) -> Result<Value, 
         DataType::Null => Value::Null,
         other => {
             return Err(format!(
-                "its Arrow type {other} has no text; write it as text"
+                "its Arrow type {other} is not supported; write it as text"
             ));
         }
     })
 }
 
-/// The shortest number that reads back as this one: 0.1, not 0.10000000149011612.
+/// Returns the shortest number that reads back as this one: 0.1, not 0.10000000149011612.
 fn float(value: f32) -> Value {
     value
         .to_string()
@@ -366,7 +365,7 @@ fn bytes(array: &dyn Array, bytes: &[u8]) -> Result<Value, String> {
     Ok(text?.into())
 }
 
-/// As Arrow prints it.
+/// Formats a value as Arrow does.
 fn shown(array: &dyn Array, i: usize) -> Result<String, String> {
     let options = FormatOptions::default();
     let formatter = ArrayFormatter::try_new(array, &options).map_err(|e| e.to_string())?;

@@ -1,13 +1,13 @@
-//! A cell as a conversation: its messages in the form that chat templates know, `{role, content}`, with
-//! keys in the order in which they came. Content is a text or a list of text parts. They come in that
-//! form or in ShareGPT's, `{from, value}`. Other keys, such as `tool_calls`, go along for templates that
-//! ask for them. As in Transformers, a key that holds null is no key: files stored by columns give every
-//! message every key.
+//! Parses a cell as a conversation: messages in the form that chat templates expect, `{role,
+//! content}`, with keys in their original order. Content is a string or a list of text parts. The
+//! input has that form or ShareGPT's, `{from, value}`. Other keys, such as `tool_calls`, are kept
+//! for templates that use them. As in Transformers, a key with a null value is ignored: columnar
+//! files give every message every key.
 
 use crate::json::kind;
 use crate::value::{Map, Value};
 
-/// ShareGPT's names of roles that templates have others for.
+/// ShareGPT's role names, and those that templates use.
 const ROLES: [(&str, &str); 5] = [
     ("human", "user"),
     ("gpt", "assistant"),
@@ -16,7 +16,7 @@ const ROLES: [(&str, &str); 5] = [
     ("bard", "assistant"),
 ];
 
-/// The messages of a cell. The error says what was found instead.
+/// Parses the messages of a cell. The error describes what was found instead.
 pub(crate) fn messages(cell: &Value) -> Result<Vec<Map>, String> {
     let list = cell.as_array();
     let list = list.ok_or_else(|| format!("it is {}, not a list", kind(cell)))?;
@@ -80,22 +80,23 @@ fn part(part: &Value) -> Result<(), String> {
             Some(_) => Ok(()),
             None => Err("has a part of type \"text\" without a text".into()),
         },
-        Some(other) => Err(format!("has a part of type {other:?}, which is no text")),
+        Some(other) => Err(format!("has a part of type {other:?}, which is not text")),
         None => Err("has a part without a type".into()),
     }
 }
 
-/// The tools of a row, as a list of objects, or as JSON that says one. The error says what was found
+/// Parses the tools of a row: a list of objects, or JSON of one. The error describes what was found
 /// instead.
 pub(crate) fn tools(cell: &Value) -> Result<Value, String> {
     let parsed = match cell.as_str() {
         Some(text) => {
             let parsed = serde_json::from_str(text);
-            parsed.map_err(|error| format!("it is a text that is no JSON: {error}"))?
+            parsed.map_err(|error| format!("it is a text that is not JSON: {error}"))?
         }
         None => cell.clone(),
     };
-    // Some keep each tool as JSON, so that a file stored by columns can hold tools that differ.
+    // Some data sets store each tool as JSON, so that a columnar file can hold tools with different
+    // keys.
     let tool = |tool: Value| match &tool {
         Value::String(text) => serde_json::from_str(text).unwrap_or(tool),
         _ => tool,
@@ -171,7 +172,7 @@ mod tests {
         assert_eq!(tools(&texts).unwrap(), list);
         assert_eq!(tools(&"null".into()).unwrap(), Value::Null);
         for (cell, words) in [
-            (json!("get_time"), "no JSON"),
+            (json!("get_time"), "not JSON"),
             (json!({"a": 1}), "an object, not a list"),
             (json!([1]), "a tool that is a number"),
             (json!(["get_time"]), "a tool that is a text"),

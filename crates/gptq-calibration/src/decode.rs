@@ -1,25 +1,25 @@
-//! Tokens back to text, one at a time, without breaking characters that are spread over tokens.
+//! Decodes tokens to text one at a time, without splitting characters that span tokens.
 //!
-//! A tokenizer's decoder may look at a token's neighbours (a leading space is dropped at the start
-//! of a text; bytes join to characters), so a token is always decoded together with those before it
-//! and only what it adds is given out.
+//! A tokenizer's decoder may depend on a token's neighbours (a leading space is dropped at the
+//! start of a text; bytes join to characters), so each token is decoded together with those before
+//! it, and only the added text is returned.
 
 use tokenizers::Tokenizer;
 
 use crate::CalibrationError;
 use crate::tokenizer::failed;
 
-/// Tokens kept from the prompt so that the first new one has neighbours.
+/// Prompt tokens kept as context for the first new one.
 const CONTEXT: usize = 8;
-/// A character has at most four bytes: three tokens may still be incomplete, a fourth is not.
+/// Tokens that an incomplete character may span: a character has at most four bytes.
 const LONGEST_CHARACTER: usize = 4;
 
-/// A stream of tokens as a stream of text.
+/// Decodes a stream of tokens to a stream of text.
 pub struct TextDecoder<'a> {
     tokenizer: &'a Tokenizer,
-    /// The tokens given out last, then those that wait for the rest of a character.
+    /// Tokens returned last, then those waiting for the rest of a character.
     window: Vec<u32>,
-    /// How many of them are given out, and their text.
+    /// Number of tokens already returned, and their text.
     given: usize,
     text: String,
 }
@@ -36,8 +36,8 @@ impl<'a> TextDecoder<'a> {
         })
     }
 
-    /// What a further token adds; nothing while a character is incomplete, and nothing for special
-    /// tokens.
+    /// Returns the text that a further token adds: empty while a character is incomplete, and for
+    /// special tokens.
     ///
     /// # Errors
     /// A token that the tokenizer cannot decode.
@@ -55,10 +55,10 @@ impl<'a> TextDecoder<'a> {
             .take_while(|(a, b)| a == b)
             .map(|(c, _)| c.len_utf8())
             .sum();
-        // The end of a character that both share.
+        // End of a character shared by both.
         let new = text.get(common..).unwrap_or_default().to_owned();
         if new.is_empty() {
-            // A special token is no neighbour: the words before it stay.
+            // A special token adds no context: the words before it are kept.
             self.given = self.window.len();
             return Ok(new);
         }
@@ -129,7 +129,7 @@ mod tests {
     #[test]
     fn bytes_that_make_no_character_are_given_out_in_the_end() {
         let tokenizer = tokenizer();
-        // The byte 0xF0 opens a character of four bytes that never comes.
+        // The byte 0xF0 begins a character of four bytes that never becomes complete.
         let open = tokenizer.encode("🫁", false).unwrap();
         let byte = *open.iter().rev().nth(3).unwrap();
         let mut decoder = tokenizer.decoder(&[]).unwrap();

@@ -1,4 +1,4 @@
-//! Rows of a source as batches of documents, read on a thread of its own while others tokenise.
+//! Reads rows of a source as batches of documents, on a separate thread while others tokenize.
 
 use std::collections::HashSet;
 use std::ops::{AddAssign, ControlFlow};
@@ -12,34 +12,35 @@ use crate::token_rows::TokenRules;
 use crate::value::Value;
 use crate::{CalibrationError, CalibrationSettings, OnError, reader};
 
-/// A batch is full with this many documents, or this many bytes.
+/// Maximum number of documents and of bytes in a batch.
 const BATCH_DOCUMENTS: usize = 256;
 const BATCH_BYTES: usize = 1 << 20;
 
 /// Limit on the rows that are read.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Most {
-    /// Rows, those before the range included.
+    /// Rows, including those before the range.
     pub rows: usize,
     /// Bytes of documents.
     pub bytes: usize,
 }
 
 impl Most {
-    /// To the end.
+    /// No limit.
     pub(crate) const ALL: Most = Most {
         rows: usize::MAX,
         bytes: usize::MAX,
     };
 }
 
-/// Gives every document of `files` in the settings' range of rows to `give`, until the end, until it breaks,
-/// or until `most` is reached; says whether all were given. Rows that lack a column they need or have a null
-/// there, rows without text, and those that a chat template objects to where the settings say so, are left
-/// out and counted.
+/// Passes the documents of `files` in the settings' range of rows to `give`, until the end, until
+/// it breaks, or until `most` is reached; returns true if all were passed. Rows that lack a needed
+/// column or have a null there, rows without text, and, if the settings say so, rows refused by a
+/// chat template are skipped and counted.
 ///
 /// # Errors
-/// What cannot be read or rendered; files that end before the range begins; and every row left out.
+/// An unreadable file, a row that cannot be rendered, files that end before the range begins, and a
+/// range in which every row is skipped.
 pub(crate) fn send(
     settings: &CalibrationSettings,
     files: &[SourceFile],
@@ -138,22 +139,22 @@ pub(crate) fn send(
     if let Some(file) = files.first().filter(|_| is_refused) {
         return Err(looked.refusal(settings, file, &columns)?);
     }
-    // Whoever stopped receiving has what it needs.
+    // A receiver that has stopped already has enough.
     let _ = give(batch.take());
     Ok(is_whole)
 }
 
-/// What the rows of the range looked like.
+/// Statistics of the rows in the range.
 #[derive(Default)]
 struct Looked {
     rows: usize,
     left_out: LeftOut,
-    /// For each wanted column that no row has had so far: what the first row has instead.
+    /// For each needed column that no row has had so far: the error with the first row's columns.
     missing: Vec<Option<CalibrationError>>,
 }
 
 impl Looked {
-    /// Takes a row of the range.
+    /// Records a row of the range.
     fn at(&mut self, index: usize, file: &SourceFile, row: &Row, columns: &[&str]) {
         if self.rows == 0 {
             let lacking = columns.iter().map(|column| {
@@ -183,7 +184,7 @@ impl Looked {
         self.missing.iter().any(Option::is_some)
     }
 
-    /// Why there is nothing to calibrate on.
+    /// Returns the error if there is nothing to calibrate on.
     fn refusal(
         self,
         settings: &CalibrationSettings,
@@ -214,14 +215,14 @@ impl Looked {
     }
 }
 
-/// Rows that were left out, by why.
+/// Skipped rows, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LeftOut {
-    /// A column they need is null or not there.
+    /// A needed column is null or missing.
     pub nulls: usize,
-    /// They hold no text.
+    /// The row has no text.
     pub blank: usize,
-    /// A chat template objects to them.
+    /// A chat template refused the row.
     pub objections: usize,
 }
 
@@ -243,14 +244,14 @@ impl AddAssign for LeftOut {
 #[derive(Default)]
 pub(crate) struct Batch {
     pub documents: Vec<Document>,
-    /// Rows among them that were left out. They are counted here and not by the thread that reads, which may
-    /// be ahead of what is used by more or fewer rows.
+    /// Skipped rows among them. They are counted per batch because the reading thread may be ahead
+    /// of the batches that are used.
     pub left_out: LeftOut,
     /// Documents in which halves of surrogate pairs were replaced.
     pub mended: usize,
     /// Positions that masks dropped.
     pub masked: usize,
-    /// Whether a chat template asked for the date.
+    /// True if a chat template asked for the date.
     pub dated: bool,
     bytes: usize,
 }

@@ -1,4 +1,4 @@
-//! Drawing windows.
+//! Drawing of calibration windows.
 
 use std::ops::ControlFlow;
 use std::panic::resume_unwind;
@@ -19,7 +19,7 @@ use crate::{
     documents, is_date, overlap,
 };
 
-/// How windows are taken from the joined rows.
+/// Selection of windows from the joined rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Sampling {
@@ -30,14 +30,14 @@ pub enum Sampling {
     Concatenate,
 }
 
-/// What becomes of a row that its chat template objects to.
+/// Action for a row that its chat template refuses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnError {
-    /// The run stops, and names the row.
+    /// Stop the run with an error that names the row.
     #[default]
     Stop,
-    /// The row is left out, and counted.
+    /// Skip the row and count it.
     Skip,
 }
 
@@ -53,51 +53,51 @@ impl FromStr for OnError {
     }
 }
 
-/// What to calibrate on.
+/// Settings of the calibration data.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CalibrationSettings {
-    /// Where rows come from.
+    /// Source of the rows.
     pub source: Source,
-    /// A row as one document.
+    /// Conversion of a row to a document.
     pub rendering: Rendering,
-    /// Which rows, counted over all files of the source.
+    /// Range of rows, counted over all files of the source.
     pub rows: RowRange,
-    /// Rows of fewer tokens, as encoded, are left out.
+    /// Minimum number of tokens of a row, as encoded; shorter ones are skipped.
     pub min_tokens: usize,
-    /// Of equal documents, only the first is kept.
+    /// Keep only the first of equal documents.
     pub dedupe: bool,
-    /// What becomes of a row that a chat template objects to.
+    /// Action for a row that a chat template refuses.
     pub on_error: OnError,
-    /// The date that chat templates are told, `2026-11-30` or `2026-11-30T08:15:00`; without it, this
-    /// moment's.
+    /// Date seen by chat templates, `2026-11-30` or `2026-11-30T08:15:00`; by default the current
+    /// time.
     pub date: Option<String>,
-    /// Windows.
+    /// Number of windows.
     pub samples: usize,
     /// Tokens per window.
     pub seq_len: usize,
     /// Seed of the draw.
     pub seed: u64,
-    /// How windows are taken.
+    /// Selection of windows.
     pub sampling: Sampling,
 }
 
-/// Token windows and where they came from.
+/// Token windows and their origin.
 #[derive(Debug)]
 pub struct Calibration {
     /// `samples` windows of `seq_len` tokens, all full.
     pub windows: Vec<Vec<u32>>,
-    /// Where they came from.
+    /// Origin of the windows.
     pub manifest: Manifest,
-    /// Where the first rows' tokens depend on how the tokenizer is made.
+    /// Difference in the first rows' tokens between two ways of building the tokenizer, if any.
     pub difference: Option<Difference>,
     tokens: TokenFile,
 }
 
 impl Calibration {
-    /// Reads, renders, tokenises and samples: one thread reads, all tokenise, and consecutive
-    /// windows stop both once they are full.
+    /// Reads, renders, tokenizes and samples: one thread reads, all tokenize; with consecutive
+    /// windows both stop once the windows are full.
     ///
-    /// Errors when a file does not parse, a row lacks a column, or the text is too short for the
+    /// Errors if a file does not parse, a row lacks a column, or the text is too short for the
     /// windows; nothing is padded or repeated.
     pub fn draw(
         settings: &CalibrationSettings,
@@ -121,7 +121,7 @@ impl Calibration {
                 documents::send(settings, files, chat, rules, Most::ALL, &mut give)
             });
             let joined = join(settings, tokenizer, batches);
-            // What stopped the reader explains more than what its lack led to.
+            // The reader's error explains more than its consequences do.
             reading
                 .join()
                 .unwrap_or_else(|panic| resume_unwind(panic))?;
@@ -175,21 +175,21 @@ impl Calibration {
         })
     }
 
-    /// What should be known of the text, in a line each.
+    /// Returns warnings about the text, one line each.
     pub fn warnings(&self) -> Vec<String> {
         let difference = self.difference.as_ref().map(ToString::to_string);
         let manifest = &self.manifest;
         let mended = match manifest.mended_rows {
             0 => None,
             rows => Some(format!(
-                "{rows} rows hold halves of surrogate pairs, as text that was cut within a character; each is \
-                 U+FFFD now"
+                "{rows} rows contain unpaired surrogates, as in text cut within a character; each was replaced \
+                 by U+FFFD"
             )),
         };
         let objected = match manifest.objected_rows {
             0 => None,
             rows => Some(format!(
-                "{rows} rows were left out because the chat template objects to them"
+                "{rows} rows were skipped because the chat template refused them"
             )),
         };
         let more = mended.into_iter().chain(objected);
@@ -197,17 +197,18 @@ impl Calibration {
         difference.into_iter().chain(more).collect()
     }
 
-    /// How much of an evaluation text occurs in the rows used.
+    /// Computes how much of an evaluation text occurs in the rows used.
     pub fn overlap(&self, evaluation: &[u32]) -> Result<Overlap, CalibrationError> {
         overlap::overlap(&self.tokens, evaluation)
     }
 }
 
 impl CalibrationSettings {
-    /// What writes conversations, where rows are some, with the date that it tells.
+    /// Loads the chat template if rows are conversations, with the date it will use.
     ///
     /// # Errors
-    /// A template that cannot be read or does not parse, a tokenizer without one, and what is no date.
+    /// A template that cannot be read or does not parse, a tokenizer without one, or an invalid
+    /// date.
     pub(crate) fn chat(
         &self,
         tokenizer: &TextTokenizer,
@@ -228,7 +229,7 @@ impl CalibrationSettings {
     }
 }
 
-/// The tokens of rows, the rows that went in, and what [`Batch`] counts of the others.
+/// Joined tokens, the number of rows used, and the counts of [`Batch`] for the others.
 struct Joined {
     row_count: usize,
     left_out: LeftOut,
@@ -239,7 +240,7 @@ struct Joined {
     tokens: TokenFile,
 }
 
-/// Batches as joined tokens.
+/// Tokenizes and joins batches.
 fn join(
     settings: &CalibrationSettings,
     tokenizer: &TextTokenizer,
@@ -259,7 +260,7 @@ fn join(
         mended_rows += batch.mended;
         masked_tokens += batch.masked;
         dated |= batch.dated;
-        // What the first rows show need not be looked for in all.
+        // The first batch is enough to compare the tokenizers.
         if std::mem::take(&mut is_first) {
             difference = tokenizer.difference(&batch.documents)?;
         }
@@ -298,7 +299,7 @@ fn starts(
     if available < needed {
         let (fit, fit_len) = match settings.sampling {
             Sampling::Concatenate => (available / seq_len, available / samples),
-            // One window fits or none does: only a shorter one helps.
+            // Either one window fits or none, in which case only a shorter one helps.
             Sampling::RandomWindows => (0, available),
         };
         return Err(CalibrationError::TooLittleText {
@@ -315,15 +316,15 @@ fn starts(
         Sampling::RandomWindows => {
             let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
             let places = (available - seq_len + 1) as u128;
-            // The high half of a 64-bit product: fixed here, so that a library's own choice of
-            // algorithm can never change a published draw. Its bias is below places / 2^64.
+            // High half of a 64-bit product: fixed here, so that a library's choice of algorithm
+            // can never change a published draw. Its bias is below places / 2^64.
             let draw = |_| ((u128::from(rng.next_u64()) * places) >> 64) as usize;
             (0..samples).map(draw).collect()
         }
     })
 }
 
-/// How many positions lie in a window.
+/// Returns the number of positions covered by at least one window.
 fn covered(mut starts: Vec<usize>, seq_len: usize) -> usize {
     starts.sort_unstable();
     let mut end = 0;

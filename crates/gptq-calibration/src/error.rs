@@ -1,10 +1,10 @@
-//! The one error type of this crate.
+//! Errors of this crate.
 
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// Why calibration or evaluation text cannot be used.
+/// Reason why calibration or evaluation text cannot be used.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum CalibrationError {
@@ -16,14 +16,14 @@ pub enum CalibrationError {
     #[error("{}: {reason}", path.display())]
     Malformed { path: PathBuf, reason: String },
     #[error(
-        "{}: not a kind of file that rows are read from; known are .json, .jsonl, .parquet, .arrow, \
+        "{}: not a supported format of rows; supported are .json, .jsonl, .parquet, .arrow, \
          .csv and .txt, each also as .gz or .zst",
         path.display()
     )]
     UnknownFormat { path: PathBuf },
     #[error(
-        "{}: text on its way cannot be kept there: {source}; set TMPDIR, or a run's --scratch, to a directory that has \
-         room",
+        "{}: temporary text cannot be written: {source}; set TMPDIR, or a run's --scratch, to a directory that has \
+         space",
         tempfile::env::temp_dir().display()
     )]
     Scratch { source: std::io::Error },
@@ -59,7 +59,7 @@ pub enum CalibrationError {
         columns: Vec<String>,
     },
     #[error(
-        "all {rows} rows of the range {range} are without text in {}; the columns are {}; choose with \
+        "all {rows} rows of the range {range} have no text in {}; the columns are {}; choose with \
          template, column, messages or tokens",
         wanted.join(" and "), columns.join(", ")
     )]
@@ -105,18 +105,18 @@ pub enum CalibrationError {
         window: usize,
     },
     #[error(
-        "{}: this file is calibrated on; measure perplexity on other text", path.display()
+        "{}: this file is used for calibration; measure perplexity on other text", path.display()
     )]
     CalibratedOn { path: PathBuf },
-    #[error("windows of {window} tokens score nothing; use at least 2")]
+    #[error("windows of {window} tokens leave nothing to score; use at least 2")]
     Window { window: usize },
     #[error(
-        "{}: no text to evaluate on: {rows} rows, and none has any in the column \"text\"", path.display()
+        "{}: no text to evaluate on: none of the {rows} rows has text in the column \"text\"", path.display()
     )]
     NoEvaluation { path: PathBuf, rows: usize },
     #[error(
-        "{}: its token {token:?} has the id {id}, beyond the model's vocabulary of {vocabulary}; resize the \
-         model's embedding, or take the token out of tokenizer_config.json, special_tokens_map.json or \
+        "{}: token {token:?} has the id {id}, beyond the model's vocabulary of {vocabulary}; resize the \
+         model's embedding, or remove the token from tokenizer_config.json, special_tokens_map.json or \
          added_tokens.json",
         dir.display()
     )]
@@ -127,7 +127,7 @@ pub enum CalibrationError {
         vocabulary: u32,
     },
     #[error(
-        "{}: no column \"text\", which an evaluation text is read from; its columns are {}; rename one, or \
+        "{}: no column \"text\", which evaluation needs; its columns are {}; rename one, or \
          give a JSON list of texts or a plain text",
         path.display(),
         columns.join(", ")
@@ -135,12 +135,12 @@ pub enum CalibrationError {
     EvaluationColumn { path: PathBuf, columns: Vec<String> },
     #[error(
         "{}: no end token; neither tokenizer_config.json nor special_tokens_map.json has an eos_token \
-         of its vocabulary; add one to tokenizer_config.json",
+         in the vocabulary; add one to tokenizer_config.json",
         dir.display()
     )]
     NoEndToken { dir: PathBuf },
     #[error(
-        "{0}: {found}, but no tokenizer.json; Transformers writes it, once: python -c \"from \
+        "{0}: {found}, but no tokenizer.json; create it with Transformers: python -c \"from \
          transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{0}').save_pretrained('{0}')\"",
         dir.display()
     )]
@@ -156,15 +156,13 @@ pub enum CalibrationError {
         row: usize,
         source: Box<CalibrationError>,
     },
-    #[error(
-        "the chat template objects to all {rows} rows of the range {range}, to the first of them so: {source}"
-    )]
+    #[error("the chat template refuses all {rows} rows of the range {range}; the first: {source}")]
     Objections {
         rows: usize,
         range: String,
         source: Box<CalibrationError>,
     },
-    #[error("date = {text:?} is no date like \"2026-11-30\" or \"2026-11-30T08:15:00\"")]
+    #[error("date = {text:?} is not a date like \"2026-11-30\" or \"2026-11-30T08:15:00\"")]
     Date { text: String },
     #[error("the tokenizer failed: {reason}")]
     Tokenizer { reason: String },
@@ -182,7 +180,8 @@ impl CalibrationError {
         matches!(self, CalibrationError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
     }
 
-    /// Whether it is a chat template's objection to a conversation, and not a fault of the row or file.
+    /// Returns true for a chat template's refusal of a conversation, as opposed to a fault of the
+    /// row or file.
     pub(crate) fn is_objection(&self) -> bool {
         match self {
             CalibrationError::InFile { source, .. } | CalibrationError::InRow { source, .. } => {
@@ -193,7 +192,7 @@ impl CalibrationError {
         }
     }
 
-    /// What is wrong with a row, with its number.
+    /// Adds the number of the row to an error.
     pub(crate) fn in_row(row: usize) -> impl FnOnce(Self) -> Self {
         move |source| CalibrationError::InRow {
             row,
@@ -201,7 +200,7 @@ impl CalibrationError {
         }
     }
 
-    /// What is wrong with a row, with the file it lies in.
+    /// Adds the file of a row to an error.
     pub(crate) fn in_file(path: &Path) -> impl FnOnce(Self) -> Self {
         move |source| CalibrationError::InFile {
             path: path.into(),

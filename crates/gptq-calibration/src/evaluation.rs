@@ -1,12 +1,12 @@
-//! Text to measure perplexity on.
+//! Evaluation text for perplexity.
 //!
 //! | file | documents |
 //! |---|---|
 //! | `.json`, `.jsonl`, `.csv`, `.parquet`, `.arrow` | each row's column `text`; in JSON, an element that is a text |
-//! | `.txt`, and whatever has none of these endings, such as `.md` | the whole file is one |
+//! | `.txt`, and any other extension, such as `.md` | the whole file is one |
 //!
-//! The first row's kinds may be compressed (`.gz`, `.zst`), and so may `.txt`. Rows whose text is missing, null
-//! or blank are no documents, as in calibration.
+//! The formats of the first row may be compressed (`.gz`, `.zst`), and so may `.txt`. Rows whose
+//! text is missing, null or blank are skipped, as in calibration.
 
 use std::fs::File;
 use std::io::Read;
@@ -18,10 +18,11 @@ use crate::source::{Compression, Format, SourceFile, format};
 use crate::value::Value;
 use crate::{CalibrationError, TextTokenizer};
 
-/// Most bytes of text, as decompressed: some 16 million tokens, where measurements take a million at most.
+/// Maximum size of a text, as decompressed: some 16 million tokens; measurements use a million at
+/// most.
 const MAX_TEXT: u64 = 64 << 20;
 
-/// So much text is read for a first look.
+/// Amount of text read for a first look.
 const FIRST_LOOK: u64 = 2 << 20;
 
 /// An evaluation text as tokens.
@@ -31,21 +32,22 @@ pub struct EvaluationText {
     pub tokens: Vec<u32>,
     /// Tokens per window.
     pub window: usize,
-    /// Documents.
+    /// Number of documents.
     pub documents: usize,
-    /// Rows left out because they hold no text.
+    /// Number of rows skipped because they hold no text.
     pub rows_left_out: usize,
-    /// Documents in which halves of surrogate pairs were replaced by U+FFFD.
+    /// Number of documents in which unpaired surrogates were replaced by U+FFFD.
     pub mended: usize,
-    /// Whether this is all of the text.
+    /// True if this is the complete text.
     pub is_whole: bool,
 }
 
 impl EvaluationText {
-    /// Reads `path`, whose format says what its documents are. It may be shorter than a window.
+    /// Reads `path`, whose format determines the documents. It may be shorter than a window.
     ///
     /// # Errors
-    /// A file that cannot be read, is malformed, has no text in the column `text`, or holds over 64 MiB of it.
+    /// A file that cannot be read, is malformed, has no text in the column `text`, or is over 64
+    /// MiB.
     pub fn read(
         path: &Path,
         tokenizer: &TextTokenizer,
@@ -54,10 +56,10 @@ impl EvaluationText {
         EvaluationText::up_to(u64::MAX, path, tokenizer, window)
     }
 
-    /// Reads as much of `path` as shows whether it can be evaluated on.
+    /// Reads enough of `path` to determine whether it can be used for evaluation.
     ///
     /// # Errors
-    /// Those of [`EvaluationText::read`], and a text that does not fill a window.
+    /// Those of [`EvaluationText::read`], and a text shorter than a window.
     pub fn first_look(
         path: &Path,
         tokenizer: &TextTokenizer,
@@ -101,62 +103,62 @@ impl EvaluationText {
         }
     }
 
-    /// The full windows. What is left behind the last is not scored.
+    /// Returns the full windows. Tokens after the last one are not scored.
     pub fn windows(&self) -> impl Iterator<Item = &[u32]> {
         self.tokens.chunks_exact(self.window)
     }
 
-    /// Tokens that are scored: all of a window but its first.
+    /// Returns the number of scored tokens: all of a window except the first.
     pub fn scored(&self) -> usize {
         self.tokens.len() / self.window * (self.window - 1)
     }
 
-    /// Tokens behind the last full window.
+    /// Returns the number of tokens after the last full window.
     pub fn left_over(&self) -> usize {
         self.tokens.len() % self.window
     }
 
-    /// What should be known of the text, in a line each.
+    /// Returns warnings about the text, one line each.
     pub fn warnings(&self) -> Vec<String> {
         let rows = match self.rows_left_out {
             0 => None,
             rows => Some(format!(
-                "{rows} rows of the evaluation text hold no text, and are left out"
+                "{rows} rows of the evaluation text are empty and were skipped"
             )),
         };
         let mended = match self.mended {
             0 => None,
             documents => Some(format!(
-                "{documents} documents of the evaluation text hold halves of surrogate pairs; each is U+FFFD now"
+                "{documents} documents of the evaluation text contain unpaired surrogates; each was replaced by U+FFFD"
             )),
         };
         let all = [rows, mended, self.left_over_warning()];
         all.into_iter().flatten().collect()
     }
 
-    /// What should be known where a good part of the text fills no window.
+    /// Warns if a considerable part of the text fills no window.
     fn left_over_warning(&self) -> Option<String> {
         let (tokens, window) = (self.tokens.len(), self.window);
-        // A twentieth changes little.
+        // A twentieth makes little difference.
         if !self.is_whole || 20 * self.left_over() < tokens || tokens < window {
             return None;
         }
         let shorter = tokens / tokens.div_ceil(window);
         let scored = tokens / shorter * (shorter - 1);
         Some(format!(
-            "{} of the evaluation text's {tokens} tokens are scored: {} behind the last full window of {window} are \
+            "{} of the evaluation text's {tokens} tokens are scored: {} after the last full window of {window} are \
              left out; windows of {shorter} would score {scored} (--window {shorter}, or window = {shorter} under \
-             [evaluation]), but perplexities of other windows do not compare",
+             [evaluation]), but perplexities on different windows are not comparable",
             self.scored(),
             self.left_over()
         ))
     }
 }
 
-/// An evaluation text that fills at least one window.
+/// Reads an evaluation text that fills at least one window.
 ///
 /// # Errors
-/// Those of [`EvaluationText::read`], and a text that does not fill a window.
+/// Those of [`EvaluationText::read`], and a text shorter than a window.
 pub fn evaluation_tokens(
     path: &Path,
     tokenizer: &TextTokenizer,
@@ -165,7 +167,7 @@ pub fn evaluation_tokens(
     EvaluationText::read(path, tokenizer, window)?.filled(path)
 }
 
-/// Documents for evaluation, and what was made of the rest.
+/// Documents for evaluation, and counts of the rest.
 #[derive(Debug, Default)]
 struct Texts {
     texts: Vec<String>,
@@ -197,7 +199,7 @@ fn read_texts(path: &Path, enough: u64) -> Result<Texts, CalibrationError> {
     }
 }
 
-/// The whole file.
+/// Reads the whole file as one document.
 fn plain(file: &SourceFile, limit: u64, enough: u64) -> Result<Texts, CalibrationError> {
     let opened = File::open(&file.path).map_err(CalibrationError::io(&file.path))?;
     let mut bytes = Vec::new();
@@ -208,13 +210,13 @@ fn plain(file: &SourceFile, limit: u64, enough: u64) -> Result<Texts, Calibratio
     within(bytes.len() as u64, limit, file)?;
     let is_whole = (bytes.len() as u64) < enough;
     let cut = |bytes: &[u8]| match std::str::from_utf8(bytes) {
-        // A part of the file may end within a character.
+        // A partial read may end within a character.
         Err(e) if !is_whole && e.error_len().is_none() => e.valid_up_to(),
         _ => bytes.len(),
     };
     bytes.truncate(cut(&bytes));
     let text = String::from_utf8(bytes).map_err(|_| {
-        let reason = "not UTF-8 text; a compressed text is named like .txt.gz or .txt.zst";
+        let reason = "not UTF-8 text; name a compressed text .txt.gz or .txt.zst";
         reader::malformed(file, reason)
     })?;
     let is_blank = text.trim().is_empty();
@@ -226,11 +228,11 @@ fn plain(file: &SourceFile, limit: u64, enough: u64) -> Result<Texts, Calibratio
     })
 }
 
-/// The texts in the column `text`.
+/// Reads the texts in the column `text`.
 fn column(file: &SourceFile, limit: u64, enough: u64) -> Result<Texts, CalibrationError> {
     let mut found = Texts::default();
     let (mut bytes, mut rows, mut is_cut) = (0, 0, false);
-    // The first row's columns, until a row has the wanted one.
+    // Columns of the first row, until a row has the needed one.
     let mut lacking: Option<Vec<String>> = None;
     let lacks = |columns: Vec<String>| CalibrationError::EvaluationColumn {
         path: file.path.clone(),
@@ -275,7 +277,7 @@ fn column(file: &SourceFile, limit: u64, enough: u64) -> Result<Texts, Calibrati
                 CalibrationError::InFile { source, .. } => source,
                 other => other,
             };
-            // What a file that is stored by columns says at once.
+            // Columnar files report a missing column at once.
             let columns = match found {
                 CalibrationError::Column { columns, .. } => Some(columns.clone()),
                 _ => None,
@@ -289,7 +291,7 @@ fn within(bytes: u64, limit: u64, file: &SourceFile) -> Result<(), CalibrationEr
     match bytes > limit {
         true => Err(reader::malformed(
             file,
-            format!("over the limit of {limit} bytes for an evaluation text; take a part of it"),
+            format!("over the limit of {limit} bytes for an evaluation text; use a part of it"),
         )),
         false => Ok(()),
     }

@@ -1,5 +1,5 @@
-//! What can be told of calibration rows without reading them all: that their files are there and readable,
-//! have the columns, and that the first rows can be rendered and tokenised.
+//! Checks of calibration rows that need not read them all: that their files exist and are readable,
+//! have the columns, and that the first rows can be rendered and tokenized.
 
 use std::fs::File;
 use std::ops::ControlFlow;
@@ -9,29 +9,29 @@ use crate::reader::{self, Reading};
 use crate::source::{Compression, Format, SourceFile};
 use crate::{Calibration, CalibrationError, CalibrationSettings, Source, TextTokenizer};
 
-/// So far rows are read.
+/// Limit on the rows read.
 const ROWS: Most = Most {
     rows: 4096,
     bytes: 1 << 20,
 };
 
-/// So many of a source's files are opened.
+/// Maximum number of a source's files that are opened.
 const FILES: usize = 64;
 
-/// So many documents are tokenised where there are more rows than are read.
+/// Number of documents tokenized if there are more rows than are read.
 const DOCUMENTS: usize = 64;
 
 /// Largest file that is read to its end, in bytes.
 const SMALL: u64 = 16 << 20;
 
 impl Calibration {
-    /// Checks what a short look at the rows can tell. What should be known, in a line each; rows that are read
-    /// to their end are judged as [`Calibration::draw`] judges them. Without a `tokenizer`, what needs one is
-    /// left unjudged.
+    /// Checks as much of the rows as a short look allows, and returns warnings, one line each.
+    /// Files read to the end get all checks of [`Calibration::draw`]. Checks that need a
+    /// `tokenizer` are skipped without one.
     ///
     /// # Errors
-    /// A file that is missing or malformed, columns that are not there, a chat template that does not parse,
-    /// and what is wrong with the first rows.
+    /// A missing or malformed file, missing columns, a chat template that does not parse, and
+    /// errors in the first rows.
     pub fn first_look(
         settings: &CalibrationSettings,
         tokenizer: Option<&TextTokenizer>,
@@ -40,7 +40,7 @@ impl Calibration {
             && files.is_empty()
         {
             return Ok(vec![format!(
-                "the rows of {name} are not judged here: they are on the Hub, and a run fetches them first"
+                "the rows of {name} are not checked: they are on the Hub, and a run downloads them first"
             )]);
         }
         let files = settings.source.files()?;
@@ -57,7 +57,7 @@ impl Calibration {
                 let _ = reader::read(file, &Reading::of(&columns), once)?;
             }
         }
-        // Unpacking a whole file is for the run.
+        // Decompressing a large file is left to the run.
         if files.iter().any(is_packed) && bytes > SMALL {
             return Ok(Vec::new());
         }
@@ -82,7 +82,7 @@ impl Calibration {
     }
 }
 
-/// Whether a file has to be unpacked as a whole before a row of it can be read.
+/// Returns true if a file must be decompressed as a whole before any row can be read.
 fn is_packed(file: &SourceFile) -> bool {
     matches!(file.format, Format::Parquet | Format::Arrow) && file.compression != Compression::None
 }

@@ -1,9 +1,9 @@
-//! The template library within limits: a template comes with a checkpoint, from anyone.
+//! The template library with limits, since templates come with checkpoints from anyone.
 //!
-//! Its work is limited by fuel. What recursion remains is as deep as the template is long or as its
-//! values are nested, so it runs on a stack of its own that holds the worst of both. And values stay
-//! trees: only an assignment to a namespace could put one inside itself or grow without end, so what
-//! is assigned to one is a copy, of limited size.
+//! Fuel limits the work. The remaining recursion is as deep as the template is long or its values
+//! are nested, so rendering runs on a separate stack that holds the worst case of both. Values stay
+//! trees: only an assignment to a namespace could put a value inside itself or let it grow without
+//! end, so the assigned value is copied, with a size limit.
 
 mod date;
 mod filters;
@@ -29,25 +29,25 @@ pub(crate) use self::date::now;
 use self::python::{Text, refusal};
 use self::source::{COPY, GENERATION, PLAIN};
 
-/// Steps after which a template is taken to run forever.
+/// Steps after which a template counts as endless.
 const FUEL: u64 = 10_000_000;
 
-/// Bytes of stack: of address space, taken as they are used. The worst template of the greatest length
-/// takes about half, unoptimised.
+/// Stack size in bytes of address space, committed as used. The worst template of the maximum
+/// length uses about half of it, unoptimized.
 const STACK: usize = 512 << 20;
 
-/// How deep a value in a namespace may be nested, and how many values it may hold in all.
+/// Maximum nesting depth and number of values in a namespace entry.
 const MAX_DEPTH: usize = 64;
 const MAX_VALUES: usize = 1 << 14;
 
-/// The name of the one template in an environment.
+/// Name of the only template in an environment.
 const NAME: &str = "chat";
 
-/// A template, compiled, in an environment as Transformers has it.
+/// A compiled template in an environment like that of Transformers.
 #[derive(Debug)]
 pub(crate) struct Jinja {
     environment: Environment<'static>,
-    /// Whether a rendering asked for the date.
+    /// True if a rendering asked for the date.
     dated: Arc<AtomicBool>,
 }
 
@@ -55,7 +55,7 @@ impl Jinja {
     /// Compiles a template.
     ///
     /// # Errors
-    /// What does not parse, with its line.
+    /// A template that does not parse, with its line.
     pub(crate) fn new(source: &str) -> Result<Self, Objection> {
         on_its_own_stack(|| {
             let mut environment = Environment::new();
@@ -78,7 +78,7 @@ impl Jinja {
                     Error::new(ErrorKind::WriteFailure, "no output").with_source(error)
                 })
             });
-            // Under names of their own for those that are put in their places.
+            // Keeps the library's versions available to the filters that replace them.
             environment.add_filter("library_int", minijinja::filters::int);
             environment.add_filter("library_float", minijinja::filters::float);
             filters::add_to(&mut environment);
@@ -102,7 +102,7 @@ impl Jinja {
     /// Renders the template with `values`, on the date `now`.
     ///
     /// # Errors
-    /// What the template refuses, and what goes wrong in it, with its line.
+    /// Errors raised by the template or during rendering, with the line.
     pub(crate) fn render(
         &self,
         values: BTreeMap<&'static str, Value>,
@@ -129,23 +129,23 @@ impl Jinja {
         })
     }
 
-    /// Whether a rendering asked for the date since this was last called.
+    /// Returns true if a rendering asked for the date since the last call.
     pub(crate) fn asked_for_date(&self) -> bool {
         self.dated.swap(false, Ordering::Relaxed)
     }
 }
 
-/// What a template, or the library, has against a rendering.
+/// Error of a template or of the library.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Objection {
-    /// The template's line, from 1; 0 where none is known.
+    /// Line of the template, from 1; 0 if unknown.
     pub line: usize,
-    /// What it says.
+    /// Message.
     pub reason: String,
 }
 
-/// What the library does with a template: its errors by line, its panics (on some malformed format
-/// strings, `{a[é`) as one.
+/// Runs `work` on a separate stack. Errors are converted with their line, and panics (on some
+/// malformed format strings, `{a[é`) become an error.
 fn on_its_own_stack<T: Send>(
     work: impl FnOnce() -> Result<T, Error> + Send,
 ) -> Result<T, Objection> {
@@ -153,7 +153,7 @@ fn on_its_own_stack<T: Send>(
     thread::scope(|scope| {
         thread::Builder::new()
             .stack_size(STACK)
-            // An error holds values: it is told and dropped there too.
+            // An error holds values, so it is converted and dropped on that stack too.
             .spawn_scoped(scope, || work().map_err(told))
             .map_err(|error| refused(format!("no stack of {} MiB: {error}", STACK >> 20)))?
             .join()
@@ -171,13 +171,14 @@ fn told(error: Error) -> Objection {
     }
 }
 
-/// The value with every list and map in it made anew: a namespace becomes the map it is now.
+/// Copies the value with every list and map in it; a namespace becomes a map with its current
+/// entries.
 fn copy(value: &Value, depth: usize, values: &mut usize) -> Result<Value, Error> {
     let mut inner = |value: &Value| {
         *values += 1;
         if depth == MAX_DEPTH || *values > MAX_VALUES {
             let limits = format!("over {MAX_DEPTH} deep or {MAX_VALUES} in all");
-            let reason = format!("too many values in one of a namespace: {limits}");
+            let reason = format!("too many values in a namespace entry: {limits}");
             return Err(refusal(reason));
         }
         copy(value, depth + 1, values)
@@ -248,7 +249,7 @@ mod tests {
                 let source = format!("{two}{assign}{{{{ {shown} }}}}");
                 render(&source).unwrap();
             }
-            // As in Python, no JSON, but an end.
+            // Python fails here too, but rendering must end.
             assert!(render(&format!("{two}{assign}{{{{ a|tojson }}}}")).is_err());
         }
     }
@@ -305,7 +306,7 @@ mod tests {
         };
         for (before, again, after) in [
             ("{{ ", "1+", "1 }}"),
-            // Fewer: joining them takes the square of their number, unoptimised a minute.
+            // Fewer repetitions: joining them takes quadratic time, unoptimized a minute.
             ("{{ ", "1~              ", "1 }}"),
             ("{{ a", ".b", " }}"),
             ("{{ a", "()", " }}"),

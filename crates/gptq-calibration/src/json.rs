@@ -1,5 +1,5 @@
-//! Rows of a JSON file as the parser meets them: a list, one object with a list, or objects one after
-//! the other, as JSON lines are.
+//! Rows of a JSON file while it is parsed: a list, one object with a list, or objects one after the
+//! other, as in JSON lines.
 
 use std::cell::Cell;
 use std::io::{self, Read};
@@ -13,24 +13,24 @@ use crate::reader::{EachRow, Row, malformed, text_row};
 use crate::source::SourceFile;
 use crate::value::Value;
 
-/// Bytes read together while looking for the end of the first object.
+/// Bytes read at once while looking for the end of the first object.
 const PIECE: u64 = 1 << 16;
 
-/// Written in front of UTF-8 text by some programs.
+/// Byte-order mark that some programs write before UTF-8 text.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// What a file begins with.
+/// Beginning of a file.
 #[derive(Default)]
 pub(crate) struct Opening {
-    /// The bytes, without a byte-order mark; the file goes on after them.
+    /// The first bytes, without a byte-order mark; the file continues after them.
     pub bytes: Vec<u8>,
-    /// Whether the first object is followed by another value: each is a row then, even one that holds
-    /// a list.
+    /// True if the first object is followed by another value: then each value is a row, even one
+    /// that holds a list.
     pub is_rows: bool,
 }
 
-/// Reads until it is known how the file's rows are written, and no more than `most` bytes and a
-/// piece: an object that is longer is no row.
+/// Reads until the layout of the file's rows is known, at most `most` bytes and one piece: a longer
+/// object is not a row.
 pub(crate) fn look(reader: &mut impl Read, most: u64) -> io::Result<Opening> {
     let mut bytes = Vec::new();
     let mut scan = Scan::default();
@@ -48,10 +48,10 @@ pub(crate) fn look(reader: &mut impl Read, most: u64) -> io::Result<Opening> {
     }
 }
 
-/// Looks for what follows the first object. Whether that object is well-formed is for the parser.
+/// Finds what follows the first object. The parser checks whether that object is well-formed.
 #[derive(Default)]
 struct Scan {
-    /// Braces and brackets that are open.
+    /// Number of open braces and brackets.
     depth: usize,
     in_text: bool,
     escaped: bool,
@@ -59,7 +59,7 @@ struct Scan {
 }
 
 impl Scan {
-    /// Whether the first object is followed by another value, once that is known.
+    /// Returns whether the first object is followed by another value, once known.
     fn step(&mut self, byte: u8) -> Option<bool> {
         if self.in_text {
             match byte {
@@ -133,10 +133,10 @@ pub(crate) fn read_list(
     }
 }
 
-/// An object as a row; halves of surrogate pairs are replaced, and added to `mended`. The error is a
-/// sentence.
+/// Parses an object as a row; unpaired surrogates are replaced and counted in `mended`. The error
+/// is a sentence.
 pub(crate) fn row(text: &str, mended: &Cell<usize>) -> Result<Row, String> {
-    // Nearly every line is read at once.
+    // Nearly every line parses at the first attempt.
     let value = serde_json::from_str(text).or_else(|_| {
         let (text, count) = mend(text.as_bytes());
         mended.set(mended.get() + count);
@@ -145,7 +145,7 @@ pub(crate) fn row(text: &str, mended: &Cell<usize>) -> Result<Row, String> {
     value.map_err(|e| e.to_string()).and_then(as_row)
 }
 
-/// What a value is, as a sentence has it.
+/// Describes the kind of a value within a sentence.
 pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -165,13 +165,13 @@ fn as_row(value: Value) -> Result<Row, String> {
     }
 }
 
-/// Visits the top of the file. A parser has no way to stop but an error: why it stopped is kept in
-/// `stopped`, and the error is dropped.
+/// Visits the top level of the file. A parser can only be stopped with an error: the reason is
+/// stored in `stopped`, and the error is dropped.
 struct Rows<'a, 'b> {
     each: &'a mut EachRow<'b>,
     stopped: Option<Result<(), CalibrationError>>,
     lists: usize,
-    /// Rows that `each` has had.
+    /// Number of rows passed to `each`.
     rows: usize,
 }
 
@@ -209,7 +209,7 @@ impl<'de> Visitor<'de> for &mut Rows<'_, '_> {
     }
 }
 
-/// A member of the top object: rows if it is a list, skipped otherwise.
+/// A member of the top-level object: rows if it is a list, otherwise skipped.
 struct Member<'r, 'a, 'b>(&'r mut Rows<'a, 'b>);
 
 impl<'de> DeserializeSeed<'de> for Member<'_, '_, '_> {

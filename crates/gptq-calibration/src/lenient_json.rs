@@ -1,31 +1,31 @@
-//! JSON as Python's `json.dumps` writes it and `json.loads` reads it, made into JSON that every parser reads.
+//! Converts JSON as Python's `json.dumps` writes it and `json.loads` reads it to strict JSON.
 //!
 //! | in the file | becomes |
 //! |---|---|
 //! | `NaN`, `Infinity`, `-Infinity`, a number beyond `f64` such as `1e400` | `null` |
 //! | `\ud83d` without its other half | `\ufffd`, counted |
 //!
-//! Everything else passes as it is, faults included: they are for the parser to tell.
+//! Everything else is unchanged, including errors, which are left to the parser.
 
 use std::cell::Cell;
 use std::io::{self, BufRead, Read};
 use std::rc::Rc;
 
-/// Longest number that is looked at; a longer one passes as it is.
+/// Longest number that is checked; longer ones pass unchanged.
 const LONGEST_NUMBER: usize = 1 << 16;
 
-/// Written in place of half a surrogate pair.
+/// Replacement for an unpaired surrogate.
 const REPLACEMENT: &[u8] = br"\ufffd";
 
-/// Hands on what it reads, a byte at a time and mended. It never reads further ahead than it has to, so that
-/// what was counted belongs to what was handed on.
+/// A reader that corrects its input byte by byte. It never reads further ahead than necessary, so
+/// the count matches the bytes that were returned.
 pub(crate) struct Lenient<R> {
     inner: R,
-    /// What is to be handed on next.
+    /// Bytes to be returned next.
     ready: Vec<u8>,
     given: usize,
     in_text: bool,
-    /// Halves of surrogate pairs replaced so far.
+    /// Number of unpaired surrogates replaced so far.
     mended: Rc<Cell<usize>>,
 }
 
@@ -58,7 +58,7 @@ impl<R: BufRead> Lenient<R> {
         Ok(byte)
     }
 
-    /// Makes something ready, or nothing at the end.
+    /// Prepares the next bytes, or none at the end.
     fn step(&mut self) -> io::Result<()> {
         let Some(byte) = self.next()? else {
             return Ok(());
@@ -73,7 +73,7 @@ impl<R: BufRead> Lenient<R> {
         Ok(())
     }
 
-    /// What follows a backslash in a text, and the other half of it if it is half a surrogate pair.
+    /// Handles an escape in a string, and its second half if it is a surrogate.
     fn escape(&mut self) -> io::Result<()> {
         let mut high: Option<Vec<u8>> = None;
         loop {
@@ -100,7 +100,7 @@ impl<R: BufRead> Lenient<R> {
         }
     }
 
-    /// A backslash, which has been read, and what belongs to it.
+    /// Reads the rest of an escape whose backslash has been read.
     fn read_escape(&mut self) -> io::Result<Vec<u8>> {
         let mut escape = vec![b'\\'];
         let Some(kind) = self.next()? else {
@@ -122,7 +122,7 @@ impl<R: BufRead> Lenient<R> {
         self.ready.extend_from_slice(REPLACEMENT);
     }
 
-    /// A number, or what Python has for one.
+    /// Reads a number, or Python's word for one.
     fn number(&mut self, first: u8) -> io::Result<()> {
         let mut word = vec![first];
         while word.len() < LONGEST_NUMBER {
@@ -142,7 +142,7 @@ impl<R: BufRead> Lenient<R> {
     }
 }
 
-/// Whether JSON has no such number.
+/// Returns true for numbers that JSON does not have.
 fn is_null(word: &[u8]) -> bool {
     if [b"NaN" as &[u8], b"Infinity", b"-Infinity"].contains(&word) {
         return true;
@@ -175,7 +175,7 @@ impl<R: BufRead> Read for Lenient<R> {
     }
 }
 
-/// Which half of a surrogate pair.
+/// Half of a surrogate pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Half {
     High,
@@ -183,7 +183,7 @@ enum Half {
 }
 
 impl Half {
-    /// Of an escape such as `\ud83d`; `None` of any other.
+    /// Returns the half for an escape such as `\ud83d`; `None` for any other.
     fn of(escape: &[u8]) -> Option<Half> {
         let digits = escape
             .strip_prefix(br"\u")
@@ -197,12 +197,12 @@ impl Half {
     }
 }
 
-/// A whole text mended, and how many halves of surrogate pairs were replaced.
+/// Corrects a complete text; returns it and the number of replaced surrogates.
 pub(crate) fn mend(text: &[u8]) -> (Vec<u8>, usize) {
     let mended = Rc::new(Cell::new(0));
     let mut lenient = Lenient::new(text, mended.clone());
     let mut out = Vec::with_capacity(text.len());
-    // Reading from memory never fails.
+    // Reading from memory cannot fail.
     let _ = lenient.read_to_end(&mut out);
     (out, mended.get())
 }
@@ -213,7 +213,7 @@ mod tests {
 
     use super::*;
 
-    /// The value, and how many halves were replaced.
+    /// Returns the value and the number of replaced surrogates.
     fn read(text: &str) -> (Value, usize) {
         let (mended, count) = mend(text.as_bytes());
         let value = serde_json::from_slice(&mended).unwrap_or_else(|e| panic!("{text}: {e}"));
@@ -228,7 +228,7 @@ mod tests {
         });
         assert_eq!(read(text), (expected, 0));
         assert_eq!(read("NaN").0, Value::Null);
-        // Python has it as an integer; a float is as near as a value here comes.
+        // Python reads it as an integer; a float is the closest value here.
         assert!(read("123456789012345678901234567890").0.is_f64());
         assert_eq!(read("-0.5e-400").0.as_f64(), Some(-0.0));
     }

@@ -1,11 +1,11 @@
-//! Text to token windows: rows of any file, templates, tokenizer, seeded sampling, and a manifest
-//! that says exactly what went in.
+//! Token windows from text: rows of files, templates, tokenizer, seeded sampling, and a manifest
+//! that records exactly what was used.
 //!
-//! Reading order: [`CalibrationSettings`] says what is wanted; [`Source`], [`RowRange`],
-//! [`Rendering`] and [`Template`] are its parts, [`TextTokenizer`] encodes, [`Calibration::draw`]
-//! does it all and leaves a [`Manifest`]; [`evaluation_tokens`] prepares text for perplexity the
-//! same way. [`ChatTemplate`] writes a conversation as a model knows it, and
-//! [`TextDecoder`] turns its answer back into text.
+//! Reading order: [`CalibrationSettings`] holds the settings, with [`Source`], [`RowRange`],
+//! [`Rendering`] and [`Template`] as parts; [`TextTokenizer`] encodes; [`Calibration::draw`] does
+//! it all and returns a [`Manifest`] with the windows; [`evaluation_tokens`] prepares text for
+//! perplexity the same way. [`ChatTemplate`] renders a conversation, and [`TextDecoder`] decodes a
+//! model's answer.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(

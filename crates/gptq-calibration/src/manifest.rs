@@ -1,71 +1,71 @@
-//! What a calibration was made of, as a branch's report carries it.
+//! Record of a calibration, as included in a branch's report.
 
 use serde::{Deserialize, Serialize};
 
 use crate::Sampling;
 use crate::source::HashedFile;
 
-/// What went into a calibration; names no path of the machine.
+/// Inputs of a calibration; without local paths.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// The dataset's id, or the name of the file or glob.
+    /// Dataset id, or name of the file or glob.
     pub source: String,
-    /// The dataset's commit.
+    /// Commit of the dataset.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
-    /// Every file of the source; older reports name none.
+    /// Files of the source; empty in older reports.
     #[serde(default)]
     pub files: Vec<HashedFile>,
-    /// The range of rows asked for.
+    /// Requested range of rows.
     pub rows: String,
-    /// Rows used: those left out by `min_tokens` and `dedupe` or for a null do not count, nor those that
-    /// consecutive windows did not reach, to the batch.
+    /// Rows used, without those skipped by `min_tokens` and `dedupe` or for a null, and without
+    /// those that consecutive windows did not reach (counted in whole batches).
     pub row_count: usize,
-    /// Rows left out because a column they need is null or not there, of those that were reached.
+    /// Rows skipped because a needed column is null or missing, of those that were reached.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub null_rows: usize,
-    /// Rows left out because they hold no text, of those that were reached.
+    /// Rows skipped because they hold no text, of those that were reached.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub blank_rows: usize,
-    /// Rows in whose text halves of surrogate pairs were replaced by U+FFFD.
+    /// Rows in which unpaired surrogates were replaced by U+FFFD.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub mended_rows: usize,
-    /// Positions of rows of token ids that an attention mask dropped.
+    /// Positions of token-id rows that an attention mask removed.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub masked_tokens: usize,
-    /// Rows left out because the chat template objects to them, of those that were reached.
+    /// Rows skipped because the chat template refused them, of those that were reached.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub objected_rows: usize,
-    /// The date that the chat template was told, where it asked for one.
+    /// Date that the chat template saw, if it asked for one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub date: Option<String>,
-    /// Least tokens of a row.
+    /// Minimum number of tokens of a row.
     #[serde(default)]
     pub min_tokens: usize,
-    /// Whether repeated rows were left out.
+    /// True if repeated rows were skipped.
     #[serde(default)]
     pub dedupe: bool,
-    /// The template, or what else made a row a document.
+    /// Template, or other conversion of a row to a document.
     pub template: String,
     /// SHA-256 of `tokenizer.json`.
     pub tokenizer_sha256: String,
     /// Tokens in the rows used.
     pub available_tokens: usize,
-    /// How windows were taken.
+    /// Selection of windows.
     pub sampling: Sampling,
     /// Seed of the draw.
     pub seed: u64,
-    /// Windows drawn.
+    /// Number of windows drawn.
     pub samples: usize,
     /// Tokens per window.
     pub seq_len: usize,
-    /// Positions of the joined rows that lie in at least one window.
+    /// Positions of the joined rows that are in at least one window.
     pub unique_tokens: usize,
 }
 
 impl Manifest {
-    /// What is worth knowing of windows that hold more tokens than the rows: every token is then read several
-    /// times, which costs time and adds nothing.
+    /// Warns if the windows hold more tokens than the rows: then every token is read several times,
+    /// which costs time without benefit.
     pub fn repetition_warning(&self) -> Option<String> {
         let read = self.samples * self.seq_len;
         if read <= self.available_tokens || self.unique_tokens == 0 {

@@ -1,4 +1,4 @@
-//! How much of an evaluation text was calibrated on.
+//! Overlap of an evaluation text with the calibration text.
 //!
 //! Two texts overlap where they share a run of [`RUN`] consecutive tokens: longer than any phrase
 //! that medical or legal text repeats by habit, and shorter than a paragraph. Runs are compared by
@@ -9,16 +9,16 @@ use std::collections::HashSet;
 use crate::CalibrationError;
 use crate::token_file::TokenFile;
 
-/// Tokens of the shortest run that counts.
+/// Length of the shortest run that counts, in tokens.
 pub const RUN: usize = 32;
 
 /// Odd, so that no token's contribution is lost modulo 2^64.
 const BASE: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// What two texts share.
+/// Result of the comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overlap {
-    /// Tokens of the evaluation text that lie in a shared run.
+    /// Tokens of the evaluation text that are in a shared run.
     pub shared: usize,
     /// Tokens of the evaluation text.
     pub total: usize,
@@ -54,7 +54,7 @@ pub(crate) fn overlap(
     })
 }
 
-/// Hands the hash of every full run to `each`.
+/// Passes the hash of every full run to `each`.
 struct Rolling<F> {
     each: F,
     /// The last `RUN` tokens, at their position modulo `RUN`.
@@ -81,7 +81,7 @@ impl<F: FnMut(u64)> Rolling<F> {
             let Some(slot) = self.last.get_mut(self.seen % RUN) else {
                 return;
             };
-            // Tokens count from 1, so that a run of token 0 has a length too.
+            // Tokens count from 1, so that runs of token 0 of different lengths differ.
             let oldest = match self.seen < RUN {
                 true => 0,
                 false => u64::from(*slot) + 1,

@@ -1,7 +1,6 @@
-//! Parquet files, opened for columns. What the file says of itself is checked before the library
-//! acts on it: the footer and the page headers lie in the file
-//! ([`look_through`]), their counts agree and are within the file's [`ValueBudget`], and a page is
-//! of a size that memory has.
+//! Opens Parquet files by column. Declared sizes are checked before the library uses them: the
+//! footer and the page headers are inside the file ([`look_through`]), their counts agree and are
+//! within the file's [`ValueBudget`], and the size of a page is limited.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
@@ -23,16 +22,17 @@ use crate::source::SourceFile;
 use crate::thrift::{Field, look_through};
 use crate::value_budget::ValueBudget;
 
-/// Rows decoded together.
+/// Rows decoded at once.
 const BATCH: usize = 64;
 
-/// Longest header of a page, in bytes.
+/// Maximum length of a page header, in bytes.
 const LONGEST_HEADER: u64 = 16 << 20;
 
-/// Largest page, in bytes as decompressed. Writers end one at about 1 MiB, or 1024 rows.
+/// Maximum size of a page, in bytes as decompressed. Writers end a page at about 1 MiB or 1024
+/// rows.
 const LARGEST_PAGE: i64 = 1 << 30;
 
-/// The rows of `opened`, and how many its footer promises.
+/// Returns the rows of `opened`, and the number that its footer declares.
 pub(crate) fn open(
     mut opened: File,
     file: &SourceFile,
@@ -51,12 +51,12 @@ pub(crate) fn open(
     Ok((reader.map_err(|e| malformed(file, e))?, promised))
 }
 
-/// The footer's schema.
+/// Returns the footer's schema.
 pub(crate) fn schema(opened: &mut File, file: &SourceFile) -> Result<SchemaRef, CalibrationError> {
     Ok(metadata(opened, file)?.0.schema().clone())
 }
 
-/// The footer, and the length of the whole file.
+/// Returns the footer, and the length of the whole file.
 fn metadata(
     opened: &mut File,
     file: &SourceFile,
@@ -66,7 +66,7 @@ fn metadata(
     Ok((metadata.map_err(|e| malformed(file, e))?, length))
 }
 
-/// Looks through the footer, which is followed by its length and four bytes of magic. The length
+/// Checks the footer, which is followed by its length and four bytes of magic. Returns the length
 /// of the whole file.
 fn check_footer(file: &mut File) -> Result<u64, String> {
     let look = |file: &mut File| {
@@ -75,7 +75,7 @@ fn check_footer(file: &mut File) -> Result<u64, String> {
         file.read_exact(&mut length)?;
         let length = u64::from(u32::from_le_bytes(length));
         if length > end.min(MAX_FOOTER) {
-            let reason = format!("{length} bytes, over what there can be");
+            let reason = format!("{length} bytes, more than the limit");
             return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
         }
         file.seek(SeekFrom::Start(end - length))?;
@@ -85,14 +85,14 @@ fn check_footer(file: &mut File) -> Result<u64, String> {
     look(file).map_err(|e| format!("its footer: {e}"))
 }
 
-/// The number of rows, if the footer agrees with itself about it.
+/// Returns the number of rows if the footer is consistent.
 fn check_counts(metadata: &ParquetMetaData) -> Result<u64, String> {
     let total = metadata.file_metadata().num_rows();
     let groups = metadata.row_groups();
     let sum: i128 = groups.iter().map(|g| i128::from(g.num_rows())).sum();
     if i128::from(total) != sum || groups.iter().any(|g| g.num_rows() < 0) {
         return Err(format!(
-            "its footer promises {total} rows, and its row groups {sum}"
+            "its footer declares {total} rows, but its row groups {sum}"
         ));
     }
     for group in groups {
@@ -115,8 +115,8 @@ fn check_counts(metadata: &ParquetMetaData) -> Result<u64, String> {
     Ok(total as u64)
 }
 
-/// The file as the library reads it: a header a page with [`ChunkReader::get_read`], and then the
-/// page.
+/// The file as the library reads it: per page, first the header with [`ChunkReader::get_read`],
+/// then the page.
 struct Pages {
     file: File,
     budget: Arc<ValueBudget>,
@@ -144,8 +144,8 @@ impl ChunkReader for Pages {
     }
 }
 
-/// The bytes from a page's header on. It is checked when it is read, for the library also asks for
-/// the bytes of headers that it has.
+/// Bytes from a page's header on. The header is checked only when it is read, since the library
+/// also requests the bytes of headers that it already has.
 struct PageHeader {
     bytes: BufReader<File>,
     budget: Arc<ValueBudget>,
@@ -164,13 +164,13 @@ impl Read for PageHeader {
     }
 }
 
-/// Looks through a page's header, and says how many bytes it has. Fields are those of `PageHeader`
-/// in <https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift>. The
-/// library takes them to have the types that they have there, whatever the bytes say.
+/// Checks a page's header and returns its length in bytes. Fields are those of `PageHeader` in
+/// <https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift>. The
+/// library assumes their types whatever the bytes say.
 fn check_header(bytes: impl Read, budget: &ValueBudget) -> io::Result<u64> {
     let mut limited = bytes.take(LONGEST_HEADER);
     look_through(&mut limited, &mut |path, field| match (path, field) {
-        // How many values a page has, a dictionary, or a page of the second version.
+        // Number of values of a data page, a dictionary page, or a data page of version 2.
         ([5 | 7 | 8, 1], Field::Integer(values)) => match u64::try_from(values) {
             Ok(values) if i32::try_from(values).is_ok() => budget.spend(values),
             _ => Err(format!("a page of {values} values")),
@@ -186,7 +186,7 @@ fn check_header(bytes: impl Read, budget: &ValueBudget) -> io::Result<u64> {
         }
         ([5..=8], Field::Struct) => Ok(()),
         ([1..=8] | [5 | 7 | 8, 1..=2] | [5 | 8, 3..=4] | [8, 5..=6], _) => {
-            Err("a field is not of its type".into())
+            Err("a field has the wrong type".into())
         }
         _ => Ok(()),
     })?;

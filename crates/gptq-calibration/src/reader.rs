@@ -1,5 +1,5 @@
-//! Rows of one file, a row at a time: nothing here holds more than one row of a text format or
-//! one batch of a columnar one.
+//! Reads rows of one file one at a time: at most one row of a text format or one batch of a
+//! columnar one is in memory.
 //!
 //! | file | a row |
 //! |---|---|
@@ -25,26 +25,27 @@ use crate::{CalibrationError, columnar};
 /// Column names and values.
 pub type Row = Map;
 
-/// Takes one row; breaks when it wants no more.
+/// Takes one row; breaks when no more are needed.
 pub type EachRow<'a> = dyn FnMut(Row) -> Result<ControlFlow<()>, CalibrationError> + 'a;
 
-/// The column of rows that are plain text.
+/// Column of rows that are plain text.
 pub(crate) const TEXT: &str = "text";
 
-/// Longest row of a text format, in bytes as decompressed: what keeps a compressed bomb small.
+/// Maximum length of a row in a text format, in bytes as decompressed; guards against compression
+/// bombs.
 const LONGEST_ROW: u64 = 16 << 20;
 
-/// Most columns of a `.csv` file.
+/// Maximum number of columns of a `.csv` file.
 const MAX_COLUMNS: usize = 1 << 12;
 
-/// What is read of each row.
+/// Columns that are read.
 #[derive(Default)]
 pub(crate) struct Reading<'a> {
-    /// Columns that a file stored by columns must have; of other files every column is read.
+    /// Required columns of a columnar file; other formats read every column.
     pub columns: &'a [&'a str],
-    /// Columns that are read where they are there.
+    /// Columns that are read if present.
     pub optional: &'a [&'a str],
-    /// Halves of surrogate pairs that were replaced since this was last taken.
+    /// Unpaired surrogates replaced since this was last reset.
     pub mended: Rc<Cell<usize>>,
 }
 
@@ -89,7 +90,7 @@ pub(crate) fn read(
             }
         }
         Format::Csv => csv(metered, file, &mut each),
-        // A line without anything separates, it is no row.
+        // An empty line is a separator, not a row.
         Format::JsonLines => lines(metered, file, &mut |number, line| {
             if line.trim().is_empty() {
                 return Ok(ControlFlow::Continue(()));
@@ -101,7 +102,7 @@ pub(crate) fn read(
     }
 }
 
-/// The names of all columns: of the first row, where rows may differ.
+/// Returns the names of all columns; of the first row, where rows may differ.
 pub(crate) fn columns(file: &SourceFile) -> Result<Vec<String>, CalibrationError> {
     if let Some(kind) = columnar_kind(file) {
         return columnar::columns(kind, open_columnar(file)?, file);
@@ -126,7 +127,7 @@ fn open(file: &SourceFile) -> Result<File, CalibrationError> {
     File::open(&file.path).map_err(CalibrationError::io(&file.path))
 }
 
-/// The file, unpacked.
+/// Opens the file, decompressed.
 fn open_columnar(file: &SourceFile) -> Result<File, CalibrationError> {
     let opened = open(file)?;
     match file.compression {
@@ -135,7 +136,7 @@ fn open_columnar(file: &SourceFile) -> Result<File, CalibrationError> {
     }
 }
 
-/// A row that is one text.
+/// Makes a row of one text.
 pub(crate) fn text_row(text: String) -> Row {
     Row::from_iter([(TEXT.to_owned(), Value::String(text))])
 }
@@ -147,7 +148,7 @@ pub(crate) fn malformed(file: &SourceFile, reason: impl ToString) -> Calibration
     }
 }
 
-/// What `opened` holds, unpacked as it is read.
+/// Decompresses `opened` while it is read.
 pub(crate) fn decompress(
     opened: File,
     file: &SourceFile,
@@ -161,7 +162,7 @@ pub(crate) fn decompress(
     })
 }
 
-/// Refuses to go on when a single row grows past [`LONGEST_ROW`].
+/// Reader that fails if a single row is longer than [`LONGEST_ROW`].
 struct Metered<R> {
     inner: R,
     since_row: Rc<Cell<u64>>,
@@ -179,10 +180,10 @@ impl<R: Read> Read for Metered<R> {
     }
 }
 
-/// Whether to go on, or why not.
+/// Whether to continue, or an error.
 type Flow = Result<ControlFlow<()>, CalibrationError>;
 
-/// Lines, numbered from 1, without their ends.
+/// Iterates over lines, numbered from 1, without line endings.
 fn lines(
     mut reader: impl BufRead,
     file: &SourceFile,
@@ -224,7 +225,7 @@ fn csv(
         let record = record.map_err(|e| malformed(file, e))?;
         let cells = record.iter().map(|cell| Value::String(cell.to_owned()));
         let names = headers.iter().enumerate();
-        // A byte-order mark would hide the first column's name.
+        // A byte-order mark would become part of the first column's name.
         let names = names.map(|(i, name)| match i {
             0 => name.trim_start_matches('\u{feff}').to_owned(),
             _ => name.to_owned(),

@@ -1,4 +1,4 @@
-//! A row as one document: a template over its columns, a conversation, or token ids.
+//! Conversion of a row to a document: a template over its columns, a conversation, or token ids.
 
 use sha2::{Digest, Sha256};
 
@@ -9,13 +9,13 @@ use crate::token_rows::{self, MASK, TokenRules};
 use crate::value::Value;
 use crate::{CalibrationError, Template};
 
-/// The column that holds a conversation's tools, beside its messages.
+/// Column of a conversation's tools, beside its messages.
 const TOOLS: &str = "tools";
 
-/// How a row becomes a document.
+/// Conversion of a row to a document.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Rendering {
-    /// Columns filled into a text; the tokenizer adds its special tokens and the end token.
+    /// Columns inserted into a text; the tokenizer adds its special tokens and the end token.
     Template(Template),
     /// A column of `{role, content}` or `{from, value}` objects, written with a chat template.
     Messages {
@@ -24,26 +24,26 @@ pub enum Rendering {
         /// ChatML instead of the tokenizer's own template.
         chatml: bool,
     },
-    /// A column of token ids, taken as they are: nothing is added. Where a column `attention_mask` stands beside
-    /// it, what that masks is dropped.
+    /// A column of token ids, used as they are: nothing is added. Positions that a column
+    /// `attention_mask` masks, if there is one, are removed.
     Tokens {
         /// The column.
         column: String,
     },
 }
 
-/// A row as what the tokenizer takes.
+/// Input of the tokenizer.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Document {
-    /// Gets the tokenizer's special tokens, and the end token.
+    /// Gets the tokenizer's special tokens and the end token.
     Text(String),
-    /// Has every special token already.
+    /// Contains every special token already.
     Complete(String),
     Tokens(Vec<u32>),
 }
 
 impl Rendering {
-    /// The columns it needs.
+    /// Returns the required columns.
     pub(crate) fn columns(&self) -> Vec<&str> {
         match self {
             Rendering::Template(template) => template.columns(),
@@ -51,7 +51,7 @@ impl Rendering {
         }
     }
 
-    /// Columns that are read where they are there.
+    /// Returns columns that are read if present.
     pub(crate) fn optional_columns(&self) -> &'static [&'static str] {
         match self {
             Rendering::Tokens { .. } => &[MASK],
@@ -60,7 +60,7 @@ impl Rendering {
         }
     }
 
-    /// Whether a row whose needed columns are all there holds no text.
+    /// Returns true if a row that has all required columns holds no text.
     pub(crate) fn is_blank(&self, row: &Row) -> bool {
         let is_blank = |cell: &Value| match cell {
             Value::String(text) => text.trim().is_empty(),
@@ -73,7 +73,7 @@ impl Rendering {
                 let mut cells = template.columns().into_iter().filter_map(cell);
                 cells.all(is_blank)
             }
-            // A call of a tool is text too.
+            // A tool call counts as text.
             Rendering::Messages { column, .. } => {
                 let mut messages = cell(column).and_then(Value::as_array).into_iter().flatten();
                 messages.all(|message| {
@@ -92,7 +92,7 @@ impl Rendering {
         }
     }
 
-    /// As a manifest says it.
+    /// Describes the rendering for a manifest.
     pub(crate) fn describe(&self) -> String {
         match self {
             Rendering::Template(template) => template.as_str().to_owned(),
@@ -104,8 +104,8 @@ impl Rendering {
         }
     }
 
-    /// Renders row number `index`, and says how many of its positions a mask dropped. `chat` is there for
-    /// [`Rendering::Messages`], and `rules` for [`Rendering::Tokens`].
+    /// Renders row number `index`, and returns the number of masked positions. `chat` is required
+    /// for [`Rendering::Messages`], and `rules` for [`Rendering::Tokens`].
     pub(crate) fn render(
         &self,
         index: usize,
@@ -132,8 +132,7 @@ impl Rendering {
                 Ok((Document::Text(template.render(index, row)?), 0))
             }
             (Rendering::Tokens { column }, _) => {
-                let takes =
-                    "tokens takes lists of token ids without padding, or beside an attention_mask";
+                let takes = "tokens takes lists of token ids, without padding or with an attention_mask column";
                 let found = token_rows::ids(cell(column)?, row.get(MASK), rules);
                 let (ids, masked) = found.map_err(|found| wrong(column, found, takes))?;
                 Ok((Document::Tokens(ids), masked))
@@ -144,7 +143,7 @@ impl Rendering {
                 let messages = messages.map_err(|found| wrong(column, found, takes))?;
                 let tools = match row.get(TOOLS) {
                     Some(cell) => conversation::tools(cell).map_err(|found| {
-                        wrong(TOOLS, found, "beside messages, tools is a list of tools")
+                        wrong(TOOLS, found, "the column tools must be a list of tools")
                     })?,
                     None => Value::Null,
                 };
@@ -162,7 +161,7 @@ impl Rendering {
 }
 
 impl Document {
-    /// Whether nothing is in it.
+    /// Returns true if it has no content.
     pub(crate) fn is_empty(&self) -> bool {
         match self {
             Document::Text(text) | Document::Complete(text) => text.trim().is_empty(),
@@ -170,7 +169,7 @@ impl Document {
         }
     }
 
-    /// Whether a half of a surrogate pair was replaced in its text.
+    /// Returns true if its text has U+FFFD, which replaces unpaired surrogates.
     pub(crate) fn is_mended(&self) -> bool {
         match self {
             Document::Text(text) | Document::Complete(text) => {
@@ -180,7 +179,7 @@ impl Document {
         }
     }
 
-    /// Bytes it takes up.
+    /// Returns its size in bytes.
     pub(crate) fn size(&self) -> usize {
         match self {
             Document::Text(text) | Document::Complete(text) => text.len(),
@@ -188,7 +187,7 @@ impl Document {
         }
     }
 
-    /// Equal documents have equal digests.
+    /// Returns a digest; equal documents have equal digests.
     pub(crate) fn digest(&self) -> [u8; 32] {
         match self {
             Document::Text(text) | Document::Complete(text) => Sha256::digest(text).into(),

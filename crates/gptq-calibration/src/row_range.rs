@@ -34,7 +34,7 @@ impl FromStr for RowRange {
 }
 
 impl RowRange {
-    /// Where row number `index` lies: before the range, in it, or past its end.
+    /// Returns the position of row `index`: before the range, in it, or past its end.
     pub(crate) fn place(&self, index: usize) -> Place {
         match self.end {
             _ if index < self.start => Place::Before,
@@ -44,7 +44,7 @@ impl RowRange {
     }
 }
 
-/// A row's place beside a range.
+/// Position of a row relative to a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     Before,

@@ -1,4 +1,4 @@
-//! Files of a tokenizer, read whole up to a limit.
+//! Reads files of a tokenizer, up to a size limit.
 
 use std::fs::File;
 use std::io::Read;
@@ -8,14 +8,14 @@ use serde_json::Value;
 
 use crate::CalibrationError;
 
-/// Bytes of `tokenizer.json`; the largest in use have about 35 MB.
+/// Maximum size of `tokenizer.json` in bytes; the largest in use have about 35 MB.
 pub(crate) const MAX_TOKENIZER: u64 = 128 << 20;
-/// Bytes of `tokenizer_config.json`: one with a thousand added tokens has under 1 MB.
+/// Maximum size of `tokenizer_config.json`: one with a thousand added tokens has under 1 MB.
 pub(crate) const MAX_CONFIG: u64 = 8 << 20;
-/// Bytes of a chat template; long ones have 20 kB.
+/// Maximum size of a chat template; long ones have 20 kB.
 pub(crate) const MAX_TEMPLATE: u64 = 64 << 10;
 
-/// The file's bytes.
+/// Reads the file's bytes.
 ///
 /// # Errors
 /// A file that cannot be read, or has over `limit` bytes.
@@ -33,10 +33,10 @@ pub(crate) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, CalibrationError>
     }
 }
 
-/// `tokenizer_config.json` in `dir`, or what else has its limit; null where there is none.
+/// Reads `tokenizer_config.json` or a similar file in `dir`; null if it is missing.
 ///
 /// # Errors
-/// A file that cannot be read, is over its limit, or is no JSON.
+/// A file that cannot be read, is over the limit, or is not JSON.
 pub(crate) fn config(dir: &Path, name: &str) -> Result<Value, CalibrationError> {
     let path = dir.join(name);
     let bytes = match read(&path, MAX_CONFIG) {

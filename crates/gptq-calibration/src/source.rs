@@ -1,4 +1,4 @@
-//! Where rows come from: a file, a glob, or the files of a dataset; their formats and hashes.
+//! Sources of rows: a file, a glob, or the files of a dataset; their formats and hashes.
 
 use std::fs::File;
 use std::io::Read;
@@ -10,18 +10,18 @@ use sha2::{Digest, Sha256};
 use crate::CalibrationError;
 use crate::reader::{self, EachRow, Reading};
 
-/// Where calibration rows come from.
+/// Source of calibration rows.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Source {
-    /// A file of this machine, or a glob over files.
+    /// A local file, or a glob over local files.
     Local(PathBuf),
-    /// A dataset whose files are already on this machine.
+    /// A dataset whose files are already local.
     Dataset {
         /// `owner/name`.
         name: String,
         /// The commit.
         revision: String,
-        /// Each file's path in the dataset, and where it lies here.
+        /// Each file's path in the dataset, and its local path.
         files: Vec<(String, PathBuf)>,
     },
 }
@@ -29,15 +29,15 @@ pub enum Source {
 /// A file that rows were read from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HashedFile {
-    /// Its name, without the directories of this machine.
+    /// File name, without local directories.
     pub name: String,
-    /// Its size.
+    /// Size in bytes.
     pub bytes: u64,
     /// Its SHA-256, lower-case hexadecimal.
     pub sha256: String,
 }
 
-/// How rows are written down.
+/// Format of the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Format {
     Json,
@@ -48,7 +48,7 @@ pub(crate) enum Format {
     Text,
 }
 
-/// What the whole file is wrapped in.
+/// Compression of the whole file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Compression {
     None,
@@ -66,8 +66,8 @@ pub(crate) struct SourceFile {
 }
 
 impl Source {
-    /// A name without any path of this machine: the dataset's, or a local file's or glob's last
-    /// component.
+    /// Returns a name without local directories: the dataset's, or the last component of a local
+    /// file or glob.
     pub fn name(&self) -> String {
         match self {
             Source::Local(path) => last_component(path),
@@ -75,7 +75,7 @@ impl Source {
         }
     }
 
-    /// The dataset's commit.
+    /// Returns the dataset's commit.
     pub fn revision(&self) -> Option<&str> {
         match self {
             Source::Local(_) => None,
@@ -83,7 +83,7 @@ impl Source {
         }
     }
 
-    /// Whether its rows are on this machine.
+    /// Returns true if its rows are local.
     pub fn is_here(&self) -> bool {
         match self {
             Source::Local(_) => true,
@@ -91,7 +91,7 @@ impl Source {
         }
     }
 
-    /// Whether one of its files has the bytes of `path`.
+    /// Returns true if one of its files has the same bytes as `path`.
     ///
     /// # Errors
     /// A file that cannot be read.
@@ -123,16 +123,16 @@ impl Source {
         Ok(false)
     }
 
-    /// Whether rows can be read from a file of this name.
+    /// Returns true if rows can be read from a file of this name.
     pub fn reads(name: &str) -> bool {
         format(name).is_some()
     }
 
-    /// Calls `each` with every row of every file, in order, until it breaks. Files that are stored by
-    /// columns give `columns` alone.
+    /// Calls `each` with every row of every file, in order, until it breaks. Columnar files provide
+    /// only `columns`.
     ///
     /// # Errors
-    /// A file that cannot be read or is malformed, a column that is missing, and what `each` refuses.
+    /// A file that cannot be read or is malformed, a missing column, or an error of `each`.
     pub fn rows(&self, columns: &[&str], each: &mut EachRow<'_>) -> Result<(), CalibrationError> {
         for file in self.files()? {
             if reader::read(&file, &Reading::of(columns), each)?.is_break() {
@@ -142,8 +142,8 @@ impl Source {
         Ok(())
     }
 
-    /// Its files in order: a glob's sorted by path. Errors when there is none, or one is of an
-    /// unknown kind.
+    /// Returns its files in order; those of a glob are sorted by path. Errors if there is none, or
+    /// one has an unknown format.
     pub(crate) fn files(&self) -> Result<Vec<SourceFile>, CalibrationError> {
         let paths = match self {
             Source::Local(path) => {
@@ -172,7 +172,7 @@ fn last_component(path: &Path) -> String {
     name.to_string_lossy().into_owned()
 }
 
-/// A path that exists is taken as it is, even if it looks like a glob.
+/// An existing path is used as it is, even if it looks like a glob.
 fn expand(path: &Path) -> Result<Vec<PathBuf>, CalibrationError> {
     let pattern = path.to_string_lossy();
     if path.exists() || !pattern.contains(['*', '?', '[']) {
@@ -196,7 +196,7 @@ fn expand(path: &Path) -> Result<Vec<PathBuf>, CalibrationError> {
     }
 }
 
-/// From the name's endings.
+/// Determines the format from the name's extensions.
 pub(crate) fn format(name: &str) -> Option<(Format, Compression)> {
     let name = name.to_ascii_lowercase();
     let (name, compression) = match name.rsplit_once('.') {
@@ -217,7 +217,7 @@ pub(crate) fn format(name: &str) -> Option<(Format, Compression)> {
 }
 
 impl SourceFile {
-    /// Reads the whole file once, a piece at a time.
+    /// Hashes the file in one pass.
     pub(crate) fn hash(&self) -> Result<HashedFile, CalibrationError> {
         let mut file = File::open(&self.path).map_err(CalibrationError::io(&self.path))?;
         let mut hasher = Sha256::new();
@@ -241,7 +241,7 @@ impl SourceFile {
     }
 }
 
-/// Lower-case hexadecimal SHA-256.
+/// Returns the lower-case hexadecimal SHA-256.
 pub(crate) fn sha256(bytes: &[u8]) -> String {
     hexadecimal(&Sha256::digest(bytes))
 }

@@ -1,4 +1,4 @@
-//! `"{input}\n{output}"`: a row's columns as one document.
+//! `"{input}\n{output}"`: inserts a row's columns into a text.
 
 use crate::CalibrationError;
 use crate::json::kind;
@@ -58,9 +58,7 @@ impl Template {
             parts.push(Part::Literal(literal));
         }
         if !parts.iter().any(|p| matches!(p, Part::Column(_))) {
-            return Err(error(
-                "it names no column, so every row would read the same",
-            ));
+            return Err(error("it names no column, so every row would be the same"));
         }
         Ok(Template {
             text: text.into(),
@@ -68,7 +66,7 @@ impl Template {
         })
     }
 
-    /// A row that is one column and nothing else.
+    /// Makes a template of a single column.
     pub fn column(name: &str) -> Self {
         Template {
             text: format!("{{{}}}", name.replace('{', "{{").replace('}', "}}")),
@@ -76,7 +74,7 @@ impl Template {
         }
     }
 
-    /// The columns it names.
+    /// Returns the columns it names.
     pub(crate) fn columns(&self) -> Vec<&str> {
         let columns = self.parts.iter().filter_map(|part| match part {
             Part::Column(column) => Some(column.as_str()),
@@ -85,13 +83,13 @@ impl Template {
         columns.collect()
     }
 
-    /// As typed.
+    /// Returns the template as typed.
     pub fn as_str(&self) -> &str {
         &self.text
     }
 
-    /// Fills in the columns of row number `index`: texts as they are, numbers and booleans as JSON has
-    /// them. Errors where one is missing, null, a list or an object.
+    /// Inserts the columns of row number `index`: strings as they are, numbers and booleans as in
+    /// JSON. Errors if a column is missing, null, a list or an object.
     pub fn render(&self, index: usize, row: &Map) -> Result<String, CalibrationError> {
         let mut document = String::new();
         for part in &self.parts {

@@ -1,18 +1,18 @@
-//! A look through a struct in the compact protocol of Thrift
+//! Validates a struct in the compact protocol of Thrift
 //! (<https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md>), in which
-//! Parquet writes its footer and its page headers, before the library reads it: that one believes
-//! the counts, and skips a list of 2³¹ values that are not there one after another.
+//! Parquet writes its footer and its page headers, before the library reads it: the library trusts
+//! the counts, and would skip 2³¹ missing list values one by one.
 //!
-//! Every element of a list takes a byte at least, so the look takes no longer than the bytes. What
-//! Parquet's have none of is refused: maps, and lists of booleans, whose elements the library skips
-//! without a byte.
+//! Every element of a list takes at least a byte, so the time is bounded by the input. Types that
+//! Parquet does not use here are refused: maps, and lists of booleans, whose elements the library
+//! skips without reading a byte.
 
 use std::io::{self, Read};
 
-/// Deepest nesting, as the library has it.
+/// Maximum nesting depth, as in the library.
 const DEEPEST: usize = 64;
 
-/// What a field holds.
+/// Content of a field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Field {
     Integer(i64),
@@ -20,7 +20,7 @@ pub(crate) enum Field {
     Other,
 }
 
-/// Told of every field: the ids that lead to it, outermost first, and what it holds.
+/// Called for every field, with the ids that lead to it, outermost first, and its content.
 pub(crate) type EachField<'a> = dyn FnMut(&[i16], Field) -> Result<(), String> + 'a;
 
 /// Reads one struct to its end.
@@ -56,7 +56,7 @@ impl<R: Read> Look<'_, '_, R> {
                 _ => Field::Other,
             };
             (self.each)(&self.path, field).map_err(malformed)?;
-            // A field's type says what a boolean is.
+            // The field type already holds the value of a boolean.
             if !matches!(kind, 1 | 2 | 4..=6) {
                 self.skip(kind, depth)?;
             }
@@ -64,7 +64,7 @@ impl<R: Read> Look<'_, '_, R> {
         }
     }
 
-    /// Reads past a value that has bytes of its own.
+    /// Skips a value that has bytes of its own.
     fn skip(&mut self, kind: u8, depth: usize) -> io::Result<()> {
         if depth == DEEPEST {
             return Err(malformed("nested too deep"));
@@ -109,7 +109,7 @@ impl<R: Read> Look<'_, '_, R> {
         Err(malformed("a number of more than ten bytes"))
     }
 
-    /// Zigzag.
+    /// Reads a zigzag integer.
     fn integer(&mut self) -> io::Result<i64> {
         let value = self.unsigned()?;
         Ok((value >> 1).cast_signed() ^ -(value & 1).cast_signed())
@@ -164,7 +164,7 @@ mod tests {
             let list = [0x19, 0xf0 | kind, 0xff, 0xff, 0xff, 0xff, 0x07];
             assert!(fields(&list).is_err(), "{kind}");
         }
-        // Booleans, which the library skips without a byte, even where they are there.
+        // Lists of booleans, which the library skips without reading, even if they are present.
         let booleans = [0x19, 0x21, 1, 1, 0];
         assert!(fields(&booleans).is_err());
         let nested = [[0x19].repeat(DEEPEST + 1), vec![0; DEEPEST + 2]].concat();

@@ -1,21 +1,21 @@
-//! Joined tokens in an unnamed temporary file: text of any length is tokenised once, and a window
-//! is read back from wherever it lies. Little-endian `u32`.
+//! Joined tokens in an unnamed temporary file, so that text of any length is tokenized once and
+//! windows are read back from any position. Little-endian `u32`.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 
 use crate::CalibrationError;
 
-/// Tokens read together when all of them are wanted.
+/// Tokens read at once when all are needed.
 const PIECE: usize = 1 << 18;
 
-/// Tokens as they are appended.
+/// Appends tokens.
 pub(crate) struct TokenWriter {
     file: BufWriter<File>,
     len: usize,
 }
 
-/// Tokens at rest.
+/// Finished file of tokens.
 #[derive(Debug)]
 pub(crate) struct TokenFile {
     file: File,
@@ -56,7 +56,7 @@ impl TokenFile {
         self.len
     }
 
-    /// `len` tokens from `start`; both lie in the file.
+    /// Reads `len` tokens from `start`; the range must be inside the file.
     pub(crate) fn read(&self, start: usize, len: usize) -> Result<Vec<u32>, CalibrationError> {
         let mut bytes = vec![0; 4 * len];
         let mut file = &self.file;
@@ -67,7 +67,7 @@ impl TokenFile {
         Ok(words.map(|word| u32::from_le_bytes(*word)).collect())
     }
 
-    /// All tokens, a piece at a time.
+    /// Returns all tokens in pieces.
     pub(crate) fn pieces(&self) -> impl Iterator<Item = Result<Vec<u32>, CalibrationError>> {
         let starts = (0..self.len).step_by(PIECE);
         starts.map(|start| self.read(start, PIECE.min(self.len - start)))

@@ -1,38 +1,38 @@
-//! Rows that are token ids: which of their positions are text, and whether they can be the model's.
+//! Rows of token ids: removal of masked positions, and checks against the model.
 //!
-//! Whoever tokenised a data set may have padded its rows. Where an `attention_mask` stands beside the ids, the
-//! positions that it masks are dropped. Where none does, a row whose end (or beginning) can be nothing but
-//! padding is refused: calibrating on it would be calibrating on padding.
+//! Rows of a tokenized data set may be padded. If an `attention_mask` column is present, the
+//! positions that it masks are removed. Otherwise a row that begins or ends with padding is
+//! refused, as padding must not be calibrated on.
 
 use std::collections::BTreeMap;
 
 use crate::json::kind;
 use crate::value::Value;
 
-/// The column of 1 where there is a token and 0 where there is padding.
+/// Column with 1 for a token and 0 for padding.
 pub(crate) const MASK: &str = "attention_mask";
 
-/// So many of a special token in a row at a row's end are padding. Nothing else writes them: documents are
-/// joined by one, or by an end and a beginning.
+/// Number of equal special tokens at the end of a row that counts as padding. Joined documents
+/// never have so many: they are separated by one, or by an end and a beginning.
 const RUN: usize = 8;
 
-/// What rows of token ids may hold.
+/// Constraints on rows of token ids.
 #[derive(Debug, Default)]
 pub(crate) struct TokenRules {
-    /// Tokens that the model has, where that is known.
+    /// Size of the model's vocabulary, if known.
     pub vocabulary: Option<u32>,
     /// The tokenizer's padding token.
     pub padding: Option<u32>,
-    /// Its end token: some pad with it.
+    /// The tokenizer's end token, which some use for padding.
     pub end: Option<u32>,
     /// Special tokens and their texts.
     pub special: BTreeMap<u32, String>,
 }
 
-/// The ids of a row, without those that its mask drops, and how many those are.
+/// Returns the ids of a row without masked positions, and the number of those.
 ///
 /// # Errors
-/// A sentence about what is wrong with the cell.
+/// A description of what is wrong with the cell.
 pub(crate) fn ids(
     cell: &Value,
     mask: Option<&Value>,
@@ -48,7 +48,7 @@ pub(crate) fn ids(
     let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
     let ids = kept
         .iter()
-        .map(|value| id(value).ok_or_else(|| format!("{value} is no token id")));
+        .map(|value| id(value).ok_or_else(|| format!("{value} is not a token id")));
     let ids: Vec<u32> = ids.collect::<Result<_, _>>()?;
     if mask.is_none() {
         rules.check_padding(&ids)?;
@@ -62,14 +62,14 @@ pub(crate) fn ids(
     }
 }
 
-/// The ids that `mask` keeps. What stands in the others' places may be anything.
+/// Returns the ids that `mask` keeps. The masked ids may have any value.
 fn masked<'a>(ids: &'a [Value], mask: &Value) -> Result<Vec<&'a Value>, String> {
     let flags = mask.as_array();
-    let flags = flags.ok_or_else(|| format!("{MASK} beside it is {}", kind(mask)))?;
+    let flags = flags.ok_or_else(|| format!("its {MASK} is {}", kind(mask)))?;
     if flags.len() != ids.len() {
         let (ids, flags) = (ids.len(), flags.len());
         return Err(format!(
-            "{MASK} beside it has {flags} entries for {ids} token ids"
+            "its {MASK} has {flags} entries for {ids} token ids"
         ));
     }
     let mut kept = Vec::with_capacity(ids.len());
@@ -79,7 +79,7 @@ fn masked<'a>(ids: &'a [Value], mask: &Value) -> Result<Vec<&'a Value>, String> 
             Value::Bool(false) => {}
             Value::Number(n) if n.as_f64() == Some(1.0) => kept.push(id),
             Value::Number(n) if n.as_f64() == Some(0.0) => {}
-            other => return Err(format!("{MASK} beside it holds {other}, neither 0 nor 1")),
+            other => return Err(format!("its {MASK} has {other}, neither 0 nor 1")),
         }
     }
     Ok(kept)
@@ -104,8 +104,8 @@ impl TokenRules {
             if is_padding {
                 let text = self.special.get(&id).map(|text| format!(" ({text:?})"));
                 return Err(format!(
-                    "it {place} with {length} times the token {id}{}, which is padding, and no {MASK} stands \
-                     beside it",
+                    "it {place} with {length} times the token {id}{}, which is padding, and there is no \
+                     {MASK} column",
                     text.unwrap_or_default()
                 ));
             }
@@ -189,7 +189,7 @@ mod tests {
             assert_eq!(check(row.clone()), Ok((row, 0)));
         }
         assert!(check(padded(2, 7)).is_err(), "eight end tokens");
-        // Known and null are as no mask.
+        // A null mask is no mask.
         assert!(ids(&json!(padded(3, 9)), Some(&Value::Null), &rules()).is_err());
     }
 

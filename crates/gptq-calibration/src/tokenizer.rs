@@ -1,5 +1,5 @@
-//! A model's own tokenizer, from the `tokenizer.json` beside it and what the files around that say, as
-//! Transformers 5 makes it ([`Class`], [`AddedTokens`]).
+//! A model's own tokenizer, built from `tokenizer.json` and the files beside it like Transformers 5
+//! builds it ([`Class`], [`AddedTokens`]).
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -16,19 +16,20 @@ use crate::token_rows::TokenRules;
 use crate::tokenizer_class::Class;
 use crate::{CalibrationError, TextDecoder, source};
 
-/// Encodes documents: the tokenizer's own special tokens, then the end token after each document.
+/// Encodes documents: with the tokenizer's own special tokens, and the end token after each
+/// document.
 pub struct TextTokenizer {
     dir: PathBuf,
     tokenizer: Tokenizer,
-    /// `tokenizer.json` as it is, where Transformers builds another.
+    /// Tokenizer of the unchanged `tokenizer.json`, if Transformers builds a different one.
     filed: Option<Tokenizer>,
-    /// Asked for where text is encoded: token ids need none.
+    /// Needed only to encode text; token ids do without.
     end: Option<SpecialToken>,
     beginning: Option<SpecialToken>,
     padding: Option<u32>,
-    /// What `config.json` and `generation_config.json` take for end tokens.
+    /// End tokens according to `config.json` and `generation_config.json`.
     model_ends: Vec<(&'static str, Vec<u32>)>,
-    /// Tokens that the model has, where `config.json` says it.
+    /// Size of the model's vocabulary, if `config.json` has it.
     vocabulary: Option<u32>,
     sha256: String,
 }
@@ -42,16 +43,17 @@ pub struct SpecialToken {
     pub id: u32,
 }
 
-/// Where `tokenizer.json` as it is and what Transformers 5 builds of it tell apart.
+/// Difference between `tokenizer.json` as it is and the tokenizer that Transformers 5 builds from
+/// it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
-    /// Documents whose tokens differ.
+    /// Number of documents whose tokens differ.
     pub documents: usize,
-    /// Documents that were compared.
+    /// Number of documents compared.
     pub of: usize,
-    /// The first differing document's tokens around the place, as Transformers has them.
+    /// Tokens around the first difference, with Transformers 5.
     pub ours: String,
-    /// The same by the file.
+    /// The same with `tokenizer.json` as it is.
     pub filed: String,
 }
 
@@ -65,23 +67,23 @@ impl fmt::Display for Difference {
         } = self;
         write!(
             f,
-            "the tokens of {documents} of the first {of} rows are those of Transformers 5, vLLM, SGLang and mlx-lm, \
-             which build this tokenizer anew; by tokenizer.json as it is (Transformers 4, llama.cpp) they differ, \
-             first {ours:?} from {filed:?}"
+            "{documents} of the first {of} rows are tokenized as by Transformers 5, vLLM, SGLang and mlx-lm, \
+             which rebuild this tokenizer; with tokenizer.json as it is (Transformers 4, llama.cpp) the tokens differ, \
+             first {ours:?} instead of {filed:?}"
         )
     }
 }
 
 impl TextTokenizer {
-    /// Loads `tokenizer.json` and what `tokenizer_config.json`, `special_tokens_map.json` and
-    /// `added_tokens.json` add to it.
+    /// Loads `tokenizer.json` and the additions of `tokenizer_config.json`,
+    /// `special_tokens_map.json` and `added_tokens.json`.
     ///
     /// # Errors
     /// A file that cannot be read, or is malformed.
     pub fn load(dir: &Path) -> Result<Self, CalibrationError> {
         let path = dir.join("tokenizer.json");
         let bytes = small_file::read(&path, MAX_TOKENIZER).map_err(|error| {
-            // What tokenizers were saved as before there was tokenizer.json.
+            // File formats of tokenizers from before `tokenizer.json`.
             let found = ["tokenizer.model", "vocab.json"];
             let found = found.into_iter().find(|name| dir.join(name).exists());
             match found.filter(|_| error.is_missing_file()) {
@@ -96,7 +98,7 @@ impl TextTokenizer {
             path,
             reason: e.to_string(),
         })?;
-        // A file may carry the truncation and padding of whoever saved it.
+        // A file may contain the truncation and padding settings of its author.
         filed.with_padding(None);
         filed.with_truncation(None).map_err(failed)?;
         let config = small_file::config(dir, "tokenizer_config.json")?;
@@ -122,7 +124,7 @@ impl TextTokenizer {
         let own = own.into_iter().collect();
         tokens.add_to(&mut tokenizer, class, &own)?;
         if let Some(filed) = &mut filed {
-            // What goes by the file knows added tokens all the same.
+            // Programs that use the file as it is know added tokens as well.
             let tokens = AddedTokens::new(Class::AsFiled, &config, &map, &added);
             tokens.add_to(filed, Class::AsFiled, &own)?;
         }
@@ -148,28 +150,27 @@ impl TextTokenizer {
         })
     }
 
-    /// SHA-256 of `tokenizer.json`.
+    /// Returns the SHA-256 of `tokenizer.json`.
     pub fn sha256(&self) -> &str {
         &self.sha256
     }
 
-    /// The directory it was loaded from.
+    /// Returns the directory it was loaded from.
     pub(crate) fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// What joins documents: it follows each.
+    /// Returns the token that follows each document when documents are joined.
     pub fn end(&self) -> Option<&SpecialToken> {
         self.end.as_ref()
     }
 
-    /// What the tokenizer itself sets before a text.
+    /// Returns the token that the tokenizer itself puts before a text.
     pub fn beginning(&self) -> Option<&SpecialToken> {
         self.beginning.as_ref()
     }
 
-    /// What should be known where documents are joined: the model takes other tokens for an end than the
-    /// one that joins them.
+    /// Warns if the model's end tokens do not include the one that joins documents.
     pub fn end_warning(&self) -> Option<String> {
         let SpecialToken { text, id } = self.end.as_ref()?;
         let other = self.model_ends.iter().filter(|(_, ids)| !ids.contains(id));
@@ -184,37 +185,37 @@ impl TextTokenizer {
             .collect();
         (!other.is_empty()).then(|| {
             format!(
-                "the tokenizer ends documents with token {id} ({text:?}), but the model's end token is \
-                 another by {}; documents are joined by the tokenizer's, and figures depend on it; if that is \
-                 wrong, mend eos_token in tokenizer_config.json",
-                other.join(" and by ")
+                "the tokenizer ends documents with token {id} ({text:?}), but the model's end token differs: \
+                 {}; documents are joined with the tokenizer's, which affects the results; if that is \
+                 wrong, correct eos_token in tokenizer_config.json",
+                other.join("; ")
             )
         })
     }
 
-    /// A text as tokens, with the tokenizer's own special tokens around it if asked for; those that
-    /// the text spells out are recognised either way.
+    /// Encodes a text, optionally with the tokenizer's own special tokens around it; special tokens
+    /// written in the text are recognized either way.
     pub fn encode(&self, text: &str, special_tokens: bool) -> Result<Vec<u32>, CalibrationError> {
         encode(&self.tokenizer, text, special_tokens)
     }
 
-    /// Tokens as text, special tokens included.
+    /// Decodes tokens, special tokens included.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, CalibrationError> {
         self.tokenizer.decode(tokens, false).map_err(failed)
     }
 
-    /// Text of tokens that come one by one after `prompt`.
+    /// Returns a decoder for tokens that follow `prompt` one by one.
     pub fn decoder(&self, prompt: &[u32]) -> Result<TextDecoder<'_>, CalibrationError> {
         TextDecoder::new(&self.tokenizer, prompt)
     }
 
-    /// All documents encoded, each ended by one end token, joined.
+    /// Encodes all documents, each followed by one end token, and joins them.
     pub fn join(&self, documents: Vec<String>) -> Result<Vec<u32>, CalibrationError> {
         let documents = documents.into_iter().map(Document::Text).collect();
         Ok(self.encode_all(documents)?.concat())
     }
 
-    /// Each document's tokens, in order; encoded in parallel.
+    /// Encodes documents in parallel; returns each one's tokens, in order.
     pub(crate) fn encode_all(
         &self,
         documents: Vec<Document>,
@@ -249,7 +250,7 @@ impl TextTokenizer {
                 let end = end.ok_or_else(|| CalibrationError::NoEndToken {
                     dir: self.dir.clone(),
                 })?;
-                // Some tokenizers end a text themselves.
+                // Some tokenizers add the end token themselves.
                 if ids.last() != Some(&end) {
                     ids.push(end);
                 }
@@ -258,8 +259,8 @@ impl TextTokenizer {
         }
     }
 
-    /// Compares what Transformers 5 builds with `tokenizer.json` as it is; `None` where they are the same
-    /// for all of `documents`.
+    /// Compares the tokenizer that Transformers 5 builds with `tokenizer.json` as it is; `None` if
+    /// they agree on all of `documents`.
     pub(crate) fn difference(
         &self,
         documents: &[Document],
@@ -293,7 +294,7 @@ impl TextTokenizer {
         Ok(found)
     }
 
-    /// What rows of token ids may hold.
+    /// Returns the constraints on rows of token ids.
     pub(crate) fn token_rules(&self) -> TokenRules {
         let added = self.tokenizer.get_added_tokens_decoder().into_iter();
         TokenRules {
@@ -317,7 +318,7 @@ fn encode(
     Ok(encoding.map_err(failed)?.get_ids().to_vec())
 }
 
-/// What the post-processor sets before and behind a text.
+/// Returns the tokens that the post-processor puts before and after a text.
 fn own_ends(
     tokenizer: &Tokenizer,
 ) -> Result<(Option<SpecialToken>, Option<SpecialToken>), CalibrationError> {
@@ -347,7 +348,8 @@ fn own_ends(
     })
 }
 
-/// What the model's own configs say. They are checked elsewhere: what cannot be read says nothing here.
+/// Facts from the model's own configs. Those are checked elsewhere: unreadable values are ignored
+/// here.
 #[derive(Default)]
 struct Facts {
     model_type: String,
@@ -454,7 +456,7 @@ mod tests {
             Ok(Some(1)),
             "but not beside an added_tokens_decoder"
         );
-        // A token that the vocabulary does not know gets an id of its own, for which the model has no row.
+        // A token outside the vocabulary gets a new id, for which the model has no embedding row.
         write("special_tokens_map.json", "{}");
         write("tokenizer_config.json", r#"{"eos_token": "<|nowhere|>"}"#);
         write("config.json", r#"{"vocab_size": 4096}"#);
@@ -469,7 +471,7 @@ mod tests {
     fn any_number_of_threads_gives_the_tokens_of_one_by_one() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
         let tokenizer = TextTokenizer::load(&root.join("tests/models/medi-tiny")).unwrap();
-        // Documents of very different lengths: those that end early must not come early.
+        // Documents of very different lengths: those finished early must keep their places.
         let text = |at: usize| format!("{at} fever and cough; ").repeat(1 + at * 37 % 200);
         let documents = || (0..400).map(|at| Document::Text(text(at))).collect();
         let pool = |threads| {

@@ -1,9 +1,10 @@
-//! Which tokenizer Transformers 5 makes of a model's files.
+//! The tokenizer class that Transformers 5 uses for a model's files.
 //!
-//! `AutoTokenizer` takes `tokenizer.json` as it is for most models. For some classes it takes the vocabulary,
-//! the merges and the post-processor alone, and builds the rest anew ([`Class::rebuild`]): a `LlamaTokenizer`
-//! loses the file's normalizer and pre-tokenizer. Programs that stand on Transformers (vLLM, SGLang, mlx-lm)
-//! feed a model these tokens; llama.cpp, the `tokenizers` library and Transformers 4 go by the file.
+//! For most models `AutoTokenizer` uses `tokenizer.json` as it is. For some classes it uses only
+//! the vocabulary, the merges and the post-processor, and rebuilds the rest ([`Class::rebuild`]): a
+//! `LlamaTokenizer` loses the file's normalizer and pre-tokenizer. Programs based on Transformers
+//! (vLLM, SGLang, mlx-lm) feed a model these tokens; llama.cpp, the `tokenizers` library and
+//! Transformers 4 use the file.
 //!
 //! Source: `models/auto/tokenization_auto.py` and the classes' own files in Transformers 5.23.
 
@@ -17,7 +18,7 @@ use tokenizers::{
 use crate::CalibrationError;
 use crate::tokenizer::failed;
 
-/// How a tokenizer is made from its files.
+/// Construction of a tokenizer from its files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
     /// `tokenizer.json` as it is.
@@ -30,7 +31,7 @@ pub(crate) enum Class {
     GptNeoX,
 }
 
-/// Model types whose tokenizers are taken as they are filed, whatever class they name.
+/// Model types whose tokenizers are used as filed, whatever class they name.
 const AS_FILED: [&str; 36] = [
     "arctic",
     "ernie4_5",
@@ -70,7 +71,7 @@ const AS_FILED: [&str; 36] = [
     "step3_vl",
 ];
 
-/// Model types that have a class of their own; it counts where the tokenizer names none.
+/// Model types with a registered class, used if the tokenizer names none.
 const REGISTERED: [(&str, Class); 19] = [
     ("falcon_mamba", Class::GptNeoX),
     ("gemma", Class::Gemma),
@@ -95,11 +96,12 @@ const REGISTERED: [(&str, Class); 19] = [
 
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// In a `tokenizer.json` of bytes.
+/// Marks a `tokenizer.json` that works on bytes.
 const BYTE_LEVEL: &[u8] = b"\"ByteLevel\"";
 
 impl Class {
-    /// Of a tokenizer that names `class` beside a model of `model_type`; `json` is its `tokenizer.json`.
+    /// Returns the class for a tokenizer that names `class` beside a model of `model_type`; `json`
+    /// is its `tokenizer.json`.
     pub(crate) fn of(model_type: &str, class: Option<&str>, json: &[u8]) -> Class {
         if AS_FILED.contains(&model_type) {
             return Class::AsFiled;
@@ -116,9 +118,9 @@ impl Class {
             _ => Class::AsFiled,
         });
         match named {
-            // Known there for wrong classes in the files.
+            // Transformers ignores the class here, as it is often wrong in the files.
             _ if model_type == "qwen2" => Class::Qwen2,
-            // Llama 3's kind under Llama 2's name.
+            // A tokenizer of Llama 3's kind under Llama 2's name.
             Some(Class::Llama)
                 if json
                     .windows(BYTE_LEVEL.len())
@@ -131,7 +133,7 @@ impl Class {
         }
     }
 
-    /// Special tokens that a class has where `tokenizer_config.json` says nothing of them.
+    /// Returns the default special tokens of a class, used if `tokenizer_config.json` names none.
     pub(crate) fn defaults(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Class::AsFiled => &[],
@@ -176,8 +178,8 @@ impl Class {
         }
     }
 
-    /// The tokenizer that this class makes of `filed`, without any added token; `None` where it is `filed`
-    /// itself. `config` is `tokenizer_config.json`, `unknown` the unknown token.
+    /// Returns the tokenizer that this class builds from `filed`, without added tokens; `None` if
+    /// it is `filed` itself. `config` is `tokenizer_config.json`, `unknown` the unknown token.
     pub(crate) fn rebuild(
         self,
         filed: &Tokenizer,
@@ -261,7 +263,7 @@ impl Class {
             .map_err(failed)?;
         made.with_pre_tokenizer(Some(part::<PreTokenizerWrapper>(pre_tokenizer)?));
         made.with_decoder(Some(part::<DecoderWrapper>(decoder)?));
-        // This one class sets nothing around a text, whatever the file says.
+        // This class adds nothing around a text, whatever the file says.
         let post_processor = filed
             .get_post_processor()
             .filter(|_| self != Class::GptNeoX);
@@ -270,7 +272,7 @@ impl Class {
     }
 }
 
-/// A part of a tokenizer from what `tokenizer.json` would say of it.
+/// Builds a part of a tokenizer from its JSON in `tokenizer.json`.
 fn part<T: DeserializeOwned>(json: Value) -> Result<T, CalibrationError> {
     serde_json::from_value(json).map_err(|e| failed(e.into()))
 }

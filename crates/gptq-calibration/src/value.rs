@@ -1,5 +1,5 @@
-//! A cell of a row: JSON's values, whose objects keep the order of their keys, as chat templates write
-//! them.
+//! A cell of a row: a JSON value whose objects keep the order of their keys, as chat templates
+//! write them in order.
 
 use std::fmt;
 use std::ops::Index;
@@ -9,10 +9,10 @@ use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor}
 use serde::ser::{Serialize, Serializer};
 use serde_json::Number;
 
-/// Names and values, in the order in which they came; of a repeated name the last value counts.
+/// Names and values, in their original order; of a repeated name the last value is kept.
 pub type Map = IndexMap<String, Value>;
 
-/// A value.
+/// A JSON value.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum Value {
     /// `null`.
@@ -31,12 +31,12 @@ pub enum Value {
 }
 
 impl Value {
-    /// Whether it is `null`.
+    /// Returns true for `null`.
     pub fn is_null(&self) -> bool {
         matches!(self, Value::Null)
     }
 
-    /// The text, if it is one.
+    /// Returns the string, if it is one.
     pub fn as_str(&self) -> Option<&str> {
         match self {
             Value::String(text) => Some(text),
@@ -44,7 +44,7 @@ impl Value {
         }
     }
 
-    /// The list, if it is one.
+    /// Returns the list, if it is one.
     pub fn as_array(&self) -> Option<&Vec<Value>> {
         match self {
             Value::Array(list) => Some(list),
@@ -52,7 +52,7 @@ impl Value {
         }
     }
 
-    /// The object, if it is one.
+    /// Returns the object, if it is one.
     pub fn as_object(&self) -> Option<&Map> {
         match self {
             Value::Object(object) => Some(object),
@@ -60,7 +60,7 @@ impl Value {
         }
     }
 
-    /// The number, if it is an integer that is not negative.
+    /// Returns the number, if it is a non-negative integer.
     pub fn as_u64(&self) -> Option<u64> {
         match self {
             Value::Number(number) => number.as_u64(),
@@ -68,13 +68,13 @@ impl Value {
         }
     }
 
-    /// The member `name` of an object.
+    /// Returns the member `name` of an object.
     pub fn get(&self, name: &str) -> Option<&Value> {
         self.as_object()?.get(name)
     }
 }
 
-/// JSON, on one line.
+/// Writes JSON on one line.
 impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&serde_json::to_string(self).map_err(|_| fmt::Error)?)
@@ -84,7 +84,7 @@ impl fmt::Display for Value {
 impl Index<&str> for Value {
     type Output = Value;
 
-    /// `null` where there is none.
+    /// Returns `null` for a missing member.
     fn index(&self, name: &str) -> &Value {
         self.get(name).unwrap_or(&Value::Null)
     }
@@ -120,7 +120,7 @@ impl From<bool> for Value {
     }
 }
 
-/// What JSON cannot hold is `null`.
+/// Numbers that JSON does not have become `null`.
 impl From<f64> for Value {
     fn from(value: f64) -> Self {
         Number::from_f64(value).map_or(Value::Null, Value::Number)
@@ -139,7 +139,7 @@ macro_rules! from_integers {
 
 from_integers!(i8, i16, i32, i64, u8, u16, u32, u64);
 
-/// Its objects are in the order that `serde_json` has them in.
+/// Objects keep the order that `serde_json` has.
 impl From<serde_json::Value> for Value {
     fn from(value: serde_json::Value) -> Self {
         use serde_json::Value as Json;
@@ -157,7 +157,7 @@ impl From<serde_json::Value> for Value {
     }
 }
 
-/// Whatever the order of keys.
+/// Ignores the order of keys.
 #[cfg(test)]
 impl PartialEq<serde_json::Value> for Value {
     fn eq(&self, other: &serde_json::Value) -> bool {

@@ -1,5 +1,5 @@
-//! A Parquet or Arrow file is never whole in memory: 320 MB that cannot be compressed are drawn from
-//! within a tenth of it, as an allocator that counts sees it.
+//! A Parquet or Arrow file is never whole in memory: 320 MB of incompressible data are processed in
+//! a tenth of that, as measured by a counting allocator.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
@@ -43,18 +43,18 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Bytes that a file of any size is read in.
+/// Memory bound for a file of any size, in bytes.
 const BOUND: usize = 32 << 20;
 
 const ROWS_PER_BATCH: usize = 1000;
 const BATCHES: usize = 32;
 const ROW_BYTES: usize = 10_000;
 
-/// Different rows: few, so that tokenising them takes no time (the others are read, and dropped as
-/// repeats), but so many that no repeat lies in the 64 KiB that Snappy looks back.
+/// Number of distinct rows: few, so that tokenizing is fast (the others are read, and dropped as
+/// repeats), but so many that no repeat is within the 64 KiB window of Snappy.
 const TEXTS: usize = 16;
 
-/// Random texts of 64 letters, in which Snappy finds nothing to save.
+/// Generates random texts of 64 letters, which Snappy cannot compress.
 fn texts() -> Vec<String> {
     let letters = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut rng = ChaCha8Rng::seed_from_u64(7);
@@ -76,7 +76,7 @@ fn batches() -> impl Iterator<Item = RecordBatch> {
     })
 }
 
-/// In row groups of a quarter of the rows, each larger than the bound.
+/// Writes row groups of a quarter of the rows, each larger than the bound.
 fn write_parquet(path: &Path) {
     let properties = WriterProperties::builder()
         .set_dictionary_enabled(false)
@@ -102,7 +102,7 @@ fn write_arrow(path: &Path) {
     writer.finish().unwrap();
 }
 
-// One test: files of this size one after the other, and nothing else that is counted.
+// A single test: files of this size one after the other, without other allocations.
 #[test]
 fn a_columnar_file_is_read_in_a_tenth_of_its_size() {
     let root: PathBuf = [env!("CARGO_MANIFEST_DIR"), "../.."].iter().collect();

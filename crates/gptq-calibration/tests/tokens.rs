@@ -1,5 +1,5 @@
-//! Token ids against Transformers' own, for 50 awkward texts and every way in which files of a tokenizer are
-//! spread (`tests/golden/make_tokens.py`).
+//! Token ids compared with those of Transformers, for 50 difficult texts and every layout of
+//! tokenizer files (`tests/golden/make_tokens.py`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -26,7 +26,7 @@ struct Case {
     eos: Option<u32>,
     eos_token: Option<String>,
     transformers: Vec<Vec<u32>>,
-    /// By the text's place, where they differ.
+    /// Expected tokens by the text's position, where they differ.
     filed: BTreeMap<usize, Vec<u32>>,
 }
 
@@ -39,7 +39,7 @@ fn golden() -> Golden {
 }
 
 impl Case {
-    /// The tokenizer's directory, with more keys in `config.json`.
+    /// Writes the tokenizer's directory, with extra keys in `config.json`.
     fn write(&self, config: &Value) -> TempDir {
         let dir = TempDir::new().unwrap();
         let source = match self.source.as_str() {
@@ -127,7 +127,7 @@ fn another_end_than_the_model_s_is_told_of_and_ids_beyond_the_model_are_refused(
         let dir = find(name).write(&config);
         TextTokenizer::load(dir.path()).unwrap().end_warning()
     };
-    // SmolLM2 as a GGUF file says it: its end token is what opens a turn.
+    // SmolLM2 as converted from GGUF: its end token is the one that opens a turn.
     let told = warning("smollm2", json!({"eos_token_id": 2})).unwrap();
     for words in [
         "token 1 (\"<|im_start|>\")",

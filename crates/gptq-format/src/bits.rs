@@ -1,4 +1,4 @@
-//! The two settings every part of the project shares: code width and group size.
+//! Code width and group size, the two settings that every crate shares.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,10 +17,10 @@ pub enum Bits {
 }
 
 impl Bits {
-    /// Every width the format has.
+    /// Every width that the format supports.
     pub const ALL: [Bits; 4] = [Bits::Two, Bits::Three, Bits::Four, Bits::Eight];
 
-    /// The width in bits.
+    /// Returns the width in bits.
     pub fn get(self) -> usize {
         match self {
             Bits::Two => 2,
@@ -30,12 +30,12 @@ impl Bits {
         }
     }
 
-    /// The largest code, `2^bits - 1`.
+    /// Returns the largest code, `2^bits - 1`.
     pub fn max_code(self) -> u8 {
         ((1u32 << self.get()) - 1) as u8
     }
 
-    /// The zero point of a symmetric quantizer, `2^(bits-1)`.
+    /// Returns the zero point of a symmetric quantizer, `2^(bits-1)`.
     pub fn symmetric_zero(self) -> u8 {
         1 << (self.get() - 1)
     }
@@ -64,7 +64,7 @@ impl std::fmt::Display for Bits {
     }
 }
 
-/// How many consecutive input columns share one scale and zero.
+/// Number of consecutive input columns that share one scale and zero point.
 ///
 /// On disk and in recipes [`GroupSize::Row`] is written `-1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -77,7 +77,7 @@ pub enum GroupSize {
 }
 
 impl GroupSize {
-    /// Columns per group for a linear with `in_features` inputs.
+    /// Returns the columns per group for a linear layer with `in_features` inputs.
     pub fn columns(self, in_features: usize) -> usize {
         match self {
             GroupSize::Row => in_features,
@@ -85,13 +85,13 @@ impl GroupSize {
         }
     }
 
-    /// Groups per row for a linear with `in_features` inputs.
+    /// Returns the groups per row for a linear layer with `in_features` inputs.
     pub fn groups(self, in_features: usize) -> usize {
-        // A linear without inputs has none, by whatever size.
+        // Avoids a division by zero for a layer without inputs.
         in_features.div_ceil(self.columns(in_features).max(1))
     }
 
-    /// Whether `in_features` columns split into whole groups.
+    /// Returns true if `in_features` columns split into whole groups.
     pub fn divides(self, in_features: usize) -> bool {
         in_features.is_multiple_of(self.columns(in_features))
     }

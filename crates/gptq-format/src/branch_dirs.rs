@@ -1,4 +1,4 @@
-//! Which directories below an output directory are branches.
+//! Finds branches below an output directory.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use crate::FormatError;
 use crate::staged_dir::{OLD, PARTIAL};
 
-/// Directories directly below `dir`, `main` first, then by name, with their names. What a run under way
-/// has beside its branches, or one that died while it replaced one, is not among them. Which files make
-/// a directory a branch is for the caller to say.
+/// Returns the directories directly below `dir` with their names, `main` first, then by name.
+/// Staging directories of a current or interrupted run are left out. The caller decides which files
+/// make a directory a branch.
 ///
 /// # Errors
 /// `dir` cannot be read.

@@ -1,5 +1,5 @@
-//! Lazy reading of a checkpoint, safetensors or PyTorch files, single or sharded: files are mapped,
-//! their directories are checked, and a tensor's bytes are touched only when it is asked for.
+//! Lazy reading of a checkpoint, safetensors or PyTorch files, single or sharded: files are mapped
+//! and their directories checked, but a tensor's bytes are read only on request.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,7 +16,8 @@ use crate::{
     FormatError, Half, PackedLinear, QuantizeConfig, TensorView, safetensors_file, torch_file,
 };
 
-/// Elements of a large tensor that are converted at a time on their way to a device or into a file.
+/// Number of elements of a large tensor that are converted at a time on the way to a device or a
+/// file.
 pub const TABLE_PIECE: usize = 1 << 21;
 
 /// A mapped checkpoint directory.
@@ -24,32 +25,32 @@ pub struct Checkpoint {
     dir: PathBuf,
     files: Vec<String>,
     shards: Vec<MappedFile>,
-    /// By name, with the shard each lies in.
+    /// Tensors by name, with the index of their shard.
     tensors: BTreeMap<String, (usize, Place)>,
     quantize_config: Option<QuantizeConfig>,
     index: Option<Index>,
     notes: Vec<String>,
 }
 
-/// Where a file keeps a tensor; checked against the file's length.
+/// Location of a tensor in a file; checked against the file's length.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Place {
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
-    /// Elements from one index of a dimension to the next; `None` when row-major without gaps.
+    /// Stride of each dimension in elements; `None` for row-major without gaps.
     pub(crate) strides: Option<Vec<usize>>,
-    /// From the first element to the end of the last.
+    /// Byte range from the first element to the end of the last.
     pub(crate) bytes: Range<usize>,
 }
 
 impl Checkpoint {
-    /// Maps the weights in `dir`: the files that Transformers reads, or what other tools call them (see
-    /// [`Checkpoint::notes`]). The shards' own headers say which tensors are there; where an index says
-    /// otherwise, that is no error until a tensor is asked for that no shard has.
+    /// Maps the weights in `dir`: the files that Transformers reads, or those of other tools (see
+    /// [`Checkpoint::notes`]). The shards' own headers determine the tensors; where an index
+    /// disagrees, that is no error until a tensor is requested that no shard has.
     ///
     /// # Errors
-    /// No weights, a file whose directory does not parse or disagrees with its length, a tensor that is in
-    /// two shards with other values, and quantization settings of another method than GPTQ.
+    /// No weights, a file whose directory does not parse or disagrees with its length, a tensor
+    /// with different values in two shards, or quantization settings of a method other than GPTQ.
     pub fn open(dir: &Path) -> Result<Self, FormatError> {
         let WeightFiles {
             container,
@@ -78,7 +79,7 @@ impl Checkpoint {
             checkpoint.shards.push(bytes);
             for (name, place) in places {
                 match checkpoint.tensors.get(&name) {
-                    // Where several shards have it, the one that the index says counts.
+                    // If several shards have it, the one listed in the index is used.
                     Some(_) if listed(&name) == Some(file) => {}
                     Some((before, _)) if listed(&name) == files.get(*before) => continue,
                     Some((before, other)) => {
@@ -113,8 +114,8 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// The settings beside the weights. Those of another method are said to be a leftover where the weights
-    /// are dense.
+    /// Reads the settings beside the weights. For another method's settings, the error notes
+    /// whether the weights are dense.
     fn settings(&self) -> Result<Option<QuantizeConfig>, FormatError> {
         let there = |file: &str| self.dir.join(file).exists();
         if !there("config.json") && !there("quantize_config.json") {
@@ -130,7 +131,8 @@ impl Checkpoint {
         }
     }
 
-    /// By their names and dtypes, the method that some of the tensors are quantized by.
+    /// Returns the method by which some of the tensors are quantized, judging by names and dtypes,
+    /// and one such tensor.
     pub fn quantized_by(&self) -> Option<(&'static str, &str)> {
         self.tensors.iter().find_map(|(name, (_, place))| {
             let (_, suffix) = name.rsplit_once('.')?;
@@ -149,7 +151,7 @@ impl Checkpoint {
         })
     }
 
-    /// Notes where the index and the shards disagree.
+    /// Adds notes where the index and the shards disagree.
     fn note_index(&mut self) {
         let Some(index) = &self.index else {
             return;
@@ -166,37 +168,40 @@ impl Checkpoint {
         }
         if !gone.is_empty() {
             let names = some(&gone);
-            (self.notes).push(format!("{} lists {names}, which no file has", index.name));
+            (self.notes).push(format!(
+                "{} lists {names}, which no file contains",
+                index.name
+            ));
         }
-        // Of shards read in place of those listed, every tensor is.
+        // If shards are read in place of those listed, every tensor is in another file.
         if !elsewhere.is_empty() && index.absent.is_empty() {
             (self.notes).push(format!(
-                "{} places {} in another file than the one that has it",
+                "{} lists {} in a different file from the one that contains it",
                 index.name,
                 some(&elsewhere)
             ));
         }
     }
 
-    /// What was unexpected about the files and their index, in a sentence each; none of it matters where
-    /// every tensor that is needed is there.
+    /// Returns notes on unexpected files and index entries, one sentence each; they are harmless if
+    /// every needed tensor is present.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
 
-    /// Files that the index names and that are not there.
+    /// Returns the files that the index lists but that are missing.
     pub fn absent_files(&self) -> &[String] {
         self.index.as_ref().map_or(&[], |index| &index.absent)
     }
 
-    /// Lets the tensor `by` serve as `name` too.
+    /// Makes the tensor `by` available as `name` too.
     pub fn serve(&mut self, name: &str, by: &str) {
         if let Some(place) = self.tensors.get(by).cloned() {
             self.tensors.insert(name.to_owned(), place);
         }
     }
 
-    /// Maps one file, with the quantization settings beside it.
+    /// Maps one file and reads the quantization settings beside it.
     ///
     /// Errors as [`Checkpoint::open`].
     pub fn open_file(path: &Path) -> Result<Self, FormatError> {
@@ -221,32 +226,32 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// The directory it was opened from.
+    /// Returns the directory it was opened from.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Names of the files that hold its weights.
+    /// Returns the names of the weight files.
     pub fn files(&self) -> &[String] {
         &self.files
     }
 
-    /// The GPTQ settings, when this is a quantized checkpoint.
+    /// Returns the GPTQ settings of a quantized checkpoint.
     pub fn quantize_config(&self) -> Option<&QuantizeConfig> {
         self.quantize_config.as_ref()
     }
 
-    /// All tensor names, sorted.
+    /// Returns all tensor names, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// Whether a tensor is there.
+    /// Returns true if the tensor exists.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
 
-    /// One tensor, whatever its dtype and shape.
+    /// Returns a view of one tensor of any dtype and shape.
     ///
     /// # Errors
     /// No such tensor.
@@ -259,13 +264,13 @@ impl Checkpoint {
         Ok(self.at(name, place))
     }
 
-    /// What the index says of a tensor that is not there.
+    /// Describes what the index says about a missing tensor.
     fn index_says(&self, name: &str) -> String {
         let listed = |index: &Index| {
             let file = index.weight_map.get(name)?;
             let why = match index.absent.contains(file) {
-                true => "is not there",
-                false => "does not have it",
+                true => "is missing",
+                false => "does not contain it",
             };
             Some(format!(
                 " ({} says it is in {file}, which {why})",
@@ -285,7 +290,7 @@ impl Checkpoint {
         }
     }
 
-    /// Names and places of the tensors in one of its files.
+    /// Returns names and locations of the tensors in one of its files.
     pub(crate) fn places(&self, file: &str) -> impl Iterator<Item = (&str, &Place)> {
         let at = self.files.iter().position(|it| it == file);
         let all = self.tensors.iter();
@@ -293,15 +298,15 @@ impl Checkpoint {
             .map(|(name, (_, place))| (name.as_str(), place))
     }
 
-    /// The bytes of a place in a shard; both were checked when the file was opened.
+    /// Returns the bytes at a location in a shard; the range was checked when the file was opened.
     fn bytes(&self, shard: usize, place: &Place) -> &[u8] {
         let file = self.shards.get(shard);
         let bytes = file.and_then(|file| file.get(place.bytes.clone()));
         bytes.unwrap_or_default()
     }
 
-    /// Lets the process's memory go that a tensor's bytes took, for one that was read into a place of its
-    /// own or is not needed again soon. What reads tensors into values does so itself.
+    /// Drops the resident pages of a tensor that has been copied or is not needed again soon.
+    /// Methods that convert tensors do this themselves.
     pub fn give_back(&self, name: &str) {
         if let Some((shard, place)) = self.tensors.get(name)
             && let Some(file) = self.shards.get(*shard)
@@ -322,9 +327,9 @@ impl Checkpoint {
         Ok(view)
     }
 
-    /// The bits of a floating-point tensor as `half`, row-major, into `out`, which has as many elements
-    /// as `shape`. Other floats are rounded to nearest even. One tensor is converted by all threads at
-    /// once.
+    /// Writes a floating-point tensor as the bits of `half`, row-major, into `out`, which must have
+    /// as many elements as `shape`. Other floats are rounded to nearest even. All threads work on
+    /// one tensor.
     ///
     /// # Errors
     /// A wrong shape or dtype, a non-finite value, a value beyond the range of `half`.
@@ -340,11 +345,12 @@ impl Checkpoint {
         read
     }
 
-    /// As [`Checkpoint::halves_into`], `step` elements at a time and in order, each handed to `take` with the index
-    /// of its first: a table of any size is read without being in memory. Pages of the file go as they are read.
+    /// Converts like [`Checkpoint::halves_into`], `step` elements at a time and in order, and
+    /// passes each piece to `take` with the index of its first element, so that a table of any size
+    /// need not be in memory. Pages of the file are dropped after reading.
     ///
     /// # Errors
-    /// As [`Checkpoint::halves_into`], and what `take` says.
+    /// As [`Checkpoint::halves_into`], and errors of `take`.
     pub fn half_pieces<E: From<FormatError>>(
         &self,
         half: Half,
@@ -370,7 +376,7 @@ impl Checkpoint {
         read
     }
 
-    /// Whether a floating-point tensor is all there and can be taken as `half`.
+    /// Checks that a floating-point tensor is complete and can be converted to `half`.
     ///
     /// # Errors
     /// As [`Checkpoint::halves_into`].
@@ -378,7 +384,7 @@ impl Checkpoint {
         self.half_pieces(half, name, shape, TABLE_PIECE, |_, _| Ok(()))
     }
 
-    /// A floating-point tensor as f16, row-major.
+    /// Returns a floating-point tensor as f16, row-major.
     ///
     /// # Errors
     /// As [`Checkpoint::halves_into`].
@@ -392,7 +398,7 @@ impl Checkpoint {
         Ok(bits)
     }
 
-    /// The 16-bit float that holds what is stored: bf16 where the embedding table is bf16, else f16.
+    /// Returns the 16-bit float to use: bf16 if the embedding table is bf16, otherwise f16.
     pub fn half(&self) -> Half {
         match self.tensors.get("model.embed_tokens.weight") {
             Some((_, place)) if place.dtype == Dtype::BF16 => Half::Bf16,
@@ -400,18 +406,18 @@ impl Checkpoint {
         }
     }
 
-    /// An i32 tensor's words. Errors on a wrong shape or dtype.
+    /// Returns the words of an i32 tensor. Errors on a wrong shape or dtype.
     pub fn i32(&self, name: &str, shape: &[usize]) -> Result<Vec<i32>, FormatError> {
         let read = self.shaped(name, shape)?.i32();
         self.give_back(name);
         read
     }
 
-    /// The quantized linear `module` (its `qweight`, `qzeros`, `scales`, `g_idx`), or `None` when
-    /// the checkpoint is dense or the config leaves this module in full precision.
+    /// Returns the quantized linear layer `module` (its `qweight`, `qzeros`, `scales`, `g_idx`), or
+    /// `None` if the checkpoint is dense or the config leaves this module in full precision.
     ///
-    /// Errors when a tensor is missing, or its shape or dtype disagrees with the config, or `g_idx`
-    /// points outside the groups.
+    /// Errors if a tensor is missing, its shape or dtype disagrees with the config, or `g_idx` is
+    /// out of range.
     pub fn packed(
         &self,
         module: &str,
@@ -444,7 +450,7 @@ impl Checkpoint {
             scales: self.f16(&tensor("scales"), &[groups, out_features])?,
             g_idx: match self.contains(&tensor("g_idx")) || config.desc_act {
                 true => self.i32(&tensor("g_idx"), &[in_features])?,
-                // Files from before act order have none: groups in order.
+                // Files from before act order have no `g_idx`: groups are in order.
                 false => {
                     let columns = group_size.columns(in_features);
                     (0..in_features).map(|i| (i / columns) as i32).collect()

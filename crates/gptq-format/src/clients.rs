@@ -1,7 +1,9 @@
-//! Who can load a branch, from shapes and settings alone: known before any work is spent.
+//! Rules for which programs can load a branch, from shapes and settings alone, so known before any
+//! work.
 //!
-//! What each rule rests on is in [`Client::tried`]: the versions that were run on branches of every kind, or read. For all
-//! of them packing needs `in % 32 == 0` and `out % 32 == 0`.
+//! [`Client::tried`] names the basis of the rules: the versions that were run on branches of every
+//! kind, or whose source was read. For all of them packing needs `in % 32 == 0` and `out % 32 ==
+//! 0`.
 
 use crate::{Bits, CheckpointFormat, GroupSize, LinearShape, QuantizeConfig};
 
@@ -30,7 +32,7 @@ impl Client {
         Client::Tgi,
     ];
 
-    /// The name its users know.
+    /// Returns the name that its users know.
     pub fn name(self) -> &'static str {
         match self {
             Client::GptqModel => "GPTQModel",
@@ -43,7 +45,7 @@ impl Client {
         }
     }
 
-    /// The versions that its rules are from, and how.
+    /// Returns the versions that its rules are based on, and how they were checked.
     pub fn tried(self) -> &'static str {
         match self {
             Client::GptqModel => "7.7.0, run on a CPU",
@@ -56,47 +58,47 @@ impl Client {
         }
     }
 
-    /// Whether it can split a model over several devices.
+    /// Returns true if it can split a model over several devices.
     pub fn splits(self) -> bool {
         matches!(self, Client::Vllm | Client::SgLang | Client::Tgi)
     }
 }
 
-/// Properties of a branch's files that readers depend on.
+/// Properties of a branch's files that clients depend on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Contents {
-    /// The quantized linears.
+    /// Shapes of the quantized linear layers.
     pub linears: Vec<LinearShape>,
     /// Symmetric codes.
     pub sym: bool,
-    /// How zero points are stored.
+    /// Storage of zero points.
     pub format: CheckpointFormat,
-    /// `desc_act`, as readers are told.
+    /// `desc_act`, as declared to clients.
     pub desc_act: bool,
-    /// `static_groups`, as readers are told.
+    /// `static_groups`, as declared to clients.
     pub static_groups: bool,
-    /// Whether any `g_idx` is out of order: groups of columns that do not lie together.
+    /// True if any `g_idx` is out of order, so that groups are not contiguous.
     pub scattered: bool,
-    /// Whether linears have settings other than the branch's.
+    /// True if some linear layers have settings other than the branch's.
     pub mixed: bool,
-    /// Whether any of a block's linears is left unquantized.
+    /// True if some linear layer of a block is not quantized.
     pub skips: bool,
-    /// Whether a list says which linears are quantized (`modules_in_block_to_quantize`).
+    /// True if a list names the quantized linear layers (`modules_in_block_to_quantize`).
     pub listed: bool,
-    /// Whether settings and tensors disagree on which linears are quantized.
+    /// True if settings and tensors disagree on which linear layers are quantized.
     pub stray: bool,
-    /// `damp_percent`, where readers are told.
+    /// `damp_percent`, if declared to clients.
     pub damp_percent: Option<f64>,
 }
 
 /// A client's verdict on a branch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Support {
-    /// Who.
+    /// The client.
     pub client: Client,
-    /// `Err` says which rule fails.
+    /// `Err` holds the rule that fails.
     pub verdict: Result<(), &'static str>,
-    /// What its user has to do about a branch that it loads.
+    /// Advice for its user on a branch that it loads.
     pub note: Option<&'static str>,
 }
 
@@ -115,7 +117,7 @@ pub fn client_support(contents: &Contents) -> Vec<Support> {
 }
 
 impl Contents {
-    /// A branch of these linears whose files have these settings.
+    /// Collects the properties of a branch with these settings and linear layers.
     pub fn of(config: &QuantizeConfig, linears: Vec<LinearShape>) -> Self {
         let rules = || config.dynamic.iter().flat_map(|rules| rules.iter());
         let skips = |(pattern, _): (&str, _)| pattern.starts_with("-:");
@@ -156,16 +158,16 @@ impl Contents {
         )?;
         need(
             !self.stray,
-            "config and tensors disagree on which linears are quantized",
+            "config and tensors disagree on which linear layers are quantized",
         )?;
-        // Optimum, which Transformers loads through, and vLLM leave what is not listed dense.
+        // Optimum, which Transformers uses for loading, and vLLM leave unlisted modules dense.
         need(
             !self.listed || matches!(client, Client::Transformers | Client::Vllm),
             "does not read modules_in_block_to_quantize",
         )?;
         match client {
             Client::GptqModel => self.gptqmodel(),
-            // Loads with the kernels of GPTQModel, but makes every linear by the one setting.
+            // Loads with the kernels of GPTQModel, but with a single setting for all linear layers.
             Client::Transformers => one_setting().and_then(|()| self.gptqmodel()),
             Client::AutoRound => {
                 need(
@@ -174,10 +176,11 @@ impl Contents {
                 )?;
                 need(
                     self.format == CheckpointFormat::Gptq,
-                    "reads the zero points of gptq_v2 as those of gptq, one too high",
+                    "reads zero points of gptq_v2 as gptq, one too high",
                 )
             }
-            // They and TGI, which has their kernels, add one to every zero point, whatever the format.
+            // These and TGI, which uses their kernels, add one to every zero point in either
+            // format.
             Client::ExLlama | Client::Tgi => {
                 one_setting()?;
                 need(self.sym, "symmetric only")?;
@@ -193,7 +196,7 @@ impl Contents {
                     "4 or 8 bits only",
                 )?;
                 need(self.sym, "symmetric only")?;
-                // It ignores g_idx. Where rows are one group, it ignores desc_act too.
+                // vLLM's backend ignores g_idx, and also desc_act if rows are one group.
                 let groups = self.linears.iter().any(|l| l.group_size != GroupSize::Row);
                 need(
                     !(self.scattered || self.desc_act && groups),
@@ -230,7 +233,7 @@ impl Contents {
         let between = |damp: f64| damp > 0.0 && damp < 1.0;
         need(
             self.damp_percent.is_none_or(between),
-            "damp_percent must lie between 0 and 1",
+            "damp_percent must be between 0 and 1",
         )
     }
 
@@ -266,7 +269,7 @@ mod tests {
     use super::*;
     use Client::*;
 
-    /// A branch as it is by default, of one linear.
+    /// Returns a branch of one linear layer with default settings.
     fn contents(bits: Bits, group_size: i64) -> Contents {
         let linear = LinearShape {
             in_features: 4096,
@@ -295,8 +298,8 @@ mod tests {
         loads.map(|s| s.client).collect()
     }
 
-    /// What was seen on 2026-11-30 of branches of a small model in the versions that `tried` names, beside
-    /// what is only read.
+    /// Verdicts observed on 2026-11-30 for branches of a small model in the versions that `tried`
+    /// names, and those from reading the source.
     #[test]
     fn verdicts_are_what_was_seen_in_each_client() {
         use Bits::*;

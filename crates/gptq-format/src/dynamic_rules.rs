@@ -1,12 +1,13 @@
-//! `dynamic` of `quantize_config.json`: settings of single modules, by regular expressions over their names.
+//! `dynamic` of `quantize_config.json`: settings of single modules, by regular expressions on their
+//! names.
 //!
-//! As GPTQModel reads it: expressions are tried in the order in which they are written, at the beginning
-//! of the name; the first that matches counts. `-:` before it says "left in full precision", `+:` or nothing
-//! "with these settings". They are Python's, with look-around. Some readers try them on names of tensors
-//! (`...down_proj.qweight`): those written here have no `$` at their end.
+//! Interpreted as by GPTQModel: expressions are tried in file order at the beginning of the name,
+//! and the first match counts. The prefix `-:` means "left in full precision", `+:` or none "with
+//! these settings". The syntax is Python's, with look-around. Some clients match against tensor
+//! names (`...down_proj.qweight`), so the expressions written here do not end in `$`.
 //!
-//! Limits: [`MAX_PATTERNS`] patterns of [`MAX_PATTERN`] bytes, [`MAX_COMPILED`] bytes each as compiled, and
-//! [`MAX_STEPS`] steps back in matching one.
+//! Limits: [`MAX_PATTERNS`] patterns of [`MAX_PATTERN`] bytes, [`MAX_COMPILED`] bytes each as
+//! compiled, and [`MAX_STEPS`] backtracking steps per match.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -18,14 +19,16 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::{Bits, GroupSize};
 
 pub(crate) const MAX_PATTERNS: usize = 256;
-/// Bytes of a pattern.
+/// Maximum length of a pattern in bytes.
 pub(crate) const MAX_PATTERN: usize = 1024;
-/// Bytes of a pattern's automaton: `(a{1000}){1000}` is short and would be large.
+/// Maximum size of a compiled pattern in bytes: `(a{1000}){1000}` is short but compiles to a large
+/// automaton.
 const MAX_COMPILED: usize = 1 << 20;
-/// Of a pattern with look-around or back references, for one name.
+/// Maximum number of backtracking steps for a pattern with look-around or back references, per
+/// name.
 const MAX_STEPS: usize = 100_000;
 
-/// Settings of the modules one pattern matches; absent keys fall back to the branch's.
+/// Settings of the modules that one pattern matches; missing keys fall back to the branch's.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Dynamic {
     /// Code width.
@@ -40,17 +43,17 @@ pub struct Dynamic {
 #[derive(Clone, Debug, Default)]
 pub struct DynamicRules {
     rules: Vec<(String, Dynamic)>,
-    /// One for each rule, once one was asked for.
+    /// Compiled patterns, one per rule; built on first use.
     matchers: OnceLock<Result<Vec<Regex>, String>>,
 }
 
 impl DynamicRules {
-    /// The patterns with their settings, in order.
+    /// Returns the patterns with their settings, in order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Dynamic)> + Clone {
         self.rules.iter().map(|(pattern, own)| (&**pattern, own))
     }
 
-    /// Whether all patterns are within their limits and can be compiled; the error is a sentence.
+    /// Checks that all patterns compile and are within the limits; the error is a sentence.
     pub(crate) fn check(&self) -> Result<(), String> {
         let long = self.rules.iter().any(|(it, _)| it.len() > MAX_PATTERN);
         if long || self.rules.len() > MAX_PATTERNS {
@@ -61,7 +64,7 @@ impl DynamicRules {
         self.matchers().map(|_| ())
     }
 
-    /// The first rule that matches a module: whether it is quantized, and its settings.
+    /// Returns the first rule that matches a module: whether it is quantized, and its settings.
     pub(crate) fn find(&self, module: &str) -> Result<Option<(bool, &Dynamic)>, String> {
         for ((pattern, own), matcher) in self.rules.iter().zip(self.matchers()?) {
             let matches = matcher.is_match(module);
@@ -91,7 +94,7 @@ impl DynamicRules {
     }
 }
 
-/// What is wrong with a pattern, in one line.
+/// Describes in one line what is wrong with a pattern.
 fn refused(pattern: &str, why: &Error) -> String {
     let large = match why {
         Error::CompileError(why) => match &**why {
@@ -148,7 +151,7 @@ impl<'de> Visitor<'de> for InOrder {
         let mut rules: Vec<(String, Dynamic)> = Vec::new();
         while let Some((pattern, own)) = map.next_entry::<String, Option<Dynamic>>()? {
             let own = own.unwrap_or_default();
-            // A key that is there twice keeps its place and takes the later value, as in Python.
+            // A repeated key keeps its position and takes the later value, as in Python.
             if let Some((_, before)) = rules.iter_mut().find(|(it, _)| *it == pattern) {
                 *before = own;
             } else if rules.len() <= MAX_PATTERNS {

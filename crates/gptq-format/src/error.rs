@@ -1,4 +1,4 @@
-//! The one error type of this crate.
+//! Errors of this crate.
 
 use std::path::{Path, PathBuf};
 
@@ -6,8 +6,8 @@ use thiserror::Error;
 
 use crate::Half;
 
-/// What can be wrong with bytes on disk. Every message names the thing and, where there is one,
-/// the remedy.
+/// Reason why files could not be read or written. Every message names the object and, if there is
+/// one, the remedy.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum FormatError {
@@ -31,7 +31,7 @@ pub enum FormatError {
         "{}: a Git LFS pointer instead of the weights; fetch them with git lfs pull", path.display()
     )]
     LfsPointer { path: PathBuf },
-    #[error("{}: not a PyTorch file that can be read: {reason}", path.display())]
+    #[error("{}: not a readable PyTorch file: {reason}", path.display())]
     Torch { path: PathBuf, reason: String },
     #[error("{}: {source}", path.display())]
     Json {
@@ -50,7 +50,7 @@ pub enum FormatError {
         hint: String,
     },
     #[error(
-        "{}: tensor {name} is in {one} and in {other}, with other values, and no index says which counts; \
+        "{}: tensor {name} is in {one} and in {other} with different values, and no index says which to use; \
          remove one of the files", dir.display()
     )]
     TwoTensors {
@@ -59,7 +59,7 @@ pub enum FormatError {
         one: String,
         other: String,
     },
-    #[error("{}: made by {method}, which gptq does not read; {}", path.display(), instead(*dense, path))]
+    #[error("{}: quantized by {method}, which gptq does not read; {}", path.display(), instead(*dense, path))]
     OtherMethod {
         path: PathBuf,
         method: String,
@@ -98,8 +98,8 @@ pub enum FormatError {
         count: usize,
     },
     #[error(
-        "tensor {name}: a scale reaches f16's largest, 65504, and scales are stored in f16; leave this \
-         linear out with an override that says skip = true"
+        "tensor {name}: a scale reaches 65504, the largest f16 value, and scales are stored in f16; exclude this \
+         linear layer with an override that has skip = true"
     )]
     Scale { name: String },
     #[error(
@@ -115,7 +115,7 @@ pub enum FormatError {
     )]
     ZeroPointZero,
     #[error(
-        "{module}: qweight {qweight:?}, qzeros {qzeros:?} and scales {scales:?} do not fit together"
+        "{module}: qweight {qweight:?}, qzeros {qzeros:?} and scales {scales:?} are inconsistent"
     )]
     PackedShapes {
         module: String,
@@ -131,13 +131,13 @@ pub enum FormatError {
         groups: usize,
     },
     #[error(
-        "{}: already holds something that gptq did not write; choose another output directory or \
+        "{}: already contains files that gptq did not write; choose another output directory or \
          move it away", dir.display()
     )]
     Occupied { dir: PathBuf },
     #[error(
-        "{}: something that gptq did not write has come to be here; what is finished lies in {}: move \
-         the first away, then run the same command again", dir.display(), partial.display()
+        "{}: target directory was created by another program during the run; the finished branch is in {}: move \
+         the target away, then run the same command again", dir.display(), partial.display()
     )]
     Taken { dir: PathBuf, partial: PathBuf },
     #[error(
@@ -148,12 +148,10 @@ pub enum FormatError {
     NotAFile { path: PathBuf },
     #[error("{}: no space left on the disk; make room, then run the same command again", path.display())]
     DiskFull { path: PathBuf },
-    #[error(
-        "tensor {name} was not in the writer's plan, or was written twice, or has a wrong length"
-    )]
+    #[error("tensor {name} was not planned, was written twice, or has the wrong length")]
     UnplannedWrite { name: String },
     #[error(
-        "{}: {} in it: the base model's weight files lack it, or its config.json asks for what they do not hold; \
+        "{}: {}: the base model's weight files lack it, or its config.json does not match them; \
          compare the two with gptq inspect",
         dir.display(),
         lacking(*missing, first)
@@ -180,27 +178,27 @@ impl FormatError {
 
 fn lacking(missing: usize, first: &str) -> String {
     match missing {
-        1 => format!("tensor {first} belongs into this branch, and nothing put it"),
+        1 => format!("tensor {first} of this branch was never written"),
         n => format!(
-            "tensor {first} and {} more belong into this branch, and nothing put them",
+            "tensor {first} and {} more of this branch were never written",
             n - 1
         ),
     }
 }
 
-/// What to do about settings of another method.
+/// Suggests a remedy for settings of another method.
 fn instead(dense: bool, path: &Path) -> String {
     let file = path.file_name().unwrap_or_default().to_string_lossy();
     match dense {
         true => format!(
-            "the weights themselves are in full precision, so it is a leftover: remove {} and use them as \
+            "the weights themselves are in full precision, so the settings are a leftover: remove {} and use the weights as \
              they are",
             match file == "config.json" {
                 true => "quantization_config from config.json".to_owned(),
                 false => file.into_owned(),
             }
         ),
-        false => "use the full-precision model that it was made from".to_owned(),
+        false => "use the full-precision model it was quantized from".to_owned(),
     }
 }
 
@@ -211,10 +209,10 @@ fn over(half: &Half) -> &'static str {
     }
 }
 
-/// What to do about a value too large.
+/// Suggests a remedy for a value that is too large.
 fn wider(half: &Half) -> &'static str {
     match half {
-        Half::F16 => "; dtype = \"bf16\" in a recipe's [model] holds such values",
+        Half::F16 => "; dtype = \"bf16\" in a recipe's [model] can store such values",
         Half::Bf16 => "",
     }
 }

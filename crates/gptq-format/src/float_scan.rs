@@ -1,7 +1,9 @@
-//! Looks for values that cannot be quantized in a file that is read piece by piece for another reason.
+//! Scans a file for values that cannot be quantized, piece by piece while it is read for another
+//! purpose.
 //!
-//! Of a float without its sign, compared as an integer, everything from some number on is too large or
-//! not finite: a maximum of integers over a piece tells, and only a piece that has one is looked at again.
+//! Floats without their sign compare like integers: all values from some threshold on are too large
+//! or not finite. An integer maximum over a piece detects them, and only such a piece is examined
+//! again.
 
 use std::ops::Range;
 
@@ -9,19 +11,19 @@ use safetensors::Dtype;
 
 use crate::{Checkpoint, FormatError, Half};
 
-/// Tensors of one file, and how far they have been looked at.
+/// Tensors of one file, and the progress of their scan.
 #[derive(Clone, Debug, Default)]
 pub struct FloatScan {
-    /// In the order of their bytes, none over another.
+    /// In the order of their bytes, without overlaps.
     parts: Vec<Part>,
-    /// The one that is looked at.
+    /// Index of the current part.
     part: usize,
-    /// Bytes of the file that went by.
+    /// Number of file bytes passed so far.
     at: u64,
-    /// The beginning of an element whose end is still to come.
+    /// Beginning of an element that is split between two pieces.
     begun: Vec<u8>,
-    /// Of the tensor that is looked at: the first element and the number of those that are not finite, and
-    /// of those that are too large.
+    /// For the current tensor: index of the first value and number of values that are not finite,
+    /// and the same for those that are too large.
     found: [Option<(usize, usize)>; 2],
 }
 
@@ -32,14 +34,14 @@ struct Part {
     limits: Limits,
 }
 
-/// Of an element type and what it is taken in.
+/// Thresholds for an element type and its target type.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     half: Half,
     wide: bool,
-    /// The first that is too large.
+    /// Smallest magnitude that is too large.
     large: u32,
-    /// The first that is not finite.
+    /// Smallest magnitude that is not finite.
     infinite: u32,
 }
 
@@ -48,9 +50,9 @@ impl Limits {
         let (wide, large, infinite) = match (dtype, half) {
             (Dtype::F16, _) => (false, 0x7c00, 0x7c00),
             (Dtype::BF16, Half::Bf16) => (false, 0x7f80, 0x7f80),
-            // 65536, the first that f16 does not hold.
+            // 65536, the first value beyond f16.
             (Dtype::BF16, Half::F16) => (false, 0x4780, 0x7f80),
-            // What rounds to infinity: from halfway between the largest number and the next.
+            // Values that round to infinity: from halfway between the largest number and the next.
             (Dtype::F32, Half::F16) => (true, 0x477f_f000, 0x7f80_0000),
             (Dtype::F32, Half::Bf16) => (true, 0x7f7f_8000, 0x7f80_0000),
             _ => return None,
@@ -67,7 +69,7 @@ impl Limits {
         if self.wide { 4 } else { 2 }
     }
 
-    /// Elements without their signs.
+    /// Returns the elements without their signs.
     fn magnitudes(&self, bytes: &[u8]) -> Vec<u32> {
         match self.wide {
             true => (bytes.as_chunks::<4>().0.iter())
@@ -79,8 +81,8 @@ impl Limits {
         }
     }
 
-    /// Whether any of whole elements is too large. Without a branch, in signed integers: every processor
-    /// compares many of those at once.
+    /// Returns true if any of the whole elements is too large. Branch-free, in signed integers, so
+    /// that it vectorizes on every processor.
     fn exceeded(&self, bytes: &[u8]) -> bool {
         match self.wide {
             true => {
@@ -99,8 +101,8 @@ impl Limits {
 }
 
 impl Checkpoint {
-    /// A scan of the weight file `file` for values that `half` cannot hold, in those tensors that `needed`
-    /// says so of. A view that skips elements of its storage is left out.
+    /// Prepares a scan of the weight file `file` for values that `half` cannot hold, in the tensors
+    /// selected by `needed`. A view that skips elements of its storage is left out.
     pub fn float_scan(&self, file: &str, half: Half, needed: impl Fn(&str) -> bool) -> FloatScan {
         let mut parts: Vec<Part> = (self.places(file))
             .filter(|(name, place)| place.strides.is_none() && needed(name))
@@ -113,7 +115,7 @@ impl Checkpoint {
             })
             .collect();
         parts.sort_by_key(|part| part.bytes.start);
-        // Tensors may share a storage.
+        // Tensors may share storage.
         let mut end = 0;
         parts.retain(|part| {
             let apart = part.bytes.start >= end;
@@ -128,7 +130,7 @@ impl Checkpoint {
 }
 
 impl FloatScan {
-    /// Looks at the next bytes of the file.
+    /// Scans the next bytes of the file.
     ///
     /// # Errors
     /// [`FormatError::NonFinite`] or [`FormatError::Overflow`], at the end of the first tensor that has
@@ -188,7 +190,7 @@ impl FloatScan {
     }
 }
 
-/// Counts those of whole elements, the first of which is number `element`, that are too large.
+/// Counts the whole elements that are too large; the first has index `element`.
 fn note(found: &mut [Option<(usize, usize)>; 2], limits: Limits, element: usize, bytes: &[u8]) {
     if !limits.exceeded(bytes) {
         return;
@@ -212,7 +214,7 @@ mod tests {
 
     use super::*;
 
-    /// What the scan of a file of tensor `x` says, between two others, read in pieces of `size` bytes.
+    /// Scans a file with tensor `x` between two others, in pieces of `size` bytes.
     fn scan(dtype: Dtype, half: Half, x: &[u8], size: usize) -> [Result<(), String>; 2] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model.safetensors");

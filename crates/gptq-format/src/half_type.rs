@@ -1,4 +1,4 @@
-//! The two 16-bit floats that weights are taken in.
+//! The two 16-bit floats used for weights.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
-/// f16 has 11 significant bits and ends at 65504, bf16 has 8 and f32's range.
+/// A 16-bit float: f16 has 11 significant bits and ends at 65504, bf16 has 8 and the range of f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Half {
     /// IEEE binary16.
@@ -20,7 +20,7 @@ pub enum Half {
 }
 
 impl Half {
-    /// As tensors on disk have it.
+    /// Returns the dtype of tensors on disk.
     pub fn dtype(self) -> Dtype {
         match self {
             Half::F16 => Dtype::F16,
@@ -28,7 +28,7 @@ impl Half {
         }
     }
 
-    /// As `config.json` spells it.
+    /// Returns the name used in `config.json`.
     pub fn torch_name(self) -> &'static str {
         match self {
             Half::F16 => "float16",
@@ -36,7 +36,7 @@ impl Half {
         }
     }
 
-    /// The largest finite value.
+    /// Returns the largest finite value.
     pub fn largest(self) -> f64 {
         match self {
             Half::F16 => f16::MAX.to_f64(),
@@ -44,7 +44,7 @@ impl Half {
         }
     }
 
-    /// Whether the value of these bits is infinite or NaN: every bit of its exponent is set.
+    /// Returns true if these bits are infinite or NaN: all bits of the exponent are set.
     pub(crate) fn is_not_finite(self, bits: u16) -> bool {
         let exponent = match self {
             Half::F16 => 0x7c00,
@@ -56,7 +56,7 @@ impl Half {
     /// Rounds to nearest even.
     ///
     /// # Panics
-    /// Other lengths.
+    /// If the lengths differ.
     pub(crate) fn round(self, from: &[f32], to: &mut [u16]) {
         match self {
             Half::F16 => (to.reinterpret_cast_mut::<f16>()).convert_from_f32_slice(from),

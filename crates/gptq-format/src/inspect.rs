@@ -1,8 +1,7 @@
-//! What a checkpoint is, from its files alone: a directory or a single file, written by whatever tool.
+//! Describes a checkpoint from its files alone: a directory or a single file, written by any tool.
 //!
-//! The tensors speak first: a quantized linear is whatever has a `qweight`, its bits are
-//! `32 * columns of qzeros / out`, its groups the rows of `scales`. Configs add what tensors cannot
-//! tell.
+//! Tensors take precedence: a linear layer with a `qweight` is quantized, its bits are `32 *
+//! columns of qzeros / out`, its groups the rows of `scales`. Configs add what tensors cannot show.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,28 +17,28 @@ use crate::{
     client_support, read_json, sha256, side_files, unpack_across,
 };
 
-/// A checkpoint described.
+/// Description of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Inspection {
     /// "dense", "gptq" or "gptq_v2".
     pub format: &'static str,
     /// `model_type` of `config.json`.
     pub model_type: Option<String>,
-    /// The base model's name, where a config says it.
+    /// The base model's name, if a config has it.
     pub base_model: Option<String>,
     /// Files, sorted by name.
     pub files: Vec<FileInfo>,
     /// Bytes of all tensors.
     pub tensor_bytes: usize,
-    /// What the quantized linears share; `None` for a dense checkpoint.
+    /// Common settings of the quantized linear layers; `None` for a dense checkpoint.
     pub settings: Option<SharedSettings>,
-    /// The quantized linears.
+    /// The quantized linear layers.
     pub linears: Vec<LinearInfo>,
-    /// Who can load it; empty for a dense checkpoint.
+    /// Clients that can load it; empty for a dense checkpoint.
     pub clients: Vec<ClientInfo>,
     /// Every tensor.
     pub tensors: Vec<TensorInfo>,
-    /// What was unexpected about the files, in a sentence each.
+    /// Notes on unexpected files, one sentence each.
     pub notes: Vec<String>,
 }
 
@@ -52,26 +51,26 @@ pub struct FileInfo {
     pub sha256: String,
 }
 
-/// Settings of the quantized linears as a whole.
+/// Common settings of the quantized linear layers.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct SharedSettings {
-    /// Where they come from: a config's file name, or "tensors" where there is no config.
+    /// Source of the settings: a config's file name, or "tensors" if there is no config.
     pub source: &'static str,
-    /// Code width, where all linears have the same.
+    /// Code width, if all linear layers have the same.
     pub bits: Option<Bits>,
-    /// Columns per group, where all linears have the same.
+    /// Columns per group, if all linear layers have the same.
     pub group_size: Option<GroupSize>,
-    /// Whether any `g_idx` is out of order.
+    /// True if any `g_idx` is out of order.
     pub act_order: bool,
-    /// Whether all zero points lie in the middle.
+    /// True if all zero points are in the middle of the code range.
     pub sym: bool,
-    /// Damping as a fraction, where a config says it.
+    /// Damping as a fraction, if a config has it.
     pub damp_percent: Option<f64>,
-    /// Linears without `g_idx`, read as groups in order.
+    /// Number of linear layers without `g_idx`, read as groups in order.
     pub without_g_idx: usize,
 }
 
-/// One quantized linear.
+/// One quantized linear layer.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[allow(missing_docs, reason = "the names say it")]
 pub struct LinearInfo {
@@ -91,11 +90,11 @@ pub struct LinearInfo {
 pub struct ClientInfo {
     pub name: &'static str,
     pub loads: bool,
-    /// The rule that fails.
+    /// Rule that fails, if any.
     pub why: Option<&'static str>,
-    /// What its user has to do where it loads.
+    /// Advice for its user, if it loads.
     pub note: Option<&'static str>,
-    /// The versions that the rules are from.
+    /// Versions that the rules are based on.
     pub tried: &'static str,
 }
 
@@ -107,16 +106,16 @@ pub struct TensorInfo {
     pub dtype: String,
     pub shape: Vec<usize>,
     pub bytes: usize,
-    /// Of its little-endian elements, row-major.
+    /// SHA-256 of its little-endian elements, row-major.
     pub sha256: String,
 }
 
 impl Inspection {
-    /// Describes the checkpoint in the directory `path`, or in the one file `path` with the configs
+    /// Describes the checkpoint in the directory `path`, or the single file `path` with the configs
     /// beside it.
     ///
     /// # Errors
-    /// Files that cannot be read, and quantized tensors whose shapes do not fit together.
+    /// Files that cannot be read, or quantized tensors with inconsistent shapes.
     pub fn of(path: &Path) -> Result<Self, FormatError> {
         let (dir, checkpoint) = match path.is_dir() {
             true => (path, Checkpoint::open(path)?),
@@ -165,7 +164,7 @@ impl Inspection {
             tensor_bytes: tensors.iter().map(|t| t.bytes).sum(),
             clients: settings.as_ref().map_or_else(Vec::new, |settings| {
                 let shapes = linears.iter().map(LinearInfo::shape).collect();
-                // What the tensors say goes before what a config says of them.
+                // Tensors take precedence over the config.
                 let mixed = settings.bits.is_none() || settings.group_size.is_none();
                 let scattered = settings.act_order;
                 let contents = match own {
@@ -200,7 +199,7 @@ impl Inspection {
     }
 }
 
-/// Whether a linear beside the quantized ones is dense where the config says that it is quantized, or the
+/// Returns true if a linear layer is dense although the config says that it is quantized, or the
 /// other way round.
 fn stray(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<bool, FormatError> {
     let Some(config) = checkpoint.quantize_config() else {
@@ -211,14 +210,14 @@ fn stray(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<bool, Format
             return Ok(true);
         }
     }
-    // Linears that some block has quantized.
+    // Kinds of linear layers that are quantized in some block.
     let kinds: BTreeSet<&str> = linears.iter().map(|linear| kind(&linear.name)).collect();
     for module in checkpoint
         .names()
         .filter_map(|name| name.strip_suffix(".weight"))
     {
         let kind = kind(module);
-        // In a block; not its routers, which nobody quantizes.
+        // Linear layers of a block, except routers, which are never quantized.
         let linear = kinds.contains(kind) || (kind != module && kind.ends_with("_proj"));
         if linear && config.module(module)?.is_some() {
             return Ok(true);
@@ -227,7 +226,7 @@ fn stray(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<bool, Format
     Ok(false)
 }
 
-/// A linear's name without its block.
+/// Returns a linear layer's name without its block.
 fn kind(module: &str) -> &str {
     let digit = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
     let mut rest = module;
@@ -240,8 +239,8 @@ fn kind(module: &str) -> &str {
     module
 }
 
-/// The files of a directory, described: neither directories nor what begins with a dot, and of what lies in
-/// subdirectories what goes along into branches.
+/// Describes the files of a directory: no directories or hidden files, and from subdirectories only
+/// the files that are copied into branches.
 ///
 /// # Errors
 /// A directory or file that cannot be read.
@@ -360,7 +359,7 @@ fn linear(checkpoint: &Checkpoint, module: &str) -> Result<LinearInfo, FormatErr
     })
 }
 
-/// The value that all stored zero points have; `None` where they differ.
+/// Returns the zero point if all stored ones are equal, otherwise `None`.
 fn stored_zero(
     checkpoint: &Checkpoint,
     module: &str,
@@ -378,7 +377,8 @@ fn stored_zero(
         .filter(|z| zeros.iter().all(|x| x == z)))
 }
 
-/// What the config says, else what symmetric zero points show: version 1 stores one less.
+/// Returns the format in the config, or else the one that symmetric zero points indicate: version 1
+/// stores one less.
 fn stored_format(
     checkpoint: &Checkpoint,
     linears: &[LinearInfo],

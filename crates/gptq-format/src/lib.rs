@@ -1,11 +1,11 @@
-//! Bytes on disk: what a checkpoint is, how GPTQ codes are packed, and how a branch directory
-//! comes into being. No arithmetic beyond conversion, no device.
+//! Files on disk: checkpoints, packing of GPTQ codes, and creation of branch directories. No
+//! arithmetic beyond conversion, no device.
 //!
-//! Reading order: [`Bits`] and [`GroupSize`] name the settings; [`QuantizedLinear`] and
-//! [`PackedLinear`] are one linear before and after packing; [`QuantizeConfig`] describes a branch;
-//! [`Checkpoint`] reads; [`StagedDir`] and [`ShardedWriter`] write, one run at a time
-//! ([`OutputLock`]); [`client_support`] says who can load the
-//! result, and [`Inspection`] what a checkpoint is.
+//! Reading order: [`Bits`] and [`GroupSize`] are the settings; [`QuantizedLinear`] and
+//! [`PackedLinear`] are one linear layer before and after packing; [`QuantizeConfig`] describes a
+//! branch; [`Checkpoint`] reads; [`StagedDir`] and [`ShardedWriter`] write, one run at a time
+//! ([`OutputLock`]); [`client_support`] determines who can load the result, and [`Inspection`]
+//! describes a checkpoint.
 
 #![deny(unsafe_code)]
 #![cfg_attr(

@@ -1,10 +1,10 @@
-//! A file mapped for reading, and what happens when it shrinks meanwhile.
+//! Memory-mapped files, and a handler for files that shrink while mapped.
 //!
-//! A page of a map that its file no longer has cannot be read: the kernel sends SIGBUS, which would end
-//! the process without a word. The handler installed here with the first map looks whether the address
-//! lies in a map of ours; then it says in one line which file that is, and ends the process with status 1.
-//! Anything else is left to whoever handled the signal before.
-#![expect(unsafe_code, reason = "memory maps, and the signal that comes of them")]
+//! Reading a mapped page beyond the end of its file raises SIGBUS, which would end the process
+//! without a message. The handler installed here checks whether the address is in one of our maps;
+//! if so, it prints one line with the name of the file and exits with status 1. Otherwise the
+//! previous handler is called.
+#![expect(unsafe_code, reason = "memory maps, and the signal they may raise")]
 
 use std::ffi::{c_int, c_void};
 use std::fs::File;
@@ -19,17 +19,17 @@ use memmap2::{Mmap, UncheckedAdvice};
 
 use crate::FormatError;
 
-/// Maps that are watched at a time; further ones end the process without a line. Two checkpoints of
-/// the most shards are fewer.
+/// Maximum number of watched maps; files beyond that end the process without a message. Two
+/// checkpoints with the most shards need fewer.
 const WATCHED: usize = 10_000;
 
-/// Bytes before and after one that is read which the kernel may map along with it: `fault_around_bytes`, as
-/// it is unless somebody changes it.
+/// Bytes before and after an access that the kernel may map along with it: the default of
+/// `fault_around_bytes`.
 const AROUND: usize = 64 << 10;
 
 /// A mapped file's bytes.
 pub(crate) struct MappedFile {
-    /// Dropped before the map.
+    /// Declared first, so that it is dropped before the map.
     _watch: Option<Watch>,
     map: Mmap,
 }
@@ -38,15 +38,15 @@ impl MappedFile {
     /// Maps a file.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The file cannot be read.
     pub(crate) fn open(path: &Path) -> Result<Self, FormatError> {
         let file = File::open(path).map_err(FormatError::io(path))?;
-        // SAFETY: the map is read-only and private to this value. That another process writes to the
-        // file while it is mapped cannot be kept out, as in every program that maps checkpoints; if it
-        // is shortened, the handler ends the process.
+        // SAFETY: the map is read-only and private to this value. Another process may still write
+        // to the file while it is mapped, as with every program that maps checkpoints; if the file
+        // is truncated, the handler ends the process.
         let map = unsafe { Mmap::map(&file) }.map_err(FormatError::io(path))?;
         let line = format!(
-            "gptq: {}: became shorter while it was read, or its disk failed; restore it, then run the \
+            "gptq: {}: was truncated while being read, or its disk failed; restore it, then run the \
              same command again\n",
             path.display()
         );
@@ -56,21 +56,21 @@ impl MappedFile {
         })
     }
 
-    /// Lets the process's memory go that these bytes took; they are read from the file again if they are
-    /// needed again.
+    /// Drops the resident pages of this range (`MADV_DONTNEED`); they are read from the file again
+    /// on access.
     pub(crate) fn give_back(&self, bytes: Range<usize>) {
         if bytes.start >= bytes.end || bytes.end > self.map.len() {
             return;
         }
         let start = bytes.start.saturating_sub(AROUND);
         let end = self.map.len().min(bytes.end.saturating_add(AROUND));
-        // SAFETY: of a map of a file that nobody writes to through it, the pages' contents are the
-        // file's before and after. A neighbour's, given back along with them, are read again.
+        // SAFETY: nobody writes through this map, so its pages have the file's contents before and
+        // after. Pages of a neighbour that are dropped along with them are read again.
         let advised = unsafe {
             self.map
                 .unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start)
         };
-        // Without it, the memory stays until the kernel wants it.
+        // On failure the memory stays resident until the kernel needs it.
         let _ = advised;
     }
 }
@@ -83,18 +83,18 @@ impl Deref for MappedFile {
     }
 }
 
-/// The addresses of a map, and what to say when one cannot be read. All in atomics: a signal handler may
-/// take no lock.
+/// Address range of a map, and the message for a failed read. All fields are atomic, as a signal
+/// handler may not take locks.
 struct Slot {
-    /// Where the map starts; [`FREE`] or [`TAKEN`] where there is none.
+    /// Start of the map, or [`FREE`] or [`TAKEN`].
     start: AtomicUsize,
     end: AtomicUsize,
     line: AtomicPtr<String>,
 }
 
-/// No address of a map.
+/// Marks an unused slot.
 const FREE: usize = 0;
-/// About to be filled in.
+/// Marks a slot that is being filled or emptied.
 const TAKEN: usize = 1;
 
 static SLOTS: [Slot; WATCHED] = [const {
@@ -106,27 +106,27 @@ static SLOTS: [Slot; WATCHED] = [const {
 }; WATCHED];
 
 impl Slot {
-    /// What to say about `address`, if it is one of the map's.
+    /// Returns the message if `address` is in this map.
     fn line(&self, address: usize) -> Option<&String> {
         let start = self.start.load(Ordering::SeqCst);
         let end = self.end.load(Ordering::SeqCst);
         let line = self.line.load(Ordering::SeqCst);
-        // Not changed between the three.
+        // Checks that the slot did not change between the loads.
         let same = self.start.load(Ordering::SeqCst) == start;
         if !same || start <= TAKEN || !(start..end).contains(&address) {
             return None;
         }
-        // SAFETY: the thread that is being served was reading `address`, so the map it lies in is
-        // borrowed there, is not dropped before this returns, and nor is its line.
+        // SAFETY: the interrupted thread was reading `address`, so it borrows the map that contains
+        // it; neither the map nor its line is dropped before this returns.
         unsafe { line.as_ref() }
     }
 }
 
-/// Held as long as a map.
+/// Registration of a map, held as long as the map.
 struct Watch(&'static Slot);
 
 impl Watch {
-    /// `None` where too many maps are watched already.
+    /// Registers a map; `None` if all slots are taken.
     fn new(map: &Mmap, line: String) -> Option<Self> {
         let take = |slot: &&Slot| {
             let taken =
@@ -147,19 +147,19 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.0.start.store(TAKEN, Ordering::SeqCst);
         let line = self.0.line.swap(null_mut(), Ordering::SeqCst);
-        // SAFETY: made by `Watch::new` of a box, and taken out by nobody else.
+        // SAFETY: the pointer was made by `Watch::new` from a box, and only this swap takes it out.
         drop(unsafe { Box::from_raw(line) });
         self.0.start.store(FREE, Ordering::SeqCst);
     }
 }
 
-/// Who handled the signal before.
+/// Previous handler of the signal.
 static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
-/// Installs the handler of SIGBUS described in `mapped_file.rs`: it ends the **process** when a mapped weight
-/// file became shorter while it was read. For programs, at their start; a library has no business with its
-/// host's signals, so nothing here calls it. Where it cannot be installed, all stays as it was; a second call
-/// does nothing.
+/// Installs the handler of SIGBUS described in `mapped_file.rs`: it ends the **process** if a
+/// mapped weight file is truncated while being read. Programs call it at startup; a library should
+/// not change its host's signal handlers, so nothing here calls it. If it cannot be installed,
+/// nothing changes; a second call does nothing.
 pub fn install_sigbus_handler() {
     static ONCE: Once = Once::new();
     ONCE.call_once(install);
@@ -167,8 +167,8 @@ pub fn install_sigbus_handler() {
 
 fn install() {
     let mut before = MaybeUninit::uninit();
-    // SAFETY: reads the action into memory of its type; zeroes are an action, the default; the handler
-    // has the signature that SA_SIGINFO asks for.
+    // SAFETY: reads the action into memory of its type; zeroes are a valid action, the default; the
+    // handler has the signature that SA_SIGINFO requires.
     unsafe {
         if libc::sigaction(libc::SIGBUS, std::ptr::null(), before.as_mut_ptr()) != 0 {
             return;
@@ -181,24 +181,24 @@ fn install() {
     }
 }
 
-/// Calls nothing that a signal handler may not call.
+/// Uses only async-signal-safe calls.
 extern "C" fn on_bus_error(signal: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
     static ENDING: AtomicBool = AtomicBool::new(false);
-    // SAFETY: the kernel hands a handler with SA_SIGINFO what it knows of the signal; the calls are
-    // async-signal-safe, their arguments alive.
+    // SAFETY: with SA_SIGINFO the kernel passes a valid `info`; the calls are async-signal-safe,
+    // and their arguments are alive.
     unsafe {
         let of_address = (*info).si_code == libc::BUS_ADRERR;
         let address = (*info).si_addr() as usize;
         let found = SLOTS.iter().find_map(|slot| slot.line(address));
         if let (true, Some(line)) = (of_address, found) {
-            // Several threads may read one file: one of them speaks.
+            // Only one of several threads prints the message.
             while ENDING.swap(true, Ordering::SeqCst) {
                 libc::pause();
             }
             libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len());
             libc::_exit(1);
         }
-        // Comes again at once, and meets whoever was there before.
+        // The access faults again at once, and reaches the previous handler.
         let default: libc::sigaction = std::mem::zeroed();
         libc::sigaction(signal, BEFORE.get().unwrap_or(&default), null_mut());
     }

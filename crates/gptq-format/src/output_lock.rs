@@ -1,7 +1,7 @@
-//! One run at a time on an output directory.
+//! Lock that allows one run at a time on an output directory.
 //!
-//! The lock is the system's (`flock`) on a file that says who holds it, so a process that died holds
-//! nothing, however it died.
+//! The lock is the system's (`flock`) on a file that names the holder, so it is released however
+//! the process ends.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
@@ -17,7 +17,7 @@ use crate::{FormatError, read_json};
 
 const FILE: &str = ".gptq-lock";
 
-/// Held until it is dropped.
+/// Lock of an output directory, held until dropped.
 #[derive(Debug)]
 pub struct OutputLock {
     path: PathBuf,
@@ -25,27 +25,29 @@ pub struct OutputLock {
     exclusive: bool,
 }
 
-/// What the file says.
+/// Contents of the lock file.
 #[derive(Serialize, Deserialize)]
 struct Holder {
     pid: u32,
-    /// The machine that it runs on: several may share a directory.
+    /// Host name: several machines may share a directory.
     #[serde(default)]
     host: Option<String>,
-    /// Seconds since 1970.
+    /// Start time in seconds since 1970.
     since: u64,
 }
 
 impl OutputLock {
-    /// Takes the lock of `dir`, which is made if there is none.
+    /// Locks `dir`, which is created if missing.
     ///
     /// # Errors
-    /// Another process has it ([`FormatError::Locked`]), or the directory cannot be written to.
+    /// The lock is held by another process ([`FormatError::Locked`]), or the directory cannot be
+    /// written to.
     pub fn acquire(dir: &Path) -> Result<Self, FormatError> {
         Self::acquire_by(dir, File::try_lock)
     }
 
-    /// Whether the lock keeps others away; on a file system without locks it only says who writes.
+    /// Returns true if the lock excludes others; on a file system without locks it only names the
+    /// writer.
     pub fn is_exclusive(&self) -> bool {
         self.exclusive
     }
@@ -73,7 +75,7 @@ impl OutputLock {
                 Err(TryLockError::Error(e)) if has_no_locks(&e) => false,
                 Err(TryLockError::Error(e)) => return Err(io(e)),
             };
-            // Who held it before may have removed the file between the two calls above.
+            // The previous holder may have removed the file between the two calls above.
             let ours = file.metadata().map_err(io)?.ino();
             if fs::symlink_metadata(&path).is_ok_and(|m| m.ino() == ours) {
                 let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -98,19 +100,19 @@ impl OutputLock {
 
 impl Drop for OutputLock {
     fn drop(&mut self) {
-        // Left behind, it would still hold nobody up.
+        // A file left behind would not block anyone.
         let _ = fs::remove_file(&self.path);
     }
 }
 
-/// Some network file systems have none, or their lock service does not answer.
+/// Some network file systems have no locks, or their lock service does not answer.
 fn has_no_locks(error: &io::Error) -> bool {
     error.kind() == ErrorKind::Unsupported
         || error.raw_os_error() == Some(Errno::NOLCK.raw_os_error())
 }
 
 fn locked(dir: &Path, path: &Path) -> FormatError {
-    // It may just be changing hands: then nobody can be named.
+    // The lock may just be changing hands; then the holder is unknown.
     let holder = read_json::<Holder>(path).ok();
     FormatError::Locked {
         dir: dir.into(),
@@ -142,7 +144,7 @@ mod tests {
         assert!(first.is_exclusive());
         drop(first);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
-        // What a killed process leaves.
+        // A file left by a killed process.
         fs::write(dir.join(FILE), r#"{"pid": 1, "since": 0}"#).unwrap();
         drop(OutputLock::acquire(&dir).unwrap());
     }

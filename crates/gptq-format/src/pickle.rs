@@ -8,9 +8,9 @@
 //! ```
 //!
 //! where `storage` is the persistent id `("storage", torch.HalfStorage, key, device, elements)`.
-//! This machine knows the opcodes of that and those few globals, and refuses every other opcode and
-//! global by name. A global is never looked up: it is one of a closed list of words. Opcodes:
-//! Python's `pickletools.py`.
+//! The interpreter knows only these opcodes and globals, and refuses every other opcode and global
+//! by name. A global is never looked up: it is one of a closed list of words. Opcodes: Python's
+//! `pickletools.py`.
 //!
 //! Limits: [`MAX_BYTES`] of pickle, [`MAX_STACK`] values on the stack and [`MAX_VALUES`] kept by
 //! tuples, dicts and the memo together, [`MAX_MARKS`] deep, [`MAX_TENSORS`], [`MAX_DIMENSIONS`],
@@ -28,7 +28,7 @@ use safetensors::Dtype;
 use names::{Global, opcode_name};
 use operands::utf8;
 
-/// Bytes of a pickle; a 7B model's shard has 30 kB.
+/// Maximum size of a pickle; that of a 7B model's shard has 30 kB.
 const MAX_BYTES: usize = 16 << 20;
 const MAX_STACK: usize = 1 << 16;
 const MAX_VALUES: usize = 1 << 20;
@@ -37,18 +37,18 @@ const MAX_TENSORS: usize = 1 << 16;
 const MAX_DIMENSIONS: usize = 8;
 const MAX_NAME: usize = 512;
 
-/// One tensor the pickle describes. Nothing is checked against the storage yet.
+/// One tensor that the pickle describes, not yet checked against the storage.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct TorchTensor<'a> {
     pub(crate) storage: Storage<'a>,
-    /// Of the first element in the storage, in elements.
+    /// Offset of the first element in the storage, in elements.
     pub(crate) offset: usize,
     pub(crate) shape: Vec<usize>,
-    /// In elements.
+    /// Strides in elements.
     pub(crate) strides: Vec<usize>,
 }
 
-/// A file of the archive that tensors are views of.
+/// A file of the archive that holds the elements of tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Storage<'a> {
     pub(crate) dtype: Dtype,
@@ -58,10 +58,11 @@ pub(crate) struct Storage<'a> {
     pub(crate) elements: usize,
 }
 
-/// Tensors by name; where a name comes twice, the last counts, as in Python.
+/// Tensors by name; the last of several with the same name counts, as in Python.
 pub(crate) type StateDict<'a> = BTreeMap<&'a str, TorchTensor<'a>>;
 
-/// Reads a pickle whose top is a dict; its entries that are tensors. The error is a sentence.
+/// Reads a pickle whose top is a dict, and returns its entries that are tensors. The error is a
+/// sentence.
 pub(crate) fn read(pickle: &[u8]) -> Result<StateDict<'_>, String> {
     if pickle.len() > MAX_BYTES {
         return Err(format!(
@@ -106,13 +107,13 @@ enum Value<'a> {
 struct Machine<'a> {
     rest: &'a [u8],
     stack: Vec<Value<'a>>,
-    /// Heights of the stack.
+    /// Stack heights at the marks.
     marks: Vec<usize>,
     memo: BTreeMap<u32, Value<'a>>,
-    /// The elements of all tuples.
+    /// Elements of all tuples.
     kept: Vec<Value<'a>>,
     dicts: Vec<Vec<(Value<'a>, Value<'a>)>>,
-    /// Entries of all dicts.
+    /// Number of entries of all dicts.
     entries: usize,
     storages: Vec<Storage<'a>>,
     tensors: Vec<TorchTensor<'a>>,
@@ -120,8 +121,8 @@ struct Machine<'a> {
 
 type Step<T = ()> = Result<T, String>;
 
-const BEYOND: &str = "its pickle takes more from the stack than there is";
-/// A handle that this machine made and then did not find: only a mistake in it could lead here.
+const BEYOND: &str = "its pickle pops from an empty stack";
+/// Message for a handle without a value, which only a bug in this interpreter could cause.
 const LOST: &str = "its pickle lost a value";
 
 impl<'a> Machine<'a> {
@@ -133,9 +134,7 @@ impl<'a> Machine<'a> {
         match self.byte()? {
             2 => {}
             n => {
-                return Err(format!(
-                    "its pickle is of protocol {n}; torch.save writes 2"
-                ));
+                return Err(format!("its pickle has protocol {n}; torch.save writes 2"));
             }
         }
         loop {
@@ -251,7 +250,8 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    /// The stack's height without its top `count` values, none of them below the last mark.
+    /// Returns the stack's height without its top `count` values, which must be above the last
+    /// mark.
     fn height(&self, count: usize) -> Step<usize> {
         let floor = self.marks.last().copied().unwrap_or(0);
         match self.stack.len().checked_sub(count) {
@@ -284,7 +284,7 @@ impl<'a> Machine<'a> {
         Ok(start..self.stack.len())
     }
 
-    /// Room for `more` values that outlive the stack.
+    /// Checks that `more` values may be stored beyond the stack.
     fn room(&self, more: usize) -> Step {
         let held = self.kept.len() + self.memo.len() + 2 * self.entries;
         match held + more <= MAX_VALUES {
@@ -332,7 +332,7 @@ impl<'a> Machine<'a> {
         self.room(items.len())?;
         let pairs: Vec<_> = self.stack.drain(items).collect();
         let Value::Dict(dict) = self.top()? else {
-            return Err("its pickle sets items of what is no dict".into());
+            return Err("its pickle sets items of a value that is not a dict".into());
         };
         self.entries += pairs.len() / 2;
         let pairs = pairs.as_chunks().0.iter();
@@ -371,7 +371,7 @@ impl<'a> Machine<'a> {
             Value::Int(elements),
         ] = self.tuple_of(id)?
         else {
-            return Err("its pickle has a persistent id that is no storage".into());
+            return Err("its pickle has a persistent id that is not a storage".into());
         };
         self.room(1)?;
         if self.storages.len() == MAX_TENSORS {
@@ -412,7 +412,10 @@ impl<'a> Machine<'a> {
                     strides: self.sizes(strides)?,
                 };
                 if tensor.shape.len() != tensor.strides.len() {
-                    return Err("its pickle has a tensor with other strides than dimensions".into());
+                    return Err(
+                        "its pickle has a tensor with a different number of strides and dimensions"
+                            .into(),
+                    );
                 }
                 if self.tensors.len() == MAX_TENSORS {
                     return Err(format!("its pickle has over {MAX_TENSORS} tensors"));
@@ -448,7 +451,7 @@ impl<'a> Machine<'a> {
             .collect()
     }
 
-    /// State set on a dict, as `_metadata` is on a state dict: dropped.
+    /// Drops state set on a dict, such as `_metadata` on a state dict.
     fn build(&mut self) -> Step {
         self.pop()?;
         match self.top()? {
@@ -459,7 +462,7 @@ impl<'a> Machine<'a> {
 
     fn state_dict(&self, top: Value<'a>) -> Step<StateDict<'a>> {
         let Value::Dict(dict) = top else {
-            return Err("its pickle holds no dict of tensors".into());
+            return Err("its pickle has no dict of tensors".into());
         };
         let mut state = StateDict::new();
         for entry in self.dicts.get(dict as usize).ok_or(LOST)? {
@@ -470,7 +473,7 @@ impl<'a> Machine<'a> {
                 }
                 // A number or a list beside the weights.
                 (Value::Text(_), _) => {}
-                (key, _) => return Err(format!("its dict has {key} for a key, which is no text")),
+                (key, _) => return Err(format!("its dict has {key} as a key, which is not text")),
             }
         }
         match state.is_empty() {

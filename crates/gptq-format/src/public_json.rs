@@ -1,12 +1,12 @@
-//! What in a model's JSON is nobody else's: paths of the machine that made it (`_name_or_path`,
-//! `tokenizer_file`, whatever the key), and `auto_map`, which names Python files that stay behind.
+//! Removes private parts of a model's JSON before publication: local paths (`_name_or_path`,
+//! `tokenizer_file`, any key), and `auto_map`, which names Python files that are not published.
 
 use std::sync::LazyLock;
 
 use fancy_regex::{Captures, Regex};
 use serde_json::{Map, Value};
 
-/// Values of these are text of the model's, in which anything may stand: a template, a token.
+/// Keys whose values are free text of the model, such as a template or a token, and are kept.
 const CONTENT: [&str; 4] = [
     "chat_template",
     "template",
@@ -14,22 +14,23 @@ const CONTENT: [&str; 4] = [
     "added_tokens_decoder",
 ];
 
-/// Names Python files of the model's directory.
+/// Key that names Python files of the model's directory.
 const AUTO_MAP: &str = "auto_map";
 
-/// A whole text that is a path: from the root on with a directory at least, below a home directory, on a
-/// drive or a share of Windows.
+/// Matches a text that is a path: absolute with at least one directory, below a home directory, or
+/// on a Windows drive or share.
 static PATH: LazyLock<Regex> =
     LazyLock::new(|| regex(r"^(?:file://|/[^/\s]+/.|~[\w.-]*[/\\]|[A-Za-z]:[/\\]|\\\\[^\\])"));
 
-/// The same within a longer text, after what cannot be part of an address or a fraction.
+/// Matches a path within a longer text, after a character that cannot be part of a URL or a
+/// fraction.
 static WITHIN: LazyLock<Regex> = LazyLock::new(|| {
     regex(
         r#"(^|[\s"'`=(,:;\[{<>|])(?:file://)?(?:(?:~[\w.-]*)?(?:/[\w.@+~-]+)+/|~[\w.-]*/|[A-Za-z]:[\\/](?:[\w.@+~ -]+[\\/])*)([\w.@+~-]*)"#,
     )
 });
 
-/// What a key that is to hold a Hub id may.
+/// Matches a Hub id, which some keys may hold.
 static HUB_ID: LazyLock<Regex> = LazyLock::new(|| regex(r"^\w[\w.-]*(?:/\w[\w.-]*)?$"));
 
 fn regex(pattern: &str) -> Regex {
@@ -38,28 +39,28 @@ fn regex(pattern: &str) -> Regex {
 }
 
 fn fits(pattern: &Regex, text: &str) -> bool {
-    // Without look-around nothing is limited that could fail.
+    // Patterns without look-around have no limits that could fail.
     pattern.is_match(text).unwrap_or(false)
 }
 
-/// What was found in a JSON object and taken out.
+/// Removed parts of a JSON object.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TakenOut {
-    /// Paths of some machine.
+    /// Number of local paths.
     pub paths: usize,
-    /// Whether there was an `auto_map`.
+    /// True if there was an `auto_map`.
     pub auto_map: bool,
 }
 
 impl TakenOut {
-    /// Whether nothing was.
+    /// Returns true if nothing was removed.
     pub fn is_nothing(self) -> bool {
         self == TakenOut::default()
     }
 }
 
-/// Takes out of `value` what is not to be published. An entry whose value is a path goes with its key; of a
-/// path in a list or within a longer text the last component stays.
+/// Removes private parts from `value`. An entry whose value is a path is removed with its key; a
+/// path in a list or within a longer text is reduced to its last component.
 pub fn make_public(value: &mut Value) -> TakenOut {
     let mut taken = TakenOut::default();
     clean(value, &mut taken);
@@ -92,7 +93,7 @@ fn clean_entries(entries: &mut Map<String, Value>, taken: &mut TakenOut) {
     settings.for_each(|(_, value)| clean(value, taken));
 }
 
-/// Whether an entry is a path, or about one.
+/// Returns true if an entry is a path, or about one.
 fn is_local(key: &str, value: &Value) -> bool {
     if fits(&PATH, key) {
         return true;
@@ -108,7 +109,7 @@ fn is_local(key: &str, value: &Value) -> bool {
     fits(&PATH, text) || named && text.starts_with(['/', '.', '~', '\\'])
 }
 
-/// A text without the directories of the paths in it; `None` where there is none.
+/// Returns a text with the paths in it reduced to their last components; `None` if it has none.
 pub fn without_directories(text: &str) -> Option<String> {
     if fits(&PATH, text) && !text.contains(char::is_whitespace) {
         let last = text

@@ -1,10 +1,12 @@
-//! JSON as Python writes it: its `json` has `NaN`, `Infinity` and `-Infinity`, which JSON has not, and takes
-//! a number beyond an f64 for infinite.
+//! Reads JSON as Python writes it: with `NaN`, `Infinity` and `-Infinity`, which JSON does not
+//! have, and numbers beyond an f64 as infinity.
 //!
-//! Such a number becomes an object, as Transformers 5 writes it: `{"__float__": "Infinity"}`. Who asks the key
-//! for a number is told; a key that nobody asks for does no harm, and Transformers reads back what it was.
+//! Such a number becomes an object, as in Transformers 5: `{"__float__": "Infinity"}`. Reading that
+//! key as a number fails with a message; other keys are unaffected, and Transformers reads the
+//! original number back.
 
-/// The text with every number that is not finite as such an object; `None` where there is none.
+/// Returns the text with every number that is not finite replaced by such an object; `None` if
+/// there is none.
 pub(crate) fn tagged(text: &[u8]) -> Option<Vec<u8>> {
     let mut out = Vec::new();
     let (mut copied, mut at) = (0, 0);
@@ -33,7 +35,7 @@ pub(crate) fn tagged(text: &[u8]) -> Option<Vec<u8>> {
     Some(out)
 }
 
-/// Where the string that begins at `at` is over.
+/// Returns the end of the string that begins at `at`.
 fn after_string(text: &[u8], at: usize) -> usize {
     let mut escaped = false;
     let inside = text.iter().skip(at + 1).take_while(|&&byte| {
@@ -44,7 +46,7 @@ fn after_string(text: &[u8], at: usize) -> usize {
     at + 1 + inside.count() + 1
 }
 
-/// What Python would call it, of a word outside of strings.
+/// Returns Python's name for a non-finite number outside of strings.
 fn not_finite(word: &[u8]) -> Option<&'static str> {
     let infinite = |name| match name {
         true => "-Infinity",

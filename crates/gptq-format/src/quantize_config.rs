@@ -1,8 +1,8 @@
 //! `quantize_config.json`, and the same object as `quantization_config` in `config.json`.
 //!
 //! Key names are AutoGPTQ's; `dynamic` is GPTQModel's way to give single modules their own settings
-//! (`dynamic_rules.rs`), `modules_in_block_to_quantize` Optimum's to leave some in full precision. What is
-//! `null` or `{}` says nothing.
+//! (`dynamic_rules.rs`), `modules_in_block_to_quantize` Optimum's to leave some in full precision.
+//! Values `null` and `{}` count as missing.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use crate::dynamic_rules::DynamicRules;
 use crate::{Bits, FormatError, GroupSize, read_json};
 
-/// How zero points are stored.
+/// Storage of zero points.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CheckpointFormat {
     /// Version 1: `zero - 1`.
@@ -25,7 +25,7 @@ pub enum CheckpointFormat {
 }
 
 impl CheckpointFormat {
-    /// What is subtracted from a zero point before it is stored.
+    /// Returns the number subtracted from a zero point before it is stored.
     pub fn zero_offset(self) -> u8 {
         match self {
             CheckpointFormat::Gptq => 1,
@@ -34,18 +34,18 @@ impl CheckpointFormat {
     }
 }
 
-/// A branch's settings as readers see them.
+/// Settings of a branch as clients see them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QuantizeConfig {
     /// Code width.
     pub bits: Bits,
     /// Columns per group.
     pub group_size: GroupSize,
-    /// Damping as a fraction of the mean diagonal of the Hessian; some tools say it elsewhere.
+    /// Damping as a fraction of the mean diagonal of the Hessian; some tools store it elsewhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damp_percent: Option<f64>,
-    /// Act order, for readers: groups of columns that do not lie together. Columns that were solved in that
-    /// order with groups as they lie (`static_groups`) need none of it.
+    /// Act order as declared to clients: groups that are not contiguous. Columns solved in that
+    /// order with groups in the original column order (`static_groups`) do not need it.
     #[serde(default)]
     pub desc_act: bool,
     /// Groups fixed from the original weights.
@@ -54,7 +54,7 @@ pub struct QuantizeConfig {
     /// Symmetric codes.
     #[serde(default = "yes")]
     pub sym: bool,
-    /// Later linears of a block see the error of earlier ones.
+    /// Later linear layers of a block see the error of earlier ones.
     #[serde(default = "yes")]
     pub true_sequential: bool,
     /// The base model's name; never a local path.
@@ -66,14 +66,14 @@ pub struct QuantizeConfig {
     /// Always "gptq".
     #[serde(default = "gptq")]
     pub quant_method: String,
-    /// How zero points are stored.
+    /// Storage of zero points.
     #[serde(default)]
     pub checkpoint_format: CheckpointFormat,
     /// Per-module settings, by prefixed regular expression.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dynamic: Option<DynamicRules>,
-    /// Endings of the names of those modules that are quantized, where not all are; in lists of those that
-    /// were quantized together, or in one.
+    /// Endings of the names of the quantized modules, if not all are quantized; in lists of those
+    /// that were quantized together, or in one list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules_in_block_to_quantize: Option<Vec<OneOrMany>>,
 }
@@ -104,13 +104,13 @@ fn gptq() -> String {
     "gptq".into()
 }
 
-/// `config.json`, for what it says of quantization.
+/// The quantization part of `config.json`.
 #[derive(Deserialize)]
 struct Outside {
     quantization_config: Option<Ordered>,
 }
 
-/// The one key whose order counts.
+/// The only key whose order matters.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Ordered {
@@ -118,11 +118,11 @@ struct Ordered {
 }
 
 impl QuantizeConfig {
-    /// Reads a branch's settings from `quantize_config.json`, else from `quantization_config` in
+    /// Reads a branch's settings from `quantize_config.json`, or else from `quantization_config` in
     /// `config.json`; `None` for a dense checkpoint.
     ///
     /// # Errors
-    /// Files that cannot be read, and settings of another method than GPTQ.
+    /// Files that cannot be read, or settings of a method other than GPTQ.
     pub fn read(dir: &Path) -> Result<Option<QuantizeConfig>, FormatError> {
         match QuantizeConfig::own(dir)? {
             Some(own) => Ok(Some(own)),
@@ -130,7 +130,7 @@ impl QuantizeConfig {
         }
     }
 
-    /// What `quantize_config.json` says; `None` where there is none.
+    /// Reads `quantize_config.json`; `None` if it is missing.
     ///
     /// # Errors
     /// As [`QuantizeConfig::read`].
@@ -143,7 +143,7 @@ impl QuantizeConfig {
         QuantizeConfig::parse(&path, read_json(&path)?, order)
     }
 
-    /// What `quantization_config` in `config.json` says; `None` where it says nothing.
+    /// Reads `quantization_config` in `config.json`; `None` if it is missing.
     ///
     /// # Errors
     /// As [`QuantizeConfig::read`].
@@ -161,7 +161,7 @@ impl QuantizeConfig {
         QuantizeConfig::parse(&path, inside.unwrap_or_default(), order)
     }
 
-    /// `order` gives `dynamic` in the order in which it is written, which a `Value` does not keep.
+    /// Parses the settings; `order` holds `dynamic` in file order, which a `Value` does not keep.
     fn parse(
         path: &Path,
         value: Value,
@@ -172,7 +172,7 @@ impl QuantizeConfig {
                 Value::Null => Ok(None),
                 _ => Err(FormatError::Malformed {
                     path: path.into(),
-                    reason: "quantization settings that are no object; remove them".into(),
+                    reason: "quantization settings that are not an object; remove them".into(),
                 }),
             };
         };
@@ -188,7 +188,7 @@ impl QuantizeConfig {
                 dense: false,
             });
         }
-        // GPTQModel's older files say `format` where others say `checkpoint_format`.
+        // Older files of GPTQModel have `format` in place of `checkpoint_format`.
         if !keys.contains_key("checkpoint_format")
             && let Some(format) = keys.get("format").cloned()
         {
@@ -214,19 +214,19 @@ impl QuantizeConfig {
         Ok(Some(config))
     }
 
-    /// Whether there are no more patterns in `dynamic`, and none longer, than readers of this crate take. For whoever
-    /// writes them, too.
+    /// Checks that the patterns of `dynamic` are within the limits of this crate's reader. Writers
+    /// use it too.
     ///
     /// # Errors
-    /// There are; in half a line.
+    /// A pattern beyond a limit; the error is half a line.
     pub fn check_patterns(&self) -> Result<(), String> {
         self.dynamic.as_ref().map_or(Ok(()), DynamicRules::check)
     }
 
-    /// The bits and group size of one module, or `None` when it is left in full precision.
+    /// Returns the bits and group size of one module, or `None` if it is left in full precision.
     ///
     /// # Errors
-    /// A `dynamic` pattern that matching takes too long with.
+    /// A `dynamic` pattern that takes too long to match.
     pub fn module(&self, name: &str) -> Result<Option<(Bits, GroupSize)>, FormatError> {
         let listed = self.listed();
         if !listed.is_empty() && !listed.iter().any(|ending| name.ends_with(*ending)) {
@@ -247,7 +247,7 @@ impl QuantizeConfig {
         })
     }
 
-    /// Endings of the quantized modules' names, where only those listed are.
+    /// Returns the endings of the quantized modules' names if only listed modules are quantized.
     pub fn listed(&self) -> Vec<&str> {
         let lists = self.modules_in_block_to_quantize.iter().flatten();
         let names = lists.flat_map(OneOrMany::names);
@@ -255,7 +255,7 @@ impl QuantizeConfig {
     }
 }
 
-/// Who made something with these settings.
+/// Returns the method that these settings belong to.
 fn method(keys: &Map<String, Value>) -> String {
     let text = |key: &str| keys.get(key)?.as_str().map(str::to_ascii_lowercase);
     let is = |key: &str| keys.get(key).is_some_and(|value| value == true);
@@ -264,14 +264,14 @@ fn method(keys: &Map<String, Value>) -> String {
         None if is("load_in_4bit") || is("load_in_8bit") => "bitsandbytes".to_owned(),
         None if keys.contains_key("w_bit") || text("version").is_some() => "AWQ".to_owned(),
         None if keys.contains_key("config_groups") => "compressed-tensors".to_owned(),
-        // AutoGPTQ's own files do not name it.
+        // AutoGPTQ's own files do not name the method.
         None if keys.contains_key("bits") => "gptq".to_owned(),
         None => "a method that it does not name (no quant_method)".to_owned(),
     }
 }
 
-/// Stems that the weight file may have by AutoGPTQ's rules, from whatever settings can be read: which of
-/// them are wrong is said later.
+/// Returns stems that the weight file may have by AutoGPTQ's rules, from whatever settings can be
+/// read. Invalid settings are reported later.
 pub(crate) fn base_names(dir: &Path) -> Vec<String> {
     let settings = |file: &str| read_json::<Value>(&dir.join(file)).ok();
     let own = settings("quantize_config.json");
@@ -280,7 +280,7 @@ pub(crate) fn base_names(dir: &Path) -> Vec<String> {
     for settings in [own, inside].into_iter().flatten() {
         let named = ["model_file_base_name", "model_basename"].into_iter();
         let named = named.filter_map(|key| settings.get(key)?.as_str());
-        // Beside the config, whatever it is called.
+        // Only plain file names, so that the file is beside the config.
         let plain = |name: &&str| Path::new(name).file_name() == Some(name.as_ref());
         names.extend(named.filter(plain).map(str::to_owned));
         if let (Some(bits), Some(group)) = (settings.get("bits"), settings.get("group_size")) {
@@ -351,7 +351,7 @@ mod tests {
                 "compressed-tensors",
             ),
             (r#"{"modules": []}"#, "does not name"),
-            (r#""gptq""#, "no object"),
+            (r#""gptq""#, "not an object"),
         ] {
             let line = read(settings).unwrap_err();
             assert!(

@@ -1,4 +1,4 @@
-//! Where a safetensors file keeps its tensors: 8 bytes of the header's length, a header in JSON, the
+//! Locations of tensors in a safetensors file: 8 bytes with the header's length, a JSON header, the
 //! elements.
 //!
 //! Limits: [`MAX_HEADER`] bytes of header, [`MAX_TENSORS`], [`MAX_DIMENSIONS`], [`MAX_NAME`] bytes in a
@@ -12,15 +12,15 @@ use safetensors::SafeTensors;
 use crate::FormatError;
 use crate::checkpoint::Place;
 
-/// Bytes of a header; a 70B model in one file has under 200 kB.
+/// Maximum size of a header; that of a 70B model in one file has under 200 kB.
 const MAX_HEADER: u64 = 32 << 20;
 const MAX_TENSORS: usize = 1 << 18;
 const MAX_DIMENSIONS: usize = 8;
 const MAX_NAME: usize = 512;
 
-/// Every tensor of the mapped file `bytes`.
+/// Returns every tensor of the mapped file `bytes`.
 ///
-/// Errors when the header does not parse, is over a limit, or disagrees with the file's length.
+/// Errors if the header does not parse, is over a limit, or disagrees with the file's length.
 pub(crate) fn places(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Place)>, FormatError> {
     let refuse = |reason: String| FormatError::Header {
         path: path.into(),
@@ -36,12 +36,12 @@ pub(crate) fn places(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Place)>, 
     }
     let (header, metadata) =
         SafeTensors::read_metadata(bytes).map_err(|e| refuse(e.to_string()))?;
-    // Both lie in the file, or the header would have been refused.
+    // The `safetensors` crate has checked that both are in the file.
     let data = header + 8;
     let expected = data + metadata.data_len();
     if bytes.len() != expected {
         return Err(refuse(format!(
-            "{} bytes, its header promises {expected}",
+            "{} bytes, but its header declares {expected}",
             bytes.len()
         )));
     }
@@ -82,7 +82,7 @@ pub(crate) fn places(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Place)>, 
 mod tests {
     use super::*;
 
-    /// A file of this header and `data` zeros.
+    /// Makes a file with this header and `data` zeros.
     fn file(header: &str, data: usize) -> Vec<u8> {
         let length = (header.len() as u64).to_le_bytes();
         [&length, header.as_bytes(), &vec![0; data]].concat()

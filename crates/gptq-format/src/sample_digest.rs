@@ -1,17 +1,17 @@
-//! A quick hash by which another checkpoint is told from the same one.
+//! A quick hash that distinguishes checkpoints.
 
 use sha2::{Digest, Sha256};
 
 use crate::digests::hexadecimal;
 use crate::{Checkpoint, FormatError};
 
-/// Bytes that count of each tensor: a page out of its middle.
+/// Bytes hashed per tensor: a page from its middle.
 const SAMPLE: usize = 4096;
 
 impl Checkpoint {
-    /// SHA-256 over every tensor's name, dtype, shape and 4 KiB out of its middle, in hexadecimal.
-    /// Reads some hundred pages of a checkpoint of any size. Two checkpoints that differ only in
-    /// a few values may have the same.
+    /// Computes the SHA-256 of every tensor's name, dtype, shape and 4 KiB from its middle, in
+    /// hexadecimal. Reads some hundred pages of a checkpoint of any size. Two checkpoints that
+    /// differ only in a few values may have the same hash.
     pub fn sample_digest(&self) -> Result<String, FormatError> {
         let mut hash = Sha256::new();
         for name in self.names() {
@@ -20,7 +20,7 @@ impl Checkpoint {
             let middle = view.storage.len().saturating_sub(SAMPLE) / 2;
             let sample = view.storage.iter().skip(middle).take(SAMPLE);
             hash.update(sample.copied().collect::<Vec<u8>>());
-            // With what the kernel maps around a page: of small tensors, all.
+            // Includes what the kernel maps around a page: small tensors completely.
             self.give_back(name);
         }
         Ok(hexadecimal(&hash.finalize()))

@@ -1,4 +1,4 @@
-//! JSON files, and the files of a model directory that go along into branches.
+//! JSON files, and files of a model directory that are copied into branches.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
@@ -10,8 +10,8 @@ use serde_json::Value;
 
 use crate::{FormatError, make_public, python_json, write_file};
 
-/// What a tokenizer, its chat templates or a generation setting may be spread over. `config.json` is not
-/// among them: it gains `quantization_config`.
+/// Files of a tokenizer, its chat templates or generation settings. `config.json` is not among
+/// them: `quantization_config` is added to it.
 const NAMES: [&str; 12] = [
     "added_tokens.json",
     "chat_template.jinja",
@@ -27,7 +27,8 @@ const NAMES: [&str; 12] = [
     "video_preprocessor_config.json",
 ];
 
-/// The same, by how names begin and end: `vocab.json`, `tokenizer.model.v3`, `spiece.model`, `qwen.tiktoken`.
+/// The same by the beginning and end of names: `vocab.json`, `tokenizer.model.v3`, `spiece.model`,
+/// `qwen.tiktoken`.
 const BEGINNINGS: [&str; 3] = ["vocab.", "tokenizer.model", "sentencepiece."];
 const ENDINGS: [&str; 3] = [".model", ".tiktoken", ".spm"];
 
@@ -44,7 +45,7 @@ const LEGAL: [&str; 9] = [
     "responsible_use",
 ];
 
-/// Endings of code, weights and data, whatever else is in a name.
+/// Extensions of code, weights and data, which are never copied.
 const OTHER: [&str; 12] = [
     ".bin",
     ".gguf",
@@ -60,10 +61,10 @@ const OTHER: [&str; 12] = [
     ".safetensors",
 ];
 
-/// Subdirectories whose files go along.
+/// Subdirectories whose files are copied.
 const DIRECTORIES: [&str; 2] = ["additional_chat_templates", "LICENSES"];
 
-/// JSON whose texts are tokens: nothing in it is about a machine, and it is copied byte for byte.
+/// JSON files whose strings are tokens: they hold no local paths, and are copied byte for byte.
 const VOCABULARIES: [&str; 4] = [
     "added_tokens.json",
     "tekken.json",
@@ -71,19 +72,19 @@ const VOCABULARIES: [&str; 4] = [
     "vocab.json",
 ];
 
-/// Most bytes of a JSON file that is read: parsed, it may take twenty times as much memory. The index of a
-/// model of a trillion parameters has about 10 MB.
+/// Maximum size of a JSON file in bytes: parsed, it may take twenty times as much memory. The index
+/// of a model of a trillion parameters has about 10 MB.
 pub const MAX_JSON: u64 = 32 << 20;
 /// Most bytes of a branch's `report.json`, with room for 128 experts in each of 94 blocks.
 pub const MAX_REPORT: u64 = 256 << 20;
 /// Most bytes of a file that goes along; the largest `tokenizer.json` in use have about 35 MB.
 const MAX_SIDE_FILE: u64 = 256 << 20;
 
-/// Reads a JSON file. A number that JSON does not have, as Python writes it, is the object that
-/// Transformers 5 writes in its place: `{"__float__": "NaN"}`.
+/// Reads a JSON file. A number that only Python's JSON has becomes the object that Transformers 5
+/// writes in its place: `{"__float__": "NaN"}`.
 ///
 /// # Errors
-/// A file that cannot be read, is not a regular one, is over 32 MiB, or does not parse.
+/// A file that cannot be read, is not a regular file, is over 32 MiB, or does not parse.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FormatError> {
     read_json_within(path, MAX_JSON)
 }
@@ -107,10 +108,10 @@ fn parse_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, Forma
     })
 }
 
-/// Writes a JSON file, indented, with a final newline, as [`write_file`] does.
+/// Writes a JSON file, indented, with a final newline, using [`write_file`].
 ///
 /// # Errors
-/// One that [`read_json`] would not read for its size, and what [`write_file`] says.
+/// A file too large for [`read_json`], and errors of [`write_file`].
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), FormatError> {
     write_json_within(path, value, MAX_JSON)
 }
@@ -144,13 +145,14 @@ fn json_text(path: &Path, value: &impl Serialize, limit: u64) -> Result<Vec<u8>,
     }
 }
 
-/// The bytes of a regular file of at most `limit`: a device says that it has none and never ends.
+/// Reads a regular file of at most `limit` bytes: a device reports a size of zero and may never
+/// end.
 fn read_regular(path: &Path, limit: u64) -> Result<Vec<u8>, FormatError> {
     let malformed = |reason| FormatError::Malformed {
         path: path.into(),
         reason,
     };
-    // Before it is opened, as a pipe would wait for whoever writes to it.
+    // Checked before opening, as opening a pipe would block.
     let meta = fs::metadata(path).map_err(FormatError::io(path))?;
     if !meta.is_file() {
         return Err(malformed("not a regular file; put one in its place".into()));
@@ -172,8 +174,8 @@ fn over(length: u64, limit: u64) -> String {
     format!("{length} bytes, over the limit of {limit} for such a file")
 }
 
-/// Whether a file of a model's directory goes along into branches, by its name, with `/` after a
-/// subdirectory's.
+/// Returns true if a file of a model's directory is copied into branches, by its name, with `/`
+/// after a subdirectory's.
 pub fn goes_along(name: &str) -> bool {
     let any = |words: &[&str], test: &dyn Fn(&str) -> bool| words.iter().any(|word| test(word));
     if let Some((dir, file)) = name.split_once('/') {
@@ -188,7 +190,7 @@ pub fn goes_along(name: &str) -> bool {
             && !any(&OTHER, &|word| lower.ends_with(word))
 }
 
-/// Names of the files of `dir` that go along, sorted, with `/` after a subdirectory's.
+/// Returns the names of the copied files of `dir`, sorted, with `/` after a subdirectory's.
 ///
 /// # Errors
 /// A directory that cannot be read.
@@ -215,12 +217,12 @@ fn names(dir: &Path) -> Result<Vec<String>, FormatError> {
     Ok(names)
 }
 
-/// The contents of one of the [`side_files`] of `dir`; `None` where there is none. What it holds goes into
-/// branches that are published, so a link may lead to a file of `dir` itself or of a Hub cache, and
-/// nowhere else.
+/// Returns the contents of one of the [`side_files`] of `dir`; `None` if it is missing. Its
+/// contents are published with branches, so a link may point only to a file of `dir` itself or of a
+/// Hub cache.
 ///
 /// # Errors
-/// A link to anything else, what is not a regular file, and one of over 256 MiB.
+/// A link to anything else, a file that is not regular, or one of over 256 MiB.
 pub fn side_file(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, FormatError> {
     let path = dir.join(name);
     let target = match fs::canonicalize(&path) {
@@ -242,7 +244,8 @@ pub fn side_file(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, FormatError>
     read_regular(&path, MAX_SIDE_FILE).map(Some)
 }
 
-/// Whether a file lies in a Hub cache: `blobs/HASH` beside `snapshots`, whose links lead to it.
+/// Returns true if a file is in a Hub cache: `blobs/HASH` beside `snapshots`, whose links point to
+/// it.
 fn is_blob(path: &Path) -> bool {
     let Some(blobs) = path.parent() else {
         return false;
@@ -250,15 +253,15 @@ fn is_blob(path: &Path) -> bool {
     blobs.ends_with("blobs") && blobs.with_file_name("snapshots").is_dir()
 }
 
-/// Copies the [`side_files`] of `from` into `to`, byte for byte, but for JSON settings in which something is
-/// not to be published ([`make_public`]).
+/// Copies the [`side_files`] of `from` into `to`, byte for byte except for JSON settings with
+/// private parts ([`make_public`]).
 ///
 /// # Errors
-/// What [`side_file`] refuses, JSON settings that do not parse, and what cannot be written.
+/// Errors of [`side_file`], JSON settings that do not parse, or files that cannot be written.
 pub fn copy_side_files(from: &Path, to: &Path) -> Result<(), FormatError> {
     for name in side_files(from)? {
-        // Read and written rather than `fs::copy`: a read-only original must not make a
-        // read-only copy.
+        // Reads and writes instead of `fs::copy`: a read-only original must not make a read-only
+        // copy.
         let Some(mut bytes) = side_file(from, &name)? else {
             continue;
         };
@@ -275,7 +278,7 @@ pub fn copy_side_files(from: &Path, to: &Path) -> Result<(), FormatError> {
                 let dir = to.join(dir);
                 fs::create_dir_all(&dir).map_err(FormatError::io(&dir))?;
                 write_file(&path, &bytes)?;
-                // The directory's own names are not synced with those of `to`.
+                // The subdirectory's entries are not synced with those of `to`.
                 let synced = File::open(&dir).and_then(|dir| dir.sync_all());
                 synced.map_err(FormatError::io(&dir))?;
             }
@@ -315,7 +318,7 @@ mod tests {
         symlink("MIT", snapshot.join("LICENSE")).unwrap();
         symlink("nowhere", snapshot.join("merges.txt")).unwrap();
         fs::create_dir(snapshot.join("vocab.json")).unwrap();
-        // The directory itself may be a link.
+        // The model directory itself may be a link.
         let model = root.path().join("model");
         symlink(&snapshot, &model).unwrap();
         let to = root.path().join("branch");
@@ -339,7 +342,7 @@ mod tests {
                 "{line}"
             );
         }
-        // A directory that is only called like a cache's.
+        // A directory whose name only looks like a cache's.
         fs::create_dir(root.path().join("blobs")).unwrap();
         fs::write(root.path().join("blobs/key"), "secret").unwrap();
         fs::remove_file(snapshot.join("LICENSE")).unwrap();

@@ -1,8 +1,8 @@
 //! A directory that appears under its name only when it is complete.
 //!
 //! Files are written into a `.partial` sibling; [`StagedDir::commit`] syncs it and renames it into
-//! place. Until then the sibling stays where it is, whatever happens to the process: an unfinished
-//! run goes on in it.
+//! place. Until then the sibling stays, whatever happens to the process, so that an interrupted run
+//! can resume in it.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -13,12 +13,12 @@ use rustix::io::Errno;
 
 use crate::FormatError;
 
-/// The file whose presence says that a directory was written by this project and may be replaced.
+/// File that marks a directory as written by this project, so that it may be replaced.
 const MARKER: &str = "report.json";
 
-/// What is added to a directory's name until it is complete.
+/// Suffix of a directory until it is complete.
 pub(crate) const PARTIAL: &str = "partial";
-/// What is added to the name of a directory that is being replaced.
+/// Suffix of a directory that is being replaced.
 pub(crate) const OLD: &str = "old";
 
 /// A directory being written.
@@ -29,8 +29,8 @@ pub struct StagedDir {
 }
 
 impl StagedDir {
-    /// Refuses a target that exists and is neither empty nor an earlier result, or is a symbolic
-    /// link.
+    /// Refuses an existing target that is neither empty nor an earlier result, or that is a
+    /// symbolic link.
     pub fn check(target: &Path) -> Result<(), FormatError> {
         let occupied = FormatError::Occupied { dir: target.into() };
         match fs::symlink_metadata(target) {
@@ -48,7 +48,7 @@ impl StagedDir {
         }
     }
 
-    /// Starts `target` anew; a `.partial` left by a run that died is removed.
+    /// Starts `target` from scratch; a `.partial` of an interrupted run is removed.
     pub fn create(target: &Path) -> Result<Self, FormatError> {
         Self::check(target)?;
         Self::discard(target)?;
@@ -56,7 +56,7 @@ impl StagedDir {
         if let Some(parent) = partial.parent() {
             fs::create_dir_all(parent).map_err(FormatError::io(parent))?;
         }
-        // Fails on whatever is there by now, a link included.
+        // Fails if anything exists there by now, including a link.
         fs::create_dir(&partial).map_err(FormatError::io(&partial))?;
         Ok(StagedDir {
             partial,
@@ -64,15 +64,15 @@ impl StagedDir {
         })
     }
 
-    /// Whether an unfinished run left a `.partial` of `target`.
+    /// Returns true if an interrupted run left a `.partial` of `target`.
     pub fn is_begun(target: &Path) -> bool {
         fs::symlink_metadata(sibling(target, "partial")).is_ok_and(|meta| meta.is_dir())
     }
 
-    /// Goes on with the `.partial` that an unfinished run left.
+    /// Resumes with the `.partial` of an interrupted run.
     ///
     /// # Errors
-    /// There is none, or it is not a directory.
+    /// It does not exist, or is not a directory.
     pub fn reopen(target: &Path) -> Result<Self, FormatError> {
         Self::check(target)?;
         let partial = sibling(target, PARTIAL);
@@ -86,17 +86,17 @@ impl StagedDir {
         }
     }
 
-    /// Removes the `.partial` of `target`, if there is one; a link there goes, not what it leads to.
+    /// Removes the `.partial` of `target`, if there is one; of a link, only the link itself.
     pub fn discard(target: &Path) -> Result<(), FormatError> {
         remove(&sibling(target, PARTIAL))
     }
 
-    /// Where to write until the commit.
+    /// Returns the directory to write to until the commit.
     pub fn path(&self) -> &Path {
         &self.partial
     }
 
-    /// Waits until its name and those of its files are on the disk.
+    /// Syncs its own directory entry and those of its files.
     pub fn sync(&self) -> Result<(), FormatError> {
         sync_dir(&self.partial)?;
         match self.partial.parent() {
@@ -105,17 +105,17 @@ impl StagedDir {
         }
     }
 
-    /// Removes what a replacement that was cut short left beside a finished `target`.
+    /// Removes the remains of an interrupted replacement beside a finished `target`.
     pub fn tidy(target: &Path) -> Result<(), FormatError> {
         Self::discard(target)?;
         remove(&sibling(target, OLD))
     }
 
-    /// Syncs the directory and puts it in place, replacing an earlier result. Where the file system can
-    /// exchange two directories, there is no moment without one of the two under the name.
+    /// Syncs the directory and moves it into place, replacing an earlier result. If the file system
+    /// can exchange two directories, one of the two exists under the name at any moment.
     ///
     /// # Errors
-    /// Something else has come to be there since the directory was begun: both stay as they are.
+    /// Another program has created the target since: both directories stay as they are.
     pub fn commit(self) -> Result<(), FormatError> {
         sync_dir(&self.partial)?;
         let (partial, target) = (&self.partial, &self.target);
@@ -129,12 +129,13 @@ impl StagedDir {
             Self::check(target).map_err(|_| taken())?;
             match exchange(partial, target).map_err(FormatError::io(target))? {
                 true => {
-                    // What was really there, whatever came between the look and the exchange.
+                    // Checks again what was exchanged, as it may have changed since the first
+                    // check.
                     if Self::check(partial).is_err() {
                         exchange(partial, target).map_err(FormatError::io(target))?;
                         return Err(taken());
                     }
-                    // Under this name nobody takes it for a beginning.
+                    // Under the name `.old` it is not mistaken for an interrupted run.
                     fs::rename(partial, &old).map_err(FormatError::io(partial))?;
                 }
                 false => {
@@ -143,7 +144,7 @@ impl StagedDir {
                 }
             }
         } else {
-            // Replaces nothing but an empty directory.
+            // Replaces at most an empty directory.
             fs::rename(partial, target).map_err(|error| match error.kind() {
                 ErrorKind::DirectoryNotEmpty | ErrorKind::NotADirectory => taken(),
                 _ => FormatError::io(target)(error),
@@ -157,17 +158,17 @@ impl StagedDir {
     }
 }
 
-/// Has two directories change their names at once; `false` where that cannot be done.
+/// Exchanges the names of two directories atomically; returns `false` if that is not supported.
 fn exchange(one: &Path, other: &Path) -> io::Result<bool> {
     match renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE) {
         Ok(()) => Ok(true),
-        // An old kernel; a file system that does not know how, or not for these two.
+        // An old kernel, or a file system that does not support it for these two.
         Err(Errno::NOSYS | Errno::INVAL | Errno::NOTSUP | Errno::XDEV | Errno::PERM) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Removes a directory with all that is in it, or a link.
+/// Removes a directory and its contents, or a link.
 fn remove(path: &Path) -> Result<(), FormatError> {
     let removed = match fs::symlink_metadata(path) {
         Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
@@ -185,7 +186,7 @@ fn sibling(target: &Path, suffix: &str) -> PathBuf {
     target.with_file_name(name)
 }
 
-/// Waits until the entries of `dir` are on the disk.
+/// Syncs the entries of `dir`.
 fn sync_dir(dir: &Path) -> Result<(), FormatError> {
     File::open(dir)
         .and_then(|d| d.sync_all())
@@ -250,7 +251,7 @@ mod tests {
             }
             assert_eq!(fs::read(target.join("thesis.tex")).unwrap(), b"mine");
             assert_eq!(fs::read(partial.join(MARKER)).unwrap(), b"new");
-            // Once it is out of the way, the beginning can be gone on with.
+            // Once the other directory is gone, the run can be resumed.
             fs::remove_dir_all(&target).unwrap();
             StagedDir::reopen(&target).unwrap().commit().unwrap();
             assert_eq!(fs::read(target.join(MARKER)).unwrap(), b"new");
@@ -291,8 +292,8 @@ mod tests {
         });
     }
 
-    /// A kill while a branch is replaced leaves some of the three; whatever it leaves, there is one
-    /// directory at the end, the new one.
+    /// If the process is killed while replacing a branch, some of the three directories remain; the
+    /// next commit leaves only the new one.
     #[test]
     fn whatever_a_kill_left_of_a_replacement_the_next_commit_leaves_one_directory() {
         for left in 0..8 {
@@ -307,7 +308,7 @@ mod tests {
                 fs::create_dir(dir).unwrap();
                 fs::write(dir.join(MARKER), i.to_string()).unwrap();
             }
-            // To be gone on with where there is a beginning.
+            // Resumes if there is a `.partial`.
             let staged = match StagedDir::reopen(&target) {
                 Ok(staged) => staged,
                 Err(_) => StagedDir::create(&target).unwrap(),

@@ -1,8 +1,8 @@
-//! One tensor as it lies in a mapped file, and its conversion to f16 or bf16.
+//! A tensor in a mapped file, and its conversion to f16 or bf16.
 //!
-//! Element `(i_0, ..., i_n)` lies at `Σ i_k strides_k` of the storage. safetensors stores every
-//! tensor row-major; PyTorch stores views with whatever strides they had, on storages that
-//! several tensors may share.
+//! Element `(i_0, ..., i_n)` is at `Σ i_k strides_k` of the storage. safetensors stores every
+//! tensor row-major; PyTorch stores views with any strides, on storages that several tensors may
+//! share.
 
 use std::borrow::Cow;
 
@@ -14,10 +14,10 @@ use crate::{FormatError, Half};
 
 /// Elements converted by one task.
 const PIECE: usize = 1 << 18;
-/// Elements widened at a time, in the processor's nearest cache.
+/// Elements widened at a time, to fit the nearest cache.
 const RUN: usize = 1024;
 
-/// One tensor as it lies in the file.
+/// One tensor in a mapped file.
 #[derive(Clone, Copy)]
 pub struct TensorView<'a> {
     /// Name in the file.
@@ -26,13 +26,13 @@ pub struct TensorView<'a> {
     pub dtype: Dtype,
     /// Dimensions.
     pub shape: &'a [usize],
-    /// Elements from one index of a dimension to the next; `None` when row-major without gaps.
+    /// Stride of each dimension in elements; `None` for row-major without gaps.
     pub(crate) strides: Option<&'a [usize]>,
-    /// Little-endian elements from the tensor's first to its last; possibly unaligned.
+    /// Little-endian elements from the tensor's first to its last; may be unaligned.
     pub(crate) storage: &'a [u8],
 }
 
-/// What is wrong with elements: the index of the first, and how many.
+/// Index of the first bad element, and their number.
 type Found = Option<(usize, usize)>;
 
 /// Elements that a 16-bit float cannot hold.
@@ -45,12 +45,12 @@ struct Flaws {
 }
 
 impl<'a> TensorView<'a> {
-    /// How many elements there are.
+    /// Returns the number of elements.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// Little-endian elements, row-major: those of the file where they lie so.
+    /// Returns little-endian elements, row-major: borrowed from the file if they are stored so.
     pub fn bytes(&self) -> Cow<'a, [u8]> {
         match self.strides {
             None => Cow::Borrowed(self.storage),
@@ -66,7 +66,7 @@ impl<'a> TensorView<'a> {
         }
     }
 
-    /// Whether `other`, of the same shape, holds the same numbers, in whatever float type.
+    /// Returns true if `other`, of the same shape, has the same values in any float type.
     pub fn same_values(&self, other: &TensorView<'_>) -> bool {
         if self.dtype == other.dtype && self.strides.is_none() && other.strides.is_none() {
             return self.storage == other.storage;
@@ -86,7 +86,7 @@ impl<'a> TensorView<'a> {
             })
     }
 
-    /// Whether all elements are zero.
+    /// Returns true if all elements are zero.
     pub fn is_zero(&self) -> bool {
         match Float::of(self) {
             Ok(float) => {
@@ -107,26 +107,26 @@ impl<'a> TensorView<'a> {
         }
     }
 
-    /// The bits of all elements as `half`, row-major, into `out`; other floats are rounded to nearest
-    /// even. Runs in parallel.
+    /// Writes all elements as the bits of `half`, row-major, into `out`; other floats are rounded
+    /// to nearest even. Runs in parallel.
     ///
     /// # Errors
-    /// A dtype that is no float, a value that is not finite, a value beyond the range of `half`.
+    /// A dtype that is not a float, a value that is not finite, or one beyond the range of `half`.
     ///
     /// # Panics
-    /// When `out` has another length.
+    /// If `out` has another length.
     pub fn halves_into(&self, half: Half, out: &mut [u16]) -> Result<(), FormatError> {
         assert_eq!(out.len(), self.elements(), "{}", self.name);
         let float = Float::of(self)?;
         self.verdict(half, self.stretch(float, half, 0, out))
     }
 
-    /// The same, `step` elements at a time and in order, each handed to `take` with the index of its first: no
-    /// more of the tensor is in memory. Once there is something wrong, what is left is looked at and not handed
-    /// on.
+    /// Does the same `step` elements at a time and in order, and passes each piece to `take` with
+    /// the index of its first element, so that no more of the tensor is in memory. After an error
+    /// the rest is checked but not passed on.
     ///
     /// # Errors
-    /// As [`TensorView::halves_into`], and what `take` says.
+    /// As [`TensorView::halves_into`], and errors of `take`.
     pub(crate) fn each_halves<E: From<FormatError>>(
         &self,
         half: Half,
@@ -147,7 +147,7 @@ impl<'a> TensorView<'a> {
         Ok(self.verdict(half, flaws)?)
     }
 
-    /// Elements from `first` on, by all threads.
+    /// Converts elements from `first` on, with all threads.
     fn stretch(&self, float: Float, half: Half, first: usize, out: &mut [u16]) -> Flaws {
         out.par_chunks_mut(PIECE)
             .enumerate()
@@ -179,7 +179,7 @@ impl<'a> TensorView<'a> {
         }
     }
 
-    /// Elements from `first` on.
+    /// Converts elements from `first` on.
     fn piece(&self, float: Float, half: Half, first: usize, out: &mut [u16]) -> Flaws {
         let mut flaws = Flaws::default();
         if self.dtype == half.dtype() {
@@ -196,7 +196,7 @@ impl<'a> TensorView<'a> {
             self.widen(float, first, wide);
             half.round(wide, out);
             if any_not_finite(half, out) {
-                // Only the source tells a value that overflowed from one that was never finite.
+                // The source distinguishes a value that overflowed from one that was not finite.
                 let non_finite = find(wide, first, |v| !v.is_finite());
                 let both: Vec<(f32, u16)> = wide.iter().copied().zip(out.iter().copied()).collect();
                 let overflow = find(&both, first, |(wide, bits)| {
@@ -228,7 +228,7 @@ impl<'a> TensorView<'a> {
         }
     }
 
-    /// An i32 tensor's words.
+    /// Returns an i32 tensor's words.
     ///
     /// # Errors
     /// Another dtype.
@@ -250,7 +250,7 @@ impl<'a> TensorView<'a> {
     }
 }
 
-/// The element types weights come in.
+/// Element types of weights.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Float {
     F16,
@@ -286,8 +286,8 @@ impl Flaws {
     }
 }
 
-/// Whether a value is not finite. In runs that are summed up without a branch: this passes over
-/// every weight of a model.
+/// Returns true if a value is not finite. Runs are summed without a branch, as this reads every
+/// weight of a model.
 fn any_not_finite(half: Half, values: &[u16]) -> bool {
     values.chunks(4096).any(|run| {
         let bad = |v: &u16| u32::from(half.is_not_finite(*v));
@@ -295,7 +295,8 @@ fn any_not_finite(half: Half, values: &[u16]) -> bool {
     })
 }
 
-/// The first element `bad` holds for, counted from `start`, and how many there are.
+/// Returns the index of the first element for which `bad` holds, counted from `start`, and their
+/// number.
 fn find<T>(values: &[T], start: usize, bad: impl Fn(&T) -> bool) -> Found {
     let first = values.iter().position(&bad)?;
     Some((
@@ -304,8 +305,8 @@ fn find<T>(values: &[T], start: usize, bad: impl Fn(&T) -> bool) -> Found {
     ))
 }
 
-/// Places of a tensor's elements in its storage, row-major from element `first` on. Only as many as
-/// the tensor has from there may be taken.
+/// Returns the offsets of a tensor's elements in its storage, row-major from element `first` on. No
+/// more may be taken than the tensor has from there.
 fn offsets<'a>(
     shape: &'a [usize],
     strides: &'a [usize],

@@ -1,15 +1,15 @@
-//! Where a PyTorch file keeps its tensors: `torch.save`'s zip format, since PyTorch 1.6.
+//! Locations of tensors in a PyTorch file: `torch.save`'s zip format, since PyTorch 1.6.
 //!
 //! ```text
-//! NAME/data.pkl     which tensor is which view of which storage (`pickle.rs`)
+//! NAME/data.pkl     tensors as views of storages (`pickle.rs`)
 //! NAME/byteorder    "little" (absent before PyTorch 2.1, which wrote little-endian everywhere)
-//! NAME/data/KEY     a storage: its elements, nothing else
+//! NAME/data/KEY     a storage: only its elements
 //! ```
 //!
-//! Entries are stored without compression, so that a tensor is a view of the mapped file. An entry
-//! that is compressed or encrypted, or shares bytes with another, is refused: nothing is ever
-//! inflated. Over [`MAX_ENTRIES`] entries, a name over [`MAX_NAME`] bytes, or views that repeat elements
-//! [`MAX_REPEATED`] times over, are refused.
+//! Entries are stored without compression, so a tensor is a view of the mapped file. Entries that
+//! are compressed or encrypted, or that share bytes with another, are refused: nothing is ever
+//! inflated. Over [`MAX_ENTRIES`] entries, a name over [`MAX_NAME`] bytes, or views that repeat
+//! more than [`MAX_REPEATED`] elements are refused as well.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -22,19 +22,19 @@ use crate::checkpoint::Place;
 use crate::pickle::{self, TorchTensor};
 
 const MAX_ENTRIES: usize = 1 << 17;
-/// Bytes in an entry's name.
+/// Maximum length of an entry's name in bytes.
 const MAX_NAME: usize = 512;
 
-/// Elements that all tensors together have beyond those of their storages. A view with a stride of 0
-/// repeats elements as often as it likes.
+/// Maximum number of elements that all tensors together have beyond those of their storages. A view
+/// with a stride of 0 repeats elements without bound.
 const MAX_REPEATED: usize = 1 << 24;
 
-/// How `torch.save` began its files before it wrote zip archives: the pickle of a magic number.
+/// Start of files from before `torch.save` wrote zip archives: the pickle of a magic number.
 const LEGACY: [u8; 6] = [0x80, 0x02, 0x8a, 0x0a, 0x6c, 0xfc];
 
-/// Every tensor of the mapped file `bytes`.
+/// Returns every tensor of the mapped file `bytes`.
 ///
-/// Errors when it is not such a file, or anything in it points outside what there is.
+/// Errors if it is not such a file, or if anything in it is out of range.
 pub(crate) fn places(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Place)>, FormatError> {
     read(bytes).map_err(|reason| FormatError::Torch {
         path: path.into(),
@@ -42,7 +42,7 @@ pub(crate) fn places(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Place)>, 
     })
 }
 
-/// The same; the error is a sentence.
+/// Reads the same; the error is a sentence.
 fn read(bytes: &[u8]) -> Result<Vec<(String, Place)>, String> {
     if bytes.starts_with(&LEGACY) {
         return Err(
@@ -64,7 +64,7 @@ fn read(bytes: &[u8]) -> Result<Vec<(String, Place)>, String> {
     if content("byteorder").is_some_and(|order| order != b"little") {
         return Err("its elements are big-endian".into());
     }
-    let pickle = content("data.pkl").ok_or("its data.pkl lies outside the file")?;
+    let pickle = content("data.pkl").ok_or("its data.pkl is outside the file")?;
     let mut repeated = 0;
     pickle::read(pickle)?
         .into_iter()
@@ -85,9 +85,10 @@ fn read(bytes: &[u8]) -> Result<Vec<(String, Place)>, String> {
         .collect()
 }
 
-/// The bytes of every entry, by name.
+/// Returns the bytes of every entry, by name.
 fn entries(bytes: &[u8]) -> Result<BTreeMap<String, Range<usize>>, String> {
-    let damaged = |e: rawzip::Error| format!("it is no whole zip file ({e}); fetch it again");
+    let damaged =
+        |e: rawzip::Error| format!("it is not a complete zip file ({e}); download it again");
     let archive = ZipArchive::from_slice(bytes).map_err(damaged)?;
     let mut entries = BTreeMap::new();
     let mut records = archive.entries();
@@ -116,7 +117,7 @@ fn entries(bytes: &[u8]) -> Result<BTreeMap<String, Range<usize>>, String> {
             .get_entry(record.wayfinder())
             .map_err(|_| format!("entry {name} points outside the file; it may be truncated"))?
             .compressed_data_range();
-        // Both lie in `bytes`, so they fit.
+        // Both are offsets into `bytes`, so they fit.
         let range = start as usize..end as usize;
         if entries.insert(name.to_owned(), range).is_some() {
             return Err(format!("there are two entries named {name}"));
@@ -135,7 +136,7 @@ fn entries(bytes: &[u8]) -> Result<BTreeMap<String, Range<usize>>, String> {
     Ok(entries)
 }
 
-/// A tensor's bytes in the file, given those of its storage.
+/// Computes a tensor's byte range in the file from that of its storage.
 fn place(tensor: &TorchTensor<'_>, storage: &Range<usize>) -> Result<Place, String> {
     let TorchTensor {
         storage: declared,
@@ -152,14 +153,14 @@ fn place(tensor: &TorchTensor<'_>, storage: &Range<usize>) -> Result<Place, Stri
             storage.len()
         ));
     }
-    let outside = || "reaches outside its storage".to_owned();
+    let outside = || "extends beyond its storage".to_owned();
     let count = shape
         .iter()
         .try_fold(size, |n, &d| n.checked_mul(d))
         .filter(|&bytes| isize::try_from(bytes).is_ok())
         .ok_or_else(outside)?
         / size;
-    // The last element's place, and one more.
+    // One past the last element.
     let end = match count {
         0 => Some(*offset),
         _ => shape
@@ -181,7 +182,8 @@ fn place(tensor: &TorchTensor<'_>, storage: &Range<usize>) -> Result<Place, Stri
     })
 }
 
-/// Whether elements lie one after the other. A dimension of 1 may have any stride.
+/// Returns true if elements are contiguous in row-major order. A dimension of 1 may have any
+/// stride.
 fn row_major(shape: &[usize], strides: &[usize]) -> bool {
     let mut expected = 1;
     shape.iter().zip(strides).rev().all(|(&d, &stride)| {

@@ -1,4 +1,4 @@
-//! Which files of a directory hold the weights, and mapping them.
+//! Finds and maps the weight files of a directory.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,10 +7,10 @@ use std::path::Path;
 use crate::mapped_file::MappedFile;
 use crate::{FormatError, read_json};
 
-/// Most shards that an index may name.
+/// Maximum number of shards in an index.
 const MAX_SHARDS: usize = 1 << 12;
 
-/// How the weights are stored.
+/// Container format of the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Container {
     Safetensors,
@@ -22,35 +22,35 @@ pub(crate) enum Container {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct WeightFiles {
     pub(crate) container: Container,
-    /// File names, none with a directory in it; all of them are there.
+    /// Existing files, as plain names without directories.
     pub(crate) files: Vec<String>,
-    /// What lists them, where something does.
+    /// The index that lists them, if any.
     pub(crate) index: Option<Index>,
-    /// What was unexpected about them, in a sentence each.
+    /// Notes on unexpected files, one sentence each.
     pub(crate) notes: Vec<String>,
 }
 
-/// A list of shards and of the tensors in them.
+/// An index of shards and their tensors.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Index {
     /// Its file name.
     pub(crate) name: String,
     /// The file of each tensor.
     pub(crate) weight_map: BTreeMap<String, String>,
-    /// Files that it names and that are not there.
+    /// Files that it lists but that are missing.
     pub(crate) absent: Vec<String>,
 }
 
-/// The two kinds of files, with the name that Transformers gives them and their endings.
+/// The two containers, with Transformers' file stems and extensions.
 const KINDS: [(Container, &str, &str); 2] = [
     (Container::Safetensors, "model", "safetensors"),
     (Container::Torch, "pytorch_model", "bin"),
 ];
 
 impl WeightFiles {
-    /// Looks where Transformers looks, in its order: safetensors before PyTorch files, a single file before
-    /// an index. Then for what others write: a full set of numbered shards without an index, a file that
-    /// `base_names` (stems) names, the only safetensors file there is.
+    /// Looks where Transformers looks, in its order: safetensors before PyTorch files, a single
+    /// file before an index. Then for files of other tools: a full set of numbered shards without
+    /// an index, a file with one of the stems `base_names`, or the only safetensors file.
     pub(crate) fn find(dir: &Path, base_names: &[String]) -> Result<WeightFiles, FormatError> {
         let there = weight_files(dir)?;
         let is_there = |name: &str| there.iter().any(|file| file == name);
@@ -70,7 +70,7 @@ impl WeightFiles {
         }
         if let [(ending, files)] = shard_sets(&there).as_slice() {
             let note = format!(
-                "no index lists the {} shards; they are read as they are",
+                "no index lists the {} shards; they are read without one",
                 files.len()
             );
             return Ok(WeightFiles {
@@ -102,7 +102,8 @@ impl WeightFiles {
         }
     }
 
-    /// What `index` lists; where that is not there and a full set of shards of other names is, that set.
+    /// Returns the files listed in `index`; if those are missing and there is a full set of shards
+    /// under other names, that set.
     fn listed(
         dir: &Path,
         container: Container,
@@ -120,7 +121,7 @@ impl WeightFiles {
         files.dedup();
         if files.len() > MAX_SHARDS {
             return Err(malformed(format!(
-                "it names {} files, over {MAX_SHARDS}",
+                "it lists {} files, over {MAX_SHARDS}",
                 files.len()
             )));
         }
@@ -136,7 +137,7 @@ impl WeightFiles {
             match sets.as_slice() {
                 [set] => {
                     notes.push(format!(
-                        "{index} names {first}, which is not there; the full set of {} shards beside it is \
+                        "{index} lists {first}, which is missing; the full set of {} shards beside it is \
                          read instead",
                         set.len()
                     ));
@@ -144,14 +145,14 @@ impl WeightFiles {
                 }
                 _ if files.is_empty() => {
                     return Err(malformed(format!(
-                        "it names {}, which {} not there; here are: {}; fetch the files that it names, or \
-                         their own index",
+                        "it lists {}, which {} missing; found: {}; download the listed files, or \
+                         the index of those found",
                         some(&absent),
                         if absent.len() == 1 { "is" } else { "are" },
                         some(there)
                     )));
                 }
-                _ => notes.push(format!("{index} names {}, not there", some(&absent))),
+                _ => notes.push(format!("{index} lists {}, missing", some(&absent))),
             }
         }
         Ok(WeightFiles {
@@ -168,7 +169,7 @@ impl WeightFiles {
 }
 
 impl Container {
-    /// By the ending of a file name.
+    /// Returns the container of a file extension.
     fn of(ending: &str) -> Self {
         match ending {
             "safetensors" => Container::Safetensors,
@@ -177,7 +178,7 @@ impl Container {
     }
 }
 
-/// Names of the files in `dir` that could hold weights, sorted.
+/// Returns the files in `dir` that could hold weights, sorted.
 fn weight_files(dir: &Path) -> Result<Vec<String>, FormatError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).map_err(FormatError::io(dir))? {
@@ -195,8 +196,8 @@ fn weight_files(dir: &Path) -> Result<Vec<String>, FormatError> {
     Ok(found)
 }
 
-/// Full sets of shards, `STEM-00001-of-00003.ENDING` to the last: ending and files of each, safetensors
-/// alone where there are any.
+/// Returns full sets of shards, `STEM-00001-of-00003.EXTENSION` to the last: extension and files of
+/// each; only safetensors if there are any.
 fn shard_sets(there: &[String]) -> Vec<(String, Vec<String>)> {
     let mut sets: BTreeMap<(&str, &str, usize), Vec<&String>> = BTreeMap::new();
     for file in there {
@@ -204,7 +205,7 @@ fn shard_sets(there: &[String]) -> Vec<(String, Vec<String>)> {
             sets.entry((ending, stem, of)).or_default().push(file);
         }
     }
-    // Names are distinct and their numbers are at most `of`: as many are all of them.
+    // Names are distinct and their numbers at most `of`, so a set of that size is complete.
     sets.retain(|(_, _, of), files| files.len() == *of);
     let safe = sets.keys().any(|(ending, ..)| *ending == "safetensors");
     sets.retain(|(ending, ..), _| !safe || *ending == "safetensors");
@@ -214,7 +215,7 @@ fn shard_sets(there: &[String]) -> Vec<(String, Vec<String>)> {
     sets.into_iter().map(set).collect()
 }
 
-/// Stem, ending and number of shards of a numbered shard's name.
+/// Splits a numbered shard's name into stem, extension and number of shards.
 fn shard(file: &str) -> Option<(&str, &str, usize)> {
     let (name, ending) = file.rsplit_once('.')?;
     let (rest, of) = name.rsplit_once("-of-")?;
@@ -227,7 +228,7 @@ fn shard(file: &str) -> Option<(&str, &str, usize)> {
     ((1..=of.min(MAX_SHARDS)).contains(&number)).then_some((stem, ending, of))
 }
 
-/// The first of some names, and how many more there are.
+/// Joins the first few names, and how many more there are.
 pub(crate) fn some(names: &[String]) -> String {
     const NAMED: usize = 3;
     match names {
@@ -244,7 +245,7 @@ pub(crate) fn some(names: &[String]) -> String {
     }
 }
 
-/// Maps a file of weights.
+/// Maps a weight file.
 pub(crate) fn map(path: &Path) -> Result<MappedFile, FormatError> {
     let map = MappedFile::open(path)?;
     if map.starts_with(b"version https://git-lfs") {
@@ -265,12 +266,12 @@ fn read_weight_map(index: &Path) -> Result<BTreeMap<String, String>, FormatError
         .ok_or_else(|| malformed("has no \"weight_map\" object".into()))?;
     map.iter()
         .map(|(name, file)| match file.as_str() {
-            // A shard lies beside its index: anything that is more than a file name is refused.
+            // Shards are beside their index: anything but a plain file name is refused.
             Some(file) if Path::new(file).file_name() == Some(file.as_ref()) => {
                 Ok((name.clone(), file.to_owned()))
             }
             _ => Err(malformed(format!(
-                "{name:?} points to {file}, not to a file name; shards lie beside their index"
+                "{name:?} points to {file}, not to a file name; shards must be beside their index"
             ))),
         })
         .collect()
@@ -294,13 +295,13 @@ mod tests {
         );
         fs::write(dir.path().join("model.safetensors"), "").unwrap();
         assert_eq!(found().unwrap().0, Container::Safetensors);
-        // As Transformers has it, an index beside the one file is not looked at.
+        // As in Transformers, an index beside the single file is ignored.
         let index = r#"{"weight_map": {"x": "other.safetensors"}}"#;
         fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
         assert_eq!(found().unwrap().1, ["model.safetensors"]);
     }
 
-    /// The files found in a directory with these.
+    /// Returns the files found in a directory with these.
     fn found(files: &[&str], base_names: &[&str]) -> Result<WeightFiles, String> {
         let dir = tempfile::tempdir().unwrap();
         for file in files {
@@ -352,8 +353,8 @@ mod tests {
         fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
         let error = WeightFiles::find(dir.path(), &[]).unwrap_err().to_string();
         for word in [
-            "index.json: it names model-00001-of-00004.safetensors",
-            "which is not there",
+            "index.json: it lists model-00001-of-00004.safetensors",
+            "which is missing",
         ] {
             assert!(error.contains(word), "no {word:?} in: {error}");
         }
@@ -420,7 +421,7 @@ mod tests {
             fs::write(dir.path().join("model.safetensors.index.json"), bytes).unwrap();
             if let Ok(found) = WeightFiles::find(dir.path(), &[]) {
                 for file in found.files {
-                    // Beside the index, whatever it is called.
+                    // Listed files are beside the index, whatever their names.
                     let path = dir.path().join(&file);
                     prop_assert_eq!(path.parent(), Some(dir.path()));
                     prop_assert!(file != ".." && !file.contains('/'));

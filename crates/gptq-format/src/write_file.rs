@@ -6,18 +6,18 @@ use std::path::Path;
 
 use crate::FormatError;
 
-/// Writes `bytes` to a hidden sibling, syncs it, and gives it the name `path`, replacing what was
-/// there. A reader sees the old file or the new one; a symbolic link of that name is replaced, not
+/// Writes `bytes` to a hidden sibling, syncs it, and renames it to `path`, replacing an existing
+/// file. A reader sees the old file or the new one; a symbolic link of that name is replaced, not
 /// followed.
 ///
 /// # Errors
-/// A directory that cannot be written to, or a full disk; the sibling is gone then.
+/// A directory that cannot be written to, or a full disk; the sibling is removed.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), FormatError> {
     let mut name = std::ffi::OsString::from(".");
     name.push(path.file_name().unwrap_or_default());
     name.push(".partial");
     let partial = path.with_file_name(name);
-    // Left by a process that died, or a link: either way not ours to write through.
+    // A leftover of an interrupted process, or a link: must not be written through.
     match fs::remove_file(&partial) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(FormatError::io(path)(e)),
         _ => {}
@@ -32,7 +32,7 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), FormatError> {
         })
         .and_then(|()| fs::rename(&partial, path));
     written.map_err(|e| {
-        // The first error is the one to tell.
+        // Keeps the first error.
         let _ = fs::remove_file(&partial);
         FormatError::io(path)(e)
     })

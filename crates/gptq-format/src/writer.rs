@@ -1,5 +1,5 @@
-//! Writes safetensors files whose contents are known by name and shape beforehand: headers go out
-//! first, then each tensor at its place, in any order, so that no more than one tensor is in memory.
+//! Writes safetensors files whose tensors are known by name and shape beforehand: headers first,
+//! then each tensor at its offset in any order, so at most one tensor is in memory.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -12,42 +12,42 @@ use serde_json::json;
 
 use crate::{FormatError, write_json};
 
-/// A tensor's elements as a file holds them.
+/// Returns a tensor's elements as stored in files.
 pub fn le_bytes<T: LittleEndian>(values: &[T]) -> &[u8] {
     bytemuck::cast_slice(values)
 }
 
-/// An element type that lies in memory as in files. In several places hidden states and weights go to disk as they
-/// lie, so nothing here would be right on a machine that keeps the highest byte first.
+/// Element type with the same layout in memory and in files. Hidden states and weights are written
+/// to disk from memory in several places, so big-endian machines are not supported.
 pub trait LittleEndian: bytemuck::NoUninit {}
 
 #[cfg(not(target_endian = "little"))]
-compile_error!("gptq reads and writes little-endian files as they lie in memory");
+compile_error!("gptq supports only little-endian machines");
 
 impl LittleEndian for u16 {}
 impl LittleEndian for u32 {}
 impl LittleEndian for i32 {}
 impl LittleEndian for f16 {}
 
-/// A tensor to come.
+/// A planned tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorSpec {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its element type.
+    /// Element type.
     pub dtype: Dtype,
-    /// Its dimensions.
+    /// Dimensions.
     pub shape: Vec<usize>,
 }
 
 impl TensorSpec {
-    /// Size in bytes.
+    /// Returns its size in bytes.
     pub fn bytes(&self) -> usize {
         self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
     }
 }
 
-/// Open shards and what is still missing from them.
+/// Open shards and their missing tensors.
 pub struct ShardedWriter {
     shards: Vec<Shard>,
     pending: BTreeMap<String, Place>,
@@ -56,7 +56,7 @@ pub struct ShardedWriter {
 struct Shard {
     path: PathBuf,
     file: File,
-    /// Whether bytes were written since the last sync.
+    /// True if bytes were written since the last sync.
     unsynced: bool,
 }
 
@@ -67,12 +67,12 @@ struct Place {
 }
 
 impl ShardedWriter {
-    /// Lays `specs` out in their order over as many files as `shard_size` bytes asks for, and writes
-    /// every header. One file is `model.safetensors`; several are `model-0000i-of-0000n.safetensors`
-    /// with `model.safetensors.index.json`.
+    /// Distributes `specs` in their order over files of about `shard_size` bytes, and writes every
+    /// header. One file is `model.safetensors`; several are `model-0000i-of-0000n.safetensors` with
+    /// `model.safetensors.index.json`.
     ///
     /// # Errors
-    /// A file of such a name is there, or cannot be written.
+    /// A file of such a name exists, or cannot be written.
     pub fn create(
         dir: &Path,
         specs: &[TensorSpec],
@@ -95,11 +95,11 @@ impl ShardedWriter {
         Ok(writer)
     }
 
-    /// Opens what [`ShardedWriter::create`] laid out before, to go on. Which tensors are in place is
-    /// for the caller to know ([`ShardedWriter::keep`]).
+    /// Reopens files of [`ShardedWriter::create`] to resume. The caller marks the tensors that are
+    /// already written ([`ShardedWriter::keep`]).
     ///
     /// # Errors
-    /// A file that is missing, is a link, or was laid out otherwise.
+    /// A file that is missing, is a link, or has a different layout.
     pub fn reopen(
         dir: &Path,
         specs: &[TensorSpec],
@@ -137,10 +137,10 @@ impl ShardedWriter {
         Ok(writer)
     }
 
-    /// Counts a tensor as written: the file has it from before.
+    /// Marks a tensor as written by the interrupted run.
     ///
     /// # Errors
-    /// It was not planned, or was written already.
+    /// The tensor was not planned, or is already written.
     pub fn keep(&mut self, name: &str) -> Result<(), FormatError> {
         match self.pending.remove(name) {
             Some(_) => Ok(()),
@@ -148,16 +148,16 @@ impl ShardedWriter {
         }
     }
 
-    /// Writes one tensor's little-endian bytes. Errors when it was not planned, was written before,
+    /// Writes one tensor's little-endian bytes. Errors if it was not planned, is already written,
     /// or has another length.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
         self.write_pieces(name, |put| put(bytes))
     }
 
-    /// The same for a tensor that comes in pieces: `fill` hands them to what it is given, in order.
+    /// Writes a tensor in pieces: `fill` passes them to its argument in order.
     ///
     /// # Errors
-    /// As [`ShardedWriter::write`], and what `fill` says.
+    /// As [`ShardedWriter::write`], and errors of `fill`.
     pub fn write_pieces(
         &mut self,
         name: &str,
@@ -186,7 +186,7 @@ impl ShardedWriter {
         }
     }
 
-    /// Waits until everything written so far is on the disk.
+    /// Syncs everything written so far.
     pub fn sync(&mut self) -> Result<(), FormatError> {
         for shard in self.shards.iter_mut().filter(|shard| shard.unsynced) {
             shard
@@ -198,7 +198,7 @@ impl ShardedWriter {
         Ok(())
     }
 
-    /// Syncs every file; errors when a planned tensor never came. Returns the bytes on disk.
+    /// Syncs every file; errors if a planned tensor is missing. Returns the bytes on disk.
     pub fn finish(self) -> Result<u64, FormatError> {
         if let Some(first) = self.pending.keys().next() {
             let dir = self.shards.first().and_then(|shard| shard.path.parent());
@@ -217,9 +217,9 @@ impl ShardedWriter {
     }
 }
 
-/// A file's bytes up to its first tensor, where each tensor goes, and the file's length.
+/// Returns a file's bytes up to its first tensor, each tensor's location, and the file's length.
 fn header(shard: usize, specs: &[&TensorSpec]) -> (Vec<u8>, Vec<(String, Place)>, u64) {
-    // Widest elements first keeps every tensor aligned, as the safetensors library does.
+    // Widest elements first keeps every tensor aligned, as in the safetensors library.
     let mut order = specs.to_vec();
     order.sort_by(|a, b| (b.dtype.bitsize(), &a.name).cmp(&(a.dtype.bitsize(), &b.name)));
     let mut header = serde_json::Map::new();
@@ -276,12 +276,12 @@ fn open_shard(path: &Path, header: &[u8], length: u64) -> Result<File, FormatErr
         true => Ok(file),
         false => Err(FormatError::Malformed {
             path: path.into(),
-            reason: "not laid out as this run would; --restart begins anew".into(),
+            reason: "its layout differs from this run's; use --restart to start over".into(),
         }),
     }
 }
 
-/// Greedy split in order; a tensor larger than `shard_size` gets a shard of its own.
+/// Splits greedily in order; a tensor larger than `shard_size` gets its own shard.
 fn split(specs: &[TensorSpec], shard_size: u64) -> Vec<Vec<&TensorSpec>> {
     let (mut shards, mut shard) = (Vec::new(), Vec::new());
     let mut filled = 0u64;
@@ -398,10 +398,7 @@ mod tests {
         writer.write("b.g_idx", &[0; 16]).unwrap();
         assert!(writer.write("b.g_idx", &[0; 16]).is_err());
         let line = writer.finish().unwrap_err().to_string();
-        assert!(
-            line.contains("tensor a.qweight belongs into this branch"),
-            "{line}"
-        );
+        assert!(line.contains("tensor a.qweight of this branch"), "{line}");
         assert!(
             line.contains("config.json") && !line.contains("(s)"),
             "{line}"

@@ -1,4 +1,4 @@
-//! The one error type of this crate.
+//! Errors of this crate.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use gptq_kernels::DeviceError;
 use gptq_model::ModelError;
 use thiserror::Error;
 
-/// Why no text comes.
+/// Reason why no text could be generated.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum GenerateError {
@@ -30,6 +30,6 @@ pub enum GenerateError {
     EmptyPrompt,
     #[error("the prompt cannot be read: {source}")]
     Input { source: std::io::Error },
-    #[error("{}: its logits are not finite; gptq verify tells more", dir.display())]
+    #[error("{}: the logits are not finite; run gptq verify for details", dir.display())]
     NonFiniteLogits { dir: PathBuf },
 }

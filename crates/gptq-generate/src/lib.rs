@@ -1,7 +1,8 @@
-//! Text from a checkpoint, dense or quantized, token by token.
+//! Text generation from a checkpoint, dense or quantized, token by token.
 //!
-//! Reading order: [`Settings`] says how to choose and when to stop; [`Sampler`] turns logits into a
-//! choice; [`Stops`] watches the text; [`generate`] runs prompts and gives [`Reply`] for each.
+//! Reading order: [`Settings`] holds sampling and stopping options; [`Sampler`] chooses a token
+//! from logits; [`Stops`] watches the text; [`generate`] runs prompts and returns a [`Reply`] for
+//! each.
 
 #![forbid(unsafe_code)]
 

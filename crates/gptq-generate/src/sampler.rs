@@ -1,25 +1,25 @@
-//! Choosing a token from logits.
+//! Choice of a token from logits.
 //!
-//! In Transformers' order: repetition penalty, temperature, top-k, top-p, then a draw from
-//! `softmax` of what is left. All in f32 logits and f64 probabilities.
+//! Applied in Transformers' order: repetition penalty, temperature, top-k, top-p, then a draw from
+//! the `softmax` of what is left. Logits are f32, probabilities f64.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::GenerateError;
 
-/// How the next token is chosen.
+/// Method of choosing the next token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Choice {
-    /// The most likely one; of equals, the one with the lowest id.
+    /// The most likely token; of equals, the one with the lowest id.
     Greedy,
     /// A seeded draw.
     Sample {
-        /// Logits are divided by it; positive.
+        /// Divisor of the logits; positive.
         temperature: f32,
-        /// Only this many of the most likely tokens; 0 for all.
+        /// Number of most likely tokens to keep; 0 for all.
         top_k: usize,
-        /// Only the most likely tokens that together reach this probability; in (0, 1].
+        /// Keep the most likely tokens that together reach this probability; in (0, 1].
         top_p: f32,
         /// Seed of the draw.
         seed: u64,
@@ -35,7 +35,7 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Errors on a setting outside its range.
+    /// Errors if a setting is out of range.
     pub fn new(choice: Choice, repetition_penalty: f32) -> Result<Self, GenerateError> {
         let need = |ok: bool, name, value, valid| match ok {
             true => Ok(()),
@@ -60,7 +60,7 @@ impl Sampler {
                 positive(temperature),
                 "temperature",
                 temperature,
-                "a positive number; for the most likely token each time, say greedy",
+                "a positive number; use greedy to choose the most likely token each time",
             )?;
             let fraction = top_p > 0.0 && top_p <= 1.0;
             need(fraction, "top_p", top_p, "above 0 and at most 1")?;
@@ -73,7 +73,7 @@ impl Sampler {
         })
     }
 
-    /// The next token after `context`, given its `logits` `[vocabulary]`, all finite.
+    /// Returns the token that follows `context`, given its `logits` `[vocabulary]`, all finite.
     pub fn next(&mut self, mut logits: Vec<f32>, context: &[u32]) -> u32 {
         self.penalise(&mut logits, context);
         match self.choice {
@@ -92,8 +92,8 @@ impl Sampler {
         }
     }
 
-    /// Tokens seen before lose: a positive logit is divided by the penalty, a negative one
-    /// multiplied.
+    /// Makes tokens of the context less likely: divides a positive logit by the penalty, multiplies
+    /// a negative one.
     fn penalise(&self, logits: &mut [f32], context: &[u32]) {
         if self.repetition_penalty == 1.0 {
             return;
@@ -117,13 +117,13 @@ fn most_likely(logits: &[f32]) -> u32 {
     (1..logits.len()).fold(0, better) as u32
 }
 
-/// What is left to draw from, the most likely first: tokens and probabilities that sum to 1.
+/// Returns the tokens to draw from, the most likely first, with probabilities that sum to 1.
 fn distribution(logits: &[f32], temperature: f32, top_k: usize, top_p: f32) -> Vec<(u32, f64)> {
     let mut tokens: Vec<(u32, f32)> = (0..).zip(logits.iter().map(|l| l / temperature)).collect();
     let descending = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     if (1..tokens.len()).contains(&top_k) {
         let kth = tokens.select_nth_unstable_by(top_k - 1, descending).1.1;
-        // As in Transformers, those equal to the last one kept stay too.
+        // Tokens equal to the last one kept stay too, as in Transformers.
         tokens.retain(|&(_, logit)| logit >= kth);
     }
     tokens.sort_unstable_by(descending);
@@ -134,7 +134,7 @@ fn distribution(logits: &[f32], temperature: f32, top_k: usize, top_p: f32) -> V
         .collect();
     normalise(&mut kept);
     if top_p < 1.0 {
-        // The token that takes the sum to top_p is the last one kept.
+        // The token that makes the sum reach top_p is the last one kept.
         let mut sum = 0.0;
         let reached = kept.iter().position(|(_, p)| {
             sum += p;
@@ -151,14 +151,14 @@ fn normalise(tokens: &mut [(u32, f64)]) {
     tokens.iter_mut().for_each(|(_, p)| *p /= total);
 }
 
-/// The token whose share of the unit interval holds `draw`, in [0, 1).
+/// Returns the token whose share of the unit interval holds `draw`, in [0, 1).
 fn pick(tokens: &[(u32, f64)], draw: f64) -> u32 {
     let mut sum = 0.0;
     let hit = tokens.iter().find(|(_, p)| {
         sum += p;
         draw < sum
     });
-    // A sum that rounds to just below 1 leaves the last.
+    // A sum that rounds to just below 1 selects the last token.
     hit.unwrap_or(&tokens[tokens.len() - 1]).0
 }
 
@@ -174,7 +174,7 @@ mod tests {
     fn close(found: Vec<(u32, f64)>, expected: &[(u32, f64)]) {
         assert_eq!(found.len(), expected.len(), "{found:?}");
         for (a, b) in found.iter().zip(expected) {
-            // The logits are f32: their exponentials agree to a few of its ulps.
+            // The logits are f32, so their exponentials agree to a few ulps of f32.
             assert!(a.0 == b.0 && (a.1 - b.1).abs() < 1e-6, "{found:?}");
         }
     }

@@ -1,4 +1,4 @@
-//! Prompts in, text out.
+//! Runs prompts and returns replies.
 
 use std::path::Path;
 use std::time::Instant;
@@ -12,34 +12,34 @@ use serde_json::Value;
 
 use crate::{Choice, GenerateError, Sampler, Stops};
 
-/// How to choose tokens and when to stop.
+/// Sampling and stopping options.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
-    /// How the next token is chosen.
+    /// Method of choosing the next token.
     pub choice: Choice,
-    /// Above 1 makes tokens of the prompt and the text so far less likely.
+    /// Repetition penalty: above 1, tokens of the prompt and the text so far become less likely.
     pub repetition_penalty: f32,
-    /// At most this many tokens per reply.
+    /// Maximum number of tokens per reply.
     pub max_new_tokens: usize,
-    /// Texts that end a reply, and are not part of it.
+    /// Strings that end a reply; they are not part of it.
     pub stop: Vec<String>,
-    /// Go on past the model's end tokens.
+    /// Continue past the model's end tokens.
     pub ignore_end: bool,
-    /// Replies are turns of a conversation: they end at the tokenizer's end token too, whatever the model's
-    /// configs say.
+    /// Replies are turns of a conversation: they also end at the tokenizer's end token, whatever
+    /// the model's configs say.
     pub turns: bool,
 }
 
-/// A prompt's text.
+/// Text of a prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Prompt {
-    /// The whole of it: of a conversation, every turn.
+    /// The whole text; for a conversation, all turns.
     pub text: String,
-    /// Whether the tokenizer adds its own special tokens.
+    /// True if the tokenizer adds its own special tokens.
     pub special_tokens: bool,
 }
 
-/// Why a reply ended.
+/// Reason why a reply ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finish {
@@ -47,7 +47,7 @@ pub enum Finish {
     EndToken,
     /// A stop string.
     StopString,
-    /// As many tokens as were asked for.
+    /// The maximum number of tokens.
     Length,
 }
 
@@ -58,47 +58,48 @@ pub struct Reply {
     pub text: String,
     /// The new tokens, an end token included.
     pub tokens: Vec<u32>,
-    /// Why it ended.
+    /// Reason why it ended.
     pub finish: Finish,
-    /// The end token's text, where one ended it.
+    /// Text of the end token, if one ended the reply.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub end_token: Option<String>,
-    /// Tokens of the prompt.
+    /// Number of prompt tokens.
     pub prompt_tokens: usize,
-    /// Those of them that were still in the cache.
+    /// Number of prompt tokens that were still in the cache.
     pub cached_tokens: usize,
-    /// From the prompt to the first new token, seconds.
+    /// Seconds from the prompt to the first new token.
     pub prompt_seconds: f64,
-    /// For all further tokens, seconds.
+    /// Seconds for all further tokens.
     pub decode_seconds: f64,
 }
 
 impl Reply {
-    /// Whether it ended before any text: the first token was an end token.
+    /// Returns true if it ended before any text: the first token was an end token.
     pub fn ended_at_once(&self) -> bool {
         self.finish == Finish::EndToken && self.tokens.len() == 1
     }
 
-    /// Tokens per second of the prompt.
+    /// Returns the prompt's tokens per second.
     pub fn prompt_rate(&self) -> f64 {
         (self.prompt_tokens - self.cached_tokens) as f64 / self.prompt_seconds
     }
 
-    /// Tokens per second after the first; `None` where there is only one.
+    /// Returns the tokens per second after the first; `None` if there is only one.
     pub fn decode_rate(&self) -> Option<f64> {
         let steps = self.tokens.len().checked_sub(1).filter(|&n| n > 0)?;
         Some(steps as f64 / self.decode_seconds)
     }
 }
 
-/// Gives the next prompt, if there is one, after the reply to the one before.
+/// Returns the next prompt, if any, given the reply to the previous one.
 pub type Next<'a> = dyn FnMut(Option<&Reply>) -> Result<Option<Prompt>, GenerateError> + 'a;
 
-/// Loads the checkpoint in `dir`, dense or quantized, and answers the prompts that `next` gives,
-/// until it gives none. `next` gets the reply to the prompt before; `show` gets text as it comes.
+/// Loads the checkpoint in `dir`, dense or quantized, and answers the prompts that `next` returns,
+/// until it returns none. `next` receives the reply to the previous prompt; `show` receives text as
+/// it is generated.
 ///
 /// # Errors
-/// A checkpoint that cannot be run, a setting out of its range, or what `next` fails with.
+/// A checkpoint that cannot be run, a setting that is out of range, or an error of `next`.
 pub fn generate(
     dir: &Path,
     device: Device,
@@ -227,7 +228,7 @@ impl<B: Engine> Session<'_, B> {
     }
 }
 
-/// `eos_token_id`, one or several, of `generation_config.json`, else of `config.json`.
+/// Returns `eos_token_id`, one or several, of `generation_config.json`, else of `config.json`.
 fn end_tokens(dir: &Path) -> Result<Vec<u32>, GenerateError> {
     for file in ["generation_config.json", "config.json"] {
         let path = dir.join(file);

@@ -1,16 +1,15 @@
-//! Stop strings in a stream of text: nothing that may be the beginning of one is given out before
-//! it is known not to be.
+//! Stop strings in streamed text: text that may begin one is held back until that is decided.
 
-/// Watches for the first of some strings.
+/// Watches for the first of several strings.
 #[derive(Clone, Debug)]
 pub struct Stops {
     strings: Vec<String>,
-    /// Text that may yet turn out to begin a stop string.
+    /// Text that may still turn out to begin a stop string.
     held: String,
 }
 
 impl Stops {
-    /// Empty strings are left out: they would stop everything.
+    /// Ignores empty strings, which would match everywhere.
     pub fn new(strings: &[String]) -> Self {
         Stops {
             strings: strings.iter().filter(|s| !s.is_empty()).cloned().collect(),
@@ -18,8 +17,8 @@ impl Stops {
         }
     }
 
-    /// Takes more text; returns what may be shown, and whether a stop string was reached, which is
-    /// itself not shown.
+    /// Takes more text; returns the text that may be shown, and true if a stop string was reached.
+    /// The stop string itself is not shown.
     pub fn push(&mut self, text: &str) -> (String, bool) {
         self.held += text;
         let found = self.strings.iter().filter_map(|s| self.held.find(s));
@@ -27,7 +26,7 @@ impl Stops {
             self.held.truncate(at);
             return (std::mem::take(&mut self.held), true);
         }
-        // The longest tail that some stop string begins with stays back.
+        // Holds back the longest tail that begins a stop string.
         let may_begin = |at: &usize| {
             let tail = &self.held[*at..];
             self.strings.iter().any(|s| s.starts_with(tail))
@@ -37,7 +36,7 @@ impl Stops {
         (std::mem::replace(&mut self.held, tail), false)
     }
 
-    /// What was held back, once no more text comes.
+    /// Returns the text that was held back, at the end of the stream.
     pub fn finish(self) -> String {
         self.held
     }

@@ -1,4 +1,4 @@
-//! The cache's layout, the one of `huggingface_hub`:
+//! The cache's layout, which is that of `huggingface_hub`:
 //!
 //! ```text
 //! models--owner--name/
@@ -46,12 +46,13 @@ impl Cache {
         self.dir.join("blobs").join(name)
     }
 
-    /// The lock of the content of this name, as `filelock` has it: `flock` of an empty file.
+    /// Path of the lock for the content of this name, as `filelock` uses it: `flock` on an empty
+    /// file.
     pub(crate) fn lock(&self, name: &str) -> PathBuf {
         self.locks.join(format!("{name}.lock"))
     }
 
-    /// Bytes of all contents, whole or on their way: grows while anybody downloads.
+    /// Returns the bytes of all contents, complete or partial; grows while any process downloads.
     pub(crate) fn bytes(&self) -> u64 {
         let blobs = fs::read_dir(self.dir.join("blobs"));
         let blobs = blobs.into_iter().flatten().flatten();
@@ -60,7 +61,7 @@ impl Cache {
             .sum()
     }
 
-    /// The commit a revision was last seen at; a commit is itself.
+    /// Returns the commit that a revision last pointed to; a commit is returned as it is.
     pub(crate) fn commit(&self, revision: &str) -> Option<String> {
         if is_git_hash(revision) {
             return Some(revision.to_owned());
@@ -73,7 +74,7 @@ impl Cache {
         is_git_hash(commit).then(|| commit.to_owned())
     }
 
-    /// Remembers the commit of a revision.
+    /// Records the commit of a revision.
     pub(crate) fn remember(&self, revision: &str, commit: &str) -> Result<(), HubError> {
         let known = self.commit(revision).is_some_and(|known| known == commit);
         if known || !is_plain(revision) {
@@ -81,20 +82,20 @@ impl Cache {
         }
         let path = self.dir.join("refs").join(revision);
         match replace(&path, |fresh| fs::write(fresh, commit)) {
-            // Someone else's cache, which had all that was needed.
+            // A read-only cache of another user that already held everything needed.
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(()),
             Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok(()),
             written => written.map_err(HubError::io(&path)),
         }
     }
 
-    /// What the repository holds at a commit, if that was written down.
+    /// Returns the saved file listing of a commit, if there is one.
     pub(crate) fn listing(&self, commit: &str) -> Option<Listing> {
         read_json(&self.listing_path(commit)).ok()
     }
 
-    /// Writes it down. A commit does not change, so once is enough; and a cache that cannot be
-    /// written to serves as well without.
+    /// Saves the listing once, since a commit does not change. Failures are ignored: a read-only
+    /// cache works without it.
     pub(crate) fn keep_listing(&self, commit: &str, tree: &[Entry]) {
         let path = self.listing_path(commit);
         if self.listing(commit).is_none() && parent(&path).is_ok() {
@@ -106,13 +107,13 @@ impl Cache {
         self.dir.join(".gptq").join(format!("{commit}.json"))
     }
 
-    /// What the repository holds, as far as the cache knows.
+    /// Returns the names of the repository's files at a commit, as far as the cache knows them.
     pub(crate) fn names(&self, commit: &str) -> Vec<String> {
         let listing = self.listing(commit);
         listing.map_or_else(|| self.files(commit), |listing| listing.names())
     }
 
-    /// Files of a snapshot, as paths within the repository.
+    /// Returns the files of a snapshot, as paths within the repository.
     fn files(&self, commit: &str) -> Vec<String> {
         let root = self.snapshot(commit);
         let mut files = Vec::new();
@@ -133,8 +134,8 @@ impl Cache {
         files
     }
 
-    /// Whether an entry's file is in a snapshot: a link to its content, or, where a tool or a system
-    /// makes no links, a file of its size.
+    /// Returns true if an entry's file is in a snapshot: a link to its content, or a file of its
+    /// size where links are not available.
     pub(crate) fn has(&self, commit: &str, entry: &Entry) -> bool {
         let path = self.snapshot(commit).join(&entry.path);
         let whole = fs::metadata(&path).is_ok_and(|m| m.is_file() && m.len() == entry.size);
@@ -145,7 +146,7 @@ impl Cache {
             })
     }
 
-    /// A content that is here already, whatever snapshot it came with.
+    /// Returns the name of an entry's content if it is in the cache, from any snapshot.
     pub(crate) fn find(&self, entry: &Entry) -> Option<String> {
         let blobs = fs::read_dir(self.dir.join("blobs")).ok()?;
         blobs.flatten().find_map(|blob| {
@@ -169,23 +170,23 @@ impl Cache {
     }
 }
 
-/// Makes a file or link under a name of its own, and gives it its place: another process that looks
-/// there sees the old one or the new one.
+/// Makes a file or link under a temporary name and renames it into place, so that other processes
+/// see either the old or the new one.
 fn replace(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
     parent(path)?;
-    // Processes of several machines or containers share a cache, and their numbers.
+    // Machines or containers that share a cache may have equal process ids.
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let now = now.unwrap_or_default().as_nanos();
     let fresh = path.with_file_name(format!(".gptq-{}-{now}.partial", std::process::id()));
     make(&fresh)
         .and_then(|()| fs::rename(&fresh, path))
         .inspect_err(|_| {
-            // The first error is the one to tell.
+            // Keeps the first error.
             let _ = fs::remove_file(&fresh);
         })
 }
 
-/// Makes the directory a file lies in.
+/// Creates the parent directory of a file.
 pub(crate) fn parent(path: &Path) -> io::Result<()> {
     path.parent().map_or(Ok(()), fs::create_dir_all)
 }

@@ -1,13 +1,14 @@
-//! Git's name of a content.
+//! Content hashes as git computes them.
 //!
 //! Git names a file by the SHA-1 of `"blob {size}\0"` and its bytes. A large file is held as a
 //! pointer, a small text with the SHA-256 and the size of the content
-//! (<https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md>), and the tree names the pointer:
-//! so that name, too, follows from the content.
+//! (<https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md>), and the tree lists the pointer's
+//! hash, which therefore also follows from the content.
 //!
-//! The Hub's listing has the SHA-256 itself, as `lfs.oid`; `hf-hub` looks for it as `lfs.sha256` and
-//! so drops it. The pointer is rebuilt instead of trusting what the download's headers say: its name
-//! comes with the listing, before any byte does, and from the Hub rather than from where the bytes lie.
+//! The Hub's listing has the SHA-256 itself, as `lfs.oid`; `hf-hub` looks for it as `lfs.sha256`
+//! and so drops it. The pointer is rebuilt instead of trusting the download's headers: its hash
+//! comes with the listing, before the download, and from the Hub rather than from the storage
+//! server.
 
 use std::io::{self, Read};
 
@@ -24,7 +25,7 @@ pub(crate) struct ContentHasher {
 }
 
 impl ContentHasher {
-    /// For a content of `size` bytes.
+    /// Starts the hashes of a content of `size` bytes.
     pub(crate) fn new(size: u64) -> Self {
         let mut git = Sha1::new();
         git.update(format!("blob {size}\0"));
@@ -39,7 +40,7 @@ impl ContentHasher {
         self.sha256.update(bytes);
     }
 
-    /// Takes all of `reader`; returns its length.
+    /// Hashes all of `reader`; returns its length.
     pub(crate) fn update_from(&mut self, reader: &mut impl Read) -> io::Result<u64> {
         let mut piece = vec![0; 1 << 20];
         let mut total = 0;
@@ -57,8 +58,8 @@ impl ContentHasher {
         hexadecimal(&self.sha256.finalize())
     }
 
-    /// The name the cache gives the content, if it is what `entry` says: the SHA-256 of a large
-    /// file, git's hash of any other.
+    /// Returns the content's name in the cache if it matches `entry`: the SHA-256 of a large file,
+    /// git's hash of any other.
     pub(crate) fn matches(self, entry: &Entry) -> Option<String> {
         let name = match entry.pointer {
             true => hexadecimal(&self.sha256.finalize()),
@@ -68,7 +69,7 @@ impl ContentHasher {
     }
 }
 
-/// Whether a content of this name in the cache is `entry`'s.
+/// Returns true if the cached content of this name belongs to `entry`.
 pub(crate) fn is_named(name: &str, entry: &Entry) -> bool {
     match entry.pointer {
         true => pointer_oid(name, entry.size) == entry.oid,
@@ -76,7 +77,7 @@ pub(crate) fn is_named(name: &str, entry: &Entry) -> bool {
     }
 }
 
-/// Git's name of the pointer to a content.
+/// Returns git's hash of the pointer to a content.
 fn pointer_oid(sha256: &str, size: u64) -> String {
     let pointer =
         format!("version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n");

@@ -1,4 +1,4 @@
-//! Files into the cache: several at once, resumed where they broke off, checked before they count.
+//! Concurrent downloads into the cache, resumed after interruptions and verified before use.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
@@ -15,30 +15,31 @@ use crate::cache::{Cache, parent};
 use crate::content::ContentHasher;
 use crate::repo::{Entry, Repo};
 
-/// Files under way together.
+/// Number of concurrent downloads.
 const AT_ONCE: usize = 4;
 
-/// Breaks in a row, without a byte between them, after which a file is given up.
+/// Consecutive interruptions without progress after which a download is given up.
 const PATIENCE: u32 = 4;
 
-/// The wait after the first break; it doubles with each.
+/// Wait after the first interruption; doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 
-/// How often a lock that another process has is looked at.
+/// Polling interval for a lock held by another process.
 const POLL: Duration = Duration::from_millis(100);
 
-/// How far a download is.
+/// Progress of a download.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// Files that were not here when it began.
+    /// Files that were missing at the start.
     pub files: usize,
-    /// Bytes of them that have come.
+    /// Bytes of those files received so far.
     pub done: u64,
-    /// Bytes of them all.
+    /// Total bytes of those files.
     pub total: u64,
 }
 
-/// Makes sure that every entry is in the snapshot of `commit`. Says what is to come before it comes.
+/// Ensures that every entry is in the snapshot of `commit`. Reports the totals before the first
+/// byte.
 pub(crate) async fn fetch(
     repo: &Repo,
     cache: &Cache,
@@ -65,7 +66,7 @@ pub(crate) async fn fetch(
         commit,
         meter: &meter,
     };
-    // A content that several files have is downloaded once: it has one place in the cache.
+    // A content that several files share is downloaded once: it has one place in the cache.
     let mut contents = HashSet::new();
     let (first, repeated): (Vec<&Entry>, Vec<&Entry>) = entries
         .iter()
@@ -88,7 +89,7 @@ struct Meter<'a> {
 }
 
 impl Meter<'_> {
-    /// Moves on by `bytes`, or back where they have to come again.
+    /// Advances by `bytes`; negative if bytes have to be downloaded again.
     fn add(&self, bytes: i64) {
         self.done.set(self.done.get().saturating_add_signed(bytes));
         (self.on_progress)(Progress {
@@ -106,7 +107,7 @@ struct Download<'a> {
     meter: &'a Meter<'a>,
 }
 
-/// Why a content that is all here is not what it should be.
+/// Reason why a complete download does not match its entry.
 enum Wrong {
     TooLong,
     Hash,
@@ -124,16 +125,17 @@ impl Download<'_> {
         self.cache.link(self.commit, entry, &blob)
     }
 
-    /// Downloads a content under a name of its own, and gives it its place once the file on the disk is right.
+    /// Downloads a content to a temporary file and moves it into place once the file on disk is
+    /// verified.
     async fn download(&self, entry: &Entry) -> Result<String, HubError> {
-        // Git's name is known before the content is. It is the content's own name but for a large file's, whose
-        // lock is taken when it is placed.
+        // Git's hash is known before the content is. It is the cache name of all but large files;
+        // those are locked under their SHA-256 when they are moved into place.
         let _lock = self.lock(&entry.oid).await?;
         if let Some(blob) = self.cache.find(entry) {
             self.meter.add(entry.size as i64);
             return Ok(blob);
         }
-        // Other tools' names for parts of files are other ones.
+        // Other tools use other names for partial files.
         let path = self.cache.blob(&format!("{}.gptq.incomplete", entry.oid));
         let io = HubError::io(path.clone());
         let open = || {
@@ -172,7 +174,7 @@ impl Download<'_> {
             file.set_len(0)
                 .and_then(|()| file.seek(SeekFrom::Start(0)))
                 .map_err(&io)?;
-            // What was here may have been another's, or the server may not go on in the middle.
+            // The partial file may come from another tool, or the server may not support ranges.
             if resumed && !restarted {
                 restarted = true;
                 continue;
@@ -188,7 +190,7 @@ impl Download<'_> {
         }
     }
 
-    /// Hashes a file as it lies on the disk, while other downloads go on.
+    /// Hashes a file from the disk, without blocking other downloads.
     async fn hash(&self, path: &Path, entry: &Entry) -> Result<ContentHasher, HubError> {
         let (file, mut hasher) = (path.to_owned(), ContentHasher::new(entry.size));
         let hashed = tokio::task::spawn_blocking(move || {
@@ -199,8 +201,8 @@ impl Download<'_> {
         hashed.map_err(HubError::io(path))
     }
 
-    /// Gives a file that was checked its place, under the lock of its own name; where another process placed
-    /// the same content meanwhile, that one stays.
+    /// Moves a verified file into place under the lock of its final name. If another process has
+    /// already placed the same content, that one is kept.
     async fn settle(&self, entry: &Entry, path: &Path, blob: &str) -> Result<(), HubError> {
         let _lock = match blob == entry.oid {
             true => None,
@@ -214,8 +216,8 @@ impl Download<'_> {
         }
     }
 
-    /// Locks the content of this name, as all tools that share the cache do; waits for whoever has the lock for
-    /// as long as the cache grows meanwhile. `None` on a file system without locks.
+    /// Locks the content of this name as all tools that share the cache do. Waits while another
+    /// process holds the lock and the cache keeps growing. `None` on a file system without locks.
     async fn lock(&self, name: &str) -> Result<Option<File>, HubError> {
         let path = self.cache.lock(name);
         let io = HubError::io(path.clone());
@@ -228,7 +230,7 @@ impl Download<'_> {
             std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o664);
             let file = options.open(&path).map_err(&io)?;
             match file.try_lock() {
-                // Some of them remove the file when they are done with it: then this is nobody's lock.
+                // Some tools remove the lock file when done; then this lock protects nothing.
                 Ok(()) if is_at(&file, &path) => return Ok(Some(file)),
                 Ok(()) => continue,
                 Err(TryLockError::WouldBlock) => {}
@@ -245,8 +247,8 @@ impl Download<'_> {
         }
     }
 
-    /// Appends until all of the content is here; `false` if there is more of it than there should
-    /// be. Goes on after a break, from where it was.
+    /// Appends until the content is complete, resuming after interruptions; `false` if the server
+    /// sends more bytes than the entry has.
     async fn stream(
         &self,
         entry: &Entry,
@@ -262,7 +264,7 @@ impl Download<'_> {
             let opened = self.repo.bytes(self.commit, entry, *at);
             let mut bytes = match self.repo.within(opened).await {
                 Ok(Ok(bytes)) => Ok(bytes),
-                // There is no more of it there: short, as one that just ends.
+                // No more bytes on the server: treated like a response that ends early.
                 Ok(Err(HFError::Http { context })) if context.status.as_u16() == 416 => Err(None),
                 Ok(Err(error)) => return Err(told(error)),
                 Err(silent) => Err(Some(silent)),
@@ -307,7 +309,7 @@ impl Download<'_> {
     }
 }
 
-/// Whether a file is still the one of its name.
+/// Returns true if the path still refers to this open file.
 #[cfg(unix)]
 fn is_at(file: &File, path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
@@ -318,7 +320,7 @@ fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-/// Whether a file is still the one of its name: a file that is open cannot be removed here.
+/// Returns true: an open file cannot be removed here.
 #[cfg(not(unix))]
 fn is_at(_file: &File, _path: &Path) -> bool {
     true

@@ -1,4 +1,4 @@
-//! The one error type of this crate: each message is one line, and ends with what can be done.
+//! Errors of this crate: each message is one line and ends with a remedy.
 
 use std::io;
 use std::path::PathBuf;
@@ -9,15 +9,15 @@ use thiserror::Error;
 
 use crate::Kind;
 
-/// Characters of a server's own words that are passed on.
+/// Maximum number of characters quoted from a server's message.
 const MOST_SAID: usize = 200;
 
-/// Why something could not be had from the Hub, or brought to it.
+/// Reason why a download from or an upload to the Hub failed.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum HubError {
     #[error(
-        "no {kind} {id} at {endpoint}, and no such path here; check its name, or set HF_TOKEN if it \
+        "no {kind} {id} at {endpoint}, and no such local path; check its name, or set HF_TOKEN if it \
          is private"
     )]
     NoRepo {
@@ -32,30 +32,32 @@ pub enum HubError {
     )]
     Gated { id: String, page: String },
     #[error(
-        "{id} is not open to this account, or does not exist; check its name, and set HF_TOKEN to a \
+        "{id} is not accessible to this account, or does not exist; check its name, and set HF_TOKEN to a \
          token that may read it (or write it, to publish)"
     )]
     Closed { id: String },
-    #[error("{endpoint} asks for fewer requests; run again {when}: what has come is kept")]
+    #[error(
+        "{endpoint} limits the rate of requests; run again {when}: the partial download is kept"
+    )]
     Slower { endpoint: String, when: String },
     #[error(
-        "{endpoint} cannot be reached ({reason}); check the network and HF_ENDPOINT; what has come is \
+        "{endpoint} cannot be reached ({reason}); check the network and HF_ENDPOINT; the partial download is \
          kept"
     )]
     Unreachable { endpoint: String, reason: String },
     #[error(
-        "{endpoint} has sent nothing for {seconds} s; check the network, and run again: what has come \
+        "{endpoint} has sent nothing for {seconds} s; check the network, and run again: the partial download \
          is kept"
     )]
     Silent { endpoint: String, seconds: u64 },
-    #[error("{endpoint} answered {status} for {id}; run again later: what has come is kept")]
+    #[error("{endpoint} answered {status} for {id}; run again later: the partial download is kept")]
     Refused {
         endpoint: String,
         id: String,
         status: u16,
     },
     #[error(
-        "{endpoint} answered {status} for {id}{said}; asking again will not change that: check its \
+        "{endpoint} answered {status} for {id}{said}; retrying will not help: check its \
          name, its revision and HF_ENDPOINT, or name another copy of it"
     )]
     Denied {
@@ -65,7 +67,7 @@ pub enum HubError {
         said: String,
     },
     #[error(
-        "HF_HUB_OFFLINE is set, and {id} at {revision:?} is not wholly in {} ({missing}); run once \
+        "HF_HUB_OFFLINE is set, and {id} at {revision:?} is not complete in {} ({missing}); run once \
          without it",
         cache.display()
     )]
@@ -75,15 +77,15 @@ pub enum HubError {
         cache: PathBuf,
         missing: String,
     },
-    #[error("{repo} lists a file named {path:?}, which is not a safe path; nothing was fetched")]
+    #[error("{repo} lists a file named {path:?}, which is not a safe path; nothing was downloaded")]
     Entry { repo: String, path: String },
-    #[error("{repo} lists over {most} files; nothing was fetched")]
+    #[error("{repo} lists more than {most} files; nothing was downloaded")]
     TooManyFiles { repo: String, most: usize },
     #[error("{repo} has neither safetensors nor PyTorch weights; name another model")]
     NoWeights { repo: String },
     #[error("{repo} has no {file}, which its index names; name another revision")]
     Missing { repo: String, file: String },
-    #[error("{repo} has no file that rows can be read from; download it and name a local file")]
+    #[error("{repo} has no file of rows in a supported format; download it and name a local file")]
     NoRows { repo: String },
     #[error("{repo} has files of several kinds ({kinds}); choose some with files = \"*.{first}\"")]
     SeveralKinds {
@@ -96,8 +98,8 @@ pub enum HubError {
     #[error("files = {pattern:?}: {reason}")]
     Pattern { pattern: String, reason: String },
     #[error(
-        "{repo}: {file} came {} its {size} bytes; run again, or check what lies between here and the Hub",
-        if *too_long { "longer than" } else { "with another hash, in" }
+        "{repo}: {file} was received {} its {size} bytes; run again, or check for a proxy between this machine and the Hub",
+        if *too_long { "longer than" } else { "with a wrong hash, in" }
     )]
     Content {
         repo: String,
@@ -105,27 +107,27 @@ pub enum HubError {
         size: u64,
         too_long: bool,
     },
-    #[error("{file} ended after {at} of {size} bytes; run again: what has come is kept")]
+    #[error("{file} ended after {at} of {size} bytes; run again: the partial download is kept")]
     Short { file: String, size: u64, at: u64 },
     #[error(
-        "{}: the disk is full; make room, or set HF_HUB_CACHE (or HF_HOME) to where there is some: what \
-         has come is kept",
+        "{}: the disk is full; make room, or set HF_HUB_CACHE (or HF_HOME) to a disk with space: the \
+         partial download is kept",
         path.display()
     )]
     Full { path: PathBuf },
     #[error(
-        "another process has the lock {} of a file that is wanted, and nothing came into the cache meanwhile; wait \
+        "another process holds the lock {} of a needed file, and the cache is not growing; wait \
          for it to end, then run again",
         path.display()
     )]
     Busy { path: PathBuf },
     #[error(
-        "{id}: the server hands its files out by the Xet protocol alone, and that failed ({reason}); run \
+        "{id}: the server offers its files only by the Xet protocol, which failed ({reason}); run \
          again, or download {id} with another tool and name its directory"
     )]
     Xet { id: String, reason: String },
     #[error(
-        "the token (HF_TOKEN, or the file of a login) is not one: {why}; set HF_TOKEN to the token alone, \
+        "the token (HF_TOKEN, or the login file) is not valid: {why}; set HF_TOKEN to the token alone, \
          such as hf_..."
     )]
     Token { why: &'static str },
@@ -137,7 +139,7 @@ pub enum HubError {
     Other { id: String, reason: String },
 }
 
-/// What a request was about.
+/// Context of a request, for error messages.
 #[derive(Clone, Debug)]
 pub(crate) struct Context {
     pub id: String,
@@ -160,7 +162,7 @@ impl HubError {
         }
     }
 
-    /// Says what an error of the client means for the user.
+    /// Converts an error of the client into a message for the user.
     pub(crate) fn from_hub(error: HFError, context: Context) -> Self {
         let Context {
             id,
@@ -204,7 +206,7 @@ impl HubError {
                     HubError::NoRevision { id, revision }
                 }
                 404 => HubError::NoRepo { id, kind, endpoint },
-                // A timeout, too early, too often: these pass.
+                // Timeout, too early and rate limit are temporary.
                 status @ 400..500 if ![408, 425, 429].contains(&status) => HubError::Denied {
                     endpoint,
                     id,
@@ -228,14 +230,14 @@ impl HubError {
         }
     }
 
-    /// Whether the Hub could not be asked at all.
+    /// Returns true if the Hub could not be reached at all.
     pub(crate) fn is_unreachable(&self) -> bool {
         matches!(self, HubError::Unreachable { .. } | HubError::Silent { .. })
     }
 }
 
-/// Why the other protocol failed, if that is what did. The client turns to it by itself where the
-/// server of the bytes names a hash of it, and asks the Hub for a token first.
+/// Returns the reason if the Xet protocol failed. The client switches to it by itself where the
+/// storage server names a Xet hash, and first asks the Hub for a token.
 fn xet(error: &HFError) -> Option<String> {
     let http = match error {
         HFError::Xet { source, .. } => return Some(innermost(source.as_ref())),
@@ -252,7 +254,7 @@ fn xet(error: &HFError) -> Option<String> {
     asked.then(|| format!("{} for a token", http.status.as_u16()))
 }
 
-/// What a server says beside a status, as the end of a part of a line.
+/// Formats a server's own message as a suffix in parentheses.
 fn said(message: Option<&str>) -> String {
     let message = message.unwrap_or_default().trim();
     let line: String = message
@@ -266,7 +268,7 @@ fn said(message: Option<&str>) -> String {
     }
 }
 
-/// The message at the bottom of an error: "connection refused" rather than "request failed".
+/// Returns the innermost message of an error: "connection refused" rather than "request failed".
 fn innermost(error: &dyn std::error::Error) -> String {
     let mut error = error;
     while let Some(source) = error.source() {

@@ -1,4 +1,4 @@
-//! Which files of a repository are needed.
+//! Selection of the files that are needed from a repository.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -14,7 +14,7 @@ const WEIGHTS: [(&str, &str); 2] = [
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 ];
 
-/// JSON that is about a dataset.
+/// JSON files that describe a dataset and hold no rows.
 const ABOUT: [&str; 4] = [
     "dataset_dict.json",
     "dataset_info.json",
@@ -22,7 +22,7 @@ const ABOUT: [&str; 4] = [
     "state.json",
 ];
 
-/// What texts about one are called: `LICENSE.txt`, `README-zh.txt`.
+/// Name stems of descriptive texts: `LICENSE.txt`, `README-zh.txt`.
 const ABOUT_TEXTS: [&str; 7] = [
     "changelog",
     "citation",
@@ -33,19 +33,19 @@ const ABOUT_TEXTS: [&str; 7] = [
     "requirements",
 ];
 
-/// Choices that an error names.
+/// Maximum number of choices listed in an error.
 const MOST_NAMED: usize = 4;
 
-/// Which files of a dataset hold its rows.
+/// Selection of the files of a dataset that hold its rows.
 #[derive(Clone, Copy)]
 pub struct DataFiles<'a> {
-    /// Whether rows can be read from a file of this name.
+    /// Returns true if rows can be read from a file of this name.
     pub readable: &'a dyn Fn(&str) -> bool,
-    /// The recipe's own choice.
+    /// The `files` pattern of the recipe.
     pub pattern: Option<&'a str>,
 }
 
-/// Config and tokenizer, and the index of the weights if there is one: what is fetched first.
+/// Returns config, tokenizer and the index of the weights if there is one: the files fetched first.
 pub(crate) fn model_side(names: &[&str]) -> Vec<String> {
     let side = |name: &&str| *name == "config.json" || goes_along(name);
     let side = names.iter().copied().filter(side);
@@ -53,7 +53,7 @@ pub(crate) fn model_side(names: &[&str]) -> Vec<String> {
     side.chain(index).map(str::to_owned).collect()
 }
 
-/// The weight files: what the index in `snapshot` names, or the one file.
+/// Returns the weight files: those named by the index in `snapshot`, or the single file.
 pub(crate) fn model_weights(
     repo: &str,
     names: &[&str],
@@ -90,10 +90,10 @@ fn weights<'a>(names: &[&str]) -> Option<(Option<&'a str>, &'a str)> {
     })
 }
 
-/// The files that hold a dataset's rows: those the pattern matches, or those of its training part
-/// (all, if no name tells parts apart). `None` if there is none; errors when they are of several
-/// kinds, because then some say the same twice, or of several configurations, which are as good as
-/// several datasets.
+/// Returns the files that hold a dataset's rows: those the pattern matches, or those of its
+/// training split (all files, if no name marks a split). `None` if there are none. Errors if they
+/// are of several kinds, which may repeat the same rows, or of several configurations, which are
+/// separate datasets.
 pub(crate) fn data(
     repo: &str,
     names: &[&str],
@@ -148,15 +148,15 @@ pub(crate) fn data(
     Ok((!files.is_empty()).then_some(files))
 }
 
-/// A path with the word "train" in it.
+/// Returns true if a path contains the word "train".
 fn is_training(name: &str) -> bool {
     name.split(|c: char| !c.is_ascii_alphanumeric())
         .any(|word| word == "train")
 }
 
-/// The directory a configuration lies in, as far as its name goes: what comes before the component
-/// with the word "train" in it, or all directories where there is none; and which of the two it is.
-/// Below `train/`, directories are shards.
+/// Returns the directory of a configuration, judging by the name, and whether it was found by
+/// "train": the part before the component with the word "train", or all directories if there is
+/// none. Directories below `train/` are shards.
 fn place(name: &str) -> (&str, bool) {
     let mut start = 0;
     for part in name.split('/') {
@@ -168,7 +168,7 @@ fn place(name: &str) -> (&str, bool) {
     (name.rsplit_once('/').map_or("", |(dir, _)| dir), false)
 }
 
-/// Licences and the like, which may end as rows of text do.
+/// Returns true for licences and the like, whose names may end like those of row files.
 fn is_about(name: &str) -> bool {
     let file = name.rsplit('/').next().unwrap_or(name).to_ascii_lowercase();
     let word = file.split(|c: char| !c.is_ascii_alphanumeric()).next();
@@ -176,8 +176,8 @@ fn is_about(name: &str) -> bool {
     text || ABOUT.contains(&file.as_str())
 }
 
-/// The last ending, with the one before it where the last says how it is compressed:
-/// `c4-train.00000-of-01024.json.gz` is a `json.gz`.
+/// Returns the file extension, including the one before a compression suffix:
+/// `c4-train.00000-of-01024.json.gz` gives `json.gz`.
 fn ending(name: &str) -> &str {
     let file = name.rsplit('/').next().unwrap_or(name);
     let last = |text: &str| text.rfind('.');
@@ -191,7 +191,7 @@ fn ending(name: &str) -> &str {
     &file[inner.unwrap_or(dot) + 1..]
 }
 
-/// A list for a line: the first few, and how many more there are.
+/// Joins a list into one line: the first few, and how many more there are.
 fn some(all: impl ExactSizeIterator<Item = String>) -> String {
     let more = all.len().saturating_sub(MOST_NAMED);
     let mut named: Vec<String> = all.take(MOST_NAMED).collect();

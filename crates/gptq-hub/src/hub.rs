@@ -1,4 +1,4 @@
-//! The connection, and whole snapshots.
+//! Connection to the Hub, and complete snapshots.
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
@@ -13,58 +13,58 @@ use crate::listing::Listing;
 use crate::repo::{Entry, Repo};
 use crate::{DataFiles, HubError, Kind, Progress, RepoId, files};
 
-/// Where the automatic Parquet conversion of a dataset lies.
+/// Revision that holds the automatic Parquet conversion of a dataset.
 const PARQUET: &str = "refs/convert/parquet";
 
-/// The client looks into the environment itself where it is given no token; one that cannot stand in
-/// a header it sends to nobody.
+/// Stands for "no token": without a token the client reads the environment, and one that is not
+/// valid in a header it never sends.
 const NO_TOKEN: &str = "\n";
 
-/// How long a connection is waited for that sends nothing, where nobody says otherwise.
+/// Default time after which a silent connection counts as broken.
 pub const STALL: Duration = Duration::from_secs(60);
 
-/// How to reach the Hub; nothing is read from the environment here.
+/// Connection settings; nothing is read from the environment here.
 #[derive(Clone)]
 pub struct HubSettings {
     /// `https://huggingface.co`, or a mirror.
     pub endpoint: String,
-    /// Never printed. Without one, none is sent, whatever the environment holds.
+    /// Never printed. If `None`, no token is sent, whatever the environment holds.
     pub token: Option<String>,
     /// The cache's directory.
     pub cache: PathBuf,
-    /// Ask nobody; use what is in the cache.
+    /// Use only the cache, without any network access.
     pub offline: bool,
-    /// How long a connection may be silent before it counts as broken.
+    /// Time after which a silent connection counts as broken.
     pub stall: Duration,
 }
 
-/// The Hub.
+/// Client of the Hub.
 pub struct Hub {
     client: HFClient,
     runtime: Runtime,
     settings: HubSettings,
-    /// It could not be reached, and what the cache has is used without waiting for it again.
+    /// True once the Hub could not be reached; later requests then use the cache without waiting.
     gone: Cell<bool>,
 }
 
-/// Files of one commit, in the cache.
+/// Files of one commit in the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// The directory they are in.
+    /// Directory of the snapshot.
     pub dir: PathBuf,
     /// The commit.
     pub commit: String,
-    /// Their paths in it.
+    /// Paths of the files in it.
     pub files: Vec<String>,
-    /// The Hub could not be reached, and this is what was in the cache.
+    /// True if the Hub could not be reached and the files are from the cache.
     pub stale: bool,
-    /// Of a dataset from the cache: another tool brought it there, and whether all of its rows are
-    /// there could not be checked.
+    /// True for a cached dataset that another tool downloaded: its completeness could not be
+    /// checked.
     pub unchecked: bool,
 }
 
 impl Hub {
-    /// Prepares a connection; asks nobody yet.
+    /// Prepares a connection, without any request.
     pub fn new(settings: HubSettings) -> Result<Self, HubError> {
         let other = |reason: String| HubError::Other {
             id: settings.endpoint.clone(),
@@ -81,7 +81,7 @@ impl Hub {
             .retry_max_attempts(4);
         Ok(Hub {
             client: client.build().map_err(|e| other(e.to_string()))?,
-            // The client's blocking face has no stream of bytes, so the runtime is here.
+            // The client's blocking interface cannot stream bytes, so the runtime is here.
             runtime: Builder::new_current_thread()
                 .enable_all()
                 .build()
@@ -95,17 +95,17 @@ impl Hub {
         &self.client
     }
 
-    /// A repository, as this Hub is asked about it.
+    /// Returns a handle for requests about a repository.
     pub(crate) fn repo(&self, kind: Kind, id: &RepoId) -> Repo {
         Repo::new(&self.client, kind, id, self.settings.stall)
     }
 
-    /// Runs a request to its end.
+    /// Blocks until a request is complete.
     pub(crate) fn wait<F: Future>(&self, request: F) -> F::Output {
         self.runtime.block_on(request)
     }
 
-    /// A model's config, tokenizer and weights (safetensors where there are any).
+    /// Fetches a model's config, tokenizer and weights (safetensors if available).
     pub fn model(
         &self,
         id: &RepoId,
@@ -121,7 +121,7 @@ impl Hub {
         })
     }
 
-    /// A model's config and tokenizer ahead of its weights, which are there to be fetched.
+    /// Fetches a model's config and tokenizer, and checks that it has weights.
     pub fn model_ahead(&self, id: &RepoId, revision: &str) -> Result<Snapshot, HubError> {
         let cached = |names: &[&str], snapshot: &Path| whole(id, names, snapshot);
         self.snapshot(Kind::Model, id, revision, cached, async |place, names| {
@@ -131,7 +131,7 @@ impl Hub {
         })
     }
 
-    /// A model's config and tokenizer, whether or not it has weights.
+    /// Fetches a model's config and tokenizer; the model may have no weights.
     pub fn model_side(&self, id: &RepoId, revision: &str) -> Result<Snapshot, HubError> {
         let cached = |names: &[&str], _: &Path| match names.contains(&"config.json") {
             true => Ok(files::model_side(names)),
@@ -142,7 +142,7 @@ impl Hub {
         })
     }
 
-    /// A dataset's rows: its own files, or its Parquet conversion where it has none that can be
+    /// Fetches a dataset's rows: its own files, or its Parquet conversion if none of them can be
     /// read.
     pub fn dataset(
         &self,
@@ -167,8 +167,8 @@ impl Hub {
             };
             self.snapshot(Kind::Dataset, id, revision, cached, fetched)
         };
-        // The conversion in the cache stands for a repository without rows of its own, not for rows
-        // that are half there.
+        // The cached conversion replaces a repository without rows of its own, not an incomplete
+        // download.
         let converted = || {
             let cache = Cache::new(&self.settings.cache, Kind::Dataset, id);
             let own = cache.commit("main").map(|commit| cache.names(&commit));
@@ -191,7 +191,8 @@ impl Hub {
         }
     }
 
-    /// Finds the commit, fetches, and remembers; or takes the cache, where nobody can be asked.
+    /// Finds the commit, fetches its files and records it; uses the cache if offline or
+    /// unreachable.
     fn snapshot(
         &self,
         kind: Kind,
@@ -204,14 +205,14 @@ impl Hub {
         let from_cache = |stale| {
             let commit = cache
                 .commit(revision)
-                .ok_or_else(|| "it was never fetched".to_owned())?;
+                .ok_or_else(|| "it was never downloaded".to_owned())?;
             let (dir, names) = (cache.snapshot(&commit), cache.names(&commit));
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
             let files = cached(&names, &dir)?;
             let listing = cache.listing(&commit);
             let lacking = |listing: &Listing| listing.lacking(&dir, &files).map(str::to_owned);
             match listing.as_ref().and_then(lacking) {
-                Some(file) => Err(format!("{file} is not all there")),
+                Some(file) => Err(format!("{file} is incomplete")),
                 None => Ok(Snapshot {
                     files,
                     dir,
@@ -266,23 +267,23 @@ impl Hub {
     }
 }
 
-/// Whether a token can stand in a header; what is wrong with it is said without any of it.
+/// Checks that a token is valid in a header; the error does not reveal any of it.
 fn check_token(token: &str) -> Result<(), HubError> {
     let why = if token.is_empty() {
         "it is empty"
     } else if token.contains(|c: char| c.is_ascii_whitespace()) {
-        "there is a blank or a line break in it"
+        "it contains a space or a line break"
     } else if !token.bytes().all(|b| b.is_ascii_graphic()) {
-        "there is a character in it that is not ASCII"
+        "it contains a character that is not ASCII"
     } else if token.contains(['"', '\'']) {
-        "there are quotation marks around it"
+        "it contains quotation marks"
     } else {
         return Ok(());
     };
     Err(HubError::Token { why })
 }
 
-/// Of a model in the cache, all files; or what it lacks.
+/// Returns all files of a cached model, or what it lacks.
 fn whole(id: &RepoId, names: &[&str], snapshot: &Path) -> Result<Vec<String>, String> {
     for needed in ["config.json", "tokenizer.json"] {
         if !names.contains(&needed) {
@@ -294,7 +295,7 @@ fn whole(id: &RepoId, names: &[&str], snapshot: &Path) -> Result<Vec<String>, St
     Ok([files::model_side(names), weights].concat())
 }
 
-/// A commit of a repository, and its snapshot.
+/// A commit of a repository and its snapshot.
 struct Place<'a> {
     repo: &'a Repo,
     cache: &'a Cache,

@@ -1,12 +1,12 @@
-//! Models and datasets from the Hugging Face Hub, into the cache that every Hugging Face tool
-//! shares; finished branches to it.
+//! Downloads of models and datasets from the Hugging Face Hub, into the cache that all Hugging Face
+//! tools share, and uploads of finished branches.
 //!
-//! Requests, pages, redirects, retries and credentials are `hf-hub`'s. Its own file download
-//! neither resumes a file nor checks what came, so the bytes are streamed here, resumed where they
-//! broke off, and compared with the hash that git has of them.
+//! `hf-hub` handles requests, pagination, redirects, retries and credentials. Its own file download
+//! neither resumes a file nor verifies it, so the bytes are streamed here, resumed after
+//! interruptions, and compared with git's hash of them.
 //!
 //! Reading order: [`RepoId`] names a repository, [`Hub`] is the connection, [`Hub::model`] and
-//! [`Hub::dataset`] make a [`Snapshot`]; [`Hub::upload`] brings a [`LocalFile`] list there.
+//! [`Hub::dataset`] return a [`Snapshot`]; [`Hub::upload`] uploads a list of [`LocalFile`]s.
 
 #![forbid(unsafe_code)]
 

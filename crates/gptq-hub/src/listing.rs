@@ -1,8 +1,8 @@
-//! What a repository holds at a commit, kept for when nobody can be asked.
+//! Saved file listing of a repository at a commit, for use offline.
 //!
-//! A cache says which files are in it, not which should be: of a dataset's two shards, one may have
-//! been asked for, or a download may have broken off between them. So the Hub's listing is written
-//! down beside the snapshot, under `.gptq`, where other tools do not look.
+//! A cache shows which files it has, not which it should have: of a dataset's two shards, one may
+//! have been selected, or a download may have stopped between them. So the Hub's listing is saved
+//! beside the snapshot, under `.gptq`, where other tools do not look.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::repo::Entry;
 
-/// Sizes by path.
+/// File sizes by path.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Listing {
     files: BTreeMap<String, u64>,
@@ -30,7 +30,7 @@ impl Listing {
         self.files.keys().cloned().collect()
     }
 
-    /// The first of the files `wanted` that is not wholly in `snapshot`.
+    /// Returns the first of the files `wanted` that is not complete in `snapshot`.
     pub(crate) fn lacking<'a>(&self, snapshot: &Path, wanted: &'a [String]) -> Option<&'a str> {
         let here = |name: &str| {
             let size = fs::metadata(snapshot.join(name)).map(|file| file.len());

@@ -1,4 +1,4 @@
-//! Branch directories to the Hub: one commit per revision, of the files that differ.
+//! Upload of branch directories to the Hub: one commit per revision, with the files that differ.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -12,38 +12,38 @@ use crate::content::ContentHasher;
 use crate::repo::{Entry, Repo};
 use crate::{Hub, HubError, Kind, RepoId};
 
-/// A file to be on the Hub.
+/// A local file to upload.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalFile {
     /// Its path in the repository.
     pub name: String,
-    /// Where it is here.
+    /// Its local path.
     pub path: PathBuf,
-    /// Its size.
+    /// Size in bytes.
     pub bytes: u64,
 }
 
-/// What a revision lacks.
+/// Differences between a revision and the local files.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// The revision has to be made.
+    /// True if the revision has to be created.
     pub create: bool,
-    /// Files that are new or differ.
+    /// Files that are new or different.
     pub upload: Vec<LocalFile>,
-    /// Weights there that are not among the files here.
+    /// Weight files on the Hub that are not among the local files.
     pub delete: Vec<String>,
-    /// Weights there that files here of the same name take the place of.
+    /// Weight files on the Hub that local files of the same name replace.
     pub replace: Vec<String>,
-    /// Files that are the same.
+    /// Number of identical files.
     pub same: usize,
-    /// What is deleted or replaced is this program's own: it made the revision, or it makes it now, as a copy of
-    /// `main` which keeps what it holds.
+    /// True if this program wrote the files that are deleted or replaced: it made the revision, or
+    /// creates it now as a copy of `main`, which keeps its own.
     pub own: bool,
 }
 
 impl LocalFile {
-    /// Every plain file directly in `dir`, by name, and of its subdirectories what goes along into branches;
-    /// others and hidden files stay.
+    /// Lists every regular file directly in `dir`, and in its subdirectories those that belong to a
+    /// branch; hidden and partial files are left out.
     pub fn list(dir: &Path) -> Result<Vec<Self>, HubError> {
         let mut files = Vec::new();
         let mut add = |name: String, path: PathBuf| {
@@ -75,7 +75,7 @@ impl LocalFile {
         Ok(files)
     }
 
-    /// Lower-case hexadecimal SHA-256 of what it holds.
+    /// Returns the lower-case hexadecimal SHA-256 of its content.
     pub fn sha256(&self) -> Result<String, HubError> {
         Ok(self.hash()?.sha256())
     }
@@ -94,7 +94,7 @@ impl LocalFile {
 }
 
 impl Hub {
-    /// Makes a model repository, if there is none of that name.
+    /// Creates a model repository, unless one of that name exists.
     pub fn create(&self, id: &RepoId, private: bool) -> Result<(), HubError> {
         let name = id.to_string();
         let client = self.client();
@@ -109,8 +109,8 @@ impl Hub {
         made.map(drop).map_err(|e| HubError::from_hub(e, context))
     }
 
-    /// What has to happen for `revision` to hold `files`. A revision that is not there begins as what `main`
-    /// holds.
+    /// Computes the changes that make `revision` hold `files`. A new revision begins as a copy of
+    /// `main`.
     pub fn changes(
         &self,
         id: &RepoId,
@@ -151,7 +151,8 @@ impl Hub {
             .filter(|entry| is_weights(&entry.path) && !files.iter().any(|f| f.name == entry.path));
         changes.delete = gone.map(|entry| entry.path.clone()).collect();
         if !(create || changes.delete.is_empty() && changes.replace.is_empty()) {
-            // A revision whose first upload broke off is still the copy of main that it began as.
+            // A revision whose first upload was interrupted is still the copy of `main` that it
+            // began as.
             let copy =
                 revision != "main" && self.commit_of(&repo, "main")?.as_ref() == Some(&commit);
             changes.own = copy || self.wait(is_own(&repo, &commit, &tree))?;
@@ -159,7 +160,7 @@ impl Hub {
         Ok(changes)
     }
 
-    /// The commit of a revision; `None` where there is none, or no repository.
+    /// Returns the commit of a revision; `None` if the revision or the repository does not exist.
     fn commit_of(&self, repo: &Repo, revision: &str) -> Result<Option<String>, HubError> {
         match self.wait(repo.commit(revision)) {
             Ok(commit) => Ok(Some(commit)),
@@ -168,7 +169,7 @@ impl Hub {
         }
     }
 
-    /// Makes the revision, which begins as what `main` holds.
+    /// Creates the revision as a copy of `main`.
     pub fn create_revision(&self, id: &RepoId, revision: &str) -> Result<(), HubError> {
         let repo = self.repo(Kind::Model, id);
         let model = repo.model().expect("it was made as a model");
@@ -177,8 +178,8 @@ impl Hub {
             .map_err(|e| HubError::from_hub(e, repo.context(revision)))
     }
 
-    /// Commits `changes` to a revision that is there. What is there already is not sent again, so a broken
-    /// upload goes on by being run again.
+    /// Commits `changes` to an existing revision. Content already on the Hub is not sent again, so
+    /// an interrupted upload is resumed by running it again.
     pub fn upload(&self, id: &RepoId, revision: &str, changes: &Changes) -> Result<(), HubError> {
         let repo = self.repo(Kind::Model, id);
         let told = |e| HubError::from_hub(e, repo.context(revision));
@@ -204,13 +205,13 @@ impl Hub {
     }
 }
 
-/// Whether a file is weights, or says in which files they are.
+/// Returns true for weight files and their index.
 fn is_weights(path: &str) -> bool {
     path.ends_with(".safetensors") || path.ends_with(".index.json")
 }
 
-/// Whether this program published a revision: beside `quantize_config.json` there is a `report.json` as it
-/// writes one.
+/// Returns true if this program published a revision: beside `quantize_config.json` there is a
+/// `report.json` in its format.
 async fn is_own(repo: &Repo, commit: &str, tree: &[Entry]) -> Result<bool, HubError> {
     let find = |name: &str| tree.iter().find(|entry| entry.path == name);
     let (Some(report), Some(_)) = (find("report.json"), find("quantize_config.json")) else {

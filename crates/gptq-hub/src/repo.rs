@@ -1,4 +1,4 @@
-//! What a repository is called, and what it holds at a commit.
+//! Repository names, and their contents at a commit.
 
 use std::fmt;
 use std::path::{Component, Path};
@@ -11,9 +11,9 @@ use hf_hub::{HFClient, HFError, HFRepository};
 use crate::HubError;
 use crate::error::Context;
 
-/// Most files and directories of a repository that are listed.
+/// Maximum number of files and directories listed for a repository.
 const MAX_FILES: usize = 1 << 16;
-/// Bytes of a file's path in a repository.
+/// Maximum length of a file's path in a repository, in bytes.
 const MAX_PATH: usize = 1024;
 
 /// `owner/name`.
@@ -23,7 +23,7 @@ pub struct RepoId {
     name: String,
 }
 
-/// What a repository is for.
+/// Kind of a repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Weights, config, tokenizer.
@@ -33,8 +33,8 @@ pub enum Kind {
 }
 
 impl RepoId {
-    /// `owner/name`, both of letters, digits, `-`, `_` and `.`, starting with a letter or digit; or
-    /// `None`.
+    /// Parses `owner/name`, both of letters, digits, `-`, `_` and `.`, starting with a letter or
+    /// digit; otherwise `None`.
     pub fn parse(text: &str) -> Option<Self> {
         let (owner, name) = text.split_once('/')?;
         let valid = |part: &str| {
@@ -70,16 +70,16 @@ impl fmt::Display for Kind {
 /// A file of a repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
-    /// Within the repository: relative, without `..`.
+    /// Path within the repository: relative, without `..`.
     pub path: String,
     pub size: u64,
     /// Git's name for the file, or for the pointer to it: 40 hexadecimal digits.
     pub oid: String,
-    /// Whether git holds a pointer, and the content lies elsewhere.
+    /// True if git holds a pointer and the content is stored elsewhere.
     pub pointer: bool,
 }
 
-/// Bytes as they arrive.
+/// Stream of received bytes.
 pub(crate) type Bytes<'a> = Box<dyn Stream<Item = Result<Vec<u8>, HFError>> + Unpin + Send + 'a>;
 
 /// A repository of either kind.
@@ -111,7 +111,7 @@ impl Repo {
         }
     }
 
-    /// The client's own handle, for what only models are asked for.
+    /// Returns the client's own handle, for requests that exist only for models.
     pub(crate) fn model(&self) -> Option<&HFRepository<RepoTypeModel>> {
         match &self.handle {
             Handle::Model(repo) => Some(repo),
@@ -119,12 +119,12 @@ impl Repo {
         }
     }
 
-    /// How long is waited for what does not come.
+    /// Returns the time after which a silent connection counts as broken.
     pub(crate) fn stall(&self) -> Duration {
         self.stall
     }
 
-    /// What an error is told with.
+    /// Returns the context for error messages.
     pub(crate) fn context(&self, revision: &str) -> Context {
         Context {
             id: self.id.to_string(),
@@ -134,8 +134,8 @@ impl Repo {
         }
     }
 
-    /// What comes of `answer`, unless the connection is silent for too long: neither the client nor
-    /// the system gives up one that stays open and sends nothing.
+    /// Waits for `answer`, and fails if the connection is silent for too long: neither the client
+    /// nor the system gives up a connection that stays open and sends nothing.
     pub(crate) async fn within<T>(&self, answer: impl Future<Output = T>) -> Result<T, HubError> {
         let answer = tokio::time::timeout(self.stall, answer).await;
         answer.map_err(|_| HubError::Silent {
@@ -144,7 +144,7 @@ impl Repo {
         })
     }
 
-    /// The answer to a question that is asked a second time if the first gets none.
+    /// Runs a request, and once more if the first gets no answer.
     async fn asked<T>(&self, ask: impl AsyncFn() -> Result<T, HubError>) -> Result<T, HubError> {
         match ask().await {
             Err(HubError::Silent { .. }) => ask().await,
@@ -152,7 +152,7 @@ impl Repo {
         }
     }
 
-    /// The commit that `revision` is.
+    /// Returns the commit of `revision`.
     pub(crate) async fn commit(&self, revision: &str) -> Result<String, HubError> {
         let ask = async || match &self.handle {
             Handle::Model(repo) => Ok(repo.info().revision(revision).send().await?.sha),
@@ -167,7 +167,7 @@ impl Repo {
             .map_err(|e| HubError::from_hub(e, self.context(revision)))
     }
 
-    /// Every file at `commit`.
+    /// Returns every file at `commit`.
     pub(crate) async fn tree(&self, commit: &str) -> Result<Vec<Entry>, HubError> {
         let entries = self.asked(async || self.listing(commit).await).await?;
         let mut files = Vec::new();
@@ -197,7 +197,7 @@ impl Repo {
         Ok(files)
     }
 
-    /// Every file and directory at `commit`, as the Hub tells them.
+    /// Returns every file and directory at `commit`, as listed by the Hub.
     async fn listing(&self, commit: &str) -> Result<Vec<RepoTreeEntry>, HubError> {
         let refused = |e| HubError::from_hub(e, self.context(commit));
         let mut tree = match &self.handle {
@@ -223,7 +223,7 @@ impl Repo {
         Ok(entries)
     }
 
-    /// The bytes of a file from `start` on.
+    /// Streams the bytes of a file from `start` on.
     pub(crate) async fn bytes(
         &self,
         commit: &str,
@@ -246,7 +246,7 @@ impl Repo {
     }
 }
 
-/// A name from elsewhere becomes a path only when it cannot leave its directory.
+/// Returns true if a remote name is a safe relative path, which cannot leave its directory.
 pub(crate) fn is_plain(path: &str) -> bool {
     let components = Path::new(path).components();
     !path.is_empty()

@@ -1,23 +1,23 @@
-//! A block's keys and values of the tokens so far, kept between steps of generation.
+//! Key-value cache of a block for generation.
 
 use burn::tensor::{DType, Tensor};
 use gptq_kernels::{Engine, append};
 use gptq_spec::BlockSpec;
 
-/// Tokens a cache grows by.
+/// Tokens by which a cache grows.
 const GROWTH: usize = 256;
 
 /// The rotated keys and the values of one block, for one conversation.
 #[derive(Debug)]
 pub struct Cache<B: Engine> {
-    /// `[kv_heads, capacity, dim]`: the rows of a head lie together.
+    /// `[kv_heads, capacity, dim]`: the rows of a head are contiguous.
     keys: Tensor<B, 3>,
     values: Tensor<B, 3>,
     len: usize,
 }
 
 impl<B: Engine> Cache<B> {
-    /// An empty one for the attention of `block`, its keys and values of this dtype.
+    /// Makes an empty cache for the attention of `block`, with keys and values of this dtype.
     pub fn new(block: &BlockSpec, dtype: DType, device: &B::Device) -> Self {
         let attention = block.attention().expect("every block attends");
         let shape = [attention.kv_heads, GROWTH, attention.head_dim];
@@ -29,17 +29,17 @@ impl<B: Engine> Cache<B> {
         }
     }
 
-    /// Tokens held.
+    /// Returns the number of tokens.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether it holds none.
+    /// Returns true if it holds no tokens.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Forgets all tokens but the first `len`.
+    /// Drops all tokens after the first `len`.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
     }
@@ -53,8 +53,8 @@ impl<B: Engine> Cache<B> {
         self.len += n;
     }
 
-    /// Adds one token, and gives its attention, `[1, 1, heads * dim]`: `q`, `k` and `v`
-    /// `[1, 1, heads, dim]` not rotated yet, `tables` the cosines and sines of its position.
+    /// Adds one token and returns its attention, `[1, 1, heads * dim]`, given unrotated `q`, `k`
+    /// and `v` `[1, 1, heads, dim]` and the `tables` of cosines and sines of its position.
     pub(crate) fn attend_next(
         &mut self,
         qkv: [Tensor<B, 4>; 3],
@@ -66,7 +66,7 @@ impl<B: Engine> Cache<B> {
         attended
     }
 
-    /// Makes room for `n` tokens more.
+    /// Makes space for `n` more tokens.
     fn make_room(&mut self, n: usize) {
         let [heads, capacity, dim] = self.keys.dims();
         let end = self.len + n;
@@ -80,12 +80,13 @@ impl<B: Engine> Cache<B> {
         }
     }
 
-    /// `[kv_heads, capacity, dim]`, the first [`Cache::len`] rows of a head filled.
+    /// Returns the keys, `[kv_heads, capacity, dim]`, with the first [`Cache::len`] rows of a head
+    /// filled.
     pub(crate) fn keys(&self) -> Tensor<B, 3> {
         self.keys.clone()
     }
 
-    /// As [`Cache::keys`].
+    /// Returns the values, with the layout of [`Cache::keys`].
     pub(crate) fn values(&self) -> Tensor<B, 3> {
         self.values.clone()
     }

@@ -1,4 +1,4 @@
-//! A whole model on a device, predicting one token after another.
+//! A whole model on a device for generation, token by token.
 
 use burn::tensor::DType;
 use gptq_kernels::Engine;
@@ -7,14 +7,14 @@ use gptq_spec::ModelConfig;
 use crate::model::Embedding;
 use crate::{Block, Cache, Head, Model, ModelError};
 
-/// Every block resident, each with its cache.
+/// All blocks resident on a device, each with its cache.
 pub struct Decoder<B: Engine> {
     config: ModelConfig,
     dtype: DType,
     embedding: Embedding<B>,
     blocks: Vec<(Block<B>, Cache<B>)>,
     head: Head<B>,
-    /// The tokens whose keys and values the caches hold.
+    /// Tokens whose keys and values are cached.
     held: Vec<u32>,
 }
 
@@ -36,16 +36,16 @@ impl<B: Engine> Decoder<B> {
         })
     }
 
-    /// How many of the first tokens of `context` need not be run again.
+    /// Returns how many of the first tokens of `context` are cached and need not be run again.
     pub fn reusable(&self, context: &[u32]) -> usize {
         let pairs = self.held.iter().zip(context);
         let common = pairs.take_while(|(held, token)| held == token).count();
-        // The last token is what the prediction comes from: it is always run.
+        // The last token gives the prediction, so it is always run.
         common.min(context.len().saturating_sub(1))
     }
 
-    /// The logits `[vocabulary]` of the token after `context`, which holds at least one. Only what
-    /// follows the part shared with the last call is run, all of it at once.
+    /// Returns the logits `[vocabulary]` of the token after `context`, which must not be empty.
+    /// Only the part that differs from the last call is run, all at once.
     ///
     /// # Errors
     /// A token outside the vocabulary, or a context longer than the sliding window.

@@ -1,10 +1,10 @@
-//! The one error type of this crate.
+//! Errors of this crate.
 
 use gptq_format::FormatError;
 use gptq_spec::SpecError;
 use thiserror::Error;
 
-/// Why a model cannot be loaded or run.
+/// Reason why a model cannot be loaded or run.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum ModelError {

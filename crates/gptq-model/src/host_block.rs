@@ -1,5 +1,4 @@
-//! A decoder block's weights in host memory: what can be read while the device is busy with the
-//! block before.
+//! A decoder block's weights in host memory, read while the device processes the previous block.
 
 use std::sync::Arc;
 
@@ -11,13 +10,13 @@ use rayon::prelude::*;
 
 use crate::{Block, Linear, ModelError, Weight, rope};
 
-/// One block, read and checked, not yet on a device. Its 16-bit tensors lie one after the other in memory
+/// One block, read and checked, not yet on a device. Its 16-bit tensors are contiguous in memory
 /// that the device copies from.
 pub struct HostBlock {
     spec: Arc<BlockSpec>,
     values: HostBuffer,
     linears: Vec<HostLinear>,
-    /// Where in `values` the vectors begin.
+    /// Offsets of the vectors in `values`.
     vectors: Vec<usize>,
 }
 
@@ -25,17 +24,17 @@ struct HostLinear {
     /// `[out, in]`.
     shape: [usize; 2],
     weight: HostWeight,
-    /// Where in `values` it begins.
+    /// Offset in `values`.
     bias: Option<usize>,
 }
 
 enum HostWeight {
-    /// Where in `values` it begins.
+    /// Offset in `values`.
     Dense(usize),
     Packed(PackedLinear),
 }
 
-/// A tensor to read into its place.
+/// A tensor to read to its offset.
 struct Part {
     name: String,
     shape: Vec<usize>,
@@ -47,7 +46,7 @@ impl Part {
     }
 }
 
-/// Tensors in the order of their places.
+/// Tensors in the order of their offsets.
 #[derive(Default)]
 struct Layout {
     parts: Vec<Part>,
@@ -55,7 +54,7 @@ struct Layout {
 }
 
 impl Layout {
-    /// Adds a tensor; where it begins.
+    /// Adds a tensor; returns its offset.
     fn add(&mut self, name: String, shape: Vec<usize>) -> usize {
         let part = Part { name, shape };
         let start = self.len;
@@ -66,10 +65,11 @@ impl Layout {
 }
 
 impl HostBlock {
-    /// Reads block `layer`, which is as `spec` says, its tensors at the same time, into memory for transfers to `device`.
+    /// Reads block `layer`, described by `spec`, with its tensors in parallel, into memory for
+    /// transfers to `device`.
     ///
     /// # Errors
-    /// A tensor that is missing, damaged or of another shape.
+    /// A tensor that is missing, damaged or of the wrong shape.
     pub(crate) fn read<B: Engine>(
         checkpoint: &Checkpoint,
         spec: &Arc<BlockSpec>,
@@ -105,7 +105,7 @@ impl HostBlock {
         })
     }
 
-    /// A linear, by its index in the spec, as it lies in the files, if it is quantized.
+    /// Returns a linear layer as stored, by its index in the spec, if it is quantized.
     pub fn packed(&self, linear: usize) -> Option<&PackedLinear> {
         match &self.linears[linear].weight {
             HostWeight::Packed(packed) => Some(packed),
@@ -113,7 +113,7 @@ impl HostBlock {
         }
     }
 
-    /// Puts the block on a device, in compute dtype; packed linears are dequantized unless
+    /// Uploads the block to a device, in compute dtype; packed linear layers are dequantized unless
     /// `keep_packed`.
     pub(crate) fn upload<B: Engine>(
         self,

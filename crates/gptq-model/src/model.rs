@@ -1,4 +1,4 @@
-//! Loading the parts of a model onto a device: the embedding, a block, the head.
+//! Loads the parts of a model onto a device: the embedding, a block, the head.
 
 use std::path::Path;
 
@@ -11,8 +11,8 @@ use half::{bf16, f16};
 
 use crate::{Block, Flow, HostBlock, ModelError, rope};
 
-/// A checkpoint and its config, ready to load parts from. Quantized linears are dequantized as they
-/// are loaded.
+/// A checkpoint and its config, from which parts are loaded. Quantized linear layers are
+/// dequantized on loading.
 pub struct Model<B: Engine> {
     config: ModelConfig,
     checkpoint: Checkpoint,
@@ -34,17 +34,16 @@ pub struct Head<B: Engine> {
 }
 
 impl<B: Engine> Model<B> {
-    /// Opens the checkpoint in `dir`, its weights to be taken in what they are stored in. Nothing is
-    /// loaded yet.
+    /// Opens the checkpoint in `dir` with weights in their stored dtype. Nothing is loaded yet.
     ///
     /// # Errors
-    /// Files that cannot be read, and the fault that the [`Census`] finds.
+    /// Files that cannot be read, and a fault found by the [`Census`].
     pub fn open(dir: &Path, device: &B::Device) -> Result<Self, ModelError> {
         let (config, checkpoint) = Census::take(dir)?.sound()?;
         Ok(Model::new(config, checkpoint, device))
     }
 
-    /// Of a checkpoint that is open, as a [`Census`] settled its config.
+    /// Wraps an open checkpoint, with the config from its [`Census`].
     pub fn new(config: ModelConfig, checkpoint: Checkpoint, device: &B::Device) -> Self {
         Model {
             config,
@@ -55,38 +54,38 @@ impl<B: Engine> Model<B> {
         }
     }
 
-    /// The same, its weights taken in `half`.
+    /// Returns the model with weights converted to `half`.
     pub fn taken_in(self, half: Half) -> Self {
         Model { half, ..self }
     }
 
-    /// What its weights are taken in.
+    /// Returns the 16-bit dtype that weights are converted to.
     pub fn half(&self) -> Half {
         self.half
     }
 
-    /// What it computes in.
+    /// Returns the compute dtype.
     pub fn dtype(&self) -> DType {
         B::compute(self.half)
     }
 
-    /// Where its parts are loaded to.
+    /// Returns the device of its parts.
     pub fn device(&self) -> &B::Device {
         &self.device
     }
 
-    /// Shapes and constants.
+    /// Returns shapes and constants.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// The files.
+    /// Returns the checkpoint.
     pub fn checkpoint(&self) -> &Checkpoint {
         &self.checkpoint
     }
 
-    /// The hidden states of `windows`, all of one length, before the first block: one [`Flow`] per
-    /// `chunk` windows, in dtype `keep`.
+    /// Returns the hidden states of `windows`, all of one length, before the first block: one
+    /// [`Flow`] per `chunk` windows, in dtype `keep`.
     ///
     /// Errors on a token outside the vocabulary, and on windows longer than the sliding window.
     pub fn embed(
@@ -98,7 +97,7 @@ impl<B: Engine> Model<B> {
         self.flows(windows, chunk, keep)?.collect()
     }
 
-    /// As [`Model::embed`], one [`Flow`] at a time.
+    /// Returns the same as [`Model::embed`], one [`Flow`] at a time.
     pub fn flows(
         &self,
         windows: &[Vec<u32>],
@@ -107,14 +106,14 @@ impl<B: Engine> Model<B> {
     ) -> Result<impl Iterator<Item = Result<Flow<B>, ModelError>>, ModelError> {
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
         self.config.check_window(longest)?;
-        // Before the table is read: its shape would be blamed for a tokenizer of another model.
+        // Checked before reading the table, whose shape would be blamed for the wrong tokenizer.
         check_tokens(windows.iter().flatten(), self.config.vocabulary)?;
         let embedding = self.embedding()?;
         let chunks = windows.chunks(chunk);
         Ok(chunks.map(move |windows| embedding.flow(windows, keep)))
     }
 
-    /// The embedding, to use more than once.
+    /// Loads the embedding for repeated use.
     pub(crate) fn embedding(&self) -> Result<Embedding<B>, ModelError> {
         let (rows, cols) = (self.config.vocabulary, self.config.hidden_size);
         Ok(Embedding {
@@ -122,12 +121,12 @@ impl<B: Engine> Model<B> {
         })
     }
 
-    /// Block `layer`, in compute dtype.
+    /// Loads block `layer`, in compute dtype.
     pub fn block(&self, layer: usize) -> Result<Block<B>, ModelError> {
         Ok(self.upload(self.read_block(layer)?))
     }
 
-    /// Block `layer`, in host memory: on any thread, while the device is busy.
+    /// Reads block `layer` into host memory, on any thread, while the device is busy.
     pub fn read_block(&self, layer: usize) -> Result<HostBlock, ModelError> {
         HostBlock::read::<B>(
             &self.checkpoint,
@@ -138,19 +137,19 @@ impl<B: Engine> Model<B> {
         )
     }
 
-    /// A block that was read before, on the device in compute dtype.
+    /// Uploads a block, in compute dtype.
     pub fn upload(&self, block: HostBlock) -> Block<B> {
         block.upload(false, &self.rope, &self.device)
     }
 
-    /// Block `layer` for generation: packed linears stay packed where the backend multiplies with
-    /// them.
+    /// Loads block `layer` for generation: packed linear layers stay packed if the backend can
+    /// multiply with them.
     pub(crate) fn resident_block(&self, layer: usize) -> Result<Block<B>, ModelError> {
         let block = self.read_block(layer)?;
         Ok(block.upload(B::KEEPS_PACKED, &self.rope, &self.device))
     }
 
-    /// The final norm and output projection.
+    /// Loads the final norm and output projection.
     pub fn head(&self) -> Result<Head<B>, ModelError> {
         let name = match self.config.tied_embeddings {
             true => EMBEDDING,
@@ -163,13 +162,13 @@ impl<B: Engine> Model<B> {
         })
     }
 
-    /// A matrix of the checkpoint on the device, in compute dtype, brought there [`TABLE_PIECE`] elements at a time:
-    /// a vocabulary's may be as large as several blocks.
+    /// Loads a matrix onto the device, in compute dtype, [`TABLE_PIECE`] elements at a time, as a
+    /// vocabulary's table may be as large as several blocks.
     fn table(&self, name: &str, [rows, cols]: [usize; 2]) -> Result<Tensor<B, 2>, ModelError> {
         let (device, dtype) = (&self.device, self.dtype());
         if dtype == DType::F32 {
-            // An engine that computes in f32 has its tensors in host memory, where an assignment to a slice
-            // copies the whole: the pieces are put together before.
+            // An engine that computes in f32 has its tensors in host memory, where a slice
+            // assignment copies the whole tensor, so the pieces are joined before.
             return self.host_table(name, [rows, cols]);
         }
         let step = (TABLE_PIECE / cols.max(1)).max(1) * cols;
@@ -180,7 +179,7 @@ impl<B: Engine> Model<B> {
             let own = [first / cols, piece.len() / cols];
             let part = B::upload(&values, 0, [own[1], cols], device).cast(dtype);
             let nothing = Tensor::empty([1, 1], (device, dtype));
-            // Without a second owner the assignment is in place.
+            // With a single owner the assignment is in place.
             let old = std::mem::replace(&mut table, nothing);
             table = old.slice_assign([own[0]..own[0] + own[1], 0..cols], part);
             Ok::<_, ModelError>(())
@@ -191,7 +190,7 @@ impl<B: Engine> Model<B> {
         Ok(table)
     }
 
-    /// As [`Model::table`], in f32.
+    /// Does the same as [`Model::table`], in f32.
     fn host_table(&self, name: &str, shape: [usize; 2]) -> Result<Tensor<B, 2>, ModelError> {
         let mut values = vec![0f32; shape.iter().product()];
         let half = self.half;
@@ -209,7 +208,7 @@ impl<B: Engine> Model<B> {
         Ok(Tensor::from_data(data, (&self.device, DType::F32)))
     }
 
-    /// A tensor of the checkpoint on the device, in compute dtype.
+    /// Loads a tensor onto the device, in compute dtype.
     fn tensor<const D: usize>(
         &self,
         name: &str,
@@ -223,7 +222,7 @@ impl<B: Engine> Model<B> {
 }
 
 impl<B: Engine> Embedding<B> {
-    /// The hidden states of `windows`, all of one length, in dtype `keep`.
+    /// Returns the hidden states of `windows`, all of one length, in dtype `keep`.
     ///
     /// # Errors
     /// A token outside the vocabulary.
@@ -252,14 +251,16 @@ fn check_tokens<'a>(
 }
 
 impl<B: Engine> Head<B> {
-    /// Logits `[tokens, vocabulary]` in f32 for hidden states `[tokens, hidden]` after the last block.
+    /// Returns logits `[tokens, vocabulary]` in f32 for hidden states `[tokens, hidden]` after the
+    /// last block.
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         let hidden = hidden.cast(self.norm.dtype());
         let x = B::rms_norm(hidden, self.norm.clone(), self.eps);
         B::matmul_nt(x, self.weight.clone()).cast(DType::F32)
     }
 
-    /// `-ln p(targets[i] | hidden[i])` for hidden states `[tokens, hidden]`, one per target.
+    /// Returns `-ln p(targets[i] | hidden[i])` for hidden states `[tokens, hidden]`, one per
+    /// target.
     pub fn negative_log_likelihoods(&self, hidden: Tensor<B, 2>, targets: &[u32]) -> Vec<f32> {
         let ids: Vec<i32> = targets.iter().map(|&t| t as i32).collect();
         let ids = Tensor::<B, 2, Int>::from_data(

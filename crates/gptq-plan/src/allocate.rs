@@ -1,34 +1,35 @@
-//! Spending a size budget: of every group's choices one, so that the sum of their losses is small and
-//! the sum of their sizes is within the budget.
+//! Mixed-precision allocation: chooses one setting per group so that the sum of losses is small and
+//! the sum of sizes is within the budget.
 //!
 //! Of a group's choices only those on the lower convex hull of loss over size can be best for any
-//! price of a bit. From every group's smallest, the step along a hull that saves the most loss per bit
-//! is taken, again and again, while it fits: up to the first that does not, no other allocation of
-//! that size loses less (Lagrange's multiplier is the last step's slope). What is left of the budget goes
-//! to single changes, hull or not, that save the most loss. An allocation that gives every group the
-//! same choice is taken where it loses less still, as it can where the groups are few.
+//! price of a bit. Starting from every group's smallest choice, the step along a hull that saves
+//! the most loss per bit is taken while it fits: up to the first step that does not, no other
+//! allocation of that size loses less (Lagrange's multiplier is the last step's slope). The rest of
+//! the budget goes to the single changes, on the hull or not, that save the most loss. A uniform
+//! allocation is used instead if it loses less still, which can happen with few groups.
 //!
 //! Ties go to the earlier group, and in a group to the smaller choice.
 
-/// What a group would cost with one setting.
+/// Cost of a group with one setting.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Cost {
-    /// Bits on the disk.
+    /// Size on disk in bits.
     pub(crate) size: u64,
-    /// Whatever is to be small in sum; finite, at least 0.
+    /// Loss to be minimized in sum; finite, at least 0.
     pub(crate) loss: f64,
 }
 
-/// The position of each group's choice; `None` where even the smallest are over `budget` together.
+/// Returns the index of each group's choice; `None` if even the smallest choices exceed `budget`
+/// together.
 ///
-/// `groups` has the choices of each in one order; `None` is a choice that the group has not. Each has
-/// at least one.
+/// `groups` holds each group's choices in the same order; `None` marks a choice that the group does
+/// not have. Each group has at least one.
 pub(crate) fn allocate(groups: &[Vec<Option<Cost>>], budget: u64) -> Option<Vec<usize>> {
     let hulls: Vec<Vec<usize>> = groups.iter().map(|group| hull(group)).collect();
-    let cost = |group: usize, choice: usize| groups[group][choice].expect("a choice that it has");
+    let cost = |group: usize, choice: usize| groups[group][choice].expect("a choice of the group");
     let mut picked: Vec<usize> = hulls.iter().map(|hull| hull[0]).collect();
     let mut left = budget.checked_sub(total(groups, &picked)?.0)?;
-    // How far each group is along its hull; at the end once a step did not fit.
+    // Position of each group on its hull; at the end of the hull once a step does not fit.
     let mut at = vec![0; groups.len()];
     loop {
         let steps = (0..groups.len()).filter_map(|group| {
@@ -65,7 +66,8 @@ pub(crate) fn allocate(groups: &[Vec<Option<Cost>>], budget: u64) -> Option<Vec<
     Some(picked)
 }
 
-/// Size and loss of an allocation, in the groups' order; `None` if a group has not its choice.
+/// Returns size and loss of an allocation, in the groups' order; `None` if a group does not have
+/// its choice.
 fn total(groups: &[Vec<Option<Cost>>], picked: &[usize]) -> Option<(u64, f64)> {
     let mut sum = (0, 0.0);
     for (group, &choice) in groups.iter().zip(picked) {
@@ -75,7 +77,7 @@ fn total(groups: &[Vec<Option<Cost>>], picked: &[usize]) -> Option<(u64, f64)> {
     Some(sum)
 }
 
-/// Spends `left` bits on single changes, the one that saves the most loss first.
+/// Spends `left` bits on single changes, those that save the most loss first.
 fn fill(groups: &[Vec<Option<Cost>>], picked: &mut [usize], mut left: u64) {
     loop {
         let mut best: Option<(usize, usize, u64, f64)> = None;
@@ -99,7 +101,8 @@ fn fill(groups: &[Vec<Option<Cost>>], picked: &mut [usize], mut left: u64) {
     }
 }
 
-/// Positions of the choices on the lower convex hull of loss over size, the smallest first.
+/// Returns the indices of the choices on the lower convex hull of loss over size, the smallest
+/// first.
 fn hull(choices: &[Option<Cost>]) -> Vec<usize> {
     let mut sorted: Vec<(usize, Cost)> = (choices.iter().enumerate())
         .filter_map(|(at, cost)| Some((at, (*cost)?)))
@@ -121,7 +124,7 @@ fn hull(choices: &[Option<Cost>]) -> Vec<usize> {
     hull.into_iter().map(|(at, _)| at).collect()
 }
 
-/// Loss saved per bit.
+/// Returns the loss saved per bit.
 fn slope(from: Cost, to: Cost) -> f64 {
     (from.loss - to.loss) / (to.size - from.size) as f64
 }
@@ -139,13 +142,14 @@ mod tests {
         ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
     }
 
-    /// Groups of unequal size and sensitivity, whose loss falls by about a factor of four per bit.
+    /// Generates groups of different size and sensitivity, whose loss falls by about a factor of
+    /// four per bit.
     fn groups(count: usize, state: &mut u64) -> Vec<Vec<Option<Cost>>> {
         let group = |state: &mut u64| {
             let weights = 100 + (random(state) * 300.0) as u64;
             let sensitivity = 0.1 + random(state);
             let choice = |bits: u64, state: &mut u64| {
-                // One in eight choices is not there, but never the first.
+                // One in eight choices is missing, but never the first.
                 let there = bits == 2 || random(state) > 0.125;
                 there.then(|| Cost {
                     size: weights * bits,
@@ -157,7 +161,7 @@ mod tests {
         (0..count).map(|_| group(state)).collect()
     }
 
-    /// The least loss within `budget`, by trying everything.
+    /// Returns the least loss within `budget`, by exhaustive search.
     fn exhaustive(groups: &[Vec<Option<Cost>>], budget: u64) -> f64 {
         let Some((group, rest)) = groups.split_first() else {
             return 0.0;
@@ -185,7 +189,7 @@ mod tests {
                     _ => {}
                 }
             }
-            // The same again: nothing depends on chance.
+            // The result is deterministic.
             assert_eq!(allocate(&groups, budget).unwrap(), picked);
         }
     }
@@ -204,7 +208,7 @@ mod tests {
             assert!(loss >= optimum * (1.0 - 1e-12));
             found += loss;
             best += optimum;
-            // With the budget that the hull's steps use up, the allocation is the best there is.
+            // For a budget that the hull's steps use up exactly, the allocation is optimal.
             let on_hull = (groups.iter().zip(&picked)).all(|(g, at)| hull(g).contains(at));
             let price = |group: &Vec<Option<Cost>>, at: usize, step: isize| {
                 let hull = hull(group);

@@ -1,4 +1,4 @@
-//! What a branch's files hold, and who reads them: from its plan and the model's shapes alone.
+//! Contents of a branch's files, and clients that load them, from its plan and the model's shapes.
 
 use std::collections::BTreeMap;
 
@@ -11,15 +11,16 @@ use gptq_spec::{Division, ModelConfig, Role};
 
 use crate::{BranchPlan, Choice, PlannedLinear};
 
-/// Blocks that one expression names: readers limit its length.
+/// Maximum number of blocks in one expression: clients limit its length.
 const LAYERS: usize = 128;
 
-/// Least and most damping that readers are told of: GPTQModel 7.7 loads no file that says 0 or 1, though
-/// nobody has a use for it once the codes are found. `report.json` has what was asked for.
+/// Range of the damping that is declared to clients: GPTQModel 7.7 refuses files with 0 or 1,
+/// although loading does not use it. `report.json` has the requested value.
 const TOLD_DAMPING: (f64, f64) = (1e-6, 1.0 - 1e-6);
 
 impl BranchPlan {
-    /// How zero points are stored: asymmetric branches may have a zero of 0, which v1 cannot hold.
+    /// Returns the storage of zero points: asymmetric branches may have a zero point of 0, which v1
+    /// cannot hold.
     pub fn format(&self) -> CheckpointFormat {
         match self.sym {
             true => CheckpointFormat::Gptq,
@@ -27,7 +28,7 @@ impl BranchPlan {
         }
     }
 
-    /// What readers of a model of `config` are told.
+    /// Returns the settings declared to clients for a model of `config`.
     pub fn quantize_config(&self, model_name: &str, config: &ModelConfig) -> QuantizeConfig {
         let dynamic = self.dynamic(config);
         QuantizeConfig {
@@ -47,16 +48,16 @@ impl BranchPlan {
         }
     }
 
-    /// Whether readers have to be told of act order: with static groups it is over once the codes are found,
-    /// as every group's columns lie together.
+    /// Returns true if act order must be declared to clients. With static groups it has no effect
+    /// on loading, as the columns of every group are contiguous.
     pub fn needs_desc_act(&self) -> bool {
         self.desc_act && !self.static_groups
     }
 
-    /// What linears have other than the branch's own settings, as regular expressions over names, no two of
-    /// which match the same one: readers try them in an order that JSON does not keep. Each names
-    /// blocks and linears, and what readers that run these as one call them, and is true of what begins
-    /// so: no such name begins with another.
+    /// Returns the settings of linear layers that differ from the branch's, as regular expressions
+    /// on names. No two match the same name, as clients try them in an order that JSON does not
+    /// preserve. Each names blocks and linear layers, including the names of fused ones, and holds
+    /// for all names with that beginning: no name begins with another.
     fn dynamic(&self, config: &ModelConfig) -> BTreeMap<String, Dynamic> {
         let own = Some(Choice {
             bits: self.bits,
@@ -103,7 +104,8 @@ impl BranchPlan {
         dynamic
     }
 
-    /// Every tensor of the branch's files, in model order; what stays unquantized is in `half`.
+    /// Returns every tensor of the branch's files, in model order; unquantized ones are stored in
+    /// `half`.
     pub fn tensors(&self, config: &ModelConfig, half: Half) -> Vec<TensorSpec> {
         let tensors = config.tensors().into_iter();
         let specs = tensors.flat_map(|tensor| {
@@ -131,8 +133,8 @@ impl BranchPlan {
         specs.collect()
     }
 
-    /// Bytes of all tensors, the same in either half, and with a budget the most that they can be; the
-    /// files' headers come on top.
+    /// Returns the size of all tensors in bytes, equal for both half types; with a budget, the
+    /// maximum. Headers are not included.
     pub fn bytes(&self, config: &ModelConfig) -> u64 {
         let tensors = self.tensors(config, Half::F16);
         let bytes = tensors.iter().map(TensorSpec::bytes).sum::<usize>() as u64;
@@ -149,19 +151,20 @@ impl BranchPlan {
         }
     }
 
-    /// Every quantized linear; of an open branch, with the settings that it begins with.
+    /// Returns every quantized linear layer; in a branch with an open budget, with its initial
+    /// settings.
     pub(crate) fn linears(&self, config: &ModelConfig) -> Vec<LinearShape> {
         let linears = self.planned_linears(config);
         linears.iter().map(PlannedLinear::stored).collect()
     }
 
-    /// Who can load the branch; while it is open, whatever is picked.
+    /// Returns which clients can load the branch; with an open budget, for any allocation.
     pub fn clients(&self, config: &ModelConfig) -> Vec<Support> {
         let linears = self.possible(config);
         client_support(&self.contents(linears.iter().map(PlannedLinear::stored).collect()))
     }
 
-    /// What files of these linears say.
+    /// Returns the properties of files with these linear layers.
     fn contents(&self, linears: Vec<LinearShape>) -> Contents {
         let own = Choice {
             bits: self.bits,
@@ -185,7 +188,8 @@ impl BranchPlan {
         }
     }
 
-    /// Every quantized linear; of an open branch, with each setting that it may get.
+    /// Returns every quantized linear layer; with an open budget, with each setting that it may
+    /// get.
     fn possible(&self, config: &ModelConfig) -> Vec<PlannedLinear> {
         let budget = self.budget.as_ref().filter(|_| self.is_open());
         let all = |linear: PlannedLinear| {
@@ -206,17 +210,18 @@ impl BranchPlan {
         linears.flat_map(all).collect()
     }
 
-    /// Whether the branch can be split over `ranks` devices by heads and by the width of the feed-forward, as
-    /// readers split, and who loads it so; the error is a sentence.
+    /// Checks that the branch can be split over `ranks` devices by heads and by the width of the
+    /// feed-forward, as clients do, and returns the clients that load it so; the error is a
+    /// sentence.
     ///
-    /// `q`, `k`, `v`, `gate` and `up` are split by outputs, `o` and `down` by inputs: a rank has whole heads
-    /// (of keys and values, or each a copy of one), and its inputs are whole groups.
+    /// `q`, `k`, `v`, `gate` and `up` are split by outputs, `o` and `down` by inputs: a rank has
+    /// whole heads (key-value heads may be copied), and its inputs are whole groups.
     pub fn split(&self, config: &ModelConfig, ranks: usize) -> Result<Vec<Support>, String> {
         let kv_fits =
             config.kv_heads.is_multiple_of(ranks) || ranks.is_multiple_of(config.kv_heads);
         if !config.heads.is_multiple_of(ranks) || !kv_fits {
             return Err(format!(
-                "{} query heads and {} of keys and values cannot be shared out",
+                "{} query heads and {} key-value heads cannot be divided",
                 config.heads, config.kv_heads
             ));
         }

@@ -1,4 +1,4 @@
-//! One branch made valid: its settings, and what each linear gets.
+//! Validated settings of one branch and of its linear layers.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,28 +13,28 @@ use crate::pattern::matches;
 use crate::recipe::{Branch, Override};
 use crate::{Allocation, Budget, Choice, Method, Preset, Recipe, RecipeError};
 
-/// Longest branch name taken: it becomes a directory and a Hub revision.
+/// Maximum length of a branch name, which becomes a directory and a Hub revision.
 const MAX_NAME: usize = 96;
 
-/// In which order a branch's columns are solved, and whether its groups are those of the order in which
-/// they lie.
+/// Solving order of a branch's columns, and whether its groups follow the original column order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ColumnOrder {
     /// Act order: columns by descending energy of their inputs.
     pub desc_act: bool,
-    /// Group parameters from the original weights, of columns that lie together.
+    /// Group parameters from the original weights, of contiguous columns.
     pub static_groups: bool,
 }
 
 impl ColumnOrder {
-    /// Of a branch whose recipe says neither: act order for its accuracy, and groups that every reader takes.
+    /// Default if a recipe sets neither key: act order for its accuracy, and groups that every
+    /// client loads.
     pub const DEFAULT: ColumnOrder = ColumnOrder {
         desc_act: true,
         static_groups: true,
     };
 
-    /// What the two keys of a recipe say. Where one of them is there, the other is off by default as in
-    /// AutoGPTQ, and act order on.
+    /// Resolves the two keys of a recipe. If only one is set, the other defaults as in AutoGPTQ:
+    /// static groups off, act order on.
     fn of(desc_act: Option<bool>, static_groups: Option<bool>) -> Self {
         match (desc_act, static_groups) {
             (None, None) => ColumnOrder::DEFAULT,
@@ -46,10 +46,10 @@ impl ColumnOrder {
     }
 }
 
-/// Group sizes that are tried where a recipe names none, the best known first.
+/// Group sizes that are tried if a recipe sets none, the most common first.
 const DEFAULT_GROUPS: [usize; 3] = [128, 64, 32];
 
-/// One branch, every setting known.
+/// One branch with all settings resolved.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct BranchPlan {
     /// Directory name, and later the Hub revision.
@@ -68,28 +68,28 @@ pub struct BranchPlan {
     pub damp_percent: f64,
     /// Later linears of a block see the error of earlier ones.
     pub true_sequential: bool,
-    /// Which preset the method comes from.
+    /// Preset of the method.
     pub preset: Preset,
-    /// How codes and scales are found.
+    /// Options for finding codes and scales.
     pub method: Method,
-    /// Most bits per weight, and what to choose from.
+    /// Limit on the bits per weight, and the choices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub budget: Option<Budget>,
-    /// How the budget was spent; like what it gave single linears, nothing that was asked for, and so
-    /// not in a fingerprint.
+    /// Mixed-precision allocation of the budget. Like the settings it gives to single linear
+    /// layers, it is a result and therefore not part of a fingerprint.
     #[serde(skip)]
     pub allocation: Option<Allocation>,
     /// What a budget gave single linears, by module.
     #[serde(skip)]
     pub picked: BTreeMap<String, Choice>,
-    /// Why it has smaller groups than a recipe gets that names none and a model that takes them.
+    /// Reason for smaller groups than the default.
     #[serde(skip)]
     pub group_note: Option<String>,
     /// Settings of single linears, as the recipe has them.
     pub overrides: Vec<ModuleOverride>,
 }
 
-/// A linear of the model that a branch quantizes.
+/// A linear layer that a branch quantizes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlannedLinear {
     /// Block index.
@@ -100,12 +100,12 @@ pub struct PlannedLinear {
     pub module: String,
     /// `(in_features, out_features)`.
     pub shape: (usize, usize),
-    /// How it is quantized; of an open branch, what it begins with.
+    /// Quantization settings; with an open budget, the initial ones.
     pub settings: Settings,
 }
 
 impl PlannedLinear {
-    /// Its shape as it is stored.
+    /// Returns its shape as stored.
     pub fn stored(&self) -> LinearShape {
         LinearShape {
             in_features: self.shape.0,
@@ -121,12 +121,12 @@ impl PlannedLinear {
 pub struct ModuleOverride {
     /// Pattern of module names.
     pub pattern: String,
-    /// `None`: left in full precision.
+    /// `None` leaves the layer in full precision.
     pub settings: Option<(Bits, GroupSize)>,
 }
 
 impl fmt::Display for ColumnOrder {
-    /// As the settings of a branch are told in one line.
+    /// Formats the order within a one-line summary of settings.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match (self.desc_act, self.static_groups) {
             (true, false) => "act order",
@@ -138,7 +138,7 @@ impl fmt::Display for ColumnOrder {
 }
 
 impl ColumnOrder {
-    /// The same in a column headed "act order".
+    /// Formats the order for a column headed "act order".
     pub fn cell(self) -> &'static str {
         match (self.desc_act, self.static_groups) {
             (true, false) => "yes",
@@ -149,7 +149,7 @@ impl ColumnOrder {
 }
 
 impl BranchPlan {
-    /// In which order its columns are solved, and with which groups.
+    /// Returns the solving order of its columns and the kind of groups.
     pub fn order(&self) -> ColumnOrder {
         ColumnOrder {
             desc_act: self.desc_act,
@@ -211,7 +211,7 @@ impl BranchPlan {
                 .or(defaults.true_sequential)
                 .unwrap_or(true),
             preset,
-            // Of a budget, some linears may have few bits.
+            // With a budget, some linear layers may have few bits.
             method: method(
                 recipe,
                 branch,
@@ -250,7 +250,7 @@ impl BranchPlan {
         if linears.is_empty() {
             return Err(recipe.refuse(
                 place,
-                "its overrides skip every linear; nothing is left to quantize",
+                "its overrides skip every linear layer; nothing is left to quantize",
             ));
         }
         if let Some((budget, at)) = &budget {
@@ -259,14 +259,14 @@ impl BranchPlan {
         plan.quantize_config("", config)
             .check_patterns()
             .map_err(|why| {
-                let remedy = "give more linears the same settings, or fewer of them their own";
+                let remedy = "use the same settings for more linear layers, or fewer overrides";
                 recipe.refuse(place, format!("its overrides: {why}; {remedy}"))
             })?;
         Ok(plan)
     }
 
-    /// Takes the largest of the default group sizes that divides the inputs of every linear that will have it.
-    /// Where none does, nor can the codes be packed.
+    /// Chooses the largest default group size that divides the inputs of every linear layer that
+    /// uses it. If none does, the codes cannot be packed either.
     fn choose_groups(&mut self, branch: &Branch, config: &ModelConfig) {
         let takes = |module: &str| {
             let mut own = branch.overrides.iter();
@@ -306,23 +306,23 @@ impl BranchPlan {
         if matched.is_empty() {
             let last = config.block(0).linears().last();
             let reason = format!(
-                "match = {pattern:?} matches no linear; names are like {:?}, and * stands for anything",
+                "match = {pattern:?} matches no linear layer; names are like {:?}, and * stands for anything",
                 last.map(|linear| linear.module(0)).unwrap_or_default()
             );
             return Err(recipe.refuse(&own.pattern, reason));
         }
-        // Written configs hold settings by pattern: a second one would replace the first there.
+        // Written configs store settings by pattern, so a second one would replace the first.
         if self.overrides.iter().any(|o| o.pattern == *pattern) {
             let reason = format!(
-                "match = {pattern:?} is there already, and the first override that matches counts; make \
-                 one of them"
+                "match = {pattern:?} is used twice, and only the first matching override counts; merge \
+                 them"
             );
             return Err(recipe.refuse(&own.pattern, reason));
         }
         if own.skip && (own.bits.is_some() || own.group_size.is_some()) {
             return Err(recipe.refuse(
                 &own.pattern,
-                "skip = true leaves no use for bits or group_size; keep one",
+                "skip = true cannot be combined with bits or group_size; keep one",
             ));
         }
         let group_size = own
@@ -348,12 +348,12 @@ impl BranchPlan {
         Ok(())
     }
 
-    /// The override that names a module.
+    /// Returns the override that matches a module.
     pub(crate) fn overriding(&self, module: &str) -> Option<&ModuleOverride> {
         self.overrides.iter().find(|o| matches(&o.pattern, module))
     }
 
-    /// Solver settings of a module, or `None` when it stays in full precision.
+    /// Returns the solver settings of a module, or `None` if it stays in full precision.
     pub fn module(&self, module: &str) -> Option<Settings> {
         let (bits, group_size) = match (self.overriding(module), self.picked.get(module)) {
             (Some(own), _) => own.settings?,
@@ -371,14 +371,14 @@ impl BranchPlan {
         })
     }
 
-    /// Every linear that is quantized, in model order.
+    /// Returns every quantized linear layer, in model order.
     pub fn planned_linears(&self, config: &ModelConfig) -> Vec<PlannedLinear> {
         linears(config)
             .filter_map(|(layer, at, linear)| self.planned(layer, at, linear))
             .collect()
     }
 
-    /// Linear `at` of block `layer`, where it is quantized.
+    /// Returns linear layer `at` of block `layer`, if it is quantized.
     pub fn planned(&self, layer: usize, at: usize, linear: &LinearSpec) -> Option<PlannedLinear> {
         let module = linear.module(layer);
         Some(PlannedLinear {
@@ -391,10 +391,10 @@ impl BranchPlan {
     }
 }
 
-/// Passes of refinement that a recipe may ask for.
+/// Maximum number of refinement passes in a recipe.
 const MAX_PASSES: usize = 100;
 
-/// `preset` with what the branch, or else the defaults, say of single options.
+/// Applies single options of the branch, or else of the defaults, to `preset`.
 fn method(recipe: &Recipe, branch: &Branch, preset: Method) -> Result<Method, RecipeError> {
     let defaults = &recipe.file.defaults;
     let mut method = preset;
@@ -453,7 +453,7 @@ fn group_reason(group_size: GroupSize, module: &str, n_in: usize) -> String {
     )
 }
 
-/// Every linear of the model, in order, with the indices of its block and within that.
+/// Iterates over the model's linear layers in order, with the indices of block and layer.
 fn linears(config: &ModelConfig) -> impl Iterator<Item = (usize, usize, &LinearSpec)> {
     let blocks = config.blocks().iter().enumerate();
     blocks.flat_map(|(layer, block)| {
@@ -462,7 +462,7 @@ fn linears(config: &ModelConfig) -> impl Iterator<Item = (usize, usize, &LinearS
     })
 }
 
-/// Whether a name can be a directory and a revision; the error is a sentence.
+/// Checks that a name can be a directory and a revision; the error is a sentence.
 pub fn check_name(name: &str) -> Result<(), String> {
     let valid = "use letters, digits, '.', '_' and '-', starting with a letter or digit, without \
                  \"..\" and not ending in '.', .lock, .partial or .old";

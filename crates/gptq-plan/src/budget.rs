@@ -1,10 +1,10 @@
-//! A size budget: a branch's bits per weight, kept by giving each group of linears its own setting.
+//! A size budget: a limit on a branch's bits per weight, kept by mixed-precision allocation.
 //!
-//! Bits per weight are those of the files: the four tensors of every quantized linear, `qweight`,
-//! `qzeros`, `scales` and `g_idx`, over the weights that they stand for. Linears that stay as they are
-//! do not count. Linears that an override names have its settings, and count.
+//! Bits per weight count the files: the four tensors of every quantized linear layer, `qweight`,
+//! `qzeros`, `scales` and `g_idx`, over the weights they represent. Unquantized layers do not
+//! count. Layers that an override names have its settings, and count.
 //!
-//! What shares an input shares a setting: readers fuse `q`, `k` and `v`, and `gate` and `up`.
+//! Layers that share an input share a setting: clients fuse `q`, `k` and `v`, and `gate` and `up`.
 
 use std::collections::BTreeMap;
 
@@ -17,10 +17,10 @@ use crate::allocate::{Cost, allocate};
 use crate::recipe::Branch;
 use crate::{BranchPlan, Recipe, RecipeError};
 
-/// Groups sizes to choose from where a recipe names none; every code width goes with each.
+/// Default group sizes to choose from, each with every code width.
 const GROUP_SIZES: [usize; 3] = [32, 64, 128];
 
-/// A setting that a linear may get.
+/// A setting to choose from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Choice {
@@ -30,43 +30,43 @@ pub struct Choice {
     pub group_size: GroupSize,
 }
 
-/// What a recipe asks for.
+/// Budget of a recipe.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Budget {
-    /// Most bits per weight.
+    /// Limit on the bits per weight.
     pub bits: f64,
-    /// What to choose from, each once.
+    /// Distinct settings to choose from.
     pub choices: Vec<Choice>,
 }
 
-/// How a budget was spent.
+/// Mixed-precision allocation of a budget.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Allocation {
-    /// Most bits per weight that were allowed.
+    /// Limit on the bits per weight.
     pub budget_bits: f64,
-    /// Bits per weight of all quantized linears.
+    /// Bits per weight of all quantized linear layers.
     pub mean_bits: f64,
-    /// What was there to choose from.
+    /// Settings to choose from.
     pub choices: Vec<Choice>,
-    /// Linears that were given a setting together.
+    /// Linear layers with a common setting.
     pub groups: Vec<AllocatedGroup>,
 }
 
-/// Linears of one block that share their input.
+/// Linear layers of one block that share their input.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllocatedGroup {
     /// Block index.
     pub layer: usize,
     /// Names within the block.
     pub linears: Vec<String>,
-    /// What each choice does to the block's output, on average over tokens, where these linears alone
-    /// have it: `‖ŷ - y‖² / ‖y‖²` of the dense model's states. `None`: it does not fit their shape.
+    /// Effect of each choice on the block's output, averaged over tokens, if only these layers have
+    /// it: `‖ŷ - y‖² / ‖y‖²` on the dense model's states. `None` if it does not fit their shape.
     pub losses: Vec<Option<f64>>,
-    /// The choice that was taken.
+    /// Index of the chosen setting.
     pub choice: usize,
 }
 
-/// Linears that get one setting.
+/// Linear layers that get the same setting.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OpenGroup {
     /// Block index.
@@ -78,7 +78,8 @@ pub struct OpenGroup {
 }
 
 impl Allocation {
-    /// How many linears each choice was given to, in the choices' order, and none that was not.
+    /// Returns the number of linear layers per choice, in the choices' order, without unused
+    /// choices.
     pub fn counts(&self) -> Vec<(Choice, usize)> {
         let given = |at: usize| {
             let groups = self.groups.iter().filter(move |group| group.choice == at);
@@ -91,7 +92,7 @@ impl Allocation {
 }
 
 impl Budget {
-    /// What `branch`, or else the defaults, ask for, and where.
+    /// Returns the budget of `branch` or else of the defaults, and its place in the recipe.
     pub(crate) fn of<'a>(
         recipe: &'a Recipe,
         branch: &'a Branch,
@@ -104,7 +105,7 @@ impl Budget {
             .or(defaults.budget_bits.as_ref())
         else {
             return match &branch.budget_choices {
-                Some(at) => Err(recipe.refuse(at, "budget_choices has no use without budget_bits")),
+                Some(at) => Err(recipe.refuse(at, "budget_choices requires budget_bits")),
                 None => Ok(None),
             };
         };
@@ -131,7 +132,7 @@ impl Budget {
         Ok(Some((Budget { bits, choices }, at)))
     }
 
-    /// What overrides fall back on where a recipe does not say: the widest codes within the budget.
+    /// Returns the default width of overrides: the widest codes within the budget.
     pub(crate) fn width(&self) -> Bits {
         let within = Bits::ALL.into_iter().rev();
         let mut within = within.filter(|bits| bits.get() as f64 <= self.bits);
@@ -140,12 +141,12 @@ impl Budget {
 }
 
 impl BranchPlan {
-    /// Whether the settings of some linears are still to be found.
+    /// Returns true if the settings of some linear layers are still to be determined.
     pub fn is_open(&self) -> bool {
         self.budget.is_some() && self.allocation.is_none()
     }
 
-    /// Linears that the budget decides on, in model order.
+    /// Returns the groups of linear layers that the budget decides on, in model order.
     pub fn open_groups(&self, config: &ModelConfig) -> Vec<OpenGroup> {
         let mut open = Vec::new();
         for (layer, block) in config.blocks().iter().enumerate() {
@@ -165,7 +166,7 @@ impl BranchPlan {
         open
     }
 
-    /// Refuses a budget that no choice keeps, or that leaves nothing to choose.
+    /// Refuses a budget outside the range of its choices, or one that leaves nothing to choose.
     pub(crate) fn check_budget(
         &self,
         recipe: &Recipe,
@@ -176,7 +177,7 @@ impl BranchPlan {
         if groups.is_empty() {
             return Err(recipe.refuse(
                 at,
-                "its overrides name every linear; nothing is left to choose",
+                "its overrides match every linear layer; nothing is left to choose",
             ));
         }
         let mut range = [self.fixed_bits(config); 2];
@@ -186,8 +187,8 @@ impl BranchPlan {
                 let first = &group.linears[0];
                 let (n_in, module) = (first.in_features, first.module(group.layer));
                 let reason = format!(
-                    "no group size to choose from divides the {n_in} inputs of {module}; name others \
-                     with budget_choices, or that linear with an override"
+                    "none of the group sizes divides the {n_in} inputs of {module}; name others \
+                     with budget_choices, or cover that linear layer with an override"
                 );
                 return Err(recipe.refuse(at, reason));
             };
@@ -198,10 +199,10 @@ impl BranchPlan {
             let weights = self.weights(config) as f64;
             let [least, most] = range.map(|bits| bits as f64 / weights);
             let reason = format!(
-                "budget_bits = {} is not between {:.3} and {:.3}, what this branch's choices take per \
+                "budget_bits = {} is not between {:.3} and {:.3}, the range of this branch's choices per \
                  weight with their scales, zero points and g_idx",
                 budget.bits,
-                // Rounded inwards: what is said is valid.
+                // Rounded inwards, so that the printed limits are valid.
                 (least * 1e3).ceil() / 1e3,
                 (most * 1e3).floor() / 1e3
             );
@@ -210,25 +211,25 @@ impl BranchPlan {
         Ok(())
     }
 
-    /// Weights of every quantized linear.
+    /// Returns the number of weights of all quantized linear layers.
     pub(crate) fn weights(&self, config: &ModelConfig) -> u64 {
         let linears = self.linears(config);
         linears.iter().map(LinearShape::weights).sum()
     }
 
-    /// Bits that linears take whose settings an override says.
+    /// Returns the bits of linear layers whose settings come from an override.
     pub(crate) fn fixed_bits(&self, config: &ModelConfig) -> u64 {
         let linears = self.planned_linears(config).into_iter();
         let fixed = linears.filter(|linear| self.overriding(&linear.module).is_some());
         fixed.map(|linear| linear.stored().stored_bits()).sum()
     }
 
-    /// The most that the budget leaves to all quantized linears.
+    /// Returns the limit on the bits of all quantized linear layers.
     pub(crate) fn budget_total(&self, budget: &Budget, config: &ModelConfig) -> u64 {
         (budget.bits * self.weights(config) as f64).floor() as u64
     }
 
-    /// Spends the budget. `losses` of each of [`BranchPlan::open_groups`], by choice.
+    /// Allocates the budget, given the `losses` of each of [`BranchPlan::open_groups`] by choice.
     pub fn spend(&self, budget: &Budget, losses: &[Vec<f64>], config: &ModelConfig) -> Allocation {
         let groups = self.open_groups(config);
         let costs: Vec<Vec<Option<Cost>>> = (groups.iter().zip(losses))
@@ -266,10 +267,11 @@ impl BranchPlan {
         }
     }
 
-    /// The branch with its settings found. Its own become those that most of the narrowest linears have:
-    /// of a branch with 2 or 3 bits anywhere vLLM is not to think that its 4-bit kernels would do.
+    /// Returns the branch with its allocation applied. Its own settings become the most common ones
+    /// of its narrowest layers: a branch with any layer of 2 or 3 bits must not look to vLLM as if
+    /// its 4-bit kernels sufficed.
     ///
-    /// `None` where `allocation` is not one of this branch.
+    /// `None` if `allocation` does not belong to this branch.
     pub fn settled(&self, allocation: &Allocation, config: &ModelConfig) -> Option<BranchPlan> {
         let budget = self.budget.as_ref()?;
         let open = self.open_groups(config);
@@ -300,7 +302,7 @@ impl BranchPlan {
 }
 
 impl Choice {
-    /// Bits that a linear takes with it.
+    /// Returns the bits of a linear layer with this setting.
     fn stored_bits(self, linear: &LinearSpec) -> u64 {
         let stored = LinearShape {
             in_features: linear.in_features,
@@ -313,7 +315,7 @@ impl Choice {
 }
 
 impl OpenGroup {
-    /// Bits with each choice; `None` where its groups do not divide the inputs.
+    /// Returns the bits with each choice; `None` if its groups do not divide the inputs.
     pub(crate) fn sizes(&self, choices: &[Choice]) -> Vec<Option<u64>> {
         let size = |choice: &Choice| {
             let n_in = self.linears[0].in_features;

@@ -1,6 +1,6 @@
-//! Sizes in messages: in the unit they were given in, as the command line and recipes take them back.
+//! Sizes in messages, in a unit that the command line and recipes accept.
 
-/// From the largest down; of two that are alike, the binary one first.
+/// Units in descending order; the binary one of each pair first.
 const UNITS: [(&str, u128); 8] = [
     ("TiB", 1 << 40),
     ("TB", 1_000_000_000_000),
@@ -12,15 +12,16 @@ const UNITS: [(&str, u128); 8] = [
     ("kB", 1_000),
 ];
 
-/// A size in the unit that it was given in: the largest one in which it has at most two decimals. What is in
-/// none, such as a device's free memory, is to the nearest hundredth of a binary one.
+/// Formats a size in the unit it was probably given in: the largest in which it has at most two
+/// decimals. Other sizes, such as a device's free memory, are rounded to hundredths of a binary
+/// unit.
 pub fn spelt(bytes: u64) -> String {
     let (name, unit) = unit(bytes);
     let hundredths = (u128::from(bytes) * 100 + unit / 2) / unit;
     number(hundredths, name)
 }
 
-/// A size rounded up to hundredths of the unit that `like` was given in.
+/// Formats a size rounded up to hundredths of the unit of `like`.
 pub fn at_least(bytes: u64, like: u64) -> String {
     let (name, unit) = unit(like);
     number((u128::from(bytes) * 100).div_ceil(unit), name)

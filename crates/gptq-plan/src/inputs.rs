@@ -1,8 +1,8 @@
-//! Where a recipe's inputs come from, and where they were put.
+//! Sources of a recipe's inputs, and their local copies.
 //!
-//! A model source that is a directory here is that directory; any other of the form `owner/name` is
-//! a model on the Hub. A calibration source that exists here, is a glob, or is named like a file of
-//! rows is local; any other of the form `owner/name` is a dataset on the Hub.
+//! A model source that is an existing directory is that directory; any other of the form
+//! `owner/name` is a model on the Hub. A calibration source that exists locally, is a glob, or is
+//! named like a file of rows is local; any other of the form `owner/name` is a dataset on the Hub.
 
 use std::path::{Path, PathBuf};
 
@@ -12,13 +12,13 @@ use toml::Spanned;
 use crate::recipe::ChatChoice;
 use crate::{Recipe, RecipeError};
 
-/// Most tokens of a calibration: a million windows of 16384, far beyond what calibrating gains from.
+/// Maximum number of calibration tokens: a million windows of 16384, far beyond any benefit.
 const MAX_TOKENS: usize = 1 << 34;
 
-/// Where an input is.
+/// Location of an input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InputSource {
-    /// On this machine.
+    /// A local path.
     Local(PathBuf),
     /// On the Hub.
     Hub {
@@ -29,7 +29,7 @@ pub enum InputSource {
     },
 }
 
-/// Inputs from the Hub that are on this machine now.
+/// Local copies of inputs from the Hub.
 #[derive(Clone, Debug, Default)]
 pub struct Fetched {
     /// Directory of the model.
@@ -39,7 +39,7 @@ pub struct Fetched {
 }
 
 impl Recipe {
-    /// Where the model is.
+    /// Returns the location of the model.
     pub fn model_source(&self) -> Result<InputSource, RecipeError> {
         let model = &self.file.model;
         let source = model.source.get_ref();
@@ -51,14 +51,14 @@ impl Recipe {
             false => Err(self.refuse(
                 &model.source,
                 format!(
-                    "model source {source:?} is neither a directory here nor owner/name on the Hub; \
+                    "model source {source:?} is neither a local directory nor owner/name on the Hub; \
                      download the checkpoint and name its directory"
                 ),
             )),
         }
     }
 
-    /// Where the calibration rows are.
+    /// Returns the location of the calibration rows.
     pub fn calibration_source(&self) -> Result<InputSource, RecipeError> {
         let calibration = &self.file.calibration;
         let source = calibration.source.get_ref();
@@ -70,14 +70,13 @@ impl Recipe {
             return Ok(hub(&calibration.source, &calibration.revision));
         }
         if let Some(files) = &calibration.files {
-            let reason =
-                "files chooses among a dataset's files on the Hub; name local files by source";
+            let reason = "files applies only to datasets on the Hub; name local files with source";
             return Err(self.refuse(files, reason));
         }
         self.local(&calibration.source, &calibration.revision)
     }
 
-    /// Which files of a Hub dataset, as a glob.
+    /// Returns the glob that selects files of a Hub dataset.
     pub fn calibration_files(&self) -> Option<&str> {
         let files = self.file.calibration.files.as_ref();
         files.map(|files| files.get_ref().as_str())
@@ -92,12 +91,12 @@ impl Recipe {
             None => Ok(InputSource::Local(source.get_ref().into())),
             Some(revision) => Err(self.refuse(
                 revision,
-                "a revision means nothing for what is local; remove it",
+                "a revision does not apply to a local source; remove it",
             )),
         }
     }
 
-    /// The `[calibration]` part made valid.
+    /// Validates the `[calibration]` part.
     pub(crate) fn calibration(
         &self,
         fetched: &Fetched,
@@ -129,7 +128,7 @@ impl Recipe {
         let date = match &file.date {
             Some(date) if !is_date(date.get_ref()) => {
                 let reason = format!(
-                    "date = {:?} is no date like \"2026-11-30\" or \"2026-11-30T08:15:00\"",
+                    "date = {:?} is not a date like \"2026-11-30\" or \"2026-11-30T08:15:00\"",
                     date.get_ref()
                 );
                 return Err(self.refuse(date, reason));
@@ -172,11 +171,11 @@ impl Recipe {
         .filter_map(|(key, value)| Some((key, value.as_ref()?)))
         .collect();
         if let [(first, _), (second, at), ..] = given[..] {
-            let reason = format!("{first} and {second} both say what a row is; keep one");
+            let reason = format!("{first} and {second} cannot be combined; keep one");
             return Err(self.refuse(at, reason));
         }
         if let (Some(choice), None) = (&file.chat_template, &file.messages) {
-            return Err(self.refuse(choice, "chat_template has no use without messages"));
+            return Err(self.refuse(choice, "chat_template requires messages"));
         }
         let (key, value) = match given.first() {
             Some((key, value)) => (*key, value.get_ref().clone()),
@@ -208,7 +207,7 @@ fn hub(source: &Spanned<String>, revision: &Option<Spanned<String>>) -> InputSou
     }
 }
 
-/// One slash, and not the beginning of a path.
+/// Returns true if the text has exactly one slash and does not begin like a path.
 pub(crate) fn looks_like_repo(source: &str) -> bool {
     source.matches('/').count() == 1
         && !source.starts_with(['.', '/', '~'])

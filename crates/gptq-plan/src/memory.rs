@@ -1,4 +1,4 @@
-//! What a run holds at once, from shapes alone, and what of it a device has room for.
+//! Memory of a run, from shapes alone, and the placement of its hidden states.
 
 use gptq_format::TABLE_PIECE;
 use gptq_spec::BlockSpec;
@@ -34,25 +34,25 @@ impl Chunking {
     }
 }
 
-/// Peak memory in bytes, as budgets count it: with room for what allocators take beyond what is asked for.
+/// Peak memory in bytes, as for budgets: including overhead of allocators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
     /// On the device of a CUDA run.
     pub device: u64,
-    /// On the host beside it, where the device has room for all hidden states.
+    /// On the host of a CUDA run whose device holds all hidden states.
     pub host: u64,
     /// On the host of a CPU run.
     pub cpu: u64,
-    /// Hidden states at their most, which `device` and `cpu` count: what a smaller device keeps on
-    /// the host, and a smaller host on disk.
+    /// Peak size of the hidden states, included in `device` and `cpu`: a smaller device keeps them
+    /// on the host, a smaller host on disk.
     pub states: u64,
-    /// The least `--host-memory` of a CUDA run whose device has no room for the hidden states.
+    /// Minimum `--host-memory` of a CUDA run whose device cannot hold the hidden states.
     pub least_host: u64,
-    /// The least `--host-memory` of a CPU run.
+    /// Minimum `--host-memory` of a CPU run.
     pub least_cpu: u64,
 }
 
-/// Where a plan's chunks of windows keep their hidden states.
+/// Placement of the hidden states of a plan's chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Places {
     /// The first chunks are on the device.
@@ -74,30 +74,31 @@ impl Places {
 
 /// Host memory of packed tensors on their way to the files; see `write_behind`.
 const QUEUE: u128 = 1 << 30;
-/// What the program itself takes: the tokenizer, threads' stacks, and with CUDA the driver's part.
+/// Memory of the program itself: the tokenizer, thread stacks, and with CUDA the driver.
 const PROGRAM: u128 = 48 << 20;
 const PROGRAM_WITH_CUDA: u128 = 100 << 20;
-/// Device memory that the runtime's pools and the libraries' workspaces take beyond what is asked
-/// for, as a divisor of the whole.
+/// Divisor that gives the share of device memory for overhead of the runtime's pools and the
+/// libraries' workspaces.
 const SLACK: u128 = 10;
 
-/// Sizes that the peaks are sums of, in elements. Products of a recipe's numbers with a config's are
-/// more than 64 bits hold where both are at their limits.
+/// Terms of the peaks, in elements. Products of recipe and config values may exceed 64 bits at
+/// their limits.
 struct Sizes {
     tokens: u128,
     samples: u128,
     seq_len: u128,
     /// Residuals of every stream and one stream's widest activation, per token.
     states: u128,
-    /// All linears of the largest block.
+    /// All linear layers of the largest block.
     block: u128,
     table: u128,
     widest: u128,
     hidden: u128,
-    /// Bytes for comparing outputs with the dense model's, by the bytes of a number in a product: the states of
-    /// the compared tokens, a window's inputs and outputs, and the nearest weights of a stage.
+    /// Bytes for comparing outputs with the dense model's, for 2- and 4-byte products: the states
+    /// of the compared tokens, a window's inputs and outputs, and the rounded weights of one tap.
     compared: [u128; 2],
-    /// Square matrices: Gram matrices and factors, and what a refinement or a drift needs beside them.
+    /// Number of square matrices: Gram matrices and factors, and those for refinement or
+    /// activation-mismatch correction.
     squares: u128,
 }
 
@@ -182,7 +183,7 @@ impl Sizes {
         self.chunks(chunking) * self.chunk_states(chunking)
     }
 
-    /// What a device holds besides hidden states, in bytes: a block dense and quantized, the
+    /// Returns the bytes on a device besides hidden states: a block dense and quantized, the
     /// embedding, a chunk's transients, the largest Gram matrix with its factors.
     fn fixed(&self, chunking: Chunking) -> u128 {
         (2 * self.block + self.table + self.transients(chunking)) * 2
@@ -190,22 +191,24 @@ impl Sizes {
             + self.compared[0]
     }
 
-    /// What the host holds in any run besides hidden states: the blocks being read, packed tensors
-    /// on their way to the files, the windows, the program.
+    /// Returns the bytes on the host in any run besides hidden states: the blocks being read,
+    /// packed tensors waiting to be written, the windows, the program.
     fn beside(&self, program: u128) -> u128 {
         let packed = (2 * self.block).min(QUEUE);
         2 * self.block * 2 + packed + self.tokens * 4 + self.pieces() + program
     }
 
-    /// What is converted of the embedding at a time: on its way to the device as it is, as a buffer, as a tensor
-    /// and as one in the type that is computed in, and at the same time on its way into a branch's file.
+    /// Returns the bytes of embedding pieces in conversion: on the way to the device as stored, as
+    /// a buffer, as a tensor and as a tensor in compute dtype, and at the same time on the way into
+    /// a branch's file.
     fn pieces(&self) -> u128 {
         let loaded = 2 + 2 + 2 + 4;
         let written = 2;
         self.table.min(TABLE_PIECE as u128) * (loaded + written)
     }
 
-    /// What the host holds of a CPU run besides hidden states. It computes in f32 and factors in f64.
+    /// Returns the bytes on the host of a CPU run besides hidden states. It computes in f32 and
+    /// factors in f64.
     fn fixed_cpu(&self) -> u128 {
         let lanes = (Chunking::CPU.lanes as u128).min(self.chunks(Chunking::CPU));
         (2 * self.block).max(self.table) * 4
@@ -228,8 +231,8 @@ impl Sizes {
     }
 }
 
-/// Per token, the states before every tap of a block and after the last: the residual stream once for each
-/// time that something was added to it, and the other registers.
+/// Returns the features per token of the states before every tap of a block and after the last: the
+/// residual stream once per addition to it, and the other registers.
 fn kept(block: &BlockSpec, hidden: u128) -> u128 {
     let added = block.taps().filter(|&tap| block.adds(tap..tap + 1));
     let others = block.taps().map(|tap| block.kept_features(tap) as u128);
@@ -237,8 +240,8 @@ fn kept(block: &BlockSpec, hidden: u128) -> u128 {
 }
 
 impl Memory {
-    /// Hidden states of every branch and one branch's activations in f16, and what stands beside
-    /// them.
+    /// Computes the peaks: hidden states of every branch, one branch's activations in f16, and the
+    /// fixed allocations.
     pub(crate) fn of(plan: &Plan) -> Memory {
         let sizes = Sizes::of(plan);
         Memory {
@@ -254,12 +257,12 @@ impl Memory {
     }
 }
 
-/// The budget of which `bytes` are what [`usable`] leaves.
+/// Returns the budget for which [`usable`] leaves `bytes`.
 fn with_slack(bytes: u128) -> u64 {
     most(bytes + bytes.div_ceil(SLACK - 1))
 }
 
-/// In 64 bits; what they cannot hold no machine has.
+/// Converts to 64 bits, saturating.
 fn most(bytes: u128) -> u64 {
     u64::try_from(bytes).unwrap_or(u64::MAX)
 }
@@ -270,8 +273,8 @@ fn usable(budget: u64) -> u128 {
 }
 
 impl Places {
-    /// Within a budget of device memory and one of host memory, each in bytes if there is one.
-    /// `shared`: the device's tensors are in the host's memory.
+    /// Places the hidden states within optional budgets of device and host memory, in bytes.
+    /// `shared` means that the device uses the host's memory.
     ///
     /// # Errors
     /// A budget too small for even one chunk.
@@ -308,7 +311,7 @@ impl Places {
             }
             let room = |beside: u128| usable(budget).saturating_sub(beside) / chunk;
             let all = room(fixed);
-            // The chunks that run need their places when some are on disk.
+            // If some chunks are on disk, the running ones need additional space.
             let room = match all >= chunks {
                 true => chunks,
                 false => room(fixed + sizes.running(chunking)),
@@ -343,6 +346,6 @@ fn resident_chunks(sizes: &Sizes, chunking: Chunking, budget: u64) -> Result<u12
         });
     }
     let room = (usable(budget) - fixed) / chunk.max(1);
-    // The chunk that runs needs its place even when all places are taken.
+    // The running chunk needs space even if all other space is used.
     Ok(if room >= chunks { chunks } else { room - 1 })
 }

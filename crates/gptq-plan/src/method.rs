@@ -1,23 +1,23 @@
-//! How codes and scales are found. The format is the same whatever is chosen.
+//! Options for finding codes and scales. They do not affect the file format.
 
 use gptq_format::Bits;
 use serde::{Deserialize, Serialize};
 
-/// A named choice of [`Method`].
+/// A named set of options.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Preset {
     /// Exactly AutoGPTQ's method: every scale just spans its group.
     Autogptq,
-    /// What pays at no real cost.
+    /// Options that improve accuracy at almost no cost.
     #[default]
     Standard,
-    /// All that pays.
+    /// All options that improve accuracy.
     Best,
 }
 
 impl Preset {
-    /// Its name in recipes and reports.
+    /// Returns its name in recipes and reports.
     pub fn name(self) -> &'static str {
         match self {
             Preset::Autogptq => "autogptq",
@@ -26,7 +26,7 @@ impl Preset {
         }
     }
 
-    /// What it stands for at a code width.
+    /// Returns its options at a code width.
     pub fn method(self, bits: Bits) -> Method {
         match self {
             Preset::Autogptq => Method::default(),
@@ -36,7 +36,7 @@ impl Preset {
             },
             Preset::Best => Method {
                 scale_search: true,
-                // From 4 bits on it gains nothing (`crates/gptq-solver/ACCURACY.md`).
+                // At 4 bits and more it gains nothing (`crates/gptq-solver/ACCURACY.md`).
                 refine: usize::from(matches!(bits, Bits::Two | Bits::Three)),
                 mismatch_correction: 1.0,
             },
@@ -47,7 +47,7 @@ impl Preset {
 /// The options beyond plain GPTQ; by default, none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Method {
-    /// Each scale searched for the least error, weighted by what the solver pays for it.
+    /// Search each scale for the least error, weighted by the solver's cost.
     pub scale_search: bool,
     /// Passes of coordinate descent over the codes after the sweep.
     pub refine: usize,

@@ -1,4 +1,4 @@
-//! What the command line may change in a recipe.
+//! Changes of a recipe by the command line.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,43 +10,43 @@ use toml::Spanned;
 use crate::recipe::{Evaluation, default_window};
 use crate::{ColumnOrder, Recipe, RecipeError};
 
-/// Command-line values that replace the recipe's.
+/// Command-line values that replace those of the recipe.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct RecipeOverrides {
-    /// Only these branches; all when empty.
+    /// Only these branches; all if empty.
     pub branches: Vec<String>,
-    /// Where the model is, in place of the recipe's source and revision.
+    /// Model source, in place of the recipe's source and revision.
     #[serde(default)]
     pub model: Option<String>,
-    /// Calibration source: other data, so the recipe's `rows`, `files` and `revision` do not hold.
+    /// Calibration source: other data, so the recipe's `rows`, `files` and `revision` do not apply.
     pub calibration: Option<String>,
-    /// How its rows become documents, in place of the recipe's way.
+    /// Conversion of its rows to documents, in place of the recipe's.
     pub rendering: Option<RenderingOverride>,
-    /// Which rows.
+    /// Range of rows.
     pub rows: Option<String>,
-    /// What becomes of a row that its chat template objects to.
+    /// Action for a row that its chat template refuses.
     #[serde(default)]
     pub on_error: Option<OnError>,
-    /// The date that chat templates are told.
+    /// Date seen by chat templates.
     #[serde(default)]
     pub date: Option<String>,
     /// Output directory.
     pub output: Option<PathBuf>,
-    /// Windows.
+    /// Number of windows.
     pub samples: Option<usize>,
     /// Tokens per window.
     pub seq_len: Option<usize>,
     /// Seed of the draw.
     pub seed: Option<u64>,
-    /// Text to measure each finished branch's perplexity on.
+    /// Text for measuring the perplexity of each finished branch.
     pub evaluation: Option<PathBuf>,
-    /// By branch, the order of columns where the recipe leaves it to the default: that of a branch made
-    /// before, whatever the default was then.
+    /// Solving order by branch if the recipe leaves it to the default: that of an existing branch,
+    /// whose default may have been another.
     #[serde(default)]
     pub orders: BTreeMap<String, ColumnOrder>,
 }
 
-/// One of the ways a row becomes a document; the values are the recipe's.
+/// Conversion of a row to a document; the values are the recipe's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RenderingOverride {
     /// `template = "..."`.
@@ -60,7 +60,7 @@ pub enum RenderingOverride {
 }
 
 impl Recipe {
-    /// Applies the command line. Errors on a branch the recipe does not have.
+    /// Applies the command line. Errors if the recipe does not have a branch.
     pub fn apply(&mut self, overrides: RecipeOverrides) -> Result<(), RecipeError> {
         self.overrides = overrides.clone();
         let file = &mut self.file;

@@ -1,6 +1,6 @@
 //! Globs over module names.
 
-/// Whether a glob (`*` stands for any run of characters) matches a whole module name.
+/// Returns true if a glob (`*` matches any characters) matches a whole module name.
 pub(crate) fn matches(pattern: &str, module: &str) -> bool {
     let mut parts = pattern.split('*');
     let first = parts.next().unwrap_or_default();

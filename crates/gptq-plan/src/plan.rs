@@ -1,4 +1,4 @@
-//! A recipe made valid: every setting resolved, checked against the model's shapes.
+//! A validated recipe: every setting resolved and checked against the model's shapes.
 
 use std::path::{Path, PathBuf};
 
@@ -16,7 +16,7 @@ use crate::{
     Share,
 };
 
-/// Which hidden states a branch's Hessians are computed from.
+/// Source of the hidden states for a branch's Hessians.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Propagation {
     /// The branch's own, quantization errors included.
@@ -25,26 +25,25 @@ pub enum Propagation {
     Dense,
 }
 
-/// What may be done about numbers that do not fit.
+/// Handling of numbers that are out of range.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Numerics {
-    /// Hidden states beyond the range of what they are kept in become its largest number; otherwise
-    /// they end the run.
+    /// Clamp hidden states beyond the range of their storage type; otherwise they end the run.
     pub clamp_overflow: bool,
-    /// Most damping a linear may need, as a fraction of the mean diagonal.
+    /// Maximum damping of a linear layer, as a fraction of the mean diagonal.
     pub max_damping: f64,
 }
 
-/// What was looked at of a model's weights.
+/// Numbers of checked weight files and tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Weights {
-    /// Files.
+    /// Number of files.
     pub files: usize,
-    /// Tensors in them.
+    /// Number of tensors in them.
     pub tensors: usize,
 }
 
-/// A valid run.
+/// A validated run.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Directory of the dense checkpoint.
@@ -53,35 +52,35 @@ pub struct Plan {
     pub model_name: String,
     /// Its shapes.
     pub config: ModelConfig,
-    /// Its weights, as their headers have them; `None` where there are none yet.
+    /// Its weights according to their headers; `None` if not downloaded yet.
     pub weights: Option<Weights>,
-    /// What its weights are taken in, and written in where they stay unquantized.
+    /// 16-bit dtype that weights are converted to, and written in if they stay unquantized.
     pub half: Half,
-    /// What to calibrate on.
+    /// Calibration data and windows.
     pub calibration: CalibrationSettings,
-    /// Which hidden states are propagated.
+    /// Source of the propagated hidden states.
     pub propagation: Propagation,
-    /// Where branch directories go.
+    /// Directory of the branch directories.
     pub output: PathBuf,
-    /// Largest weight file, bytes.
+    /// Maximum size of a weight file in bytes.
     pub shard_size: Option<u64>,
-    /// Text and window to measure perplexity on.
+    /// Text and window for measuring perplexity.
     pub evaluation: Option<(PathBuf, usize)>,
-    /// What may be done about numbers that do not fit.
+    /// Handling of numbers that are out of range.
     pub numerics: Numerics,
     /// The branches, in the recipe's order.
     pub branches: Vec<BranchPlan>,
-    /// Things a user should know but that do not stop a run.
+    /// Warnings that do not stop a run.
     pub warnings: Vec<String>,
     /// The recipe's text.
     pub recipe: String,
-    /// The same without this machine's directories, for the report.
+    /// The text without local directories, for the report.
     pub public_recipe: String,
-    /// Where the recipe was, for messages.
+    /// Path of the recipe, for messages.
     pub recipe_path: PathBuf,
-    /// What the command line changed in it.
+    /// Changes by the command line.
     pub overrides: RecipeOverrides,
-    /// The command line that asked for the run, for the report; no local path.
+    /// Command line of the run for the report, without local paths.
     pub command: Option<String>,
 }
 
@@ -95,11 +94,11 @@ impl Plan {
             (None, InputSource::Hub { repo, .. }) => {
                 let source = &recipe.file.model.source;
                 return Err(recipe
-                    .refuse(source, format!("{repo} was not fetched"))
+                    .refuse(source, format!("{repo} was not downloaded"))
                     .into());
             }
         };
-        // A Hub model's weights come after its plan.
+        // A Hub model's weights are downloaded after its plan.
         let (config, weights, warnings) = look(&dir, fetched.model.is_some())?;
         let calibration = recipe.calibration(fetched)?;
         let mut plan = Plan::for_config(recipe, config)?;
@@ -112,7 +111,7 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Resolves and checks `recipe` against shapes alone: nothing is read from its `source`.
+    /// Resolves and checks `recipe` against shapes alone, without reading its `source`.
     pub fn for_config(recipe: &Recipe, config: ModelConfig) -> Result<Plan, RecipeError> {
         let file = &recipe.file;
         let calibration = recipe.calibration(&Fetched::default())?;
@@ -121,7 +120,7 @@ impl Plan {
             let plan = BranchPlan::new(recipe, branch, &config)?;
             if branches.iter().any(|b| b.name == plan.name) {
                 let at = &branch.get_ref().name;
-                return Err(recipe.refuse(at, format!("a second branch named {:?}", plan.name)));
+                return Err(recipe.refuse(at, format!("a second branch is named {:?}", plan.name)));
             }
             branches.push(plan);
         }
@@ -174,7 +173,7 @@ impl Plan {
             Propagate::Dense => Propagation::Dense,
         };
         if propagation == Propagation::Dense {
-            // The inputs are the dense model's: there is no drift to make up for.
+            // The inputs are the dense model's, so there is no mismatch to correct.
             for branch in &mut branches {
                 branch.method.mismatch_correction = 0.0;
             }
@@ -210,7 +209,7 @@ impl Plan {
         })
     }
 
-    /// Where a branch goes.
+    /// Returns the directory of a branch.
     pub fn branch_dir(&self, branch: &BranchPlan) -> PathBuf {
         self.output.join(&branch.name)
     }
@@ -224,7 +223,7 @@ impl Plan {
         }
     }
 
-    /// Calibration tokens.
+    /// Returns the number of calibration tokens.
     pub fn tokens(&self) -> usize {
         self.calibration.samples * self.calibration.seq_len
     }
@@ -239,14 +238,14 @@ impl Plan {
         Share::of(self.calibration.samples, self.calibration.seq_len)
     }
 
-    /// What the run will hold at once.
+    /// Returns the memory of the run.
     pub fn memory(&self) -> Memory {
         Memory::of(self)
     }
 }
 
-/// The model in `dir` by its config and, where they are there, its weights' headers; what a user should
-/// know of them. `partial` weights are as good as none.
+/// Reads the config of the model in `dir` and, if present, its weights' headers; also returns
+/// warnings. `partial` weights count as missing.
 fn look(
     dir: &Path,
     partial: bool,
@@ -261,7 +260,7 @@ fn look(
                 None => Ok((config, None, Vec::new())),
             };
         }
-        // An index without a file that it names.
+        // The index names a file that is missing.
         Err(FormatError::Malformed { .. }) if partial => return Ok((config, None, Vec::new())),
         Err(error) => return Err(error.into()),
     };
@@ -277,7 +276,7 @@ fn look(
     }
 }
 
-/// A directory's last component, or a Hub id as it is: never a path of this machine.
+/// Returns a directory's last component, or a Hub id unchanged, so that no local path is published.
 fn public_name(source: &str) -> String {
     let path = Path::new(source);
     let is_repo = !path.exists() && looks_like_repo(source);

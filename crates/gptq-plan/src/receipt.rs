@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Perplexity, report_limits};
 
-/// The receipt's name in a branch directory.
+/// File name of the verification report in a branch directory.
 pub const RECEIPT: &str = "verify.json";
 
 /// The verification of one directory. Fields that older receipts lack are empty.
@@ -17,45 +17,45 @@ pub const RECEIPT: &str = "verify.json";
 pub struct Receipt {
     /// Every check passed.
     pub pass: bool,
-    /// Version of the program that judged.
+    /// Version of the program that verified.
     pub gptq_version: String,
-    /// Every file of the directory but the receipt, by name.
+    /// Every file of the directory except the report itself, by name.
     pub files: BTreeMap<String, FileDigest>,
-    /// In the order they were made.
+    /// The checks in the order they were made.
     pub checks: Vec<Check>,
-    /// How much was looked at; older receipts do not say.
+    /// Depth of the verification; absent in older reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth: Option<Depth>,
-    /// What was tolerated.
+    /// Tolerances applied.
     pub tolerances: Tolerances,
-    /// On the evaluation text, if one was given and the output is finite.
+    /// Perplexity on the evaluation text, if one was given and the output is finite.
     pub perplexity: Option<Perplexity>,
-    /// What came up on the way, as f16 takes it; older receipts do not say.
+    /// Largest values of the forward pass against the range of f16; absent in older reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub range: Option<F16Range>,
     /// The dense model rounded to nearest with the same settings, which the tolerances go by.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nearest: Option<NearestRounding>,
-    /// Where most is lost and what would lose less, in a line; where a good deal is.
+    /// One line on where the loss is largest and how to reduce it, if it is considerable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advice: Option<String>,
     /// Mean over tokens of `Σ p ln(p / q)`, `p` the dense model's next-token probabilities and `q`
     /// the branch's.
     pub kl_divergence: Option<f64>,
-    /// Fraction of tokens after which both find the same token the most likely.
+    /// Fraction of tokens where both have the same most likely next token.
     pub top1_agreement: Option<f64>,
-    /// Of each block, given the dense model's inputs; empty without the dense model.
+    /// Error of each block, given the dense model's inputs; empty without the dense model.
     pub blocks: Vec<BlockError>,
 }
 
 /// One check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Check {
-    /// What was checked, in a word or two.
+    /// Name of the check.
     pub name: String,
-    /// Whether it held.
+    /// True if it passed.
     pub pass: bool,
-    /// What was found.
+    /// Result in words.
     pub detail: String,
 }
 
@@ -63,11 +63,11 @@ pub struct Check {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Depth {
-    /// The files alone.
+    /// Only the files were checked.
     Files,
-    /// It was run on a text.
+    /// The model was run on a text.
     Text,
-    /// It was run on a text beside the dense model.
+    /// The model was run on a text beside the dense model.
     Beside,
 }
 
@@ -115,30 +115,30 @@ pub struct F16Overflow {
 pub struct NearestRounding {
     /// Tokens scored.
     pub tokens: usize,
-    /// Perplexity over the dense model's, as a fraction of it; absent where it is beyond all numbers.
+    /// Perplexity increase over the dense model, as a fraction; absent if it is not finite.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub perplexity_increase: Option<f64>,
-    /// Mean KL divergence from the dense model, nats per token; absent where it is not finite.
+    /// Mean KL divergence from the dense model, nats per token; absent if it is not finite.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kl_divergence: Option<f64>,
-    /// Fraction of tokens after which both find the same token the most likely.
+    /// Fraction of tokens where both have the same most likely next token.
     pub top1_agreement: f64,
 }
 
 /// What one block does wrong.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BlockError {
-    /// Its index.
+    /// Block index.
     pub layer: usize,
-    /// `‖B̂(x) - B(x)‖² / ‖B(x) - x‖²` over the text, `B` the dense block, `B̂` the judged one, `x` the
-    /// dense model's hidden states before it. Absent where there is none, and `reason` says why; null in
-    /// older receipts.
+    /// `‖B̂(x) - B(x)‖² / ‖B(x) - x‖²` over the text, `B` the dense block, `B̂` the verified one,
+    /// `x` the dense model's hidden states before it. Absent if undefined, with the cause in
+    /// `reason`; null in older reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relative_error: Option<f64>,
-    /// The same of the dense block rounded to nearest, on its share of the text.
+    /// The same for the dense block rounded to nearest, on its share of the text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nearest_error: Option<f64>,
-    /// Why there is no relative error.
+    /// Reason why there is no relative error.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -175,7 +175,7 @@ const DOES_NOTHING: &str = "the dense block adds nothing to its input, nor does 
 const SHOULD_DO_NOTHING: &str = "the dense block adds nothing to its input, and this one does";
 const NOT_FINITE: &str = "its output is not finite";
 
-/// Those of `checks` that failed, in a sentence each.
+/// Describes the failed ones of `checks`, one sentence each.
 pub fn failures(checks: &[Check]) -> Vec<String> {
     let failed = checks.iter().filter(|check| !check.pass);
     failed
@@ -184,7 +184,7 @@ pub fn failures(checks: &[Check]) -> Vec<String> {
 }
 
 impl Receipt {
-    /// The receipt in `dir`; `None` where there is none.
+    /// Reads the verification report in `dir`; `None` if there is none.
     ///
     /// # Errors
     /// A receipt that cannot be read, or has a number that nothing measured can be: it names the field.
@@ -200,7 +200,7 @@ impl Receipt {
         }
     }
 
-    /// Writes it into `dir`.
+    /// Writes the report into `dir`.
     ///
     /// # Errors
     /// A directory that cannot be written to.
@@ -208,7 +208,7 @@ impl Receipt {
         write_json(&dir.join(RECEIPT), self)
     }
 
-    /// How much it looked at.
+    /// Returns the depth of the verification.
     pub fn depth(&self) -> Depth {
         self.depth
             .unwrap_or(match (self.kl_divergence, &self.perplexity) {
@@ -218,9 +218,9 @@ impl Receipt {
             })
     }
 
-    /// What stands on record after this judgement, where `before` stood so far: of the same model files a
-    /// judgement that looked at more keeps its numbers and its verdict, unless this one fails. The
-    /// second value is whether it is `before` that stands.
+    /// Returns the report to keep, given the previous one: if the model files are the same and this
+    /// verification passed, a deeper previous one keeps its numbers and its result. The second
+    /// value is true if the previous one is kept.
     pub fn standing(&self, before: Option<Receipt>) -> (Receipt, bool) {
         let before = before.filter(|before| {
             let judged = |receipt: &Receipt| {
@@ -233,7 +233,7 @@ impl Receipt {
         });
         match before {
             Some(before) => {
-                // Files beside the model, such as a card, may have changed.
+                // Files that are not verified, such as a card, may have changed.
                 let files = self.files.clone();
                 (Receipt { files, ..before }, true)
             }
@@ -241,20 +241,20 @@ impl Receipt {
         }
     }
 
-    /// The checks that failed, in a sentence each.
+    /// Describes the failed checks, one sentence each.
     pub fn failures(&self) -> Vec<String> {
         failures(&self.checks)
     }
 }
 
-/// Whether a judgement depends on this file: weights, configs and tokenizer, and not what people read or
-/// a maker wrote down.
+/// Returns true for files that verification depends on: weights, configs and tokenizer, but not
+/// documents and reports.
 fn is_judged(name: &str) -> bool {
     let kinds = [".safetensors", ".bin", ".pt", ".json", ".model", ".txt"];
     kinds.iter().any(|kind| name.ends_with(kind)) && !name.starts_with("report") && !is_notice(name)
 }
 
-/// Whether this is a text for people.
+/// Returns true for documents.
 fn is_notice(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     ["license", "licence", "notice", "readme"]

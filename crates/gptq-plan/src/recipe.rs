@@ -1,5 +1,5 @@
-//! The recipe file as typed: TOML, every key optional that has a sensible default, unknown keys
-//! refused. Values that a plan may later refuse keep their place in the file.
+//! The recipe file: TOML, with every key optional that has a sensible default; unknown keys are
+//! refused. Values that a plan may refuse keep their place in the file.
 
 use std::fs::File;
 use std::io::Read;
@@ -13,22 +13,22 @@ use toml::Spanned;
 
 use crate::{Choice, Preset, RecipeOverrides};
 
-/// Most bytes of a recipe.
+/// Maximum size of a recipe in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// A recipe and the text it came from.
+/// A recipe and its text.
 #[derive(Clone, Debug)]
 pub struct Recipe {
     pub(crate) path: PathBuf,
     pub(crate) text: String,
-    /// The same without this machine's directories, for what is published.
+    /// The text without local directories, for publication.
     pub(crate) public_text: String,
     pub(crate) file: RecipeFile,
-    /// What the command line changed.
+    /// Changes by the command line.
     pub(crate) overrides: RecipeOverrides,
 }
 
-/// What is wrong with a recipe, where, and what would be valid.
+/// Error in a recipe, with its place and the valid values.
 #[derive(Debug, Error, PartialEq)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum RecipeError {
@@ -67,7 +67,7 @@ pub(crate) struct RecipeFile {
     pub branch: Vec<Spanned<Branch>>,
 }
 
-/// Which hidden states a branch is calibrated on.
+/// Source of the hidden states that a branch is calibrated on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Propagate {
@@ -117,7 +117,7 @@ pub(crate) struct Calibration {
     pub sampling: Sampling,
 }
 
-/// How `messages` are written.
+/// Template for `messages`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum ChatChoice {
@@ -140,7 +140,7 @@ pub(crate) struct Evaluation {
     pub window: Spanned<usize>,
 }
 
-/// What may be done about numbers that do not fit.
+/// Handling of numbers that are out of range.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Numerics {
@@ -149,7 +149,7 @@ pub(crate) struct Numerics {
     pub max_damping: Option<Spanned<f64>>,
 }
 
-/// Of hidden states beyond the range of what they are kept in.
+/// Handling of hidden states beyond the range of their storage type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum OnOverflow {
@@ -204,7 +204,7 @@ pub(crate) struct Branch {
     pub overrides: Vec<Override>,
 }
 
-/// Settings of the modules a pattern matches; the first match of a module counts.
+/// Settings of the modules that a pattern matches; the first match counts.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Override {
@@ -248,7 +248,7 @@ impl Recipe {
             .and_then(|file| file.take(MAX_BYTES + 1).read_to_string(&mut text))
             .map_err(|e| unreadable(e.to_string()))?;
         match text.len() as u64 > MAX_BYTES {
-            true => Err(unreadable(format!("it has over {MAX_BYTES} bytes"))),
+            true => Err(unreadable(format!("it is over {MAX_BYTES} bytes"))),
             false => Self::parse(path, text),
         }
     }
@@ -295,7 +295,7 @@ impl Recipe {
     }
 }
 
-/// `text` with only the last component of every absolute path.
+/// Returns `text` with every absolute path reduced to its last component.
 fn public_text(text: &str, file: &RecipeFile) -> String {
     let source = |source: &Spanned<String>| (source.span(), PathBuf::from(source.get_ref()));
     let path = |path: &Spanned<PathBuf>| (path.span(), path.get_ref().clone());
@@ -306,7 +306,7 @@ fn public_text(text: &str, file: &RecipeFile) -> String {
     ];
     paths.extend(file.evaluation.as_ref().map(|it| path(&it.text)));
     paths.retain(|(_, path)| path.is_absolute());
-    // From the end on, so that places before a change stay where they are.
+    // Replaces from the end, so that earlier positions stay valid.
     paths.sort_by_key(|(span, _)| std::cmp::Reverse(span.start));
     let last = |path: &Path| {
         path.file_name()
@@ -318,7 +318,7 @@ fn public_text(text: &str, file: &RecipeFile) -> String {
     for (span, path) in &paths {
         public.replace_range(span.clone(), &toml::Value::from(last(path)).to_string());
     }
-    // A comment may name them too; the longest first, as one may lie in another.
+    // Comments may contain the paths too; longest first, as one may contain another.
     paths.sort_by_key(|(_, path)| std::cmp::Reverse(path.as_os_str().len()));
     for (_, path) in &paths {
         public = public.replace(&*path.to_string_lossy(), &last(path));
@@ -326,8 +326,8 @@ fn public_text(text: &str, file: &RecipeFile) -> String {
     comments_without_paths(public)
 }
 
-/// `recipe` without the paths that its comments name. What begins with `#` may be a part of a value: a change
-/// of the recipe's meaning is none.
+/// Returns `recipe` without the paths in its comments. A `#` may be part of a value, so a change
+/// that alters the recipe's meaning is discarded.
 fn comments_without_paths(mut recipe: String) -> String {
     let Ok(meaning) = recipe.parse::<toml::Table>() else {
         return recipe;

@@ -1,4 +1,4 @@
-//! What a branch says about itself: `report.json`, and `report.csv` with a row per linear.
+//! The report of a branch: `report.json`, and `report.csv` with one row per linear layer.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -17,7 +17,7 @@ use crate::{Allocation, ColumnOrder, Fingerprint, Method, Preset, Share, report_
 /// The report's name in a branch directory.
 pub const REPORT: &str = "report.json";
 
-/// One linear's numbers.
+/// Results of one linear layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinearReport {
     /// Block index.
@@ -30,40 +30,42 @@ pub struct LinearReport {
     pub bits: Bits,
     /// Columns per group.
     pub group_size: GroupSize,
-    /// `‖(Ŵ - W)X̂‖² / ‖WX̂‖²` on the branch's own calibration inputs, undamped: how far the weights are from the
-    /// original ones. Activation-mismatch correction moves them away on purpose.
+    /// `‖(Ŵ - W)X̂‖² / ‖WX̂‖²` on the branch's own calibration inputs, undamped: the distance of
+    /// the weights from the original ones, which activation-mismatch correction increases on
+    /// purpose.
     pub relative_error: f64,
     /// The same for round to nearest.
     pub rtn_error: f64,
     /// `relative_error / rtn_error`.
     pub ratio: f64,
-    /// `‖ŴX̂ - WX‖² / ‖WX‖²`, against the dense model's output on its own inputs `X`, on the tokens of
-    /// [`BranchReport::compared`]; older reports have none.
+    /// `‖ŴX̂ - WX‖² / ‖WX‖²`, against the dense model's output on its own inputs `X`, on the tokens
+    /// of [`BranchReport::compared`]; absent in older reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_error: Option<f64>,
     /// The same for round to nearest, on the branch's inputs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rtn_output_error: Option<f64>,
-    /// `‖(W' - Ŵ)X̂‖² / ‖WX̂‖²` on all calibration inputs, undamped, with the weights `W'` that were rounded:
-    /// what the solver makes small. Without activation-mismatch correction `W'` is `W`, and this `relative_error`.
+    /// `‖(W' - Ŵ)X̂‖² / ‖WX̂‖²` on all calibration inputs, undamped, for the weights `W'` that were
+    /// rounded: the solver's objective. Without activation-mismatch correction `W'` is `W`, and
+    /// this equals `relative_error`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub solver_objective: Option<f64>,
-    /// What the options beyond plain GPTQ were good for; older reports have none.
+    /// Gains of the options beyond plain GPTQ; absent in older reports.
     #[serde(default)]
     pub gains: Gains,
-    /// Damping that was used, as a fraction of the mean diagonal.
+    /// Damping used, as a fraction of the mean diagonal.
     pub damp_percent: f64,
-    /// Inputs that were always zero.
+    /// Number of inputs that were always zero.
     pub dead_columns: usize,
-    /// Time to factor and solve, shared evenly by the linears of a stage.
+    /// Seconds to factor and solve, divided evenly among the linear layers of a tap.
     pub seconds: f64,
-    /// Of its tensors as written; older reports have none.
+    /// Digests of its tensors as written; absent in older reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digests: Option<LinearDigests>,
 }
 
 impl LinearReport {
-    /// Its error and round-to-nearest's by `measure`; NaN where it was not measured.
+    /// Returns its error and round-to-nearest's by `measure`; NaN if not measured.
     pub fn errors(&self, measure: Measure) -> [f64; 2] {
         match measure {
             Measure::Output => {
@@ -73,7 +75,7 @@ impl LinearReport {
         }
     }
 
-    /// The error as a fraction of round-to-nearest's; 1 where that loses nothing.
+    /// Returns the error as a fraction of round-to-nearest's; 1 if that is zero.
     pub fn of_rtn(&self, measure: Measure) -> f64 {
         match self.errors(measure) {
             [_, 0.0] => 1.0,
@@ -81,9 +83,9 @@ impl LinearReport {
         }
     }
 
-    /// Whether plain rounding would have lost less by every measure there is. Where both lose nothing, it
-    /// would not. By one alone it may: correction moves weights away from the original ones, and what the
-    /// inputs have moved may lie the other way from what was rounded.
+    /// Returns true if round to nearest is better by every available measure. A single measure is
+    /// not enough: correction moves weights away from the original ones, and the error of the
+    /// inputs may partly cancel that of rounding.
     pub fn is_worse_than_rtn(&self) -> bool {
         let output = self.output_error.zip(self.rtn_output_error);
         self.relative_error > self.rtn_error && output.is_none_or(|(own, rtn)| own > rtn)
@@ -96,12 +98,13 @@ impl LinearReport {
 pub enum Measure {
     /// The dense model's output ([`LinearReport::output_error`]).
     Output,
-    /// The original weights ([`LinearReport::relative_error`]), where a report has nothing else.
+    /// The original weights ([`LinearReport::relative_error`]), for reports without output errors.
     Weights,
 }
 
 impl Measure {
-    /// The first that all of `reports` have: numbers of different measures do not compare.
+    /// Returns the first measure that all of `reports` have, since different measures are not
+    /// comparable.
     pub fn of<'a>(reports: impl IntoIterator<Item = &'a BranchReport>) -> Measure {
         let compared = |report: &BranchReport| {
             let mut linears = report.linears.iter();
@@ -113,7 +116,7 @@ impl Measure {
         }
     }
 
-    /// For a table: "output error", "weight error".
+    /// Returns the name for a table: "output error", "weight error".
     pub fn name(self) -> &'static str {
         match self {
             Measure::Output => "output error",
@@ -122,13 +125,14 @@ impl Measure {
     }
 }
 
-/// One block's numbers.
+/// Results of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BlockReport {
     /// Block index.
     pub layer: usize,
-    /// The mean over the tokens of [`BranchReport::compared`] of `‖ŷ - y‖² / ‖y‖²`, with the hidden states after
-    /// the block `y` of the dense model and `ŷ` of the branch: all that the branch lost so far.
+    /// Mean over the tokens of [`BranchReport::compared`] of `‖ŷ - y‖² / ‖y‖²`, with the hidden
+    /// states after the block `y` of the dense model and `ŷ` of the branch: the error accumulated
+    /// so far.
     pub output_error: f64,
 }
 
@@ -172,9 +176,9 @@ fn is_zero(count: &usize) -> bool {
 /// What a branch's columns were solved with, whatever its files tell readers of it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Solved {
-    /// By descending energy of their inputs.
+    /// Columns were solved by descending energy of their inputs.
     pub act_order: bool,
-    /// Damping that was asked for, as a fraction of the mean diagonal.
+    /// Requested damping, as a fraction of the mean diagonal.
     pub damp_percent: f64,
 }
 
@@ -183,7 +187,7 @@ pub struct Solved {
 pub struct PhaseSeconds {
     /// The phase's name.
     pub phase: String,
-    /// Of the run's own thread.
+    /// Seconds of the run's main thread.
     pub seconds: f64,
 }
 
@@ -197,65 +201,65 @@ pub struct BranchReport {
     pub gptq_version: String,
     /// The base model's public name.
     pub model: String,
-    /// The base model's weight files, as it was made from them; older reports name none.
+    /// The base model's weight files; absent in older reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_files: Option<ModelFiles>,
     /// The branch's name.
     pub branch: String,
-    /// Its settings as readers see them.
+    /// Its settings as clients see them.
     pub quantize_config: QuantizeConfig,
-    /// How its columns were solved; older reports have only what readers see.
+    /// Solving settings; older reports have only what clients see.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub solved: Option<Solved>,
-    /// How codes and scales were found.
+    /// Preset of the method.
     pub preset: Preset,
-    /// The options themselves; not in reports of before there were any to choose.
+    /// Options of the method; absent in the oldest reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub method: Option<Method>,
-    /// How a size budget was spent, where there was one.
+    /// Mixed-precision allocation, if there was a size budget.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<Allocation>,
-    /// "quantised" or "dense": the hidden states the Hessians came from.
+    /// "quantised" or "dense": source of the hidden states for the Hessians.
     pub propagation: String,
-    /// What it was calibrated on.
+    /// Calibration data.
     pub calibration: Manifest,
-    /// The device it was made on, "cpu" or "cuda:N".
+    /// Device of the run, "cpu" or "cuda:N".
     pub device: String,
     /// Bytes of the weight files.
     pub bytes: u64,
-    /// Wall time spent on this branch alone.
+    /// Wall time spent on this branch alone, in seconds.
     pub seconds: f64,
-    /// The whole run until this branch was put in place, all its branches included, by phase.
+    /// Phases of the whole run until this branch was finished, including its other branches.
     #[serde(default)]
     pub phases: Vec<PhaseSeconds>,
-    /// What its bytes depend on; older reports have none.
+    /// Inputs and settings that determine its bytes; absent in older reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<Fingerprint>,
     /// The recipe as typed.
     pub recipe: String,
-    /// The command line, absolute paths shortened to their last component.
+    /// The command line, with absolute paths reduced to their last component.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<String>,
-    /// Hidden states that were brought back into the range of what they are kept in, where the recipe allowed it.
+    /// Hidden states that were clamped, if the recipe allowed it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub clamped: Vec<Clamped>,
     /// Perplexity, if the run measured it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub perplexity: Option<Perplexity>,
-    /// The calibration tokens that outputs were compared with the dense model's on; older reports have none.
+    /// The calibration tokens used for output errors; absent in older reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compared: Option<Share>,
-    /// A row per block, where outputs were compared.
+    /// One entry per block, if outputs were compared.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub blocks: Vec<BlockReport>,
-    /// A row per linear.
+    /// One entry per linear layer.
     pub linears: Vec<LinearReport>,
 }
 
-/// The numbers a table of branches shows, of one [`Measure`].
+/// Summary of a branch by one [`Measure`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
-    /// Mean error over the linears.
+    /// Mean error over the linear layers.
     pub mean_error: f64,
     /// Largest error.
     pub worst_error: f64,
@@ -264,7 +268,7 @@ pub struct Summary {
 }
 
 impl BranchReport {
-    /// How its columns were solved.
+    /// Returns the solving settings.
     pub fn solved(&self) -> Solved {
         self.solved.unwrap_or(Solved {
             act_order: self.quantize_config.desc_act,
@@ -272,7 +276,7 @@ impl BranchReport {
         })
     }
 
-    /// In which order, and with which groups.
+    /// Returns the solving order and the kind of groups.
     pub fn order(&self) -> ColumnOrder {
         ColumnOrder {
             desc_act: self.solved().act_order,
@@ -280,7 +284,7 @@ impl BranchReport {
         }
     }
 
-    /// Means and maxima over the linears.
+    /// Computes means and maxima over the linear layers.
     pub fn summary(&self, measure: Measure) -> Summary {
         let n = self.linears.len().max(1) as f64;
         let errors = || self.linears.iter().map(|l| l.errors(measure)[0]);
@@ -291,14 +295,14 @@ impl BranchReport {
         }
     }
 
-    /// Mean of what the solver makes small, where the report has it.
+    /// Returns the mean of the solver's objective, if the report has it.
     pub fn mean_objective(&self) -> Option<f64> {
         let all = self.linears.iter().map(|l| l.solver_objective);
         let sum: f64 = all.collect::<Option<Vec<_>>>()?.iter().sum();
         Some(sum / self.linears.len().max(1) as f64)
     }
 
-    /// What the branch lost through all of its blocks, where that was measured.
+    /// Returns the accumulated error of all blocks, if it was measured.
     pub fn last_block_error(&self) -> Option<f64> {
         let last = self.blocks.iter().max_by_key(|block| block.layer);
         last.map(|block| block.output_error)
@@ -307,7 +311,7 @@ impl BranchReport {
     /// Reads the `report.json` of a branch directory.
     ///
     /// # Errors
-    /// A file that cannot be read, or says what no run can have come to: it names the field.
+    /// A file that cannot be read, or a value that no run can produce; the error names the field.
     pub fn read(dir: &Path) -> Result<Self, FormatError> {
         let path = dir.join(REPORT);
         let report = read_json_within(&path, MAX_REPORT)?;
@@ -327,7 +331,7 @@ impl BranchReport {
         self.write_json(dir)
     }
 
-    /// Writes `report.json`, which is such as [`BranchReport::read`] takes.
+    /// Writes `report.json`, within the limits of [`BranchReport::read`].
     fn write_json(&self, dir: &Path) -> Result<(), FormatError> {
         let path = dir.join(REPORT);
         match report_limits::check(self) {

@@ -1,6 +1,7 @@
-//! What a `report.json` may say. It may come with a branch from elsewhere, and what reads it multiplies
-//! shapes, draws errors to scale and counts: numbers that no run can come to are refused where it is read.
-//! A journal's records of finished blocks, which become a report, have the same limits.
+//! Limits on the values of a `report.json`. It may come with a branch from elsewhere, and its
+//! readers multiply shapes, scale plots and allocate by counts, so values that no run can produce
+//! are refused on reading. Records of finished blocks in a journal, which become a report, have the
+//! same limits.
 
 use std::collections::BTreeSet;
 
@@ -8,22 +9,22 @@ use gptq_format::{GroupSize, MAX_REPORT};
 
 use crate::{Allocation, BlockReport, BranchReport, Clamped, LinearReport, Perplexity, Receipt};
 
-/// Blocks, features and weights of a model, as its `config.json` may have them.
+/// Limits on blocks, features and weights, as for a model's `config.json`.
 const MAX_LAYERS: usize = 1 << 12;
 const MAX_FEATURES: usize = 1 << 24;
 const MAX_WEIGHTS: u64 = 1 << 48;
-/// Errors, ratios and damping, either way: nothing that is measured comes near it.
+/// Limit on the magnitude of errors, ratios and damping, far above any measurement.
 const MAX_NUMBER: f64 = 1e30;
-/// A broken model's may be the exponential of its largest logit.
+/// Limit on perplexity: a broken model's may be the exponential of its largest logit.
 const MAX_PERPLEXITY: f64 = 1e100;
 /// Bytes of a linear's name, and linears of a block, with room for 512 experts.
 const MAX_NAME: usize = 512;
 const MAX_KINDS: usize = 2048;
 /// Three centuries.
 const MAX_SECONDS: f64 = 1e10;
-/// Entries of lists that have a few.
+/// Limit on the entries of short lists.
 const MAX_ENTRIES: usize = 1 << 10;
-/// Records of clamped states, and values in each.
+/// Limits on the records of clamped states, and on the values in each.
 const MAX_CLAMPED: usize = 1 << 16;
 const MAX_COUNT: usize = 1 << 47;
 
@@ -32,11 +33,11 @@ pub const MAX_JOURNAL: u64 = 1 << 30;
 /// Most bytes that a linear takes in a journal or a report: what a plan is judged by before either is written.
 pub(crate) const LINEAR: u64 = 2048;
 
-/// Whether a journal of so many linears of all branches together, and a report of so many of one, are such as
-/// are read again.
+/// Checks that a journal with the linear layers of all branches, and a report with those of each
+/// one, are within the limits of their readers.
 ///
 /// # Errors
-/// They are not; in half a line.
+/// A file would exceed its limit; the error is half a line.
 pub(crate) fn check_plan(linears: &[usize]) -> Result<(), String> {
     let bytes = |linears: usize| (linears as u64).saturating_mul(LINEAR);
     let most = linears.iter().copied().max().unwrap_or_default();
@@ -49,7 +50,7 @@ pub(crate) fn check_plan(linears: &[usize]) -> Result<(), String> {
     let all = linears.iter().sum();
     if bytes(all) > MAX_JOURNAL {
         return Err(format!(
-            "{all} linears in all branches together are more than a run's journal can list, {}; make fewer \
+            "{all} linear layers in all branches together exceed the limit of a run's journal, {}; quantize fewer \
              branches at a time with --branch",
             MAX_JOURNAL / LINEAR
         ));
@@ -57,10 +58,10 @@ pub(crate) fn check_plan(linears: &[usize]) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether every number lies within its limits.
+/// Checks that every number is within its limits.
 ///
 /// # Errors
-/// The field that does not, in half a line.
+/// The first field that is not, in half a line.
 pub(crate) fn check(report: &BranchReport) -> Result<(), String> {
     let config = &report.quantize_config;
     group("quantize_config.group_size", config.group_size)?;
@@ -99,7 +100,7 @@ pub(crate) fn check(report: &BranchReport) -> Result<(), String> {
         kinds.insert(it.name.split_once(&index).map_or(&*it.name, |name| name.1));
         if kinds.len() > MAX_KINDS {
             return Err(format!(
-                "linears[{i}].name: over {MAX_KINDS} different linears of a block"
+                "linears[{i}].name: over {MAX_KINDS} different linear layers in a block"
             ));
         }
         let [n_out, n_in] = it.shape.map(|n| n as u64);
@@ -182,10 +183,10 @@ pub(crate) fn clamped(states: &Clamped) -> Result<(), String> {
 }
 
 impl Perplexity {
-    /// Whether its numbers are such as can be measured.
+    /// Checks that its numbers are in the range of measurements.
     ///
     /// # Errors
-    /// The field that is not, in half a line.
+    /// The first field that is not, in half a line.
     pub fn check(&self) -> Result<(), String> {
         most("perplexity.window", self.window, MAX_COUNT)?;
         most("perplexity.tokens", self.tokens, MAX_COUNT)?;
@@ -213,7 +214,7 @@ fn within(field: &str, value: f64, most: f64) -> Result<(), String> {
     match value.abs() <= most {
         true => Ok(()),
         false => Err(format!(
-            "{field} = {value:e} is beyond {most:e}, which nothing measured is"
+            "{field} = {value:e} is out of range (limit {most:e})"
         )),
     }
 }

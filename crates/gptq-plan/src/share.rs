@@ -1,4 +1,4 @@
-//! Which calibration tokens outputs are compared with the dense model's on.
+//! The calibration tokens used for comparing outputs with the dense model's.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,20 +11,20 @@ pub const SHARE: usize = 256;
 pub const DENSE_SHARE: usize = 4;
 /// Least tokens of a window.
 const LEAST: usize = 256;
-/// Tokens of a window that is not taken whole are a multiple of this.
+/// The tokens taken from a partial window are a multiple of this.
 const STEP: usize = 64;
 
-/// The calibration tokens that output errors are measured on.
+/// The calibration tokens used for output errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Share {
-    /// Windows, evenly spaced from the first.
+    /// Number of windows, evenly spaced from the first.
     pub windows: usize,
-    /// The first tokens of each.
+    /// Number of tokens from the start of each.
     pub tokens: usize,
 }
 
 impl Share {
-    /// Of so many calibration windows of a length.
+    /// Chooses the tokens for a number of calibration windows and their length.
     pub(crate) fn of(samples: usize, seq_len: usize) -> Share {
         let part = samples * seq_len / SHARE / STEP * STEP;
         Share {

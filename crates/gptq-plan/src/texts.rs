@@ -1,5 +1,5 @@
-//! What can be told of a run's texts before any of its work: the tokenizer, the calibration rows, and the text
-//! that perplexity is measured on.
+//! Checks of a run's texts before it starts: the tokenizer, the calibration rows, and the
+//! evaluation text.
 
 use std::fs::File;
 
@@ -9,20 +9,20 @@ use gptq_calibration::{
 
 use crate::{Plan, PlanError};
 
-/// How far texts are looked at.
+/// Depth of the checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Look {
-    /// What takes no longer than a moment: large files are not read to their end.
+    /// A quick look: large files are not read to their end.
     First,
-    /// All that a run reads.
+    /// Everything that a run reads.
     Whole,
 }
 
-/// Checks the tokenizer and both texts of a plan. What should be known, in a line each.
+/// Checks the tokenizer and both texts of a plan, and returns warnings, one line each.
 ///
 /// # Errors
-/// What a run would end with for them: a file or column that is missing, a row that cannot be rendered, a
-/// chat template that does not parse, token ids beyond the vocabulary, too little text.
+/// Errors that would end a run: a missing file or column, a row that cannot be rendered, a chat
+/// template that does not parse, token ids beyond the vocabulary, too little text.
 pub fn check_texts(plan: &Plan, look: Look) -> Result<Vec<String>, PlanError> {
     let dir = &plan.model_dir;
     let is_alone = !dir.join("tokenizer.json").exists() && !has_weights(plan);
@@ -49,7 +49,7 @@ pub fn check_texts(plan: &Plan, look: Look) -> Result<Vec<String>, PlanError> {
     }
     let Some(tokenizer) = &tokenizer else {
         warnings.push(format!(
-            "{}: neither a tokenizer.json nor weights are here; tokens are not judged",
+            "{}: contains neither a tokenizer.json nor weights; tokens are not checked",
             dir.display()
         ));
         return Ok(warnings);
@@ -70,7 +70,7 @@ pub fn check_texts(plan: &Plan, look: Look) -> Result<Vec<String>, PlanError> {
     Ok(warnings)
 }
 
-/// Whether the model's directory holds more than its shapes.
+/// Returns true if the model's directory holds more than its shapes.
 fn has_weights(plan: &Plan) -> bool {
     let entries = std::fs::read_dir(&plan.model_dir).into_iter().flatten();
     let mut names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());

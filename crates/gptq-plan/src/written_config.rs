@@ -1,39 +1,40 @@
-//! The base model's `config.json` as a branch carries it: readable in both of Transformers' spellings, and
-//! without what is not to be published or would be read differently from what was computed.
+//! The base model's `config.json` as written into a branch: readable in both of Transformers'
+//! spellings, without private parts and keys that clients would interpret differently.
 
 use gptq_format::{Half, make_public};
 use gptq_spec::spell_out_rotary;
 use serde_json::{Map, Value};
 
-/// `config` as a branch in `half` carries it, but for `quantization_config`, and what a user should know of what
-/// was changed.
+/// Returns `config` for a branch in `half`, without `quantization_config`, and notes on what was
+/// changed.
 ///
 /// # Errors
-/// A sentence: rotary settings that [`ModelConfig`](gptq_spec::ModelConfig) does not take either.
+/// Unsupported rotary settings, which [`ModelConfig`](gptq_spec::ModelConfig) refuses too; a
+/// sentence.
 pub fn written_config(
     mut config: Map<String, Value>,
     half: Half,
 ) -> Result<(Map<String, Value>, Vec<String>), String> {
     spell_out_rotary(&mut config)?;
-    // Whatever the base was in, this is what is written here.
+    // The dtype of the branch, whatever the base model's is.
     for key in ["dtype", "torch_dtype"] {
         config.insert(key.to_owned(), half.torch_name().into());
     }
     let mut notes = Vec::new();
-    // Old versions of Transformers slice each linear's weights by it, which packed ones have not; the sum
-    // over slices is the same function.
+    // Old versions of Transformers slice each linear layer's weights by it, which packed ones do
+    // not have; the sum over slices is the same function.
     if let Some(slices) = config
         .get_mut("pretraining_tp")
         .filter(|it| !it.is_null() && **it != 1)
     {
         notes.push(format!(
-            "config.json has pretraining_tp = {slices}; branches say 1, which is the same model without slicing its linears"
+            "config.json has pretraining_tp = {slices}; branches have 1, which is the same model without slicing its linear layers"
         ));
         *slices = 1.into();
     }
     let mut config = Value::Object(config);
     if make_public(&mut config).auto_map {
-        let note = "config.json has an auto_map; branches have none, nor the Python files that it names: what runs \
+        let note = "config.json has an auto_map; branches have neither it nor the Python files it names: what runs \
                     is the architecture of that model_type";
         notes.push(note.to_owned());
     }

@@ -1,6 +1,6 @@
 //! The base model's own card: YAML front matter between `---` lines, then Markdown.
 
-/// A card taken apart.
+/// A card split into front matter and body.
 #[derive(Default)]
 pub(crate) struct BaseCard {
     front: String,
@@ -26,7 +26,7 @@ impl BaseCard {
         }
     }
 
-    /// A top-level key with its value, as it is written there: `"license: llama2"`, or `"language:"` and
+    /// Returns a top-level key with its value as written: `"license: llama2"`, or `"language:"` and
     /// the lines of its list.
     pub(crate) fn entry(&self, key: &str) -> Option<String> {
         let mut lines = self.front.lines();
@@ -44,7 +44,7 @@ impl BaseCard {
         )
     }
 
-    /// The value of a key that has one on its own line, without quotes.
+    /// Returns the value of a key that is on the key's own line, without quotes.
     pub(crate) fn scalar(&self, key: &str) -> Option<String> {
         let entry = self.entry(key)?;
         let value = entry.split_once(':')?.1.trim().trim_matches(['"', '\'']);

@@ -1,4 +1,4 @@
-//! What the page says about one branch.
+//! Contents of the page about one branch.
 
 use std::collections::BTreeMap;
 
@@ -11,23 +11,23 @@ use crate::heat_map::{HeatMap, label, within_block};
 use crate::number;
 use crate::plot::{Series, lines};
 
-/// A branch's section.
+/// Section of one branch.
 #[derive(Serialize)]
 pub(crate) struct BranchPage {
     pub name: String,
     pub settings: String,
-    /// What the errors are measured against, and on what.
+    /// Reference and inputs of the errors.
     pub measure: &'static str,
     pub compared: Option<Share>,
     pub heat: HeatMap,
     /// Errors through the layers (SVG).
     pub growth: Value,
-    /// Whether `growth` has the blocks' output errors in the run.
+    /// True if `growth` includes the blocks' output errors of the run.
     pub blocks: bool,
-    /// Whether `growth` has the blocks' errors on fresh text.
+    /// True if `growth` includes the blocks' errors on fresh text.
     pub fresh: bool,
     pub kinds: Vec<Kind>,
-    /// The options beyond plain GPTQ that any linear used, as a recipe names them.
+    /// Options beyond plain GPTQ that any linear layer used, by their recipe names.
     pub options: Vec<&'static str>,
     pub unusual: Vec<Unusual>,
     pub damp_percent: f64,
@@ -35,7 +35,7 @@ pub(crate) struct BranchPage {
     pub phases: Vec<Time>,
 }
 
-/// All linears of one name.
+/// All linear layers of one name.
 #[derive(Serialize)]
 pub(crate) struct Kind {
     pub label: String,
@@ -44,12 +44,11 @@ pub(crate) struct Kind {
     pub ratio: String,
     /// The ratio in percent, for a bar.
     pub percent: f64,
-    /// What each of the options took off the error, on the mean of the linears that used it.
+    /// Mean gain of each option over the linear layers that used it.
     pub gains: Vec<String>,
 }
 
-/// A linear that needed more damping than was asked for, has dead columns, or came out worse than
-/// round-to-nearest.
+/// A linear layer with raised damping, dead columns, or an error above that of round-to-nearest.
 #[derive(Serialize)]
 pub(crate) struct Unusual {
     pub name: String,
@@ -64,7 +63,7 @@ pub(crate) struct Unusual {
 pub(crate) struct Time {
     pub name: String,
     pub seconds: String,
-    /// Of the whole, in percent.
+    /// Share of the total, in percent.
     pub percent: f64,
 }
 
@@ -123,7 +122,7 @@ impl BranchPage {
     }
 }
 
-/// One line: what was asked for.
+/// Summarizes the settings in one line.
 fn settings(branch: &Branch) -> String {
     let report = &branch.report;
     let config = &report.quantize_config;
@@ -153,11 +152,11 @@ fn settings(branch: &Branch) -> String {
         yes(!config.true_sequential, "whole blocks at once"),
         yes(
             config.dynamic.is_some(),
-            "settings of its own for some linears",
+            "separate settings for some linear layers",
         ),
         yes(
             report.propagation == "dense",
-            "calibrated on the dense model's states",
+            "calibrated on the dense model's hidden states",
         ),
     ];
     words.extend(more.into_iter().flatten().map(String::from));
@@ -165,7 +164,7 @@ fn settings(branch: &Branch) -> String {
     words.join(" · ")
 }
 
-/// The mean over each layer's linears.
+/// Returns the mean over each layer's linear layers.
 fn through(
     class: &'static str,
     linears: &[LinearReport],
@@ -190,7 +189,7 @@ fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
-/// In the order in which they first appear, grouped by what `key` says.
+/// Groups linear layers by `key`, in the order of first appearance.
 fn grouped<'a>(
     linears: &'a [LinearReport],
     key: impl Fn(&'a LinearReport) -> &'a str,
@@ -206,7 +205,7 @@ fn grouped<'a>(
     groups
 }
 
-/// The options that any of the linears used.
+/// Returns the options that any of the linear layers used.
 fn options(linears: &[LinearReport]) -> Vec<&'static str> {
     let mut options = Vec::new();
     for (option, _) in linears.iter().flat_map(|l| l.gains.used()) {
@@ -258,7 +257,7 @@ fn unusual(linears: &[LinearReport], measure: Measure, asked: f64) -> Vec<Unusua
         .collect()
 }
 
-/// Seconds of solving, by the linears that share an input and a factor.
+/// Returns the seconds of solving by group of linear layers that share an input and a factor.
 fn stages(linears: &[LinearReport]) -> Vec<(String, f64)> {
     let stage = |l| match label(within_block(l)) {
         "q" | "k" | "v" => "q, k, v",

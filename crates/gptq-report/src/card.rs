@@ -1,5 +1,5 @@
-//! The model card: a matrix's `README.md` for the Hub, from a minijinja template that a user may
-//! replace. What a template sees is [`Facts`], serialised.
+//! The model card: a matrix's `README.md` for the Hub, from a minijinja template that the user may
+//! replace. A template receives [`Facts`], serialized.
 
 use gptq_format::{Bits, Client, GroupSize};
 use minijinja::syntax::SyntaxConfig;
@@ -13,37 +13,37 @@ use crate::{Branch, Matrix, PromptTemplate, ReportError, Windows, number};
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
 
-/// What the files of a matrix do not say.
+/// Card settings that the files of a matrix do not hold.
 #[derive(Clone, Debug)]
 pub struct CardSettings {
-    /// Where the matrix will be published, `user/name`.
+    /// Target repository, `user/name`.
     pub repo: String,
-    /// How the model is prompted.
+    /// Prompt template of the model.
     pub prompt: PromptTemplate,
     /// The base model's own card.
     pub base_card: Option<String>,
-    /// Hub id of the base model; else the reports' name, where it is one.
+    /// Hub id of the base model; by default the name in the reports, if it is one.
     pub base_model: Option<String>,
-    /// Hub id of the calibration data; else the manifests' source, where it is one.
+    /// Hub id of the calibration data; by default the source in the manifests, if it is one.
     pub dataset: Option<String>,
-    /// Licence identifier; else the base card's.
+    /// Licence identifier; by default the base card's.
     pub license: Option<String>,
-    /// Language code; else the base card's.
+    /// Language code; by default the base card's.
     pub language: Option<String>,
 }
 
-/// What a template can use.
+/// Variables of a template.
 #[derive(Clone, Debug, Serialize)]
 pub struct Facts {
     /// `user/name` on the Hub.
     repo: String,
-    /// Its first half.
+    /// Owner part of `repo`.
     user: String,
-    /// Its second half.
+    /// Name part of `repo`.
     title: String,
     /// The base model's name, without its owner.
     base_name: String,
-    /// The base model's Hub id, if there is one.
+    /// Hub id of the base model, if known.
     base_model: Option<String>,
     /// Licence identifier, or `unknown`.
     license: String,
@@ -51,29 +51,29 @@ pub struct Facts {
     front: Vec<String>,
     /// Architecture, from `config.json`.
     model_type: String,
-    /// Context in tokens, if `config.json` says.
+    /// Context in tokens, if `config.json` has it.
     context: Option<u64>,
     /// Name and text of the prompt template.
     prompt_name: String,
     prompt: String,
-    /// The same for a Python string between `"""`.
+    /// The prompt, escaped for a Python string between `"""`.
     prompt_python: String,
-    /// Whether it is the tokenizer's chat template.
+    /// True if it is the tokenizer's chat template.
     prompt_own: bool,
     /// The branches.
     branches: Vec<BranchFacts>,
-    /// The branch for examples.
+    /// Branch used in the examples.
     example: String,
-    /// The first branch that TGI and vLLM load.
+    /// First branches that TGI and vLLM load.
     tgi: Option<String>,
     vllm: Option<String>,
-    /// What the branches compute in, as `config.json` says.
+    /// Compute dtype of the branches, from `config.json`.
     dtype: String,
-    /// Names of the clients, in the order of a branch's `loads`.
+    /// Names of the clients, in the order of `BranchFacts::loads`.
     clients: Vec<&'static str>,
-    /// The versions that is from, and how.
+    /// Tested version of each client, and how it was tested.
     tried: Vec<&'static str>,
-    /// What perplexity was measured on, a column each.
+    /// Windows that perplexity was measured on, one column each.
     measured_on: Vec<MeasuredOn>,
     /// Version of gptq.
     gptq_version: String,
@@ -85,7 +85,7 @@ pub struct Facts {
 struct MeasuredOn {
     /// `eval.json, windows of 1024`.
     name: String,
-    /// The dense model's perplexity, where all branches say the same.
+    /// Perplexity of the dense model, if all branches agree on it.
     dense: Option<String>,
 }
 
@@ -97,27 +97,27 @@ struct BranchFacts {
     /// `"128"`, `"none"`, or `"mixed"`.
     group_size: String,
     act_order: bool,
-    /// "yes", "no", or "static" with groups of columns as they lie.
+    /// "yes", "no", or "static" with groups of columns in their original order.
     order: &'static str,
     damp_percent: f64,
-    /// Calibration data, linked where it is on the Hub.
+    /// Calibration data, as a link if it is on the Hub.
     dataset: String,
     samples: usize,
     seq_len: usize,
-    /// Measured, of the weight files.
+    /// Size of the weight files.
     size: String,
     exllama: bool,
     description: String,
-    /// Perplexity, and how far it lies over the dense model's, on each of `measured_on`; `None` where it
-    /// was not measured there.
+    /// Perplexity, and its increase over the dense model's, on each of `measured_on`; `None` if not
+    /// measured.
     perplexities: Vec<Option<String>>,
-    /// What `gptq verify` found wrong.
+    /// Failed checks of `gptq verify`.
     failure: Option<String>,
-    /// `None` where a client loads it, else why not.
+    /// `None` for a client that loads it, otherwise the reason why not.
     loads: Vec<Option<&'static str>>,
 }
 
-/// What a template would see for `matrix`.
+/// Collects the template variables for `matrix`.
 ///
 /// # Errors
 /// A repository that is not `user/name`.
@@ -204,7 +204,7 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
 }
 
 impl Facts {
-    /// Branches that `gptq verify` failed, with what it found wrong.
+    /// Returns the branches that failed `gptq verify`, with the failed checks.
     pub fn failures(&self) -> Vec<(&str, &str)> {
         let branches = self.branches.iter();
         branches
@@ -212,7 +212,7 @@ impl Facts {
             .collect()
     }
 
-    /// What the front matter lacks, and the option that adds it.
+    /// Returns the missing entries of the front matter, and the options that add them.
     pub fn missing(&self) -> Vec<(&'static str, &'static str)> {
         let has = |key: &str| self.front.iter().any(|e| e.starts_with(&format!("{key}:")));
         [
@@ -227,10 +227,10 @@ impl Facts {
     }
 }
 
-/// The card: `facts` in `template` (its name and text), or in the one that comes along.
+/// Renders the card with `template` (its name and text), or with the built-in one.
 ///
 /// # Errors
-/// A template that does not parse, or asks for something that is not there.
+/// A template that does not parse or uses an unknown variable.
 pub fn card(facts: &Facts, template: Option<(&str, &str)>) -> Result<String, ReportError> {
     let (name, text) = template.unwrap_or(("card.md", TEMPLATE));
     let failed = |source| ReportError::Template {
@@ -253,7 +253,7 @@ pub fn card(facts: &Facts, template: Option<(&str, &str)>) -> Result<String, Rep
     template.render(Serde(facts)).map_err(failed)
 }
 
-/// `user/name`, both of the characters the Hub allows.
+/// Splits `user/name`, both of characters that the Hub allows.
 fn repository(repo: &str) -> Result<(&str, &str), ReportError> {
     let valid = |part: &str| {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
@@ -267,7 +267,7 @@ fn repository(repo: &str) -> Result<(&str, &str), ReportError> {
     }
 }
 
-/// A name that has the form of a Hub id.
+/// Returns the name if it has the form of a Hub id.
 fn hub_id(name: &str) -> Option<String> {
     repository(name).ok().map(|_| name.to_owned())
 }
@@ -283,7 +283,7 @@ struct Front<'a> {
     matrix: &'a Matrix,
 }
 
-/// The front matter's entries; a value is quoted as in JSON, which YAML reads.
+/// Returns the front matter's entries; values are quoted as in JSON, which is valid YAML.
 fn front(known: &Front<'_>) -> Vec<String> {
     let quoted = |value: &str| serde_json::Value::from(value).to_string();
     let scalar = |key: &str, value: &str| format!("{key}: {}", quoted(value));
@@ -374,7 +374,7 @@ impl BranchFacts {
     }
 }
 
-/// Text for a cell of a Markdown table.
+/// Escapes text for a cell of a Markdown table.
 fn cell(text: &str) -> String {
     text.replace('|', "\\|").replace(['\r', '\n'], " ")
 }

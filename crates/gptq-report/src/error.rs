@@ -1,4 +1,4 @@
-//! The one error type of this crate.
+//! Errors of this crate.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use gptq_calibration::CalibrationError;
 use gptq_format::FormatError;
 use thiserror::Error;
 
-/// Why a report or a card could not be made.
+/// Reason why a report or a card could not be made.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum ReportError {
@@ -17,28 +17,28 @@ pub enum ReportError {
          wrote, or at the directory that holds its branches", dir.display()
     )]
     NoBranches { dir: PathBuf },
-    #[error("{}: a second branch named {name:?}; remove one of the two", dir.display())]
+    #[error("{}: a second branch is named {name:?}; remove one of the two", dir.display())]
     SameName { dir: PathBuf, name: String },
     #[error(
-        "{}: branches of two models, {first:?} and {second:?}; a matrix has one", dir.display()
+        "{}: branches of two models, {first:?} and {second:?}; a matrix must have only one", dir.display()
     )]
     TwoModels {
         dir: PathBuf,
         first: String,
         second: String,
     },
-    #[error("{repo:?} is not a Hub repository; it is written user/name")]
+    #[error("{repo:?} is not a Hub repository; write it as user/name")]
     Repository { repo: String },
     #[error(
-        "{name:?} is neither a prompt template ({known}) nor a file here; a file holds the prompt \
+        "{name:?} is neither a prompt template ({known}) nor a file; a file holds the prompt \
          with {{prompt}} where the user's text goes"
     )]
     PromptTemplate { name: String, known: String },
     #[error(
-        "{}: its tokenizer has no chat template; name another one with --prompt-template", dir.display()
+        "{}: the tokenizer has no chat template; choose a prompt template with --prompt-template", dir.display()
     )]
     NoChatTemplate { dir: PathBuf },
-    #[error("{}: {source}; --prompt-template names another one", dir.display())]
+    #[error("{}: {source}; choose another template with --prompt-template", dir.display())]
     ChatTemplate {
         dir: PathBuf,
         source: Box<CalibrationError>,
@@ -50,7 +50,7 @@ pub enum ReportError {
     },
 }
 
-/// One line: what is wrong, and where in the template.
+/// Summarizes in one line what is wrong, and where in the template.
 fn reason(error: &minijinja::Error) -> String {
     let detail = error.detail().map(|d| format!(": {d}"));
     let line = error.line().map(|n| format!(", line {n}"));

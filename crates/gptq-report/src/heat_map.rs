@@ -1,4 +1,4 @@
-//! A branch's errors as a map, layer by linear, coloured by the logarithm of the error.
+//! A branch's errors as a map of layers and linear layers, coloured by the logarithm of the error.
 
 use std::collections::BTreeMap;
 
@@ -7,20 +7,20 @@ use serde::Serialize;
 
 use crate::number;
 
-/// What the template draws as a table.
+/// Data of the table that the template draws.
 #[derive(Serialize)]
 pub(crate) struct HeatMap {
-    /// A column per linear of a block.
+    /// One column per linear layer of a block.
     pub columns: Vec<Column>,
-    /// A row per block.
+    /// One row per block.
     pub rows: Vec<HeatRow>,
-    /// The coldest and the hottest error.
+    /// The smallest and the largest error.
     pub range: [String; 2],
 }
 
 #[derive(Serialize)]
 pub(crate) struct Column {
-    /// What tells it apart, such as `q`.
+    /// Short name, such as `q`.
     pub label: String,
     /// Its name within the block.
     pub name: String,
@@ -29,7 +29,7 @@ pub(crate) struct Column {
 #[derive(Serialize)]
 pub(crate) struct HeatRow {
     pub layer: usize,
-    /// One per column; `None` where the linear was left as it is.
+    /// One per column; `None` if the linear layer was not quantized.
     pub cells: Vec<Option<Cell>>,
 }
 
@@ -37,7 +37,7 @@ pub(crate) struct HeatRow {
 pub(crate) struct Cell {
     pub text: String,
     pub title: String,
-    /// Place between the coldest and the hottest error, in percent.
+    /// Position between the smallest and the largest error, in percent.
     pub heat: u32,
 }
 
@@ -57,7 +57,7 @@ impl HeatMap {
         let high = errors().fold(0.0, f64::max);
         let heat = |error: f64| {
             let place = (error.max(low) / low).ln() / (high / low).ln();
-            // One error, or none at all, has no place between two.
+            // With fewer than two distinct errors there is no position.
             if place.is_finite() {
                 (100.0 * place).round() as u32
             } else {
@@ -136,7 +136,7 @@ impl Cell {
     }
 }
 
-/// A linear's name behind its block's index: `self_attn.q_proj`.
+/// Returns a linear layer's name within its block: `self_attn.q_proj`.
 pub(crate) fn within_block(linear: &LinearReport) -> &str {
     let index = format!(".{}.", linear.layer);
     match linear.name.split_once(&index) {
@@ -145,7 +145,7 @@ pub(crate) fn within_block(linear: &LinearReport) -> &str {
     }
 }
 
-/// The short name people use: `q`.
+/// Returns the short name in common use: `q`.
 pub(crate) fn label(name: &str) -> &str {
     let last = name.rsplit('.').next().unwrap_or(name);
     last.strip_suffix("_proj").unwrap_or(last)

@@ -1,4 +1,4 @@
-//! `report.html`: one file, no network, no framework.
+//! `report.html`: one file, without network access or a framework.
 
 use gptq_plan::Measure;
 use minijinja::value::Serde;
@@ -18,20 +18,20 @@ const SCRIPT: &str = include_str!("../templates/report.js");
 #[derive(Serialize)]
 struct Column {
     name: String,
-    /// What it means, where the name does not say.
+    /// Explanation, where the name needs one.
     hint: String,
-    /// One per branch.
+    /// One cell per branch.
     cells: Vec<Cell>,
 }
 
 #[derive(Serialize)]
 struct Cell {
-    /// What it is sorted by; empty where there is none.
+    /// Sort key; empty if there is none.
     value: String,
     text: String,
 }
 
-/// The page about all branches of `matrix`; everything that came from files is escaped.
+/// Renders the page about all branches of `matrix`; everything that came from files is escaped.
 pub fn html(matrix: &Matrix) -> Result<String, ReportError> {
     let mut environment = Environment::new();
     let failed = |source| ReportError::Template {
@@ -57,8 +57,8 @@ pub fn html(matrix: &Matrix) -> Result<String, ReportError> {
     .map_err(failed)
 }
 
-/// The numbers of the branches; a column in which no branch has one is left out, and so are the errors against the
-/// weights where `measure` says that all branches have something better.
+/// Builds the columns of numbers. A column without any value is left out, and so are the errors
+/// against the weights if `measure` says that all branches have output errors.
 fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
     type Show = fn(&Row) -> Option<(String, String)>;
     fn plain(value: impl ToString) -> Option<(String, String)> {
@@ -72,10 +72,10 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
         Measure::Output => [
             error(
                 "Output error",
-                "of the linears against the dense model's output, on the mean",
+                "mean over the linear layers, against the dense model's output",
                 |r| r.mean_output_error.and_then(|e| shown(e, number::error(e))),
             ),
-            error("Worst", "largest output error of a linear", |r| {
+            error("Worst", "largest output error of a linear layer", |r| {
                 r.worst_output_error
                     .and_then(|e| shown(e, number::error(e)))
             }),
@@ -91,10 +91,10 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
         Measure::Weights => [
             error(
                 "Weight error",
-                "of the linears against the original weights, on the branch's own inputs, on the mean",
+                "mean over the linear layers, against the original weights, on the branch's own inputs",
                 |r| shown(r.mean_error, number::error(r.mean_error)),
             ),
-            error("Worst", "largest weight error of a linear", |r| {
+            error("Worst", "largest weight error of a linear layer", |r| {
                 shown(r.worst_error, number::error(r.worst_error))
             }),
             error("Of RTN", "mean ratio to round-to-nearest's error", |r| {
@@ -118,7 +118,7 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
         ),
         (
             "Per weight",
-            "bits, with scales, zero points and g_idx, of the quantized linears",
+            "bits of the quantized linear layers, with scales, zero points and g_idx",
             |r| {
                 r.bits_per_weight
                     .and_then(|bits| shown(bits, format!("{bits:.3}")))
@@ -126,12 +126,12 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
         ),
         (
             "Act order",
-            "static: with groups of columns as they lie",
+            "static: with groups of columns in their original order",
             |r| plain(r.act_order),
         ),
         (
             "Damp",
-            "asked for, as a fraction of the mean diagonal",
+            "requested, as a fraction of the mean diagonal",
             |r| plain(r.damp_percent),
         ),
         ("Size", "weight files", |r| {
@@ -147,7 +147,7 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
         ),
         (
             "Objective",
-            "what the solver makes small, the mean over the linears",
+            "the solver's objective, mean over the linear layers",
             |r| r.mean_objective.and_then(|e| shown(e, number::error(e))),
         ),
         (PERPLEXITY, "on held-out text", |r| {
@@ -162,7 +162,7 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
         }),
         (
             "Top-1",
-            "share of positions with the dense model's likeliest token",
+            "share of positions with the dense model's most likely token",
             |r| {
                 let share = r.top1_agreement?;
                 shown(share, format!("{:.2} %", 100.0 * share))
@@ -185,7 +185,7 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
         cells: rows.iter().map(|row| Cell::of(show(row))).collect(),
     });
     let mut columns: Vec<Column> = columns.collect();
-    // What was measured on other windows stands apart, each under its own name.
+    // Measurements on other windows get separate columns, named after their windows.
     let measured = rows
         .iter()
         .find_map(|row| Some((row.text.as_ref()?, row.window?)));
@@ -199,7 +199,7 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
     columns.extend(others.iter().map(|windows| {
         Column {
             name: format!("{PERPLEXITY}, {}", windows.name()),
-            hint: "on these windows alone: it compares with nothing else".to_owned(),
+            hint: "on these windows only: not comparable with other columns".to_owned(),
             cells: (rows.iter())
                 .map(|row| {
                     let mut others = row.on_other_windows.iter();
@@ -223,7 +223,7 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
 
 const PERPLEXITY: &str = "Perplexity";
 
-/// The windows of what stands apart in any row.
+/// Returns the windows of the separate measurements of all rows.
 fn other_windows(rows: &[Row]) -> Vec<Windows> {
     let mut all: Vec<Windows> = Vec::new();
     for measured in rows.iter().flat_map(|row| &row.on_other_windows) {
@@ -235,7 +235,7 @@ fn other_windows(rows: &[Row]) -> Vec<Windows> {
 }
 
 impl Cell {
-    /// A dash where there is nothing.
+    /// Makes a cell; a dash if there is no value.
     fn of(shown: Option<(String, String)>) -> Cell {
         let (value, text) = shown.unwrap_or((String::new(), "–".to_owned()));
         Cell { value, text }
@@ -249,7 +249,7 @@ struct Plot {
     text: String,
     window: usize,
     tokens: usize,
-    /// Branches measured on other text: their numbers do not compare.
+    /// Branches measured on other text, which are not comparable.
     left_out: Vec<String>,
 }
 

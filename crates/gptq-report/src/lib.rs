@@ -1,8 +1,9 @@
-//! What people look at: the HTML report, its tables, and the model card. Everything is computed from
-//! files of finished branches; nothing here runs a model.
+//! The HTML report, its tables, and the model card, computed from the files of finished branches;
+//! nothing here runs a model.
 //!
 //! Reading order: [`Matrix`] reads the branches below a directory; [`rows`] are its numbers as a
-//! table, written as CSV and JSON; [`html`] is the page; [`card()`] is the repository's `README.md`, from [`facts`].
+//! table, written as CSV and JSON; [`html`] is the page; [`card()`] renders the repository's
+//! `README.md` from [`facts`].
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! The branches below a directory, as their files say.
+//! The branches below a directory, read from their files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,11 +21,11 @@ pub struct Branch {
     pub config: serde_json::Value,
     /// The directory.
     pub dir: PathBuf,
-    /// Bytes of its weight files, as they lie on the disk.
+    /// Total size of its weight files in bytes.
     pub bytes: u64,
 }
 
-/// Branches of one model, `main` first, then from narrow to wide and from small to large.
+/// Branches of one model, sorted: `main` first, then by bits and by size.
 #[derive(Clone, Debug)]
 pub struct Matrix {
     /// At least one.
@@ -33,10 +33,11 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// Reads `dir`: a branch directory, or one whose directories are branches.
+    /// Reads `dir`: a branch directory, or a directory of branch directories.
     ///
     /// # Errors
-    /// No branch, a file that does not parse, or branches that do not belong together.
+    /// No branch, a file that does not parse, or branches of different models or with the same
+    /// name.
     pub fn read(dir: &Path) -> Result<Matrix, ReportError> {
         let is_branch = |dir: &Path| dir.join("report.json").is_file();
         let mut branches = Vec::new();
@@ -73,12 +74,12 @@ impl Matrix {
         Ok(Matrix { branches })
     }
 
-    /// The first branch's directory, with the tokenizer that all of them have.
+    /// Returns the first branch's directory; its tokenizer stands for all branches.
     pub fn dir(&self) -> &Path {
         &self.branches[0].dir
     }
 
-    /// The base model's public name.
+    /// Returns the base model's public name.
     pub fn model(&self) -> &str {
         &self.branches[0].report.model
     }
@@ -95,7 +96,7 @@ impl Branch {
         })
     }
 
-    /// Where it stands in a matrix.
+    /// Returns its sort key in a matrix.
     fn place(&self) -> impl PartialOrd {
         let report = &self.report;
         let bits = report.quantize_config.bits;
@@ -107,17 +108,17 @@ impl Branch {
         )
     }
 
-    /// What `gptq verify` found wrong, where it did.
+    /// Returns the failed checks of `gptq verify`, if any.
     pub fn failure(&self) -> Option<String> {
         let receipt = self.receipt.as_ref().filter(|receipt| !receipt.pass)?;
         let first = receipt.checks.iter().find(|check| !check.pass);
         Some(match first {
             Some(check) => format!("{}: {}", check.name, check.detail),
-            None => "verify.json does not say why".to_owned(),
+            None => "verify.json gives no reason".to_owned(),
         })
     }
 
-    /// Its quantized linears.
+    /// Returns the shapes of its quantized linear layers.
     fn linears(&self) -> Vec<LinearShape> {
         let linears = self.report.linears.iter().map(|l| LinearShape {
             in_features: l.shape[1],
@@ -128,7 +129,7 @@ impl Branch {
         linears.collect()
     }
 
-    /// Whether its linears have more than one setting.
+    /// Returns true if its linear layers differ in bits or group size.
     pub fn mixed(&self) -> bool {
         let settings = |l: &LinearShape| (l.bits, l.group_size);
         let linears = self.linears();
@@ -137,8 +138,8 @@ impl Branch {
             .any(|l| settings(&l[0]) != settings(&l[1]))
     }
 
-    /// Bits per weight of its quantized linears, scales, zero points and `g_idx` included; none where none
-    /// is quantized.
+    /// Returns the bits per weight of its quantized linear layers, scales, zero points and `g_idx`
+    /// included; `None` if no layer is quantized.
     pub fn bits_per_weight(&self) -> Option<f64> {
         let linears = self.linears();
         let stored: u64 = linears.iter().map(LinearShape::stored_bits).sum();
@@ -146,21 +147,21 @@ impl Branch {
         (weights > 0).then(|| stored as f64 / weights as f64)
     }
 
-    /// Who can load it.
+    /// Returns which clients can load it.
     pub fn clients(&self) -> Vec<Support> {
         let contents = Contents::of(&self.report.quantize_config, self.linears());
         client_support(&contents)
     }
 }
 
-/// Bytes of the safetensors files in `dir`.
+/// Returns the total size of the safetensors files in `dir`.
 fn weight_bytes(dir: &Path) -> Result<u64, FormatError> {
     let mut bytes = 0;
     for entry in fs::read_dir(dir).map_err(FormatError::io(dir))? {
         let path = entry.map_err(FormatError::io(dir))?.path();
         if path.extension().is_some_and(|end| end == "safetensors") {
             let meta = fs::metadata(&path).map_err(FormatError::io(&path))?;
-            // A sparse file may claim any length.
+            // Saturates, since a sparse file may claim any length.
             bytes = u64::saturating_add(bytes, meta.len());
         }
     }

@@ -1,5 +1,5 @@
-//! What was measured on text, kept apart by the windows it was measured on: perplexities of other windows, or
-//! of another text, do not compare.
+//! Measurements on text, kept apart by their windows: perplexities on other windows or another text
+//! are not comparable.
 
 use serde::Serialize;
 
@@ -10,20 +10,20 @@ use crate::{Branch, Matrix};
 pub struct Windows {
     /// File name of the text.
     pub text: String,
-    /// Its SHA-256, where a report says it.
+    /// SHA-256 of the text, if a report has it.
     #[serde(skip)]
     pub text_sha256: Option<String>,
     /// Tokens per window.
     pub window: usize,
     /// Tokens scored.
     pub tokens: usize,
-    /// What tells them from others of the same name.
+    /// Suffix that distinguishes windows of the same name.
     #[serde(skip)]
     mark: Option<String>,
 }
 
 impl Windows {
-    /// Whether numbers measured on these and on `other` compare.
+    /// Returns true if measurements on these and on `other` are comparable.
     pub fn same(&self, other: &Windows) -> bool {
         let all = |it: &Windows| {
             let Windows {
@@ -34,7 +34,7 @@ impl Windows {
         all(self) == all(other)
     }
 
-    /// For a heading: `"eval.json, windows of 1024"`.
+    /// Returns a heading: `"eval.json, windows of 1024"`.
     pub fn name(&self) -> String {
         let mark = self.mark.as_ref().map(|mark| format!(" ({mark})"));
         format!(
@@ -46,19 +46,19 @@ impl Windows {
     }
 }
 
-/// A branch on some windows.
+/// Measurements of a branch on some windows.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Measured {
-    /// What it was measured on.
+    /// Windows that were measured on.
     #[serde(flatten)]
     pub windows: Windows,
-    /// Of the branch.
+    /// Perplexity of the branch.
     pub perplexity: f64,
-    /// Of the dense model.
+    /// Perplexity of the dense model.
     pub dense_perplexity: Option<f64>,
     /// Mean KL divergence from the dense model, nats.
     pub kl_divergence: Option<f64>,
-    /// Share of positions with the dense model's likeliest token.
+    /// Share of positions with the dense model's most likely token.
     pub top1_agreement: Option<f64>,
 }
 
@@ -81,7 +81,8 @@ impl Measured {
 }
 
 impl Branch {
-    /// What `gptq verify` measured, then what `gptq quantize` did on other windows.
+    /// Returns the measurements of `gptq verify`, then those of `gptq quantize` if on other
+    /// windows.
     pub fn measured(&self) -> Vec<Measured> {
         let receipt = self.receipt.as_ref();
         let verified = receipt.and_then(|receipt| {
@@ -101,7 +102,7 @@ impl Branch {
         all
     }
 
-    /// The same, with the names that the matrix has for `windows`.
+    /// Returns the same measurements, with the matrix's names for the windows.
     pub(crate) fn measured_among(&self, windows: &[Windows]) -> Vec<Measured> {
         let mut all = self.measured();
         for measured in &mut all {
@@ -111,14 +112,15 @@ impl Branch {
         all
     }
 
-    /// What was measured on `windows`.
+    /// Returns the measurements on `windows`.
     pub fn measured_on(&self, windows: &Windows) -> Option<Measured> {
         (self.measured().into_iter()).find(|it| it.windows.same(windows))
     }
 }
 
 impl Matrix {
-    /// All windows that branches were measured on: first those of most branches, then in their order.
+    /// Returns all windows used by any branch: those of most branches first, ties in order of
+    /// appearance.
     pub fn windows(&self) -> Vec<Windows> {
         let mut all: Vec<Windows> = Vec::new();
         for measured in self.branches.iter().flat_map(Branch::measured) {
@@ -132,7 +134,7 @@ impl Matrix {
                 .filter(|b| b.measured_on(windows).is_some())
                 .count()
         };
-        // A stable sort: of equals the first stays first.
+        // The sort is stable, so ties keep their order.
         all.sort_by_key(|windows| std::cmp::Reverse(branches(windows)));
         let names: Vec<String> = all.iter().map(Windows::name).collect();
         for windows in &mut all {

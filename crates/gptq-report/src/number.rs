@@ -1,6 +1,6 @@
-//! Numbers as people read them; one spelling for the page, its tables and the card.
+//! Number formats shared by the page, its tables and the card.
 
-/// Bytes in decimal units, as the Hub shows them: `"3.90 GB"`.
+/// Formats bytes in decimal units, as the Hub does: `"3.90 GB"`.
 pub fn decimal_size(bytes: u64) -> String {
     let mut value = bytes as f64;
     let mut unit = 0;
@@ -15,22 +15,22 @@ pub fn decimal_size(bytes: u64) -> String {
     }
 }
 
-/// A relative error in a table: `"3.667e-3"`.
+/// Formats a relative error in a table: `"3.667e-3"`.
 pub(crate) fn error(value: f64) -> String {
     format!("{value:.3e}")
 }
 
-/// A relative error in a cell of a heat map: `"3.7e-3"`.
+/// Formats a relative error in a cell of a heat map: `"3.7e-3"`.
 pub(crate) fn short_error(value: f64) -> String {
     format!("{value:.1e}")
 }
 
-/// How far a perplexity lies over the dense model's: `"+0.96 %"`.
+/// Formats the increase of a perplexity over the dense model's: `"+0.96 %"`.
 pub(crate) fn over(value: f64, dense: f64) -> String {
     format!("{:+.2} %", 100.0 * (value / dense - 1.0))
 }
 
-/// Seconds: `"0.42 s"`, `"3 min 20 s"`.
+/// Formats seconds: `"0.42 s"`, `"3 min 20 s"`.
 pub(crate) fn seconds(value: f64) -> String {
     match value {
         v if v < 10.0 => format!("{v:.2} s"),

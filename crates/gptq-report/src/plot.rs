@@ -4,18 +4,18 @@ use std::fmt::{self, Write};
 
 use minijinja::HtmlEscape;
 
-/// How an axis writes its numbers.
+/// Number format of an axis.
 type Format = fn(f64) -> String;
 
 /// Drawing size and margins (left, right, top, bottom), in SVG units.
 const SIZE: (f64, f64) = (440.0, 264.0);
 const MARGIN: (f64, f64, f64, f64) = (58.0, 14.0, 12.0, 42.0);
-/// Farther than this from its dot, a label is joined to it by a line.
+/// Distance between a label and its dot above which a line joins them.
 const NEAR: f64 = 10.0;
-/// Width of a character of a label, about.
+/// Approximate width of a label's character.
 const CHARACTER: f64 = 6.2;
 
-/// Most decades of a logarithmic axis with a tick each, and most ticks of any axis.
+/// Maximum number of decades on a logarithmic axis with a tick each, and of ticks on any axis.
 const DECADES: i32 = 8;
 const TICKS: usize = 3 * (DECADES as usize + 1);
 
@@ -33,7 +33,7 @@ pub(crate) struct Series {
     pub points: Vec<(f64, f64, String)>,
 }
 
-/// How values become positions.
+/// Mapping from values to positions.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Scale {
     Linear,
@@ -62,7 +62,7 @@ impl Scale {
 }
 
 impl Axis {
-    /// Spans the values with a little air.
+    /// Builds an axis that spans the values with a small margin.
     fn new(values: impl Iterator<Item = f64>, scale: Scale, ends: (f64, f64)) -> Axis {
         let (low, high) = values
             .map(|v| scale.of(v))
@@ -88,8 +88,8 @@ impl Axis {
         self.ends.0 + share * (self.ends.1 - self.ends.0)
     }
 
-    /// Round values within the axis, a few dozen at most whatever it spans: 1, 2 and 5 times powers of
-    /// ten, or every so many powers.
+    /// Returns round values within the axis, at most a few dozen: 1, 2 and 5 times powers of ten,
+    /// or every n-th power.
     fn ticks(&self) -> Vec<f64> {
         if self.scale == Scale::Log {
             let decade = |log: f64| (log / std::f64::consts::LN_10).clamp(-308.0, 308.0);
@@ -130,7 +130,7 @@ impl Axis {
     }
 }
 
-/// Points with labels that keep out of each other's way, and perhaps a level to compare with.
+/// Draws points with labels that do not overlap, and an optional reference level.
 pub(crate) fn scatter(
     points: &[Point],
     level: Option<(f64, &str)>,
@@ -165,13 +165,13 @@ pub(crate) fn scatter(
                 HtmlEscape(name)
             )?;
         }
-        // From the right, where room is shortest.
+        // From right to left, as space is shortest on the right.
         let mut order: Vec<usize> = (0..dots.len()).collect();
         order.sort_by(|&a, &b| dots[b].0.total_cmp(&dots[a].0));
         for (point, (px, py)) in order.into_iter().map(|i| (&points[i], dots[i])) {
             let w = CHARACTER * point.label.chars().count() as f64;
             let free = |b: &&[f64; 4]| inside(b) && taken.iter().all(|t| apart(b, t));
-            // Nearest to its own dot, give or take `slack`.
+            // The label's own dot is the nearest one, within `slack`.
             let own = |b: &[f64; 4], slack: f64| {
                 let least = distance(b, px, py) - slack;
                 dots.iter().all(|&(x, y)| distance(b, x, y) >= least)
@@ -185,7 +185,7 @@ pub(crate) fn scatter(
                 "<circle class=\"dot\" cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"5\"><title>{}</title></circle>",
                 HtmlEscape(&point.title)
             )?;
-            // A label without room is left to the tooltip.
+            // A label without space is left to the tooltip.
             if let Some(place) = place {
                 taken.push(place);
                 let (x, y) = (px.clamp(place[0], place[2]), py.clamp(place[1], place[3]));
@@ -208,7 +208,8 @@ pub(crate) fn scatter(
     })
 }
 
-/// Boxes `[left, top, right, bottom]` for a label of width `w` round a dot, the best first.
+/// Returns candidate boxes `[left, top, right, bottom]` for a label of width `w` around a dot, the
+/// best first.
 fn places(x: f64, y: f64, w: f64) -> Vec<[f64; 4]> {
     let sides = [9.0, -9.0 - w, -w / 2.0];
     let mut places = Vec::new();
@@ -225,7 +226,7 @@ fn inside(b: &[f64; 4]) -> bool {
     b[0] >= MARGIN.0 + 2.0 && b[1] >= 0.0 && b[2] <= SIZE.0 && b[3] <= SIZE.1 - MARGIN.3
 }
 
-/// From a point to a box.
+/// Returns the distance from a point to a box.
 fn distance(b: &[f64; 4], x: f64, y: f64) -> f64 {
     let dx = (b[0] - x).max(x - b[2]).max(0.0);
     let dy = (b[1] - y).max(y - b[3]).max(0.0);
@@ -236,7 +237,7 @@ fn apart(a: &[f64; 4], b: &[f64; 4]) -> bool {
     a[2] <= b[0] || b[2] <= a[0] || a[3] <= b[1] || b[3] <= a[1]
 }
 
-/// Lines over a whole-numbered x, with a logarithmic y; values that are not positive are left out.
+/// Draws lines over an integer x with a logarithmic y; values that are not positive are left out.
 pub(crate) fn lines(series: &[Series], names: (&str, &str), formats: (Format, Format)) -> String {
     let (width, height) = SIZE;
     let (left, right, top, bottom) = MARGIN;
@@ -271,7 +272,7 @@ pub(crate) fn lines(series: &[Series], names: (&str, &str), formats: (Format, Fo
     })
 }
 
-/// The frame both plots share.
+/// Draws the frame that both plots share.
 fn svg((x_name, y_name): (&str, &str), draw: impl FnOnce(&mut String) -> fmt::Result) -> String {
     let (width, height) = SIZE;
     let mut svg = format!(

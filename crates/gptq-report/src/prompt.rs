@@ -1,4 +1,4 @@
-//! Prompt templates: the text round what a user says, for the card.
+//! Prompt templates: the text around the user's message, for the card.
 
 use std::fs;
 use std::path::Path;
@@ -7,12 +7,12 @@ use gptq_calibration::{ChatTemplate, Message};
 
 use crate::ReportError;
 
-/// The name of what the tokenizer has.
+/// Name of the tokenizer's own template.
 const OWN: &str = "own";
-/// Where the user's text goes.
+/// Placeholder of the user's text.
 const PROMPT: &str = "{prompt}";
 
-/// Known names and their text; `{prompt}` is the user's part.
+/// Built-in templates by name; `{prompt}` is the user's text.
 const KNOWN: [(&str, &str); 4] = [
     (
         "chatml",
@@ -27,19 +27,19 @@ const KNOWN: [(&str, &str); 4] = [
     ("plain", "{prompt}"),
 ];
 
-/// How a model is to be prompted.
+/// A prompt template.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PromptTemplate {
-    /// Its name, or that of its file.
+    /// Its name or file name.
     pub name: String,
-    /// Text with `{prompt}` and perhaps `{system_message}`.
+    /// Text with `{prompt}` and optionally `{system_message}`.
     pub text: String,
-    /// Whether it is the tokenizer's chat template, which programs apply by themselves.
+    /// True for the tokenizer's chat template, which clients apply by themselves.
     pub own: bool,
 }
 
 impl PromptTemplate {
-    /// The chat template of the tokenizer in `dir`, where it has one, else `plain`.
+    /// Returns the chat template of the tokenizer in `dir`, or `plain` if it has none.
     ///
     /// # Errors
     /// A template that does not parse.
@@ -50,7 +50,7 @@ impl PromptTemplate {
         }
     }
 
-    /// The chat template of the tokenizer in `dir`, shown on a first message of the user.
+    /// Returns the chat template of the tokenizer in `dir`, rendered for a single user message.
     fn own(dir: &Path) -> Result<Option<Self>, ReportError> {
         let failed = |source| ReportError::ChatTemplate {
             dir: dir.into(),
@@ -67,10 +67,10 @@ impl PromptTemplate {
         }))
     }
 
-    /// A known name, `own` for the chat template of the tokenizer in `dir`, or a file with the text.
+    /// Loads a built-in template, `own` for the chat template of the tokenizer in `dir`, or a file.
     ///
     /// # Errors
-    /// None of these, or a file without `{prompt}`.
+    /// A name that is none of these, or a file without `{prompt}`.
     pub fn load(name: &str, dir: &Path) -> Result<Self, ReportError> {
         if name == OWN {
             let none = || ReportError::NoChatTemplate { dir: dir.into() };

@@ -1,4 +1,4 @@
-//! Where branches come from; what several of them share is said once.
+//! Origins of the branches, with each distinct one listed once.
 
 use gptq_calibration::Manifest;
 use gptq_plan::BranchReport;
@@ -17,7 +17,7 @@ pub(crate) struct Provenance<'a> {
     pub gptq_version: &'a str,
 }
 
-/// One entry per distinct origin, in the order of the branches.
+/// Returns one entry per distinct origin, in the order of the branches.
 pub(crate) fn provenance(matrix: &Matrix) -> Vec<Provenance<'_>> {
     let mut groups: Vec<(&BranchReport, Provenance<'_>)> = Vec::new();
     for branch in &matrix.branches {

@@ -1,4 +1,4 @@
-//! The numbers of a matrix, a row per branch: for the page, as CSV and as JSON.
+//! The numbers of a matrix, one row per branch: for the page, as CSV and as JSON.
 
 use gptq_format::{Bits, GroupSize};
 use gptq_plan::{Measure, Preset};
@@ -11,63 +11,65 @@ use crate::{Branch, Matrix, Measured, Windows};
 pub struct Row {
     /// Its name.
     pub branch: String,
-    /// Code width; of linears without their own.
+    /// Code width of the linear layers without an override.
     pub bits: Bits,
-    /// Columns per group; -1 for one group per row; of linears without their own.
+    /// Columns per group of the linear layers without an override; -1 for one group per row.
     pub group_size: GroupSize,
-    /// Whether some linears have other bits or another group size.
+    /// True if some linear layers have other bits or another group size.
     pub mixed: bool,
-    /// Of the quantized linears, scales, zero points and `g_idx` included.
+    /// Bits per weight of the quantized linear layers, scales, zero points and `g_idx` included.
     pub bits_per_weight: Option<f64>,
-    /// Act order, as readers are told.
+    /// Act order as declared to clients (`desc_act`).
     pub desc_act: bool,
-    /// Whether columns were solved in that order: "yes", "no", or "static" with groups as they lie.
+    /// Solving order: "yes", "no", or "static" with groups in the original column order.
     pub act_order: &'static str,
-    /// Symmetric codes.
+    /// True for symmetric codes.
     pub sym: bool,
-    /// Damping asked for, as a fraction of the mean diagonal.
+    /// Requested damping, as a fraction of the mean diagonal.
     pub damp_percent: f64,
-    /// How scales were found.
+    /// Preset of the method.
     pub preset: Preset,
     /// Bytes of the weight files.
     pub bytes: u64,
-    /// Mean error of the linears' outputs against the dense model's; older reports have none.
+    /// Mean output error of the linear layers against the dense model; absent in older reports.
     pub mean_output_error: Option<f64>,
-    /// The largest.
+    /// Largest output error of a linear layer.
     pub worst_output_error: Option<f64>,
-    /// Mean of the linears' output errors as a fraction of round-to-nearest's.
+    /// Mean of the linear layers' output errors as a fraction of round-to-nearest's.
     pub mean_output_ratio: Option<f64>,
-    /// Error of the last block's output against the dense model's: what all blocks lost together.
+    /// Error of the last block's output against the dense model's: the accumulated error of all
+    /// blocks.
     pub last_block_error: Option<f64>,
-    /// Mean over the linears of what the solver makes small.
+    /// Mean over the linear layers of the solver's objective.
     pub mean_objective: Option<f64>,
-    /// Mean error of the linears against the original weights, on the branch's own inputs.
+    /// Mean error of the linear layers against the original weights, on the branch's own inputs.
     pub mean_error: f64,
-    /// The largest.
+    /// Largest of these errors.
     pub worst_error: f64,
     /// Mean of these errors as a fraction of round-to-nearest's.
     pub mean_ratio: f64,
-    /// Perplexity on held-out text: in all rows on the same windows, those that most branches were measured on.
+    /// Perplexity on held-out text: in all rows on the same windows, those that most branches
+    /// share.
     pub perplexity: Option<f64>,
-    /// The text.
+    /// File name of the text.
     pub text: Option<String>,
-    /// Tokens per window of it.
+    /// Tokens per window.
     pub window: Option<usize>,
-    /// The dense model's on the same windows.
+    /// Perplexity of the dense model on the same windows.
     pub dense_perplexity: Option<f64>,
     /// Mean KL divergence from the dense model, nats.
     pub kl_divergence: Option<f64>,
-    /// Share of positions with the dense model's likeliest token.
+    /// Share of positions with the dense model's most likely token.
     pub top1_agreement: Option<f64>,
-    /// What was measured on other windows, which compares with nothing above.
+    /// Measurements on other windows, which are not comparable with those above.
     pub on_other_windows: Vec<Measured>,
-    /// What `gptq verify` said.
+    /// Result of `gptq verify`.
     pub verified: Option<bool>,
-    /// Wall time spent on the branch alone.
+    /// Wall time spent on this branch alone, in seconds.
     pub seconds: f64,
 }
 
-/// A row per branch, in the matrix's order.
+/// Returns one row per branch, in the matrix's order.
 pub fn rows(matrix: &Matrix) -> Vec<Row> {
     let windows = matrix.windows();
     let branches = matrix.branches.iter();
@@ -75,7 +77,8 @@ pub fn rows(matrix: &Matrix) -> Vec<Row> {
 }
 
 impl Row {
-    /// With what was measured on the first of the matrix's `windows`, and apart from it the rest.
+    /// Builds the row with the measurements on the first of the matrix's `windows`; the others are
+    /// separate.
     fn of(branch: &Branch, windows: &[Windows]) -> Row {
         let report = &branch.report;
         let config = &report.quantize_config;
@@ -122,7 +125,7 @@ impl Row {
     }
 }
 
-/// The rows as CSV (RFC 4180), headed by the names of [`Row`]'s fields.
+/// Formats the rows as CSV (RFC 4180), with the names of [`Row`]'s fields as header.
 pub fn csv(rows: &[Row]) -> String {
     let mut text = String::from(
         "branch,bits,group_size,mixed,bits_per_weight,desc_act,act_order,sym,damp_percent,preset,bytes,\
@@ -165,7 +168,7 @@ pub fn csv(rows: &[Row]) -> String {
     text
 }
 
-/// `"19.099 (eval.json, windows of 512)"`, and so on.
+/// Formats measurements as `"19.099 (eval.json, windows of 512)"`.
 fn others(others: &[Measured]) -> String {
     let all = others
         .iter()

@@ -1,5 +1,5 @@
 "use strict";
-// A click on a heading sorts by its column, a second one the other way; what was not measured comes last.
+// A click on a heading sorts by its column, a second one reverses the order; missing values come last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   for (const heading of table.tHead.rows[0].cells) {

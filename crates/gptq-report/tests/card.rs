@@ -73,7 +73,8 @@ fn hub_names_in_the_reports_reach_the_front_matter() {
     assert!(text.contains("# medi-tiny-GPTQ\n"));
 }
 
-/// The front matter, read as far as this card's YAML goes: keys with a JSON scalar, or a list of them.
+/// Parses the front matter as far as this card's YAML goes: keys with a JSON scalar or a list of
+/// them.
 #[test]
 fn the_front_matter_is_yaml() {
     let settings = CardSettings {
@@ -157,7 +158,7 @@ fn what_does_not_belong_together_is_refused() {
     assert!(error.to_string().contains("chatml"), "{error}");
 }
 
-/// A branch directory with the tokenizer's files that matter here.
+/// Makes a branch directory with the given chat template.
 fn with_template(template: &str) -> (tempfile::TempDir, Matrix) {
     let target = directory(|_| ());
     let config = r#"{"eos_token": "<|im_end|>"}"#;
@@ -188,7 +189,7 @@ fn the_tokenizers_own_template_is_shown_and_applied_by_its_name() {
         assert!(text.contains("tokenizer.apply_chat_template("), "{text}");
         assert!(!text.contains("template = ") && !text.contains("{system_message}"));
     }
-    // Without one there is nothing to apply.
+    // Without a template there is nothing to apply.
     let plain = matrix_with(|_| ());
     let name = PromptTemplate::of(plain.dir()).unwrap().name;
     assert_eq!(name, "plain");
@@ -227,7 +228,7 @@ fn branches_that_differ_by_preset_alone_are_described_differently() {
 fn perplexities_on_different_windows_have_columns_of_their_own() {
     let matrix = matrix_with(|report| {
         if report.branch == "main" {
-            // Beside the receipt's 1024: the run measured it on other windows.
+            // The verification report measured windows of 1024; the run measured other windows.
             let measured = report.perplexity.as_mut().unwrap();
             (measured.window, measured.tokens, measured.value) = (512, 4088, 22.75);
             measured.dense = Some(21.0);

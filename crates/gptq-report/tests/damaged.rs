@@ -1,4 +1,5 @@
-//! Reports that no run can have written: each is refused in a line that names the file and the field.
+//! Reports with values that no run can write: each is refused with the names of the file and the
+//! field.
 
 use std::fs;
 
@@ -8,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::fixture::directory;
 
-/// Reads the matrix with this value in the `main` branch's `file`; draws it if nothing was wrong.
+/// Reads the matrix with this value in the `main` branch's `file`, and renders it if that succeeds.
 fn read(file: &str, field: &str, value: Value) -> Result<(), String> {
     let dir = directory(|_| ());
     let path = dir.path().join("main").join(file);

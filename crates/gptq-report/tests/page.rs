@@ -1,11 +1,11 @@
-//! What the page shows is what the reports say.
+//! The page shows the numbers of the reports.
 
 use gptq_plan::{BlockReport, Measure, Share};
 use gptq_report::{csv, html, rows};
 
 use crate::fixture::matrix_with;
 
-/// The text between the first `from` in `text` and the next `to`.
+/// Returns the text between the first `from` in `text` and the next `to`.
 fn between<'a>(text: &'a str, from: &str, to: &str) -> &'a str {
     let rest = text
         .split_once(from)
@@ -14,7 +14,7 @@ fn between<'a>(text: &'a str, from: &str, to: &str) -> &'a str {
     rest.split_once(to).unwrap_or_else(|| panic!("no {to}")).0
 }
 
-/// A branch's section.
+/// Returns a branch's section.
 fn section(page: &str, index: usize) -> &str {
     between(
         page,
@@ -85,7 +85,8 @@ fn the_table_holds_the_reports_own_numbers() {
     }
 }
 
-/// As a run of today: outputs compared with the dense model's, the weights far away on purpose.
+/// Makes a report like those of current runs: output errors against the dense model, and weights
+/// far from the original on purpose.
 fn compared(report: &mut gptq_plan::BranchReport) {
     report.compared = Some(Share {
         windows: 2,
@@ -119,10 +120,10 @@ fn a_page_goes_by_the_dense_models_output_where_every_report_has_it() {
     assert!(main.contains("solver&#x27;s objective 7.500e-4"), "{main}");
     assert!(main.contains("<title>block 2: 3.000e-2</title>"));
     assert!(main.contains("first 512 tokens of 2 calibration windows"));
-    // Weights that were moved on purpose are no concern.
+    // Weights that were changed on purpose are not flagged.
     assert!(!main.contains("<strong>0.250</strong>") && main.contains("<td>0.250</td>"));
 
-    // With one older report in between, the table has what all have.
+    // With one older report, the table has only the columns that all reports have.
     let mixed = matrix_with(|report| {
         if report.branch == "main" {
             compared(report);
@@ -266,7 +267,7 @@ fn what_each_option_gained_is_shown_where_it_was_used() {
         table.contains(">scale search<") && table.contains(">refine<"),
         "{table}"
     );
-    // One linear alone used it, so the mean over its kind is its own.
+    // Only one linear layer used it, so the mean over its kind is its own value.
     assert_eq!(table.matches(">2.500e-4<").count(), 1, "{table}");
     let heat = between(section(&page, 0), "<table class=\"heat\">", "</table>");
     assert_eq!(heat.matches("refine gained 2.500e-4").count(), 1);
@@ -303,7 +304,7 @@ fn six_branches_of_a_7b_model_stay_under_a_megabyte_and_fetch_nothing() {
                 let mut linear = linear.clone();
                 linear.layer = layer;
                 linear.name = linear.name.replace(".0.", &format!(".{layer}."));
-                // The worst case: every row of every table is there.
+                // Worst case: every row of every table is shown.
                 linear.dead_columns = 1;
                 linear
             }));

@@ -1,4 +1,4 @@
-//! Whether the disk has room for what a run will write.
+//! Checks the disk space for the output of a run.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -8,13 +8,13 @@ use gptq_plan::Plan;
 
 use crate::RunError;
 
-/// Beside the tensors: headers, the tokenizer's files, reports, the journal.
+/// Space besides the tensors: headers, the tokenizer's files, reports, the journal.
 const BESIDE: u64 = 8 << 20;
 
-/// Compares what the branches of `plan` will take, less what is there of them, and `states` bytes of
-/// hidden states in `scratch` (or, without one, beside the branches) with what is free.
+/// Compares the space that the branches of `plan` still need, and `states` bytes of hidden states
+/// in `scratch` (by default beside the branches), with the free space.
 ///
-/// # Errors
+/// [`PipelineError::DiskSpace`], or a directory that cannot be read.
 /// [`RunError::DiskSpace`], or a directory that cannot be looked at.
 pub(crate) fn check(plan: &Plan, scratch: Option<&Path>, states: u64) -> Result<(), RunError> {
     let (dir, needed) = (&plan.output, missing(plan));
@@ -24,12 +24,12 @@ pub(crate) fn check(plan: &Plan, scratch: Option<&Path>, states: u64) -> Result<
     }
 }
 
-/// Whether `bytes` more would leave room for what the branches of `plan` will still take.
+/// Returns true if `bytes` more would leave space for the remaining output of `plan`.
 pub(crate) fn has_room(plan: &Plan, bytes: u64) -> Result<bool, FormatError> {
     Ok(free(&plan.output)? >= missing(plan).saturating_add(bytes))
 }
 
-/// What the branches of `plan` will take, less what is there of them.
+/// Returns the bytes that the branches of `plan` still need.
 fn missing(plan: &Plan) -> u64 {
     let dir = &plan.output;
     let bytes = plan.branches.iter().map(|b| b.bytes(&plan.config));
@@ -53,13 +53,13 @@ fn room(dir: &Path, needed: u64) -> Result<(), RunError> {
     }
 }
 
-/// Bytes that the file system of `dir` has for whoever runs this.
+/// Returns the free bytes on the file system of `dir`, for the current user.
 fn free(dir: &Path) -> Result<u64, FormatError> {
     let found = rustix::fs::statvfs(dir).map_err(|e| FormatError::io(dir)(e.into()))?;
     Ok(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
-/// Bytes on the disk of the files in `dir`; a file with holes has fewer than its length.
+/// Returns the allocated bytes of the files in `dir`; a sparse file has fewer than its length.
 fn allocated(dir: &Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(dir) else {
         return 0;

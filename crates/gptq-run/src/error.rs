@@ -1,4 +1,4 @@
-//! The one error type of this crate.
+//! Errors of this crate.
 
 use std::path::PathBuf;
 
@@ -34,16 +34,16 @@ pub enum RunError {
     )]
     OutOfDeviceMemory { source: DeviceError, budget: u64 },
     #[error(
-        "{}: made with something else ({difference}); --restart makes it again, or choose another \
+        "{}: made with different inputs or settings ({difference}); use --restart to replace it, or choose another \
          output directory", dir.display()
     )]
     Finished { dir: PathBuf, difference: String },
     #[error(
-        "{}: an unfinished run is here, begun with something else ({difference}); --restart begins \
-         anew, or choose another output directory", dir.display()
+        "{}: contains an interrupted run with different inputs or settings ({difference}); use --restart to start \
+         over, or choose another output directory", dir.display()
     )]
     Unfinished { dir: PathBuf, difference: String },
-    #[error("{}: no unfinished run is here that could go on", dir.display())]
+    #[error("{}: contains no interrupted run to resume", dir.display())]
     NothingUnfinished { dir: PathBuf },
     #[error(
         "{}: {} are needed here and {} are free; make room, or choose another directory",
@@ -70,7 +70,7 @@ pub enum RunError {
     },
     #[error(
         "{}, {modules}: the Hessian is not positive definite below damping {needed}, and [numerics] max_damping is \
-         {most}; use more calibration tokens or allow more",
+         {most}; use more calibration tokens or raise max_damping",
         whose(branch)
     )]
     Damping {
@@ -84,15 +84,15 @@ pub enum RunError {
 /// The work that failed: probes of size budgets belong to no branch yet.
 fn whose(branch: &str) -> String {
     match branch {
-        "" => "measuring for budget_bits".to_owned(),
+        "" => "sensitivity pass for budget_bits".to_owned(),
         name => format!("branch {name}"),
     }
 }
 
 fn progress(done: usize, layers: usize) -> String {
     match done {
-        0 => "before the first block was finished; nothing is left behind".to_owned(),
-        _ => format!("after block {done} of {layers}; the same command goes on from there"),
+        0 => "before the first block was finished; nothing was written".to_owned(),
+        _ => format!("after block {done} of {layers}; the same command resumes from there"),
     }
 }
 
@@ -110,7 +110,7 @@ mod tests {
         };
         let line = failed("").to_string();
         assert!(
-            line.starts_with("measuring for budget_bits, model.layers.0"),
+            line.starts_with("sensitivity pass for budget_bits, model.layers.0"),
             "{line}"
         );
         let line = failed("main").to_string();

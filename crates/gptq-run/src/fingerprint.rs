@@ -12,19 +12,20 @@ use serde_json::json;
 
 use crate::sources;
 
-/// The key of a quick digest of the model's tensors.
+/// Key of the sample digest of the model's tensors.
 pub(crate) const WEIGHTS: &str = "model.weights";
 /// A plan's.
 #[derive(Default)]
 pub(crate) struct Fingerprints {
-    /// In the plan's order.
+    /// Fingerprints of the branches, in the plan's order.
     pub(crate) branches: Vec<Fingerprint>,
-    /// What must not change while a run is unfinished, and says nothing about a finished branch: the
-    /// program and the device.
+    /// Values that must not change during an interrupted run but do not matter for finished
+    /// branches: the program and the device.
     pub(crate) run: Fingerprint,
-    /// Sizes and times of the model's files. Where they changed, an unfinished run goes by the tensors.
+    /// Sizes and times of the model's files. If they changed, an interrupted run compares the
+    /// tensors.
     pub(crate) files: Fingerprint,
-    /// Digest of what comes before the first block.
+    /// Digest of the weights before the first block.
     pub(crate) embedding: String,
 }
 
@@ -64,7 +65,7 @@ impl Fingerprints {
             "propagate",
             &json!(if dense { "dense" } else { "quantised" }),
         );
-        // A limit to damping stops a run and changes no byte of it.
+        // A damping limit stops a run and does not change its output.
         let clamps = plan.numerics.clamp_overflow;
         shared.add("numerics.clamp_overflow", &json!(clamps));
         shared.add("output.shard_size", &json!(plan.shard_size));
@@ -82,7 +83,7 @@ impl Fingerprints {
     }
 }
 
-/// `card` is the device's name, where there are several of a kind: another may sum in another order.
+/// `card` is the device's name if there are several kinds: another device may sum in another order.
 fn run(device: Device, card: Option<String>) -> Fingerprint {
     let mut run = Fingerprint::default();
     run.add(
@@ -100,7 +101,7 @@ fn run(device: Device, card: Option<String>) -> Fingerprint {
     run
 }
 
-/// Size and time of each of the model's files.
+/// Returns size and time of each of the model's files.
 fn files(checkpoint: &Checkpoint) -> Result<Fingerprint, FormatError> {
     let mut files = Fingerprint::default();
     for name in checkpoint.files() {
@@ -115,10 +116,10 @@ fn files(checkpoint: &Checkpoint) -> Result<Fingerprint, FormatError> {
     Ok(files)
 }
 
-/// SHA-256 of the running program, where it can be read: two builds of one version may differ, and a
-/// copy or a second install of the same is the same.
+/// Returns the SHA-256 of the running program, if it can be read: two builds of one version may
+/// differ, while copies of one build are equal.
 fn program() -> Option<String> {
-    // What runs, even if another was put in its place since.
+    // The running executable, even if it has been replaced on disk.
     let running = sha256_file(Path::new("/proc/self/exe"));
     running
         .or_else(|_| sha256_file(&std::env::current_exe().unwrap_or_default()))

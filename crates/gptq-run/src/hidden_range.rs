@@ -1,8 +1,8 @@
-//! Hidden states beyond the range of the 16-bit float they are kept in between taps: refused by name,
-//! or brought back to its largest number where the recipe allows it (`[numerics] overflow = "clamp"`).
+//! Hidden states beyond the range of their 16-bit storage type: refused with their position, or
+//! clamped to the largest number if the recipe allows it (`[numerics] overflow = "clamp"`).
 //!
-//! Looking for them costs nothing: whatever is not finite makes the next Gram matrix's diagonal not
-//! finite, which a solve looks at anyway. Only then is it searched for.
+//! Detection is free: a non-finite state makes the diagonal of the next Gram matrix non-finite,
+//! which the solver checks anyway. Only then are the states searched.
 
 use std::ops::Range;
 
@@ -24,11 +24,11 @@ pub struct Overflow {
     pub token: usize,
     /// Feature.
     pub feature: usize,
-    /// How many values there are, over all windows.
+    /// Number of values over all windows.
     pub count: usize,
-    /// Whether a NaN is among them.
+    /// True if any of them is NaN.
     pub nan: bool,
-    /// What they are kept in.
+    /// Storage type of the states.
     pub half: Half,
 }
 
@@ -39,25 +39,25 @@ impl std::fmt::Display for Overflow {
             Half::Bf16 => "3.39e38",
         };
         let what = match self.nan {
-            true => "not finite, NaN among them".to_owned(),
+            true => "that are not finite, including NaN".to_owned(),
             false => format!("beyond {}'s range of {largest}", self.half),
         };
         write!(
             f,
-            "the {} before it has {} values {what}, first window {}, token {}, feature {}",
+            "the {} before it has {} values {what}; the first is in window {}, token {}, feature {}",
             self.tensor, self.count, self.window, self.token, self.feature
         )?;
         match self.nan {
             true => write!(f, "; check the checkpoint's weights"),
             false => write!(
                 f,
-                "; [numerics] overflow = \"clamp\" goes on with {largest} instead"
+                "; [numerics] overflow = \"clamp\" continues with {largest} instead"
             ),
         }
     }
 }
 
-/// As [`Clamped::after`] says it.
+/// Formats [`Clamped::after`].
 pub(crate) fn after(block: &BlockSpec, taps: Range<usize>) -> String {
     match taps.len() {
         1 => block.tap_name(taps.start).to_owned(),
@@ -65,7 +65,7 @@ pub(crate) fn after(block: &BlockSpec, taps: Range<usize>) -> String {
     }
 }
 
-/// Brings a flow's states into the range of `half`; how many values were outside.
+/// Clamps a flow's states to the range of `half`; returns the number of values outside.
 pub(crate) fn clamp<B: Engine>(flow: Flow<B>, half: Half) -> (Flow<B>, usize) {
     let (residual, mut count) = B::clamp(flow.residual, half);
     let activations = flow.activations.into_iter().map(|(register, states)| {
@@ -81,7 +81,7 @@ pub(crate) fn clamp<B: Engine>(flow: Flow<B>, half: Half) -> (Flow<B>, usize) {
     (flow, count)
 }
 
-/// What is not finite in the flows, kept in `half`, in their order.
+/// Searches the flows, stored in `half`, in order for values that are not finite.
 pub(crate) fn search<B: Engine, E>(
     half: Half,
     flows: impl Iterator<Item = Result<Flow<B>, E>>,
@@ -116,7 +116,7 @@ pub(crate) fn search<B: Engine, E>(
     Ok(found)
 }
 
-/// Window and token of a row.
+/// Returns window and token of a row.
 fn place<B: Engine>(states: &Tensor<B, 2>, bad: NotFinite, windows: usize) -> [usize; 2] {
     let seq_len = (states.dims()[0] / windows.max(1)).max(1);
     [bad.row / seq_len, bad.row % seq_len]
@@ -130,7 +130,7 @@ mod tests {
 
     use super::*;
 
-    /// Two windows of two tokens of two features.
+    /// Makes two windows of two tokens with two features.
     fn flow(residual: [f32; 8], activation: Option<[f32; 8]>) -> Flow<Cpu> {
         let tensor = |values: [f32; 8]| {
             let data = TensorData::new(values.to_vec(), [4, 2]);

@@ -1,9 +1,9 @@
-//! Hidden states kept beside the journal now and then, so that a run that goes on need not go over
-//! all of its finished blocks again: `.gptq-states-N` in the output directory, after block `N`.
+//! Hidden states saved beside the journal now and then, so that a resumed run need not run all of
+//! its finished blocks again: `.gptq-states-N` in the output directory, after block `N`.
 //!
-//! A line of JSON ([`Index`]), then every chunk's f16 or bf16 values in its order, little-endian. The file's
-//! SHA-256 goes into the journal with block `N`, once both are on the disk. A file that is gone or is
-//! not what was written is not used: the packed tensors give the states again, only later.
+//! The file has a line of JSON ([`Index`]), then every chunk's f16 or bf16 values in order,
+//! little-endian. Its SHA-256 is recorded in the journal with block `N`, once both are on disk. A
+//! missing or changed file is ignored: the packed tensors give the same states, only later.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -27,31 +27,31 @@ use crate::stream::Stream;
 use crate::{RunError, disk_space};
 
 const PREFIX: &str = ".gptq-states-";
-/// Most bytes of the first line: 2^16 chunks in 100 branches, 32 bytes each, and more.
+/// Maximum length of the first line in bytes: 2^16 chunks in 100 branches, 32 bytes each, and more.
 const MAX_INDEX: u64 = 256 << 20;
-/// Bytes that may wait for the disk: a run that is to stop does not wait for more.
+/// Maximum number of unsynced bytes, which limits the wait when a run is stopped.
 const SYNC_EVERY: usize = 1 << 30;
 
 #[derive(Serialize, Deserialize)]
 struct Index {
     streams: Vec<IndexedStream>,
-    /// The dense model's.
+    /// The dense model's stream.
     dense: Option<IndexedStream>,
-    /// What outputs are compared on: the dense model's states, and each branch's.
+    /// Streams for comparing outputs: the dense model's, and each branch's.
     compared: Option<(IndexedStream, Vec<IndexedStream>)>,
 }
 
 #[derive(Serialize, Deserialize)]
 struct IndexedStream {
-    /// By name.
+    /// Names of the branches.
     branches: Vec<String>,
-    /// Windows, tokens and features of each.
+    /// Windows, tokens and features of each chunk.
     chunks: Vec<[usize; 3]>,
 }
 
-/// States that a run can go on from.
+/// Saved hidden states from which a run can resume.
 pub(crate) struct Kept {
-    /// Blocks they have been through.
+    /// Number of blocks the states have passed.
     pub(crate) layers: usize,
     path: PathBuf,
 }
@@ -108,7 +108,7 @@ fn write<'a, B: Engine>(
         Ok(file) => file,
         Err(error) => return Ok(Err(error)),
     };
-    let line = serde_json::to_string(index).expect("an index of plain values always serialises");
+    let line = serde_json::to_string(index).expect("an index of plain values always serializes");
     if let Err(error) = file.add(format!("{line}\n").as_bytes()) {
         return Ok(Err(error));
     }
@@ -123,7 +123,7 @@ fn write<'a, B: Engine>(
     Ok(file.finish(path))
 }
 
-/// A file and the hash of what is in it.
+/// A file and the hash of its content.
 struct HashedFile {
     file: File,
     hash: Sha256,
@@ -132,7 +132,7 @@ struct HashedFile {
 
 impl HashedFile {
     fn create(path: &Path) -> std::io::Result<Self> {
-        // Whatever has the name is not ours to write through.
+        // An existing file or link of that name must not be written through.
         if let Err(error) = fs::remove_file(path)
             && error.kind() != ErrorKind::NotFound
         {
@@ -156,7 +156,7 @@ impl HashedFile {
         Ok(())
     }
 
-    /// The hash, once everything is on the disk, its name in the directory included.
+    /// Syncs the file and its directory entry, and returns the hash.
     fn finish(self, path: &Path) -> std::io::Result<String> {
         self.file.sync_all()?;
         File::open(path.parent().unwrap_or(path))?.sync_all()?;
@@ -165,7 +165,7 @@ impl HashedFile {
 }
 
 impl Index {
-    /// Of all states; none if there are impossibly many.
+    /// Returns the size of all states; `None` on overflow.
     fn bytes(&self) -> Option<u64> {
         let compared = self.compared.iter();
         let chunks = self
@@ -197,10 +197,10 @@ impl Kept {
         })
     }
 
-    /// Reads them, each chunk to where it belongs.
+    /// Reads the states, each chunk to its place.
     ///
     /// # Errors
-    /// They are not those of `plan`.
+    /// The states do not belong to `plan`.
     pub(crate) fn read<B: Engine>(
         &self,
         plan: &Plan,
@@ -262,7 +262,7 @@ impl Kept {
     }
 }
 
-/// The next chunk of `file`.
+/// Reads the next chunk of `file`.
 fn flow<B: Engine>(
     file: &mut impl Read,
     [windows, tokens, features]: [usize; 3],
@@ -270,13 +270,13 @@ fn flow<B: Engine>(
     device: &B::Device,
 ) -> std::io::Result<Flow<B>> {
     let mut values = B::host_buffer(tokens * features, half, device);
-    // As they were written, on this machine.
+    // The values were written by this machine, in its byte order.
     file.read_exact(bytemuck::cast_slice_mut(values.bits_mut()))?;
     let residual = B::upload(&values, 0, [tokens, features], device);
     Ok(Flow::new(windows, residual))
 }
 
-/// Removes what was kept in `output`, but for those after block `but`.
+/// Removes the saved states in `output`, except those after block `but`.
 pub(crate) fn prune(output: &Path, but: Option<usize>) -> Result<(), FormatError> {
     let io = |e| FormatError::io(output)(e);
     let own = but.map(|layer| path(output, layer));

@@ -1,9 +1,9 @@
-//! The base model's weight files and their hashes: what a finished branch says it was made from.
+//! Hashes of the base model's weight files, which are recorded in a finished branch.
 //!
-//! A run hashes them on a thread of its own, while the blocks are computed, and waits for it before the
-//! first branch is put in place. One thread keeps up with any disk and leaves the others to the run. As every
-//! byte goes by, it also looks for weights that cannot be quantized: one in the last block ends the run in
-//! the first seconds.
+//! A run hashes them on a separate thread while it computes the blocks, and waits for the hashes
+//! before the first branch is moved into place. One thread keeps up with any disk. The same pass
+//! scans for weights that cannot be quantized, so that one in the last block ends the run within
+//! seconds.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -20,10 +20,10 @@ use rayon::prelude::*;
 use crate::RunError;
 use crate::options::check_stop;
 
-/// How often one that waits looks whether it is to stop.
+/// Interval at which a waiting thread checks for a stop request.
 const LOOK: Duration = Duration::from_millis(10);
 
-/// The hashes of a model's files, or what will be.
+/// Hashes of a model's files, or their computation.
 pub(crate) struct ModelHash {
     files: Vec<WeightFile>,
     state: State,
@@ -34,7 +34,7 @@ pub(crate) struct ModelHash {
 struct WeightFile {
     name: String,
     path: PathBuf,
-    /// What is looked at on the way.
+    /// Scan for unusable weights.
     scan: FloatScan,
 }
 
@@ -44,15 +44,15 @@ enum State {
     Known(ModelFiles),
 }
 
-/// The thread; it ends promptly once this is dropped.
+/// Running thread; it ends promptly when this is dropped.
 struct UnderWay {
-    /// `None` of the thread's: it was to end.
+    /// The thread returns `None` if it was told to end.
     thread: Option<JoinHandle<Result<Option<ModelFiles>, FormatError>>>,
     end: Arc<AtomicBool>,
 }
 
 impl ModelHash {
-    /// Of the files of a model, whose weights are taken in `half`; nothing is read yet.
+    /// Prepares the files of a model whose weights are converted to `half`; nothing is read yet.
     pub(crate) fn new(checkpoint: &Checkpoint, config: &ModelConfig, half: Half) -> Self {
         let needed: BTreeSet<String> = config.tensors().into_iter().map(|it| it.name).collect();
         let file = |name: &String| WeightFile {
@@ -66,11 +66,11 @@ impl ModelHash {
         }
     }
 
-    /// Hashes all files at once, if that has not been done yet. Weights are not looked at: what is asked
-    /// is whether finished branches were made of these very files.
+    /// Hashes all files at once, unless already done. Weights are not scanned: the hashes only show
+    /// whether finished branches were made from the same files.
     ///
     /// # Errors
-    /// One cannot be read; `stop` became true, in a run of `layers` blocks.
+    /// A file cannot be read, or `stop` became true in a run of `layers` blocks.
     pub(crate) fn now(
         &mut self,
         stop: &AtomicBool,
@@ -93,7 +93,7 @@ impl ModelHash {
         }
     }
 
-    /// Begins to hash them and to look at their weights, one after the other, on a thread of its own.
+    /// Starts a thread that hashes the files and scans their weights, one after the other.
     pub(crate) fn begin(&mut self) {
         if !matches!(self.state, State::Unknown) {
             return;
@@ -117,10 +117,10 @@ impl ModelHash {
         });
     }
 
-    /// What the thread has met so far that makes the run useless.
+    /// Reports an error that the thread has met so far.
     ///
     /// # Errors
-    /// A weight that cannot be quantized, a file that cannot be read.
+    /// A weight that cannot be quantized, or a file that cannot be read.
     pub(crate) fn check(&mut self) -> Result<(), RunError> {
         let done = |thread: &JoinHandle<_>| thread.is_finished();
         if let State::UnderWay(under_way) = &mut self.state
@@ -132,7 +132,7 @@ impl ModelHash {
         Ok(())
     }
 
-    /// Waits for what was begun.
+    /// Waits for the started thread.
     ///
     /// # Errors
     /// As of [`ModelHash::now`].
@@ -167,7 +167,7 @@ impl UnderWay {
 impl Drop for UnderWay {
     fn drop(&mut self) {
         self.end.store(true, Ordering::Relaxed);
-        // What it found, or failed at, is of no use any more.
+        // Its result is no longer needed.
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }
@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn a_stop_or_an_end_of_the_run_is_not_waited_for() {
         let dir = tempfile::tempdir().unwrap();
-        // Without a block on the disk; hours to hash.
+        // A sparse file that would take hours to hash.
         let file = File::create(dir.path().join("a")).unwrap();
         file.set_len(1 << 43).unwrap();
         let (started, stop) = (Instant::now(), AtomicBool::new(true));

@@ -1,13 +1,14 @@
-//! How far a branch's outputs are from the dense model's.
+//! Errors of a branch's outputs relative to the dense model's.
 //!
-//! Of a linear `‖ŴX̂ - WX‖² / ‖WX‖²`, with the dense model's inputs `X` and the branch's own `X̂`: what it
-//! rounds and what its inputs have moved, together. Of a block the mean over tokens of `‖ŷ - y‖² / ‖y‖²`, `y` the
-//! residual stream at its end. Both on the first tokens of a small share of the windows ([`Share`]), which go through the dense
-//! blocks and through each branch's beside the run, so that they are the same tokens for every preset and
-//! propagation, and no byte of a branch depends on them.
+//! For a linear layer, `‖ŴX̂ - WX‖² / ‖WX‖²` with the dense model's inputs `X` and the branch's own
+//! `X̂`: its rounding error and the error of its inputs together. For a block, the mean over tokens
+//! of `‖ŷ - y‖² / ‖y‖²`, `y` the residual stream at its end. Both use the first tokens of a small
+//! share of the windows ([`Share`]), which run through the dense blocks and each branch's beside
+//! the run. So the tokens are the same for every preset and propagation, and a branch's bytes do
+//! not depend on them.
 //!
-//! `ŴX̂ - WX = (Ŵ - W)X̂ + W(X̂ - X)`: where a branch is close to the dense model both terms are small, so
-//! nothing cancels, and 16-bit products are as good as the differences need.
+//! `ŴX̂ - WX = (Ŵ - W)X̂ + W(X̂ - X)`: if a branch is close to the dense model both terms are
+//! small, so nothing cancels, and 16-bit products are precise enough.
 
 use burn::tensor::{DType, Tensor};
 use gptq_format::FormatError;
@@ -20,25 +21,25 @@ use crate::moved::{LOST, squares};
 use crate::profile::{Clock, Phase};
 use crate::stream::{Chunk, Stream};
 
-/// A linear's errors against the dense model's output.
+/// Errors of a linear layer against the dense model's output.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct LinearErrors {
     pub(crate) output: f64,
-    /// With weights rounded to nearest.
+    /// Error with weights rounded to nearest.
     pub(crate) nearest: f64,
 }
 
-/// The dense model and every branch on the compared tokens.
+/// Streams of the dense model and every branch on the compared tokens.
 pub(crate) struct OutputErrors<B: Engine> {
     pub(crate) dense: Dense<B>,
-    /// In the plan's order.
+    /// Branches in the plan's order.
     pub(crate) own: Vec<Stream<B>>,
-    /// `‖WX‖²` of the block's linears, in its order.
+    /// `‖WX‖²` of the block's linear layers, in order.
     energies: Vec<f64>,
 }
 
 impl<B: Engine> OutputErrors<B> {
-    /// From the states before the next block.
+    /// Starts from the states before the next block.
     pub(crate) fn new(dense: Stream<B>, own: Vec<Stream<B>>) -> Self {
         OutputErrors {
             dense: Dense::new(dense),
@@ -47,7 +48,7 @@ impl<B: Engine> OutputErrors<B> {
         }
     }
 
-    /// Of `branches` branches that begin with the embedded windows in `all`.
+    /// Starts `branches` branches with the embedded windows in `all`.
     pub(crate) fn begin(
         all: &Stream<B>,
         share: Share,
@@ -62,7 +63,8 @@ impl<B: Engine> OutputErrors<B> {
         Ok(OutputErrors::new(first.clone(), own.collect()))
     }
 
-    /// Runs the next block, dense; `solving`: its linears are to be compared.
+    /// Runs the next block of the dense model; with `solving`, prepares the comparison of its
+    /// linear layers.
     pub(crate) fn enter(
         &mut self,
         block: &Block<B>,
@@ -97,8 +99,8 @@ impl<B: Engine> OutputErrors<B> {
         Ok(())
     }
 
-    /// The errors of some of the linears of `tap`, which `block` has dense yet, with the weights that were
-    /// found and the nearest.
+    /// Returns the errors of some linear layers of `tap`, given the solved and the nearest weights;
+    /// `block` still holds the dense ones.
     pub(crate) fn linears(
         &self,
         branch: usize,
@@ -139,7 +141,7 @@ impl<B: Engine> OutputErrors<B> {
         Ok(errors.collect())
     }
 
-    /// Takes a branch past `tap` with the weights of its own block.
+    /// Advances a branch past `tap` with the weights of its own block.
     pub(crate) fn advance(
         &mut self,
         branch: usize,
@@ -154,7 +156,7 @@ impl<B: Engine> OutputErrors<B> {
         Ok(())
     }
 
-    /// The error of the output of the block that was entered last, which the branch has been through.
+    /// Returns the error of the output of the last entered block, which the branch has passed.
     pub(crate) fn block(&self, branch: usize, device: &B::Device) -> Result<f64, FormatError> {
         let (mut sum, mut tokens) = (0.0, 0);
         let pairs = self.dense.end().chunks.iter().zip(&self.own[branch].chunks);
@@ -172,7 +174,7 @@ impl<B: Engine> OutputErrors<B> {
     }
 }
 
-/// The input of the linears of `tap`.
+/// Returns the input of the linear layers of `tap`.
 fn input<B: Engine>(
     block: &Block<B>,
     tap: usize,
@@ -185,7 +187,7 @@ fn input<B: Engine>(
     })
 }
 
-/// The sum of each of some columns `[tokens, 1]`, brought over at once and added up in f64.
+/// Sums columns `[tokens, 1]`, transferred together and added in f64.
 fn sums<B: Engine>(columns: Vec<Tensor<B, 2>>) -> Vec<f64> {
     let n = columns.len();
     let values = Tensor::cat(columns, 1).into_data();
@@ -199,7 +201,7 @@ fn sums<B: Engine>(columns: Vec<Tensor<B, 2>>) -> Vec<f64> {
     sums
 }
 
-/// A linear whose dense output is zero has nothing to lose but by giving some.
+/// Relative error of a layer; with zero dense output, any output at all is an error.
 fn part(lost: f64, energy: f64) -> f64 {
     match lost {
         0.0 => 0.0,
@@ -207,7 +209,7 @@ fn part(lost: f64, energy: f64) -> f64 {
     }
 }
 
-/// A number for what is not finite: output a thousand times as long as it was.
+/// Replaces a number that is not finite by that of an output a thousand times its original length.
 fn bounded(error: f64) -> f64 {
     match error < LOST {
         true => error,

@@ -1,18 +1,18 @@
-//! Where a run's time went.
+//! Time profile of a run.
 
 use std::time::Instant;
 
 use gptq_kernels::Engine;
 use gptq_plan::PhaseSeconds;
 
-/// What a run spends its time on, in the order of a block.
+/// Phases of a run, in the order of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Device, tokenisation, embedding.
+    /// Device, tokenization, embedding.
     Start,
-    /// Waiting for a block's weights, and putting them on the device.
+    /// Waiting for a block's weights, and transferring them to the device.
     Read,
-    /// Running stages, norms and attention.
+    /// Running linear layers, norms and attention.
     Forward,
     /// Accumulating Gram matrices.
     Gram,
@@ -20,14 +20,14 @@ pub enum Phase {
     Factor,
     /// Grids, codes and output errors.
     Sweep,
-    /// Packing, and bringing packed tensors to the host.
+    /// Packing, and transferring packed tensors to the host.
     Pack,
-    /// Waiting for the files: their queue, their last bytes, their sync.
+    /// Waiting for the writer: its queue, the last bytes, the sync.
     Write,
 }
 
 impl Phase {
-    /// All of them, in order.
+    /// All phases in order.
     pub const ALL: [Phase; 8] = [
         Phase::Start,
         Phase::Read,
@@ -39,7 +39,7 @@ impl Phase {
         Phase::Write,
     ];
 
-    /// For a table.
+    /// Returns the name for a table.
     pub fn name(self) -> &'static str {
         match self {
             Phase::Start => "start",
@@ -54,22 +54,22 @@ impl Phase {
     }
 }
 
-/// Seconds of a run's own thread, by phase. On a device that works ahead of its caller the phases
-/// are told apart only where the run was asked to wait after each.
+/// Seconds of a run's main thread, by phase. On an asynchronous device the phases are separated
+/// only if the run synchronizes after each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Profile {
     seconds: [f64; Phase::ALL.len()],
-    /// The whole run.
+    /// Seconds of the whole run.
     pub total: f64,
 }
 
 impl Profile {
-    /// Seconds of one phase.
+    /// Returns the seconds of one phase.
     pub fn seconds(&self, phase: Phase) -> f64 {
         self.seconds[phase as usize]
     }
 
-    /// Every phase, and `other` for what belongs to none: together the whole.
+    /// Returns every phase, and `other` for the rest; together they make the total.
     pub(crate) fn phases(&self) -> Vec<PhaseSeconds> {
         let phases = Phase::ALL.map(|phase| (phase.name(), self.seconds(phase)));
         let all = phases.into_iter().chain([("other", self.rest())]);
@@ -80,7 +80,7 @@ impl Profile {
         .collect()
     }
 
-    /// Seconds that belong to no phase.
+    /// Returns the seconds outside of all phases.
     pub fn rest(&self) -> f64 {
         self.total - self.seconds.iter().sum::<f64>()
     }
@@ -94,7 +94,8 @@ pub(crate) struct Clock {
 }
 
 impl Clock {
-    /// `wait` for the device at the end of each measured piece, so that its time is its own.
+    /// With `wait`, synchronizes with the device after each measured piece, so that its time is
+    /// attributed correctly.
     pub(crate) fn new(wait: bool) -> Self {
         Clock {
             started: Instant::now(),
@@ -103,12 +104,12 @@ impl Clock {
         }
     }
 
-    /// Whether pieces are waited for.
+    /// Returns true if it synchronizes after each piece.
     pub(crate) fn waits(&self) -> bool {
         self.wait
     }
 
-    /// Does `work` on the phase's account.
+    /// Runs `work` and attributes its time to `phase`.
     pub(crate) fn measure<B: Engine, T>(
         &mut self,
         phase: Phase,
@@ -120,19 +121,19 @@ impl Clock {
         done
     }
 
-    /// Puts all the time so far on the start's account, the first time.
+    /// Attributes all time so far to the start, the first time it is called.
     pub(crate) fn add_start(&mut self) {
         if self.seconds[Phase::Start as usize] == 0.0 {
             self.add(Phase::Start, self.started.elapsed().as_secs_f64());
         }
     }
 
-    /// Puts seconds on a phase's account.
+    /// Attributes seconds to a phase.
     pub(crate) fn add(&mut self, phase: Phase, seconds: f64) {
         self.seconds[phase as usize] += seconds;
     }
 
-    /// The profile so far.
+    /// Returns the profile so far.
     pub(crate) fn profile(&self) -> Profile {
         Profile {
             seconds: self.seconds,
@@ -141,7 +142,7 @@ impl Clock {
     }
 }
 
-/// The result of `work` and its seconds, the device's included if `wait`.
+/// Returns the result of `work` and its seconds, including the device's if `wait`.
 pub(crate) fn timed<B: Engine, T>(
     wait: bool,
     device: &B::Device,
@@ -150,7 +151,7 @@ pub(crate) fn timed<B: Engine, T>(
     let started = Instant::now();
     let done = work();
     if wait {
-        // A device that fails here fails the next operation too, and is reported there.
+        // A device that fails here also fails in the next operation, which reports it.
         let _ = B::sync(device);
     }
     (done, started.elapsed().as_secs_f64())

@@ -1,4 +1,4 @@
-//! Hidden states on disk: an unnamed file, gone with the process, in which places are used again.
+//! Hidden states on disk: an unnamed file, deleted with the process, whose freed space is reused.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use gptq_format::FormatError;
 
-/// The file.
+/// The temporary file.
 pub(crate) struct Scratch {
     dir: PathBuf,
     file: File,
@@ -17,13 +17,13 @@ pub(crate) struct Scratch {
 
 #[derive(Default)]
 struct Places {
-    /// Bytes of the file.
+    /// Length of the file in bytes.
     end: u64,
-    /// Where places of a length begin that nobody has.
+    /// Offsets of free slots, by length.
     free: BTreeMap<u64, Vec<u64>>,
 }
 
-/// Bytes in the file; its place is free again once it is dropped.
+/// A range of the file, which is freed when this is dropped.
 pub(crate) struct Slot {
     scratch: Arc<Scratch>,
     start: u64,
@@ -31,7 +31,7 @@ pub(crate) struct Slot {
 }
 
 impl Scratch {
-    /// A file on the file system of `dir`.
+    /// Creates a file on the file system of `dir`.
     pub(crate) fn create(dir: &Path) -> Result<Arc<Self>, FormatError> {
         Ok(Arc::new(Scratch {
             dir: dir.into(),
@@ -40,7 +40,7 @@ impl Scratch {
         }))
     }
 
-    /// Writes `bytes` somewhere.
+    /// Writes `bytes` to a free slot.
     pub(crate) fn put(self: &Arc<Self>, bytes: &[u8]) -> Result<Slot, FormatError> {
         let length = bytes.len() as u64;
         let start = {
@@ -64,7 +64,7 @@ impl Scratch {
 }
 
 impl Slot {
-    /// Reads what was put there into `bytes`, which are as many.
+    /// Reads the slot into `bytes`, which must have the same length.
     pub(crate) fn read(&self, bytes: &mut [u8]) -> Result<(), FormatError> {
         let read = self.scratch.file.read_exact_at(bytes, self.start);
         read.map_err(FormatError::io(&self.scratch.dir))

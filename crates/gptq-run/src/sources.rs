@@ -1,13 +1,13 @@
-//! What finished blocks were made from: digests of tensors as they lie in the model's files.
+//! Digests of the model's tensors that finished blocks were made from.
 //!
-//! An unfinished run goes on with files that were written again, repaired behind the blocks that it has
-//! finished, as long as the tensors that these came from are the same.
+//! An interrupted run can be resumed even if model files were written again, for example to repair
+//! a later block, as long as the tensors of its finished blocks are the same.
 
 use gptq_format::{Checkpoint, FormatError, sha256};
 use gptq_spec::{ModelConfig, ModelTensor, Role};
 use rayon::prelude::*;
 
-/// SHA-256 over the tensors of block `layer`.
+/// Returns the SHA-256 over the tensors of block `layer`.
 pub(crate) fn block(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
@@ -16,7 +16,7 @@ pub(crate) fn block(
     digest(checkpoint, &config.block_tensors(layer))
 }
 
-/// SHA-256 over what comes before the first block.
+/// Returns the SHA-256 over the weights before the first block.
 pub(crate) fn embedding(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
@@ -28,7 +28,7 @@ pub(crate) fn embedding(
     found
 }
 
-/// Over names, types, shapes and elements; tensors are read at the same time.
+/// Hashes names, dtypes, shapes and elements; tensors are read in parallel.
 fn digest(checkpoint: &Checkpoint, tensors: &[ModelTensor]) -> Result<String, FormatError> {
     let one = |tensor: &ModelTensor| {
         let view = checkpoint.view(&tensor.name)?;

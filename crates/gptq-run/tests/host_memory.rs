@@ -1,6 +1,6 @@
-//! A run keeps within its host memory budget: what it allocates is counted, and what of mapped files
-//! is in memory, on checkpoints and hidden states larger than the budget. One test alone, because it
-//! counts the whole process.
+//! A run keeps within its host memory budget, counting its allocations and the resident pages of
+//! mapped files, with checkpoints and hidden states larger than the budget. A single test, because
+//! it counts the whole process.
 
 use std::fs;
 use std::path::Path;
@@ -22,12 +22,14 @@ static ALLOCATOR: PeakAlloc = PeakAlloc;
 
 const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
-/// A checkpoint of `layers` blocks with the bundled model's tokenizer; the bytes of its weights.
+/// Writes a checkpoint of `layers` blocks with the bundled model's tokenizer; returns the bytes of
+/// its weights.
 fn checkpoint(dir: &Path, hidden: usize, wide: usize, layers: usize) -> u64 {
     checkpoint_of(dir, [hidden, wide, layers, 4096], Dtype::F16)
 }
 
-/// The same with a vocabulary of any size, which the tokenizer need not fill, and weights in f16 or bf16.
+/// Does the same with a vocabulary of any size, which the tokenizer need not fill, and weights in
+/// f16 or bf16.
 fn checkpoint_of(dir: &Path, [hidden, wide, layers, vocabulary]: [usize; 4], dtype: Dtype) -> u64 {
     fs::create_dir(dir).unwrap();
     let tokenizer = Path::new(REPOSITORY).join("tests/models/medi-tiny");
@@ -92,7 +94,7 @@ fn plan(dir: &Path, samples: usize, branches: &str) -> Plan {
     plan
 }
 
-/// Bytes of mapped files that are in memory, the program's own among them.
+/// Returns the resident bytes of mapped files, including the program's own.
 fn mapped() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status
@@ -102,8 +104,8 @@ fn mapped() -> u64 {
     kilobytes.parse::<u64>().unwrap() << 10
 }
 
-/// Runs within `budget`; the most bytes that were allocated, and the most of files that came into
-/// memory, looked at after each linear.
+/// Runs within `budget`; returns the peak of allocated bytes, and that of resident file bytes,
+/// sampled after each linear layer.
 fn peak(plan: &Plan, budget: u64) -> Result<[u64; 2], RunError> {
     let options = RunOptions {
         profile: false,
@@ -124,8 +126,8 @@ fn peak(plan: &Plan, budget: u64) -> Result<[u64; 2], RunError> {
 
 #[test]
 fn host_memory_stays_within_its_budget() {
-    // A checkpoint several times larger than the budget: the blocks come and go. Only one linear in
-    // each is solved, which takes as much memory as all of them, and less time.
+    // A checkpoint several times larger than the budget, so blocks are loaded and dropped. Only one
+    // linear layer in each is solved, which takes as much memory as all of them, and less time.
     let dir = tempfile::tempdir().unwrap();
     let bytes = checkpoint(&dir.path().join("model"), 256, 512, 320);
     let skip: String = [
@@ -152,8 +154,9 @@ fn host_memory_stays_within_its_budget() {
     let error = peak(&large, budget / 2).unwrap_err().to_string();
     assert!(error.contains("--host-memory"), "{error}");
 
-    // A vocabulary that is most of the model, in a type that is converted on its way to the device and into the
-    // branches: never more than pieces of it besides the embedding itself, and each branch its own again.
+    // A vocabulary that is most of the model, in a dtype that is converted for the device and for
+    // the branches: at most pieces of it besides the embedding itself, and for each branch
+    // separately.
     let dir = tempfile::tempdir().unwrap();
     let shape = [256, 512, 2, 1 << 16];
     let bytes = checkpoint_of(&dir.path().join("model"), shape, Dtype::BF16);
@@ -164,12 +167,12 @@ fn host_memory_stays_within_its_budget() {
     let [used, mapped] = peak(&vocabulary, budget).unwrap();
     println!("checkpoint {bytes}, table {table}, budget {budget}, used {used}, mapped {mapped}");
     assert!(used <= budget, "{used} of {budget}");
-    // The table in what is computed in, and less than it again for all else.
+    // The table in compute dtype, and less than its size for everything else.
     assert!(used < 2 * table * 4, "{used} for a table of {}", table * 4);
     assert!(mapped <= bytes / 4, "{mapped} bytes of {bytes} stay mapped");
 
-    // Hidden states larger than the budget: they come and go as well, and of a larger budget they take
-    // their share. Kept beside the journal too, they are read back a chunk at a time.
+    // Hidden states larger than the budget go to disk, and a larger budget is used for them. Saved
+    // beside the journal too, they are read back one chunk at a time.
     let dir = tempfile::tempdir().unwrap();
     checkpoint(&dir.path().join("model"), 64, 64, 2);
     let branches: String = (0..6)

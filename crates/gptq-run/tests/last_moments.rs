@@ -1,5 +1,5 @@
-//! Moments that no kill meets by chance: between the last block and the last directory, and while hidden
-//! states are kept.
+//! Moments that no random kill hits: between the last block and the last directory, and while
+//! hidden states are saved.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,7 +27,7 @@ fn plan(out: &Path, bits: u32) -> Plan {
     Plan::new(&recipe, &Fetched::default()).unwrap()
 }
 
-/// Runs until `stops` says so.
+/// Runs until `stops` returns true.
 fn run(plan: &Plan, restart: bool, stops: impl FnMut(&Event<'_>) -> bool) -> Result<(), RunError> {
     run_keeping(Duration::MAX, plan, restart, stops)
 }
@@ -56,7 +56,8 @@ fn run_keeping(
     ended.map(|_| ())
 }
 
-/// After the last linear of the last branch: its block is journalled, no directory is in place.
+/// Stops after the last linear layer of the last branch: its block is in the journal, but no
+/// directory is in place.
 fn after_the_last_block() -> impl FnMut(&Event<'_>) -> bool {
     let mut linears = 0;
     move |event| {
@@ -158,7 +159,7 @@ fn a_restart_that_is_stopped_goes_on_over_the_branches_that_it_replaces() {
         let refused = run(&changed, false, |_| false).unwrap_err().to_string();
         assert!(refused.contains("bits was 4, is 3"), "{refused}");
         assert!(run(&changed, true, stops).is_err());
-        // Until then the old ones are there.
+        // Until then the old branches are in place.
         let b = Path::new("b");
         assert!(weights(dir.path())[b] == old[b]);
         let mut made = 0;
@@ -181,7 +182,7 @@ fn hidden_states_that_cannot_be_written_end_no_run() {
     let (mut begun, mut reasons) = (false, Vec::new());
     let ended = run_keeping(Duration::ZERO, &plan(out, 4), false, |event| {
         match event {
-            // A directory where the file would be.
+            // A directory in the place of the file.
             Event::Linear { .. } if !begun => {
                 fs::create_dir(taken(0)).unwrap();
                 begun = true;

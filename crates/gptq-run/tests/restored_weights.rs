@@ -1,5 +1,5 @@
-//! What a run that goes on rests on: packed tensors give back, bit for bit, the weights that the
-//! solver let the forward pass go on with.
+//! The basis of resuming: packed tensors give back, bit for bit, the weights that the solver used
+//! for the forward pass.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use gptq_plan::{Plan, Recipe};
 use gptq_spec::ModelConfig;
 use serde_json::json;
 
-/// Uniform in ±1, the same every time.
+/// Returns deterministic values uniform in ±1.
 fn noise(rows: usize, cols: usize, seed: u64) -> Tensor<Cpu, 2> {
     let mut state = seed;
     let one = |_| {

@@ -1,5 +1,5 @@
-//! Blocked Cholesky, `A = LLᵀ`: nalgebra's own is unblocked and several times slower from a
-//! thousand columns on.
+//! Blocked Cholesky, `A = LLᵀ`: nalgebra's own is unblocked and several times slower from about a
+//! thousand columns.
 
 use nalgebra::{Cholesky, DMatrix};
 
@@ -9,8 +9,8 @@ use crate::Real;
 /// trailing products to dominate.
 const BLOCK: usize = 64;
 
-/// Lower factor of the symmetric `a`, of which only the lower triangle is read; `None` when it is
-/// not positive definite. The result's upper triangle is zero.
+/// Returns the lower factor of the symmetric `a`, of which only the lower triangle is read; `None`
+/// if it is not positive definite. The result's upper triangle is zero.
 pub(crate) fn lower<T: Real>(mut a: DMatrix<T>) -> Option<DMatrix<T>> {
     let n = a.nrows();
     for start in (0..n).step_by(BLOCK) {
@@ -41,7 +41,8 @@ pub(crate) fn lower<T: Real>(mut a: DMatrix<T>) -> Option<DMatrix<T>> {
     Some(a)
 }
 
-/// `x ← x A⁻¹` for `A = LLᵀ`, given the lower factor: two triangular solves in blocks of columns.
+/// Solves `x ← x A⁻¹` for `A = LLᵀ`, given the lower factor: two triangular solves in blocks of
+/// columns.
 pub(crate) fn solve_right<T: Real>(lower: &DMatrix<T>, x: &mut DMatrix<T>) {
     let n = lower.nrows();
     let starts: Vec<usize> = (0..n).step_by(BLOCK).collect();

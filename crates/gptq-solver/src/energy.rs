@@ -1,4 +1,4 @@
-//! Output energies from the Gram matrix, without looking at the inputs again.
+//! Output energies from the Gram matrix, without another pass over the inputs.
 
 use nalgebra::DMatrix;
 use rayon::prelude::*;
@@ -8,9 +8,10 @@ use crate::Real;
 /// Rows per task; fixed, so that the sum does not depend on the number of threads.
 const STRIP: usize = 64;
 
-/// `‖AX‖² = tr(A H Aᵀ)` for `a [rows, in]` and the undamped Gram matrix `H = XᵀX [in, in]`.
+/// Computes `‖AX‖² = tr(A H Aᵀ)` for `a [rows, in]` and the undamped Gram matrix `H = XᵀX [in,
+/// in]`.
 ///
-/// The relative output error of a linear is `output_energy(W - Q) / output_energy(W)`.
+/// The relative output error of a linear layer is `output_energy(W - Q) / output_energy(W)`.
 pub fn output_energy<T: Real>(a: &DMatrix<T>, gram: &DMatrix<T>) -> f64 {
     assert_eq!(a.ncols(), gram.nrows(), "one column per input");
     let starts: Vec<usize> = (0..a.nrows()).step_by(STRIP).collect();

@@ -1,8 +1,8 @@
-//! The one error type of this crate.
+//! Errors of this crate.
 
 use thiserror::Error;
 
-/// Why a linear could not be solved. The caller knows its name and adds it.
+/// Reason why a linear layer could not be solved. The caller adds its name.
 #[derive(Debug, Error, PartialEq)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum SolverError {

@@ -1,4 +1,4 @@
-//! The factorisation the sweep needs, from one Cholesky.
+//! The factorization the sweep needs, from one Cholesky.
 //!
 //! GPTQ uses the upper `U` with `H⁻¹ = UᵀU`. With `J` the reversal, `JHJ = LLᵀ` gives `M = JLJ`,
 //! upper triangular with `H = MMᵀ`, and `U = M⁻¹`: no inverse is ever formed. The sweep is
@@ -9,36 +9,37 @@ use nalgebra::DMatrix;
 
 use crate::{Real, SolverError, cholesky};
 
-/// Damping beyond which a Hessian is given up on, as a fraction of the mean diagonal.
+/// Largest damping tried, as a fraction of the mean diagonal.
 pub const MAX_DAMPING: f64 = 1.0;
-/// The first damping tried after one that failed, where the recipe's own was smaller.
+/// Lower bound of the second damping tried, for recipes whose own is smaller.
 const FIRST_RAISE: f64 = 0.01;
 
-/// The damping to try after `failed`, which is below [`MAX_DAMPING`].
+/// Returns the damping to try after `failed`, which is below [`MAX_DAMPING`].
 pub fn raised(failed: f64) -> f64 {
     (2.0 * failed).clamp(FIRST_RAISE, MAX_DAMPING)
 }
 
-/// `H`, ordered, damped and factored.
+/// `H`, permuted, damped and factored.
 #[derive(Clone, Debug)]
 pub struct Factor<T: Real> {
     /// `order[k]` is the original column solved `k`-th.
     pub order: Vec<usize>,
     /// `M` upper triangular, `H = MMᵀ` in solving order.
     pub upper: DMatrix<T>,
-    /// Columns whose input is always zero, ascending; their weights are taken as zero.
+    /// Columns whose input is always zero, ascending; their weights are set to zero.
     pub dead: Vec<usize>,
     /// The damping that succeeded, as a fraction of the mean diagonal.
     pub damping: f64,
 }
 
-/// Columns with an all-zero input.
+/// Returns the columns whose input is always zero.
 pub fn dead_columns<T: Real>(gram: &DMatrix<T>) -> Vec<usize> {
     let zero = |j: &usize| gram[(*j, *j)] == T::zero();
     (0..gram.nrows()).filter(zero).collect()
 }
 
-/// `gram` with `damping` times the mean diagonal added to the diagonal, 1 where a column is dead.
+/// Returns `gram` with `damping` times the mean diagonal added to the diagonal, and 1 for dead
+/// columns.
 pub(crate) fn with_damping<T: Real>(gram: &DMatrix<T>, damping: f64) -> DMatrix<T> {
     let n = gram.nrows();
     let mean = (0..n).map(|j| gram[(j, j)].exact()).sum::<f64>() / n as f64;
@@ -52,8 +53,8 @@ pub(crate) fn with_damping<T: Real>(gram: &DMatrix<T>, damping: f64) -> DMatrix<
     damped
 }
 
-/// What `factor` makes of the damped matrix, and the damping that succeeded: where it fails, damping
-/// is raised, doubling, up to the mean diagonal itself.
+/// Returns the result of `factor` on the damped matrix, and the damping that succeeded: on failure,
+/// damping is doubled up to the mean diagonal itself.
 pub(crate) fn damped<T: Real, F>(
     gram: &DMatrix<T>,
     damping: f64,
@@ -80,11 +81,11 @@ impl<T: Real> Factor<T> {
     /// Factors `gram [in, in]` (symmetric; scaling it changes nothing).
     ///
     /// `act_order` solves columns by descending diagonal, ties by index. `damping`, times the mean
-    /// diagonal, is added to the diagonal; where the factorisation fails it is raised, doubling, up
-    /// to the mean diagonal itself.
+    /// diagonal, is added to the diagonal; if the factorization fails, it is doubled up to the mean
+    /// diagonal itself.
     ///
     /// # Errors
-    /// A non-finite element, or no success at any damping.
+    /// A non-finite element, or failure at every damping.
     pub fn new(gram: &DMatrix<T>, act_order: bool, damping: f64) -> Result<Self, SolverError> {
         let n = gram.nrows();
         assert_eq!(gram.ncols(), n, "a Gram matrix is square");
@@ -108,7 +109,7 @@ impl<T: Real> Factor<T> {
         })
     }
 
-    /// What a squared rounding error of the column solved `k`-th costs.
+    /// Returns the loss caused by a squared rounding error of 1 in the column solved `k`-th.
     ///
     /// GPTQ's loss is the sum over columns of `(w_j - q_j)² / U_jj²`, taken when column `j` is
     /// rounded, and `1 / U_jj = M_jj`.
@@ -119,7 +120,7 @@ impl<T: Real> Factor<T> {
         }
     }
 
-    /// [`Factor::cost`] of every original column.
+    /// Returns [`Factor::cost`] of every original column.
     pub(crate) fn costs_by_column(&self) -> Vec<T> {
         let mut costs = vec![T::zero(); self.order.len()];
         for (k, &column) in self.order.iter().enumerate() {
@@ -128,7 +129,8 @@ impl<T: Real> Factor<T> {
         costs
     }
 
-    /// `P_b` above and `U_bb` on the diagonal blocks of width `panel`, all in one matrix; zero below.
+    /// Returns `P_b` above and `U_bb` on the diagonal blocks of width `panel`, in one matrix; zero
+    /// below.
     pub(crate) fn panels(&self, panel: usize) -> DMatrix<T> {
         let n = self.upper.nrows();
         let mut panels = DMatrix::zeros(n, n);

@@ -1,16 +1,16 @@
-//! What each option beyond plain GPTQ gains in a linear.
+//! Gain of each option beyond plain GPTQ in a linear layer.
 
 use serde::{Deserialize, Serialize};
 
-/// How much each option took off the loss that it lowers, as a part of the linear's output energy
-/// `‖WX‖²`: the unit of the relative error. `None` where the option was not used.
+/// Reduction of the loss by each option, relative to the linear layer's output energy `‖WX‖²`: the
+/// unit of the relative error. `None` if the option was not used.
 ///
-/// Each is measured where the option acts, with what comes after it still to be done, so they do not add
-/// up to the difference that they make together. None is below zero by more than rounding.
+/// Each gain is measured at the step where the option acts, before later steps, so the gains do not
+/// add up to the total difference. None is below zero by more than rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Gains {
-    /// Searching scales: what the plain grids would have cost when they were chosen,
-    /// `Σ M_jj² (w_j - q_j)²`, less what the chosen ones do.
+    /// Scale search: the loss of the plain grids when the grids were chosen, `Σ M_jj² (w_j -
+    /// q_j)²`, minus that of the chosen ones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale_search: Option<f64>,
     /// Correcting the mismatch of activations: `‖X_d Wᵀ - X Wᵀ‖²` less `‖X_d Wᵀ - X W'ᵀ‖²`, on the windows that it was
@@ -27,7 +27,7 @@ pub struct Gains {
 }
 
 impl Gains {
-    /// The options used, by their names in a recipe, and what each gained.
+    /// Returns the options used, by their recipe names, and their gains.
     pub fn used(&self) -> impl Iterator<Item = (&'static str, f64)> + use<> {
         [
             ("scale_search", self.scale_search),

@@ -1,13 +1,14 @@
-//! A group's quantization grid: `w_hat = scale * (code - zero)`.
+//! Quantization grid of a group: `w_hat = scale * (code - zero)`.
 
 use crate::{Real, Settings};
 
-/// Ranges tried by a search, relative to the one that just spans the group; the last is that one.
+/// Ranges tried by the scale search, relative to the plain one, which is last.
 ///
-/// Narrower ones clip outliers for the sake of the rest. A symmetric grid has one code more below zero than
-/// above: the search turns it round (its scale is negative, the format allows that) where the largest
-/// weight is positive, so that this code is used, and tries 0.65 to 1.025 times the scale that puts the
-/// largest weight right on it, `max|w| / 2^(b-1)`. The asymmetric ones go from 0.7 to 1.075.
+/// Narrower ranges clip outliers in favor of the other weights. A symmetric grid has one code more
+/// below zero than above: the search mirrors the grid (its scale is negative, which the format
+/// allows) if the largest weight is positive, so that this code is used, and tries 0.65 to 1.025
+/// times the scale that represents the largest weight exactly, `max|w| / 2^(b-1)`. Asymmetric
+/// ranges go from 0.7 to 1.075.
 pub fn scale_factors(settings: &Settings) -> [f64; 32] {
     let codes = f64::from(settings.bits.max_code()) + 1.0;
     let (first, unit) = match settings.sym {
@@ -24,23 +25,23 @@ pub fn scale_factors(settings: &Settings) -> [f64; 32] {
 /// Scale and zero point of one group of one row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Grid<T> {
-    /// Step between neighbouring codes; negative where the grid is turned round.
+    /// Step between neighbouring codes; negative if the grid is mirrored.
     pub scale: T,
-    /// The code of 0, an integer.
+    /// Zero point: the code of 0, an integer.
     pub zero: T,
     /// The largest code.
     pub max_code: T,
 }
 
 impl<T: Real> Grid<T> {
-    /// The grid for `weights`, a group's `(weight, cost)` pairs: `cost` is what a squared rounding
-    /// error of that weight costs, relative to the group's others.
+    /// Fits the grid for `weights`, a group's `(weight, cost)` pairs: `cost` is the loss of a
+    /// squared rounding error of that weight, relative to the other weights of the group.
     ///
     /// Symmetric: `scale = 2 max|w| / (2^b - 1)`, `zero = 2^(b-1)`. Asymmetric: from the minimum to
     /// the maximum, 0 included. A group of zeros gets the grid of ±1. With
-    /// [`Settings::scale_search`], the range is then multiplied by the one of [`scale_factors`] whose
-    /// grid loses least; a plain one that loses as little stays. The second value is how much less than the
-    /// plain grid's the loss is.
+    /// [`Settings::scale_search`], the range is then multiplied by the one of [`scale_factors`]
+    /// whose grid has the least loss; the plain grid wins ties. The second value is the reduction
+    /// of the loss relative to the plain grid.
     pub fn fit(weights: impl Iterator<Item = (T, T)> + Clone, settings: &Settings) -> (Grid<T>, T) {
         let (mut low, mut high) = (T::zero(), T::zero());
         for (w, _) in weights.clone() {
@@ -93,7 +94,7 @@ impl<T: Real> Grid<T> {
         }
     }
 
-    /// What rounding `weights` on this grid costs.
+    /// Returns the loss of rounding `weights` on this grid.
     fn loss(&self, weights: impl Iterator<Item = (T, T)>) -> T {
         weights.fold(T::zero(), |sum, (w, cost)| {
             let error = w - self.round(w).1;
@@ -101,7 +102,7 @@ impl<T: Real> Grid<T> {
         })
     }
 
-    /// The code nearest to `w`, ties to even before the zero point is added, and what it stands for.
+    /// Returns the code nearest to `w` (ties to even before the zero point is added) and its value.
     pub fn round(&self, w: T) -> (T, T) {
         let code = ((w / self.scale).round_ties_even() + self.zero)
             .max(T::zero())
@@ -179,7 +180,7 @@ mod tests {
     #[test]
     fn a_searched_symmetric_grid_is_turned_towards_its_largest_weight() {
         for sign in [1.0f64, -1.0] {
-            // Only a code of ±8 steps of 1/8 has all three.
+            // Only a code of ±8 steps of 1/8 represents all three.
             let weights = [1.0, -0.875, 0.125].map(|w| (sign * w, 1.0));
             let searched = Settings {
                 scale_search: true,

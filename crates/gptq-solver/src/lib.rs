@@ -1,15 +1,14 @@
-//! GPTQ on the CPU, generic over f32 and f64: the reference that every faster path is tested
-//! against.
+//! GPTQ on the CPU, generic over f32 and f64: the reference for testing every faster path.
 //!
-//! For a linear with weights `W [out, in]` whose inputs have the Gram matrix `H = XᵀX [in, in]`,
-//! find codes whose dequantized weights `Q` keep `‖(W - Q)X‖²` small, one column at a time, each
-//! column's rounding error folded into the columns not yet rounded (Frantar et al., 2022).
+//! For a linear layer with weights `W [out, in]` whose inputs have the Gram matrix `H = XᵀX [in,
+//! in]`, finds codes whose dequantized weights `Q` keep `‖(W - Q)X‖²` small, one column at a time,
+//! each column's rounding error folded into the columns not yet rounded (Frantar et al., 2022).
 //!
-//! Reading order: [`Settings`] says what is wanted, [`Grid`] is a group's scale and zero,
-//! [`Factor`] is the one factorisation of `H`, [`solve`] is the column sweep, and
-//! [`refine`] goes over the codes again with all of them known, and [`output_energy`] measures what
-//! came out. [`Target`] is what to round instead of `W` when the inputs have drifted, and [`Gains`] says
-//! what such options were good for.
+//! Reading order: [`Settings`] holds the options, [`Grid`] is a group's scale and zero point,
+//! [`Factor`] is the factorization of `H`, [`solve`] is the column sweep, [`refine`] improves the
+//! codes once all are known, and [`output_energy`] measures the result. [`Target`] computes the
+//! weights to round in place of `W` if the inputs differ from the dense model's, and [`Gains`]
+//! holds the gains of these options.
 
 #![forbid(unsafe_code)]
 

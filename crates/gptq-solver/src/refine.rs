@@ -1,13 +1,13 @@
 //! Coordinate descent on the codes, after the sweep.
 //!
 //! The sweep rounds a column knowing only the errors of those before it. With all codes known, the
-//! loss `tr((W - Q) H (W - Q)ᵀ)` is quadratic in each weight, least at `q_j + r_j / H_jj` with
-//! `R = (W - Q) H`; a pass rounds every column there in turn, in the sweep's order, scales and zero
-//! points staying as they are. A step that changes `q_j` by `δ` takes `δ H_j` off the row of `R`. No
-//! step raises the loss: the nearest code to the minimum of a parabola is its best.
+//! loss `tr((W - Q) H (W - Q)ᵀ)` is quadratic in each weight, with its minimum at `q_j + r_j /
+//! H_jj` for `R = (W - Q) H`; a pass rounds every column to that in turn, in the sweep's order,
+//! with scales and zero points fixed. A step that changes `q_j` by `δ` subtracts `δ H_j` from the
+//! row of `R`. No step raises the loss: the code nearest to the minimum of a parabola is its best.
 //!
-//! In panels, as in the sweep: a panel's steps touch only its own columns of `R`, and what they were in
-//! all is taken off the rest at once.
+//! Works in panels like the sweep: a panel's steps update only its own columns of `R`, and their
+//! sum is then subtracted from the rest at once.
 
 use nalgebra::DMatrix;
 use rayon::prelude::*;
@@ -19,8 +19,8 @@ const STRIP: usize = 64;
 /// Columns per panel.
 const PANEL: usize = 128;
 
-/// Goes over the codes of `solution` for `w [out, in]` `passes` times, with the Gram matrix damped as
-/// `factor` was; how much that took off the loss.
+/// Refines the codes of `solution` for `w [out, in]` in `passes` passes, with the Gram matrix
+/// damped as in `factor`; returns the reduction of the loss.
 pub fn refine<T: Real>(
     w: &DMatrix<T>,
     gram: &DMatrix<T>,
@@ -51,7 +51,7 @@ pub fn refine<T: Real>(
     gained
 }
 
-/// The new codes of one strip, original column order, and what they take off its loss.
+/// Returns the new codes of one strip, in original column order, and the reduction of its loss.
 fn strip<T: Real>(
     w: &DMatrix<T>,
     h: &DMatrix<T>,

@@ -1,10 +1,10 @@
-//! What the solver is asked for, and the number types it runs in.
+//! Settings of the solver, and its number types.
 
 use gptq_format::{Bits, GroupSize};
 use half::f16;
 use nalgebra::RealField;
 
-/// Settings of one linear.
+/// Settings of one linear layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Settings {
     /// Code width.
@@ -17,18 +17,18 @@ pub struct Settings {
     /// they are runs of columns in solving order, with parameters from the weights as updated by
     /// the panels before.
     pub static_groups: bool,
-    /// Search each group's scale for the least rounding error, weighted by what an error in a column
-    /// costs; otherwise the grid just spans the group, as AutoGPTQ's does.
+    /// Search each group's scale for the least rounding error, weighted by the cost of an error in
+    /// each column; otherwise the grid just spans the group, as in AutoGPTQ.
     pub scale_search: bool,
-    /// Round each scale to f16 before it is used. Readers multiply by the f16 value, so this is
-    /// always on but for comparisons with AutoGPTQ, which rounds afterwards.
+    /// Round each scale to f16 before it is used. Loaders multiply by the f16 value, so this is off
+    /// only for comparisons with AutoGPTQ, which rounds afterwards.
     pub f16_scales: bool,
     /// Passes of coordinate descent over the codes after the sweep; see [`refine`](crate::refine()).
     pub refine: usize,
 }
 
 impl Settings {
-    /// Columns the sweep takes at once.
+    /// Returns the number of columns the sweep processes at once.
     ///
     /// 128 as in AutoGPTQ, shortened to whole groups; a group longer than that is one panel, since
     /// its parameters need all of its columns up to date.
@@ -41,11 +41,11 @@ impl Settings {
     }
 }
 
-/// f32 or f64.
+/// Number type of the solver: f32 or f64.
 pub trait Real: RealField + Copy {
-    /// From f64, rounded.
+    /// Converts from f64, rounding.
     fn of(value: f64) -> Self;
-    /// To f64, exactly.
+    /// Converts to f64, exactly.
     fn exact(self) -> f64;
     /// Rounds to the nearest integer, ties to even, as `torch.round` does.
     fn round_ties_even(self) -> Self;

@@ -17,7 +17,7 @@ const STRIP: usize = 64;
 /// Columns per panel, as in AutoGPTQ.
 const BLOCK: usize = 128;
 
-/// Codes and grids of one linear.
+/// Codes and grids of one linear layer.
 #[derive(Clone, Debug)]
 pub struct Solution<T: Real> {
     /// Code width.
@@ -30,12 +30,13 @@ pub struct Solution<T: Real> {
     pub zeros: DMatrix<u8>,
     /// `[in]`, the group of each original column.
     pub g_idx: Vec<usize>,
-    /// What searching took off the groups' losses, in the Gram matrix's unit; see [`Gains`](crate::Gains).
+    /// Reduction of the groups' losses by the scale search, in the Gram matrix's unit; see
+    /// [`Gains`](crate::Gains).
     pub search_gain: f64,
 }
 
 impl<T: Real> Solution<T> {
-    /// The weights the codes stand for, `[out, in]`.
+    /// Returns the dequantized weights, `[out, in]`.
     pub fn dequantize(&self) -> DMatrix<T> {
         DMatrix::from_fn(self.codes.nrows(), self.codes.ncols(), |r, c| {
             let g = self.g_idx[c];
@@ -44,9 +45,11 @@ impl<T: Real> Solution<T> {
         })
     }
 
-    /// As the format's types; scales round to f16 (exactly, where [`Settings::f16_scales`] was on).
+    /// Converts to the format's types; scales round to f16 (exactly, if [`Settings::f16_scales`]
+    /// was on).
     pub fn into_quantized(self) -> QuantizedLinear {
-        // A column-major [out, x] matrix is, in memory, the row-major [x, out] the format wants.
+        // A column-major [out, x] matrix has the memory layout of the row-major [x, out] of the
+        // format.
         QuantizedLinear {
             bits: self.bits,
             in_features: self.codes.ncols(),
@@ -63,16 +66,16 @@ impl<T: Real> Solution<T> {
     }
 }
 
-/// GPTQ: codes for `w [out, in]` given the factored Hessian of its inputs.
+/// Runs GPTQ: returns codes for `w [out, in]` given the factored Hessian of its inputs.
 pub fn solve<T: Real>(w: &DMatrix<T>, factor: &Factor<T>, settings: &Settings) -> Solution<T> {
     solve_in_blocks(w, factor, settings, BLOCK)
 }
 
-/// Round to nearest: each group's plain grid, each weight to its nearest code. The baseline of every
-/// report, so it never searches scales.
+/// Rounds to nearest: each group's plain grid, each weight to its nearest code. This is the
+/// baseline of every report, so it never searches scales.
 pub fn round_to_nearest<T: Real>(w: &DMatrix<T>, settings: &Settings) -> Solution<T> {
     let n = w.ncols();
-    // With a diagonal Hessian no error is passed on, and GPTQ is round to nearest.
+    // With a diagonal Hessian no error is propagated, and GPTQ is round to nearest.
     let factor = Factor {
         order: (0..n).collect(),
         upper: DMatrix::zeros(0, 0),
@@ -96,7 +99,7 @@ fn solve_in_blocks<T: Real>(
     sweep(w, factor, settings, Some(&panels), block)
 }
 
-/// What one strip of rows produces.
+/// Result of one strip of rows.
 struct Strip<T: Real> {
     codes: DMatrix<u8>,
     scales: DMatrix<T>,
@@ -166,7 +169,7 @@ fn strip<T: Real>(
     let (rows, n_in) = original.shape();
     let group = settings.group_size.columns(n_in);
     let groups = settings.group_size.groups(n_in);
-    // Groups whose grid comes from the weights as they are before the sweep.
+    // Groups whose grid is fitted to the weights before the sweep.
     let fixed = settings.static_groups || groups == 1;
     let mut grids: Vec<(Grid<T>, T)> = Vec::with_capacity(rows * groups); // [groups, rows], with gains
     let order = &factor.order;
@@ -193,7 +196,7 @@ fn strip<T: Real>(
                 .gemm(T::one(), &done, &above, T::one());
         }
         if !fixed {
-            // All grids of the panel come from its weights before any column of it is rounded.
+            // All grids of the panel are fitted before any of its columns is rounded.
             for first in (start..end).step_by(group) {
                 let columns = first..(first + group).min(n_in);
                 grids.extend((0..rows).map(|r| {
@@ -210,7 +213,7 @@ fn strip<T: Real>(
             for r in 0..rows {
                 let (code, q) = grids[g * rows + r].0.round(column[r]);
                 codes[(r, order[j])] = code.exact() as u8;
-                // `d` is measured from the weight the matrix started with: that is what `P_b` takes.
+                // `d` is measured from the original weight: `P_b` requires that.
                 d[(r, j)] = original[(r, order[j])] - q;
                 column[r] -= q;
             }

@@ -1,24 +1,24 @@
-//! The weights to round when the model's inputs have already drifted.
+//! The weights to round when the quantized model's inputs differ from the dense model's.
 //!
-//! A linear of the quantized model is given `X`, not the `X_d` of the dense model, and what it should
-//! reproduce is the dense output `X_d Wᵀ` (rows are tokens). The weights that come closest on `X`,
+//! A linear layer of the quantized model receives `X`, not the `X_d` of the dense model, and should
+//! reproduce the dense output `X_d Wᵀ` (rows are tokens). The weights that come closest on `X`,
 //! `argmin ‖X_d Wᵀ - X W'ᵀ‖² + λ ‖W' - W‖²`, are
 //!
 //! `W' = W + W C (XᵀX + λI)⁻¹`, `C = (X_d - X)ᵀX`,
 //!
-//! and what is then lost in rounding `W'` is measured with the same `XᵀX` as ever: GPTQ needs no change
-//! (Li et al., GPTAQ, 2025, fold the same term into each column's update). `λ` is the damping; a
-//! strength between 0 and 1 goes only part of the way.
+//! and the loss of rounding `W'` is measured with the same `XᵀX`: GPTQ needs no change (Li et al.,
+//! GPTAQ, 2025, fold the same term into each column's update). `λ` is the damping; a strength
+//! between 0 and 1 applies only part of the correction.
 
 use nalgebra::DMatrix;
 use rayon::prelude::*;
 
 use crate::{Real, SolverError, cholesky, factor::damped};
 
-/// Rows solved for at once.
+/// Rows per strip.
 const STRIP: usize = 64;
 
-/// The target for any weights that share an input.
+/// Activation-mismatch correction for weights that share an input.
 #[derive(Clone, Debug)]
 pub struct Target<T: Real> {
     /// Lower factor of the damped Gram matrix, in the columns' own order.
@@ -30,11 +30,12 @@ pub struct Target<T: Real> {
 }
 
 impl<T: Real> Target<T> {
-    /// From `gram = XᵀX` and `cross = (X_d - X)ᵀX`, `[in, in]` over the same tokens. The damping is a
-    /// fraction of the mean diagonal and is raised as by [`Factor::new`](crate::Factor::new).
+    /// Builds the correction from `gram = XᵀX` and `cross = (X_d - X)ᵀX`, `[in, in]` over the same
+    /// tokens. The damping is a fraction of the mean diagonal and is raised as by
+    /// [`Factor::new`](crate::Factor::new).
     ///
     /// # Errors
-    /// A non-finite element, or no factor at any damping.
+    /// A non-finite element, or failure at every damping.
     pub fn new(
         gram: &DMatrix<T>,
         cross: DMatrix<T>,
@@ -55,8 +56,8 @@ impl<T: Real> Target<T> {
         })
     }
 
-    /// `W'` for `w [out, in]`, and how much closer it comes to the dense output,
-    /// `‖X_d Wᵀ - X Wᵀ‖² - ‖X_d Wᵀ - X W'ᵀ‖²`.
+    /// Returns `W'` for `w [out, in]`, and its reduction of the distance to the dense output, `‖X_d
+    /// Wᵀ - X Wᵀ‖² - ‖X_d Wᵀ - X W'ᵀ‖²`.
     ///
     /// With `S = W C (XᵀX + λI)⁻¹` and strength `t`, that is `(2t - t²) tr(W C Sᵀ) + t² λ ‖S‖²`.
     pub fn of(&self, w: &DMatrix<T>) -> (DMatrix<T>, f64) {

@@ -1,11 +1,10 @@
-//! The census of a checkpoint: the tensors that are there, compared with those that its config asks for,
-//! from headers alone. Bytes are read only of what decides: two tensors that may be one, biases that
-//! may be zero.
+//! Compares the tensors of a checkpoint with those its config requires, from headers alone. Values
+//! are read only where they decide: two tensors that may be one, biases that may be zero.
 //!
-//! As Transformers 5 has it, what is there decides whether the head is the embedding: a head that differs is
-//! the model's own whatever `tie_word_embeddings` says, and of a tied pair either may be missing.
-//! Transformers drops tensors that it does not know; here those that would change what the model computes
-//! are refused, because whoever published them meant them to.
+//! As in Transformers 5, the tensors decide whether the head is the embedding: a different head is
+//! used whatever `tie_word_embeddings` is, and either of a tied pair may be missing. Transformers
+//! drops unknown tensors; here those that would change the model's output are refused, as they were
+//! published on purpose.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -16,10 +15,11 @@ use safetensors::Dtype;
 use crate::inventory::{EMBEDDING, HEAD};
 use crate::{ModelConfig, ModelTensor, Role, SpecError};
 
-/// Names that a message gives; the others are counted.
+/// Maximum number of names in a message; the others are counted.
 const NAMED: usize = 3;
 
-/// What follows from the config, and old checkpoints store all the same: rotary tables, attention masks.
+/// Tensors that old checkpoints store although the config determines them: rotary tables, attention
+/// masks.
 const DERIVED: [&str; 7] = [
     ".inv_freq",
     ".original_inv_freq",
@@ -30,41 +30,41 @@ const DERIVED: [&str; 7] = [
     ".attn.bias",
 ];
 
-/// Scales of a cache that a client may keep in 8 bits: nothing is computed with them here.
+/// Scales of an 8-bit cache of some clients, which are not used here.
 const CACHE_SCALES: [&str; 4] = [".k_scale", ".v_scale", ".q_scale", ".kv_scale"];
 
-/// A checkpoint with its config, compared.
+/// A checkpoint that was compared with its config.
 pub struct Census {
-    /// With `tied_embeddings` as the tensors have it.
+    /// Config with `tied_embeddings` as the tensors determine it.
     pub config: ModelConfig,
-    /// In which the embedding is there under its own name.
+    /// Checkpoint with the embedding available under its own name.
     pub checkpoint: Checkpoint,
-    /// What a user should know, in a sentence each.
+    /// Warnings, one sentence each.
     pub warnings: Vec<String>,
-    /// What makes it unfit to be run; the first that was found.
+    /// First fault that prevents running it.
     pub fault: Option<SpecError>,
 }
 
-/// A census under way.
+/// State of the comparison.
 struct Counting<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a ModelConfig,
-    /// Every tensor that the model has, quantized or not.
+    /// Names of the model's tensors, quantized or not.
     known: BTreeSet<String>,
 }
 
 impl Census {
-    /// Of the checkpoint in `dir`.
+    /// Takes the census of the checkpoint in `dir`.
     ///
     /// # Errors
-    /// A config or weights that cannot be read at all.
+    /// A config or weights that cannot be read.
     pub fn take(dir: &Path) -> Result<Census, SpecError> {
         let config = ModelConfig::read(&dir.join("config.json"))?;
         let checkpoint = Checkpoint::open(dir)?;
         Ok(Census::of(config, checkpoint))
     }
 
-    /// Of an open checkpoint.
+    /// Takes the census of an open checkpoint.
     pub fn of(config: ModelConfig, checkpoint: Checkpoint) -> Census {
         let mut census = Census {
             config,
@@ -77,10 +77,10 @@ impl Census {
         census
     }
 
-    /// The checkpoint and its config, where the census found nothing against it.
+    /// Returns the checkpoint and its config, unless the census found a fault.
     ///
     /// # Errors
-    /// Its fault.
+    /// The fault.
     pub fn sound(self) -> Result<(ModelConfig, Checkpoint), SpecError> {
         match self.fault {
             None => Ok((self.config, self.checkpoint)),
@@ -88,7 +88,7 @@ impl Census {
         }
     }
 
-    /// Settles from the tensors whether the head is the embedding.
+    /// Determines from the tensors whether the head is the embedding.
     fn settle_head(&mut self) -> Result<(), SpecError> {
         let has = |name: &str| self.checkpoint.contains(name);
         match (self.config.tied_embeddings, has(EMBEDDING), has(HEAD)) {
@@ -105,21 +105,21 @@ impl Census {
                 if differs {
                     self.config.tied_embeddings = false;
                     self.warnings.push(format!(
-                        "{HEAD} is another matrix than {EMBEDDING}, although config.json says \
-                         tie_word_embeddings: it is used as the model's head, as Transformers has it, and \
-                         branches keep it and say false"
+                        "{HEAD} differs from {EMBEDDING}, although config.json sets \
+                         tie_word_embeddings: it is used as the model's head, as in Transformers, and \
+                         branches keep it and set false"
                     ));
                 }
                 Ok(())
             }
             (false, true, false) if !has("lm_head.qweight") => Err(self.missing(
                 HEAD,
-                ", and config.json does not say \"tie_word_embeddings\": true, by which the embedding would \
-                 be the head",
+                ", and config.json does not set \"tie_word_embeddings\": true, which would make the embedding \
+                 the head",
             )),
             (false, false, true) => Err(self.missing(
                 EMBEDDING,
-                "; if lm_head.weight is both, say \"tie_word_embeddings\": true in config.json",
+                "; if lm_head.weight is both, set \"tie_word_embeddings\": true in config.json",
             )),
             _ => Ok(()),
         }
@@ -154,7 +154,7 @@ impl Census {
 }
 
 impl Counting<'_> {
-    /// Looks at every tensor; what is to be said of those that are left out.
+    /// Checks every tensor; returns a warning about those that are ignored.
     fn count(mut self) -> Result<Option<String>, SpecError> {
         self.method()?;
         self.adapter()?;
@@ -169,7 +169,8 @@ impl Counting<'_> {
         }
     }
 
-    /// Settings and tensors have to agree on whether anything is quantized, and by whom.
+    /// Checks that settings and tensors agree on whether anything is quantized, and by which
+    /// method.
     fn method(&self) -> Result<(), SpecError> {
         let quantized = self.checkpoint.quantized_by();
         let mut names = self.checkpoint.names();
@@ -177,23 +178,23 @@ impl Counting<'_> {
         match (self.checkpoint.quantize_config(), quantized) {
             (None, Some((method, name))) => Err(self.refuse(match packed {
                 Some(name) => format!(
-                    "its weights are quantized already ({name}), and neither quantize_config.json nor \
-                     config.json's quantization_config says how; put back the file that belongs to them, or \
+                    "its weights are already quantized ({name}), and neither quantize_config.json nor \
+                     config.json's quantization_config describes how; restore the file that belongs to them, or \
                      use the full-precision model"
                 ),
                 None => format!(
-                    "its weights are quantized already, by {method} ({name}); use the full-precision model \
-                     that it was made from"
+                    "its weights are already quantized, by {method} ({name}); use the full-precision model \
+                     they were quantized from"
                 ),
             })),
             (Some(config), _) if packed.is_none() && self.quantizes_any(config)? => {
                 let file = match self.checkpoint.dir().join("quantize_config.json").exists() {
-                    true => "quantize_config.json says that its linears are quantized by gptq",
-                    false => "config.json's quantization_config says that its linears are quantized by gptq",
+                    true => "quantize_config.json says that its linear layers are quantized by gptq",
+                    false => "config.json's quantization_config says that its linear layers are quantized by gptq",
                 };
                 Err(self.refuse(format!(
-                    "{file}, and no tensor is (no qweight): if the weights are the full-precision model's, \
-                     remove those settings; else fetch the quantized weights"
+                    "{file}, but no tensor is (no qweight): if the weights are those of the full-precision model, \
+                     remove these settings; otherwise download the quantized weights"
                 )))
             }
             _ => Ok(()),
@@ -225,14 +226,14 @@ impl Counting<'_> {
         match found.is_empty() {
             true => Ok(()),
             false => Err(self.refuse(format!(
-                "{} of an adapter, without which it is another model; merge it into the weights first (PEFT's \
+                "{} part of an adapter that changes the model; merge it into the weights first (PEFT's \
                  merge_and_unload)",
                 are(&found)
             ))),
         }
     }
 
-    /// Every tensor that the config asks for: there, with its shape, of a type that can be read.
+    /// Checks that every tensor of the config exists, with its shape and a readable dtype.
     fn needed(&mut self) -> Result<(), SpecError> {
         let mut missing = Vec::new();
         for tensor in self.config.tensors() {
@@ -252,7 +253,8 @@ impl Counting<'_> {
         }
     }
 
-    /// One tensor of the model, or the four that stand for it where it is quantized; those that are missing.
+    /// Checks one tensor of the model, or its four tensors if quantized; returns the errors for
+    /// missing ones.
     fn one(&mut self, tensor: &ModelTensor) -> Result<Vec<FormatError>, SpecError> {
         let settings = match (tensor.role, self.checkpoint.quantize_config()) {
             (Role::Linear, Some(config)) => config.module(tensor.module())?,
@@ -312,19 +314,20 @@ impl Counting<'_> {
             }
             _ => look(&tensor.name, &tensor.shape, false, false)?,
         }
-        // Where the settings do not say that it was left out.
+        // If the dense tensor exists although the settings say quantized.
         let dense = settings.is_some() && self.checkpoint.contains(&tensor.name);
         if let (true, Some(FormatError::MissingTensor { hint, .. })) = (dense, missing.first_mut())
         {
             *hint += &format!(
-                " ({} is there, and the settings do not leave it in full precision)",
+                " ({} exists, but the settings do not leave it in full precision)",
                 tensor.name
             );
         }
         Ok(missing)
     }
 
-    /// Every other tensor: refused where the model would be another with it, else left out.
+    /// Checks every other tensor: those that would change the model are refused, the rest are
+    /// ignored.
     fn unknown(&self) -> Result<Option<String>, SpecError> {
         let modules: BTreeSet<String> = (self.known.iter())
             .filter_map(|name| Some(name.rsplit_once('.')?.0.to_owned()))
@@ -333,13 +336,13 @@ impl Counting<'_> {
         let (mut biases, mut further, mut inside, mut outside) = (vec![], vec![], vec![], vec![]);
         for name in self.checkpoint.names() {
             let derived = DERIVED.iter().any(|end| name.ends_with(end));
-            // A tied head is the embedding: otherwise it would be needed.
+            // Only a tied head is unknown here, and it equals the embedding.
             if self.known.contains(name) || derived || name == HEAD {
                 continue;
             }
             let bias = name.strip_suffix(".bias");
             if bias.is_some_and(|module| modules.contains(module)) {
-                // Some tools write zeros for linears that have none.
+                // Some tools write zero biases for linear layers that have none.
                 if !self.checkpoint.view(name)?.is_zero() {
                     biases.push(name);
                 }
@@ -359,14 +362,14 @@ impl Counting<'_> {
         }
         if !biases.is_empty() {
             return Err(self.refuse(format!(
-                "{} not zero, and config.json gives these linears no bias; say \"attention_bias\" or \
-                 \"mlp_bias\": true there if the model has them, else remove them",
+                "{} not zero, but config.json gives these linear layers no bias; set \"attention_bias\" or \
+                 \"mlp_bias\": true there if the model has them, or remove them",
                 are(&biases)
             )));
         }
         if let Some(name) = further.first() {
             return Err(self.refuse(format!(
-                "{} beyond the last block that config.json asks for (num_hidden_layers = {}): block {}; \
+                "{} beyond the last block of config.json (num_hidden_layers = {}): block {}; \
                  correct the number, or remove them",
                 are(&further),
                 self.config.layers,
@@ -375,23 +378,23 @@ impl Counting<'_> {
         }
         if !inside.is_empty() {
             return Err(self.refuse(format!(
-                "{} of no part that config.json describes, and without them it is another model; its \
-                 config.json belongs to another architecture, or they are to be removed",
+                "{} not described by config.json but may change the model; its \
+                 config.json belongs to another architecture, or the tensors must be removed",
                 are(&inside)
             )));
         }
         Ok((!outside.is_empty())
-            .then(|| format!("{} of no part of the model, and left out", are(&outside))))
+            .then(|| format!("{} not part of the model and ignored", are(&outside))))
     }
 }
 
-/// The block that a tensor's name puts it in.
+/// Returns the block index in a tensor's name.
 fn block(name: &str) -> Option<usize> {
     let rest = name.strip_prefix("model.layers.")?;
     rest.split('.').next()?.parse().ok()
 }
 
-/// `a is`, `a, b are`, `a, b, c and 4 more are`.
+/// Formats `a is`, `a, b are`, `a, b, c and 4 more are`.
 fn are(names: &[&str]) -> String {
     let mut text = names
         .iter()

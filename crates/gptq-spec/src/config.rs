@@ -1,10 +1,10 @@
-//! `config.json` of a model of the Llama kind, in Transformers 4's spelling (`rope_theta` at the top,
-//! `torch_dtype`) or 5's (`rope_parameters`, `dtype`). Where two keys say one thing, that one counts
-//! which counts in Transformers 5 (`configuration_*.py`, `modeling_rope_utils.py`), and a `null` is what
-//! it is there.
+//! Reads the `config.json` of a Llama-like model, in the spelling of Transformers 4 (`rope_theta`
+//! at the top, `torch_dtype`) or 5 (`rope_parameters`, `dtype`). If two keys have the same meaning,
+//! Transformers 5 decides which counts (`configuration_*.py`, `modeling_rope_utils.py`), and what a
+//! `null` means.
 //!
-//! What all families have is read here. Their files (`families/`) say what a key means that is left out, and
-//! describe the blocks.
+//! Keys common to all families are read here. The files of the families (`families/`) define the
+//! defaults of missing keys and describe the blocks.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,13 +17,15 @@ use crate::keys::Keys;
 use crate::rope_scaling::{RopeScaling, rotary};
 use crate::{BlockSpec, Rope, SpecError};
 
-/// Names of the one activation there is.
+/// Names of the only supported activation.
 const SILU: [&str; 2] = ["silu", "swish"];
 
-/// More blocks than any model has. Every linear of every block is named and planned.
+/// Limit on the blocks, above that of any model. Every linear layer of every block is listed in a
+/// plan.
 const MAX_LAYERS: usize = 1 << 12;
 
-/// More than any model has; bytes of a model of this size are still counted in 64 bits.
+/// Limit on the parameters, above that of any model; bytes of a model of this size still fit in 64
+/// bits.
 const MAX_PARAMETERS: u128 = 1 << 48;
 
 /// Shapes and constants of a model.
@@ -45,22 +47,22 @@ pub struct ModelConfig {
     pub vocabulary: usize,
     /// Context the model was trained for, in tokens.
     pub max_positions: usize,
-    /// Added to the variance in the norms.
+    /// Epsilon added to the variance in the norms.
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
-    /// How those frequencies are stretched for contexts longer than the first training had.
+    /// Scaling of those frequencies for contexts longer than the original training context.
     pub rope_scaling: RopeScaling,
-    /// The output projection is the embedding.
+    /// True if the output projection is the embedding.
     pub tied_embeddings: bool,
-    /// How many tokens one sees, itself included, where that is fewer than all before it. The
-    /// forward has no such mask: it is right up to this length.
+    /// Number of tokens that a token sees, itself included, if limited. The forward pass has no
+    /// such mask and is valid up to this length.
     pub sliding_window: Option<usize>,
-    /// By layer.
+    /// Blocks by layer.
     blocks: Vec<Arc<BlockSpec>>,
 }
 
-/// Context the model was trained for, in tokens.
+/// Returns the context the model was trained for, in tokens.
 pub(crate) fn max_positions(config: &Keys<'_>) -> Result<usize, String> {
     let key = "max_position_embeddings";
     let found = config.found(key)?.or(Family::of(config)?.default(key));
@@ -71,7 +73,7 @@ impl ModelConfig {
     /// Reads `config.json` at `path`.
     ///
     /// Errors on a missing file or key, an unknown `model_type`, activation or rotary scaling, and
-    /// on dimensions that do not fit together.
+    /// on inconsistent dimensions.
     pub fn read(path: &Path) -> Result<Self, SpecError> {
         let value: Value = read_json(path)?;
         Self::from_json(value).map_err(|reason| SpecError::Config {
@@ -80,7 +82,7 @@ impl ModelConfig {
         })
     }
 
-    /// From the parsed object; the error is a sentence that names the key.
+    /// Parses the object; the error is a sentence that names the key.
     pub fn from_json(value: Value) -> Result<Self, String> {
         let object = value.as_object().ok_or("not an object")?;
         let config = Keys::new(object);
@@ -125,7 +127,7 @@ impl ModelConfig {
         found.check()?;
         for layer in 0..layers {
             let block = (family.block)(&found, &config, layer)?;
-            // Most blocks are as the one before, and share its description.
+            // Most blocks equal the previous one and share its description.
             let block = match found.blocks.last() {
                 Some(last) if **last == block => last.clone(),
                 _ => Arc::new(block),
@@ -138,17 +140,17 @@ impl ModelConfig {
         Ok(found)
     }
 
-    /// The description of block `layer`.
+    /// Returns the description of block `layer`.
     pub fn block(&self, layer: usize) -> &Arc<BlockSpec> {
         &self.blocks[layer]
     }
 
-    /// The descriptions of all blocks, in order.
+    /// Returns the descriptions of all blocks, in order.
     pub fn blocks(&self) -> &[Arc<BlockSpec>] {
         &self.blocks
     }
 
-    /// The rotary embedding over whole heads.
+    /// Returns the rotary embedding over whole heads.
     pub(crate) fn rope(&self) -> Rope {
         Rope {
             dim: self.head_dim,
@@ -191,7 +193,8 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Checks that every token of a window of `tokens` sees all before it, as the forward has it.
+    /// Checks that every token of a window of `tokens` sees all before it, as the forward pass
+    /// assumes.
     ///
     /// # Errors
     /// [`SpecError::SlidingWindow`].
@@ -202,7 +205,7 @@ impl ModelConfig {
         }
     }
 
-    /// Dense parameters, embeddings included.
+    /// Returns the number of dense parameters, embeddings included.
     pub fn parameters(&self) -> usize {
         // Checked to be at most `MAX_PARAMETERS` when the config was read.
         self.count() as usize

@@ -1,5 +1,5 @@
-//! Every tensor that a model of a config has: the one list that reading, writing and judging a checkpoint
-//! go by.
+//! The tensors of a model by its config: the single list used for reading, writing and verifying a
+//! checkpoint.
 
 use crate::ModelConfig;
 
@@ -11,22 +11,22 @@ pub const HEAD: &str = "lm_head.weight";
 /// A tensor of the dense model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelTensor {
-    /// In the checkpoint.
+    /// Name in the checkpoint.
     pub name: String,
-    /// Row-major; a linear's weights are `[out, in]`.
+    /// Shape, row-major; the weights of a linear layer are `[out, in]`.
     pub shape: Vec<usize>,
-    /// What it is.
+    /// Its role.
     pub role: Role,
 }
 
 /// Role of a tensor, as far as its treatment depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// The input embedding, and the output projection where both are one.
+    /// The input embedding, which may also be the output projection.
     Embedding,
     /// The output projection.
     Head,
-    /// Weights of a linear that may be quantized.
+    /// Weights of a linear layer that may be quantized.
     Linear,
     /// A norm's weights, a bias.
     Vector,
@@ -41,14 +41,14 @@ impl ModelTensor {
         }
     }
 
-    /// The module that it belongs to.
+    /// Returns the module that it belongs to.
     pub fn module(&self) -> &str {
         self.name.rsplit_once('.').map_or("", |(module, _)| module)
     }
 }
 
 impl ModelConfig {
-    /// Every tensor, in model order.
+    /// Returns every tensor, in model order.
     pub fn tensors(&self) -> Vec<ModelTensor> {
         let hidden = self.hidden_size;
         let table = [self.vocabulary, hidden];
@@ -64,7 +64,7 @@ impl ModelConfig {
         all
     }
 
-    /// Those of block `layer`.
+    /// Returns the tensors of block `layer`.
     pub fn block_tensors(&self, layer: usize) -> Vec<ModelTensor> {
         let block = self.block(layer);
         let vectors = block.vectors().iter().map(|vector| {

@@ -1,31 +1,31 @@
-//! A JSON object read key by key, so that whatever is wrong with a value is said with its key.
+//! Reads a JSON object key by key, so that errors name the key.
 //!
-//! A number that is not finite stands there as Transformers 5 writes it, `{"__float__": "NaN"}`
-//! ([`gptq_format::read_json`] makes that of Python's bare `NaN`): nobody minds it where the key is
-//! not read.
+//! A number that is not finite is written as in Transformers 5, `{"__float__": "NaN"}`
+//! ([`gptq_format::read_json`] converts Python's bare `NaN`); it is harmless in a key that is not
+//! read.
 
 use serde_json::{Map, Value};
 
-/// Most characters of a value that a message shows.
+/// Maximum number of characters of a value in a message.
 const SHOWN: usize = 40;
 
-/// An object, and what its keys are called in messages.
+/// An object, with the prefix of its keys in messages.
 pub(crate) struct Keys<'a> {
     object: &'a Map<String, Value>,
-    /// `"rope_scaling."` of an object inside.
+    /// Prefix of a nested object, such as `"rope_scaling."`.
     prefix: String,
 }
 
-/// A type that a key may have.
+/// Type of a key's value.
 pub(crate) trait Typed: Sized {
-    /// With its article.
+    /// Name with its article.
     const NAME: &'static str;
 
     fn typed(value: &Value) -> Option<Self>;
 }
 
 impl<'a> Keys<'a> {
-    /// Of the whole file.
+    /// Wraps the top-level object.
     pub(crate) fn new(object: &'a Map<String, Value>) -> Self {
         Keys {
             object,
@@ -33,23 +33,23 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// The value as it stands; `null` is one.
+    /// Returns the value, which may be `null`.
     pub(crate) fn value(&self, key: &str) -> Option<&'a Value> {
         self.object.get(key)
     }
 
-    /// What a message calls the key.
+    /// Returns the key's name for messages.
     pub(crate) fn name(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
     }
 
-    /// A key that must be there.
+    /// Reads a required key.
     pub(crate) fn required<T: Typed>(&self, key: &str) -> Result<T, String> {
         let missing = || format!("{} is missing", self.name(key));
         self.found(key)?.ok_or_else(missing)
     }
 
-    /// A key that may be left out, and may not be `null`.
+    /// Reads an optional key that may not be `null`.
     pub(crate) fn found<T: Typed>(&self, key: &str) -> Result<Option<T>, String> {
         let Some(value) = self.value(key) else {
             return Ok(None);
@@ -58,7 +58,7 @@ impl<'a> Keys<'a> {
         T::typed(value).map(Some).ok_or_else(wrong)
     }
 
-    /// A key that may be left out, and whose `null` (`Some(None)`) says something else than that.
+    /// Reads an optional key whose `null` (`Some(None)`) differs from a missing key.
     pub(crate) fn nullable<T: Typed>(&self, key: &str) -> Result<Option<Option<T>>, String> {
         match self.value(key) {
             Some(Value::Null) => Ok(Some(None)),
@@ -66,7 +66,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// An object inside; `None` where it is left out or holds nothing, as Python's `or` sees it.
+    /// Returns a nested object; `None` if it is missing or empty, as with Python's `or`.
     pub(crate) fn inside(&self, key: &str) -> Result<Option<Keys<'a>>, String> {
         match self.value(key) {
             None | Some(Value::Null | Value::Bool(false)) => Ok(None),
@@ -83,13 +83,13 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// Every key with its value.
+    /// Iterates over keys and values.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&'a String, &'a Value)> {
         self.object.iter()
     }
 }
 
-/// A value as a message shows it.
+/// Formats a value for a message.
 fn shown(value: &Value) -> String {
     let float = value.get("__float__").and_then(Value::as_str);
     let text = float.map_or_else(|| value.to_string(), str::to_owned);

@@ -1,8 +1,8 @@
-//! A model on windows of text, alone or beside the dense model it came from, block by block.
+//! Runs a model on windows of text, alone or beside its dense model, block by block.
 //!
-//! Perplexity is `exp` of the mean negative log-likelihood of every token of every window but the
-//! window's first. Beside a branch and its dense model, the dense model rounded to nearest with the branch's
-//! settings goes through a share of the windows: it says what such settings cost without any method.
+//! Perplexity is `exp` of the mean negative log-likelihood of every token except the first of each
+//! window. With a dense model, the dense model rounded to nearest with the branch's settings also
+//! runs on a share of the windows, as a baseline: the loss at these settings without any method.
 
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use gptq_kernels::{Engine, map_lanes};
@@ -15,35 +15,35 @@ use crate::nearest::{Setting, nearest};
 use crate::range::{self, Readings};
 use crate::weights::{self, Strange};
 
-/// Tokens run through a block together.
+/// Tokens run through a block at once.
 const CHUNK: usize = 4096;
-/// Rows of logits alive together.
+/// Rows of logits computed at once.
 const LOGIT_ROWS: usize = 512;
-/// Of how many windows one is rounded to nearest too.
+/// One in this many windows is also run through the round-to-nearest model.
 const SHARE: usize = 4;
 
-/// What the text showed.
+/// Measurements on the text.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Measured {
-    /// Mean negative log-likelihood of a token; not finite where the output is not.
+    /// Mean negative log-likelihood of a token; not finite if the output is not.
     pub loss: f64,
     pub range: F16Range,
     pub dense: Option<Compared>,
 }
 
-/// Against the dense model.
+/// Comparison with the dense model.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Compared {
-    /// Its mean negative log-likelihood of a token.
+    /// Mean negative log-likelihood of a token of the dense model.
     pub loss: f64,
     pub kl_divergence: f64,
     pub top1_agreement: f64,
     pub blocks: Vec<BlockError>,
-    /// Mean code width of the quantized weights; 16 where there are none.
+    /// Mean code width of the quantized weights; 16 if there are none.
     pub bits: f64,
-    /// Rounding to nearest, where anything is quantized.
+    /// Round-to-nearest baseline, if anything is quantized.
     pub nearest: Option<Nearest>,
-    /// Groups whose scale is not that of their weights.
+    /// Groups whose scale does not match the dense weights.
     pub strange: Vec<Strange>,
 }
 
@@ -51,7 +51,7 @@ pub(crate) struct Compared {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Nearest {
     pub tokens: usize,
-    /// Mean negative log-likelihood of a token, and the dense model's on the same ones.
+    /// Mean negative log-likelihood of a token, and the dense model's on the same tokens.
     pub loss: f64,
     pub dense_loss: f64,
     pub kl_divergence: f64,
@@ -60,7 +60,7 @@ pub(crate) struct Nearest {
 
 /// Quantization settings of a block's linear layer.
 struct Quantized {
-    /// Its index in the block's spec, and its module.
+    /// Index in the block's spec, and module name.
     linear: usize,
     module: String,
     setting: Setting,
@@ -68,9 +68,9 @@ struct Quantized {
     in_features: usize,
 }
 
-/// Runs `windows`, all of one length of at least 2, through `model`, and through `dense`, taken in the
-/// same type, in the same pass. One block of each is resident at a time; the hidden states of all windows are.
-/// `on_progress` is told the share of the work that is done.
+/// Runs `windows`, all of the same length of at least 2, through `model` and, in the same pass and
+/// dtype, through `dense`. One block of each is resident at a time, and the hidden states of all
+/// windows. `on_progress` receives the finished share of the work.
 pub(crate) fn measure<B: Engine>(
     model: &Model<B>,
     dense: Option<&Model<B>>,
@@ -84,7 +84,7 @@ pub(crate) fn measure<B: Engine>(
     let mut beside = dense
         .map(|dense| Beside::start(model, dense, windows, per_chunk))
         .transpose()?;
-    // By weights: a large vocabulary's head may be as much work as many blocks.
+    // Weighted by parameters: a head with a large vocabulary may take as much work as many blocks.
     let config = model.config();
     let head_work = config.vocabulary as f64 * config.hidden_size as f64;
     let block_work = |spec: &BlockSpec| spec.parameters() as f64;
@@ -137,7 +137,7 @@ pub(crate) fn measure<B: Engine>(
     })
 }
 
-/// The linears of a block that are quantized.
+/// Returns the quantized linear layers of a block.
 fn quantized<B: Engine>(
     model: &Model<B>,
     block: &HostBlock,
@@ -167,17 +167,17 @@ fn quantized<B: Engine>(
         .collect()
 }
 
-/// The dense model beside the one that is judged.
+/// The dense model that runs beside the verified one.
 struct Beside<'a, B: Engine> {
     model: &'a Model<B>,
     head: Head<B>,
     flows: Vec<Flow<B>>,
-    /// What goes through the model rounded to nearest: the first windows of each chunk; of a chunk none,
-    /// where the ones before hold the share already, and nothing where nothing is quantized.
+    /// Inputs of the round-to-nearest model: the first windows of each chunk; `None` for a chunk
+    /// whose predecessors already cover the share, and if nothing is quantized.
     rounded: Vec<Option<Flow<B>>>,
     blocks: Vec<BlockError>,
     strange: Vec<Strange>,
-    /// Bits of the quantized weights' codes, and how many weights.
+    /// Total code bits of the quantized weights, and their number.
     codes: [f64; 2],
 }
 
@@ -208,7 +208,7 @@ impl<'a, B: Engine> Beside<'a, B> {
         })
     }
 
-    /// Runs block `layer`; its readings, if they are asked for.
+    /// Runs block `layer`; returns its readings if `read`.
     fn block(
         &mut self,
         layer: usize,
@@ -267,7 +267,7 @@ impl<'a, B: Engine> Beside<'a, B> {
         Ok(read.then_some(all))
     }
 
-    /// What goes into the head for a chunk.
+    /// Returns the inputs of the head for a chunk.
     fn at(&self, chunk: usize) -> Others<'_, B> {
         Others {
             head: &self.head,
@@ -277,20 +277,20 @@ impl<'a, B: Engine> Beside<'a, B> {
     }
 }
 
-/// The first `windows` windows; none where that is none.
+/// Returns the first `windows` windows; `None` if that is zero.
 fn first<B: Engine>(flow: &Flow<B>, windows: usize) -> Option<Flow<B>> {
     let tokens = flow.residual.dims()[0] / flow.windows.max(1) * windows;
     let states = || flow.residual.clone().narrow(0, 0, tokens);
     (windows > 0).then(|| Flow::new(windows, states()))
 }
 
-/// Squared lengths, summed over tokens.
+/// Squared norms, summed over tokens.
 #[derive(Clone, Copy, Debug, Default)]
 struct Energies {
     /// `‖B̂(x) - B(x)‖²` and `‖B(x) - x‖²`.
     found: f64,
     whole: f64,
-    /// The same of the block rounded to nearest, on its share of the text.
+    /// The same two for the block rounded to nearest, on its share of the text.
     nearest: f64,
     share: f64,
 }
@@ -308,7 +308,7 @@ impl Energies {
     }
 }
 
-/// `‖a - b‖²` of hidden states.
+/// Returns `‖a - b‖²` of hidden states.
 fn energy<B: Engine>(a: &Flow<B>, b: &Flow<B>) -> f64 {
     let wide = |flow: &Flow<B>| flow.residual.clone().cast(DType::F32);
     let difference = wide(a) - wide(b);
@@ -316,26 +316,26 @@ fn energy<B: Engine>(a: &Flow<B>, b: &Flow<B>) -> f64 {
     sum.into_data().iter::<f64>().sum()
 }
 
-/// What runs beside the judged model, before the head.
+/// Hidden states that run beside the verified model, before the head.
 struct Others<'a, B: Engine> {
     head: &'a Head<B>,
     dense: Option<&'a Flow<B>>,
     rounded: Option<&'a Flow<B>>,
 }
 
-/// Sums over scored tokens, of one model beside the dense one.
+/// Sums over scored tokens for one model compared with the dense one.
 #[derive(Clone, Copy, Debug, Default)]
 struct Sum {
     tokens: usize,
     loss: f64,
-    /// The dense model's on the same tokens.
+    /// Negative log-likelihood of the dense model on the same tokens.
     dense_loss: f64,
     divergence: f64,
     agreed: usize,
 }
 
 impl Sum {
-    /// Adds the log-probabilities `found`, and the dense model's beside them.
+    /// Adds the log-probabilities `found`, and the dense model's for comparison.
     fn add<B: Engine>(&mut self, found: Tensor<B, 2>, right: Option<&Right<B>>, targets: &[u32]) {
         self.tokens += targets.len();
         self.loss += loss(found.clone(), targets);
@@ -347,13 +347,13 @@ impl Sum {
         self.agreed += agreed.into_data().iter::<i64>().sum::<i64>() as usize;
     }
 
-    /// By the token.
+    /// Returns the mean per token.
     fn mean(&self, sum: f64) -> f64 {
         sum / self.tokens as f64
     }
 }
 
-/// The dense model's predictions.
+/// Predictions of the dense model.
 struct Right<B: Engine> {
     log_p: Tensor<B, 2>,
     p: Tensor<B, 2>,
@@ -361,7 +361,7 @@ struct Right<B: Engine> {
     loss: f64,
 }
 
-/// Sums of the judged model and of the dense one rounded to nearest.
+/// Sums for the verified model and for the round-to-nearest baseline.
 #[derive(Default)]
 struct Sums {
     own: Sum,
@@ -433,7 +433,7 @@ impl Sums {
     }
 }
 
-/// The sum of the targets' negative log-likelihoods, given `[targets, vocabulary]`.
+/// Returns the sum of the targets' negative log-likelihoods, given `[targets, vocabulary]`.
 fn loss<B: Engine>(log_p: Tensor<B, 2>, targets: &[u32]) -> f64 {
     let ids: Vec<i32> = targets.iter().map(|&t| t as i32).collect();
     let ids = Tensor::<B, 2, Int>::from_data(

@@ -1,4 +1,4 @@
-//! The one error type of this crate.
+//! Errors of this crate.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use gptq_model::ModelError;
 use gptq_spec::SpecError;
 use thiserror::Error;
 
-/// Why a directory does not pass.
+/// Reason why a directory cannot be verified or fails.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum VerifyError {
@@ -24,7 +24,7 @@ pub enum VerifyError {
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error(
-        "{}: quantize_config.json and config.json's quantization_config disagree; readers take \
+        "{}: quantize_config.json and config.json's quantization_config disagree; clients read \
          one or the other", dir.display()
     )]
     ConfigsDisagree { dir: PathBuf },
@@ -34,10 +34,10 @@ pub enum VerifyError {
         group: usize,
         output: usize,
     },
-    #[error("{}: its output is not finite on the evaluation text", dir.display())]
+    #[error("{}: the output is not finite on the evaluation text", dir.display())]
     NonFiniteOutput { dir: PathBuf },
     #[error(
-        "{} has another shape than {}; compare a branch with the model it was made from",
+        "{} differs in shape from {}; compare a branch with the model it was quantized from",
         dense.display(), dir.display()
     )]
     OtherModel { dir: PathBuf, dense: PathBuf },

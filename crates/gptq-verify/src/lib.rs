@@ -1,6 +1,6 @@
-//! Judges a finished directory from its files alone: reopen, check every tensor against the configs
-//! and the digests its maker recorded, dequantize, run beside the dense model, and leave a receipt.
-//! Knows nothing of how the codes were found.
+//! Verifies a finished directory from its files alone: reopens it, checks every tensor against the
+//! configs and the recorded digests, dequantizes, runs it beside the dense model, and writes a
+//! verification report. Shares no code with the solver.
 //!
 //! Reading order: [`Request`] says what to check and what to tolerate, [`verify`] does it, and
 //! [`Receipt`](gptq_plan::Receipt) is the result.

@@ -1,8 +1,8 @@
-//! Rounding a dense weight to the nearest code of a branch's settings: what quantizing costs without any
-//! method, which a branch is measured against.
+//! Round-to-nearest quantization of dense weights with a branch's settings: the baseline, without
+//! any method, that a branch is compared with.
 //!
-//! Symmetric: `scale = 2 max|w| / (2^b - 1)`, the zero point in the middle. Asymmetric: from the minimum to
-//! the maximum, 0 included. Scales are rounded to f16, as they are stored.
+//! Symmetric: `scale = 2 max|w| / (2^b - 1)`, the zero point in the middle. Asymmetric: from the
+//! minimum to the maximum, 0 included. Scales are rounded to f16, as they are stored.
 
 use burn::tensor::{DType, Tensor};
 use gptq_format::{Bits, GroupSize};
@@ -16,7 +16,7 @@ pub(crate) struct Setting {
     pub sym: bool,
 }
 
-/// `w [out, in]` rounded, in its own dtype.
+/// Rounds `w [out, in]` to nearest, in its own dtype.
 pub(crate) fn nearest<B: Engine>(w: Tensor<B, 2>, setting: Setting) -> Tensor<B, 2> {
     let [n_out, n_in] = w.dims();
     let columns = setting.group_size.columns(n_in).clamp(1, n_in.max(1));
@@ -34,7 +34,7 @@ pub(crate) fn nearest<B: Engine>(w: Tensor<B, 2>, setting: Setting) -> Tensor<B,
     Tensor::cat(rounded.collect(), 1).cast(dtype)
 }
 
-/// Groups along the last dimension.
+/// Rounds with groups along the last dimension.
 fn round<B: Engine>(w: Tensor<B, 3>, setting: Setting) -> Tensor<B, 3> {
     let max_code = f64::from(setting.bits.max_code());
     let (low, high) = match setting.sym {
@@ -50,7 +50,7 @@ fn round<B: Engine>(w: Tensor<B, 3>, setting: Setting) -> Tensor<B, 3> {
     let scale = ((high - low.clone()) / max_code)
         .cast(DType::F16)
         .cast(DType::F32);
-    // A group of zeros, or of what f16 takes for that: any scale does.
+    // Any scale represents a group of zeros, or of values that f16 rounds to zero.
     let nothing = scale.clone().equal_elem(0.0);
     let scale = scale.mask_fill(nothing, 1.0);
     let zero = match setting.sym {

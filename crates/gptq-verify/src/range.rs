@@ -1,8 +1,9 @@
-//! Whether programs that compute in f16 can run the model: nothing that they hold may lie beyond 65504.
+//! Checks that f16 programs can run the model: no intermediate value may exceed 65504.
 //!
-//! Here the CPU computes in f32, and attention adds its scores up in f32 everywhere, so that a product too
-//! large for f16 passes unseen. Transformers' eager attention takes `q kᵀ` in the model's own type and
-//! scales it afterwards: one score beyond the range is an infinity, and its row becomes NaN.
+//! This program computes in f32 on the CPU, and attention accumulates scores in f32 everywhere, so
+//! an overflow in f16 would go unnoticed. Transformers' eager attention computes `q kᵀ` in the
+//! model's own dtype and scales it afterwards: one score beyond the range is an infinity, and its
+//! row becomes NaN.
 
 use burn::tensor::{DType, ElementConversion, Tensor};
 use gptq_format::Half;
@@ -10,7 +11,8 @@ use gptq_kernels::Engine;
 use gptq_model::{Block, Flow, Seen};
 use gptq_plan::{F16Overflow, F16Range};
 
-/// Score matrices looked at in a block of a chunk: those of the heads with the longest queries and keys.
+/// Score matrices checked per block and chunk: those of the heads with the longest queries and
+/// keys.
 const MATRICES: usize = 8;
 
 /// Place of a value, for messages.
@@ -21,7 +23,7 @@ pub(crate) fn place(layer: Option<usize>, what: &str) -> String {
     }
 }
 
-/// The largest magnitude of one kind, and how many values lie beyond f16's range.
+/// Largest magnitude of one kind, and the number of values beyond the range of f16.
 #[derive(Clone, Debug, PartialEq)]
 struct Reading {
     what: String,
@@ -29,12 +31,12 @@ struct Reading {
     over: u64,
 }
 
-/// What a block, or the head, showed.
+/// Readings of a block or of the head.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Readings(Vec<Reading>);
 
 impl Readings {
-    /// Runs a block on `flow` and reads what comes up.
+    /// Runs a block on `flow` and reads its intermediate values.
     pub(crate) fn of<B: Engine>(block: &Block<B>, flow: Flow<B>) -> (Flow<B>, Readings) {
         let mut readings = Readings::default();
         let flow = block.observed(flow, &mut |seen| readings.see(block, seen));
@@ -66,7 +68,7 @@ impl Readings {
         let limit = Half::F16.largest();
         let magnitudes = x.abs();
         let largest: f64 = magnitudes.clone().max_dim(1).max().into_scalar().elem();
-        // What was computed in 16 bits is infinite by now, and NaN further on.
+        // Values computed in 16 bits are already infinite, and later NaN.
         let over = match largest <= limit {
             true => 0,
             false => count(magnitudes.lower_equal_elem(limit).bool_not().int().sum()),
@@ -78,9 +80,9 @@ impl Readings {
         });
     }
 
-    /// Adds the scores `q·k` of every query with every key: those of keys that are masked later too, as an
-    /// infinity stays one when the mask is added to it. Below the range is nothing: such a key gets no
-    /// weight either way.
+    /// Adds the scores `q·k` of every query with every key, including keys that are masked later,
+    /// as adding the mask leaves an infinity infinite. Large negative scores are ignored: such a
+    /// key gets no weight either way.
     fn scores<B: Engine>(&mut self, q: Tensor<B, 4>, k: Tensor<B, 4>) {
         let limit = Half::F16.largest();
         let [_, seq, heads, dim] = q.dims();
@@ -140,12 +142,12 @@ impl Readings {
         }
     }
 
-    /// Adds another chunk's.
+    /// Adds the readings of another chunk.
     pub(crate) fn merge(&mut self, other: Readings) {
         other.0.into_iter().for_each(|reading| self.add(reading));
     }
 
-    /// Whether any value lies beyond the range.
+    /// Returns true if any value is beyond the range.
     pub(crate) fn overflow(&self) -> bool {
         self.0.iter().any(|reading| reading.over > 0)
     }
@@ -160,7 +162,7 @@ fn count<B: Engine>(sum: Tensor<B, 1, burn::tensor::Int>) -> u64 {
     sum.unsigned_abs()
 }
 
-/// What a linear gives, by its module's name.
+/// Describes the output of a linear layer, by its module's name.
 fn output(module: &str) -> String {
     match module.rsplit('.').next().unwrap_or(module) {
         "q_proj" => "queries".to_owned(),
@@ -208,8 +210,9 @@ mod tests {
 
     #[test]
     fn scores_are_those_of_every_pair_of_a_query_and_a_key() {
-        // One window of two tokens, two query heads on one key head of dimension 2. Only the first query
-        // of the second head meets the second key, which lies after it, beyond the range: 300 * 300.
+        // One window of two tokens, two query heads on one key head of dimension 2. Only the first
+        // query of the second head exceeds the range, with the second key, which is masked for it:
+        // 300 * 300.
         let q = vec![1.0, 0.0, 300.0, 0.0, 2.0, 0.0, -300.0, 0.0];
         let k = vec![1.0, 1.0, 300.0, -5.0];
         for dtype in [DType::F32, DType::F16] {

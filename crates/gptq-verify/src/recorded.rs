@@ -1,4 +1,4 @@
-//! What the maker wrote down in `report.json`: only what a judge compares with.
+//! The fields of `report.json` that verification compares with.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -6,14 +6,14 @@ use std::path::Path;
 use gptq_format::{FormatError, LinearDigests, MAX_REPORT, read_json_within};
 use serde::Deserialize;
 
-/// A maker's record.
+/// Recorded fields.
 #[derive(Debug, Default)]
 pub(crate) struct Recorded {
-    /// Digests of every linear's tensors by module; `None` where they were not recorded.
+    /// Digests of every linear layer's tensors by module; `None` if they were not recorded.
     pub digests: Option<BTreeMap<String, LinearDigests>>,
-    /// SHA-256 of the calibration's source.
+    /// SHA-256 of the calibration sources.
     pub calibration_sha256: Vec<String>,
-    /// How it was made, for advice: the preset, and tokens calibrated on.
+    /// Preset and number of calibration tokens, for the advice.
     pub preset: Option<String>,
     pub calibration_tokens: Option<usize>,
 }
@@ -38,7 +38,7 @@ struct Calibration {
     samples: usize,
     #[serde(default)]
     seq_len: usize,
-    /// Of reports from before several files could be read.
+    /// From older reports, which had a single source file.
     source_sha256: Option<String>,
     #[serde(default)]
     files: Vec<CalibrationFile>,
@@ -50,7 +50,7 @@ struct CalibrationFile {
 }
 
 impl Recorded {
-    /// Reads `report.json` in `dir`; nothing is recorded where there is none.
+    /// Reads `report.json` in `dir`; without one, nothing is recorded.
     pub(crate) fn read(dir: &Path) -> Result<Self, FormatError> {
         let path = dir.join("report.json");
         if !path.exists() {

@@ -1,5 +1,5 @@
-//! Every tensor's name, dtype, shape and plain sense, against the configs beside it and the digests
-//! its maker recorded.
+//! Checks every tensor's name, dtype, shape and plausibility against the configs and the recorded
+//! digests.
 
 use std::path::Path;
 
@@ -14,8 +14,8 @@ use rayon::prelude::*;
 use crate::VerifyError;
 use crate::recorded::Recorded;
 
-/// Checks the checkpoint in `dir`: each check with what it found, the tensors themselves first. Where
-/// they do not hold there is nothing further to check.
+/// Checks the checkpoint in `dir`: each check with its result, the tensors first. If they fail, the
+/// other checks are skipped.
 pub(crate) fn check(dir: &Path, census: &Census, recorded: &Recorded) -> Vec<Check> {
     let checkpoint = &census.checkpoint;
     let mut linears = Linears::default();
@@ -41,13 +41,13 @@ pub(crate) fn check(dir: &Path, census: &Census, recorded: &Recorded) -> Vec<Che
             None => (true, right.to_owned()),
         };
         let order = linears.order(quantize_config);
-        checks.push(("g_idx", wrong(order, "as desc_act says")));
-        checks.push(("zero points", wrong(linears.zeros, "as sym says")));
+        checks.push(("g_idx", wrong(order, "consistent with desc_act")));
+        checks.push(("zero points", wrong(linears.zeros, "consistent with sym")));
         let digests = match &recorded.digests {
             None => (true, "not recorded".to_owned()),
             Some(_) => wrong(
                 linears.digests,
-                "codes, zeros, scales and g_idx as recorded",
+                "qweight, qzeros, scales and g_idx match the recorded digests",
             ),
         };
         checks.push(("digests", digests));
@@ -102,7 +102,7 @@ fn tensors(
     }
     let count = checkpoint.names().count();
     let mut said = vec![format!(
-        "{count} tensors as their configs say, {} quantized linears",
+        "{count} tensors match the configs, {} quantized linear layers",
         linears.shapes.len()
     )];
     said.extend(census.warnings.iter().cloned());
@@ -121,13 +121,13 @@ fn scales_are_not_zero(module: &str, packed: &PackedLinear) -> Result<(), Verify
     }
 }
 
-/// What the quantized linears show beyond their shapes; of each kind of fault the first.
+/// Faults of the quantized linear layers beyond their shapes; the first of each kind.
 #[derive(Default)]
 struct Linears {
     shapes: Vec<LinearShape>,
-    /// A linear whose groups are not of one size.
+    /// A linear layer whose groups differ in size.
     sizes: Option<String>,
-    /// A linear whose groups are out of order, and one whose several groups are in order.
+    /// A linear layer whose groups are out of order, and one whose several groups are in order.
     out_of_order: Option<String>,
     in_order: Option<String>,
     zeros: Option<String>,
@@ -135,7 +135,7 @@ struct Linears {
 }
 
 impl Linears {
-    /// Adds those of a later block.
+    /// Adds the faults of a later block.
     fn extend(&mut self, later: Linears) {
         self.shapes.extend(later.shapes);
         for (first, later) in [
@@ -183,7 +183,7 @@ impl Linears {
         }
         let mut sizes = vec![0; groups];
         for &g in &packed.g_idx {
-            // Within the groups: that was checked when the linear was read.
+            // Group indices are in range: that was checked when the linear layer was read.
             if let Some(size) = sizes.get_mut(g as usize) {
                 *size += 1;
             }
@@ -214,11 +214,11 @@ impl Linears {
         Ok(())
     }
 
-    /// What is wrong with `g_idx`, under these settings.
+    /// Describes what is wrong with `g_idx` under these settings.
     fn order(&self, config: &QuantizeConfig) -> Option<String> {
         match config.desc_act && !config.static_groups {
             false => (self.out_of_order.clone())
-                .map(|found| format!("{found}, but without act order groups lie in order")),
+                .map(|found| format!("{found}; without act order, groups must be in order")),
             true => self.sizes.clone().or_else(|| {
                 let all = self
                     .out_of_order
@@ -230,14 +230,14 @@ impl Linears {
     }
 }
 
-/// The first of a linear's tensors that is not what was recorded.
+/// Names the first of a linear layer's tensors that differs from the recorded digests.
 fn different(
     module: &str,
     packed: &PackedLinear,
     recorded: Option<&LinearDigests>,
 ) -> Option<String> {
     let Some(recorded) = recorded else {
-        return Some(format!("{module}: nothing recorded for it"));
+        return Some(format!("{module}: no recorded digests"));
     };
     let found = LinearDigests::of(packed);
     [
@@ -248,10 +248,10 @@ fn different(
     ]
     .into_iter()
     .find(|(_, found, recorded)| found != recorded)
-    .map(|(name, ..)| format!("{module}.{name} is not what was written"))
+    .map(|(name, ..)| format!("{module}.{name} differs from its recorded digest"))
 }
 
-/// Who loads it; a branch that nobody loads fails.
+/// Lists the clients that load it; the check fails if there is none.
 fn clients(contents: &Contents) -> (bool, String) {
     let support = client_support(contents);
     let loads = support.iter().filter(|s| s.verdict.is_ok());
@@ -262,16 +262,17 @@ fn clients(contents: &Contents) -> (bool, String) {
     }
 }
 
-/// Where both places hold settings, they must be the same settings.
+/// Checks that the settings agree if both files have them.
 fn configs_agree(dir: &Path) -> Result<String, VerifyError> {
     let (own, inside) = (QuantizeConfig::own(dir)?, QuantizeConfig::inside(dir)?);
     match (own, inside) {
         (Some(_), None) => {
-            Ok("quantize_config.json alone: Transformers and vLLM read config.json".into())
+            Ok("only quantize_config.json: Transformers and vLLM read config.json".into())
         }
         (None, None) => Ok("config.json of a dense model".into()),
         (None, Some(_)) => Ok("config.json alone".into()),
-        // Tools add keys of their own to one or the other: only what a reader acts on is compared.
+        // Other tools add keys of their own to either file, so only the keys that clients use are
+        // compared.
         (Some(own), Some(inside))
             if (inside.bits, inside.group_size, inside.sym, inside.desc_act)
                 == (own.bits, own.group_size, own.sym, own.desc_act)

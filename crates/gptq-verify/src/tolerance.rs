@@ -1,9 +1,9 @@
-//! How far a branch may be from its dense model, and what would bring it closer.
+//! Tolerances for the distance of a branch from its dense model, and advice on reducing it.
 //!
-//! A branch is held against what its settings cost without any method: the dense model rounded to nearest
-//! with the same bits and groups, linear by linear, on the same text. GPTQ loses less than that; a branch that
-//! loses plainly more is broken, however much its bits lose on this model. Where rounding to nearest leaves
-//! nothing of a model, as 2 bits do, the mean bits of a weight set the limit.
+//! The baseline is the dense model rounded to nearest with the same bits and groups, layer by
+//! layer, on the same text. GPTQ loses less than that; a branch that loses clearly more is broken,
+//! however much its bits lose on this model. Where rounding to nearest destroys a model, as 2 bits
+//! do, the mean bits per weight set the limit.
 
 use gptq_format::{Bits, GroupSize, QuantizeConfig};
 use gptq_plan::{BlockError, Check, NearestRounding, Receipt, Tolerances};
@@ -13,17 +13,17 @@ use crate::compare::{Compared, Nearest};
 use crate::recorded::Recorded;
 use crate::weights::Strange;
 
-/// A branch may lose so much more than rounding to nearest does, and this on top, for what is noise where
-/// next to nothing is lost.
+/// Allowed loss relative to round-to-nearest, plus an absolute allowance for noise where the loss
+/// is close to zero.
 const FACTOR: f64 = 1.25;
 const NOISE: f64 = 0.02;
-/// The same of a single block's error.
+/// The same for the error of a single block.
 const BLOCK_FACTOR: f64 = 2.0;
 const BLOCK_NOISE: f64 = 0.002;
-/// A block whose error is 1 might as well be left out.
+/// Upper limit of a block's error: a block with an error of 1 might as well be left out.
 const BLOCK_MOST: f64 = 0.9;
 
-/// Tolerances that were asked for, each in place of its own.
+/// Tolerances given by the user, each overriding its default.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[allow(missing_docs, reason = "the names are those of the tolerances")]
 pub struct Asked {
@@ -57,7 +57,7 @@ const fn most(bits: f64, nats: f64, disagreement: f64) -> Most {
 }
 
 impl Most {
-    /// Between the table's rows.
+    /// Interpolates between the table's rows.
     fn at(bits: f64) -> Most {
         let mut rows = MOST.windows(2).filter_map(|pair| match pair {
             [low, high] => Some((low, high)),
@@ -101,7 +101,7 @@ fn tolerances(asked: Asked, bits: f64, nearest: Option<&Nearest>) -> Tolerances 
     }
 }
 
-/// Judges what was measured beside the dense model, and records it.
+/// Checks the measurements against the dense model, and records them.
 pub(crate) fn judge(receipt: &mut Receipt, loss: f64, compared: Compared, asked: Asked) {
     let mut allowed = tolerances(asked, compared.bits, compared.nearest.as_ref());
     let nearest = compared.nearest.as_ref().map(rounding);
@@ -167,7 +167,7 @@ fn rounding(nearest: &Nearest) -> NearestRounding {
     }
 }
 
-/// The block that is judged worst.
+/// The block with the worst error relative to its tolerance.
 struct Worst {
     check: Check,
     tolerated: f64,
@@ -198,7 +198,7 @@ fn worst(blocks: &[BlockError], asked: Option<f64>) -> Worst {
             check: check(
                 "blocks",
                 true,
-                "no block of the dense model does anything".into(),
+                "every block of the dense model leaves its input unchanged".into(),
             ),
             tolerated: asked.unwrap_or(BLOCK_MOST),
         };
@@ -209,7 +209,7 @@ fn worst(blocks: &[BlockError], asked: Option<f64>) -> Worst {
         None => String::new(),
     };
     let detail = format!(
-        "largest relative error beside what is tolerated: {error:.3e} in block {}{beside}, tolerated {tolerated:.3e}",
+        "largest relative error compared with its tolerance: {error:.3e} in block {}{beside}, tolerated {tolerated:.3e}",
         block.layer
     );
     Worst {
@@ -218,12 +218,12 @@ fn worst(blocks: &[BlockError], asked: Option<f64>) -> Worst {
     }
 }
 
-/// Whether every group's scale is its weights'.
+/// Checks that every group's scale matches its dense weights.
 fn scales(strange: &[Strange]) -> Option<Check> {
     let first = strange.first()?;
     let groups: usize = strange.iter().map(|s| s.groups).sum();
     let detail = format!(
-        "{}: group {} of output {} is {:.2} times its dense weights, where {:.2} is usual{}",
+        "{}: group {} of output {} is {:.2} times its dense weights; the median is {:.2}{}",
         first.module,
         first.group,
         first.output,
@@ -231,19 +231,19 @@ fn scales(strange: &[Strange]) -> Option<Check> {
         first.usual,
         match groups {
             1 => String::new(),
-            n => format!("; {n} groups like that in {} linears", strange.len()),
+            n => format!("; {n} such groups in {} linear layers", strange.len()),
         }
     );
     Some(check("scales", false, detail))
 }
 
-/// Where most is lost and what would lose less; none where little is.
+/// Says where the loss is largest and how to reduce it; `None` if the loss is small.
 pub(crate) fn advice(
     receipt: &Receipt,
     config: Option<&QuantizeConfig>,
     recorded: &Recorded,
 ) -> Option<String> {
-    /// Perplexity over the dense model's from which a word is due.
+    /// Perplexity increase over the dense model from which advice is given.
     const MUCH: f64 = 0.05;
     let measured = receipt.perplexity.as_ref()?;
     let increase = measured.value / measured.dense? - 1.0;
@@ -269,20 +269,20 @@ pub(crate) fn advice(
         0 => String::new(),
         n => {
             let mean = rest.iter().map(|(_, error)| error).sum::<f64>() / n as f64;
-            format!("; the other {n} have {mean:.3} on the mean")
+            format!("; the mean of the other {n} is {mean:.3}")
         }
     };
     Some(format!(
-        "perplexity is {:+.1} % off: the largest errors are those of blocks {layers} ({errors}{others}); less is lost \
-         with {}",
+        "perplexity changes by {:+.1} %; the largest errors are in blocks {layers} ({errors}{others}); to reduce them, try \
+         {}",
         100.0 * increase,
         list(remedies(config, recorded)).replace(" and ", " or "),
     ))
 }
 
-/// What loses less, from what costs nothing to what takes more space.
+/// Lists remedies, from free ones to those that increase the size.
 fn remedies(config: &QuantizeConfig, recorded: &Recorded) -> Vec<String> {
-    /// Tokens from which on more of them gain little.
+    /// Number of calibration tokens above which more gain little.
     const ENOUGH: usize = 100_000;
     let mut remedies = Vec::new();
     if recorded.preset.as_deref() != Some("best") {
@@ -303,7 +303,7 @@ fn remedies(config: &QuantizeConfig, recorded: &Recorded) -> Vec<String> {
         Bits::Eight => {}
     }
     if remedies.is_empty() {
-        remedies.push("no quantization of the blocks named".to_owned());
+        remedies.push("leaving these blocks unquantized".to_owned());
     }
     remedies
 }

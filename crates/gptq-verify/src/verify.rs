@@ -1,4 +1,4 @@
-//! The whole judgement of one directory.
+//! Complete verification of one directory.
 
 use std::path::{Path, PathBuf};
 
@@ -15,46 +15,46 @@ use crate::recorded::Recorded;
 use crate::tolerance::{advice, judge};
 use crate::{Asked, VerifyError, range, structure};
 
-/// The check of what 16-bit programs can hold.
+/// Name of the check for f16 overflow.
 pub const RANGE: &str = "f16";
 
-/// Text to measure on.
+/// Evaluation text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Evaluation {
-    /// Rows of any kind that calibration reads, with their text in the column `text`; a JSON list of
-    /// texts; or one plain text.
+    /// Rows in any format that calibration reads, with their text in the column `text`; a JSON list
+    /// of texts; or plain text.
     pub text: PathBuf,
     /// Tokens per window.
     pub window: usize,
 }
 
-/// What to check.
+/// Checks to make.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
-    /// Run it on this text.
+    /// Run the model on this text.
     pub evaluation: Option<Evaluation>,
     /// Run this dense model beside it on the same text.
     pub against: Option<PathBuf>,
-    /// How far it may be from the dense model, where not as far as its settings let expect.
+    /// Tolerances that override the defaults for its settings.
     pub tolerances: Asked,
 }
 
-/// Reopens `dir`, a branch or a dense checkpoint, and checks every tensor against its configs and the
-/// digests that its maker recorded; nothing is run. What does not hold is a failed check.
+/// Reopens `dir`, a branch or a dense checkpoint, and checks every tensor against its configs and
+/// the recorded digests, without running the model. Problems are reported as failed checks.
 ///
 /// # Errors
-/// No checkpoint, or a `config.json` that is none.
+/// No checkpoint, or an invalid `config.json`.
 pub fn check_tensors(dir: &Path) -> Result<Vec<Check>, VerifyError> {
     let recorded = Recorded::read(dir)?;
     Ok(structure::check(dir, &Census::take(dir)?, &recorded))
 }
 
-/// Reopens `dir`, a branch or a dense checkpoint, and checks it as `request` says. `on_progress` is told
-/// the share of the work on a text that is done, 0 to 1.
+/// Reopens `dir`, a branch or a dense checkpoint, and verifies it as `request` says. `on_progress`
+/// receives the finished share of the work on a text, 0 to 1.
 ///
 /// # Errors
-/// What cannot be judged at all: no checkpoint, no text. What can be and does not hold is a failed
-/// check of the receipt.
+/// Conditions that prevent verification: no checkpoint, no text. Other problems are failed checks
+/// of the report.
 pub fn verify(
     dir: &Path,
     request: &Request,
@@ -110,7 +110,7 @@ impl Work for Verify<'_> {
             blocks: Vec::new(),
         };
         let sound = receipt.checks.iter().all(|check| check.pass);
-        // Damaged files are not run: what came of it would say nothing.
+        // Damaged files are not run: the result would be meaningless.
         if let Some(evaluation) = request.evaluation.as_ref().filter(|_| sound) {
             let dense = (request.against.as_deref())
                 .map(|dense| open_dense(&model, dense, &device))
@@ -154,7 +154,7 @@ fn open_dense<B: Engine>(
     }
 }
 
-/// What to run on, and what to tolerate.
+/// Text, models and tolerances of a run.
 #[derive(Clone, Copy)]
 struct Asking<'a> {
     evaluation: &'a Evaluation,
@@ -173,7 +173,7 @@ fn run<B: Engine>(
     let dir = model.checkpoint().dir();
     let text_sha256 = sha256_file(text)?;
     if recorded.calibration_sha256.contains(&text_sha256) {
-        let detail = "this file was calibrated on; measure on other text";
+        let detail = "this file was used for calibration; measure on other text";
         receipt.checks.push(check("text", false, detail.into()));
         return Ok(());
     }
@@ -199,7 +199,7 @@ fn run<B: Engine>(
     receipt.range = Some(measured.range);
     let whose = |value: f64, name: &Path| match value {
         value if value.is_finite() => None,
-        _ => Some(format!("{}: its output is not finite", name.display())),
+        _ => Some(format!("{}: the output is not finite", name.display())),
     };
     let dense_dir = dense.map(|dense| dense.checkpoint().dir());
     let lost = whose(perplexity.value, dir)
@@ -215,7 +215,7 @@ fn run<B: Engine>(
     Ok(())
 }
 
-/// The evaluation text as the tokenizer of the model in `dir` has it.
+/// Tokenizes the evaluation text with the tokenizer in `dir`.
 fn evaluated(dir: &Path, evaluation: &Evaluation) -> Result<EvaluationText, VerifyError> {
     let Evaluation { text, window } = evaluation;
     if *window < 2 {
@@ -230,7 +230,8 @@ fn file_name(path: &Path) -> String {
     name.to_string_lossy().into_owned()
 }
 
-/// Runs the model in `dir`, its weights taken in `half`, on a text. `on_progress` as for [`verify`].
+/// Runs the model in `dir` on a text, with weights converted to `half`. `on_progress` as for
+/// [`verify`].
 ///
 /// # Errors
 /// No checkpoint, no text, or an output that is not finite.
@@ -284,7 +285,7 @@ impl Work for Alone<'_> {
     }
 }
 
-/// What `config.json` says that programs compute in; `stored` where it says nothing of 16 bits.
+/// Returns the compute dtype declared in `config.json`; `stored` if it names no 16-bit dtype.
 fn declared(dir: &Path, stored: Half) -> Result<Half, VerifyError> {
     let config: Value = read_json(&dir.join("config.json"))?;
     let name = ["dtype", "torch_dtype"]
@@ -297,12 +298,12 @@ fn declared(dir: &Path, stored: Half) -> Result<Half, VerifyError> {
     Ok(named.unwrap_or(stored))
 }
 
-/// Whether a program that computes in `declared` can run the model, and what there is to say. `dense` is
-/// what the dense model is stored in, where it ran beside.
+/// Checks that a program that computes in `declared` can run the model, and describes the result.
+/// `dense` is the dtype in which the dense model is stored, if one was compared.
 fn range_holds(range: &F16Range, declared: Half, dense: Option<Half>) -> (bool, String) {
     let Some(first) = range.overflows.first() else {
         let detail = format!(
-            "holds everything; the largest is {:.4e} ({})",
+            "all values are in range; the largest is {:.4e} ({})",
             range.largest, range.at
         );
         return (true, detail);
@@ -313,8 +314,8 @@ fn range_holds(range: &F16Range, declared: Half, dense: Option<Half>) -> (bool, 
     };
     let others = match range.overflows.len() - 1 {
         0 => String::new(),
-        1 => ", and so at one more place".to_owned(),
-        n => format!(", and so at {n} more places"),
+        1 => ", and also in one other place".to_owned(),
+        n => format!(", and also in {n} other places"),
     };
     let found = format!(
         "{}{largest}, beyond f16's {} ({} {}){others}",
@@ -327,16 +328,16 @@ fn range_holds(range: &F16Range, declared: Half, dense: Option<Half>) -> (bool, 
         return (
             true,
             format!(
-                "{found}; bf16, which config.json names, holds them, programs that compute in f16 do not"
+                "{found}; bf16, which config.json names, can hold them; programs that compute in f16 cannot"
             ),
         );
     }
     let bf16 = "dtype = \"bf16\" in the recipe";
     let why = match (first.dense, dense) {
-        (Some(false), _) => "the dense model has none there: take more bits, smaller groups or other calibration text".to_owned(),
+        (Some(false), _) => "the dense model has none there: use more bits, smaller groups or other calibration text".to_owned(),
         (Some(true), Some(Half::Bf16)) => format!("the dense model has them too, and is bf16: {bf16} keeps its range"),
-        (Some(true), _) => format!("the dense model has them too, and cannot be run in f16 itself: {bf16} gives a branch that can be run"),
-        (None, _) => format!("--against MODEL says whether the dense model has them too; if so, {bf16} holds them"),
+        (Some(true), _) => format!("the dense model has them too, so it cannot be run in f16 either: {bf16} gives a branch that can be run"),
+        (None, _) => format!("use --against MODEL to see whether the dense model has them too; if so, use {bf16}"),
     };
     (
         false,

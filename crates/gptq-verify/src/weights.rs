@@ -1,27 +1,27 @@
-//! A branch's weights against the dense model's, group by group: a scale that is not its weights' shows.
+//! Compares a branch's weights with the dense model's, group by group, to find wrong scales.
 //!
-//! The gain of a group is `⟨ŵ, w⟩ / ⟨w, w⟩`, `w` the dense weights of one output in the group and `ŵ` the
-//! branch's. Rounding and what makes up for it leave it near 1, wherever the group's weights are not the
-//! smallest of their linear; a scale that is twice too large makes it twice as large.
+//! The gain of a group is `⟨ŵ, w⟩ / ⟨w, w⟩`, `w` the dense weights of one output in the group and
+//! `ŵ` the branch's. Rounding and error compensation leave it near 1, unless the group's weights
+//! are among the smallest of their linear layer; a scale that is twice too large doubles it.
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use gptq_kernels::Engine;
 
-/// Groups with a gain out of line, in one linear.
+/// Groups with outlying gains in one linear layer.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Strange {
     pub module: String,
     pub groups: usize,
-    /// The one furthest out.
+    /// The group with the largest deviation.
     pub group: usize,
     pub output: usize,
     pub gain: f64,
-    /// What is usual in the linear.
+    /// Median gain of the linear layer.
     pub usual: f64,
 }
 
-/// Sums over each output's groups of `columns` inputs, `[out, groups]`: `⟨ŵ, w⟩` and `⟨w, w⟩`. `g_idx` gives
-/// an input's group; the last may have fewer.
+/// Returns sums over each output's groups of `columns` inputs, `[out, groups]`: `⟨ŵ, w⟩` and `⟨w,
+/// w⟩`. `g_idx` holds the group of each input; the last group may be smaller.
 pub(crate) fn sums<B: Engine>(
     dense: Tensor<B, 2>,
     found: Tensor<B, 2>,
@@ -57,20 +57,21 @@ pub(crate) fn sums<B: Engine>(
     })
 }
 
-/// A gain is out of line that lies so many standard deviations from its linear's median, and so far at least:
-/// of sound 4-bit branches in groups of 64 none lies further than 0.08 in medi-tiny, and in SmolLM2-135M than 0.29
-/// with the presets that search scales.
+/// A gain is an outlier if it is at least this many standard deviations, and at least this far,
+/// from its layer's median. In sound 4-bit branches in groups of 64 no gain is further off than
+/// 0.08 in medi-tiny, and 0.29 in SmolLM2-135M with the presets that search scales.
 const DEVIATIONS: f64 = 10.0;
 const FAR: f64 = 0.4;
-/// A few of a linear's groups, two or one in so many, may lie anywhere: in SmolLM2-135M, with `autogptq` or at 2 bits,
-/// up to ten of 13 824 are up to three times as long as their weights or point the other way, all of them of
-/// one output. What is wrong with a file shows in whole rows or columns of groups.
+/// Up to two groups of a linear layer, or one in this many, may have any gain: in SmolLM2-135M,
+/// with `autogptq` or at 2 bits, up to ten of 13 824 are up to three times as long as their weights
+/// or point the other way, all of them of one output. A damaged file shows in whole rows or columns
+/// of groups.
 const FEW: usize = 1000;
-/// Groups with a smaller part of their linear's mean energy are left out: what makes up for errors elsewhere may
-/// move them by more than they are long.
+/// Groups with less than this fraction of their layer's mean energy are ignored: compensation of
+/// errors elsewhere may change them by more than their own norm.
 const LEAST: f64 = 0.2;
 
-/// The groups of `module` whose gain is out of line, of `sums` as [`sums`] gives them.
+/// Returns the outlying groups of `module`, given `sums` from [`sums`].
 pub(crate) fn strange(
     module: String,
     [dots, squares]: [Vec<f32>; 2],
@@ -85,7 +86,7 @@ pub(crate) fn strange(
         .map(|(at, dot, square)| (at, dot / square))
         .collect();
     let usual = median(gains.iter().map(|&(_, gain)| gain).collect())?;
-    // Weights that are the dense ones in another basis are not to be compared with them.
+    // Weights in another basis than the dense ones cannot be compared with them.
     if !(0.5..=2.0).contains(&usual) {
         return None;
     }
@@ -94,7 +95,7 @@ pub(crate) fn strange(
             .map(|(_, gain)| (gain - usual).abs())
             .collect(),
     )?;
-    // Of a normal distribution the median deviation is 0.6745 standard ones.
+    // The median deviation of a normal distribution is 0.6745 standard deviations.
     let most = FAR.max(DEVIATIONS * deviation / 0.6745);
     let few = (gains.len() / FEW).max(2);
     let out = gains
@@ -116,7 +117,7 @@ pub(crate) fn strange(
     })
 }
 
-/// The middle one; none of nothing.
+/// Returns the median; `None` for no values.
 fn median(mut values: Vec<f64>) -> Option<f64> {
     let middle = values.len() / 2;
     if values.is_empty() {
@@ -162,15 +163,15 @@ mod tests {
     fn scales_that_are_twice_too_large_or_too_small_are_named() {
         assert_eq!(gains(|_, gain| gain), None);
         let single = |factor: f32| gains(|i, gain| if i == 31 { factor * gain } else { gain });
-        // A sound branch may have one such: what makes up for errors elsewhere went into it.
+        // A sound branch may have one such group, from compensation of errors elsewhere.
         assert_eq!([single(2.0), single(0.5)], [None, None]);
         for factor in [2.0, 0.5] {
             let group = gains(|i, gain| if i % 3 == 2 { factor * gain } else { gain }).unwrap();
             assert_eq!((group.groups, group.group), (20, 2));
         }
-        // All of them alike is no outlier: the block's error is there for that.
+        // A common factor is not an outlier: the block's error shows it.
         assert_eq!(gains(|_, gain| 1.5 * gain), None);
-        // In another basis.
+        // Weights in another basis.
         assert_eq!(gains(|i, _| if i == 31 { 1.0 } else { 0.0 }), None);
     }
 

@@ -1,9 +1,9 @@
-//! Panics, each of which is a mistake in this program: instead of a backtrace, one line that says
-//! what to report.
+//! Reports panics, which are bugs of this program: one line with what to report instead of a
+//! backtrace.
 //!
-//! The panic hook keeps where each panic happened. Whatever is caught on the way up (a damaged
-//! Parquet file, a device without memory) is never seen; what reaches the top becomes the line.
-//! `RUST_BACKTRACE` brings Rust's own report back beside it.
+//! The panic hook records where each panic happened. Panics caught on the way up (a damaged Parquet
+//! file, a device without memory) are never shown; one that reaches the top becomes the line. With
+//! `RUST_BACKTRACE`, Rust's own report is printed as well.
 
 use std::any::Any;
 use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
@@ -12,7 +12,7 @@ use std::sync::{Mutex, Once, PoisonError};
 
 use crate::environment;
 
-/// A panic that was seen.
+/// A recorded panic.
 struct Seen {
     message: String,
     place: String,
@@ -20,16 +20,16 @@ struct Seen {
 
 static SEEN: Mutex<Vec<Seen>> = Mutex::new(Vec::new());
 
-/// Most panics that are kept: one leads to others, and the first say the most.
+/// Maximum number of recorded panics: one leads to others, and the first ones matter most.
 const KEPT: usize = 64;
 
-/// What `std` panics with where standard output is closed, as `| head` closes it.
+/// Start of `std`'s panic message if standard output is closed, as by `| head`.
 const CLOSED_OUTPUT: &str = "failed printing to stdout";
 
-/// What `std::thread::scope` panics with after a thread of it did.
+/// Panic message of `std::thread::scope` after a panic in one of its threads.
 const SCOPE: &str = "a scoped thread panicked";
 
-/// Has panics remembered instead of printed, and what the devices' threads panic with told as errors.
+/// Records panics instead of printing them, and turns panics of device threads into errors.
 pub(crate) fn watch() {
     static WATCH: Once = Once::new();
     WATCH.call_once(|| {
@@ -46,13 +46,13 @@ pub(crate) fn watch() {
     });
 }
 
-/// Does `work`; a panic becomes the line to print. `about` is what was asked for.
+/// Runs `work`; a panic becomes the line to print. `about` describes the command.
 pub(crate) fn guard<T>(about: &str, work: impl FnOnce() -> T) -> Result<T, String> {
     watch();
     panic::catch_unwind(AssertUnwindSafe(work)).map_err(|payload| line(about, payload.as_ref()))
 }
 
-/// A recipe or directory as a bug report may show it: without this machine's directories.
+/// Returns a recipe or directory for a bug report, without local directories.
 pub(crate) fn public(path: &Path) -> String {
     path.file_name()
         .unwrap_or_default()
@@ -70,7 +70,7 @@ fn remember(panic: &PanicHookInfo<'_>) {
         seen.push(Seen {
             message: panic.payload_as_str().unwrap_or("no message").to_owned(),
             place: panic.location().map_or_else(String::new, |at| {
-                // A path below this project or a registry, not where it was built.
+                // Relative to this project or a registry, without the build directory.
                 let file = at.file().replace('\\', "/");
                 let mut parts: Vec<&str> = file.rsplit('/').take(4).collect();
                 parts.reverse();
@@ -87,7 +87,7 @@ fn line(about: &str, payload: &(dyn Any + Send)) -> String {
         return text.to_owned();
     }
     let seen = seen();
-    // Of several threads' panics, the one that came up; else the last that was not led to.
+    // Prefers the panic that reached the top; otherwise the last one that was not a consequence.
     let exact = |seen: &&Seen| Some(seen.message.as_str()) == text && text != Some(SCOPE);
     let (message, place) = match seen
         .iter()
@@ -99,7 +99,7 @@ fn line(about: &str, payload: &(dyn Any + Send)) -> String {
         None => (text.unwrap_or("no message"), "an unknown place"),
     };
     format!(
-        "this is a bug in gptq {}, please report it with this line and the file that led to it: \
+        "this is a bug in gptq {}, please report it with this line and the file that caused it: \
          {about}: {} at {place}",
         env!("CARGO_PKG_VERSION"),
         message.replace('\n', "; "),

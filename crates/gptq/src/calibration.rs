@@ -14,13 +14,13 @@ use crate::hub::{self, Need};
 use crate::table::count;
 use crate::{size, terminal};
 
-/// What `--json` prints.
+/// JSON output of `--json`.
 #[derive(Serialize)]
 struct Shown<'a> {
     manifest: &'a Manifest,
-    /// Joins documents.
+    /// Token between documents.
     end_token: Option<Token<'a>>,
-    /// What the tokenizer sets before each document.
+    /// Token that the tokenizer puts before each document.
     bos_token: Option<Token<'a>>,
     first_window: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -43,7 +43,7 @@ struct Evaluation {
     tokens: usize,
     window: usize,
     windows: usize,
-    /// Behind the last full window.
+    /// Tokens after the last full window.
     left_over: usize,
     shared_tokens: usize,
 }
@@ -100,7 +100,7 @@ impl Token<'_> {
     }
 }
 
-/// What should be known of an evaluation text beside the calibration text.
+/// Warns about an evaluation text, given its overlap with the calibration text.
 fn text_warnings(text: &EvaluationText, overlap: Overlap) -> Vec<String> {
     let Overlap { shared, total } = overlap;
     let short = (total < text.window).then(|| {
@@ -113,8 +113,8 @@ fn text_warnings(text: &EvaluationText, overlap: Overlap) -> Vec<String> {
     let shared = (shared > 0).then(|| {
         let share = 100.0 * shared as f64 / total as f64;
         format!(
-            "{shared} of the evaluation text's {total} tokens ({share:.1} %) lie in runs of \
-             {RUN} or more that the calibration rows hold too; perplexity on them says little"
+            "{shared} of the evaluation text's {total} tokens ({share:.1} %) are in runs of \
+             {RUN} or more that also occur in the calibration rows; perplexity on them is not meaningful"
         )
     });
     let lines = short.into_iter().chain(text.warnings());
@@ -142,11 +142,11 @@ impl Evaluation {
     fn describe(&self) -> String {
         let left_out = match self.rows_left_out {
             0 => String::new(),
-            rows => format!(", {} without text left out", count(rows, "row")),
+            rows => format!(", {} without text skipped", count(rows, "row")),
         };
         let left_over = match self.left_over {
             0 => String::new(),
-            tokens => format!(", {} behind the last left out", count(tokens, "token")),
+            tokens => format!(", {} after the last not scored", count(tokens, "token")),
         };
         let overlap = match self.shared_tokens {
             0 => "none".to_owned(),
@@ -163,7 +163,7 @@ impl Evaluation {
     }
 }
 
-/// A range of rows in words.
+/// Describes a range of rows.
 fn range(rows: &str) -> String {
     match rows.split_once(':') {
         Some(("0", "")) => "all rows".to_owned(),
@@ -190,24 +190,24 @@ fn print(manifest: &Manifest, tokenizer: &TextTokenizer) {
     }
     let mut rows = format!("{} used of {}", manifest.row_count, range(&manifest.rows));
     if manifest.min_tokens > 0 {
-        rows += &format!(", of at least {} tokens", manifest.min_tokens);
+        rows += &format!(", each of at least {} tokens", manifest.min_tokens);
     }
     if manifest.dedupe {
         rows += ", without repeats";
     }
     if manifest.null_rows > 0 {
-        rows += &format!(", {} left out for a null", manifest.null_rows);
+        rows += &format!(", {} skipped for a null", manifest.null_rows);
     }
     if manifest.objected_rows > 0 {
         let objected = manifest.objected_rows;
-        rows += &format!(", {objected} left out because the chat template objects to them");
+        rows += &format!(", {objected} skipped because the chat template refused them");
     }
     if manifest.blank_rows > 0 {
-        rows += &format!(", {} left out without text", manifest.blank_rows);
+        rows += &format!(", {} skipped without text", manifest.blank_rows);
     }
     if manifest.mended_rows > 0 {
         rows += &format!(
-            ", {} with halves of surrogate pairs replaced",
+            ", {} with unpaired surrogates replaced",
             manifest.mended_rows
         );
     }
@@ -231,7 +231,7 @@ fn print(manifest: &Manifest, tokenizer: &TextTokenizer) {
     );
     let masked = match manifest.masked_tokens {
         0 => String::new(),
-        masked => format!(", {masked} masked ones left out"),
+        masked => format!(", {masked} masked ones removed"),
     };
     line("tokens", format!("{}{masked}", manifest.available_tokens));
     let sampling = match manifest.sampling {
@@ -244,6 +244,6 @@ fn print(manifest: &Manifest, tokenizer: &TextTokenizer) {
     let unique = manifest.unique_tokens;
     line(
         "unique",
-        format!("{unique} tokens, {share:.1} % of what the windows hold"),
+        format!("{unique} tokens, {share:.1} % of the windows' size"),
     );
 }

@@ -41,17 +41,17 @@ pub(crate) fn run(args: CardArgs) -> Result<()> {
     let path = args.output.unwrap_or_else(|| args.dir.join("README.md"));
     if !args.force && path.exists() && read(&path)? != text {
         bail!(
-            "{} is there and says something else; --force replaces it, --output names another file",
+            "{} exists with different content; --force replaces it, --output names another file",
             path.display()
         );
     }
     write_file(&path, text.as_bytes())?;
     for (key, option) in facts.missing() {
-        log::warning(&format!("the card does not say {key}; {option} adds it"));
+        log::warning(&format!("the card has no {key}; {option} adds it"));
     }
     for (branch, why) in facts.failures() {
         log::warning(&format!(
-            "{branch} failed verification, and the card says so ({why}); gptq publish refuses it"
+            "{branch} failed verification, which the card states ({why}); gptq publish refuses it"
         ));
     }
     println!("written to {}", path.display());

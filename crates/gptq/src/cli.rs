@@ -24,7 +24,7 @@ use crate::verify::VerifyArgs;
     after_help = "Example:\n  gptq quantize configs/tiny.toml"
 )]
 pub(crate) struct Cli {
-    /// Write a log to this file, after what is there; RUST_LOG chooses what is logged
+    /// Append a log to this file; RUST_LOG chooses what is logged
     #[arg(long, global = true, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
     #[command(subcommand)]
@@ -38,34 +38,35 @@ pub(crate) enum Command {
         after_help = "Example:\n  gptq quantize configs/tiny.toml --branch main --perplexity eval.json"
     )]
     Quantize(QuantizeArgs),
-    /// Show what a recipe would produce: sizes, memory, and who can load each branch
+    /// Show what a recipe would produce: sizes, memory, and which clients load each branch
     #[command(
         after_help = "Example:\n  gptq plan configs/meditron-7b.toml --model-config config.json"
     )]
     Plan(PlanArgs),
-    /// Make finished branches again on other calibration data, and compare
+    /// Quantize finished branches again with other calibration data, and compare
     #[command(
         after_help = "Example:\n  gptq requantize out/medi-tiny-GPTQ --calibration my.jsonl --column text"
     )]
     Requantize(RequantizeArgs),
-    /// Look at calibration data
+    /// Inspect calibration data
     Calibration(CalibrationArgs),
-    /// Put every verified branch on the Hub, as the revision of its name
+    /// Upload every verified branch to the Hub, each as the revision of its name
     #[command(
         after_help = "Example:\n  gptq publish out/meditron-7B-GPTQ --repo user/meditron-7B-GPTQ --dry-run"
     )]
     Publish(PublishArgs),
-    /// Reopen a branch or a whole matrix, check every tensor, and run it beside the dense model
+    /// Reopen a branch or all branches of a directory, check every tensor, and compare with the
+    /// dense model
     #[command(
         after_help = "Example:\n  gptq verify out/medi-tiny-GPTQ --text eval.json --against models/medi-tiny"
     )]
     Verify(VerifyArgs),
-    /// Continue a prompt, or talk
+    /// Continue a prompt, or chat
     #[command(
         after_help = "Examples:\n  gptq generate out/medi-tiny-GPTQ/main --prompt \"Asthma is\" --greedy --max-new-tokens 64\n  gptq generate out/medi-tiny-GPTQ/main --chat --system \"You are a careful doctor.\""
     )]
     Generate(GenerateArgs),
-    /// Say what a checkpoint is, whoever wrote it
+    /// Describe a checkpoint of any tool
     #[command(after_help = "Example:\n  gptq inspect out/medi-tiny-GPTQ/main")]
     Inspect(InspectArgs),
     /// Print a shell's completion script
@@ -73,10 +74,10 @@ pub(crate) enum Command {
         after_help = "Example:\n  gptq completions bash > ~/.local/share/bash-completion/completions/gptq"
     )]
     Completions(CompletionsArgs),
-    /// Make report.html and tables about finished branches
+    /// Write report.html and tables about finished branches
     #[command(after_help = "Example:\n  gptq report out/medi-tiny-GPTQ")]
     Report(ReportArgs),
-    /// Write the model card, a matrix's README.md for the Hub
+    /// Write the model card, the README.md of a Hub repository
     #[command(
         after_help = "Example:\n  gptq card out/meditron-7B-GPTQ --repo user/meditron-7B-GPTQ \\\n    \
                       --base-card models/meditron-7b/README.md"
@@ -85,7 +86,7 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// What a bug report says was asked for: no path of this machine.
+    /// Describes the command for a bug report, without local paths.
     pub(crate) fn about(&self) -> String {
         let (name, path) = match self {
             Command::Quantize(args) => ("quantize", args.recipe.as_ref()),
@@ -117,22 +118,22 @@ pub(crate) struct RecipeArgs {
     pub changes: ChangeArgs,
 }
 
-/// What flags change in a recipe.
+/// Flags that change a recipe.
 #[derive(Args)]
 #[group(id = "changes", multiple = true)]
 pub(crate) struct ChangeArgs {
-    /// Only this branch; may be repeated
+    /// Quantize only this branch; may be repeated
     #[arg(long, value_name = "NAME")]
     pub branch: Vec<String>,
-    /// Calibrate on this instead: a file, a glob, or a dataset on the Hub
+    /// Calibrate on this: a file, a glob, or a dataset on the Hub
     #[arg(long, value_name = "SOURCE")]
     pub calibration: Option<String>,
     #[command(flatten)]
     pub rows: RowArgs,
-    /// Write branches below this directory instead
+    /// Write branches below this directory
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
-    /// Calibration windows
+    /// Number of calibration windows
     #[arg(long, value_name = "N")]
     pub samples: Option<usize>,
     /// Tokens per calibration window
@@ -143,34 +144,34 @@ pub(crate) struct ChangeArgs {
     pub seed: Option<u64>,
 }
 
-/// What a row of the calibration data is, and which rows.
+/// Selection and interpretation of calibration rows.
 #[derive(Args)]
 pub(crate) struct RowArgs {
-    /// A row is this text over its columns, such as "{question}\n{answer}"
+    /// Make each row's text from its columns, as in "{question}\n{answer}"
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["column", "messages", "tokens"])]
     template: Option<String>,
-    /// A row is the text in this column
+    /// Use the text in this column
     #[arg(long, value_name = "NAME", conflicts_with_all = ["messages", "tokens"])]
     column: Option<String>,
-    /// A row is the conversation in this column
+    /// Use the conversation in this column
     #[arg(long, value_name = "NAME", conflicts_with = "tokens")]
     messages: Option<String>,
-    /// A row is the token ids in this column
+    /// Use the token ids in this column
     #[arg(long, value_name = "NAME")]
     tokens: Option<String>,
-    /// Only these rows, such as 0:1000
+    /// Use only these rows, such as 0:1000
     #[arg(long, value_name = "RANGE")]
     pub rows: Option<String>,
-    /// What becomes of a row that the chat template objects to: stop the run, or skip the row
+    /// For a row that the chat template refuses: stop the run, or skip the row
     #[arg(long, value_name = "stop|skip")]
     pub on_error: Option<OnError>,
-    /// The date that chat templates are told, such as 2026-11-30, in place of this moment's
+    /// Date seen by chat templates, such as 2026-11-30 [default: now]
     #[arg(long, value_name = "DATE")]
     pub date: Option<String>,
 }
 
 impl RowArgs {
-    /// The way that was asked for, if any.
+    /// Returns the rendering that the flags select, if any.
     pub(crate) fn rendering(&self) -> Option<RenderingOverride> {
         let template = self.template.clone().map(RenderingOverride::Template);
         let column = self.column.clone().map(RenderingOverride::Column);
@@ -180,37 +181,37 @@ impl RowArgs {
     }
 }
 
-/// How to run a recipe.
+/// Flags for running a recipe.
 #[derive(Args)]
 pub(crate) struct RunArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: Device,
-    /// Keep device memory within this, such as 22GiB; hidden states that do not fit stay on the
-    /// host
+    /// Limit device memory to this, such as 22GiB; hidden states that do not fit stay on the host
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub device_memory: Option<u64>,
-    /// Keep host memory within this, such as 64GiB; hidden states that do not fit go to --scratch
+    /// Limit host memory to this, such as 64GiB; hidden states that do not fit go to --scratch
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub host_memory: Option<u64>,
-    /// Where hidden states are that do not fit into memory [default: the output directory]
+    /// Directory for hidden states that do not fit into memory [default: the output directory]
     #[arg(long, value_name = "DIR")]
     pub scratch: Option<PathBuf>,
-    /// Keep the hidden states in the output directory whenever this much work was done since: what a
-    /// run that is stopped has to do again at most
+    /// Save the hidden states in the output directory each time this much work was done, which
+    /// limits what an interrupted run has to repeat
     #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "10min")]
     pub keep_every: Duration,
-    /// Print where the time went; waits for the device after every step
+    /// Print where the time went; synchronizes with the device after every step
     #[arg(long)]
     pub profile: bool,
-    /// Measure each finished branch's perplexity on this text: plain, a JSON list of texts, or rows with a
-    /// column text (.json, .jsonl, .csv, .parquet, .arrow), also as .gz or .zst
+    /// Measure each finished branch's perplexity on this text: plain text, a JSON list of texts, or
+    /// rows with a column text (.json, .jsonl, .csv, .parquet, .arrow), also as .gz or .zst
     #[arg(long, value_name = "FILE")]
     pub perplexity: Option<PathBuf>,
-    /// Make every branch again, whatever is in the output directory of earlier runs
+    /// Start over: quantize every branch, ignoring finished and interrupted runs in the output
+    /// directory
     #[arg(long)]
     pub restart: bool,
-    /// Print the result as JSON, and progress to standard error
+    /// Print the result as JSON to standard output, and progress to standard error
     #[arg(long)]
     pub json: bool,
 }
@@ -220,40 +221,40 @@ pub(crate) struct QuantizeArgs {
     /// The recipe (TOML)
     #[arg(required_unless_present = "resume")]
     pub recipe: Option<PathBuf>,
-    /// Go on with the unfinished run in this directory, by the recipe and flags that it was begun with
+    /// Resume the interrupted run in this directory, with the recipe and flags it was started with
     #[arg(long, value_name = "DIR", conflicts_with_all = ["recipe", "changes", "restart"])]
     pub resume: Option<PathBuf>,
     #[command(flatten)]
     pub changes: ChangeArgs,
     #[command(flatten)]
     pub run: RunArgs,
-    /// Check everything and show the plan, but run nothing
+    /// Check everything and show the plan without running it
     #[arg(long)]
     pub dry_run: bool,
 }
 
 #[derive(Args)]
 pub(crate) struct RequantizeArgs {
-    /// A directory of finished branches, or one of them
+    /// A directory of finished branches, or a single branch
     pub dir: PathBuf,
     /// Calibrate on this: a file, a glob, or a dataset on the Hub
     #[arg(long, value_name = "SOURCE")]
     pub calibration: String,
-    /// The base model: its directory, or owner/name on the Hub, where the reports do not say it
+    /// The base model: its directory, or owner/name on the Hub [default: from the reports]
     #[arg(long, value_name = "MODEL")]
     pub model: Option<String>,
-    /// Only this branch; may be repeated
+    /// Quantize only this branch; may be repeated
     #[arg(long, value_name = "NAME")]
     pub branch: Vec<String>,
-    /// Write branches below this directory; DIR-recalibrated if left out
+    /// Write branches below this directory [default: DIR-recalibrated]
     #[arg(long, value_name = "DIR2")]
     pub output: Option<PathBuf>,
     #[command(flatten)]
     pub rows: RowArgs,
-    /// Calibration windows; as many as before if left out
+    /// Number of calibration windows [default: as before]
     #[arg(long, value_name = "N")]
     pub samples: Option<usize>,
-    /// Tokens per calibration window; as many as before if left out
+    /// Tokens per calibration window [default: as before]
     #[arg(long, value_name = "N")]
     pub seq_len: Option<usize>,
     #[command(flatten)]
@@ -264,22 +265,23 @@ pub(crate) struct RequantizeArgs {
 pub(crate) struct PublishArgs {
     /// A directory of finished branches
     pub dir: PathBuf,
-    /// Where to: owner/name; made if there is none
+    /// Target repository, owner/name; created if missing
     #[arg(long, value_name = "OWNER/NAME")]
     pub repo: String,
-    /// Make the repository private, if it is made
+    /// Create the repository as private
     #[arg(long)]
     pub private: bool,
-    /// Say what would be sent, but send nothing
+    /// Show what would be uploaded, without uploading
     #[arg(long)]
     pub dry_run: bool,
-    /// Send branches that have no passing verify.json too
+    /// Upload branches without a passing verify.json too
     #[arg(long)]
     pub unverified: bool,
-    /// Take away weights too that gptq did not publish: delete those that are not here, replace the others
+    /// Also remove weights that gptq did not publish: delete those without a local file, replace
+    /// the others
     #[arg(long)]
     pub delete: bool,
-    /// Print what was sent as JSON
+    /// Print what was uploaded as JSON
     #[arg(long)]
     pub json: bool,
 }
@@ -292,8 +294,7 @@ pub(crate) struct CalibrationArgs {
 
 #[derive(Subcommand)]
 pub(crate) enum CalibrationCommand {
-    /// Show what a recipe calibrates on, its first window, and whether it overlaps the evaluation
-    /// text
+    /// Show a recipe's calibration data, its first window, and the overlap with the evaluation text
     #[command(after_help = "Example:\n  gptq calibration show configs/tiny.toml")]
     Show(ShowArgs),
 }
@@ -302,10 +303,11 @@ pub(crate) enum CalibrationCommand {
 pub(crate) struct ShowArgs {
     #[command(flatten)]
     pub recipe: RecipeArgs,
-    /// The evaluation text to compare with, in place of the recipe's; read as by quantize --perplexity
+    /// The evaluation text to compare with, instead of the recipe's; formats as for quantize
+    /// --perplexity
     #[arg(long, value_name = "FILE")]
     pub perplexity: Option<PathBuf>,
-    /// Print JSON
+    /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
 }
@@ -314,10 +316,10 @@ pub(crate) struct ShowArgs {
 pub(crate) struct PlanArgs {
     #[command(flatten)]
     pub recipe: RecipeArgs,
-    /// Plan from this config.json alone; the recipe's model need not be here
+    /// Plan from this config.json alone; the recipe's model need not be downloaded
     #[arg(long, value_name = "FILE")]
     pub model_config: Option<PathBuf>,
-    /// Say which branches can be split over this many devices, and who loads them so
+    /// Show which branches can be split over this many devices, and by which clients
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=1024))]
     pub tp: Option<u16>,
     /// Print the plan as JSON
@@ -327,7 +329,7 @@ pub(crate) struct PlanArgs {
 
 #[derive(Args)]
 pub(crate) struct ReportArgs {
-    /// A branch directory, or one whose directories are branches
+    /// A branch directory, or a directory of branches
     pub dir: PathBuf,
     /// Print the table as JSON as well
     #[arg(long)]
@@ -336,25 +338,25 @@ pub(crate) struct ReportArgs {
 
 #[derive(Args)]
 pub(crate) struct CardArgs {
-    /// A branch directory, or one whose directories are branches
+    /// A branch directory, or a directory of branches
     pub dir: PathBuf,
-    /// Where the matrix will be published
+    /// Hub repository that the branches will be published in
     #[arg(long, value_name = "USER/NAME")]
     pub repo: String,
-    /// own (the tokenizer's chat template), chatml, llama-2, alpaca, plain, or a file with {prompt} where the
-    /// user's text goes [default: own where there is one, else plain]
+    /// own (the tokenizer's chat template), chatml, llama-2, alpaca, plain, or a file with {prompt}
+    /// in place of the user's text [default: own if there is one, else plain]
     #[arg(long, value_name = "NAME")]
     pub prompt_template: Option<String>,
-    /// A minijinja template instead of the built-in one; --json prints what it can use
+    /// A minijinja template instead of the built-in one; --json prints its variables
     #[arg(long, value_name = "FILE")]
     pub template: Option<PathBuf>,
-    /// The base model's own card: it is appended, and says licence and language
+    /// The base model's own card: it is appended, and provides licence and language
     #[arg(long, value_name = "FILE")]
     pub base_card: Option<PathBuf>,
-    /// Hub id of the base model, where the reports do not have it
+    /// Hub id of the base model, if the reports do not have it
     #[arg(long, value_name = "ID")]
     pub base_model: Option<String>,
-    /// Hub id of the calibration data, where the reports do not have it
+    /// Hub id of the calibration data, if the reports do not have it
     #[arg(long, value_name = "ID")]
     pub dataset: Option<String>,
     /// Licence identifier, instead of the base card's
@@ -363,13 +365,13 @@ pub(crate) struct CardArgs {
     /// Language code, instead of the base card's
     #[arg(long, value_name = "CODE")]
     pub language: Option<String>,
-    /// Where to write [default: README.md in DIR]
+    /// Output file [default: README.md in DIR]
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// Replace a file that says something else
+    /// Replace a file with different content
     #[arg(long)]
     pub force: bool,
-    /// Print what a template can use, as JSON, and write nothing
+    /// Print the template's variables as JSON, and write nothing
     #[arg(long)]
     pub json: bool,
 }
@@ -404,7 +406,7 @@ impl ChangeArgs {
     }
 }
 
-/// Prints a plan's warnings where a person sees them without mixing them into the output.
+/// Prints a plan's warnings to standard error.
 pub(crate) fn warn(plan: &Plan) {
     for warning in &plan.warnings {
         log::warning(warning);

@@ -1,8 +1,8 @@
-//! Environment variables, read here and nowhere else.
+//! Environment variables, which are read only in this module.
 //!
-//! Values come out of `.env` files, secrets mounted as files and YAML blocks, with blanks and line breaks at
-//! their ends; those are dropped, and what is empty then counts as not set. A value that cannot be what its
-//! variable is for is refused by name.
+//! Values may come from `.env` files, mounted secrets and YAML blocks with white space at their
+//! ends; it is trimmed, and an empty value counts as not set. An invalid value is refused with the
+//! variable's name.
 
 use std::env;
 use std::ffi::OsString;
@@ -11,23 +11,23 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 
-/// What the Hub's own client takes for "on", in any letter case.
+/// Values that the Hub's own client takes as "on", in any letter case.
 const ON: [&str; 4] = ["1", "ON", "YES", "TRUE"];
-/// And what people write for "off".
+/// Values taken as "off".
 const OFF: [&str; 4] = ["0", "OFF", "NO", "FALSE"];
 
-/// A variable's text.
+/// Returns a variable's text.
 pub(crate) fn text(name: &str) -> Option<String> {
     trimmed(&env::var(name).ok()?)
 }
 
-/// A variable's path, of any encoding. `~/` at its start is the home directory, as in the Hub's own client:
-/// no shell has replaced it in a file of settings.
+/// Returns a variable's path, of any encoding. A leading `~/` is the home directory, as in the
+/// Hub's own client: no shell expands it in a settings file.
 pub(crate) fn path(name: &str) -> Option<PathBuf> {
     to_path(env::var_os(name)?, env::home_dir())
 }
 
-/// Whether a variable is on; not set is off.
+/// Returns true if a variable is on; unset means off.
 ///
 /// # Errors
 /// A value that is neither on nor off.
@@ -35,23 +35,23 @@ pub(crate) fn is_on(name: &str) -> Result<bool> {
     switch(name, text(name))
 }
 
-/// A variable's address of a server, without slashes at its end.
+/// Returns a variable's server address, without trailing slashes.
 ///
 /// # Errors
-/// A value that is no address.
+/// A value that is not an address.
 pub(crate) fn address(name: &str) -> Result<Option<String>> {
     to_address(name, text(name))
 }
 
-/// A variable's whole seconds; none where it is not set or 0.
+/// Returns a variable's whole seconds; `None` if it is unset or 0.
 ///
 /// # Errors
-/// A value that is no such number.
+/// A value that is not a whole number.
 pub(crate) fn seconds(name: &str) -> Result<Option<Duration>> {
     to_seconds(name, text(name))
 }
 
-/// The user's cache directory, as the XDG specification has it: what is not absolute does not count.
+/// Returns the user's cache directory by the XDG specification, which ignores relative paths.
 pub(crate) fn cache_directory() -> Option<PathBuf> {
     let own = path("XDG_CACHE_HOME").filter(|path| path.is_absolute());
     own.or_else(|| {

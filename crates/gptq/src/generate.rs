@@ -1,4 +1,4 @@
-//! `gptq generate`: text to standard output as it comes, speed and prompts to standard error.
+//! `gptq generate`: streams text to standard output; prompts and speed go to standard error.
 
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::PathBuf;
@@ -20,32 +20,32 @@ pub(crate) struct GenerateArgs {
     /// Continue this text
     #[arg(long, value_name = "TEXT", required_unless_present = "chat")]
     prompt: Option<String>,
-    /// Talk: a message per line of standard input, until it ends
+    /// Chat: one message per line of standard input
     #[arg(long, conflicts_with = "prompt")]
     chat: bool,
-    /// How messages are written for the model; a --prompt without this is taken as it is. --chat
-    /// uses the tokenizer's own where it has one, else ChatML
+    /// Template of messages; without it, --prompt is used as it is, and --chat uses the tokenizer's
+    /// own template if there is one, else ChatML
     #[arg(long, value_name = "NAME")]
     template: Option<Template>,
-    /// The system message; only where there is a template
+    /// The system message; requires a template
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// At most this many tokens per reply
+    /// Maximum number of tokens per reply
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least_one)]
     max_new_tokens: usize,
-    /// The most likely token each time
+    /// Choose the most likely token each time
     #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
     greedy: bool,
-    /// Logits are divided by this
+    /// Divide logits by this
     #[arg(long, value_name = "T", default_value_t = 0.7)]
     temperature: f32,
-    /// Only this many of the most likely tokens; 0 for all
+    /// Choose among this many of the most likely tokens; 0 for all
     #[arg(long, value_name = "K", default_value_t = 40)]
     top_k: usize,
-    /// Only the most likely tokens that together reach this probability
+    /// Choose among the most likely tokens that together reach this probability
     #[arg(long, value_name = "P", default_value_t = 0.95)]
     top_p: f32,
-    /// Above 1, tokens seen before are less likely; 1.1 unless --greedy
+    /// Above 1, make tokens seen before less likely [default: 1.1, or 1 with --greedy]
     #[arg(long, value_name = "R")]
     repetition_penalty: Option<f32>,
     /// Seed of the draw
@@ -54,7 +54,7 @@ pub(crate) struct GenerateArgs {
     /// A text that ends a reply; may be repeated
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    /// Go on past the model's end tokens
+    /// Continue past the model's end tokens
     #[arg(long)]
     ignore_eos: bool,
     /// auto, cpu, cuda or cuda:N
@@ -84,7 +84,7 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
     let template = args.template()?;
     anyhow::ensure!(
         template.is_some() || args.system.is_none(),
-        "--system needs a template: say --template chatml, or own"
+        "--system needs a template: use --template chatml or --template own"
     );
     for warning in &Census::take(&args.dir)?.warnings {
         log::warning(warning);
@@ -116,7 +116,7 @@ impl GenerateArgs {
             (Some(Template::Own), _) => match own()? {
                 Some(template) => Some(template),
                 None => anyhow::bail!(
-                    "{}: its tokenizer has no chat template; use --template chatml",
+                    "{}: the tokenizer has no chat template; use --template chatml",
                     self.dir.display()
                 ),
             },
@@ -153,10 +153,10 @@ impl GenerateArgs {
     }
 }
 
-/// Where prompts come from and what is said between them.
+/// Source of prompts, and output of replies.
 struct Talk {
     dir: PathBuf,
-    /// The one prompt of `--prompt`, until it is asked for.
+    /// The single prompt of `--prompt`, until it is taken.
     prompt: Option<String>,
     chat: bool,
     json: bool,
@@ -221,7 +221,7 @@ impl Talk {
         );
     }
 
-    /// Why there is no text, where there is none.
+    /// Explains an empty reply.
     fn note(&self, reply: &Reply) -> Option<String> {
         if !reply.ended_at_once() {
             return None;
@@ -234,16 +234,16 @@ impl Talk {
         let own = || matches!(ChatTemplate::of(&self.dir), Ok(Some(_)));
         Some(match self.template.is_none() && own() {
             true => format!(
-                "ended at once, the first token being the end token {token}; the model has a chat template, which \
-                 --template own or --chat write the prompt in"
+                "ended at once: the first token was the end token {token}; the model has a chat template, which \
+                 --template own or --chat applies"
             ),
             false => format!(
-                "ended at once, the first token being the end token {token}; --ignore-eos goes on past it"
+                "ended at once: the first token was the end token {token}; --ignore-eos continues past it"
             ),
         })
     }
 
-    /// The next line that is not empty.
+    /// Reads the next line that is not empty.
     fn read(&self) -> Result<Option<String>, GenerateError> {
         loop {
             if io::stdin().is_terminal() {
@@ -260,7 +260,7 @@ impl Talk {
     }
 }
 
-/// To standard output at once; a reader that closed it misses nothing by the rest.
+/// Writes to standard output and flushes; errors are ignored, as the reader may have closed it.
 fn out(text: &str) {
     let mut stdout = io::stdout();
     let _ = stdout
@@ -268,7 +268,7 @@ fn out(text: &str) {
         .and_then(|()| stdout.flush());
 }
 
-/// A reply with its rates.
+/// Returns a reply with its rates as JSON.
 fn record(reply: &Reply) -> serde_json::Value {
     let mut record = json!(reply);
     record["prompt_tokens_per_second"] = json!(reply.prompt_rate());

@@ -1,4 +1,4 @@
-//! A recipe's inputs from the Hub.
+//! Downloads a recipe's inputs from the Hub.
 
 use std::cell::{Cell, OnceCell};
 use std::fs;
@@ -15,10 +15,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{environment, log, size};
 
-/// Off a terminal, how often it is said how far a download is.
+/// Interval of progress lines without a terminal.
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// How much of the model a command needs.
+/// Parts of the model that a command needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Need {
     /// Config and tokenizer.
@@ -27,8 +27,8 @@ pub(crate) enum Need {
     Weights,
 }
 
-/// Fetches what `recipe` names on the Hub; a recipe of local files asks nobody. The small comes first
-/// and is judged, so that what is wrong is not said after gigabytes: the shapes, then the plan and the
+/// Downloads the inputs that `recipe` names on the Hub; a recipe of local files makes no request.
+/// Small files come first and are checked before the large ones: the shapes, then the plan and the
 /// tokenizer, then the rows, then the weights.
 pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched> {
     let mut fetched = Fetched::default();
@@ -65,7 +65,7 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
             && !path.exists()
             && !path.to_string_lossy().contains(['*', '?', '['])
         {
-            // What is not there ends in the error that reading it would.
+            // A missing file gives the error that reading it would.
             let none = &mut |_| Ok(ControlFlow::Break(()));
             Source::Local(path.clone()).rows(&[], none)?;
         }
@@ -93,7 +93,7 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
     if model == Need::Weights
         && let Some((repo, id, side)) = side
     {
-        // The commit that was judged, whatever the revision is by now.
+        // Uses the commit that was checked, even if the revision has moved since.
         let there = connect()?;
         let snapshot = with_bar(repo, |progress| there.model(&id, &side.commit, progress))?;
         if !side.stale {
@@ -103,11 +103,11 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
     Ok(fetched)
 }
 
-/// What `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN`, `HF_HUB_OFFLINE`,
-/// `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_DOWNLOAD_TIMEOUT` say.
+/// Reads `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN`,
+/// `HF_HUB_OFFLINE`, `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_DOWNLOAD_TIMEOUT`.
 ///
 /// # Errors
-/// A value that its variable cannot have.
+/// An invalid value of a variable.
 pub(crate) fn settings() -> Result<HubSettings> {
     let endpoint = environment::address("HF_ENDPOINT")?;
     let disabled = environment::is_on("HF_HUB_DISABLE_IMPLICIT_TOKEN")?;
@@ -120,7 +120,7 @@ pub(crate) fn settings() -> Result<HubSettings> {
     })
 }
 
-/// The token of whoever is logged in, whether or not it may be sent.
+/// Returns the token of the logged-in user, whether or not it may be sent.
 pub(crate) fn token() -> Option<String> {
     environment::text("HF_TOKEN").or_else(|| {
         let file = environment::path("HF_TOKEN_PATH").unwrap_or_else(|| home().join("token"));
@@ -129,23 +129,23 @@ pub(crate) fn token() -> Option<String> {
     })
 }
 
-/// Where Hugging Face's tools keep what is theirs.
+/// Returns the directory of Hugging Face's tools.
 fn home() -> PathBuf {
     environment::path("HF_HOME").unwrap_or_else(|| {
-        // As the Hub's own client has it: of any form, where it is set.
+        // As in the Hub's own client: a set XDG_CACHE_HOME may have any form.
         let cache = environment::path("XDG_CACHE_HOME").or_else(environment::cache_directory);
         cache.unwrap_or_default().join("huggingface")
     })
 }
 
-/// `owner/name`, or an error that says what else a source can be.
+/// Parses `owner/name`; the error lists the other kinds of sources.
 pub(crate) fn repo_id(text: &str) -> Result<RepoId> {
     RepoId::parse(text).ok_or_else(|| {
-        anyhow!("{text:?} is neither a path here nor the owner/name of a repository on the Hub")
+        anyhow!("{text:?} is neither a local path nor the owner/name of a repository on the Hub")
     })
 }
 
-/// Says what an answer from the cache leaves open.
+/// Warns about uncertainties of a snapshot from the cache.
 fn warn(repo: &str, snapshot: &Snapshot) {
     if snapshot.stale {
         log::warning(&format!(
@@ -155,14 +155,14 @@ fn warn(repo: &str, snapshot: &Snapshot) {
     }
     if snapshot.unchecked {
         log::warning(&format!(
-            "{repo} was brought into the cache by another tool, so whether all of its rows are there \
+            "{repo} was downloaded into the cache by another tool, so its completeness \
              could not be checked; run once without HF_HUB_OFFLINE to make sure"
         ));
     }
 }
 
-/// Says what is to come, and how it goes: a bar in bytes on a terminal, elsewhere a line a minute and
-/// one at the end. Nothing, where nothing has to come.
+/// Reports the download's size and progress: a bar on a terminal, otherwise one line a minute and
+/// one at the end; nothing if no file is missing.
 fn with_bar<T>(
     repo: &str,
     work: impl FnOnce(&dyn Fn(gptq_hub::Progress)) -> Result<T, gptq_hub::HubError>,
@@ -187,14 +187,14 @@ fn with_bar<T>(
                 1 => "1 file".to_owned(),
                 n => format!("{n} files"),
             };
-            eprintln!("fetching {files} of {repo}, {total}");
+            eprintln!("downloading {files} of {repo}, {total}");
         }
         bar.set_length(progress.total);
         bar.set_position(progress.done);
         if !terminal && told.get().elapsed() >= MINUTE {
             told.set(Instant::now());
             let done = size::decimal(progress.done);
-            eprintln!("fetching {repo}: {done} of {total}");
+            eprintln!("downloading {repo}: {done} of {total}");
         }
     });
     bar.finish_and_clear();
@@ -204,7 +204,7 @@ fn with_bar<T>(
     {
         let seconds = Duration::from_secs(begun.elapsed().as_secs());
         eprintln!(
-            "fetched {repo}: {} in {}",
+            "downloaded {repo}: {} in {}",
             size::decimal(total),
             humantime::format_duration(seconds)
         );

@@ -14,7 +14,7 @@ use crate::{log, size, table, terminal};
 pub(crate) struct InspectArgs {
     /// A checkpoint's directory, one of its weight files, or a directory of branches
     path: PathBuf,
-    /// Print everything as JSON: every tensor with its SHA-256 too
+    /// Print everything as JSON, including every tensor with its SHA-256
     #[arg(long)]
     json: bool,
 }
@@ -92,7 +92,7 @@ pub(crate) fn run(args: InspectArgs) -> Result<()> {
     Ok(())
 }
 
-/// Checkpoints directly below `path`, where it holds none itself.
+/// Returns the checkpoints directly below `path`, unless it is one itself.
 fn branches(path: &Path) -> Result<Vec<(String, PathBuf)>> {
     if !path.is_dir()
         || fs::read_dir(path)
@@ -106,13 +106,13 @@ fn branches(path: &Path) -> Result<Vec<(String, PathBuf)>> {
     Ok(found)
 }
 
-/// Whether a file may hold weights, by its name.
+/// Returns true if a file may hold weights, by its name.
 fn is_weights(path: &Path) -> bool {
     let known = ["safetensors", "bin", "pt"];
     (path.extension()).is_some_and(|end| known.iter().any(|known| end == *known))
 }
 
-/// A table of branches, or an object with one of each.
+/// Prints a table of branches, or JSON with one entry each.
 fn matrix(branches: Vec<(String, PathBuf)>, json: bool) -> Result<()> {
     let mut found = Vec::new();
     for (name, dir) in branches {
@@ -167,7 +167,7 @@ fn matrix(branches: Vec<(String, PathBuf)>, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// A row for each kind of quantized linear, with how many there are.
+/// Formats one row per kind of quantized linear layer, with its count.
 fn shapes(linears: &[LinearInfo]) -> String {
     let kind = |l: &LinearInfo| {
         let name = l.name.rsplit('.').next().unwrap_or_default().to_owned();

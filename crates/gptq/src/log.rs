@@ -1,9 +1,8 @@
-//! What a run says for later: `--log-file FILE`, and `RUST_LOG` as everywhere in Rust.
+//! Logging of a run: `--log-file FILE`, and `RUST_LOG` as usual in Rust.
 //!
-//! Without either, nothing is logged: warnings are printed anyway. `RUST_LOG` alone logs to standard
-//! error; with `--log-file` the log goes to the file, at `info` for this program and `warn` for
-//! libraries where `RUST_LOG` does not say otherwise. The Hub's token is never in it: it is taken out of
-//! every line, whichever library wrote it.
+//! Without either, nothing is logged; warnings are printed in any case. `RUST_LOG` alone logs to
+//! standard error; `--log-file` logs to the file, by default at `info` for this program and `warn`
+//! for libraries. The Hub's token is removed from every line, whichever library wrote it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -22,13 +21,13 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::terminal;
 
-/// What is logged to a file where `RUST_LOG` is not set.
+/// Filter of the log file if `RUST_LOG` is not set.
 const DEFAULT: &str = "warn,gptq=info";
 
-/// Written where a secret was.
+/// Replacement for a secret.
 const HIDDEN: &str = "[secret]";
 
-/// Starts logging. `secrets` are taken out of every line.
+/// Starts logging. `secrets` are removed from every line.
 ///
 /// # Errors
 /// A log file that cannot be written, or a `RUST_LOG` that does not parse.
@@ -52,7 +51,7 @@ pub(crate) fn start(
         ),
         None => Sink::StandardError,
     };
-    // A second call has nothing to add.
+    // A second call has no effect.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
@@ -64,19 +63,19 @@ pub(crate) fn start(
     Ok(())
 }
 
-/// Prints a warning where a person sees it, and logs it.
+/// Prints a warning to standard error and logs it.
 pub(crate) fn warning(text: &str) {
     eprintln!("gptq: warning: {}", terminal::line(text));
     warn!("{text}");
 }
 
-/// Says something a person may want to know, and logs it.
+/// Prints a note to standard error and logs it.
 pub(crate) fn note(text: &str) {
     eprintln!("gptq: {}", terminal::line(text));
     info!("{text}");
 }
 
-/// What a run is going to do.
+/// Logs the plan of a run.
 pub(crate) fn plan(plan: &Plan, device: &str, options: &RunOptions<'_>) {
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -117,15 +116,15 @@ pub(crate) fn plan(plan: &Plan, device: &str, options: &RunOptions<'_>) {
     info!(recipe = plan.recipe, "recipe");
 }
 
-/// What happened in a run.
+/// Logs an event of a run.
 pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
     match event {
         Event::NotLocked { dir } => warning(&format!(
-            "{}: this file system has no locks; see to it that no second run writes there meanwhile",
+            "{}: this file system has no locks; make sure that no second run writes there at the same time",
             dir.display()
         )),
         Event::Calibrated { warnings } => {
-            // Those of the plan have been printed.
+            // The plan's own warnings are already printed.
             let new = warnings.iter().filter(|line| !plan.warnings.contains(line));
             new.for_each(|line| warning(line));
         }
@@ -142,17 +141,17 @@ pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
         ),
         Event::Finished { report, .. } => branch(report),
         Event::Kept { report, .. } => info!(branch = report.branch, "finished by an earlier run"),
-        Event::Resumed { layers, kept } => info!(layers, kept, "going on with an earlier run"),
-        Event::StatesKept { layers } => info!(layers, "hidden states kept"),
-        Event::Measured { layers } => info!(layers, "measuring what fits the budget"),
+        Event::Resumed { layers, kept } => info!(layers, kept, "resuming an interrupted run"),
+        Event::StatesKept { layers } => info!(layers, "hidden states saved"),
+        Event::Measured { layers } => info!(layers, "sensitivity pass"),
         Event::Allocated { branch, allocation } => {
             allocated(&plan.branches[*branch].name, allocation);
         }
-        Event::StatesNotKept { layers, why } => info!(layers, why, "hidden states not kept"),
+        Event::StatesNotKept { layers, why } => info!(layers, why, "hidden states not saved"),
     }
 }
 
-/// What running a finished branch gave.
+/// Logs the perplexity of a finished branch.
 pub(crate) fn perplexity(branch: &str, measured: &Perplexity) {
     let (text, window) = (measured.text.as_str(), measured.window);
     info!(
@@ -165,14 +164,14 @@ pub(crate) fn perplexity(branch: &str, measured: &Perplexity) {
     );
 }
 
-/// What running the dense model gave.
+/// Logs the perplexity of the dense model.
 pub(crate) fn dense_perplexity(measured: &Perplexity) {
     let (text, window) = (measured.text.as_str(), measured.window);
     let perplexity = measured.value;
     info!(text, window, perplexity, "measured the dense model");
 }
 
-/// What a person should know about finished branches, in a line each.
+/// Warns about finished branches, one line each.
 pub(crate) fn concerns(reports: &[BranchReport]) {
     for report in reports {
         let worse = report.linears.iter().filter(|l| l.is_worse_than_rtn());
@@ -180,8 +179,8 @@ pub(crate) fn concerns(reports: &[BranchReport]) {
         let ratio = |l: &LinearReport| l.of_rtn(measure);
         if let Some(worst) = (worse.clone()).max_by(|a, b| ratio(a).total_cmp(&ratio(b))) {
             warning(&format!(
-                "{}: {} of {} linears are worse than round-to-nearest, {} most (ratio {:.3}); use more \
-                 calibration tokens, or text more like what the model is for",
+                "{}: {} of {} linear layers are worse than round-to-nearest, the worst is {} (ratio {:.3}); use more \
+                 calibration tokens, or text closer to the intended use of the model",
                 report.branch,
                 worse.count(),
                 report.linears.len(),
@@ -200,7 +199,7 @@ pub(crate) fn concerns(reports: &[BranchReport]) {
     }
 }
 
-/// How a budget was spent.
+/// Logs a mixed-precision allocation.
 fn allocated(branch: &str, allocation: &Allocation) {
     info!(
         branch,
@@ -217,7 +216,7 @@ fn allocated(branch: &str, allocation: &Allocation) {
     }
 }
 
-/// A linear that was quantized; what is unusual about it is a warning.
+/// Logs a quantized linear layer; anything unusual about it is a warning.
 fn linear(branch: &str, asked: f64, report: &LinearReport) {
     let name = &report.name;
     info!(
@@ -242,14 +241,14 @@ fn linear(branch: &str, asked: f64, report: &LinearReport) {
         let used = report.damp_percent;
         warn!(
             branch,
-            name, asked, used, "damping raised: the factorisation failed below it"
+            name, asked, used, "damping raised: the factorization failed with less"
         );
     }
     if report.dead_columns > 0 {
         let dead_columns = report.dead_columns;
         warn!(
             branch,
-            name, dead_columns, "inputs that were always zero; their weights are zero"
+            name, dead_columns, "inputs that were always zero; their weights are set to zero"
         );
     }
     if report.is_worse_than_rtn() {
@@ -262,7 +261,7 @@ fn linear(branch: &str, asked: f64, report: &LinearReport) {
     }
 }
 
-/// What the options beyond plain GPTQ took off the error, such as `scale_search 1.2e-3`.
+/// Formats the gains of the options beyond plain GPTQ, such as `scale_search 1.2e-3`.
 fn gains(report: &LinearReport) -> String {
     let used = report.gains.used();
     let each: Vec<String> = used
@@ -271,7 +270,7 @@ fn gains(report: &LinearReport) -> String {
     each.join(", ")
 }
 
-/// A branch that is in place.
+/// Logs a finished branch.
 fn branch(report: &BranchReport) {
     calibration(&report.calibration);
     let measure = Measure::of([report]);
@@ -301,7 +300,7 @@ fn calibration(manifest: &Manifest) {
     }
 }
 
-/// Where lines go.
+/// Destination of log lines.
 enum Sink {
     File(File),
     StandardError,
@@ -312,7 +311,7 @@ struct Inner {
     secrets: Vec<String>,
 }
 
-/// Takes a whole line at a time, as `tracing_subscriber::fmt` writes them.
+/// Writes whole lines, as `tracing_subscriber::fmt` provides them.
 #[derive(Clone)]
 struct Log(Arc<Mutex<Inner>>);
 

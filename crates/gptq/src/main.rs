@@ -1,7 +1,8 @@
-//! `gptq`: produce a matrix of GPTQ branches from one config file, and verify what was written.
+//! `gptq`: quantizes a model into a matrix of GPTQ branches from one config file, and verifies the
+//! result.
 //!
-//! Exit status: 0 when everything asked for held, 1 when something did not, 2 for a wrong command line,
-//! 130 and 143 when SIGINT or SIGTERM stopped it.
+//! Exit status: 0 for success, 1 if something failed, 2 for a wrong command line, 130 and 143 if
+//! stopped by SIGINT or SIGTERM.
 
 #![forbid(unsafe_code)]
 
@@ -46,11 +47,11 @@ fn main() -> ExitCode {
     let signals = match Signals::install() {
         Ok(signals) => signals,
         Err(error) => {
-            eprintln!("gptq: signals cannot be taken over: {error}");
+            eprintln!("gptq: cannot install signal handlers: {error}");
             return ExitCode::FAILURE;
         }
     };
-    // A token that is kept in a file is a secret even where the environment has none.
+    // A token stored in a file is a secret even if the environment has none.
     let secrets = hub::token().into_iter().collect();
     let result = log::start(log_file.as_deref(), environment::text("RUST_LOG"), secrets);
     let result = result.and_then(|()| {
@@ -62,7 +63,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");
-            // One line: a library's message names the thing and the remedy, and holds its source's.
+            // One line: messages include their sources and remedies.
             eprintln!("gptq: {}", terminal::line(&error.to_string()));
             signals.status().map_or(ExitCode::FAILURE, ExitCode::from)
         }

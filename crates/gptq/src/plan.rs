@@ -16,7 +16,7 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
         Some(path) => {
             let mut plan = Plan::for_config(&recipe, ModelConfig::read(&path)?)?;
             let unjudged =
-                "planned from shapes alone: neither the tokenizer nor the texts are judged";
+                "planned from shapes alone: the tokenizer and the texts were not checked";
             plan.warnings.push(unjudged.into());
             plan
         }
@@ -30,7 +30,7 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
     show(&plan, args.tp.map(usize::from), args.json)
 }
 
-/// Which branches can be split over so many devices.
+/// Prints which branches can be split over this many devices.
 fn print_split(plan: &Plan, ranks: usize) {
     for branch in &plan.branches {
         let name = &branch.name;
@@ -56,8 +56,8 @@ fn print_split(plan: &Plan, ranks: usize) {
     }
 }
 
-/// The plan, for people or for programs.
-/// With `ranks`, also of each branch over so many devices.
+/// Prints the plan as text or JSON. With `ranks`, includes whether each branch can be split over so
+/// many devices.
 pub(crate) fn show(plan: &Plan, ranks: Option<usize>, as_json: bool) -> Result<()> {
     match as_json {
         true => println!("{}", serde_json::to_string_pretty(&record(plan, ranks))?),
@@ -113,7 +113,7 @@ fn record(plan: &Plan, ranks: Option<usize>) -> Value {
     })
 }
 
-/// How far the weights were looked at.
+/// Describes the check of the weights.
 fn weights(plan: &Plan) -> String {
     match plan.weights {
         Some(Weights { files, tensors }) => {
@@ -121,9 +121,9 @@ fn weights(plan: &Plan) -> String {
                 1 => "1 file".to_owned(),
                 n => format!("{n} files"),
             };
-            format!("{tensors} tensors in {files}, by their headers what config.json asks for")
+            format!("{tensors} tensors in {files}, whose headers match config.json")
         }
-        None => "not looked at, as there are none here yet".to_owned(),
+        None => "not checked, as they are not downloaded yet".to_owned(),
     }
 }
 
@@ -140,7 +140,7 @@ fn clients(support: Vec<Support>) -> Vec<Value> {
     support.into_iter().map(of).collect()
 }
 
-/// Sizes, memory and clients, from shapes alone.
+/// Prints sizes, memory and clients, from shapes alone.
 fn print(plan: &Plan, ranks: Option<usize>) {
     let config = &plan.config;
     println!(
@@ -164,8 +164,8 @@ fn print(plan: &Plan, ranks: Option<usize>) {
         size::binary(memory.cpu)
     );
     println!(
-        "hidden states: {} of it; what of them --host-memory has no room for goes to --scratch, down to {} without \
-         CUDA, and to {} beside a device that has no room for them",
+        "hidden states: {} of it; those beyond --host-memory go to --scratch, down to {} without \
+         CUDA, and to {} with a device that cannot hold them",
         size::binary(memory.states),
         size::binary(memory.least_cpu),
         size::binary(memory.least_host)
@@ -210,7 +210,7 @@ fn print(plan: &Plan, ranks: Option<usize>) {
     for branch in &plan.branches {
         if let Some(budget) = &branch.budget {
             println!(
-                "{}: at most {} bits per weight, scales, zero points and g_idx included; which linear gets \
+                "{}: at most {} bits per weight, scales, zero points and g_idx included; which linear layer gets \
                  which of {} settings is measured in the run, and the size is a bound",
                 branch.name,
                 budget.bits,

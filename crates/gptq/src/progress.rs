@@ -10,26 +10,26 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use crate::time_left::TimeLeft;
 use crate::{size, table};
 
-/// Turns events into what a person sees.
+/// Displays events of a run.
 pub(crate) struct Progress<'a> {
     plan: &'a Plan,
     bars: Option<Vec<ProgressBar>>,
     group: MultiProgress,
-    /// Lines go to standard error: standard output is a program's.
+    /// Print lines to standard error, as standard output is for JSON.
     aside: bool,
-    /// Linears of each branch to quantize, by layer.
+    /// Number of linear layers to quantize, by layer, for each branch.
     expected: Vec<BTreeMap<usize, usize>>,
-    /// Per branch, the errors of the layer under way.
+    /// Errors of the current layer, by branch.
     layer: BTreeMap<usize, Vec<f64>>,
-    /// Layers of the branches under way that an earlier run finished.
+    /// Layers of the current branches that an interrupted run finished.
     restored: usize,
-    /// A part is a layer of a branch.
+    /// One part is one layer of a branch.
     left: TimeLeft,
-    /// A part is a layer of what is measured for budgets.
+    /// One part is one layer of the sensitivity pass.
     measuring: Option<TimeLeft>,
 }
 
-/// How many linears of each layer a branch quantizes.
+/// Returns the number of linear layers that a branch quantizes, by layer.
 fn expected(plan: &Plan, branch: &BranchPlan) -> BTreeMap<usize, usize> {
     let mut layers = BTreeMap::new();
     for linear in branch.planned_linears(&plan.config) {
@@ -38,12 +38,12 @@ fn expected(plan: &Plan, branch: &BranchPlan) -> BTreeMap<usize, usize> {
     layers
 }
 
-/// How many linears were given what.
+/// Summarizes the settings that the linear layers were given.
 fn given(allocation: &Allocation) -> String {
     let counts = allocation.counts().into_iter();
     let counts = counts.map(|(choice, linears)| {
         let Choice { bits, group_size } = choice;
-        format!("{linears} linears at {bits} bits in groups of {group_size}")
+        format!("{linears} linear layers at {bits} bits in groups of {group_size}")
     });
     counts.collect::<Vec<_>>().join(", ")
 }
@@ -67,7 +67,7 @@ impl<'a> Progress<'a> {
         }
     }
 
-    /// Takes one event.
+    /// Displays one event.
     pub(crate) fn show(&mut self, event: Event<'_>) {
         match event {
             Event::Started { tokens, linears } => {
@@ -85,9 +85,9 @@ impl<'a> Progress<'a> {
                 self.left.drop_parts(self.expected[branch].len());
                 let name = &self.plan.branches[branch].name;
                 match &self.bars {
-                    Some(bars) => bars[branch].finish_with_message("is there already"),
+                    Some(bars) => bars[branch].finish_with_message("already finished, skipped"),
                     None => self.say(&format!(
-                        "{name}: is there already, {}",
+                        "{name}: already finished, skipped, {}",
                         size::decimal(report.bytes)
                     )),
                 }
@@ -95,12 +95,12 @@ impl<'a> Progress<'a> {
             Event::Resumed { layers, kept } => {
                 self.restored = layers;
                 self.say(&format!(
-                    "going on after block {layers} of {} of an unfinished run; going over {} again",
+                    "resuming after block {layers} of {} of an interrupted run; running {} of them again",
                     self.plan.config.layers,
                     layers - kept
                 ));
             }
-            // In the log.
+            // Logged only.
             Event::Block { .. }
             | Event::Calibrated { .. }
             | Event::NotLocked { .. }
@@ -111,16 +111,14 @@ impl<'a> Progress<'a> {
                 let measuring = self
                     .measuring
                     .get_or_insert_with(|| TimeLeft::new(blocks, 0));
-                // The first block's time is not known, nor like the others'.
+                // The first block's time is unknown, and not representative.
                 match layers {
                     1 => measuring.skip(),
                     _ => measuring.part(),
                 }
                 let left = measuring.told();
                 self.left.begin();
-                self.say(&format!(
-                    "measuring what fits the budget: block {layers}/{blocks}{left}"
-                ));
+                self.say(&format!("sensitivity pass: block {layers}/{blocks}{left}"));
             }
             Event::Allocated { branch, allocation } => self.say(&format!(
                 "{}: {:.3} bits per weight: {}",
@@ -130,7 +128,7 @@ impl<'a> Progress<'a> {
             )),
             Event::Linear { branch, report } => self.linear(branch, report),
             Event::Finished { branch, report } => {
-                // What comes after has its layers before it.
+                // Further passes start from the first layer.
                 self.restored = 0;
                 let name = &self.plan.branches[branch].name;
                 match &self.bars {
@@ -171,7 +169,7 @@ impl<'a> Progress<'a> {
             .collect()
     }
 
-    /// A line once the layer's last linear is done, or a step of the branch's bar.
+    /// Prints a line after the layer's last linear layer, or advances the branch's bar.
     fn linear(&mut self, branch: usize, report: &LinearReport) {
         let layer = report.layer;
         let (error, measure) = match report.output_error {

@@ -1,4 +1,4 @@
-//! `gptq publish`: finished branches to the Hub, each as the revision of its name.
+//! `gptq publish`: uploads finished branches to the Hub, each as the revision of its name.
 
 use std::fs;
 use std::io::IsTerminal;
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::cli::PublishArgs;
 use crate::{hub, log, size, terminal, verify};
 
-/// The card of the whole repository, beside the branches.
+/// Card of the whole repository, in the directory of the branches.
 const CARD: &str = "README.md";
 
 pub(crate) fn run(args: PublishArgs) -> Result<()> {
@@ -46,16 +46,16 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
     );
     ensure!(
         args.dry_run || settings.token.is_some(),
-        "publishing needs a token that may write; set HF_TOKEN"
+        "publishing needs a token with write access; set HF_TOKEN"
     );
     let hub = Hub::new(settings)?;
-    // Nothing is sent where one of the branches would take something away that is not this program's.
+    // Nothing is sent if any branch would remove weights that this program did not write.
     for (name, files) in &uploads {
         let changes = hub.changes(&id, name, files)?;
         ensure!(
             changes.own || args.delete,
-            "{id} {name}: gptq did not publish the weights there, and publishing would take {} away; check --repo, \
-             or say --delete",
+            "{id} {name}: gptq did not publish the weights there, and publishing would remove {}; check --repo, \
+             or use --delete",
             some(changes.delete.iter().chain(&changes.replace)),
         );
     }
@@ -118,8 +118,8 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
     Ok(())
 }
 
-/// What is deleted of a revision, and what of weights that are not this program's is replaced: said before it is
-/// done.
+/// Describes the weights that an upload deletes or replaces in a revision, if this program did not
+/// write them.
 fn losses(revision: &str, changes: &Changes, dry_run: bool) -> Option<String> {
     let mut parts = Vec::new();
     if !changes.delete.is_empty() {
@@ -131,14 +131,14 @@ fn losses(revision: &str, changes: &Changes, dry_run: bool) -> Option<String> {
         parts.push(format!("{verb} {}", some(changes.replace.iter())));
     }
     let whose = match (changes.create, changes.own) {
-        (true, _) => " (main, which it begins as a copy of, keeps them)",
+        (true, _) => " (main, of which it begins as a copy, keeps them)",
         (false, true) => "",
         (false, false) => " (which gptq did not publish)",
     };
     (!parts.is_empty()).then(|| format!("{revision}: {}{whose}", parts.join(", ")))
 }
 
-/// Names for one line: all of a few, or the first of many.
+/// Joins names into one line: all if few, otherwise the first ones.
 fn some<'a>(names: impl Iterator<Item = &'a String>) -> String {
     let names: Vec<&str> = names.map(String::as_str).collect();
     let (first, more) = names.split_at(names.len().min(8));
@@ -148,7 +148,7 @@ fn some<'a>(names: impl Iterator<Item = &'a String>) -> String {
     }
 }
 
-/// A branch for programs.
+/// Returns a branch as JSON.
 fn record(name: &str, changes: &Changes) -> Value {
     let upload = changes.upload.iter();
     json!({
@@ -163,7 +163,7 @@ fn record(name: &str, changes: &Changes) -> Value {
     })
 }
 
-/// Branches done, on a terminal.
+/// Makes a bar of finished branches, on a terminal.
 fn bar(branches: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}")
         .expect("the template is a constant");
@@ -175,27 +175,28 @@ fn bar(branches: usize) -> ProgressBar {
     bar.with_style(style)
 }
 
-/// Name and directory of every branch; main first, because others begin as a copy of it.
+/// Returns the name and directory of every branch; `main` first, because others begin as a copy of
+/// it.
 fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut branches = branch_dirs(dir)?;
     branches.retain(|(_, path)| path.join("quantize_config.json").is_file());
     if branches.is_empty() {
         bail!(
-            "{}: no branch here; name the directory that gptq quantize wrote",
+            "{}: contains no branch; name the directory that gptq quantize wrote",
             dir.display()
         );
     }
     Ok(branches)
 }
 
-/// A branch goes out only as it was judged: passed, and not a byte changed since.
+/// Refuses a branch that did not pass verification, or whose files have changed since.
 fn check_receipt(dir: &Path, files: &[LocalFile]) -> Result<()> {
-    let remedy = format!("run gptq verify {}, or say --unverified", dir.display());
+    let remedy = format!("run gptq verify {}, or use --unverified", dir.display());
     let receipt = Receipt::read(dir)?;
     let receipt = receipt.ok_or_else(|| anyhow!("{}: not verified; {remedy}", dir.display()))?;
     ensure!(
         receipt.pass,
-        "{}: did not pass: {}; mend it, run {} with tolerances of your own, or say --unverified",
+        "{}: did not pass: {}; correct it, run {} with other tolerances, or use --unverified",
         dir.display(),
         terminal::line(&receipt.failures().join("; ")),
         verify::again(&receipt, dir)
@@ -208,7 +209,7 @@ fn check_receipt(dir: &Path, files: &[LocalFile]) -> Result<()> {
         };
         ensure!(
             same,
-            "{}: not what was verified; {remedy}",
+            "{}: changed since verification; {remedy}",
             file.path.display()
         );
     }

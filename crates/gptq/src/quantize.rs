@@ -24,9 +24,9 @@ use crate::{log, plan, size, table, terminal};
 /// Finished branches.
 pub(crate) struct Produced {
     pub plan: Plan,
-    /// In the plan's order.
+    /// Reports in the plan's order.
     pub reports: Vec<BranchReport>,
-    /// One each, where the plan has an evaluation text.
+    /// One per branch, if the plan has an evaluation text.
     pub perplexities: Vec<Perplexity>,
     profile: Profile,
 }
@@ -42,7 +42,7 @@ pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
         plan.warnings.extend(check_texts(&plan, Look::Whole)?);
         warn(&plan);
         if plan.weights.is_none() && matches!(recipe.model_source()?, InputSource::Local(_)) {
-            // Says what was looked for.
+            // Fails with a message that lists the expected files.
             Checkpoint::open(&plan.model_dir)?;
         }
         return plan::show(&plan, None, args.run.json);
@@ -54,15 +54,15 @@ pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
         return Ok(());
     }
     println!("\n{}", summary(&made.reports, &made.perplexities));
-    println!("written to {}, and read back", made.plan.output.display());
+    println!("written to {}, and verified", made.plan.output.display());
     if args.run.profile {
         println!("\n{}", time(&made.profile).trim_end());
     }
     Ok(())
 }
 
-/// The recipe of the unfinished run in `output`, seen from where that was begun. Paths of `args` stay what
-/// they are from where the command was given.
+/// Returns the recipe of the interrupted run in `output`, and changes to the directory where that
+/// was started. Paths in `args` stay relative to the current directory.
 fn resume(output: &Path, args: &mut RunArgs) -> Result<Recipe> {
     let absolute =
         |path: &Path| std::path::absolute(path).map_err(|e| anyhow!("{}: {e}", path.display()));
@@ -75,11 +75,11 @@ fn resume(output: &Path, args: &mut RunArgs) -> Result<Recipe> {
     Ok(recipe)
 }
 
-/// Carries a recipe out.
+/// Runs a recipe.
 pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Result<Produced> {
     if let Some(scratch) = &args.scratch {
-        // Tokens of the calibration text go there too, which may be tens of gigabytes: only hidden states are
-        // counted beforehand. A command has one run.
+        // Tokens of the calibration text go there too, which may be tens of gigabytes that are not
+        // part of the estimates. A command has a single run.
         let _ = tempfile::env::override_temp_dir(&std::path::absolute(scratch)?);
     }
     let mut plan = Plan::new(recipe, &hub::fetch(recipe, Need::Weights, true)?)?;
@@ -103,7 +103,7 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
         lock,
     } = quantize(&plan, args.device, options, &mut |event| {
         log::event(&plan, &event);
-        // Until the blocks begin there is nothing to lose.
+        // Before the first block there is nothing to lose.
         if matches!(event, Event::Started { .. }) {
             signals.hold();
         }
@@ -111,7 +111,7 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
     })?;
     signals.release();
     if signals.status().is_some() {
-        bail!("stopped; every branch is in place");
+        bail!("stopped; every branch is complete");
     }
 
     log::concerns(&reports);
@@ -135,7 +135,8 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
     })
 }
 
-/// The dense model's perplexity, taken from a branch of an earlier run where one has it of the same text.
+/// Returns the dense model's perplexity, taken from a branch of an earlier run if one has it for
+/// the same text.
 fn dense(
     plan: &Plan,
     evaluation: &Evaluation,
@@ -195,7 +196,7 @@ fn prove(
     let mut show = |done| progress.show(done);
     let mut receipt = verify(dir, &request, device, &mut show)?;
     drop(progress);
-    // The branch is what it was to be, and the other branches want to be measured too.
+    // The branch itself is correct, and the other branches still have to be measured.
     let too_large = receipt
         .checks
         .extract_if(.., |check| check.name == RANGE && !check.pass);
@@ -213,8 +214,8 @@ fn prove(
     Ok(Some(measured))
 }
 
-/// The command line as a shell reads it. Of an absolute path only the last component stays, so that
-/// a published report names no place of this machine.
+/// Returns the command line in shell syntax. Absolute paths are reduced to their last component, so
+/// that a published report has no local directories.
 fn command(args: impl Iterator<Item = OsString>) -> String {
     let words = args.map(|arg| {
         let arg = arg.to_string_lossy();
@@ -241,7 +242,7 @@ fn command(args: impl Iterator<Item = OsString>) -> String {
         .join(" ")
 }
 
-/// What came of a run, for programs: the branches in the plan's order.
+/// Returns the result of a run as JSON: the branches in the plan's order.
 fn record(produced: &Produced) -> serde_json::Value {
     let Produced { plan, reports, .. } = produced;
     let measure = Measure::of(reports);
@@ -270,7 +271,7 @@ fn record(produced: &Produced) -> serde_json::Value {
     record
 }
 
-/// A row per phase, then what no phase has and the whole.
+/// Formats one row per phase, then the remaining time and the total.
 fn time(profile: &Profile) -> String {
     let phases = Phase::ALL.map(|phase| (phase.name(), profile.seconds(phase)));
     let ends = [("other", profile.rest()), ("total", profile.total)];
@@ -287,7 +288,8 @@ fn time(profile: &Profile) -> String {
     table::render(&[heading].into_iter().chain(rows).collect::<Vec<_>>())
 }
 
-/// A row per branch; if there is a perplexity for each, columns with it, and a row for the dense model.
+/// Formats one row per branch; if each has a perplexity, with columns for it, and a row for the
+/// dense model.
 fn summary(reports: &[BranchReport], perplexities: &[Perplexity]) -> String {
     let measure = Measure::of(reports);
     let blocks = reports.iter().map(BranchReport::last_block_error);
@@ -322,23 +324,23 @@ fn summary(reports: &[BranchReport], perplexities: &[Perplexity]) -> String {
     table::render(&rows) + &explanation(measure, reports) + &measured_on
 }
 
-/// What the table's errors are, in a line.
+/// Explains the table's errors in one line.
 fn explanation(measure: Measure, reports: &[BranchReport]) -> String {
     let share = reports.iter().find_map(|report| report.compared);
     match (measure, share) {
         (Measure::Output, Some(share)) => format!(
-            "output error: of the linears and, in \"last block\", of all blocks together, against the dense model's \
+            "output error: of the linear layers and, in \"last block\", of all blocks together, against the dense model's \
              output; on {} calibration tokens\n",
             share.windows * share.tokens
         ),
-        _ => "weight error: of the linears, against the original weights on the branch's own inputs: not every \
+        _ => "weight error: of the linear layers, against the original weights on the branch's own inputs: not every \
               report has the error against the dense model's output\n"
             .to_owned(),
     }
 }
 
-/// Adds a row for the dense model, whose last two columns are those of perplexity; what it was measured on,
-/// in a line.
+/// Adds a row for the dense model, whose last two columns are those of perplexity; returns a line
+/// that names the evaluation text.
 fn dense_row(rows: &mut Vec<Vec<String>>, perplexities: &[Perplexity]) -> String {
     let measured = perplexities.iter().find_map(|p| Some((p, p.dense?)));
     let (Some((measured, dense)), Some(heading)) = (measured, rows.first()) else {
@@ -356,7 +358,7 @@ fn dense_row(rows: &mut Vec<Vec<String>>, perplexities: &[Perplexity]) -> String
     )
 }
 
-/// How far a perplexity lies over the dense model's: `"+0.96 %"`.
+/// Returns the perplexity increase over the dense model: `"+0.96 %"`.
 pub(crate) fn over(measured: &Perplexity) -> Option<String> {
     Some(format!(
         "{:+.2} %",

@@ -1,4 +1,4 @@
-//! `gptq requantize`: the recipe of finished branches again, on other calibration data.
+//! `gptq requantize`: runs the recipe of finished branches again with other calibration data.
 
 use std::path::{Path, PathBuf};
 
@@ -65,11 +65,11 @@ pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
     Ok(())
 }
 
-/// A branch as it is and as it was.
+/// Results of a branch before and after.
 #[derive(Serialize)]
 struct Compared {
     branch: String,
-    /// What the errors are measured against.
+    /// Reference of the errors.
     measure: Measure,
     mean_error: [f64; 2],
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -97,7 +97,7 @@ fn comparison(compared: &[Compared], measure: Measure) -> String {
     table::render(&rows)
 }
 
-/// Directory and report of every branch asked for, `main` first.
+/// Returns directory and report of every requested branch, `main` first.
 fn branches(dir: &Path, names: &[String]) -> Result<Vec<(PathBuf, BranchReport)>> {
     let is_branch = |dir: &Path| dir.join("report.json").is_file();
     let dirs = match is_branch(dir) {
@@ -120,13 +120,13 @@ fn branches(dir: &Path, names: &[String]) -> Result<Vec<(PathBuf, BranchReport)>
     found.retain(|(_, report)| names.is_empty() || names.contains(&report.branch));
     ensure!(
         !found.is_empty(),
-        "{}: no branch with a report.json here; name the directory that gptq quantize wrote",
+        "{}: contains no branch with a report.json; name the directory that gptq quantize wrote",
         dir.display()
     );
     Ok(found)
 }
 
-/// The recipe the branches were made by, with what flags had changed then and change now.
+/// Returns the recipe of the branches, with the flags of then and of now applied.
 fn recipe(args: &RequantizeArgs, before: &[(PathBuf, BranchReport)]) -> Result<Recipe> {
     let (dir, first) = &before[0];
     let settings = |report: &BranchReport| {
@@ -135,7 +135,7 @@ fn recipe(args: &RequantizeArgs, before: &[(PathBuf, BranchReport)]) -> Result<R
     };
     if let Some((_, other)) = before.iter().find(|(_, r)| settings(r) != settings(first)) {
         bail!(
-            "{} and {} were made by different recipes; take one at a time with --branch",
+            "{} and {} were made by different recipes; choose one at a time with --branch",
             first.branch,
             other.branch
         );
@@ -164,8 +164,8 @@ fn recipe(args: &RequantizeArgs, before: &[(PathBuf, BranchReport)]) -> Result<R
             .map(|(_, r)| (r.branch.clone(), r.order()))
             .collect(),
     })?;
-    // A report names no directory of the machine that made it.
+    // A report contains no local directories.
     let model = recipe.model_source();
-    model.map_err(|e| anyhow::anyhow!("{e}; or give it with --model"))?;
+    model.map_err(|e| anyhow::anyhow!("{e}; name it with --model"))?;
     Ok(recipe)
 }

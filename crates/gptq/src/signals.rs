@@ -1,5 +1,5 @@
-//! SIGINT and SIGTERM. Most commands have nothing to lose and end at once; while a run is under way
-//! the first signal asks it to stop where it can be gone on with, and only the second ends it.
+//! SIGINT and SIGTERM. Most commands have nothing to lose and end at once; during a run, the first
+//! signal asks it to stop where it can be resumed, and only the second ends it.
 
 use std::io;
 use std::sync::Arc;
@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
-/// Installed once, at the program's start.
+/// Signal handlers, installed once at startup.
 pub(crate) struct Signals {
-    /// Whether a signal ends the program there and then.
+    /// True if a signal ends the program at once.
     at_once: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
     /// The last signal; 0 for none.
@@ -18,7 +18,7 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// Takes the signals over: they end the program with status 130 or 143.
+    /// Installs the handlers: signals end the program with status 130 or 143.
     pub(crate) fn install() -> io::Result<Self> {
         let signals = Signals {
             at_once: Arc::new(AtomicBool::new(true)),
@@ -26,7 +26,7 @@ impl Signals {
             number: Arc::default(),
         };
         for signal in [SIGINT, SIGTERM] {
-            // In this order: what the first signal sets, the second one meets.
+            // The order matters: the first signal sets the flag that the second one finds.
             flag::register_conditional_shutdown(signal, 128 + signal, signals.at_once.clone())?;
             flag::register(signal, signals.at_once.clone())?;
             flag::register_usize(signal, signals.number.clone(), signal as usize)?;
@@ -35,22 +35,22 @@ impl Signals {
         Ok(signals)
     }
 
-    /// From now on the first signal only asks.
+    /// Makes the first signal only request a stop.
     pub(crate) fn hold(&self) {
         self.at_once.store(false, Ordering::SeqCst);
     }
 
-    /// From now on a signal ends the program at once.
+    /// Makes a signal end the program at once.
     pub(crate) fn release(&self) {
         self.at_once.store(true, Ordering::SeqCst);
     }
 
-    /// True once a signal asked.
+    /// Becomes true once a signal has requested a stop.
     pub(crate) fn stop(&self) -> &AtomicBool {
         &self.stop
     }
 
-    /// The exit status that says which signal came, if one did.
+    /// Returns the exit status for the signal that arrived, if any.
     pub(crate) fn status(&self) -> Option<u8> {
         match self.number.load(Ordering::SeqCst) {
             0 => None,

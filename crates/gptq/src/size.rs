@@ -1,11 +1,11 @@
-//! Bytes for people: decimal for files, as the Hub shows them; binary for memory.
+//! Byte sizes for display: decimal for files, as on the Hub; binary for memory.
 
-/// `"3.90 GB"`.
+/// Formats like `"3.90 GB"`.
 pub(crate) fn decimal(bytes: u64) -> String {
     scaled(bytes, 1000.0, ["B", "kB", "MB", "GB", "TB"])
 }
 
-/// `"5.2 GiB"`.
+/// Formats like `"5.2 GiB"`.
 pub(crate) fn binary(bytes: u64) -> String {
     scaled(bytes, 1024.0, ["B", "KiB", "MiB", "GiB", "TiB"])
 }

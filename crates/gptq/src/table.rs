@@ -1,8 +1,8 @@
-//! Plain text tables: the first column left, the others right.
+//! Plain text tables: the first column left-aligned, the others right-aligned.
 
 use crate::terminal;
 
-/// Rows of equal length, the first being the heading.
+/// Formats rows of equal length, the first being the heading.
 pub(crate) fn render(rows: &[Vec<String>]) -> String {
     let shown = rows
         .iter()
@@ -33,7 +33,7 @@ pub(crate) fn render(rows: &[Vec<String>]) -> String {
     }
     text
 }
-/// A number of things in words: `1 window`, `2 windows`.
+/// Formats a count with its noun: `1 window`, `2 windows`.
 pub(crate) fn count(n: usize, thing: &str) -> String {
     match n {
         1 => format!("1 {thing}"),

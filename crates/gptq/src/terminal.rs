@@ -1,16 +1,16 @@
-//! Text of files on its way to a terminal: control characters, which would move the cursor, change
-//! colours or hide what was printed before, become escapes that a person can see.
+//! Escapes text of files before printing: control characters, which could move the cursor, change
+//! colours or hide earlier output, become visible.
 //!
-//! What a model generates is the user's own business, and is printed as it is.
+//! Generated text is printed unchanged.
 
 use std::fmt::Write;
 
-/// For what is one line.
+/// Escapes text for a single line.
 pub(crate) fn line(text: &str) -> String {
     escaped(text, |_| false)
 }
 
-/// For what may have several: newlines and tabs stay.
+/// Escapes text that may have several lines: newlines and tabs stay.
 pub(crate) fn lines(text: &str) -> String {
     escaped(text, |c| matches!(c, '\n' | '\t'))
 }

@@ -1,4 +1,4 @@
-//! Progress of text through a model: a bar on a terminal, now and then a line otherwise.
+//! Progress of text through a model: a bar on a terminal, otherwise a line now and then.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -7,20 +7,20 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::time_left::rounded;
 
-/// Between two lines: what is done sooner needs none.
+/// Minimum time between two lines.
 const EVERY: Duration = Duration::from_secs(10);
 
-/// One text on its way through one model.
+/// Progress of one text through one model.
 pub(crate) struct TextProgress {
     name: String,
     bar: Option<ProgressBar>,
-    /// When it was first heard of, and the share done then: what came before was not all the model's.
+    /// Time and finished share of the first report; earlier time includes other work.
     began: Option<(Instant, f64)>,
     told: Instant,
 }
 
 impl TextProgress {
-    /// Under the name of what is measured.
+    /// Starts the display under the name of the measurement.
     pub(crate) fn new(name: &str) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{prefix} {bar:30} {pos:>3} % {elapsed}{msg}")
@@ -37,7 +37,7 @@ impl TextProgress {
         }
     }
 
-    /// A share of the work is done, 0 to 1.
+    /// Shows the finished share of the work, 0 to 1.
     pub(crate) fn show(&mut self, done: f64) {
         let now = Instant::now();
         let (since, before) = *self.began.get_or_insert((now, done));
@@ -64,7 +64,7 @@ impl Drop for TextProgress {
     }
 }
 
-/// What the rest takes, when the work from `before` to `done` took `time`.
+/// Estimates the remaining time, if the work from `before` to `done` took `time`.
 fn left(time: Duration, before: f64, done: f64) -> Option<Duration> {
     let part = done - before;
     (part > 0.0 && done < 1.0).then(|| time.mul_f64((1.0 - done) / part))

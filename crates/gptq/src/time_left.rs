@@ -1,27 +1,27 @@
-//! How long something in equal parts still takes, by the parts that are done.
+//! Estimates the remaining time of work in equal parts from the parts that are done.
 
 use std::time::{Duration, Instant};
 
-/// Rounds of parts that an estimate goes by: a machine that others begin or cease to use changes its pace.
+/// Rounds of parts used for an estimate: other programs on the machine may change its pace.
 const ROUNDS: usize = 4;
 
-/// Parts that take about the same time each, but for the first: kernels are compiled and files come from the
-/// disk then.
+/// Parts that take about the same time each, except the first, in which kernels are compiled and
+/// files are read from disk.
 pub(crate) struct TimeLeft {
-    /// How many there are.
+    /// Number of parts.
     parts: usize,
-    /// How many are done.
+    /// Number of finished parts.
     done: usize,
-    /// How many are a round; the first round does not count once there are others.
+    /// Parts per round; the first round is ignored once there are others.
     round: usize,
-    /// Of each part that was waited for.
+    /// Seconds of each measured part.
     seconds: Vec<f64>,
-    /// When the last was done, or the work began.
+    /// End of the last part, or start of the work.
     since: Instant,
 }
 
 impl TimeLeft {
-    /// Of `parts` in rounds of `round`, of which the first may take longer; they begin now.
+    /// Starts `parts` in rounds of `round`, of which the first may take longer.
     pub(crate) fn new(parts: usize, round: usize) -> Self {
         TimeLeft {
             parts,
@@ -32,23 +32,23 @@ impl TimeLeft {
         }
     }
 
-    /// The next part begins only now.
+    /// Restarts the time of the next part.
     pub(crate) fn begin(&mut self) {
         self.since = Instant::now();
     }
 
-    /// So many parts need not be done.
+    /// Removes parts that need not be done.
     pub(crate) fn drop_parts(&mut self, parts: usize) {
         self.parts = self.parts.saturating_sub(parts);
     }
 
-    /// A part took its time, which says nothing of the others.
+    /// Counts a part whose time is not representative.
     pub(crate) fn skip(&mut self) {
         self.done += 1;
         self.since = Instant::now();
     }
 
-    /// A part is done.
+    /// Counts a finished part.
     pub(crate) fn part(&mut self) {
         self.part_at(Instant::now());
     }
@@ -60,7 +60,7 @@ impl TimeLeft {
         self.done += 1;
     }
 
-    /// The rest, once a part is done and while there are others.
+    /// Returns the remaining time, once a part is done and while others remain.
     pub(crate) fn left(&self) -> Option<Duration> {
         self.left_at(Instant::now())
     }
@@ -84,7 +84,7 @@ impl TimeLeft {
         Some(Duration::from_secs_f64(left))
     }
 
-    /// For the end of a line: `", about 40 s left"`, or nothing.
+    /// Returns a suffix for a line: `", about 40 s left"`, or nothing.
     pub(crate) fn told(&self) -> String {
         match self.left() {
             Some(left) => format!(", about {} left", rounded(left)),
@@ -93,7 +93,7 @@ impl TimeLeft {
     }
 }
 
-/// `"8 s"`, `"3 min 20 s"`, `"2 h 05 min"`.
+/// Formats like `"8 s"`, `"3 min 20 s"`, `"2 h 05 min"`.
 pub(crate) fn rounded(time: Duration) -> String {
     let seconds = time.as_secs_f64().round().max(1.0) as u64;
     match seconds {
@@ -121,11 +121,11 @@ mod tests {
         }
         let told = left.left_at(now).unwrap().as_secs_f64();
         assert!((told - 72.0).abs() < 1e-6, "nine blocks of 8 s: {told}");
-        // It goes down while a part is under way, and no further than that part.
+        // The estimate falls during a part, by at most that part's time.
         let later = |seconds| left.left_at(now + Duration::from_secs(seconds));
         assert!((later(2).unwrap().as_secs_f64() - 70.0).abs() < 1e-6);
         assert_eq!(later(100), later(4));
-        // Four blocks at half the pace later it goes by those.
+        // After four blocks at half the pace, the estimate uses only those.
         for _ in 0..4 {
             for seconds in [10, 6] {
                 now += Duration::from_secs(seconds);

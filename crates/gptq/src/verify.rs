@@ -18,36 +18,36 @@ use crate::{log, table, terminal};
 pub(crate) struct VerifyArgs {
     /// A branch directory, a directory of branches, or a dense checkpoint
     dir: PathBuf,
-    /// Run it on this file: plain text, a JSON list of texts, or rows with a column text (.json, .jsonl, .csv,
-    /// .parquet, .arrow), also as .gz or .zst; not what it was calibrated on
+    /// Evaluate on this file: plain text, a JSON list of texts, or rows with a column text (.json,
+    /// .jsonl, .csv, .parquet, .arrow), also as .gz or .zst; not the calibration data
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Tokens per window
     #[arg(long, value_name = "N", default_value_t = 1024)]
     window: usize,
-    /// Run this dense model beside it, and compare blocks and predictions
+    /// Run this dense model on the text too, and compare blocks and predictions
     #[arg(long, value_name = "MODEL", requires = "text")]
     against: Option<PathBuf>,
-    /// Tolerated perplexity over the dense model's, as a fraction of it [default: by what rounding to nearest
-    /// with the branch's settings costs on the same text, as all that follow]
+    /// Tolerated perplexity increase over the dense model, as a fraction [default of this and the
+    /// following: from the loss of round-to-nearest with the branch's settings on the same text]
     #[arg(long, value_name = "X")]
     max_perplexity_increase: Option<f64>,
     /// Tolerated mean KL divergence from the dense model's predictions, in nats
     #[arg(long, value_name = "X")]
     max_kl: Option<f64>,
-    /// Least fraction of tokens after which both models find the same token the most likely
+    /// Minimum fraction of tokens where both models have the same most likely next token
     #[arg(long, value_name = "X")]
     min_top1: Option<f64>,
     /// Tolerated relative error of a block's output, given the dense block's input
     #[arg(long, value_name = "X")]
     max_block_error: Option<f64>,
-    /// Leave no verify.json in the branch directory
+    /// Do not write verify.json into the branch directory
     #[arg(long)]
     no_receipt: bool,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: Device,
-    /// Print the receipt as JSON; of several branches, one object with a receipt each
+    /// Print the verification report as JSON; for several branches, one object with a report each
     #[arg(long)]
     json: bool,
 }
@@ -112,9 +112,9 @@ pub(crate) fn run(args: VerifyArgs) -> Result<()> {
     Ok(())
 }
 
-/// What should be known of the text before it is measured on. All branches of a matrix have one tokenizer.
+/// Warns about the text before it is evaluated. All branches of a matrix have the same tokenizer.
 fn text_warnings(text: &Path, window: usize, dir: &Path) -> Result<Vec<String>> {
-    // What is missing or damaged is for the judgement to tell.
+    // Missing or damaged files are reported by the verification.
     let Ok(tokenizer) = TextTokenizer::load(dir) else {
         return Ok(Vec::new());
     };
@@ -126,7 +126,7 @@ fn text_warnings(text: &Path, window: usize, dir: &Path) -> Result<Vec<String>> 
         .collect())
 }
 
-/// Checkpoints directly below `dir`, by name, `main` first.
+/// Returns the checkpoints directly below `dir`, by name, `main` first.
 fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut found = match dir.is_dir() {
         true => branch_dirs(dir)?,
@@ -149,16 +149,16 @@ fn judge(name: &str, dir: &Path, request: &Request, device: Device) -> Result<Re
     })?)
 }
 
-/// Writes the receipt, or keeps the one that looked at more of the same bytes.
+/// Writes the verification report, or keeps a deeper one of the same files.
 fn keep(receipt: &Receipt, name: &str, dir: &Path) -> Result<()> {
-    // One that cannot be read says nothing.
+    // A report that cannot be read is ignored.
     let before = Receipt::read(dir).ok().flatten();
     let (standing, stays) = receipt.standing(before);
     standing.write(dir)?;
     if stays && !standing.pass {
         log::warning(&format!(
-            "{name}: these files failed when more was looked at, and {RECEIPT} goes on saying so ({}); \
-             {} judges them again",
+            "{name}: these files failed a deeper verification, and {RECEIPT} keeps that result ({}); \
+             {} verifies them again",
             standing.failures().join("; "),
             again(&standing, dir)
         ));
@@ -166,7 +166,7 @@ fn keep(receipt: &Receipt, name: &str, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The command that looks at as much as `receipt` did.
+/// Returns the command for a verification as deep as `receipt`.
 pub(crate) fn again(receipt: &Receipt, dir: &Path) -> String {
     let text = match &receipt.perplexity {
         Some(measured) => format!("{} --window {}", measured.text, measured.window),
@@ -180,7 +180,7 @@ pub(crate) fn again(receipt: &Receipt, dir: &Path) -> String {
     format!("gptq verify {}{more}", dir.display())
 }
 
-/// A receipt belongs beside quantized weights, not into somebody's dense model.
+/// Returns true for quantized weights: no report is written into a directory of dense weights.
 fn dir_is_quantized(receipt: &Receipt) -> bool {
     receipt.files.contains_key("quantize_config.json")
         || receipt.checks.iter().any(|check| check.name == "clients")
@@ -212,7 +212,7 @@ fn show(name: &str, receipt: &Receipt) {
             p.window,
             match p.left_over {
                 0 => String::new(),
-                more => format!("; {more} more fill no window"),
+                more => format!("; {more} more do not fill a window"),
             }
         );
     }
@@ -221,7 +221,7 @@ fn show(name: &str, receipt: &Receipt) {
     }
 }
 
-/// A row per branch.
+/// Formats one row per branch.
 fn summary(receipts: &[(String, Receipt)]) -> String {
     let heading = [
         "branch",

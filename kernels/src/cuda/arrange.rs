@@ -1,4 +1,4 @@
-//! Weights into the sweep's order and layout, and back as f16 or bf16.
+//! Rearranges weights for the sweep, and back as f16 or bf16.
 //!
 //! The sweep works column by column on `[in, rows]`, in its own column order; checkpoints and
 //! the forward pass hold `[out, in]` in the original order. Both ways go through a tile in
@@ -109,8 +109,8 @@ fn tiles(rows: usize, columns: usize) -> (CubeCount, CubeDim) {
     )
 }
 
-/// Writes the layer `weight`, any float `[out, in]`, to rows `offset..` of `out`, f32
-/// `[in, all_rows]`, in the sweep's column order, with zeros where `diagonal` is zero.
+/// Writes the layer `weight`, any float `[out, in]`, to rows `offset..` of `out`, f32 `[in,
+/// all_rows]`, in the sweep's column order, with zeros where `diagonal` is zero.
 pub(crate) fn into_columns(
     weight: &Buffer,
     position: &Buffer,
@@ -139,8 +139,8 @@ pub(crate) fn into_columns(
     }
 }
 
-/// The dequantized weights of the layer in rows `offset..offset + rows`: `[rows, in]` of this dtype in
-/// the original column order.
+/// Returns the dequantized weights of the layer in rows `offset..offset + rows`: `[rows, in]` of
+/// this dtype in the original column order.
 pub(crate) fn dequantize(
     swept: &Swept,
     position: &Buffer,

@@ -1,9 +1,8 @@
 //! Row-major matrix products through `cublasGemmEx`.
 //!
-//! cuBLAS is column-major: a row-major `C = A·B` is its `Cᵀ = Bᵀ·Aᵀ`, so the operands change
-//! places and keep their transposition. f16 and bf16 products accumulate in f32; f32 products are true
-//! f32 (`CUBLAS_COMPUTE_32F` in the default math mode uses no TF32), but for those that say
-//! [`Element::Tf32`].
+//! cuBLAS is column-major: a row-major `C = A·B` is its `Cᵀ = Bᵀ·Aᵀ`, so the operands are exchanged
+//! and keep their transposition. f16 and bf16 products accumulate in f32; f32 products are true f32
+//! (`CUBLAS_COMPUTE_32F` in the default math mode uses no TF32), except for [`Element::Tf32`].
 
 use std::ffi::{c_int, c_void};
 
@@ -15,18 +14,18 @@ use cudarc::cublas::{
 
 use super::{error::Error, stream::Libraries};
 
-/// An element type of a matrix product.
+/// Element type of a matrix product.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Element {
     F16,
     Bf16,
     F32,
-    /// f32 in memory, rounded to 11 significant bits as it enters a product.
+    /// f32 in memory, rounded to 11 significant bits in a product.
     Tf32,
 }
 
 impl Element {
-    /// Of a buffer of floats.
+    /// Returns the type for a buffer of floats.
     pub(crate) fn of(dtype: DType) -> Self {
         match dtype {
             DType::F16 => Self::F16,
@@ -54,18 +53,18 @@ impl Element {
 /// A row-major matrix in device memory.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix {
-    /// The address of the first element.
+    /// Address of the first element.
     pub(crate) pointer: u64,
-    /// Elements from one row to the next.
+    /// Row stride in elements.
     pub(crate) stride: usize,
-    /// Whether the transpose of what is stored takes part.
+    /// True to use the transpose of what is stored.
     pub(crate) transposed: bool,
-    /// The type of its elements.
+    /// Element type.
     pub(crate) element: Element,
 }
 
 impl Matrix {
-    /// A matrix whose first element is number `offset` from `pointer`.
+    /// Makes a matrix whose first element is number `offset` from `pointer`.
     pub(crate) fn at(pointer: u64, offset: usize, stride: usize, element: Element) -> Self {
         Self {
             pointer: pointer + offset as u64 * element.size(),
@@ -75,7 +74,7 @@ impl Matrix {
         }
     }
 
-    /// The same memory, taking part as its transpose.
+    /// Returns the transpose of the same memory.
     pub(crate) fn t(self) -> Self {
         Self {
             transposed: !self.transposed,
@@ -92,12 +91,12 @@ impl Matrix {
     }
 }
 
-/// `C[m, n] = A[m, k] · B[k, n] + beta · C`, all row-major.
+/// Computes `C[m, n] = A[m, k] · B[k, n] + beta · C`, all row-major.
 ///
 /// # Safety
 ///
-/// The pointers are device memory that holds the matrices given by their strides and `[m, n,
-/// k]`, and `c` overlaps neither input.
+/// The pointers must be device memory that holds the matrices given by their strides and `[m, n,
+/// k]`, and `c` must not overlap an input.
 pub(crate) unsafe fn product(
     libraries: &Libraries,
     [m, n, k]: [usize; 3],
@@ -114,8 +113,8 @@ pub(crate) unsafe fn product(
         Element::Tf32 => cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
         _ => cublasComputeType_t::CUBLAS_COMPUTE_32F,
     };
-    // SAFETY: the caller vouches for the matrices; alpha and beta are host memory, which
-    // cuBLAS reads before it returns.
+    // SAFETY: the caller guarantees the matrices; alpha and beta are host memory, which cuBLAS
+    // reads before it returns.
     unsafe {
         gemm_ex(
             libraries.cublas,

@@ -1,8 +1,8 @@
-//! Burn tensors as checked, contiguous device buffers, and back.
+//! Converts Burn tensors to checked, contiguous device buffers, and back.
 //!
-//! Burn's CUDA runtime may pad the rows of a matrix, and its default dtype belongs to the
-//! device, not to the backend's type parameter. A raw pointer goes to a library only after the
-//! dtype, the layout and the byte length have been checked here.
+//! Burn's CUDA runtime may pad the rows of a matrix, and its default dtype belongs to the device,
+//! not to the backend's type parameter. A raw pointer is passed to a library only after dtype,
+//! layout and byte length have been checked here.
 
 use burn::tensor::{DType, Int, Shape, Tensor, TensorPrimitive};
 use burn_cubecl::{kernel::into_contiguous, tensor::CubeTensor};
@@ -15,13 +15,13 @@ use cubecl::{
 use super::{Cuda, error::Error};
 use crate::{dtype, half_of};
 
-/// A tensor on the device, as Burn holds it.
+/// A tensor on the device, as stored by Burn.
 pub(crate) type Buffer = CubeTensor<CudaRuntime>;
 
-/// Indices in kernels are 32 bits wide: no buffer may have more elements than that.
+/// Maximum number of elements of a buffer: indices in kernels are 32 bits wide.
 const MAX_ELEMENTS: usize = u32::MAX as usize;
 
-/// A float tensor as a contiguous buffer of the given dtype.
+/// Returns a float tensor as a contiguous buffer of the given dtype.
 ///
 /// # Errors
 ///
@@ -35,7 +35,7 @@ pub(crate) fn float<const D: usize>(
     checked(operation, name, tensor.into_primitive().tensor(), dtype)
 }
 
-/// An f16 or bf16 tensor as a contiguous buffer. Errors as [`float`].
+/// Returns an f16 or bf16 tensor as a contiguous buffer. Errors as [`float`].
 pub(crate) fn half<const D: usize>(
     operation: &'static str,
     name: &'static str,
@@ -45,7 +45,7 @@ pub(crate) fn half<const D: usize>(
     float(operation, name, tensor, dtype)
 }
 
-/// An integer tensor as a contiguous buffer of the given dtype. Errors as [`float`].
+/// Returns an integer tensor as a contiguous buffer of the given dtype. Errors as [`float`].
 pub(crate) fn int<const D: usize>(
     operation: &'static str,
     name: &'static str,
@@ -85,12 +85,12 @@ fn checked(
     Ok(buffer)
 }
 
-/// A new contiguous buffer with undefined contents.
+/// Makes a contiguous buffer with undefined contents.
 pub(crate) fn empty<const D: usize>(like: &Buffer, shape: [usize; D], dtype: DType) -> Buffer {
     empty_on(&like.client, &like.device, shape, dtype)
 }
 
-/// A new contiguous buffer with undefined contents, on a device.
+/// Makes a contiguous buffer with undefined contents, on a device.
 pub(crate) fn empty_on<const D: usize>(
     client: &ComputeClient<CudaRuntime>,
     device: &CudaDevice,
@@ -110,7 +110,7 @@ pub(crate) fn empty_on<const D: usize>(
     buffer
 }
 
-/// A new contiguous buffer with these values.
+/// Makes a contiguous buffer with these values.
 pub(crate) fn upload<T: CubeElement>(like: &Buffer, values: &[T], dtype: DType) -> Buffer {
     debug_assert_eq!(size_of::<T>(), dtype.size());
     CubeTensor::new_contiguous(
@@ -122,7 +122,7 @@ pub(crate) fn upload<T: CubeElement>(like: &Buffer, values: &[T], dtype: DType) 
     )
 }
 
-/// The buffer's values, read back; waits for the device.
+/// Reads the buffer's values back; waits for the device.
 pub(crate) fn download<T: CubeElement>(buffer: &Buffer) -> Result<Vec<T>, Error> {
     let elements = buffer.meta.shape().num_elements();
     let bytes = buffer
@@ -132,23 +132,23 @@ pub(crate) fn download<T: CubeElement>(buffer: &Buffer) -> Result<Vec<T>, Error>
     Ok(T::from_bytes(&bytes[..elements * size_of::<T>()]).to_vec())
 }
 
-/// The buffer as a Burn float tensor.
+/// Returns the buffer as a Burn float tensor.
 pub(crate) fn into_float<const D: usize>(buffer: Buffer) -> Tensor<Cuda, D> {
     Tensor::from_primitive(TensorPrimitive::Float(buffer))
 }
 
-/// The buffer as a kernel's array argument.
+/// Returns the buffer as a kernel's array argument.
 pub(crate) fn array(buffer: &Buffer) -> ArrayArg<CudaRuntime> {
     buffer.clone().into_array_arg()
 }
 
-/// A cube of `units` for each run of that many columns of each row, along the one dimension of a grid that may be
-/// longer than 65 535: a head's rows are more.
+/// Returns one cube of `units` for every `units` columns of each row, along the x dimension of the
+/// grid, the only one that may exceed 65 535: there may be more rows than that.
 pub(crate) fn rows_by(rows: usize, columns: usize, units: usize) -> CubeCount {
     CubeCount::new_1d((rows * columns.div_ceil(units)) as u32)
 }
 
-/// The widest vector, in elements, that divides `length` and takes at most 16 bytes.
+/// Returns the widest vector, in elements, that divides `length` and takes at most 16 bytes.
 pub(crate) fn vector_size(length: usize, dtype: DType) -> usize {
     let widest = 16 / dtype.size();
     (0..)

@@ -1,4 +1,4 @@
-//! The embedding table's rows for a list of token ids.
+//! Looks up rows of the embedding table for a list of token ids.
 
 use burn::tensor::{DType, Int, Tensor};
 use cubecl::prelude::*;
@@ -30,8 +30,8 @@ fn embedding_kernel<F: Float, N: Size>(
     }
 }
 
-/// Row `ids[t]` of `table` `[vocabulary, hidden]`, f16 or bf16, for each `t` of `ids` i32 `[tokens]`:
-/// `[tokens, hidden]`. The caller has checked that every id is in the vocabulary.
+/// Returns row `ids[t]` of `table` `[vocabulary, hidden]`, f16 or bf16, for each `t` of `ids` i32
+/// `[tokens]`: `[tokens, hidden]`. The caller must have checked that every id is in the vocabulary.
 ///
 /// # Errors
 ///

@@ -1,4 +1,4 @@
-//! The operations as the model and the solver call them.
+//! The CUDA backend's implementation of `Engine`.
 
 use burn::tensor::{DType, Int, Tensor};
 use cubecl::{cuda::CudaRuntime, prelude::*};

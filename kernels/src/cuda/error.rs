@@ -1,8 +1,8 @@
-//! What can go wrong in a device operation, and how it leaves one.
+//! Errors of device operations, and how they are propagated.
 //!
-//! Burn's operations return tensors and panic when the device fails. The engine's do the same, by
-//! [`fail`], which unwinds with an [`Error`] and prints nothing; [`run_guarded`] catches it at the
-//! one place where a backend is entered.
+//! Burn's operations return tensors and panic if the device fails. The engine's do the same with
+//! [`fail`], which unwinds with an [`Error`] without printing; [`run_guarded`] catches it at the
+//! single place where a backend is entered.
 
 use std::collections::BTreeMap;
 use std::panic::{self, AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -22,95 +22,95 @@ pub enum Error {
     /// A shared library of the CUDA toolkit or the driver is not installed.
     #[error(transparent)]
     Library(#[from] MissingLibrary),
-    /// A tensor has another element type than the operation takes.
+    /// A tensor has the wrong element type.
     #[error("{operation}: {tensor} has dtype {found:?}, not {expected:?}")]
     Dtype {
-        /// The operation that was called.
+        /// Operation that was called.
         operation: &'static str,
-        /// Which of its tensors.
+        /// Name of the tensor.
         tensor: &'static str,
-        /// The dtype that it takes.
+        /// Expected dtype.
         expected: DType,
-        /// The dtype that it got.
+        /// Actual dtype.
         found: DType,
     },
-    /// Shapes that do not fit together, or that the operation does not support.
+    /// Shapes that are inconsistent or not supported by the operation.
     #[error("{operation}: {reason}")]
     Shape {
-        /// The operation that was called.
+        /// Operation that was called.
         operation: &'static str,
-        /// Which shapes, and why they do not fit.
+        /// The shapes, and why they do not fit.
         reason: String,
     },
     /// cuBLAS refused a call.
     #[error("{operation}: cuBLAS: {:?}", source.0)]
     Cublas {
-        /// The routine that was called.
+        /// Routine that was called.
         operation: &'static str,
-        /// The status that it returned.
+        /// Status returned.
         source: CublasError,
     },
     /// cuSOLVER refused a call.
     #[error("{operation}: cuSOLVER: {:?}", source.0)]
     Cusolver {
-        /// The routine that was called.
+        /// Routine that was called.
         operation: &'static str,
-        /// The status that it returned.
+        /// Status returned.
         source: CusolverError,
     },
     /// The CUDA driver refused a call.
     #[error("{operation}: CUDA driver: {:?}", source.0)]
     Driver {
-        /// The call that failed.
+        /// Call that failed.
         operation: &'static str,
-        /// The driver's error.
+        /// Error of the driver.
         source: DriverError,
     },
     /// A kernel written in CUDA C++ did not compile.
     #[error("{kernel}: NVRTC: {log}")]
     Compile {
-        /// The kernel's name.
+        /// Name of the kernel.
         kernel: &'static str,
-        /// The compiler's log.
+        /// Log of the compiler.
         log: String,
     },
-    /// An allocation that the device has no room for.
+    /// The device has no memory for an allocation.
     #[error("out of device memory at an allocation of {bytes} bytes")]
     OutOfMemory {
-        /// What was asked for.
+        /// Requested size in bytes.
         bytes: u64,
     },
     /// The runtime under Burn reported another error.
     #[error("device runtime: {0}")]
     Runtime(String),
-    /// The stream that the runtime works on could not be found, or is not what the driver says it should be.
+    /// The stream of the runtime was not found, or does not belong to the device.
     #[error(
-        "the stream that the device runtime works on cannot be told ({why}); this build has another CubeCL than \
-         it was written for: build gptq with --locked"
+        "cannot determine the stream of the device runtime ({why}); this build uses a different CubeCL version than \
+         expected: build gptq with --locked"
     )]
     Stream {
-        /// What is wrong with it.
+        /// Reason.
         why: &'static str,
     },
-    /// The damped Gram matrix has no Cholesky factor at any damping up to the limit.
+    /// The Gram matrix has no Cholesky factor with any damping up to the limit.
     #[error("the Gram matrix is not positive definite, even with damping {damping}")]
     NotPositiveDefinite {
-        /// The last damping tried, as a fraction of the mean diagonal.
+        /// Last damping tried, as a fraction of the mean diagonal.
         damping: f64,
     },
     /// The Gram matrix holds an infinity or a NaN.
     #[error("the Gram matrix's diagonal is not finite at column {column}")]
     NotFinite {
-        /// The first such column.
+        /// First such column.
         column: usize,
     },
 }
 
-/// How the runtime under Burn begins its message when memory runs out.
+/// Beginning of the runtime's message for an allocation failure.
 const TOO_BIG: &str = "can't allocate buffer of size: ";
 
 impl Error {
-    /// From the runtime's message, whose later lines are a backtrace.
+    /// Converts the runtime's message, whose later lines are a backtrace.
     pub(crate) fn runtime(message: &str) -> Self {
         match allocation(message) {
             Some(bytes) => Self::OutOfMemory { bytes },
@@ -122,7 +122,7 @@ impl Error {
         match self {
             Self::Library(missing) => DeviceError::Missing(missing),
             Self::OutOfMemory { bytes } => denied(device, bytes),
-            // A library's own workspace, whose size it does not tell.
+            // A library's own workspace of unknown size.
             Self::Cublas {
                 operation,
                 source: CublasError(cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED),
@@ -153,29 +153,30 @@ fn denied(device: Device, bytes: u64) -> DeviceError {
     }
 }
 
-/// The size of the allocation that a message says there was no room for.
+/// Parses the size of a failed allocation from a message.
 fn allocation(message: &str) -> Option<u64> {
     let rest = &message[message.find(TOO_BIG)? + TOO_BIG.len()..];
     let end = rest.find(|c: char| !c.is_ascii_digit());
     rest[..end.unwrap_or(rest.len())].parse().ok()
 }
 
-/// Leaves a device operation that failed.
+/// Leaves a failed device operation.
 pub(crate) fn fail(error: Error) -> ! {
     resume_unwind(Box::new(error))
 }
 
-/// The allocations that devices' threads could not make, in bytes, by the device's index. CubeCL panics on
-/// such a thread, and all that its callers get from then on is that the thread is gone.
+/// Failed allocations of device threads in bytes, by device index. CubeCL panics on such a thread,
+/// and its callers only see that the thread has ended.
 static DENIED: Mutex<BTreeMap<usize, u64>> = Mutex::new(BTreeMap::new());
 
 fn denied_on() -> MutexGuard<'static, BTreeMap<usize, u64>> {
     DENIED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Installs a panic hook that notes which device's thread ran out of memory, so that [`Device::run`] can tell
-/// that from other failures; every panic is reported as before. For programs, at their start, after hooks of
-/// their own: without it, a device that runs out of memory is told as one that failed.
+/// Installs a panic hook that records which device's thread ran out of memory, so that
+/// [`Device::run`] can distinguish that from other failures; panics are still reported as before.
+/// Programs call it at startup, after installing their own hooks; without it, a device without
+/// memory is reported as failed.
 pub fn install_panic_hook() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -190,20 +191,20 @@ pub fn install_panic_hook() {
     });
 }
 
-/// The device that the current thread is CubeCL's for: `DS{stage}-{type}-{index}`.
+/// Returns the device that the current thread serves for CubeCL: `DS{stage}-{type}-{index}`.
 fn device_of_thread() -> Option<usize> {
     let thread = std::thread::current();
     let name = thread.name()?.strip_prefix("DS")?;
     name.rsplit('-').next()?.parse().ok()
 }
 
-/// Does `work`, whose device failures become errors; any other panic goes on.
+/// Runs `work` and converts its device failures to errors; other panics continue.
 pub(crate) fn run_guarded<T>(device: Device, work: impl FnOnce() -> T) -> Result<T, DeviceError> {
     let denied_here = || match device {
         Device::Cuda(index) => denied_on().remove(&index),
         Device::Auto | Device::Cpu => None,
     };
-    // What an earlier run on it met is told already.
+    // Discards failures of an earlier run, which are already reported.
     denied_here();
     let done = catch_unwind(AssertUnwindSafe(work));
     let bytes = denied_here();
@@ -225,7 +226,7 @@ mod tests {
         let message = "can't allocate buffer of size: 4096\n  0: somewhere";
         let found = run_guarded(device, || -> u8 { fail(Error::runtime(message)) });
         assert_eq!(found, Err(denied(device, 4096)));
-        // On CubeCL's thread, of which the caller sees no more than that it ended.
+        // On CubeCL's thread, whose caller only sees that it ended.
         install_panic_hook();
         let lost = |thread: &str, message: String| {
             let thread = std::thread::Builder::new().name(thread.to_owned());
@@ -240,12 +241,13 @@ mod tests {
             })
         };
         assert_eq!(gone("DSD-0-1"), Err(denied(device, 8192)));
-        // Another device's thread, and one that is no device's.
+        // Another device's thread, and one that serves no device.
         for thread in ["DSD-0-0", "reader"] {
             let line = gone(thread).unwrap_err().to_string();
             assert!(line.contains("CallError"), "{line}");
         }
-        // What a run got over does not count against the next one, nor hide a bug in it.
+        // A failure that a run recovered from does not count against the next one, nor hide a bug
+        // in it.
         assert_eq!(run_guarded(device, || lost("DSD-0-1", too_big())), Ok(()));
         let next = run_guarded(device, || -> u8 { fail(Error::runtime("CallError")) });
         assert!(matches!(next, Err(DeviceError::Failed { .. })), "{next:?}");

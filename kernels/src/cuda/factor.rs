@@ -1,14 +1,14 @@
-//! The factor that GPTQ sweeps with: one Cholesky of the damped, reordered Gram matrix.
+//! The factor for GPTQ's sweep: one Cholesky of the damped, reordered Gram matrix.
 //!
-//! With the columns in the order of the sweep, `J` the reversal and `H` the damped Gram
-//! matrix, `J·H·J = L·Lᵀ` (cuSOLVER, f32) gives `M = J·L·J`, upper, with `H = M·Mᵀ`, and the
-//! factor `U` of `H⁻¹ = UᵀU` is `M⁻¹`. cuSOLVER writes `L` column-major, and `L` read backwards
-//! is `M`, column-major: the reversal costs one pass, and `Mᵀ` is what lies there row-major.
-//! Of `U` only the diagonal blocks are formed.
+//! With the columns in the order of the sweep, `J` the reversal and `H` the damped Gram matrix,
+//! `J·H·J = L·Lᵀ` (cuSOLVER, f32) gives `M = J·L·J`, upper, with `H = M·Mᵀ`, and the factor `U` of
+//! `H⁻¹ = UᵀU` is `M⁻¹`. cuSOLVER writes `L` column-major, and `L` read backwards is `M`,
+//! column-major: the reversal costs one pass, and read row-major the result is `Mᵀ`. Of `U` only
+//! the diagonal blocks are formed.
 //!
 //! Dead columns (zero on the diagonal) get the diagonal 1. Damping adds a fraction of the mean
-//! diagonal, dead columns counted as zero. When the factorisation fails, the fraction is raised as
-//! by `gptq_solver::Factor` ([`raised`]), up to [`MAX_DAMPING`].
+//! diagonal, dead columns counted as zero. If the factorization fails, the fraction is raised as in
+//! `gptq_solver::Factor` ([`raised`]), up to [`MAX_DAMPING`].
 
 use std::ops::Range;
 
@@ -23,7 +23,7 @@ use super::{
     stream::on_stream,
 };
 
-/// The most columns that one sweep takes.
+/// Maximum number of columns per panel.
 pub(crate) const PANEL: usize = 128;
 const UNITS: u32 = 256;
 
@@ -35,8 +35,8 @@ fn diagonal_kernel(gram: &Array<f32>, diagonal: &mut Array<f32>, n: u32) {
     }
 }
 
-/// The upper triangle of `J·H·J`: element `(i, j)` is the Gram matrix's at the columns that
-/// come `i`-th and `j`-th from the end of the sweep, its diagonal replaced.
+/// The upper triangle of `J·H·J`: element `(i, j)` is the Gram matrix's at the `i`-th and `j`-th
+/// columns from the end of the sweep, with its diagonal replaced.
 #[cube(launch_unchecked)]
 fn arrange_kernel(
     gram: &Array<f32>,
@@ -98,8 +98,8 @@ fn reverse_kernel(values: &mut Array<f32>, length: u32) {
     }
 }
 
-/// The inverses of the diagonal blocks of the matrix whose transpose `m` is, each padded with the
-/// identity to `PANEL` square: one cube per block, one unit per column, back substitution.
+/// Inverts the diagonal blocks of the matrix whose transpose is `m`, each padded with the identity
+/// to `PANEL` square: one cube per block, one unit per column, back substitution.
 #[cube(launch_unchecked)]
 fn invert_kernel(m: &Array<f32>, starts: &Array<u32>, out: &mut Array<f32>, n: u32) {
     let n = n as usize;
@@ -135,15 +135,15 @@ fn invert_kernel(m: &Array<f32>, starts: &Array<u32>, out: &mut Array<f32>, n: u
     }
 }
 
-/// The order of the columns and what the diagonal says about them.
+/// Order of the columns, and data from the diagonal.
 pub(crate) struct Columns {
-    /// The Gram matrix's diagonal, by original column.
+    /// Diagonal of the Gram matrix, by original column.
     pub(crate) diagonal: Vec<f32>,
-    /// The original column at each position of the sweep.
+    /// Original column at each position of the sweep.
     pub(crate) order: Vec<u32>,
-    /// The position of each original column.
+    /// Position of each original column.
     pub(crate) position: Vec<u32>,
-    /// How many columns are dead.
+    /// Number of dead columns.
     pub(crate) dead: usize,
 }
 
@@ -154,7 +154,7 @@ pub(crate) struct Factor {
     pub(crate) m: Buffer,
     /// `M`'s diagonal, f32 `[n]`: an error in column `k` costs its square times `M_kk²`.
     pub(crate) pivots: Buffer,
-    /// The columns' order.
+    /// Order of the columns.
     pub(crate) columns: Columns,
     /// The damping used, as a fraction of the mean diagonal.
     pub(crate) damping: f64,
@@ -164,7 +164,7 @@ pub(crate) struct Factor {
 ///
 /// # Errors
 ///
-/// A diagonal that is not finite, or no factor up to [`MAX_DAMPING`].
+/// A diagonal that is not finite, or failure at every damping up to [`MAX_DAMPING`].
 pub(crate) fn factor(gram: &Buffer, activation_order: bool, damping: f64) -> Result<Factor, Error> {
     let n = gram.meta.shape()[0];
     let columns = sorted(diagonal(gram)?, activation_order);
@@ -180,8 +180,8 @@ pub(crate) fn factor(gram: &Buffer, activation_order: bool, damping: f64) -> Res
     })
 }
 
-/// The Cholesky factor of a Gram matrix damped, its columns in their own order, for [`solve_right`], and
-/// what was added to its diagonal.
+/// Returns the Cholesky factor of a damped Gram matrix in the original column order, for
+/// [`solve_right`], and the value added to its diagonal.
 ///
 /// # Errors
 ///
@@ -199,8 +199,8 @@ pub(crate) fn unordered(
     Ok((lower, damping * mean(diagonal)))
 }
 
-/// Writes the Cholesky factor of the damped Gram matrix, from the last column of `order` to its first,
-/// to `out`: lower, column-major. Returns the damping that succeeded.
+/// Writes the Cholesky factor of the damped Gram matrix, from the last column of `order` to its
+/// first, to `out`: lower, column-major. Returns the damping that succeeded.
 fn cholesky_of(
     gram: &Buffer,
     order: &Buffer,
@@ -221,7 +221,7 @@ fn cholesky_of(
     }
 }
 
-/// The diagonal with a fraction of its mean added, 1 for dead columns.
+/// Returns the diagonal with a fraction of its mean added, and 1 for dead columns.
 fn damped(diagonal: &[f32], damping: f64) -> Vec<f32> {
     let mean = mean(diagonal);
     let damped = |&value: &f32| match value {
@@ -235,7 +235,7 @@ fn mean(diagonal: &[f32]) -> f64 {
     diagonal.iter().copied().map(f64::from).sum::<f64>() / diagonal.len() as f64
 }
 
-/// The damped Gram matrix that `factor` was made from, f32 `[n, n]` in the sweep's order.
+/// Returns the damped Gram matrix that `factor` was made from, f32 `[n, n]` in the sweep's order.
 pub(crate) fn reordered(gram: &Buffer, factor: &Factor) -> Buffer {
     let n = factor.columns.order.len();
     let out = buffer::empty(gram, [n, n], DType::F32);
@@ -257,7 +257,7 @@ pub(crate) fn reordered(gram: &Buffer, factor: &Factor) -> Buffer {
     out
 }
 
-/// `x ← x A⁻¹` for `x` f32 `[rows, n]`, given the factor of `A` from [`unordered`].
+/// Solves `x ← x A⁻¹` for `x` f32 `[rows, n]`, given the factor of `A` from [`unordered`].
 ///
 /// # Errors
 ///
@@ -288,7 +288,7 @@ pub(crate) fn solve_right(lower: &Buffer, x: &Buffer) -> Result<(), Error> {
     })
 }
 
-/// The diagonal of a Gram matrix, read back.
+/// Reads back the diagonal of a Gram matrix.
 ///
 /// # Errors
 ///
@@ -301,7 +301,7 @@ pub(crate) fn diagonal(gram: &Buffer) -> Result<Vec<f32>, Error> {
     Ok(diagonal)
 }
 
-/// The diagonal of a square matrix.
+/// Returns the diagonal of a square matrix.
 fn diagonal_of(matrix: &Buffer) -> Buffer {
     let n = matrix.meta.shape()[0];
     let out = buffer::empty(matrix, [n], DType::F32);
@@ -319,7 +319,7 @@ fn diagonal_of(matrix: &Buffer) -> Buffer {
     out
 }
 
-/// The columns by descending diagonal, ties by index; or as they are.
+/// Sorts the columns by descending diagonal, ties by index, or keeps the original order.
 fn sorted(diagonal: Vec<f32>, activation_order: bool) -> Columns {
     let mut order: Vec<u32> = (0..diagonal.len() as u32).collect();
     if activation_order {
@@ -370,7 +370,7 @@ fn reverse(values: &Buffer) {
     }
 }
 
-/// Factors the row-major upper triangle in place; whether it is positive definite.
+/// Factors the row-major upper triangle in place; returns true if it is positive definite.
 fn cholesky(a: &Buffer) -> Result<bool, Error> {
     let n = a.meta.shape()[0] as i32;
     // Row-major upper is cuSOLVER's column-major lower, its faster side.
@@ -416,13 +416,13 @@ fn cholesky(a: &Buffer) -> Result<bool, Error> {
         };
         status("cusolverDnSpotrf")(code)
     })?;
-    // A positive number is the first pivot that failed; arguments were right, or the call above
-    // would have said so.
+    // A positive number is the index of the first pivot that failed; wrong arguments would have
+    // failed the call above.
     Ok(buffer::download::<i32>(&info)?[0] == 0)
 }
 
-/// The column panels of the sweep: at most [`PANEL`] wide, cut at the groups' boundaries, and
-/// of whole groups where these are narrower.
+/// Returns the column panels of the sweep: at most [`PANEL`] wide, cut at group boundaries, and of
+/// whole groups if these are narrower.
 pub(crate) fn panels(in_features: usize, group: usize) -> Vec<Range<usize>> {
     let mut panels = Vec::new();
     let stretch = if group <= PANEL {
@@ -441,7 +441,7 @@ pub(crate) fn panels(in_features: usize, group: usize) -> Vec<Range<usize>> {
     panels
 }
 
-/// The inverses of `M`'s diagonal blocks, f32 `[panels, PANEL, PANEL]`, padded with the
+/// Returns the inverses of `M`'s diagonal blocks, f32 `[panels, PANEL, PANEL]`, padded with the
 /// identity.
 pub(crate) fn block_inverses(factor: &Factor, panels: &[Range<usize>]) -> Buffer {
     let n = factor.columns.order.len() as u32;

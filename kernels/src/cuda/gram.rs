@@ -1,10 +1,11 @@
-//! The Gram matrix of a linear layer's input, `G += XᵀX`, half of it, and how the input drifted from the
-//! dense model's, `C += (X_d - X)ᵀX`, all of it.
+//! The Gram matrix of a linear layer's input, `G += XᵀX`, upper half only, and the cross product
+//! for activation-mismatch correction, `C += (X_d - X)ᵀX`, with the dense model's input `X_d`, in
+//! full.
 //!
 //! Row panels of the upper half: `G[s..e, s..] += X[:, s..e]ᵀ · X[:, s..]`, f16 or bf16 inputs, f32
-//! accumulation (a product of two is exact in f32). With panels of `w` columns this does
-//! `(1 + w / in) / 2` of the full product's arithmetic. Tokens are taken in chunks, so that a
-//! tensor core's running sum stays short; the sum of chunks is an f32 addition in memory.
+//! accumulation (a product of two is exact in f32). Panels of `w` columns need `(1 + w / in) / 2`
+//! of the full product's arithmetic. Tokens are processed in chunks, so that a tensor core's
+//! running sum stays short; the chunks are summed in f32 in memory.
 
 use burn::tensor::{DType, Tensor};
 use cubecl::{cuda::CudaRuntime, prelude::*};
@@ -23,12 +24,12 @@ const PANEL: usize = 1024;
 /// Tokens per product: each reads and writes G once.
 const CHUNK: usize = 16_384;
 
-/// A Gram matrix of zeros, f32 `[in_features, in_features]`, in the layout that
-/// [`gram_add`] updates in place.
+/// Makes a Gram matrix of zeros, f32 `[in_features, in_features]`, which [`gram_add`] updates in
+/// place.
 ///
 /// # Errors
 ///
-/// Device memory that runs out.
+/// Lack of device memory.
 pub fn gram_zeros(in_features: usize, device: &Device) -> Result<Tensor<Cuda, 2>, Error> {
     let client = CudaRuntime::client(device);
     let gram = buffer::empty_on(&client, device, [in_features, in_features], DType::F32);
@@ -45,14 +46,14 @@ pub fn gram_zeros(in_features: usize, device: &Device) -> Result<Tensor<Cuda, 2>
     Ok(buffer::into_float(gram))
 }
 
-/// `G += XᵀX` for `gram` f32 `[in, in]` and `x` f16 or bf16 `[tokens, in]`.
+/// Computes `G += XᵀX` for `gram` f32 `[in, in]` and `x` f16 or bf16 `[tokens, in]`.
 ///
-/// Only the upper triangle (row <= column) of the result is valid; of what lies below, some
-/// is stale. In place when nothing else holds `gram`.
+/// Only the upper triangle (row <= column) of the result is valid; parts below it are stale.
+/// Updates in place if nothing else holds `gram`.
 ///
 /// # Errors
 ///
-/// Other dtypes, shapes that do not fit, or a cuBLAS failure.
+/// Other dtypes, inconsistent shapes, or a cuBLAS failure.
 pub fn gram_add(gram: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor<Cuda, 2>, Error> {
     let [rows, columns] = gram.dims();
     let [tokens, in_features] = x.dims();
@@ -91,12 +92,13 @@ pub fn gram_add(gram: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor<Cuda
     Ok(buffer::into_float(gram))
 }
 
-/// `C += (D - X)ᵀX` for `cross` f32 `[in, in]`, `dense` and `x` `[tokens, in]`, both f16 or both bf16;
-/// the difference is rounded to that. In place when nothing else holds `cross`.
+/// Computes `C += (D - X)ᵀX` for `cross` f32 `[in, in]`, `dense` and `x` `[tokens, in]`, both f16
+/// or both bf16; the difference is rounded to that dtype. Updates in place if nothing else holds
+/// `cross`.
 ///
 /// # Errors
 ///
-/// Other dtypes, shapes that do not fit, or a cuBLAS failure.
+/// Other dtypes, inconsistent shapes, or a cuBLAS failure.
 pub fn cross_add(
     cross: Tensor<Cuda, 2>,
     dense: Tensor<Cuda, 2>,

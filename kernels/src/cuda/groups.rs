@@ -1,15 +1,15 @@
-//! Scale and zero point of each group of columns, and rounding to nearest with them.
+//! Scale and zero point of each group of columns, and rounding to nearest.
 //!
 //! Symmetric: `scale = 2 max|w| / (2^b - 1)`, `zero = 2^(b-1)`. Asymmetric: minimum and maximum
 //! including zero, `scale = (max - min) / (2^b - 1)`, `zero = round(-min / scale)`. A group of
-//! zeros counts as one that reaches -1 and 1. The scale is rounded to f16 first (up to its
-//! smallest positive value if it would vanish), and the rounded one is used throughout,
-//! because that is what readers multiply by.
+//! zeros gets the range from -1 to 1. The scale is rounded to f16 first (up to its smallest
+//! positive value if it would vanish), and the rounded one is used throughout, as loaders multiply
+//! by it.
 //!
-//! With a scale search, the range is multiplied by the one of `scale_factors` whose grid loses
-//! least, `Σ M_kk² (w_k - q_k)²` over the group's columns: what an error in each of them costs the
-//! sweep (`gptq_solver::Grid::fit`). A symmetric grid is turned round, by a negative scale, where the largest
-//! weight is positive. A group that loses as little with its plain range keeps that.
+//! With a scale search, the range is multiplied by the one of `scale_factors` whose grid has the
+//! least loss, `Σ M_kk² (w_k - q_k)²` over the group's columns: the cost of their errors in the
+//! sweep (`gptq_solver::Grid::fit`). A symmetric grid is mirrored, with a negative scale, if the
+//! largest weight is positive. The plain range wins ties.
 
 use std::ops::Range;
 
@@ -24,22 +24,22 @@ use super::{
 };
 
 const UNITS: usize = 64;
-/// Columns read before the first of them is used.
+/// Number of columns read ahead.
 const AHEAD: usize = 8;
 const PLANE: usize = 32;
-/// The smallest positive f16, `2^-24`, and the largest.
+/// The smallest positive f16, `2^-24`, and the largest f16.
 const TINY: f32 = 5.960_464_5e-8;
 const LARGEST: f32 = 65_504.0;
-/// Rows of a cube in the search.
+/// Rows per cube in the search.
 const ROWS: usize = 32;
-/// Units that share a row's factors and columns.
+/// Units that share the factors and columns of a row.
 const SLICES: usize = 8;
 /// Factors per unit.
 const EACH: usize = 4;
-/// Where the factors have the plain range.
+/// Index of the plain range among the factors.
 const PLAIN: usize = SLICES * EACH - 1;
 
-/// The f16-rounded scale of a range.
+/// Returns the f16-rounded scale of a range.
 #[cube]
 fn scale_of(low: f32, high: f32, max_code: f32, #[comptime] symmetric: bool) -> f32 {
     let mut range = high - low;
@@ -54,7 +54,7 @@ fn scale_of(low: f32, high: f32, max_code: f32, #[comptime] symmetric: bool) -> 
         .min(f32::new(LARGEST))
 }
 
-/// The zero point of a range with this scale.
+/// Returns the zero point of a range with this scale.
 #[cube]
 fn zero_of(low: f32, high: f32, scale: f32, max_code: f32, #[comptime] symmetric: bool) -> f32 {
     let mut low = low;
@@ -68,8 +68,8 @@ fn zero_of(low: f32, high: f32, scale: f32, max_code: f32, #[comptime] symmetric
     zero
 }
 
-/// Parameters of groups of positions, from weights stored column by column: one unit per row,
-/// one cube row per group.
+/// Finds the parameters of groups of positions, from weights stored column by column: one unit per
+/// row, one cube row per group.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn parameters_kernel(
@@ -99,8 +99,8 @@ fn parameters_kernel(
             let mut held = Array::<f32>::new(AHEAD);
             #[unroll]
             for i in 0..AHEAD {
-                // Past the group's end its last column is read again: no minimum or maximum
-                // changes.
+                // Beyond the group's end its last column is read again, which does not change
+                // minimum and maximum.
                 let here = (column + i).min(last - 1);
                 let mut at = here;
                 if comptime!(gathered) {
@@ -125,8 +125,8 @@ fn parameters_kernel(
     }
 }
 
-/// As `parameters_kernel`, with a search: a cube is `ROWS` rows of a group by `SLICES` shares of
-/// the factors.
+/// Does the same as `parameters_kernel` with a search: a cube is `ROWS` rows of a group by `SLICES`
+/// shares of the factors.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn search_kernel(
@@ -153,7 +153,7 @@ fn search_kernel(
     let x = UNIT_POS_X as usize;
     let y = UNIT_POS_Y as usize;
     let rows = rows as usize;
-    // Units past the last row repeat it, so that all of them reach the barriers.
+    // Units beyond the last row repeat it, so that all units reach the barriers.
     let row = (CUBE_POS_X as usize * ROWS + x).min(rows - 1);
     let first = (start + CUBE_POS_Y * group_columns) as usize;
     let last = (first + group_columns as usize).min(end as usize);
@@ -298,15 +298,15 @@ fn round_to_nearest_kernel<F: Float>(
     }
 }
 
-/// Where the weights that a group's parameters come from are.
+/// Location of the weights that a group's parameters are computed from.
 pub(crate) enum Source<'a> {
-    /// The positions themselves, plus this f32 `[columns, rows]` update if there is one.
+    /// The positions themselves, plus this f32 `[columns, rows]` update if present.
     Positions(Option<&'a Buffer>),
-    /// The positions of the original columns, given for each.
+    /// The positions of the original columns, listed here.
     Original(&'a Buffer),
 }
 
-/// What a search for scales reads besides the weights.
+/// Inputs of the scale search besides the weights.
 pub(crate) struct Search {
     /// `M`'s diagonal, by position.
     pivots: Buffer,
@@ -323,8 +323,8 @@ impl Search {
     }
 }
 
-/// Finds the parameters of the groups that start in `columns`, a range of whole groups of
-/// positions, or of original columns; searched for where there is a `search`.
+/// Finds the parameters of the groups that start in `columns`, a range of whole groups of positions
+/// or of original columns; with a `search`, scales are searched.
 pub(crate) fn parameters(
     swept: &Swept,
     source: Source<'_>,
@@ -340,9 +340,9 @@ pub(crate) fn parameters(
         Source::Original(position) => (None, Some(position)),
     };
     let max_code = f32::from(settings.bits.max_code());
-    // SAFETY: columns stay inside the range, rows below `rows`; arguments that are switched
-    // off are not read. In the search, shared indices stay below the arrays' lengths, pivots are
-    // read at positions, and factors below their count.
+    // SAFETY: columns stay inside the range, rows below `rows`; arguments that are switched off are
+    // not read. In the search, shared indices stay below the arrays' lengths, pivots are read at
+    // positions, and factors below their count.
     unsafe {
         match search {
             None => parameters_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
@@ -388,8 +388,8 @@ pub(crate) fn parameters(
     }
 }
 
-/// The weights, f16 or bf16 `[out, in]`, rounded to nearest in groups of their original columns and
-/// dequantized again.
+/// Rounds the weights, f16 or bf16 `[out, in]`, to nearest in groups of their original columns, and
+/// dequantizes them.
 pub(crate) fn round_to_nearest(weight: &Buffer, settings: Settings) -> Buffer {
     let [rows, columns] = [weight.meta.shape()[0], weight.meta.shape()[1]];
     let out = buffer::empty(weight, [rows, columns], weight.dtype);
@@ -415,4 +415,4 @@ pub(crate) fn round_to_nearest(weight: &Buffer, settings: Settings) -> Buffer {
     out
 }
 
-const _: () = assert!(SLICES * EACH == 32, "a factor each");
+const _: () = assert!(SLICES * EACH == 32, "one factor each");

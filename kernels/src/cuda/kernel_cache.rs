@@ -1,10 +1,10 @@
-//! Compiled kernels kept from one run to the next.
+//! Cache of compiled kernels between runs.
 //!
-//! CubeCL can keep the PTX of its kernels in files, under a hash of a kernel's name and its
-//! compile-time arguments; neither the kernel's own code nor the device's architecture is in that
-//! hash. So they lie in a directory named after both: the executable's size and time, and the
-//! compute capability. Neither it nor this crate's own kernels check what they read back; the
-//! directory that both are given is a [`KernelStore`]'s, whose bytes were checked.
+//! CubeCL can cache the PTX of its kernels in files, under a hash of a kernel's name and its
+//! compile-time arguments; the hash includes neither the kernel's code nor the device's
+//! architecture. So the files are in a directory named after both: the executable's size and time,
+//! and the compute capability. Neither CubeCL nor this crate's own kernels verify what they read
+//! back; they use the directory of a [`KernelStore`], which does.
 
 use std::{
     collections::BTreeSet,
@@ -26,15 +26,16 @@ const EXPIRY: Duration = Duration::from_secs(30 * 86_400);
 static ROOT: OnceLock<PathBuf> = OnceLock::new();
 static STORE: OnceLock<Option<KernelStore>> = OnceLock::new();
 
-/// Has compiled kernels kept below `root`, in a directory of this executable's own; those of builds that were
-/// not used for a month are removed. Only remembers where: the driver is loaded and files are touched when
-/// [`Device::run`](crate::Device::run) first runs on a CUDA device. Later calls do nothing, and without a call
-/// nothing is kept. A directory that cannot be written costs time, no more.
+/// Caches compiled kernels below `root`, in a directory for this executable; those of builds unused
+/// for a month are removed. This call only stores the path: the driver is loaded and files are
+/// accessed when [`Device::run`](crate::Device::run) first runs on a CUDA device. Later calls have
+/// no effect, and without a call nothing is cached. A directory that cannot be written to only
+/// costs time.
 pub fn keep_kernels(root: PathBuf) {
     let _ = ROOT.set(root);
 }
 
-/// Brings the kept kernels in, once; before the first use of a device.
+/// Loads the cached kernels, once, before the first use of a device.
 pub(crate) fn open() {
     STORE.get_or_init(|| {
         let build = ROOT.get()?.join(build()?);
@@ -47,14 +48,14 @@ pub(crate) fn open() {
     });
 }
 
-/// Keeps what was compiled since.
+/// Saves the kernels compiled since.
 pub(crate) fn seal() {
     if let Some(Some(store)) = STORE.get() {
         let _ = store.seal();
     }
 }
 
-/// This executable, as a directory's name.
+/// Returns a directory name for this executable.
 fn build() -> Option<String> {
     let file = fs::metadata(std::env::current_exe().ok()?).ok()?;
     let time = file.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
@@ -62,7 +63,7 @@ fn build() -> Option<String> {
     Some(format!("{version}-{:x}-{:x}", file.len(), time.as_nanos()))
 }
 
-/// The compute capability of this machine's devices, where they have the same.
+/// Returns the compute capability of this machine's devices, if they are all the same.
 fn architecture() -> Option<String> {
     let all: BTreeSet<_> = (0..device_count().ok()?)
         .map(compute_capability)
@@ -74,7 +75,7 @@ fn architecture() -> Option<String> {
     }
 }
 
-/// A device's compute capability.
+/// Returns a device's compute capability.
 pub(crate) fn compute_capability(device: usize) -> Result<(i32, i32), Error> {
     use CUdevice_attribute as Attribute;
     Ok((
@@ -89,7 +90,7 @@ pub(crate) fn compute_capability(device: usize) -> Result<(i32, i32), Error> {
     ))
 }
 
-/// An attribute of a device.
+/// Returns an attribute of a device.
 pub(crate) fn attribute(device: usize, which: CUdevice_attribute) -> Result<i32, Error> {
     let failed = |operation| move |source| Error::Driver { operation, source };
     let handle = driver::device::get(device as i32).map_err(failed("cuDeviceGet"))?;
@@ -97,7 +98,7 @@ pub(crate) fn attribute(device: usize, which: CUdevice_attribute) -> Result<i32,
     unsafe { driver::device::get_attribute(handle, which) }.map_err(failed("cuDeviceGetAttribute"))
 }
 
-/// The text kept under `name`, or else what `make` gives, which is kept.
+/// Returns the text cached under `name`; if missing, calls `make` and caches the result.
 pub(crate) fn kept(
     name: &str,
     make: impl FnOnce() -> Result<Vec<u8>, Error>,
@@ -110,7 +111,7 @@ pub(crate) fn kept(
         return Ok(found);
     }
     let made = make()?;
-    // Where that fails, the next run compiles again.
+    // If that fails, the next run compiles again.
     let _ = fs::write(&path, &made);
     Ok(made)
 }

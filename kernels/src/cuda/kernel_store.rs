@@ -1,5 +1,5 @@
-//! Compiled kernels on the disk, so that no process ever hands the driver bytes that somebody else cut,
-//! changed or is still writing.
+//! Verified storage of compiled kernels, so that no process passes truncated, changed or unfinished
+//! files to the driver.
 //!
 //! ```text
 //! HOME/                     one build of the program, one compute capability
@@ -9,9 +9,9 @@
 //!     lock                  held as long as that process lives
 //! ```
 //!
-//! A process reads the newest set, checks every file against the seal, and works on a copy of exactly the
-//! bytes that were checked. What it compiled becomes a new set, synced before it has its name. A set that does
-//! not hold is removed, and its kernels are compiled again.
+//! A process reads the newest set, checks every file against the seal, and works on a copy of the
+//! checked bytes. The kernels it compiled become a new set, synced before it is renamed. An invalid
+//! set is removed, and its kernels are compiled again.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -23,24 +23,24 @@ use gptq_format::sha256;
 
 const SEAL: &str = "seal";
 const LOCK: &str = "lock";
-/// Says by its time when a build was last used.
+/// File whose modification time shows when a build was last used.
 const USED: &str = "used";
-/// A directory without a lock may be about to get one.
+/// Age below which a directory without a lock may belong to a process that is about to lock it.
 const YOUNG: Duration = Duration::from_secs(3600);
 
-/// Files by their path within a set.
+/// Files by path within a set.
 type Files = BTreeMap<String, Vec<u8>>;
 
-/// A process's own copy of the kept kernels.
+/// A process's own copy of the cached kernels.
 pub(crate) struct KernelStore {
     home: PathBuf,
     own: PathBuf,
-    /// Keeps others from removing `own`.
+    /// Prevents other processes from removing `own`.
     _lock: File,
 }
 
 impl KernelStore {
-    /// Copies the newest set of `home` that holds; an empty store where there is none.
+    /// Copies the newest valid set of `home`; an empty store if there is none.
     ///
     /// # Errors
     /// `home` cannot be written to.
@@ -59,19 +59,19 @@ impl KernelStore {
         for set in sets(home) {
             match read(&set).and_then(|files| store.fill(&files)) {
                 Ok(()) => break,
-                // Another process may be at the same: what is gone is gone.
+                // Another process may remove it at the same time; errors are ignored.
                 Err(_) => drop(fs::remove_dir_all(&set)),
             }
         }
         Ok(store)
     }
 
-    /// Where this process's kernels are.
+    /// Returns the directory of this process's kernels.
     pub(crate) fn directory(&self) -> &Path {
         &self.own
     }
 
-    /// Makes a set of what is there by now, unless the newest set is that already.
+    /// Saves the current files as a new set, unless the newest set is equal.
     pub(crate) fn seal(&self) -> io::Result<()> {
         let files = files_below(&self.own)?;
         let sets = sets(&self.home);
@@ -107,7 +107,7 @@ impl Drop for KernelStore {
     }
 }
 
-/// Notes that a build is in use, and removes those beside it that were not for `most`.
+/// Records that a build is in use, and removes sibling builds unused for `most`.
 pub(crate) fn expire(build: &Path, most: Duration) {
     let _ = fs::create_dir_all(build).and_then(|()| fs::write(build.join(USED), ""));
     let beside = build.parent().map(fs::read_dir);
@@ -120,7 +120,7 @@ pub(crate) fn expire(build: &Path, most: Duration) {
     }
 }
 
-/// Whether a directory is called like those of this program's builds: `{version}-{hex}-{hex}`.
+/// Returns true for names of this program's builds: `{version}-{hex}-{hex}`.
 fn is_build(name: &str) -> bool {
     let hex = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_hexdigit());
     let mut parts = name.rsplitn(3, '-');
@@ -130,13 +130,13 @@ fn is_build(name: &str) -> bool {
         && version.is_some_and(|v| v.starts_with(|c: char| c.is_ascii_digit()))
 }
 
-/// How long ago a build was used; builds of before that was noted, made.
+/// Returns the time since a build was used, or, for old builds without that record, created.
 fn age(build: &Path) -> Option<Duration> {
     let used = fs::metadata(build.join(USED)).or_else(|_| fs::metadata(build));
     used.ok()?.modified().ok()?.elapsed().ok()
 }
 
-/// A name that no other process has.
+/// Returns a name that is unique among processes.
 fn unique(kind: &str) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let now = now.unwrap_or_default().as_nanos();
@@ -152,7 +152,7 @@ fn entries(home: &Path, kind: &str) -> Vec<PathBuf> {
     all.map(|entry| entry.path()).filter(of_kind).collect()
 }
 
-/// The finished sets, the newest first.
+/// Returns the finished sets, the newest first.
 fn sets(home: &Path) -> Vec<PathBuf> {
     let mut sets = entries(home, "set-");
     let time = |path: &PathBuf| path.to_string_lossy().rsplit('-').next().map(str::to_owned);
@@ -160,7 +160,7 @@ fn sets(home: &Path) -> Vec<PathBuf> {
     sets
 }
 
-/// Removes the copies of processes that are gone.
+/// Removes the copies of processes that have ended.
 fn remove_abandoned(home: &Path) {
     for run in entries(home, "run-") {
         let gone = match File::open(run.join(LOCK)) {
@@ -173,7 +173,7 @@ fn remove_abandoned(home: &Path) {
     }
 }
 
-/// The files of a set, each as the seal says.
+/// Reads the files of a set, each verified against the seal.
 fn read(set: &Path) -> io::Result<Files> {
     let seal = fs::read_to_string(set.join(SEAL))?;
     let mut files = Files::new();
@@ -196,14 +196,14 @@ fn read(set: &Path) -> io::Result<Files> {
         }
         files.insert(name.to_owned(), bytes);
     }
-    // A seal that was cut at a line's end.
+    // The seal may be truncated at the end of a line.
     if lines(&files) != seal {
         return Err(io::ErrorKind::InvalidData.into());
     }
     Ok(files)
 }
 
-/// Writes a set, all of it on the disk when this returns.
+/// Writes and syncs a set.
 fn write(set: &Path, files: &Files) -> io::Result<()> {
     let mut directories = vec![set.to_owned()];
     for (name, bytes) in files {
@@ -226,7 +226,7 @@ fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// What the seal of these files says: how many, then each.
+/// Formats the seal of these files: their number, then each.
 fn lines(files: &Files) -> String {
     let lines = files.iter().map(|(name, bytes)| {
         let digest = sha256(bytes);
@@ -235,7 +235,7 @@ fn lines(files: &Files) -> String {
     lines.collect()
 }
 
-/// Every file below a process's own directory but its lock.
+/// Reads every file below a process's own directory except its lock.
 fn files_below(own: &Path) -> io::Result<Files> {
     let mut files = Files::new();
     let mut directories = vec![own.to_owned()];
@@ -261,7 +261,7 @@ mod tests {
 
     const PTX: &[u8] = b".version 8.0\n.entry f() {}\0";
 
-    /// A home with one set of two files.
+    /// Makes a home with one set of two files.
     fn home() -> tempfile::TempDir {
         let home = tempfile::tempdir().unwrap();
         let store = KernelStore::open(home.path()).unwrap();
@@ -286,14 +286,14 @@ mod tests {
         let files = files_below(store.directory()).unwrap();
         assert_eq!(files["f.ptx"], PTX);
         assert_eq!(files["cuda/ptx/chunk0.cbor"], b"abc");
-        // What a process that is killed has added stays its own.
+        // Files added by a killed process stay in its own directory.
         fs::write(store.directory().join("g.ptx"), b"half").unwrap();
         let own = store.directory().to_owned();
         drop(store);
         assert!(!own.exists());
         let store = KernelStore::open(home.path()).unwrap();
         assert_eq!(files_below(store.directory()).unwrap(), files);
-        // Nothing new makes no new set.
+        // Without new files no new set is made.
         let before = set(home.path());
         store.seal().unwrap();
         assert_eq!(set(home.path()), before);
@@ -335,7 +335,7 @@ mod tests {
             let left = files_below(store.directory()).unwrap();
             assert!(left.is_empty(), "{what}: {left:?}");
             assert!(sets(home.path()).is_empty(), "{what}");
-            // And what is compiled instead is kept again.
+            // The kernels compiled instead are cached again.
             fs::write(store.directory().join("f.ptx"), PTX).unwrap();
             store.seal().unwrap();
             assert!(set(home.path()).join(SEAL).is_file(), "{what}");
@@ -361,10 +361,10 @@ mod tests {
         fs::write(b.directory().join("b.ptx"), PTX).unwrap();
         a.seal().unwrap();
         b.seal().unwrap();
-        // The last one's stays, whole.
+        // The last set is complete.
         let files = read(&set(home.path())).unwrap();
         assert!(files.contains_key("b.ptx") && files.contains_key("f.ptx"));
-        // A process that was killed: its lock went with it, its directory did not.
+        // Directory of a killed process, whose lock was released.
         let dead = home.path().join("run-1-0");
         fs::create_dir(&dead).unwrap();
         fs::write(dead.join(LOCK), "").unwrap();

@@ -1,25 +1,25 @@
-//! Which of CUDA's shared libraries this machine has, found out without a panic.
+//! Detects CUDA's shared libraries without a panic.
 //!
-//! The libraries are opened at run time, so that one binary runs on machines with and
-//! without a GPU. cudarc panics when it first calls into a library that is not there:
-//! [`missing_library`] and `device_count` look first.
+//! The libraries are loaded at run time, so that one binary runs on machines with and without a
+//! GPU. cudarc panics when it first calls into a missing library, so [`missing_library`] and
+//! `device_count` check first.
 
 use cudarc::{cublas, cusolver, driver, nvrtc};
 
-/// A shared library that the CUDA engine needs and this machine lacks.
+/// A shared library that the CUDA engine needs but that is not installed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{library} is missing: install {package}")]
 pub struct MissingLibrary {
-    /// The library's name, as the loader spells it.
+    /// Name of the library for the loader.
     pub library: &'static str,
-    /// The packages that hold it.
+    /// Packages that contain it.
     pub package: &'static str,
 }
 
-/// The first library of those the CUDA engine needs that cannot be opened, or `None`.
+/// Returns the first needed library that cannot be opened, or `None`.
 ///
-/// Looks for the driver first, then NVRTC, the toolkit's headers (the runtime under Burn
-/// compiles its kernels against them), cuBLAS and cuSOLVER.
+/// Checks the driver first, then NVRTC, the toolkit's headers (the runtime under Burn compiles its
+/// kernels against them), cuBLAS and cuSOLVER.
 pub(crate) fn missing_library() -> Option<MissingLibrary> {
     // SAFETY: each check opens the library and closes it again; their initialisers have no
     // preconditions.
@@ -62,7 +62,7 @@ pub(crate) fn missing_library() -> Option<MissingLibrary> {
         .map(|((library, package), _)| MissingLibrary { library, package })
 }
 
-/// How many CUDA devices the driver sees; an error, not a crash, without a driver.
+/// Returns the number of CUDA devices; an error, not a crash, without a driver.
 pub(crate) fn device_count() -> Result<usize, String> {
     // SAFETY: opens the driver's library and closes it again.
     if !unsafe { driver::sys::is_culib_present() } {
@@ -71,7 +71,7 @@ pub(crate) fn device_count() -> Result<usize, String> {
     driver::result::init()
         .and_then(|()| driver::result::device::get_count())
         .map(|count| usize::try_from(count).unwrap_or(0))
-        .map_err(|error| format!("the driver does not start ({:?})", error.0))
+        .map_err(|error| format!("the driver failed to initialize ({:?})", error.0))
 }
 
 fn headers_present() -> bool {

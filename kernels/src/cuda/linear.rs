@@ -10,11 +10,12 @@ use super::{
     stream::on_stream,
 };
 
-/// `x · wᵀ` for `x` `[tokens, in]` and `w` `[out, in]`, `[tokens, out]`, all f16 or all bf16.
+/// Computes `x · wᵀ` for `x` `[tokens, in]` and `w` `[out, in]`, `[tokens, out]`, all f16 or all
+/// bf16.
 ///
 /// # Errors
 ///
-/// Other dtypes, shapes that do not fit, or a cuBLAS failure.
+/// Other dtypes, inconsistent shapes, or a cuBLAS failure.
 pub fn linear(x: Tensor<Cuda, 2>, w: Tensor<Cuda, 2>) -> Result<Tensor<Cuda, 2>, Error> {
     let [tokens, in_features] = x.dims();
     let [out_features, w_in] = w.dims();

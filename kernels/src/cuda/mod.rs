@@ -1,14 +1,14 @@
 //! The CUDA engine's device operations.
 //!
-//! Dense products go to cuBLAS and factorisations to cuSOLVER, on Burn's own device memory
-//! and on the stream that Burn's kernels run on; what no library has is a kernel here, one
-//! file per operation. Activations and weights are all f16 or, for models taken so, all bf16: an
-//! operation follows its inputs. Sums are f32; the Gram matrix, its factor
-//! and everything that decides a code are f32 throughout.
+//! Dense products use cuBLAS and factorizations cuSOLVER, on Burn's own device memory and on the
+//! stream of Burn's kernels; operations that no library has are kernels here, one file each.
+//! Activations and weights are all f16 or all bf16, depending on the model: an operation follows
+//! its inputs. Sums are f32; the Gram matrix, its factor and everything that determines a code are
+//! f32 throughout.
 //!
-//! Make device tensors on the thread that computes with them: CubeCL gives each thread its
-//! own stream, and a buffer that is freed on one stream while another still reads it is
-//! reused too early.
+//! Make device tensors on the thread that computes with them: CubeCL gives each thread its own
+//! stream, and a buffer that is freed on one stream while another still reads it is reused too
+//! early.
 
 mod error;
 mod kernel_cache;

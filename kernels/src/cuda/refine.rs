@@ -1,9 +1,9 @@
 //! Coordinate descent on the codes after the sweep (`gptq_solver::refine`), one row per unit.
 //!
-//! With `D = W - Q` and `R = H D` (all column by column, `[in, rows]`, `H` damped, in the sweep's order),
-//! each column in turn goes to the code nearest to `q_j + r_j / H_jj`; a step `δ` takes `δ H_jk` off
-//! `r_k` for the later columns of the panel. A panel's steps are then taken off all of `R` by one product.
-//! Registers and shared memory are used as in the sweep.
+//! With `D = W - Q` and `R = H D` (all column by column, `[in, rows]`, `H` damped, in the sweep's
+//! order), each column in turn is rounded to the code nearest to `q_j + r_j / H_jj`; a step `δ`
+//! subtracts `δ H_jk` from `r_k` for the later columns of the panel. A panel's steps are then
+//! subtracted from all of `R` by one product. Registers and shared memory are used as in the sweep.
 
 use std::ops::Range;
 
@@ -56,7 +56,7 @@ fn refine_kernel(
         let at = turn * UNITS + unit;
         let i = at * QUAD / PANEL;
         let j = at * QUAD % PANEL;
-        // A panel is a multiple of 32 columns wide.
+        // A panel's width is a multiple of 32 columns.
         let mut four = Vector::<f32, Const<4>>::new(0.0);
         if i < width && j < width {
             four = h[((start + i) * columns + start + j) / QUAD];
@@ -121,7 +121,7 @@ fn refine_kernel(
                     .max(f32::new(0.0))
                     .min(max_code);
                 let step = scale[c] * (new - zero[c]) - scale[c] * (code[c] - zero[c]);
-                // `first` is a multiple of 32, so this is the column's place in its quad.
+                // `first` is a multiple of 32, so this is the column's index in its quad.
                 let pivot = block[(column * PANEL + column) / QUAD][c % QUAD];
                 lower += step * (r[c] + r[c] - step * pivot);
                 #[unroll]
@@ -148,8 +148,8 @@ fn refine_kernel(
     }
 }
 
-/// Goes over the codes `settings.refine` times; `h` is the damped Gram matrix in the sweep's order. What
-/// that takes off each row's loss, f32 `[rows]`.
+/// Refines the codes in `settings.refine` passes; `h` is the damped Gram matrix in the sweep's
+/// order. Returns the reduction of each row's loss, f32 `[rows]`.
 pub(crate) fn refine(h: &Buffer, swept: &Swept, settings: Settings, failures: &Failures) -> Buffer {
     let n = h.meta.shape()[0];
     let residual = buffer::empty(&swept.weight, [n, swept.rows], DType::F32);
@@ -199,7 +199,7 @@ fn launch(
     }
 }
 
-/// `out = H[:, columns] · x + beta · out` for `x` f32 `[columns, rows]`.
+/// Computes `out = H[:, columns] · x + beta · out` for `x` f32 `[columns, rows]`.
 fn add_product(
     h: &Buffer,
     columns: Range<usize>,

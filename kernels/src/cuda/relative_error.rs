@@ -1,12 +1,11 @@
-//! How much of a linear layer's output an approximation of its weights loses.
+//! Relative output error of a linear layer with approximated weights.
 //!
-//! `‖(W - Ŵ)X‖² / ‖WX‖² = tr(D H Dᵀ) / tr(W H Wᵀ)` with the undamped Gram matrix `H`. The
-//! products run on the tensor cores in bf16: with `s_j = sqrt(H_jj)`, `H_ij / (s_i s_j)` is
-//! the correlation matrix, whose diagonal is exactly 1, and `D_j s_j` takes up the scale, so
-//! that no element under- or overflows. Both are rounded to nearest, 2^-9 relative at random
-//! signs over at least `in²` terms; sums are f32 per unit and f64 over units. The result is
-//! right to about 1e-3 of itself (a test compares with f64), enough for a number that is
-//! reported; nothing that decides a code goes through here.
+//! `‖(W - Ŵ)X‖² / ‖WX‖² = tr(D H Dᵀ) / tr(W H Wᵀ)` with the undamped Gram matrix `H`. The products
+//! run on the tensor cores in bf16: with `s_j = sqrt(H_jj)`, `H_ij / (s_i s_j)` is the correlation
+//! matrix, whose diagonal is exactly 1, and `D_j s_j` contains the scale, so that no element under-
+//! or overflows. Both are rounded to nearest, 2^-9 relative at random signs over at least `in²`
+//! terms; sums are f32 per unit and f64 over units. The result has a relative error of about 1e-3
+//! (a test compares with f64), enough for a reported number; no code depends on it.
 
 use burn::tensor::{DType, Tensor};
 use cubecl::prelude::*;
@@ -22,7 +21,7 @@ use super::{
 
 const UNITS: usize = 256;
 const PLANES: usize = 8;
-/// Partial sums of one reduction.
+/// Number of partial sums per reduction.
 const CUBES: usize = 264;
 
 /// `out[i, j] = gram / (s_i s_j)`, both triangles from the upper one; 0 for dead columns.
@@ -86,8 +85,8 @@ fn dot_kernel<F: Float>(
     reduce(sum, out, slot);
 }
 
-/// `out[slot, cube] =` this cube's share of the sum of `width` columns from `first` on, of `lines` lines of
-/// `stride` values.
+/// `out[slot, cube] =` this cube's share of the sum of `width` columns from `first` on, over
+/// `lines` lines of `stride` values.
 #[cube(launch_unchecked)]
 fn sum_kernel(
     values: &Array<f32>,
@@ -127,14 +126,14 @@ fn reduce(sum: f32, out: &mut Array<f32>, slot: u32) {
     }
 }
 
-/// A Gram matrix prepared for measuring errors.
+/// A Gram matrix prepared for computing errors.
 pub(crate) struct Correlation {
     matrix: Buffer,
     scale: Buffer,
 }
 
 impl Correlation {
-    /// From the upper triangle of a Gram matrix, f32 `[n, n]`, and its diagonal.
+    /// Prepares the upper triangle of a Gram matrix, f32 `[n, n]`, given its diagonal.
     pub(crate) fn new(gram: &Buffer, diagonal: &[f32]) -> Self {
         let n = diagonal.len();
         let scale: Vec<f32> = diagonal.iter().map(|value| value.sqrt()).collect();
@@ -164,7 +163,7 @@ impl Correlation {
     }
 }
 
-/// What is summed of a layer.
+/// Quantity that is summed for a layer.
 #[derive(Clone, Copy)]
 pub(crate) enum Sum {
     /// `‖WX‖²`.
@@ -173,47 +172,47 @@ pub(crate) enum Sum {
     Lost,
     /// The same for round to nearest.
     Nearest,
-    /// What searching scales took off the groups' losses.
+    /// Reduction of the groups' losses by the scale search.
     Searched,
-    /// What refining took off the rows' losses.
+    /// Reduction of the rows' losses by refinement.
     Refined,
-    /// `‖WX‖²` on the windows that a drift was measured on.
+    /// `‖WX‖²` on the windows used to estimate the activation mismatch.
     Drifted,
     /// `tr(W C Sᵀ)`, see [`Target`](super::target::Target).
     Toward,
     /// `‖S‖²`.
     Shift,
-    /// `‖(W' - Q)X‖²` with the weights `W'` that a drift asks for.
+    /// `‖(W' - Q)X‖²` with the weights `W'` after activation-mismatch correction.
     Objective,
 }
 
-/// How many [`Sum`]s there are.
+/// Number of [`Sum`]s.
 const SUMS: usize = 9;
 
-/// The sums of one layer; 0 where nothing was measured.
+/// Sums of one layer; 0 if not measured.
 #[derive(Clone, Copy)]
 pub(crate) struct Sums([f64; SUMS]);
 
 impl Sums {
-    /// One of them.
+    /// Returns one of the sums.
     pub(crate) fn of(&self, sum: Sum) -> f64 {
         self.0[sum as usize]
     }
 
-    /// `part` as a part of `whole`; a layer whose output is zero has nothing to lose.
+    /// Returns `part` relative to `whole`; 0 for a layer whose output is zero.
     pub(crate) fn part(part: f64, whole: f64) -> f64 {
         if whole == 0.0 { 0.0 } else { part / whole }
     }
 }
 
-/// Sums over several layers, being measured on the device, to be read back together.
+/// Sums over several layers, computed on the device and read back together.
 pub(crate) struct Measurement {
     sums: Buffer,
     failures: Failures,
 }
 
 impl Measurement {
-    /// Room for `count` layers.
+    /// Allocates sums for `count` layers.
     pub(crate) fn new(like: &Buffer, count: usize) -> Self {
         Self {
             sums: buffer::upload(like, &vec![0.0_f32; count * SUMS * CUBES], DType::F32),
@@ -315,7 +314,7 @@ impl Measurement {
         }
     }
 
-    /// The sums of each layer; waits for the device.
+    /// Returns the sums of each layer; waits for the device.
     pub(crate) fn read(self) -> Result<Vec<Sums>, Error> {
         let sums: Vec<f32> = buffer::download(&self.sums)?;
         self.failures.check()?;
@@ -333,12 +332,12 @@ impl Measurement {
     }
 }
 
-/// `‖(W - Ŵ)X‖² / ‖WX‖²` for `weight` and `approximation` `[out, in]`, f16 or bf16, and `gram` f32
-/// `[in, in]`, of which the upper triangle is read. Waits for the device.
+/// Computes `‖(W - Ŵ)X‖² / ‖WX‖²` for `weight` and `approximation` `[out, in]`, f16 or bf16, and
+/// `gram` f32 `[in, in]`, of which the upper triangle is read. Waits for the device.
 ///
 /// # Errors
 ///
-/// Other dtypes, shapes that do not fit, or a cuBLAS failure.
+/// Other dtypes, inconsistent shapes, or a cuBLAS failure.
 pub fn relative_error(
     gram: Tensor<Cuda, 2>,
     weight: Tensor<Cuda, 2>,

@@ -1,17 +1,17 @@
-//! Library calls on the very stream that Burn's kernels run on.
+//! Library calls on the stream of Burn's kernels.
 //!
-//! CubeCL gives each host thread a CUDA stream of its own and runs every command of a device
-//! on one device thread, in the order in which they were submitted. [`on_stream`] submits a
-//! closure to that thread. There, the buffers' raw pointers are resolved (which also makes the
-//! stream wait for buffers that were last used by another one), and cuBLAS, cuSOLVER or a
-//! kernel of our own is called on the same stream. So the library's work runs after all that
-//! was submitted before it and before all that comes after, with no event and no host
-//! synchronisation, and a buffer freed afterwards is reused in stream order.
+//! CubeCL gives each host thread its own CUDA stream and runs every command of a device on one
+//! device thread, in submission order. [`on_stream`] submits a closure to that thread. There, the
+//! buffers' raw pointers are resolved (which also makes the stream wait for buffers that were last
+//! used by another one), and cuBLAS, cuSOLVER or one of our kernels is called on the same stream.
+//! So the library's work is ordered with all other commands of the stream, with no event and no
+//! host synchronization, and a buffer freed afterwards is reused in stream order.
 //!
-//! CubeCL 0.10 does not hand out the stream itself: neither its server nor what the server gives has an accessor.
-//! Its address is read from the server's `Debug` output, once per stream, and only where that reads exactly as
-//! version 0.10.0 writes it, which `Cargo.toml` pins. Before anything is done with it the driver has to know it
-//! as a live stream of the device's own context, and a test races the two sides against each other.
+//! CubeCL 0.10 does not expose the stream: neither its server nor what the server returns has an
+//! accessor. Its address is parsed from the server's `Debug` output, once per stream, and only if
+//! that has exactly the format of version 0.10.0, which `Cargo.toml` pins. Before use the driver
+//! must confirm it as a live stream of the device's context, and a test checks the ordering by a
+//! race.
 
 use std::{
     cell::RefCell,
@@ -42,9 +42,9 @@ use super::{buffer::Buffer, error::Error, library::missing_library, transfer::bi
 
 type Server = <cubecl::cuda::CudaRuntime as Runtime>::Server;
 
-/// The library handles bound to one stream.
+/// Library handles bound to one stream.
 pub(crate) struct Libraries {
-    /// The stream that Burn's kernels of the calling thread run on.
+    /// Stream of Burn's kernels for the calling thread.
     pub(crate) stream: CUstream,
     /// A cuBLAS handle on that stream.
     pub(crate) cublas: cublas::sys::cublasHandle_t,
@@ -55,15 +55,15 @@ pub(crate) struct Libraries {
 }
 
 thread_local! {
-    /// One set of handles per device and stream; lives on the device thread, to its end.
+    /// One set of handles per device and stream, kept on the device thread until it ends.
     static LIBRARIES: RefCell<HashMap<(usize, usize), Rc<Libraries>>> = RefCell::default();
 }
 
-/// Runs `call` on the device's thread with the buffers' device pointers, ordered on the
-/// calling thread's stream, and returns what it returns.
+/// Runs `call` on the device's thread with the buffers' device pointers, ordered on the calling
+/// thread's stream, and returns its result.
 ///
-/// `call` must enqueue its work on [`Libraries::stream`]. All buffers are on the device of the
-/// first, and there is at least one.
+/// `call` must enqueue its work on [`Libraries::stream`]. All buffers must be on the device of the
+/// first, and there must be at least one.
 pub(crate) fn on_stream<T: Send>(
     buffers: &[&Buffer],
     call: impl FnOnce(&Libraries, &[u64]) -> Result<T, Error> + Send,
@@ -71,16 +71,16 @@ pub(crate) fn on_stream<T: Send>(
     let target = Target::new(buffers);
     DeviceHandle::<Server>::new(target.device.to_id())
         .submit_blocking(move |server| target.run(server, call))
-        .map_err(|_| Error::runtime("the thread that has the device ended"))?
+        .map_err(|_| Error::runtime("the device's thread has ended"))?
 }
 
-/// The first error of the calls that were submitted without waiting for them.
+/// First error of calls that were submitted without waiting.
 #[derive(Clone, Default)]
 pub(crate) struct Failures(Arc<Mutex<Option<Error>>>);
 
 impl Failures {
-    /// The error, if there is one by now. Complete once the device thread has been waited for,
-    /// by [`on_stream`] or by reading a buffer back.
+    /// Returns the first error so far. Complete after waiting for the device thread, by
+    /// [`on_stream`] or by reading a buffer back.
     pub(crate) fn check(&self) -> Result<(), Error> {
         match self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(error) => Err(error),
@@ -89,8 +89,8 @@ impl Failures {
     }
 }
 
-/// As [`on_stream`], in the same order, without waiting for the device thread: a round trip
-/// to it takes longer than a small product. An error goes to `failures`.
+/// Runs `call` like [`on_stream`], in the same order, but without waiting for the device thread: a
+/// round trip takes longer than a small product. An error is stored in `failures`.
 pub(crate) fn on_stream_later(
     buffers: &[&Buffer],
     failures: &Failures,
@@ -106,7 +106,7 @@ pub(crate) fn on_stream_later(
     });
 }
 
-/// The buffers of a call and the stream that it belongs to.
+/// Buffers of a call, and its stream.
 struct Target {
     device: CudaDevice,
     stream: StreamId,
@@ -144,7 +144,7 @@ impl Target {
     }
 }
 
-/// The handles for a stream, made at first use. Runs on the device thread.
+/// Returns the handles for a stream, made on first use. Runs on the device thread.
 fn libraries(server: &Server, device: usize, stream: StreamId) -> Result<Rc<Libraries>, Error> {
     let max_streams = usize::from(CubeClRuntimeConfig::get().streaming.max_streams);
     let index = usize::try_from(stream.value).unwrap_or(usize::MAX) % max_streams;
@@ -186,14 +186,15 @@ fn libraries(server: &Server, device: usize, stream: StreamId) -> Result<Rc<Libr
     Ok(made)
 }
 
-/// The stream in slot `index` of the server's pool, which the driver says is a live one of the device.
+/// Returns the stream in slot `index` of the server's pool, after the driver has confirmed it as a
+/// live stream of the device.
 fn stream_of(server: &Server, device: usize, index: usize) -> Result<CUstream, Error> {
     let refused = |why| Error::Stream { why };
     let stream = stream_at(&format!("{server:?}"), index).map_err(refused)? as CUstream;
     let own = bind(device)?;
     let mut context = ptr::null_mut();
-    // SAFETY: the handle is not null and comes from where the pinned version of CubeCL shows its own, which it never
-    // destroys; the driver fills in the context.
+    // SAFETY: the handle is not null and was parsed from the output of the pinned CubeCL version,
+    // which never destroys streams; the driver fills in the context.
     let (told, state) = unsafe {
         (
             driver::cuStreamGetCtx(stream, &raw mut context),
@@ -201,14 +202,14 @@ fn stream_of(server: &Server, device: usize, index: usize) -> Result<CUstream, E
         )
     };
     if told != CUresult::CUDA_SUCCESS {
-        return Err(refused("the driver does not know it"));
+        return Err(refused("unknown to the driver"));
     }
     if context != own.cu_ctx() {
-        return Err(refused("it is not one of the device's own context"));
+        return Err(refused("not in the device's context"));
     }
     match state {
         CUresult::CUDA_SUCCESS | CUresult::CUDA_ERROR_NOT_READY => Ok(stream),
-        // Work that failed before is told as what it is.
+        // An error of earlier work is reported as such.
         state => Err(Error::Driver {
             operation: "cuStreamQuery",
             source: DriverError(state),
@@ -216,11 +217,11 @@ fn stream_of(server: &Server, device: usize, index: usize) -> Result<CUstream, E
     }
 }
 
-/// What stands before the list of streams, once; and before a stream's address.
+/// Text before the list of streams, which occurs once, and before a stream's address.
 const POOL: &str = "streams: MultiStream { streams: StreamPool { streams: [";
 const STREAM: &str = "Some(StreamWrapper { stream: Stream { sys: 0x";
 
-/// The address of the stream in slot `index` of the server's stream pool, from its `Debug`
+/// Parses the address of the stream in slot `index` of the server's stream pool from its `Debug`
 /// output: `StreamPool { streams: [None, Some(StreamWrapper { stream: Stream { sys: 0x.., ..`.
 fn stream_at(debug: &str, index: usize) -> Result<usize, &'static str> {
     let mut pools = debug.split(POOL).skip(1);
@@ -234,14 +235,14 @@ fn stream_at(debug: &str, index: usize) -> Result<usize, &'static str> {
     let (digits, rest) = rest.split_at(end.unwrap_or(rest.len()));
     let address = usize::from_str_radix(digits, 16);
     match address {
-        // A stream is an object in memory; 0, 1 and 2 are names of streams that nobody made.
+        // A stream is an object in memory; 0, 1 and 2 are predefined stream handles.
         Ok(address) if address > 2 && address % align_of::<u64>() == 0 => {}
-        _ => return Err("what the pool shows is no address"),
+        _ => return Err("the pool shows an invalid address"),
     }
     if !rest.starts_with([',', ' ']) {
-        return Err("what the pool shows is no address");
+        return Err("the pool shows an invalid address");
     }
-    address.map_err(|_| "what the pool shows is no address")
+    address.map_err(|_| "the pool shows an invalid address")
 }
 
 /// Splits a `Debug` list, given from after its opening bracket, at its top-level commas.

@@ -1,15 +1,15 @@
-//! One panel of GPTQ's column sweep, a launch for all rows, one row per unit.
+//! One panel of GPTQ's column sweep: one launch for all rows, one row per unit.
 //!
-//! Weights, codes and group parameters are stored column by column, `[in, rows]`, so that the
-//! units of a plane read and write neighbours. The panel's columns come as
-//! `W + T`, where `T` carries the errors of the panels before; then, for each column `j`,
+//! Weights, codes and group parameters are stored column by column, `[in, rows]`, so that the units
+//! of a plane access adjacent elements. The panel's columns start as `W + T`, where `T` carries the
+//! errors of earlier panels; then, for each column `j`,
 //!
 //! `q = clamp(round(w_j / scale) + zero)`, `err = (w_j - scale (q - zero)) / U_jj`,
 //! `w_k -= err U_jk` for the columns `k > j` of the panel,
 //!
-//! rounding halves to even (the inner loop of AutoGPTQ's `fasterquant`). Thirty-two columns at a time are
-//! held in registers; the errors of the panel's earlier columns come from shared memory. The
-//! weights are overwritten by `W - Q`, which the later panels' products read.
+//! rounding half to even (the inner loop of AutoGPTQ's `fasterquant`). Thirty-two columns at a time
+//! are held in registers; the errors of the panel's earlier columns are read from shared memory.
+//! The weights are overwritten by `W - Q`, which later panels' products read.
 
 use std::ops::Range;
 
@@ -27,8 +27,8 @@ const HELD: usize = 32;
 /// Values per shared-memory access.
 const QUAD: usize = 4;
 
-/// `w / scale`, correctly rounded, from the correctly rounded reciprocal: one Newton step on
-/// the quotient (Markstein). A true division costs several times as long, and a bare product
+/// Computes `w / scale`, correctly rounded, from the correctly rounded reciprocal: one Newton step
+/// on the quotient (Markstein). A true division costs several times as long, and a plain product
 /// would break the ties that symmetric scales make common.
 #[cube]
 pub(crate) fn divide(w: f32, scale: f32, reciprocal: f32) -> f32 {
@@ -103,7 +103,7 @@ fn sweep_kernel(
                     scale[c] = scales[group];
                     zero[c] = zeros[group];
                     original[c] = weight[(start + column) * rows + row];
-                    // Not a comptime switch: this kernel takes long to compile.
+                    // A runtime switch, because this kernel takes long to compile.
                     if updated == 1 {
                         w[c] = update[column * rows + row];
                     }
@@ -158,9 +158,9 @@ fn sweep_kernel(
     }
 }
 
-/// The buffers of a sweep, all column by column: `[in, rows]`, parameters `[groups, rows]`.
+/// Buffers of a sweep, all column by column: `[in, rows]`, parameters `[groups, rows]`.
 pub(crate) struct Swept {
-    /// f32 weights in the sweep's order; `W - Q` in the panels already swept.
+    /// f32 weights in the sweep's order; `W - Q` in finished panels.
     pub(crate) weight: Buffer,
     /// u8 codes in the sweep's order.
     pub(crate) codes: Buffer,
@@ -168,7 +168,7 @@ pub(crate) struct Swept {
     pub(crate) scales: Buffer,
     /// f32 zero points.
     pub(crate) zeros: Buffer,
-    /// f32, what a search took off each group's loss; undefined without one.
+    /// f32 reduction of each group's loss by the scale search; undefined without one.
     pub(crate) gained: Buffer,
     /// u32 group of each position of the sweep.
     pub(crate) group_of: Buffer,

@@ -1,7 +1,7 @@
-//! The weights to round when a layer's input has drifted from the dense model's,
-//! `W' = W + strength · W C (XᵀX + λI)⁻¹` (`gptq_solver::Target`), in f32. `W C` alone is rounded as the
-//! tensor cores do: it is an estimate from a part of the windows, good to a few per cent, and f16 and
-//! bf16 weights fit TF32 exactly.
+//! Activation-mismatch correction: the weights to round when a layer's input differs from the dense
+//! model's, `W' = W + strength · W C (XᵀX + λI)⁻¹` (`gptq_solver::Target`), in f32. Only `W C` is
+//! rounded to TF32: it is an estimate from a part of the windows, accurate to a few per cent, and
+//! f16 and bf16 weights are exact in TF32.
 
 use burn::tensor::{DType, Tensor};
 use cudarc::driver;
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::Drift;
 
-/// The same values in a buffer of its own.
+/// Copies a buffer.
 fn copied(buffer: &Buffer) -> Result<Buffer, Error> {
     let [rows, columns] = [buffer.meta.shape()[0], buffer.meta.shape()[1]];
     let copy = buffer::empty(buffer, [rows, columns], buffer.dtype);
@@ -35,7 +35,7 @@ fn copied(buffer: &Buffer) -> Result<Buffer, Error> {
     Ok(copy)
 }
 
-/// The target for any weights that share an input.
+/// Correction for weights that share an input.
 pub(crate) struct Target {
     lower: Buffer,
     cross: Buffer,
@@ -46,17 +46,17 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// Factors the drift's Gram matrix.
+    /// Factors the Gram matrix of `drift`.
     ///
     /// # Errors
     ///
-    /// As [`factor`](super::factor::factor()), or matrices that are not `[n, n]`.
+    /// Those of [`factor`](super::factor::factor()), or matrices that are not `[n, n]`.
     pub(crate) fn new(drift: Drift<Cuda>, n: usize, damping: f64) -> Result<Self, Error> {
         if drift.gram.dims() != [n, n] || drift.cross.dims() != [n, n] {
             return Err(Error::Shape {
                 operation: "target",
                 reason: format!(
-                    "gram {:?} and cross {:?} of a drift for {n} columns",
+                    "gram {:?} and cross {:?} of an activation mismatch for {n} columns",
                     drift.gram.dims(),
                     drift.cross.dims()
                 ),
@@ -77,11 +77,12 @@ impl Target {
         })
     }
 
-    /// `W'`, f32 `[out, in]`, for a weight f16 or bf16 `[out, in]`, the `at`-th of those measured.
+    /// Returns `W'`, f32 `[out, in]`, for a weight f16 or bf16 `[out, in]`, the `at`-th of those
+    /// measured.
     ///
     /// # Errors
     ///
-    /// A library's failure.
+    /// A failure of a library.
     pub(crate) fn of(
         &self,
         weight: &Buffer,
@@ -112,7 +113,7 @@ impl Target {
         )
     }
 
-    /// What `W'` gained (`gptq_solver::Target::of`), from `tr(W C Sᵀ)` and `‖S‖²`.
+    /// Computes the gain of `W'` (`gptq_solver::Target::of`) from `tr(W C Sᵀ)` and `‖S‖²`.
     pub(crate) fn gain(&self, toward: f64, shift: f64) -> f64 {
         let t = self.strength;
         (2.0 - t) * t * toward + t * t * self.ridge * shift

@@ -1,11 +1,11 @@
-//! What the device tests share: seeded inputs, poisoned outputs, skipping without a device.
+//! Helpers of the device tests: seeded inputs, poisoned outputs, skipping without a device.
 
 use burn::tensor::{DType, Element, Tensor, TensorData};
 use cudarc::driver;
 
 use super::{Cuda, Device, buffer::Buffer, error::Error, stream::on_stream};
 
-/// The first device, or `None` with a line that says so.
+/// Returns the first device, or prints that there is none.
 pub(crate) fn device() -> Option<Device> {
     if crate::Device::Cuda(0).resolve().is_err() {
         println!("skipped: no CUDA device");
@@ -14,8 +14,8 @@ pub(crate) fn device() -> Option<Device> {
     Some(Device::new(0))
 }
 
-/// Fills a new buffer with 0xff, NaN in every float type, so that an element that a kernel
-/// leaves unwritten shows.
+/// Fills a new buffer with 0xff, NaN in every float type, so that elements a kernel does not write
+/// are noticed.
 pub(crate) fn poison(buffer: &Buffer) {
     let bytes = buffer.handle.size_in_used() as usize;
     on_stream(&[buffer], |libraries, pointers| {
@@ -41,18 +41,18 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Uniform in [0, 1).
+    /// Returns a number uniform in [0, 1).
     pub(crate) fn uniform(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
-    /// Standard normal.
+    /// Returns a standard normal number.
     pub(crate) fn normal(&mut self) -> f64 {
         let radius = (-2.0 * (1.0 - self.uniform()).ln()).sqrt();
         radius * (std::f64::consts::TAU * self.uniform()).cos()
     }
 
-    /// Normal values of this standard deviation, rounded to f16 or bf16.
+    /// Returns normal values of this standard deviation, rounded to f16 or bf16.
     pub(crate) fn halves<E: Element>(&mut self, count: usize, deviation: f64) -> Vec<E> {
         (0..count)
             .map(|_| E::from_elem(self.normal() * deviation))
@@ -60,12 +60,12 @@ impl Random {
     }
 }
 
-/// What a value is.
+/// Converts to f64.
 pub(crate) fn wide<E: Element>(value: E) -> f64 {
     value.elem()
 }
 
-/// The most that rounding to a type changes a value by, relative to it.
+/// Returns the maximum relative rounding error of a type.
 pub(crate) fn rounding<E: Element>() -> f64 {
     match E::dtype() {
         DType::BF16 => 2.0_f64.powi(-8),
@@ -73,7 +73,7 @@ pub(crate) fn rounding<E: Element>() -> f64 {
     }
 }
 
-/// f16 or bf16 values as a tensor on the device.
+/// Makes a tensor of f16 or bf16 values on the device.
 pub(crate) fn tensor<E: Element, const D: usize>(
     values: &[E],
     shape: [usize; D],
@@ -85,7 +85,7 @@ pub(crate) fn tensor<E: Element, const D: usize>(
     )
 }
 
-/// f32 values as a tensor on the device.
+/// Makes a tensor of f32 values on the device.
 pub(crate) fn tensor_f32<const D: usize>(
     values: &[f32],
     shape: [usize; D],
@@ -97,12 +97,12 @@ pub(crate) fn tensor_f32<const D: usize>(
     )
 }
 
-/// A float tensor's values.
+/// Returns a float tensor's values.
 pub(crate) fn values<const D: usize>(tensor: Tensor<Cuda, D>) -> Vec<f64> {
     tensor.into_data().iter::<f64>().collect()
 }
 
-/// `‖found - expected‖ / ‖expected‖`; NaN where anything is.
+/// Returns `‖found - expected‖ / ‖expected‖`; NaN if any value is.
 pub(crate) fn distance(found: &[f64], expected: &[f64]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();

@@ -1,10 +1,10 @@
-//! Tensors to the device and back through page-locked memory, without waiting.
+//! Asynchronous transfers of tensors to the device and back through page-locked memory.
 //!
 //! The driver copies from pageable memory through a small buffer of its own, on the calling thread;
-//! page-locked memory is read and written by the device itself, in stream order, while the host goes
-//! on. Making such memory is slow, so blocks go back to a pool. Each block has an event that is recorded
-//! after its last transfer: the host waits for it before it touches the memory, the pool before it
-//! hands the block out again.
+//! page-locked memory is accessed by the device itself, in stream order, while the host continues.
+//! Allocating such memory is slow, so blocks are returned to a pool. Each block has an event that
+//! is recorded after its last transfer: the host waits for it before accessing the memory, and the
+//! pool before reusing the block.
 
 use std::{
     collections::HashMap,
@@ -28,17 +28,17 @@ use super::{
     stream::on_stream,
 };
 
-/// Blocks are whole multiples of this many bytes.
+/// Block sizes are multiples of this many bytes.
 const GRAIN: usize = 1 << 20;
-/// A free block serves a request of at least this part of its size.
+/// A free block is used for requests of at least 1 / `WASTE` of its size.
 const WASTE: usize = 4;
 
-/// Blocks that nobody holds; their last transfer may still be under way.
+/// Free blocks; their last transfer may still be in progress.
 static POOL: Mutex<Vec<Block>> = Mutex::new(Vec::new());
 
-/// Makes the device's own context the calling thread's.
+/// Makes the device's own context current on the calling thread.
 pub(crate) fn bind(device: usize) -> Result<Arc<CudaContext>, Error> {
-    // Kept to the end: the last owner's drop would tear down the context that Burn works in.
+    // Never dropped: dropping the last owner would destroy the context that Burn uses.
     static CONTEXTS: Mutex<Option<HashMap<usize, Arc<CudaContext>>>> = Mutex::new(None);
     let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
     let contexts = contexts.get_or_insert_default();
@@ -62,7 +62,7 @@ struct Block {
     memory: NonNull<u8>,
     bytes: usize,
     device: usize,
-    /// Recorded after the last transfer from or to the block.
+    /// Event recorded after the last transfer from or to the block.
     event: CUevent,
 }
 
@@ -109,7 +109,7 @@ impl Drop for Pinned {
 }
 
 impl Pinned {
-    /// Memory of this size with undefined contents: from the pool, or new.
+    /// Returns memory of this size with undefined contents, from the pool or newly allocated.
     pub(crate) fn take(bytes: usize, device: usize) -> Result<Pinned, Error> {
         bind(device)?;
         let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
@@ -147,12 +147,12 @@ impl Pinned {
         unsafe { slice::from_raw_parts(self.block.memory.as_ptr(), self.bytes) }
     }
 
-    /// The contents, once the last transfer is done.
+    /// Returns the contents, after the last transfer.
     pub(crate) fn values<T: CubeElement>(&self) -> &[T] {
         T::from_bytes(self.bytes())
     }
 
-    /// The contents, to be written.
+    /// Returns the contents for writing.
     pub(crate) fn bits_mut(&mut self) -> &mut [u16] {
         self.settle();
         // SAFETY: the block is at least this long and aligned to a page; this is its only owner.
@@ -171,10 +171,10 @@ impl Pinned {
     }
 }
 
-/// `shape` of a 16-bit `dtype` from `from`, starting at value `start`.
+/// Uploads a tensor of `shape` and a 16-bit `dtype` from `from`, starting at value `start`.
 ///
 /// # Panics
-/// When `from` ends before the tensor does.
+/// If `from` ends before the tensor does.
 pub(crate) fn upload<const D: usize>(
     from: &Pinned,
     start: usize,
@@ -199,7 +199,7 @@ pub(crate) fn upload<const D: usize>(
     Ok(buffer::into_float(out))
 }
 
-/// The buffer's contents, on their way to the host.
+/// Starts the transfer of the buffer's contents to the host.
 pub(crate) fn fetch(buffer: &Buffer) -> Result<Pinned, Error> {
     let bytes = buffer.meta.shape().num_elements() * buffer.dtype.size();
     let to = Pinned::take(bytes, buffer.device.index)?;
@@ -215,7 +215,7 @@ pub(crate) fn fetch(buffer: &Buffer) -> Result<Pinned, Error> {
     Ok(to)
 }
 
-/// A matrix of f16 or bf16, on its way to the host.
+/// Starts the transfer of a matrix of f16 or bf16 to the host.
 pub(crate) fn download(x: Tensor<Cuda, 2>) -> Result<Pinned, Error> {
     fetch(&buffer::half("download", "x", x)?)
 }

@@ -1,4 +1,4 @@
-//! Public templates and single constructs against what Transformers makes of them
+//! Public templates and single constructs, compared with the output of Transformers
 //! (`tests/data/chat_templates/golden.py`).
 
 use std::collections::BTreeMap;
@@ -15,16 +15,16 @@ const DIFFERENT: [(&str, &str, &str); 2] = [
     (
         "llama.cpp/llama-cpp-deepseek-r1.jinja",
         "tools",
-        "what the filter map makes is a list here, and there a generator, which tojson refuses",
+        "the filter map returns a list here, but a generator there, which tojson refuses",
     ),
     (
         "llama.cpp/llama-cpp-deepseek-r1.jinja",
         "types and reasoning",
-        "what the filter map makes is a list here, and there a generator, which tojson refuses",
+        "the filter map returns a list here, but a generator there, which tojson refuses",
     ),
 ];
 
-/// Constructs of the same kind, by their beginning.
+/// Known differences of single constructs, by their beginning.
 const DIFFERENT_CONSTRUCTS: [(&str, &str); 8] = [
     (
         "{{ 1 < 'a' }}",
@@ -66,7 +66,7 @@ struct Golden {
     constructs: Vec<Case>,
 }
 
-/// A text, or an error.
+/// Expected text or error.
 #[derive(Deserialize)]
 struct Case {
     text: Option<String>,
@@ -88,7 +88,7 @@ fn json<T: for<'de> Deserialize<'de>>(name: &str) -> T {
     serde_json::from_slice(&fs::read(data().join(name)).unwrap()).unwrap()
 }
 
-/// The template as that of a tokenizer with the script's special tokens.
+/// Builds the template of a tokenizer with the script's special tokens.
 fn template(source: &str, date: &str) -> Result<ChatTemplate, CalibrationError> {
     let dir = tempfile::tempdir().unwrap();
     let config = serde_json::json!({
@@ -99,7 +99,7 @@ fn template(source: &str, date: &str) -> Result<ChatTemplate, CalibrationError> 
     Ok(ChatTemplate::of(dir.path())?.unwrap().dated(date))
 }
 
-/// What is not as in the golden case.
+/// Describes the difference from the golden case, if any.
 fn difference(case: &Case, rendered: Result<String, CalibrationError>) -> Option<String> {
     match (&case.text, &rendered) {
         (Some(text), Ok(ours)) if text == ours => None,

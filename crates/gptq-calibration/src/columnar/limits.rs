@@ -1,5 +1,5 @@
-//! Columnar files that promise more than they hold are refused soon; honest ones of many values are
-//! read.
+//! Columnar files that declare more than they hold are refused quickly; valid files of many values
+//! are read.
 
 use std::fs;
 use std::path::Path;
@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::Source;
 
-/// Rows, and values in the lists of column `ids`.
+/// Counts the rows, and the values in the lists of column `ids`.
 fn count(path: &Path) -> Result<(u64, usize), String> {
     let file = &Source::Local(path.into()).files().unwrap()[0];
     let (mut rows, mut items) = (0, 0);
@@ -29,7 +29,7 @@ fn count(path: &Path) -> Result<(u64, usize), String> {
     Ok((rows, items))
 }
 
-/// Lists of `lengths` of these items, as the column `ids`.
+/// Builds lists of `lengths` of these items as the column `ids`.
 fn lists(items: ArrayRef, lengths: impl IntoIterator<Item = usize>) -> RecordBatch {
     let item = Arc::new(Field::new("item", items.data_type().clone(), true));
     let offsets = OffsetBuffer::from_lengths(lengths);
@@ -60,7 +60,7 @@ fn what_a_fuzzer_found_to_be_slow_is_read_or_refused_soon() {
                 &crate::reader::Reading::of(&["input", "output"]),
                 &mut |_| Ok(ControlFlow::Continue(())),
             );
-            // One took a minute, one two; a file of a kilobyte takes milliseconds.
+            // Without limits these took minutes; a file of a kilobyte takes milliseconds.
             assert!(since.elapsed() < Duration::from_secs(5), "{read:?}");
             if let Err(error) = read {
                 let error = error.to_string();
@@ -90,12 +90,13 @@ fn a_small_file_that_promises_millions_of_values_is_refused_with_the_limit() {
     let dir = TempDir::new().unwrap();
     let many = 3 << 22;
     let parquet = dir.path().join("run.parquet");
-    // A run of nulls takes a few bytes.
+    // A run of nulls takes only a few bytes.
     let nulls: ArrayRef = Arc::new(Int32Array::new_null(many));
     fs::write(&parquet, parquet_file(&lists(nulls, [many]))).unwrap();
     assert!(fs::metadata(&parquet).unwrap().len() < 1 << 14);
 
-    // Nulls of no type take none at all, and neither do lists of a size that the schema says.
+    // Nulls without a type take no bytes at all, and neither do lists of a size fixed by the
+    // schema.
     let nothing: ArrayRef = Arc::new(NullArray::new(i32::MAX as usize));
     let long = lists(nothing.clone(), [i32::MAX as usize]);
     let item = Arc::new(Field::new("item", DataType::Null, true));
@@ -126,7 +127,7 @@ fn a_small_file_that_promises_millions_of_values_is_refused_with_the_limit() {
 fn a_large_row_group_of_padded_token_ids_is_read() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("ids.parquet");
-    // Over what any file may hold: 5 million, of which the last 224 of each 256 are padding.
+    // More than the minimum budget: 5 million, of which the last 224 of each 256 are padding.
     let (rows, length) = (20_000, 256);
     let id = |i: usize| match i % length < 32 {
         true => (i as i32).wrapping_mul(0x9e37_79b1_u32 as i32) & 0x7fff,

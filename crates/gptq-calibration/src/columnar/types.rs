@@ -1,4 +1,4 @@
-//! Every Arrow type as JSON values, or refused, from each columnar format.
+//! Every Arrow type is converted to JSON values or refused, in each columnar format.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::Source;
 
-/// The batch as Parquet, in the stream form of Arrow, and in the file form.
+/// Writes the batch as Parquet, in Arrow's stream format, and in its file format.
 fn write(dir: &TempDir, batch: RecordBatch) -> [PathBuf; 3] {
     let [parquet, stream, file] =
         ["rows.parquet", "stream.arrow", "file.arrow"].map(|name| dir.path().join(name));
@@ -40,7 +40,7 @@ fn write(dir: &TempDir, batch: RecordBatch) -> [PathBuf; 3] {
     [parquet, stream, file]
 }
 
-/// The column's values.
+/// Returns the column's values.
 fn read(path: &Path, column: &str) -> Result<Vec<Value>, String> {
     let file = &Source::Local(path.into()).files().unwrap()[0];
     let mut values = Vec::new();
@@ -51,7 +51,7 @@ fn read(path: &Path, column: &str) -> Result<Vec<Value>, String> {
     flow.map(|_| values).map_err(|e| e.to_string())
 }
 
-/// Checks what a column reads as from every format.
+/// Checks the values of a column in every format.
 fn check(array: ArrayRef, expected: impl Into<Value>) {
     let expected = expected.into();
     let dir = TempDir::new().unwrap();
@@ -105,7 +105,7 @@ fn lists_of_every_kind_hold_dictionaries_and_structs() {
     let view = ListViewArray::new(item, offsets, sizes, words, None);
     check(Arc::new(view), json!([[null, "°C"], ["fever"]]));
 
-    // A conversation as `datasets` writes it, with roles of few values.
+    // A conversation as `datasets` writes it, with dictionary-encoded roles.
     let column = |name: &str, values: [&str; 3], kind: DataType| {
         let values: ArrayRef = Arc::new(StringArray::from(values.to_vec()));
         let values = cast(&values, &kind).unwrap();

@@ -1,4 +1,4 @@
-//! Conversations through a tokenizer's own template: what it objects to, the date, tools.
+//! Conversations with a tokenizer's own template: refusals, the date, tools.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -80,14 +80,14 @@ fn an_objection_names_file_row_and_template_or_leaves_the_row_out() {
     );
     let manifest = serde_json::to_value(&drawn.manifest).unwrap();
     assert_eq!(manifest.get("date"), None, "the template asked for none");
-    // A row that is no conversation is a fault of the data, whatever the template says.
+    // A row that is not a conversation is a fault of the data, whatever the template does.
     let path = write(&dir, &[serde_json::json!({"messages": "Hi"})]);
     let wrong = CalibrationSettings {
         on_error: OnError::Skip,
         ..settings(&path)
     };
     assert!(Calibration::draw(&wrong, &tokenizer).is_err());
-    // Nothing is left.
+    // Every row is skipped.
     let path = write(&dir, &[row("critic"), row("judge")]);
     let none = CalibrationSettings {
         on_error: OnError::Skip,
@@ -96,7 +96,7 @@ fn an_objection_names_file_row_and_template_or_leaves_the_row_out() {
     let error = Calibration::draw(&none, &tokenizer)
         .unwrap_err()
         .to_string();
-    for words in ["objects to all 2 rows", "row 0", "no critic"] {
+    for words in ["refuses all 2 rows", "row 0", "no critic"] {
         assert!(error.contains(words), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! The same rows in every format and compression are the same windows; broken files are refused.
+//! The same rows give the same windows in every format and compression; broken files are refused.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -39,7 +39,7 @@ fn settings(path: &Path, template: &str) -> CalibrationSettings {
     }
 }
 
-/// `(input, output)` of 40 rows, with quotes, commas, line breaks and letters beyond ASCII.
+/// Returns `(input, output)` of 40 rows, with quotes, commas, line breaks and non-ASCII letters.
 fn rows() -> Vec<(String, String)> {
     (0..40)
         .map(|i| {
@@ -68,7 +68,7 @@ fn batch(rows: &[(String, String)]) -> RecordBatch {
     RecordBatch::try_new(schema, columns).unwrap()
 }
 
-/// Every format's file name and bytes.
+/// Returns the file name and bytes for every format.
 fn files() -> Vec<(&'static str, Vec<u8>)> {
     let rows = rows();
     let list = serde_json::to_vec(&json_rows()).unwrap();
@@ -142,7 +142,7 @@ fn every_format_and_compression_gives_the_same_windows() {
     }
 }
 
-/// The column `messages` of every row.
+/// Returns the column `messages` of every row.
 fn talks(path: &Path) -> Vec<crate::Value> {
     let file = &Source::Local(path.into()).files().unwrap()[0];
     let mut talks = Vec::new();
@@ -159,7 +159,7 @@ fn a_json_file_of_objects_that_hold_lists_has_a_row_for_each_and_one_object_has_
     let dir = TempDir::new().unwrap();
     let row =
         |i: usize| serde_json::json!({"id": "} {\"", "messages": [{"n": i}, "]\\"], "tags": [1]});
-    // Rows longer than what is read together, more than one row may have in all.
+    // Rows longer than the piece that is read at once, together larger than one row may be.
     let long = |i: usize| serde_json::json!({"messages": [i], "text": "x".repeat(3 << 20)});
     for (name, rows) in [
         ("short.json", (0..5).map(row).collect::<Vec<_>>()),
@@ -171,7 +171,7 @@ fn a_json_file_of_objects_that_hold_lists_has_a_row_for_each_and_one_object_has_
             assert_eq!(talks(&path), expected, "{}", path.display());
         }
     }
-    // One object over the limit of a row is read as it ever was: its list's elements are the rows.
+    // A single object over the limit of a row is still read: the elements of its list are the rows.
     let one = serde_json::json!({"about": {"n": 1}, "data": (0..7).map(long).collect::<Vec<_>>()});
     for path in write_all(&dir, "one.json", one.to_string().as_bytes()) {
         assert_eq!(talks(&path).len(), 7, "{}", path.display());
@@ -334,7 +334,7 @@ fn broken_and_unknown_files_are_refused_by_name() {
         ("j.arrow", "nonsense", "j.arrow"),
         ("k.json.gz", "not gzip", "k.json.gz"),
         ("l.jsonl.zst", "not zstd", "l.jsonl.zst"),
-        ("m.xlsx", "", "known are"),
+        ("m.xlsx", "", "supported are"),
         ("n.json", "", "n.json"),
     ] {
         let path = dir.path().join(name);
@@ -358,8 +358,7 @@ fn broken_and_unknown_files_are_refused_by_name() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// Whatever a damaged file says, it is read or refused; nothing panics and nothing is taken on
-    /// trust.
+    /// Damaged files are read or refused: nothing panics, and no declared size is trusted.
     #[test]
     fn damaged_columnar_files_are_read_or_refused(
         which in 4usize..7, at in any::<prop::sample::Index>(), byte in any::<u8>(), cut in any::<bool>()

@@ -1,10 +1,10 @@
-//! Rows that are no documents, rows that are refused, and what a first look at rows finds.
+//! Skipped rows, refused rows, and the findings of a first look.
 
 use super::tests::{settings, tokenizer};
 use super::*;
 use crate::Template;
 
-/// Settings for rows of `text` written as `name`.
+/// Returns settings for rows of `text` written as `name`.
 fn of_file(
     dir: &tempfile::TempDir,
     name: &str,
@@ -59,7 +59,7 @@ fn a_row_without_the_key_is_as_one_with_null_and_a_row_without_text_is_no_docume
     }
     let error = refusal("{\"text\": \"\"}\n{\"text\": \" \"}\n", text_column());
     assert!(
-        error.contains("all 2 rows") && error.contains("without text"),
+        error.contains("all 2 rows") && error.contains("have no text"),
         "{error}"
     );
     let talk = Rendering::Messages {
@@ -70,7 +70,7 @@ fn a_row_without_the_key_is_as_one_with_null_and_a_row_without_text_is_no_docume
         "{\"text\": []}\n{\"text\": [{\"role\": \"user\", \"content\": \" \"}]}\n",
         talk,
     );
-    assert!(error.contains("without text"), "{error}");
+    assert!(error.contains("have no text"), "{error}");
     // With a template, text in one of its columns is enough.
     let both = Rendering::Template(Template::parse("Q: {a}\nA: {b}").unwrap());
     let rows = "{\"a\": \"\", \"b\": \" \"}\n{\"a\": \"\", \"b\": \"A cold is mild, and it ends soon.\"}\n";
@@ -229,7 +229,7 @@ fn where_the_file_and_transformers_tell_apart_the_first_rows_show_it() {
     let drawn = Calibration::draw(&settings, &tokenizer()).unwrap();
     let found = drawn.difference.clone().unwrap();
     assert_eq!((found.documents, found.of), (1, 2));
-    // A space of its own before the first word is the file's alone.
+    // Only the file's tokenizer adds a space of its own before the first word.
     assert!(
         found.filed.contains("▁ ▁A") && !found.ours.contains("▁ ▁A"),
         "{found:?}"

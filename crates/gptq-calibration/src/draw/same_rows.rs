@@ -1,4 +1,4 @@
-//! Generated rows are the same windows, and are counted the same, in every format they can be written in.
+//! Generated rows give the same windows and counts in every format they can be written in.
 
 use std::fs;
 use std::path::Path;
@@ -23,7 +23,7 @@ fn tokenizer() -> &'static TextTokenizer {
     })
 }
 
-/// A batch as Parquet and in both forms of Arrow.
+/// Returns a batch as Parquet and in both Arrow formats.
 fn columnar(batch: &RecordBatch) -> Vec<(&'static str, Vec<u8>)> {
     let schema = batch.schema();
     let mut parquet = ArrowWriter::try_new(Vec::new(), schema.clone(), None).unwrap();
@@ -39,7 +39,7 @@ fn columnar(batch: &RecordBatch) -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-/// What was drawn from such a file, or nothing where it was refused.
+/// Returns what was drawn from such a file, or `None` if it was refused.
 fn drawn(
     name: &str,
     bytes: &[u8],
@@ -53,7 +53,7 @@ fn drawn(
         ..settings.clone()
     };
     let drawn = Calibration::draw(&settings, tokenizer()).ok()?;
-    // A first look finds nothing wrong with what can be drawn.
+    // A first look finds no error in a file that can be drawn from.
     Calibration::first_look(&settings, Some(tokenizer())).unwrap();
     Some((drawn.windows, drawn.manifest))
 }
@@ -77,7 +77,8 @@ fn settings(rendering: Rendering, first: usize, dedupe: bool, all: bool) -> Cali
     }
 }
 
-/// A row's cell: not there, null, or a text. U+FFFD stands for half a surrogate pair where a format has such.
+/// Generates a row's cell: missing, null, or a string. U+FFFD stands for an unpaired surrogate in
+/// formats that have them.
 fn cell() -> impl Strategy<Value = Option<Option<String>>> {
     let text = prop_oneof![
         6 => "[a-z ,.\"'é咳]{0,40}",
@@ -100,7 +101,7 @@ proptest! {
         all in any::<bool>(),
     ) {
         let object = |(i, cell): (usize, &Option<Option<String>>)| {
-            // Another column holds what JSON has no number for.
+            // Another column holds numbers that JSON does not have.
             let mut row = format!("{{\"n\": {}", ["NaN", "-Infinity", "1e999", "7"][i % 4]);
             if let Some(cell) = cell {
                 row += &format!(", \"text\": {}", json!(cell).to_string().replace('\u{fffd}', "\\ud83d"));
@@ -120,7 +121,7 @@ proptest! {
         let mut exact = columnar(&batch);
         exact.push(("rows.jsonl", (objects.join("\n") + "\n").into_bytes()));
         exact.push(("rows.json", format!("[{}]", objects.join(",\n ")).into_bytes()));
-        // These two have no null: it is an empty text there.
+        // These two formats have no null: it becomes an empty string.
         let lines: Vec<&str> = flat.iter().map(|cell| cell.unwrap_or("")).collect();
         let plain = [
             ("rows.csv", csv.into_inner().unwrap()),

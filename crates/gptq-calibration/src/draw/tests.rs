@@ -1,4 +1,4 @@
-//! What is drawn, and what is refused.
+//! Drawn windows, and refused settings.
 
 use std::path::PathBuf;
 
@@ -173,7 +173,8 @@ fn rows_with_a_null_are_left_out_and_counted() {
         (with.manifest.row_count, with.manifest.null_rows),
         (600, 300)
     );
-    // Of consecutive windows, to the batch that fills them, however far the reader is.
+    // With consecutive windows, rows are counted up to the batch that fills them, however far the
+    // reader is.
     for _ in 0..3 {
         let manifest = draw(window, "{text}").unwrap().manifest;
         assert_eq!((manifest.row_count, manifest.null_rows), (256, 128));
@@ -247,7 +248,7 @@ fn consecutive_windows_stop_reading_once_they_are_full() {
     for i in 0..5000 {
         text += &format!("{{\"text\": \"Row {i} says that a cold is mild.\"}}\n");
     }
-    // What is never reached is never parsed.
+    // Rows that are not reached are not parsed.
     text += "{broken\n";
     std::fs::write(&path, text).unwrap();
     let settings = |sampling| CalibrationSettings {

@@ -1,4 +1,4 @@
-//! Evaluation texts of every format, what is left out of them, and what they are refused for.
+//! Evaluation texts in every format: skipped parts and refusals.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -32,7 +32,7 @@ fn parquet(column: &str) -> Vec<u8> {
     writer.into_inner().unwrap()
 }
 
-/// A JSON object a line.
+/// Writes one JSON object per line.
 fn lines(column: &str) -> Vec<u8> {
     let row = |text: &&str| format!("{}\n", serde_json::json!({ column: text, "id": 7 }));
     TEXTS.iter().map(row).collect::<String>().into()
@@ -218,7 +218,7 @@ fn a_text_shorter_than_a_window_is_refused_with_the_window_that_fits() {
         );
         assert!(look(&path, &tokenizer, tokens).is_ok());
     }
-    // A long text is not read to its end for a first look.
+    // A first look does not read a long text to its end.
     let path = put(&dir, "long.txt", "Fièvre. ".repeat(1 << 19).as_bytes());
     let look = EvaluationText::first_look(&path, &tokenizer, 64).unwrap();
     assert!(!look.is_whole && look.tokens.len() > 64);

@@ -1,4 +1,5 @@
-//! `strftime_now`: the date of a rendering, which whoever renders decides, so that it can be repeated.
+//! `strftime_now`: the date of a rendering, which the caller sets so that results can be
+//! reproduced.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -9,18 +10,18 @@ use minijinja::{Environment, Error, State};
 
 use super::python::refusal;
 
-/// How a date is written in recipes and manifests, to the second.
+/// Format of dates in recipes and manifests, to the second.
 const WRITTEN: &str = "%Y-%m-%dT%H:%M:%S";
 
-/// The name of the date among a rendering's values, no identifier.
+/// Name of the date among a rendering's values; not an identifier.
 pub(super) const NOW: &str = ".now";
 
-/// This moment, to the second.
+/// Returns the current time, to the second.
 pub(crate) fn now() -> String {
     Local::now().naive_local().format(WRITTEN).to_string()
 }
 
-/// Whether `text` is a date, `2026-11-30`, or one with a time, `2026-11-30T08:15:00`.
+/// Returns true for a date, `2026-11-30`, or one with a time, `2026-11-30T08:15:00`.
 pub fn is_date(text: &str) -> bool {
     parse(text).is_some()
 }
@@ -31,7 +32,7 @@ fn parse(text: &str) -> Option<NaiveDateTime> {
     date.ok().or_else(|| day()?.and_hms_opt(0, 0, 0))
 }
 
-/// Adds the function, which notes in `asked` that it was called.
+/// Adds the function, which sets `asked` when called.
 pub(super) fn add_to(environment: &mut Environment<'static>, asked: Arc<AtomicBool>) {
     environment.add_function(
         "strftime_now",
@@ -44,9 +45,9 @@ pub(super) fn add_to(environment: &mut Environment<'static>, asked: Arc<AtomicBo
     );
 }
 
-/// As Python writes a date without a time zone.
+/// Formats like Python for a date without a time zone.
 fn strftime(date: NaiveDateTime, format: &str) -> Result<String, Error> {
-    // What such a date says of its zone is nothing; a doubled % keeps its second.
+    // The time zone of such a date is empty; `%%` is a literal %.
     let format = format
         .replace("%%", "\0")
         .replace("%Z", "")

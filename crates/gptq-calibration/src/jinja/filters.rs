@@ -1,4 +1,4 @@
-//! Filters, tests and functions that Jinja has and the library has otherwise or not at all.
+//! Filters, tests and functions of Jinja that the library lacks or implements differently.
 
 use std::sync::Arc;
 
@@ -84,7 +84,7 @@ fn string(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
     }
 }
 
-/// A filter that is a method of the value as a text.
+/// Adds a filter that is a method of the value as a string.
 fn by_method(
     method: &'static str,
 ) -> impl Fn(&mut State<'_, '_>, &Value, Rest<Value>) -> Result<Value, Error> + Send + Sync + 'static
@@ -131,7 +131,7 @@ fn join(
     Ok(text.finish().into())
 }
 
-/// `format(value, *args, **kwargs)`: printf's.
+/// `format(value, *args, **kwargs)`, printf style.
 fn printf(
     state: &State<'_, '_>,
     text: &Value,
@@ -154,7 +154,7 @@ fn printf(
     }
 }
 
-/// As markupsafe escapes.
+/// Escapes like markupsafe.
 fn escape(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
     let plain = str_of(state, value)?;
     let mut text = Text::new(state);
@@ -172,7 +172,7 @@ fn escape(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
     Ok(Value::from_safe_string(text.finish()))
 }
 
-/// The library's, with Jinja's default for what is no number.
+/// The library's filter, with Jinja's default for values that are not numbers.
 fn int(
     state: &mut State<'_, '_>,
     value: &Value,
@@ -195,7 +195,7 @@ fn int(
         .unwrap_or(default))
 }
 
-/// The library's, with Jinja's default for what is no number.
+/// The library's filter, with Jinja's default for values that are not numbers.
 fn float(
     state: &mut State<'_, '_>,
     value: &Value,
@@ -236,7 +236,7 @@ fn truncate(
     }
     let kept = length
         .checked_sub(end.chars().count())
-        .ok_or_else(|| refusal("truncate: its end is longer than its length"))?;
+        .ok_or_else(|| refusal("truncate: end is longer than length"))?;
     let kept: String = text.chars().take(kept).collect();
     let kept = match kill {
         true => kept.as_str(),
@@ -252,7 +252,7 @@ fn center(state: &mut State<'_, '_>, value: &Value, width: Option<usize>) -> Res
     text.call_method(state, "center", &[width.unwrap_or(80).into()])
 }
 
-/// The library's, less the names that Transformers refuses.
+/// The library's namespace, without the names that Transformers refuses.
 fn namespace(Rest(values): Rest<ValueOrKwargs>) -> Result<Value, Error> {
     let mut pairs: Vec<(Value, Value)> = Vec::new();
     for values in values.into_iter().map(ValueOrKwargs::into_value) {
@@ -272,20 +272,20 @@ fn namespace(Rest(values): Rest<ValueOrKwargs>) -> Result<Value, Error> {
     ))
 }
 
-/// Of a dict, keyword arguments or a list of pairs.
+/// Returns the pairs of a dict, of keyword arguments or of a list of pairs.
 fn pairs_of(value: &Value) -> Result<Vec<(Value, Value)>, Error> {
     let is_map = value.kind() == ValueKind::Map;
     if !is_map && !matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) {
         let kind = type_name(value);
         return Err(refusal(format!(
-            "a dict cannot be made of a value of type {kind}"
+            "cannot make a dict from a value of type {kind}"
         )));
     }
     let pair = |item: Value| match is_map {
         true => Ok((item.clone(), value.get_item(&item)?)),
         false => match item.try_iter()?.collect::<Vec<_>>().as_slice() {
             [key, value] => Ok((key.clone(), value.clone())),
-            _ => Err(refusal("a dict is made of pairs")),
+            _ => Err(refusal("a dict needs pairs")),
         },
     };
     value.try_iter()?.map(pair).collect()

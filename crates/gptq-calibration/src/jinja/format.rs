@@ -1,5 +1,5 @@
-//! `"%s" % value` and `"{}".format(value)`. Numbers go through the library, a conversion at a time;
-//! texts are as Python writes them.
+//! `"%s" % value` and `"{}".format(value)`. The library formats numbers, one conversion at a time;
+//! strings are formatted as in Python.
 
 use std::ops::RangeFrom;
 
@@ -9,7 +9,7 @@ use minijinja::{Error, State, Value};
 
 use super::python::{Text, is_dict, refusal, str_of, type_name};
 
-/// Most characters that a conversion may be as wide as, or as precise.
+/// Maximum width or precision of a conversion.
 const MAX_WIDTH: usize = 9999;
 
 /// `text % value`.
@@ -106,7 +106,7 @@ pub(super) fn percent(state: &State<'_, '_>, text: &str, value: &Value) -> Resul
                 )));
             }
             'd' | 'i' | 'u' | 'o' | 'x' | 'X' | 'e' | 'E' | 'f' | 'F' | 'g' | 'G' | 'c' => {
-                // The library has no name for the obsolete one.
+                // The library does not know the obsolete `u`.
                 spec.push(if kind == 'u' { 'd' } else { kind });
                 written.push(&format(FormatStyle::Printf, &spec, &[item])?)?;
             }
@@ -126,7 +126,7 @@ fn is_number(value: &Value) -> bool {
     matches!(value.kind(), ValueKind::Number | ValueKind::Bool)
 }
 
-/// Width and precision of a conversion.
+/// Parses the width and precision of a conversion.
 fn sizes(spec: &str) -> Result<(usize, Option<usize>), Error> {
     let spec = spec.trim_start_matches(['%', '-', '#', '+', ' ', '0']);
     let size = |digits: &str| match digits {
@@ -143,7 +143,7 @@ fn sizes(spec: &str) -> Result<(usize, Option<usize>), Error> {
     }
 }
 
-/// `text.format(..)`: fields by position or name, with attributes and items behind them.
+/// `text.format(..)`: fields by position or name, followed by attributes and items.
 pub(super) fn braces(state: &State<'_, '_>, text: &str, args: &[Value]) -> Result<String, Error> {
     let (keywords, args) = match args.split_last() {
         Some((last, args)) if last.is_kwargs() => (Some(last), args),
@@ -201,7 +201,7 @@ pub(super) fn braces(state: &State<'_, '_>, text: &str, args: &[Value]) -> Resul
     Ok(written.finish())
 }
 
-/// The value of a field such as `0`, `name`, `0[key]` or `name.key`.
+/// Returns the value of a field such as `0`, `name`, `0[key]` or `name.key`.
 fn field_value(
     name: &str,
     following: &mut RangeFrom<usize>,
@@ -218,7 +218,7 @@ fn field_value(
         Some(place) => args.get(place).cloned(),
         None => keywords.and_then(|keywords| keywords.get_attr(first).ok()),
     };
-    let missing = || refusal(format!("a format names {name:?}, which it is not given"));
+    let missing = || refusal(format!("a format uses {name:?}, which was not given"));
     let mut value = value
         .filter(|value| !value.is_undefined())
         .ok_or_else(missing)?;

@@ -1,14 +1,14 @@
-//! The filter `tojson`: Python's `json.dumps`, which Transformers puts in the place of Jinja's own.
+//! The filter `tojson`: Python's `json.dumps`, by which Transformers replaces Jinja's own.
 
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Error, State, Value};
 
 use super::python::{Text, float, float_text, is_dict, refusal, type_name};
 
-/// How JSON is written.
+/// Style of the JSON output.
 struct Style {
     ascii: bool,
-    /// One step of indentation; without it all is on one line.
+    /// One step of indentation; `None` writes a single line.
     indent: Option<String>,
     item: String,
     key: String,
@@ -37,7 +37,7 @@ pub(super) fn tojson(
             Some(text) => text.to_owned(),
             None => {
                 let spaces =
-                    i64::try_from(indent).map_err(|_| refusal("tojson: indent is no number"))?;
+                    i64::try_from(indent).map_err(|_| refusal("tojson: indent is not a number"))?;
                 " ".repeat(usize::try_from(spaces.clamp(0, 1 << 10)).unwrap_or(0))
             }
         }),
@@ -50,9 +50,9 @@ pub(super) fn tojson(
             match pair.as_slice() {
                 [item, key] => match (item.as_str(), key.as_str()) {
                     (Some(item), Some(key)) => (item.to_owned(), key.to_owned()),
-                    _ => return Err(refusal("tojson: separators are two texts")),
+                    _ => return Err(refusal("tojson: separators must be two texts")),
                 },
-                _ => return Err(refusal("tojson: separators are two texts")),
+                _ => return Err(refusal("tojson: separators must be two texts")),
             }
         }
     };
@@ -119,7 +119,7 @@ impl Style {
         }
     }
 
-    /// What stands before item `i`.
+    /// Writes the separator before item `i`.
     fn separate(&self, i: usize, depth: usize, text: &mut Text<'_, '_, '_>) -> Result<(), Error> {
         if i > 0 {
             text.push(&self.item)?;

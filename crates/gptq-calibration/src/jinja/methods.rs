@@ -1,5 +1,5 @@
-//! Methods of Python's texts, lists and dicts, where the library has others or none. What would change
-//! a value is refused, as in Transformers' sandbox.
+//! Methods of Python's strings, lists and dicts that the library lacks or implements differently.
+//! Methods that would change a value are refused, as in Transformers' sandbox.
 
 use std::sync::Arc;
 
@@ -15,12 +15,12 @@ const DICT: [&str; 6] = ["copy", "fromkeys", "get", "items", "keys", "values"];
 /// Methods of dicts that the sandbox hides.
 const HIDDEN: [&str; 5] = ["clear", "pop", "popitem", "setdefault", "update"];
 
-/// Names behind a dot that may mean a method and not a key.
+/// Returns the attribute names that may be a method instead of a key.
 pub(super) fn attributes() -> impl Iterator<Item = &'static str> {
     DICT.into_iter().chain(HIDDEN)
 }
 
-/// `value.name` without a call: of a dict, a method goes before a key.
+/// Evaluates `value.name` without a call: in a dict, a method takes precedence over a key.
 pub(super) fn attribute(value: &Value, name: &'static str) -> Result<Value, Error> {
     match is_dict(value) {
         true if HIDDEN.contains(&name) => Ok(Value::UNDEFINED),
@@ -32,7 +32,7 @@ pub(super) fn attribute(value: &Value, name: &'static str) -> Result<Value, Erro
     }
 }
 
-/// A method and what it is a method of.
+/// A method bound to its value.
 #[derive(Debug)]
 struct Bound {
     value: Value,
@@ -49,7 +49,7 @@ impl Object for Bound {
     }
 }
 
-/// The keys, values or pairs of a dict.
+/// The keys, values or items of a dict.
 #[derive(Debug)]
 pub(super) struct View {
     name: &'static str,
@@ -57,7 +57,7 @@ pub(super) struct View {
 }
 
 impl View {
-    /// As Python prints it.
+    /// Returns the name that Python prints.
     pub(super) fn name(&self) -> &'static str {
         self.name
     }
@@ -73,7 +73,7 @@ impl Object for View {
     }
 }
 
-/// What the library does not know of a value.
+/// Calls a method that the library does not know.
 pub(super) fn method(
     state: &mut State<'_, '_>,
     value: &Value,
@@ -124,7 +124,7 @@ fn dict(value: &Value, name: &str, args: &[Value]) -> Result<Option<Value>, Erro
 fn unsafe_method(value: &Value, name: &str) -> Error {
     let kind = type_name(value);
     refusal(format!(
-        "{kind}.{name} would change a value, which a chat template may not"
+        "{kind}.{name} would change a value, which chat templates may not do"
     ))
 }
 
@@ -157,7 +157,7 @@ fn list(value: &Value, name: &str, args: &[Value]) -> Result<Option<Value>, Erro
     }
 }
 
-/// As `str.strip` without an argument takes it.
+/// Returns true for characters that `str.strip` removes without an argument.
 fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
@@ -219,10 +219,12 @@ fn text(
             let missing = width.saturating_sub(text.chars().count());
             let fill = fill.unwrap_or(if name == "zfill" { "0" } else { " " });
             if fill.chars().count() != 1 {
-                return Err(refusal(format!("str.{name}: the fill is one character")));
+                return Err(refusal(format!(
+                    "str.{name}: the fill must be one character"
+                )));
             }
             pay(missing)?;
-            // Python puts the odd one to the left of a text whose width is odd.
+            // Python puts the extra character to the left if the width is odd.
             let left = match name {
                 "ljust" => 0,
                 "center" => missing / 2 + (missing & width & 1),
@@ -292,7 +294,7 @@ fn text(
     }))
 }
 
-/// Where a keyword may stand in the place of a positional argument.
+/// Splits a string; keyword arguments are accepted in place of positional ones.
 fn split(text: &str, from_right: bool, args: &[Value]) -> Result<Value, Error> {
     let (first, second, keywords): (Option<Value>, Option<i64>, Kwargs) = from_args(args)?;
     let separator = match first {
@@ -312,7 +314,9 @@ fn split(text: &str, from_right: bool, args: &[Value]) -> Result<Value, Error> {
             let separator = separator
                 .as_str()
                 .filter(|separator| !separator.is_empty())
-                .ok_or_else(|| refusal("str.split: the separator is a text that is not empty"))?;
+                .ok_or_else(|| {
+                    refusal("str.split: the separator must be a text that is not empty")
+                })?;
             match from_right {
                 false => text.splitn(most + 1, separator).collect(),
                 true => {
@@ -327,7 +331,7 @@ fn split(text: &str, from_right: bool, args: &[Value]) -> Result<Value, Error> {
     Ok(parts.into_iter().map(Value::from).collect())
 }
 
-/// Words between white space, at most `most` of them cut off from one side.
+/// Splits at white space, with at most `most` words cut off from one side.
 fn words(text: &str, most: usize, from_right: bool) -> Vec<&str> {
     let mut parts = Vec::new();
     let mut rest = text;
@@ -360,7 +364,7 @@ fn words(text: &str, most: usize, from_right: bool) -> Vec<&str> {
         parts.push(word);
         rest = left;
     }
-    // A text of white space alone has no last part either.
+    // White space alone has no last part either.
     if from_right {
         parts.reverse();
     }
@@ -368,7 +372,7 @@ fn words(text: &str, most: usize, from_right: bool) -> Vec<&str> {
     parts
 }
 
-/// Lines, whatever ends them.
+/// Splits into lines at any line ending.
 fn lines(text: &str, keep: bool) -> Value {
     let ends = |c: char| {
         matches!(
@@ -396,7 +400,7 @@ fn lines(text: &str, keep: bool) -> Value {
     Value::from(found)
 }
 
-/// A capital behind everything that is no letter.
+/// Capitalizes every letter that follows a non-letter.
 fn title(text: &str) -> String {
     let mut after_letter = false;
     let mut titled = String::with_capacity(text.len());
@@ -410,8 +414,8 @@ fn title(text: &str) -> String {
     titled
 }
 
-/// The part from `start` to `end`, counted in characters and from the end where negative, and how many
-/// characters stand before it.
+/// Returns the part from `start` to `end`, counted in characters and from the end if negative, and
+/// the number of characters before it.
 fn slice_text(text: &str, start: Option<i64>, end: Option<i64>) -> (usize, &str) {
     let length = text.chars().count();
     let place = |at: i64| match at < 0 {

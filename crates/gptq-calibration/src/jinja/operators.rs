@@ -1,6 +1,6 @@
-//! Operators whose meaning in Python is another than the library's. A compiled template's instructions
-//! are exchanged for calls of these functions; their names are no identifiers, so that no
-//! template can hide them behind a variable.
+//! Operators whose meaning in Python differs from the library's. Instructions of a compiled
+//! template are replaced by calls of these functions; their names are not identifiers, so no
+//! template can shadow them with a variable.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,10 +11,10 @@ use minijinja::{Environment, Error, State, Value};
 use super::python::{Text, float, refusal, type_name};
 use super::{format, methods};
 
-/// Instructions, and those of the template's blocks.
+/// Instructions of the template and of its blocks.
 pub(super) type Program<'s> = (Instructions<'s>, BTreeMap<&'s str, Instructions<'s>>);
 
-/// A filter's name where it stands for an attribute.
+/// Attribute names, and the filters that replace them.
 const ATTRIBUTES: [(&str, &str); 11] = [
     ("copy", ".copy"),
     ("fromkeys", ".fromkeys"),
@@ -29,7 +29,7 @@ const ATTRIBUTES: [(&str, &str); 11] = [
     ("update", ".update"),
 ];
 
-/// The filter that a loop's list goes through.
+/// Filter applied to the value that a loop iterates over.
 const ITERATED: &str = ".iterated";
 
 /// Adds the functions that [`exchange`] calls.
@@ -54,14 +54,14 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     }
 }
 
-/// The template with Python's operators.
+/// Returns the template with Python's operators.
 pub(super) fn exchange<'s>(template: &CompiledTemplate<'s>) -> Program<'s> {
     let blocks = template.blocks.iter();
     let blocks = blocks.map(|(name, block)| (*name, exchanged(block)));
     (exchanged(&template.instructions), blocks.collect())
 }
 
-/// Where an instruction more stands before another, jumps lead further.
+/// Inserts the added instructions and adjusts the targets of jumps.
 fn exchanged<'s>(original: &Instructions<'s>) -> Instructions<'s> {
     let before = added(original);
     let mut places = Vec::new();
@@ -123,9 +123,10 @@ fn exchanged<'s>(original: &Instructions<'s>) -> Instructions<'s> {
     program
 }
 
-/// Instructions that stand before those of these numbers. Lists that are gone over are looked at; and a
-/// macro, as the body of a call block is one, has every variable that it names: the library overlooks
-/// those of which it takes a slice, and namespaces that it assigns to.
+/// Returns the instructions to insert before those of these numbers: a check of the value a loop
+/// iterates over; and for a macro, including the body of a call block, the capture of every
+/// variable that it names, as the library misses those that are sliced and namespaces that are
+/// assigned to.
 fn added<'s>(original: &Instructions<'s>) -> BTreeMap<u32, Vec<Instruction<'s>>> {
     let mut added: BTreeMap<u32, Vec<Instruction<'s>>> = BTreeMap::new();
     let mut closure = None;
@@ -152,7 +153,7 @@ fn added<'s>(original: &Instructions<'s>) -> BTreeMap<u32, Vec<Instruction<'s>>>
     added
 }
 
-/// What a loop goes over: the library takes none for an empty list.
+/// Checks the value of a loop: the library accepts none as an empty list.
 fn iterated(value: &Value) -> Result<Value, Error> {
     match value.is_none() {
         true => Err(refusal("NoneType is not iterable")),
@@ -160,7 +161,7 @@ fn iterated(value: &Value) -> Result<Value, Error> {
     }
 }
 
-/// `a + b`: of two texts of which one is marked as safe, the other is escaped, as by markupsafe.
+/// `a + b`: if one of two strings is marked as safe, the other is escaped, as by markupsafe.
 fn add(state: &mut State<'_, '_>, a: &Value, b: &Value) -> Result<Value, Error> {
     let unsupported = || {
         let (a, b) = (type_name(a), type_name(b));
@@ -211,7 +212,7 @@ fn concat(state: &State<'_, '_>, a: &Value, b: &Value) -> Result<Value, Error> {
     Ok(text.finish().into())
 }
 
-/// `a % b`: what a text is filled with, or what a division leaves.
+/// `a % b`: string formatting, or the remainder of a division.
 fn remainder(state: &State<'_, '_>, a: &Value, b: &Value) -> Result<Value, Error> {
     if let Some(text) = a.as_str() {
         return format::percent(state, text, b).map(Value::from);
@@ -238,7 +239,7 @@ fn remainder(state: &State<'_, '_>, a: &Value, b: &Value) -> Result<Value, Error
     Ok(Value::from(if other_sign { rest + b } else { rest }))
 }
 
-/// Refuses what Python does not order.
+/// Refuses values that Python cannot order.
 fn compare(a: &Value, b: &Value) -> Result<(), Error> {
     let class = |value: &Value| match value.kind() {
         ValueKind::Number | ValueKind::Bool => 1,
@@ -256,7 +257,7 @@ fn compare(a: &Value, b: &Value) -> Result<(), Error> {
     }
 }
 
-/// `value[start:stop:step]`: a text, list or tuple like the one it is taken from.
+/// `value[start:stop:step]`: a string, list or tuple like the original.
 fn slice(
     state: &State<'_, '_>,
     value: &Value,
@@ -267,14 +268,14 @@ fn slice(
     let bound = |bound: &Value| match bound.is_none() {
         true => Ok(None),
         false if bound.kind() == ValueKind::Bool || bound.is_integer() => {
-            // Whatever lies beyond is as good as the end.
+            // Bounds beyond the range are equivalent to the end.
             let number = i128::try_from(bound.clone())?.clamp(i64::MIN.into(), i64::MAX.into());
             Ok(i64::try_from(number).ok())
         }
         false => {
             let kind = type_name(bound);
             Err(refusal(format!(
-                "a slice's bounds are integers, not {kind}"
+                "a slice's bounds must be integers, not {kind}"
             )))
         }
     };
@@ -301,8 +302,8 @@ fn slice(
                 false => Value::from(taken),
             })
         }
-        ValueKind::Undefined => Err(refusal("what is undefined cannot be sliced")),
-        // As with any other item that is not there.
+        ValueKind::Undefined => Err(refusal("an undefined value cannot be sliced")),
+        // As for any other missing item.
         _ => Ok(Value::UNDEFINED),
     }
 }

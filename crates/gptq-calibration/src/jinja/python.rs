@@ -1,14 +1,14 @@
-//! Values as Python writes them: `str`, `repr` and the spelling of floating-point numbers.
+//! Formats values as Python does: `str`, `repr` and floating-point numbers.
 
 use minijinja::value::ValueKind;
 use minijinja::{Error, ErrorKind, State, Value};
 
 use super::methods::View;
 
-/// Bytes of text for one step of a template's fuel, as the library counts them.
+/// Bytes of text per step of fuel.
 const BYTES_A_STEP: usize = 64;
 
-/// A text that is paid for, in fuel, as it grows: a short template may print a value many times over.
+/// Text whose growth costs fuel: a short template may print a value many times.
 pub(super) struct Text<'s, 't, 'e> {
     state: &'s State<'t, 'e>,
     text: String,
@@ -91,7 +91,7 @@ impl<'s, 't, 'e> Text<'s, 't, 'e> {
         self.push(close)
     }
 
-    /// Between quotes, with what Python does not print written out.
+    /// Writes a quoted string, with characters escaped that Python does not print.
     fn push_quoted(&mut self, text: &str) -> Result<(), Error> {
         let quote = match text.contains('\'') && !text.contains('"') {
             true => "\"",
@@ -132,7 +132,7 @@ pub(super) fn str_of(state: &State<'_, '_>, value: &Value) -> Result<String, Err
     Ok(text.finish())
 }
 
-/// The number, where it is a floating-point one.
+/// Returns the number if it is a floating-point one.
 pub(super) fn float(value: &Value) -> Option<f64> {
     let is_float = value.kind() == ValueKind::Number && !value.is_integer();
     is_float
@@ -140,7 +140,8 @@ pub(super) fn float(value: &Value) -> Option<f64> {
         .flatten()
 }
 
-/// The shortest digits that read back as this number, with an exponent from 1e16 on and below 1e-4.
+/// Returns the shortest digits that read back as this number, with an exponent from 1e16 and below
+/// 1e-4.
 pub(super) fn float_text(number: f64, infinity: &str, nan: &str) -> String {
     if number.is_nan() {
         return nan.to_owned();
@@ -166,12 +167,12 @@ pub(super) fn float_text(number: f64, infinity: &str, nan: &str) -> String {
     }
 }
 
-/// As Python's `str.isprintable`, whose definition Rust shares.
+/// Python's `str.isprintable`; Rust uses the same definition.
 fn is_printable(c: char) -> bool {
     if c.is_ascii() {
         return matches!(c, ' '..='~');
     }
-    // Behind another character, only what is not printable is escaped.
+    // After another character, only unprintable ones are escaped.
     let mut buffer = [b'a'; 5];
     let end = c.encode_utf8(&mut buffer[1..]).len() + 1;
     let text = buffer
@@ -180,7 +181,7 @@ fn is_printable(c: char) -> bool {
     text.is_some_and(|text| text.escape_debug().count() == 2)
 }
 
-/// Whether it is a dict: namespaces, loops and macros also have members.
+/// Returns true for a dict; namespaces, loops and macros have members too.
 pub(super) fn is_dict(value: &Value) -> bool {
     value.kind() == ValueKind::Map
         && value
@@ -188,12 +189,12 @@ pub(super) fn is_dict(value: &Value) -> bool {
             .is_some_and(|object| object.type_name().contains("Map<"))
 }
 
-/// A refusal.
+/// Makes an error that refuses an operation.
 pub(super) fn refusal(reason: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, reason.into())
 }
 
-/// What Python calls the type of a value.
+/// Returns Python's name for the type of a value.
 pub(super) fn type_name(value: &Value) -> &'static str {
     match value.kind() {
         ValueKind::Undefined => "Undefined",

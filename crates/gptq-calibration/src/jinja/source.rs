@@ -1,5 +1,5 @@
-//! A template's text, changed so that the library reads what Transformers reads in it. Lines stay where
-//! they are.
+//! Rewrites a template's source so that the library reads it as Transformers does. Line numbers
+//! stay the same.
 
 use minijinja::machinery::{Span, Token, tokenize};
 use minijinja::syntax::SyntaxConfig;
@@ -7,15 +7,15 @@ use minijinja::{Error, ErrorKind};
 
 use super::python::float_text;
 
-/// The filter that copies. A template may use it too, and gains nothing.
+/// Name of the filter that copies. A template may use it too, without effect on the limits.
 pub(super) const COPY: &str = "gptq_copy";
-/// The filter that returns what it is given: the library would fold what is made of constants, and
-/// write numbers otherwise.
+/// Name of the filter that returns its input: without it the library would fold constants and
+/// format numbers differently.
 pub(super) const PLAIN: &str = "gptq_plain";
-/// The function that `{% generation %}` calls, as Transformers' tag does.
+/// Name of the function that `{% generation %}` calls, as Transformers' tag does.
 pub(super) const GENERATION: &str = "gptq_generation";
 
-/// Exchanges what the library would read otherwise:
+/// Replaces constructs that the library reads differently:
 ///
 /// - `{% set ns.a = b %}` becomes `{% set ns.a = (b)|copy %}`, and `{% set ns.a | b %}`, which opens a block,
 ///   `{% set ns.a | b|copy %}`;
@@ -24,9 +24,9 @@ pub(super) const GENERATION: &str = "gptq_generation";
 /// - a number that Python writes with an exponent becomes `(1e16|plain)`.
 ///
 /// # Errors
-/// What cannot be split into tokens, and tags that Transformers does not know.
+/// A source that cannot be split into tokens, and tags that Transformers does not know.
 pub(super) fn exchanged(source: &str, syntax: SyntaxConfig) -> Result<String, Error> {
-    // As Jinja does, and Python where it reads a file.
+    // As Jinja does, and Python when it reads a file.
     let source = &source.replace("\r\n", "\n").replace('\r', "\n");
     let mut written = Written {
         source,
@@ -93,7 +93,7 @@ struct Written<'s> {
 }
 
 impl Written<'_> {
-    /// What stands before `offset`, and `then`.
+    /// Copies the source up to `offset`, then writes `then`.
     fn to(&mut self, offset: u32, then: &str) {
         let offset = offset as usize;
         self.text
@@ -102,7 +102,7 @@ impl Written<'_> {
         self.from = offset;
     }
 
-    /// `then` in the place of `span`.
+    /// Writes `then` in place of `span`.
     fn replace(&mut self, span: Span, then: &str) {
         self.to(span.start_offset, then);
         self.from = span.end_offset as usize;

@@ -1,4 +1,4 @@
-//! Directories of small files, whole and not.
+//! Directories of small files, complete and incomplete.
 
 use std::fs;
 
@@ -50,13 +50,13 @@ fn shards_are_found_through_the_index() {
     let [gone, elsewhere] = checkpoint.notes() else {
         panic!("{:?}", checkpoint.notes());
     };
-    assert!(gone.contains("lists z, which no file has"), "{gone}");
+    assert!(gone.contains("lists z, which no file contains"), "{gone}");
     assert!(
-        elsewhere.contains("places x in another file"),
+        elsewhere.contains("lists x in a different file"),
         "{elsewhere}"
     );
     let line = checkpoint.view("z").map(|_| ()).unwrap_err().to_string();
-    let says = "index.json says it is in a.safetensors, which does not have it";
+    let says = "index.json says it is in a.safetensors, which does not contain it";
     assert!(line.contains(says), "{line}");
     fs::write(&index, r#"{"weight_map": {"x": "../a.safetensors"}}"#).unwrap();
     assert!(matches!(

@@ -1,8 +1,8 @@
-//! The closed list of names a pickle may use, and what to call the opcodes it may not.
+//! The closed list of names that a pickle may use, and the names of other opcodes for messages.
 
 use safetensors::Dtype;
 
-/// The names that may be called, and the storage types.
+/// Names that may be called, and storage types.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Global {
     OrderedDict,
@@ -33,15 +33,15 @@ impl Global {
             ("torch", "ByteStorage") => storage(Dtype::U8),
             ("torch", "BoolStorage") => storage(Dtype::BOOL),
             _ => Err(format!(
-                "its pickle names {:?}, which a file of weights has no use for; nothing was \
-                 executed, and nothing will be",
+                "its pickle refers to {:?}, which a weight file does not need; nothing was \
+                 executed",
                 format!("{module}.{name}")
             )),
         }
     }
 }
 
-/// The name in Python's documentation of what comes up in hostile or unusual pickles.
+/// Returns the name in Python's documentation for opcodes of hostile or unusual pickles.
 pub(super) fn opcode_name(opcode: u8) -> String {
     let name = match opcode {
         b'0' => "POP",

@@ -1,4 +1,4 @@
-//! What follows an opcode: bytes, lines and numbers; and what values are called in messages.
+//! Operands of opcodes: bytes, lines and numbers; and names of values for messages.
 
 use std::fmt;
 
@@ -31,7 +31,7 @@ impl<'a> Machine<'a> {
         utf8(line)
     }
 
-    /// A little-endian two's complement number of up to 8 bytes.
+    /// Reads a little-endian two's complement number of up to 8 bytes.
     pub(super) fn long(&mut self) -> Step<i64> {
         let [length] = self.array()?;
         let bytes = self.bytes(length.into())?;

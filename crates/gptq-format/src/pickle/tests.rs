@@ -1,10 +1,10 @@
-//! Pickles spelled out in opcodes, and what must never pass.
+//! Pickles written as opcodes, valid and hostile.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// A pickle in pieces.
+/// Builder of a pickle.
 #[derive(Clone, Default)]
 pub(crate) struct Pickle(pub(crate) Vec<u8>);
 
@@ -36,7 +36,7 @@ impl Pickle {
         values.iter().fold(marked, |p, &n| p.int(n)).raw(b"t")
     }
 
-    /// `_rebuild_tensor_v2` of a half storage of `elements`.
+    /// Appends `_rebuild_tensor_v2` of a half storage of `elements`.
     pub(crate) fn tensor(
         self,
         key: &str,
@@ -66,7 +66,7 @@ impl Pickle {
     }
 }
 
-/// `{"w": tensor}`.
+/// Returns `{"w": tensor}`.
 fn one() -> Pickle {
     Pickle::new()
         .raw(b"}q\0")
@@ -140,7 +140,7 @@ fn calls_with_other_arguments_are_refused() {
             "calls a class or function",
         ),
         (Pickle::new().raw(b"NQ."), "tuple"),
-        (Pickle::new().raw(b")Q."), "no storage"),
+        (Pickle::new().raw(b")Q."), "not a storage"),
         (
             Pickle::new()
                 .raw(b"}")
@@ -178,7 +178,7 @@ fn limits_hold_where_memory_would_grow() {
         (repeated(b"(", 1000), "64 deep"),
         (repeated(b"N", 1 << 17), "stacks over"),
         (repeated(b"}0", 1), "POP"),
-        // An empty dict, dropped into a list again and again.
+        // An empty dict, appended to a list again and again.
         (
             Pickle::new()
                 .raw(b"]")
@@ -227,7 +227,7 @@ fn whatever_is_no_dict_of_tensors_is_refused() {
         (Pickle::new().raw(b"}K\x01Ns."), "no text"),
         (Pickle::new().raw(b"}NNNu."), "mark"),
         (Pickle::new().raw(b"}(NNNu."), "without a value"),
-        (Pickle::new().raw(b"(."), "more from the stack"),
+        (Pickle::new().raw(b"(."), "empty stack"),
         (Pickle::new().raw(b"h\x05."), "never defined"),
         (Pickle::new().raw(b"}X\x02\0\0\0a\nNs."), "a\\n"),
         (Pickle(vec![0x80, 4, b'.']), "protocol 4"),

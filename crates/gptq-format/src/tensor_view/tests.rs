@@ -1,10 +1,10 @@
-//! Views of storages made by hand.
+//! Views of storages built by hand.
 
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use super::*;
 
-/// `[4, 6]` numbers 0..24, as a view of `shape` and `strides`.
+/// Views the `[4, 6]` numbers 0..24 with `shape` and `strides`.
 fn view<'a>(storage: &'a [u8], shape: &'a [usize], strides: &'a [usize]) -> TensorView<'a> {
     TensorView {
         name: "x",

@@ -1,4 +1,4 @@
-//! Zip files made by hand, so that they can lie, and files that PyTorch itself wrote.
+//! Zip files built by hand, so that their headers can be wrong, and files written by PyTorch.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,16 +10,16 @@ use super::*;
 use crate::Checkpoint;
 use crate::pickle::tests::Pickle;
 
-/// One entry of a zip file to be; what is written about it can differ from what it is.
+/// An entry of a zip file; its header may contradict its data.
 #[derive(Clone)]
 struct Entry {
     name: String,
     data: Vec<u8>,
     method: u16,
     flags: u16,
-    /// Sizes said to be, compressed and not.
+    /// Sizes in the header, compressed and uncompressed.
     sizes: [u64; 2],
-    /// Offset of the local header said to be, from the true one.
+    /// Error of the local header's declared offset.
     shift: i64,
 }
 
@@ -34,7 +34,7 @@ fn entry(name: &str, data: &[u8]) -> Entry {
     }
 }
 
-/// The zip file; `zip64` puts sizes and offsets into extra fields, as files over 4 GiB have them.
+/// Returns the zip file; `zip64` puts sizes and offsets into extra fields, as in files over 4 GiB.
 fn zip(entries: &[Entry], zip64: bool) -> Vec<u8> {
     let le16 = |v: usize| (v as u16).to_le_bytes();
     let le32 = |v: u64| (v as u32).to_le_bytes();
@@ -103,7 +103,7 @@ fn zip(entries: &[Entry], zip64: bool) -> Vec<u8> {
     file
 }
 
-/// `{"w": a view of 6 halves}`.
+/// Returns `{"w": a view of 6 halves}`.
 fn pickle(offset: i32, shape: &[i32], strides: &[i32]) -> Vec<u8> {
     Pickle::new()
         .raw(b"}")
@@ -178,11 +178,11 @@ fn views_that_reach_outside_their_storage_are_refused() {
     ] {
         let line = refusal(&zip(&entries_of(&pickle(offset, shape, strides)), false));
         assert!(
-            line.contains("tensor w reaches outside"),
+            line.contains("tensor w extends beyond"),
             "{shape:?}: {line}"
         );
     }
-    // Right to the end is inside.
+    // Views that end exactly at the storage's end are valid.
     for (offset, shape, strides) in [
         (3, &[3][..], &[1][..]),
         (5, &[], &[]),
@@ -202,7 +202,7 @@ fn lying_entries_are_refused() {
         [false, true].map(|zip64| refusal(&zip(&entries, zip64)))
     };
     for (lines, word) in [
-        // A bomb: what would be inflated is never touched.
+        // A compression bomb: compressed entries are never read.
         (lie(2, &|e| e.method = 8), "a/data/0 is compressed"),
         (lie(0, &|e| e.method = 8), "a/data.pkl is compressed"),
         (lie(2, &|e| e.flags = 1), "a/data/0 is encrypted"),
@@ -211,7 +211,7 @@ fn lying_entries_are_refused() {
         (lie(2, &|e| e.sizes = [10; 2]), "its storage has 10 bytes"),
         (lie(2, &|e| e.shift = 1 << 31), "truncated"),
         (lie(2, &|e| e.shift = 1), "truncated"),
-        // Its length reaches into the next entry.
+        // Its length extends into the next entry.
         (lie(2, &|e| e.sizes = [60; 2]), "overlap"),
         (lie(2, &|e| e.name = "a/data.pkl".into()), "two entries"),
         (lie(2, &|e| e.name = "b/data.pkl".into()), "exactly one"),
@@ -272,7 +272,7 @@ fn pytorch(file: &str) -> PathBuf {
         .collect()
 }
 
-/// A directory with one of PyTorch's files under `name`.
+/// Opens a directory with one of PyTorch's files under `name`.
 fn checkpoint(file: &str, name: &str) -> Result<Checkpoint, FormatError> {
     let dir = tempfile::tempdir().unwrap();
     fs::copy(pytorch(file), dir.path().join(name)).unwrap();

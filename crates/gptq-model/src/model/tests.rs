@@ -1,4 +1,4 @@
-//! The forward against Transformers' logits and against itself in other layouts.
+//! The forward pass compared with Transformers' logits and with itself in other layouts.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -34,10 +34,10 @@ fn logits(dir: &Path, windows: &[Vec<u32>]) -> Vec<f32> {
     logits.into_data().to_vec().unwrap()
 }
 
-/// Inputs and logits as another program computed them.
+/// Inputs and logits computed by Transformers.
 struct Golden {
     windows: Vec<Vec<u32>>,
-    /// Of a window, where logits were taken.
+    /// Positions of a window where logits were taken.
     positions: Vec<usize>,
     /// `[windows, positions, vocabulary]`.
     logits: Vec<f32>,
@@ -63,7 +63,7 @@ impl Golden {
         }
     }
 
-    /// The largest difference from the logits of the model in `dir`.
+    /// Returns the largest difference from the logits of the model in `dir`.
     fn worst(&self, dir: &Path) -> f32 {
         let found = logits(dir, &self.windows);
         let (windows, seq) = (self.windows.len(), self.windows[0].len());
@@ -95,9 +95,9 @@ fn windows() -> Vec<Vec<u32>> {
 }
 
 /// Two f32 programs that sum in different orders. A sum of n products with rounding errors of 2^-24
-/// each is off by about sqrt(n) 2^-24 of itself: 2e-6 for the widest of 768. Ten such sums follow each
-/// other in a block, whose errors add like random steps: 1e-5 after three blocks, of logits that reach
-/// 50. A bias or norm left out changes logits by their own size.
+/// each is off by about sqrt(n) 2^-24 of itself: 2e-6 for the widest of 768. Ten such sums follow
+/// each other in a block, and their errors add like random steps: 1e-5 after three blocks, with
+/// logits up to 50. A missing bias or norm changes logits by their own size.
 const TOLERANCE: f32 = 2e-3;
 
 #[test]
@@ -107,7 +107,7 @@ fn logits_are_those_of_transformers() {
     assert!(worst < TOLERANCE, "largest difference {worst}");
 }
 
-/// The names of the tiny models in `golden/families`.
+/// Returns the names of the tiny models in `golden/families`.
 fn fixtures() -> Vec<String> {
     let entries = fs::read_dir(root("golden/families")).unwrap();
     let dirs = entries.map(|entry| entry.unwrap().path());
@@ -162,7 +162,7 @@ fn the_llama3_fixture_shows_whether_frequencies_are_rescaled() {
     .unwrap();
     let config: Value = read_json(&from.join("config.json")).unwrap();
     let golden = Golden::read("golden/families/llama3/logits.safetensors");
-    // With other parameters than those it was made with, and in Transformers 4's spelling.
+    // With changed parameters, and in Transformers 4's spelling.
     let worst = |changes: &[(&str, Value)]| {
         let mut rope = config["rope_parameters"].clone();
         for (key, value) in changes {
@@ -205,7 +205,10 @@ fn windows_longer_than_the_sliding_window_are_refused() {
     assert!(model.embed(&[vec![1; 8]], 1, DType::F32).is_ok());
     let error = model.embed(&[vec![1; 9]], 1, DType::F32).unwrap_err();
     assert!(
-        matches!(error, ModelError::Spec(SpecError::SlidingWindow { tokens: 9, sees: 8 })),
+        matches!(
+            error,
+            ModelError::Spec(SpecError::SlidingWindow { tokens: 9, sees: 8 })
+        ),
         "{error}"
     );
 }
@@ -230,7 +233,7 @@ fn the_tap_shows_what_the_linears_receive() {
         assert!(error <= 1e-5 * size, "{error} of {size}");
     };
 
-    // The first token of a window attends to itself alone: its activation is its value.
+    // The first token of a window attends only to itself: its activation is its value.
     let x = block.input(0, &before);
     let after_qkv = block.advance(0..1, before.clone());
     let value = product("v_proj", &x).slice(s![0..1]); // two key heads of 64
@@ -258,7 +261,7 @@ fn the_tap_shows_what_the_linears_receive() {
     close(after.residual, block.forward(before).residual);
 }
 
-/// Rewrites medi-tiny with other tensors and another config.
+/// A copy of medi-tiny with other tensors and another config.
 struct Variant {
     config: Value,
     tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)>,

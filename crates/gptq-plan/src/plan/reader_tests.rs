@@ -1,5 +1,5 @@
-//! What a plan says to readers of a branch: its order of columns, its groups, names of linears, shares of several
-//! devices.
+//! Declarations of a plan to clients of a branch: column order, groups, names of linear layers,
+//! splits over several devices.
 
 use gptq_format::{Bits, Client, GroupSize, QuantizeConfig};
 use serde_json::{Value, json};
@@ -10,7 +10,8 @@ use crate::ColumnOrder;
 const HEAD: &str =
     "[model]\nsource = \"m\"\n[calibration]\nsource = \"c.json\"\n[output]\ndir = \"out\"\n";
 
-/// A config of these numbers: hidden and intermediate size, blocks, heads, and those of keys and values.
+/// Makes a config of these numbers: hidden and intermediate size, blocks, heads, and key-value
+/// heads.
 fn config(numbers: [usize; 5]) -> ModelConfig {
     let [hidden, intermediate, layers, heads, kv_heads] = numbers;
     let config: Value = json!({
@@ -154,12 +155,12 @@ fn groups_that_a_recipe_leaves_open_fit_the_model() {
         note.starts_with("groups of 32, as 64 does not divide the 96 inputs"),
         "{note}"
     );
-    // Of linears that have their own, or stay as they are, nothing is asked.
+    // Layers with their own settings or without quantization do not matter.
     let rest = "[[branch.override]]\nmatch = \"*.self_attn.*\"\nskip = true\n\
                 [[branch.override]]\nmatch = \"*.gate_proj\"\ngroup_size = 64\n\
                 [[branch.override]]\nmatch = \"*.up_proj\"\ngroup_size = 32\n";
     assert_eq!(groups(SMOLLM2, rest).unwrap().0, GroupSize::Columns(128));
-    // What is asked for is not changed, and what cannot be packed is no matter of groups.
+    // An explicit size is not changed, and a layer that cannot be packed is a separate error.
     let line = groups(SMOLLM2, "group_size = 128").unwrap_err();
     assert!(
         line.contains("group_size = 128 does not divide the 576"),
@@ -169,7 +170,8 @@ fn groups_that_a_recipe_leaves_open_fit_the_model() {
     assert!(line.contains("packing needs multiples of 32"), "{line}");
 }
 
-/// What a reader makes of a name that tries each pattern at its beginning, as Python's `re.match` does.
+/// Returns the settings of a name for a client that tries each pattern at its beginning, as
+/// Python's `re.match` does.
 fn told(written: &QuantizeConfig, name: &str) -> Option<(Bits, GroupSize)> {
     written.module(name).unwrap()
 }
@@ -215,7 +217,7 @@ fn patterns_name_modules_and_their_tensors_and_nothing_that_begins_alike() {
             }
         }
     }
-    // No name that any of them has begins with another's.
+    // No name of a linear layer begins with that of another.
     let linears = plan.config.block(0).linears().iter();
     let names = linears.flat_map(|it| [Some(&it.name), it.fused_as.as_ref()]);
     let names: std::collections::BTreeSet<&String> = names.flatten().collect();
@@ -247,7 +249,7 @@ fn a_branch_splits_where_every_device_gets_whole_heads_and_groups() {
             && line.contains("groups of 128"),
         "{line}"
     );
-    // vLLM wants multiples of 128 besides, which 14784 is not.
+    // vLLM also needs multiples of 128, which 14784 is not.
     assert_eq!(
         split(QWEN2_72B, "group_size = 32", 2),
         Ok(vec![Client::SgLang, Client::Tgi])
@@ -258,7 +260,7 @@ fn a_branch_splits_where_every_device_gets_whole_heads_and_groups() {
     );
     let line = split(SMOLLM2, "", 2).unwrap_err();
     assert!(
-        line.contains("9 query heads and 3 of keys and values"),
+        line.contains("9 query heads and 3 key-value heads"),
         "{line}"
     );
     let line = split(QWEN2_72B, "group_size = 32\ndesc_act = true", 4).unwrap_err();
@@ -266,6 +268,6 @@ fn a_branch_splits_where_every_device_gets_whole_heads_and_groups() {
         line.contains("o_proj: act order scatters") && line.contains("static_groups = true"),
         "{line}"
     );
-    // More devices than heads of keys and values: each has a copy of one.
+    // More devices than key-value heads: each has a copy of one.
     assert!(split([4096, 14336, 2, 32, 8], "", 16).is_ok());
 }

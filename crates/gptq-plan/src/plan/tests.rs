@@ -1,6 +1,6 @@
-//! What recipes mean, and what is refused, with its place.
+//! Meaning of recipes, and refusals with their place.
 //!
-//! Longer than most: every refusal of a recipe is told here.
+//! Longer than most: every refusal of a recipe is tested here.
 
 use gptq_calibration::{Rendering, Template};
 use gptq_format::{Bits, CheckpointFormat, Client, Dynamic, GroupSize, QuantizeConfig};
@@ -98,7 +98,7 @@ fn the_published_matrix_has_the_published_sizes() {
             .map(|s| s.client)
             .collect();
         assert_eq!(loads.contains(&Client::ExLlama), exllama, "{name}");
-        // It takes no act order, which is none where a row is one group.
+        // vLLM does not support act order, which has no effect if a row is one group.
         let vllm = name == "gptq-8bit--1g-actorder_True";
         assert_eq!(loads.contains(&Client::Vllm), vllm, "{name}");
         assert!(branch.needs_desc_act() && branch.desc_act, "{name}");
@@ -115,7 +115,7 @@ fn seventy_billion_parameters_plan() {
         .unwrap();
     let plan = Plan::for_config(&Recipe::read(&path).unwrap(), llama2_70b()).unwrap();
     assert_eq!(plan.config.parameters(), 68_976_648_192);
-    // Of a block: q and o, k and v, gate, up and down.
+    // Per block: q and o, k and v, gate, up and down.
     let block: u64 = 2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672;
     let rows: u64 = 2 * 8192 + 2 * 1024 + 2 * 28672 + 8192;
     let columns: u64 = 6 * 8192 + 28672;
@@ -141,7 +141,7 @@ fn seventy_billion_parameters_plan() {
         memory.device > memory.states && memory.least_host < 16 << 30,
         "{memory:?}"
     );
-    // 80 GB of device memory and 64 GiB of the host's have room for some, and the disk for the rest.
+    // 80 GB of device memory and 64 GiB of host memory hold some of them, and the disk the rest.
     let places =
         |host| crate::Places::new(&plan, crate::Chunking::CUDA, Some(79 << 30), host, false);
     let free = places(None).unwrap();
@@ -204,7 +204,7 @@ fn overrides_change_or_skip_the_modules_they_match() {
     );
     assert!(branch.module("model.layers.0.self_attn.k_proj").is_none());
     assert!(branch.module("model.layers.1.self_attn.k_proj").is_some());
-    // Readers are told the same, in their own notation, in whatever order they read it.
+    // Clients get the same settings in their own notation, in whatever order they read it.
     let written = branch.quantize_config("m", &plan.config);
     for linear in branch.planned_linears(&plan.config) {
         let (module, ours) = (&linear.module, linear.settings);
@@ -257,7 +257,7 @@ fn what_is_wrong_is_refused_with_its_place_and_what_would_be_valid() {
         (
             format!("{branch}{branch}"),
             "r.toml:11:8",
-            &["second branch named \"a\""],
+            &["second branch is named \"a\""],
         ),
         (
             format!("{branch}group_size = 96\n"),
@@ -296,7 +296,7 @@ fn what_is_wrong_is_refused_with_its_place_and_what_would_be_valid() {
                  [[branch.override]]\nmatch = \"*.up_proj\"\nbits = 2\n"
             ),
             "r.toml:14:9",
-            &["there already", "make one"],
+            &["used twice", "merge them"],
         ),
         (
             format!("{branch}[[branch.override]]\nmatch = \"*.up_proj\"\nskip = true\nbits = 8\n"),
@@ -391,7 +391,7 @@ fn a_calibration_of_more_tokens_than_anyone_uses_is_refused_at_its_place() {
 
 #[test]
 fn memory_beyond_what_64_bits_hold_is_said_to_be_the_most_they_do() {
-    // As wide as a config may be: 2^45 weights in an attention of 2^43 features.
+    // Largest allowed width: 2^45 weights in an attention of 2^43 features.
     let config = ModelConfig::from_json(json!({
         "model_type": "llama", "hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1,
         "num_attention_heads": 1 << 23, "head_dim": 1 << 20, "vocab_size": 1
@@ -476,7 +476,7 @@ fn what_is_here_is_local_and_owner_and_name_are_on_the_hub() {
         plain.calibration_source(),
         Ok(hub("medalpaca/medical_meadow_wikidoc"))
     );
-    // Tests run in the crate's directory, where these are.
+    // Tests run in the crate's directory, which contains these.
     for (model, calibration) in [
         ("src", "src/plan.rs"),
         ("src/plan", "data/rows.jsonl"),

@@ -1,4 +1,4 @@
-//! Against the formula in f64, on every engine.
+//! Comparison with the formula in f64, on every engine.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::stream::Keep;
 
 const TOKENS: usize = 80;
 
-/// A matrix's rows in f64.
+/// Returns a matrix's rows in f64.
 fn rows<B: Engine>(x: Tensor<B, 2>) -> Vec<Vec<f64>> {
     let columns = x.dims()[1];
     let values = x.cast(DType::F32).into_data().to_vec::<f32>().unwrap();
@@ -37,7 +37,7 @@ fn apart(a: &[Vec<f64>], b: &[Vec<f64>]) -> f64 {
     rows.map(|(a, b)| (a - b).powi(2)).sum()
 }
 
-/// Uniform in ±`size`, the same every time.
+/// Returns deterministic values uniform in ±`size`.
 fn noise<B: Engine>(shape: [usize; 2], size: f32, seed: u64, like: &Tensor<B, 2>) -> Tensor<B, 2> {
     let mut state = seed;
     let one = |_| {
@@ -51,8 +51,8 @@ fn noise<B: Engine>(shape: [usize; 2], size: f32, seed: u64, like: &Tensor<B, 2>
     Tensor::from_data(data, (&like.device(), like.dtype()))
 }
 
-/// Two branches through the bundled model's first block: one with errors as 8 bits have them, one with
-/// errors as 2 bits have them.
+/// Two branches through the bundled model's first block: one with errors typical of 8 bits, one of
+/// 2 bits.
 struct Compared;
 
 impl Work for Compared {
@@ -109,8 +109,8 @@ impl Work for Compared {
                     let [output, nearest] = weights.clone().map(|weight| {
                         apart(&product(&own_x, &rows(weight)), &right) / squared(&right)
                     });
-                    // Products of 16-bit numbers, rounded to 11 bits in f16: each by 2^-12 of itself at
-                    // most, and f32 where the engine computes in it.
+                    // Products of 16-bit numbers, rounded to 11 bits in f16: each by at most 2^-12
+                    // of itself, or f32 if the engine computes in it.
                     let close = |found: f64, exact: f64| (found / exact - 1.0).abs() < 2e-3;
                     let what = format!("{branch} {linear}: {found:?} for {output} {nearest}");
                     assert!(close(found.output, output), "{what}");

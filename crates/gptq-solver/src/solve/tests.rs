@@ -1,4 +1,4 @@
-//! The invariants any right GPTQ has, and agreement with AutoGPTQ's own f64 run.
+//! Invariants of any correct GPTQ, and agreement with AutoGPTQ's own f64 run.
 
 use std::collections::BTreeMap;
 
@@ -61,8 +61,8 @@ fn every_block_size_gives_the_same_codes() {
 
 #[test]
 fn the_error_is_the_rounding_residuals_times_the_inverse_factor() {
-    // W - Q = E U, so E = (W - Q) M; and E_j U_jj is what rounding column j left over, at most half
-    // a step unless the code was clamped.
+    // W - Q = E U, so E = (W - Q) M; and E_j U_jj is the rounding error of column j, at most half a
+    // step unless the code was clamped.
     let (w, h) = problem(40, 200, 2);
     let settings = settings(Bits::Eight, GroupSize::Row);
     let factor = Factor::new(&h, true, 0.1).unwrap();
@@ -180,7 +180,7 @@ fn groups_that_do_not_fit_the_block_are_solved_whole() {
     }
 }
 
-/// AutoGPTQ's own results; `tests/golden/README.md` says how they were made.
+/// AutoGPTQ's own results; `tests/golden/README.md` describes how they were made.
 struct Golden {
     bytes: Vec<u8>,
     cases: Vec<serde_json::Value>,
@@ -198,7 +198,7 @@ impl Golden {
         }
     }
 
-    /// A tensor of any dtype as an f64 matrix `[rows, cols]`.
+    /// Returns a tensor of any dtype as an f64 matrix `[rows, cols]`.
     fn matrix(&self, name: &str) -> DMatrix<f64> {
         let file = SafeTensors::deserialize(&self.bytes).unwrap();
         let view = file.tensor(name).unwrap();
@@ -348,7 +348,7 @@ fn f64_codes_agree_with_autogptq_but_for_exact_ties() {
             "{prefix}: {tied_rows} rows hit a tie"
         );
 
-        // And the error AutoGPTQ's run measured is ours.
+        // The error measured by AutoGPTQ's run is ours, too.
         let error = output_energy(&(w - ours.dequantize()), h) / output_energy(w, h);
         let theirs = entry["relative_output_error"].as_f64().unwrap();
         assert!(
@@ -399,7 +399,7 @@ fn rounding_scales_to_f16_first_costs_no_accuracy() {
             error / theirs < 1.02,
             "{layer} {case}: {error} against {theirs}"
         );
-        // What is written is what was solved: f16 scales convert without loss.
+        // The written weights are the solved ones: f16 scales convert without loss.
         let written = ours.clone().into_quantized().dequantize();
         let solved = ours.dequantize();
         for (i, value) in written.iter().enumerate() {
@@ -421,7 +421,7 @@ fn searching_scales_lowers_the_error_of_real_layers() {
         let ours = solve(w, &factor_for(h, case), &settings);
         let error = output_energy(&(w - ours.dequantize()), h) / output_energy(w, h);
         let plain = entry["relative_output_error"].as_f64().unwrap();
-        // At 8 bits there is little to clip for; below, the gain is 4 to 50 %.
+        // At 8 bits clipping gains little; below, the gain is 4 to 50 %.
         let bound = if settings.bits == Bits::Eight {
             1.01
         } else {
@@ -446,7 +446,7 @@ fn packing_gives_autogptqs_words() {
             bits,
             in_features: 256,
             out_features: 256,
-            // Column-major memory of [out, in] is the [in, out] order the format wants.
+            // Column-major memory of [out, in] is the [in, out] order of the format.
             codes: get("codes").iter().map(|&v| v as u8).collect(),
             scales: get("scales")
                 .transpose()

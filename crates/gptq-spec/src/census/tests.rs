@@ -1,4 +1,4 @@
-//! Checkpoints made of what their config asks for, and then of something else.
+//! Checkpoints that match their config, and changed ones.
 
 use gptq_format::{ShardedWriter, TensorSpec, write_json};
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ fn config(model_type: &str, tied: bool) -> Value {
     })
 }
 
-/// Of tensors of ones; `change` says what is not as the config asks for.
+/// Takes the census of tensors of ones that match the config, except for `change`.
 fn census(config: &Value, change: impl FnOnce(&mut Vec<TensorSpec>)) -> Census {
     let dir = tempfile::tempdir().unwrap();
     write_json(&dir.path().join("config.json"), config).unwrap();
@@ -116,7 +116,7 @@ fn what_is_not_asked_for_is_refused_where_the_model_has_a_place_for_it() {
         let (fault, warning) = with(name);
         assert_eq!(fault, "", "{name}");
         assert!(
-            warning.contains(&format!("tensor {name} is of no part")),
+            warning.contains(&format!("tensor {name} is not part")),
             "{warning}"
         );
     }

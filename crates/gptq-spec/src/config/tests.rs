@@ -1,4 +1,4 @@
-//! Configs as they are found, and what is refused of them.
+//! Real configs, and refused ones.
 
 use proptest::prelude::*;
 use serde_json::json;
@@ -248,7 +248,7 @@ fn layer_types_decide_over_what_else_is_said_of_a_window() {
     let types = |list: [&str; 3]| json!(list.map(|kind| format!("{kind}_attention")));
     let (slide, full) = (types(["sliding"; 3]), types(["full"; 3]));
     let mixed = types(["full", "sliding", "full"]);
-    // As Transformers 5.23 computes each; what it cannot compute is refused.
+    // As Transformers 5.23 computes each; settings that it cannot compute are refused.
     for (family, keys, expected) in [
         (
             "qwen2",
@@ -340,7 +340,7 @@ fn nulls_are_what_they_are_in_transformers() {
         }
         ModelConfig::from_json(config).unwrap()
     };
-    // Left out, it is the family's 32; null is as many as query heads.
+    // If missing, it is the family's default of 32; null means as many as query heads.
     let qwen = json!({"num_attention_heads": 64, "hidden_size": 8192});
     assert_eq!(with("qwen2", qwen).kv_heads, 32);
     let qwen = json!({"num_attention_heads": 64, "hidden_size": 8192, "num_key_value_heads": null});
@@ -348,7 +348,7 @@ fn nulls_are_what_they_are_in_transformers() {
     let nulls = json!({"head_dim": null, "rope_parameters": null, "num_key_value_heads": null,
                        "pretraining_tp": null, "quantization_config": null});
     assert_eq!(with("llama", nulls), with("llama", json!({})));
-    // Of keys that nobody reads, any.
+    // Keys that are not read may have any value.
     let unused = json!({"initializer_range": {"__float__": "NaN"}, "hidden_act": "swish"});
     assert_eq!(with("llama", unused), with("llama", json!({})));
 }

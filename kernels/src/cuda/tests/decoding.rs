@@ -1,4 +1,4 @@
-//! One token's attention over a cache, against softmax in f64.
+//! Attention of one token over a cache, compared with softmax in f64.
 
 use burn::tensor::{Element, Tensor};
 use half::{bf16, f16};
@@ -74,7 +74,7 @@ fn joins<E: Element>() {
             });
             turned.collect()
         };
-        // The caches keep what they held and gain one row per head.
+        // The caches keep their rows and gain one per head.
         let with = |rows: &[E], new: &[f64]| {
             let mut rows: Vec<f64> = rows.iter().map(|x| wide(*x)).collect();
             for head in 0..kv_heads {
@@ -110,8 +110,8 @@ fn joins<E: Element>() {
                 attend(&query[head * dim..][..dim], &keys, &vals)
             })
             .collect();
-        // The rotated query and key are rounded, which moves each of the products that a score is the
-        // sum of by up to two roundings, and the output is rounded once more.
+        // The rotated query and key are rounded, which changes each product in a score by up to two
+        // roundings, and the output is rounded once more.
         let off = distance(&values(found.unwrap()), &expected);
         assert!(off < 40.0 * rounding::<E>(), "{label}: {off}");
     }

@@ -19,14 +19,14 @@ const STEM: &str = concat!(
     "/../tests/golden/autogptq_solver"
 );
 
-/// A layer's f16 weights, as they lie in the file.
+/// Returns a layer's f16 weights from the file.
 fn weights(file: &SafeTensors<'_>, layer: &str) -> Vec<f16> {
     let view = file.tensor(&format!("{layer}/weight")).unwrap();
     let (words, _) = view.data().as_chunks();
     words.iter().map(|b| f16::from_le_bytes(*b)).collect()
 }
 
-/// A layer's Hessian, rounded to f32.
+/// Returns a layer's Hessian, rounded to f32.
 fn hessian(file: &SafeTensors<'_>, layer: &str) -> Vec<f32> {
     let view = file.tensor(&format!("{layer}/hessian")).unwrap();
     let (words, _) = view.data().as_chunks();
@@ -49,7 +49,7 @@ fn settings(case: &Value, scale_search: bool) -> Settings {
     }
 }
 
-/// Compares all cases; the share of equal codes and the ratio of errors stay inside the bounds.
+/// Compares all cases; the share of equal codes and the ratio of errors must be within bounds.
 fn each_case(scale_search: bool, least_share: f64) {
     let Some(device) = device() else { return };
     let bytes = std::fs::read(format!("{STEM}.safetensors")).unwrap();
@@ -112,7 +112,7 @@ fn real_layers_give_the_hosts_codes_and_errors() {
 
 #[test]
 fn real_layers_with_searched_scales_give_the_hosts_errors() {
-    // Two factors whose losses differ in the last bit only may change places, and with them a
-    // whole group's codes, at no loss: the error decides.
+    // Two factors whose losses differ only in the last bit may be exchanged, and with them a whole
+    // group's codes, without any loss: the error decides.
     each_case(true, 0.98);
 }

@@ -1,4 +1,4 @@
-//! The device operations against plain f64 computations on the host, and the solver against
+//! Compares the device operations with f64 computations on the host, and the solver with
 //! `gptq-solver`.
 //!
 //! Inputs are seeded; every output buffer is filled with NaN before its kernel runs. Without a

@@ -142,7 +142,7 @@ fn embedding_of<E: Element>() {
     }
 }
 
-/// Softmax attention of one query row in f64.
+/// Computes softmax attention of one query row in f64.
 pub(super) fn attend(q: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> Vec<f64> {
     let scale = (q.len() as f64).sqrt().recip();
     let scores: Vec<f64> = keys

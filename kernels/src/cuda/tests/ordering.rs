@@ -1,4 +1,4 @@
-//! Library calls and Burn's kernels, raced against each other.
+//! Races between library calls and Burn's kernels.
 
 use burn::tensor::{DType, Tensor, backend::Backend};
 use cudarc::{
@@ -15,8 +15,8 @@ use crate::cuda::{
     testing::{Random, device, poison, tensor},
 };
 
-/// A product of this side cubed takes an H100 about 0.2 ms, several times as long as
-/// submitting the next operation.
+/// Side of a square product that takes an H100 about 0.2 ms, several times as long as submitting
+/// the next operation.
 const SIDE: usize = 4096;
 
 fn inputs(seed: u64, device: &crate::cuda::Device) -> [Tensor<Cuda, 2>; 2] {
@@ -30,7 +30,8 @@ fn inputs(seed: u64, device: &crate::cuda::Device) -> [Tensor<Cuda, 2>; 2] {
     })
 }
 
-/// Library, kernel, library, Burn's own kernel, in turns; each reads what the one before wrote.
+/// Alternates between library calls, our kernel and Burn's own; each reads what the previous one
+/// wrote.
 fn chain(
     mut x: Tensor<Cuda, 2>,
     w: &Tensor<Cuda, 2>,
@@ -68,8 +69,8 @@ fn library_calls_and_kernels_run_in_the_order_they_were_submitted() {
     }
 }
 
-/// The control to the test above: on a stream of its own a product's output is read before it
-/// is written.
+/// Control for the test above: on a separate stream a product's output is read before it is
+/// written.
 #[test]
 fn a_library_call_on_another_stream_is_overtaken() {
     let Some(device) = device() else { return };
@@ -84,7 +85,7 @@ fn a_library_call_on_another_stream_is_overtaken() {
         Ok([stream as usize, handle as usize])
     })
     .unwrap();
-    // The last of the products writes `y`; those before it give the sum time to overtake.
+    // The last product writes `y`; those before it give the sum time to overtake.
     let unordered = |products: usize| {
         on_stream(&[&x, &w, &y, &other], |libraries, pointers| {
             let apart = Libraries {
@@ -117,7 +118,7 @@ fn a_library_call_on_another_stream_is_overtaken() {
     unordered(1);
     drop(buffer::into_float::<2>(y.clone()).add_scalar(0.0));
     settle();
-    // A race, beside whatever else the card is doing: the longer the queue, the surer it is lost.
+    // The race depends on the device's load: the longer the queue, the more certain the result.
     let overtaken = (5..9).any(|doublings| {
         poison(&y);
         settle();
@@ -131,7 +132,7 @@ fn a_library_call_on_another_stream_is_overtaken() {
     assert!(overtaken, "the product was not overtaken");
 }
 
-/// Another thread has another stream: the buffer's use there waits for its making here.
+/// Another thread has another stream, which waits for the buffer to be written here.
 #[test]
 fn a_buffer_made_on_another_thread_is_waited_for() {
     let Some(device) = device() else { return };

@@ -1,4 +1,4 @@
-//! Products with weights that stay packed, against the weights they stand for in f64.
+//! Products with packed weights, compared with the dequantized weights in f64.
 
 use burn::tensor::Element;
 use gptq_format::{Bits, CheckpointFormat, PackedLinear, QuantizedLinear};
@@ -9,7 +9,8 @@ use crate::cuda::{
     testing::{Random, device, distance, rounding, tensor, values, wide},
 };
 
-/// A layer of random codes, zeros and scales; with `act_order` a group's columns lie anywhere.
+/// Makes a layer of random codes, zero points and scales; with `act_order` a group's columns are
+/// scattered.
 fn layer(
     [columns, rows]: [usize; 2],
     bits: Bits,

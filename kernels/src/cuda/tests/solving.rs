@@ -1,4 +1,4 @@
-//! The solver on the device against the one on the host.
+//! The solver on the device compared with the one on the host.
 
 use burn::tensor::{DType, Element};
 use gptq_format::{Bits, CheckpointFormat, GroupSize};
@@ -14,7 +14,7 @@ use crate::cuda::{
 };
 use crate::{Drift, Hessian, Request, Solved, Subset};
 
-/// Correlated inputs of very different scales, the last column dead.
+/// Makes correlated inputs of very different scales, with the last column dead.
 fn inputs<E: Element>(random: &mut Random, tokens: usize, n: usize) -> Vec<E> {
     let common: Vec<f64> = (0..tokens).map(|_| random.normal()).collect();
     let scales: Vec<f64> = (0..n).map(|_| random.normal().exp()).collect();
@@ -39,7 +39,7 @@ pub(super) fn settings(bits: Bits, group_size: GroupSize) -> Settings {
     }
 }
 
-/// How zero points of these settings can be stored.
+/// Returns a format that can store zero points of these settings.
 pub(super) fn format(settings: &Settings) -> CheckpointFormat {
     match settings.sym {
         true => CheckpointFormat::Gptq,
@@ -47,7 +47,7 @@ pub(super) fn format(settings: &Settings) -> CheckpointFormat {
     }
 }
 
-/// A weight `[rows, n]` on the device.
+/// Makes a request for a weight `[rows, n]` on the device.
 pub(super) fn request<E: Element>(
     weight: &[E],
     n: usize,
@@ -60,12 +60,12 @@ pub(super) fn request<E: Element>(
     }
 }
 
-/// What a device's result must be: as good as the host's, on nearly the same codes.
+/// Checks a device's result: it must be as accurate as the host's, with nearly the same codes.
 ///
 /// The host solves in f64 here. In f32, sums of up to `n` terms differ in their last bits, and a
-/// weight that lies that close to a tie, where symmetric scales put one per group, is rounded the
-/// other way; the rest of its row follows. 0.5 % of the codes bounds that with room; 1 % in bf16, where
-/// what makes up for drift comes from differences that are rounded eight times as coarsely.
+/// weight that close to a tie, of which symmetric scales make one per group, is rounded the other
+/// way; the rest of its row follows. 0.5 % of the codes is a safe bound; 1 % in bf16, where the
+/// activation-mismatch correction uses differences with eight times the rounding error.
 pub(super) fn judge<E: Element>(
     label: &str,
     found: Solved<Cuda>,
@@ -124,8 +124,8 @@ pub(super) fn judge<E: Element>(
     // bf16 products with random signs: far under 1e-3, see `relative_error`.
     let dense = DMatrix::from_row_slice(w.nrows(), n, &dense);
     assert!(close(found.relative_error, lost(dense)) < 2e-3, "{label}");
-    // The few codes that differ, and the weights' rounding: independent of the codes', it adds at most
-    // its square, `r²` of the energy.
+    // The few codes that differ, and the weights' rounding: independent of the codes', it adds at
+    // most its square, `r²` of the energy.
     let rounded = rounding::<E>().powi(2);
     let near = |found: f64, exact: f64| close(found, exact) < 1e-2 + rounded / exact;
     assert!(
@@ -144,7 +144,7 @@ pub(super) fn judge<E: Element>(
         close(lost(nearest), found.rtn_error) < 2e-3,
         "{label}: the nearest weights"
     );
-    // Sums of many codes' and groups' differences; what the weights' and the drift's rounding adds is as
+    // Sums of many differences of codes and groups; rounding of weights and of the mismatch adds as
     // above.
     let names: Vec<_> = gains.used().map(|(name, _)| name).collect();
     assert_eq!(
@@ -161,7 +161,7 @@ pub(super) fn judge<E: Element>(
     }
 }
 
-/// Two layers of one random input against the host.
+/// Compares two layers of one random input with the host.
 fn compare(n: usize, rows: [usize; 2], settings: Settings, act_order: bool, seed: u64) {
     compare_of::<f16>(n, rows, settings, act_order, seed);
 }
@@ -203,7 +203,7 @@ fn compare_of<E: Element>(
     }
 }
 
-/// As many rows as an output projection has, more than a grid may have cubes in its second dimension.
+/// Number of rows of an output projection, above the limit of a grid's second dimension.
 #[test]
 fn more_rows_than_a_grid_is_high_are_solved_as_any_others() {
     let settings = Settings {
@@ -374,7 +374,7 @@ fn the_smallest_layer_is_solved() {
     compare(32, [32, 64], s, true, 51);
 }
 
-/// One layer of 64 columns with `gram` and little damping.
+/// Solves one layer of 64 columns with `gram` and little damping.
 fn solve_indefinite(gram: &[f32], device: &Device) -> Result<Subset<Cuda>, Error> {
     let n = gram.len().isqrt();
     let s = settings(Bits::Four, GroupSize::Columns(32));
@@ -463,6 +463,6 @@ fn the_widest_factor_solves_as_the_host_does_on_a_diagonal() {
         .zip(&expected.codes)
         .filter(|(a, b)| a == b);
     let share = same.count() as f64 / expected.codes.len() as f64;
-    // A scale's last f32 bit before it is rounded to f16 differs from f64's now and then.
+    // The last f32 bit of a scale before rounding to f16 sometimes differs from f64's.
     assert!(share >= 0.999, "{share} of the codes agree");
 }

@@ -1,4 +1,5 @@
-//! Values on their way to the device and back, and what has no kernel of its own, in both 16-bit types.
+//! Transfers of values to the device and back, and operations without a kernel of their own, in
+//! both 16-bit types.
 
 use burn::tensor::{Element, Tensor};
 use gptq_format::Half;
@@ -67,8 +68,9 @@ fn cached_of<E: Element>() {
     let held = |x: Tensor<Cuda, 4>| x.squeeze_dim::<3>(0).swap_dims(0, 1);
     let last = q.narrow(1, seq - 1, 1);
     let found = Cuda::cached_attention(last, held(k), held(v), seq - 1);
-    // Scores, of deviation 1 and rarely over 4, are rounded on one side, their queries too: 4 roundings at
-    // the most from each, and the probabilities' and the outputs' own, all at random signs.
+    // Scores, of deviation 1 and rarely over 4, are rounded on one side, and so are their queries:
+    // at most 4 roundings from each, and the probabilities' and the outputs' own, all at random
+    // signs.
     let found = distance(&values(found), &expected);
     assert!(found < 8.0 * rounding::<E>(), "{found}");
 }

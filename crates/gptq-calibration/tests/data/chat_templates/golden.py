@@ -1,4 +1,4 @@
-"""Writes golden.json.gz: what Transformers makes of every template here and six conversations.
+"""Writes golden.json.gz: Transformers' output for every template here and six conversations.
 
     python golden.py            with the packages transformers 5.23.0 and jinja2 3.1.6
 
