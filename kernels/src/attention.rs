@@ -113,7 +113,7 @@ pub(crate) fn cached_attention<B: Engine>(
 pub fn append<B: Engine>(held: &mut Tensor<B, 3>, new: Tensor<B, 4>, at: usize) {
     let [_, n, kv_heads, dim] = new.dims();
     let new = new.squeeze_dim::<3>(0).swap_dims(0, 1);
-    // Without a second owner the assignment is in place.
+    // With a single owner the assignment is in place.
     let nothing = Tensor::empty([1, 1, 1], (&new.device(), DType::F32));
     let old = std::mem::replace(held, nothing);
     *held = old.slice_assign([0..kv_heads, at..at + n, 0..dim], new);

@@ -13,7 +13,7 @@ use half::f16;
 pub struct PackedWeight<B: Backend> {
     /// Code width.
     pub bits: Bits,
-    /// How zero points are stored.
+    /// Storage of zero points.
     pub format: CheckpointFormat,
     /// The tensors.
     pub layout: PackedLayout<B>,

@@ -69,7 +69,7 @@ impl From<Fetched> for Incoming {
     }
 }
 
-/// One quantized linear.
+/// One quantized linear layer.
 #[derive(Debug)]
 pub struct Solved<B: Engine> {
     /// The checkpoint's tensors, here or on their way.

@@ -41,7 +41,7 @@ pub(crate) struct BenchArgs {
     /// Text to calibrate on
     #[arg(long)]
     calibration: Option<PathBuf>,
-    /// Calibration windows
+    /// Number of calibration windows
     #[arg(long, default_value_t = 128)]
     samples: usize,
     /// Tokens per window

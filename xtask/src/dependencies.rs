@@ -22,7 +22,7 @@ const WITHOUT_DEVICES: [&str; 6] = [
 /// How the names of packages that link one begin.
 const DEVICES: [&str; 3] = ["burn", "cubecl", "cudarc"];
 
-/// What dependencies may be.
+/// Allowed licences and sources.
 struct Policy {
     licences: BTreeSet<String>,
     registries: BTreeSet<String>,

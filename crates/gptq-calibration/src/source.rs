@@ -31,7 +31,7 @@ pub enum Source {
 pub struct HashedFile {
     /// File name, without local directories.
     pub name: String,
-    /// Size in bytes.
+    /// Returns its size in bytes.
     pub bytes: u64,
     /// Its SHA-256, lower-case hexadecimal.
     pub sha256: String,

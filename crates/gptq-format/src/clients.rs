@@ -69,7 +69,7 @@ impl Client {
 pub struct Contents {
     /// Shapes of the quantized linear layers.
     pub linears: Vec<LinearShape>,
-    /// Symmetric codes.
+    /// True for symmetric codes.
     pub sym: bool,
     /// Storage of zero points.
     pub format: CheckpointFormat,

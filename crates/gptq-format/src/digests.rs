@@ -31,7 +31,7 @@ impl LinearDigests {
     }
 }
 
-/// Lower-case hexadecimal SHA-256.
+/// Returns the lower-case hexadecimal SHA-256.
 pub fn sha256(bytes: &[u8]) -> String {
     hexadecimal(&Sha256::digest(bytes))
 }
@@ -48,7 +48,7 @@ impl FileDigest {
     /// Of a file, read a piece at a time; `None` as soon as `stop` says so.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The file cannot be read.
     pub fn of(path: &Path, stop: impl Fn() -> bool) -> Result<Option<Self>, FormatError> {
         Self::scanned(path, &mut FloatScan::default(), stop)
     }
@@ -84,7 +84,7 @@ impl FileDigest {
 /// Lower-case hexadecimal SHA-256 of a file, read a piece at a time.
 ///
 /// # Errors
-/// It cannot be read.
+/// The file cannot be read.
 pub fn sha256_file(path: &Path) -> Result<String, FormatError> {
     let digest = FileDigest::of(path, || false)?;
     Ok(digest.unwrap_or_default().sha256)

@@ -51,7 +51,7 @@ pub struct QuantizeConfig {
     /// Groups fixed from the original weights.
     #[serde(default)]
     pub static_groups: bool,
-    /// Symmetric codes.
+    /// True for symmetric codes.
     #[serde(default = "yes")]
     pub sym: bool,
     /// Later linear layers of a block see the error of earlier ones.

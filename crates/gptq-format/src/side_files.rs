@@ -77,7 +77,7 @@ const VOCABULARIES: [&str; 4] = [
 pub const MAX_JSON: u64 = 32 << 20;
 /// Most bytes of a branch's `report.json`, with room for 128 experts in each of 94 blocks.
 pub const MAX_REPORT: u64 = 256 << 20;
-/// Most bytes of a file that goes along; the largest `tokenizer.json` in use have about 35 MB.
+/// Maximum size of a copied file in bytes; the largest `tokenizer.json` in use have about 35 MB.
 const MAX_SIDE_FILE: u64 = 256 << 20;
 
 /// Reads a JSON file. A number that only Python's JSON has becomes the object that Transformers 5

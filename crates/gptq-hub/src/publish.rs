@@ -19,7 +19,7 @@ pub struct LocalFile {
     pub name: String,
     /// Its local path.
     pub path: PathBuf,
-    /// Size in bytes.
+    /// Returns its size in bytes.
     pub bytes: u64,
 }
 

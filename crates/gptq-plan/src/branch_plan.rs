@@ -62,11 +62,11 @@ pub struct BranchPlan {
     pub desc_act: bool,
     /// Groups fixed from the original weights.
     pub static_groups: bool,
-    /// Symmetric codes.
+    /// True for symmetric codes.
     pub sym: bool,
     /// Damping as a fraction of the mean diagonal.
     pub damp_percent: f64,
-    /// Later linears of a block see the error of earlier ones.
+    /// Later linear layers of a block see the error of earlier ones.
     pub true_sequential: bool,
     /// Preset of the method.
     pub preset: Preset,

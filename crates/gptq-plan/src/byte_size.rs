@@ -46,7 +46,8 @@ fn number(hundredths: u128, unit: &str) -> String {
     }
 }
 
-/// `"4GB"`, `"1.5tb"`, `"512MiB"`, `"1000000"` in whole bytes, in any letter case; the error is a sentence.
+/// Parses `"4GB"`, `"1.5tb"`, `"512MiB"`, `"1000000"` to whole bytes, in any letter case; the error
+/// is a sentence.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     size(text)
         .ok_or_else(|| format!("{text:?} is not a size like \"4GB\", \"1.5TB\" or \"512MiB\""))
@@ -68,7 +69,7 @@ fn size(text: &str) -> Option<u64> {
         "tib" => 1 << 40,
         _ => return None,
     };
-    // Decimals of a byte are dropped: no float, which would round large sizes.
+    // Integer arithmetic, since floats would round large sizes; fractions of a byte are dropped.
     let (whole, decimals) = number.split_once('.').unwrap_or((number, "0"));
     let (whole, tenths) = (whole.parse::<u64>().ok()?, decimals.parse::<u64>().ok()?);
     let ones = 10u128.pow(u32::try_from(decimals.len()).ok().filter(|&n| n <= 18)?);

@@ -1,4 +1,4 @@
-//! The one error type of this crate.
+//! Errors of this crate.
 
 use std::path::PathBuf;
 
@@ -23,18 +23,18 @@ pub enum PlanError {
     #[error(transparent)]
     Calibration(#[from] CalibrationError),
     #[error(
-        "{}: quantized by gptq already; quantize the full-precision model that it was made from",
+        "{}: already quantized by gptq; quantize the full-precision model it was made from",
         dir.display()
     )]
     Quantized { dir: PathBuf },
     #[error(
-        "the device memory budget is {}, and this run needs at least {}; give more with --device-memory, shorten \
+        "the device memory budget is {}, and this run needs at least {}; raise it with --device-memory, shorten \
          the windows with --seq-len, or use --device cpu",
         spelt(*budget), at_least(*needed, *budget)
     )]
     DeviceMemory { needed: u64, budget: u64 },
     #[error(
-        "the host memory budget is {}, and this run needs at least {}; give more with --host-memory, or shorten \
+        "the host memory budget is {}, and this run needs at least {}; raise it with --host-memory, or shorten \
          the windows with --seq-len",
         spelt(*budget), at_least(*needed, *budget)
     )]

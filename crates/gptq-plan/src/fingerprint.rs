@@ -1,17 +1,17 @@
-//! What a branch's bytes depend on, key by key: by it a run tells whether what lies in its output
-//! directory is its own.
+//! Inputs and settings that determine a branch's bytes, by key: a run uses them to recognize its
+//! own files in the output directory.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// Differences that a message names; the others are counted.
+/// Maximum number of differences listed in a message.
 const NAMED: usize = 3;
-/// Most characters of a value that a message shows.
+/// Maximum number of characters of a value in a message.
 const SHOWN: usize = 60;
 
-/// Keys with dots, and their values as JSON.
+/// Dotted keys, and their values as JSON.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Fingerprint(BTreeMap<String, String>);
@@ -21,7 +21,7 @@ impl Fingerprint {
     pub fn of(key: &str, value: &impl Serialize) -> Self {
         let mut print = Fingerprint::default();
         let value = serde_json::to_value(value);
-        print.add(key, &value.expect("plain values always serialise"));
+        print.add(key, &value.expect("plain values always serialize"));
         print
     }
 
@@ -44,18 +44,18 @@ impl Fingerprint {
         }
     }
 
-    /// The text under a key.
+    /// Returns the text under a key.
     pub fn text(&self, key: &str) -> Option<String> {
         serde_json::from_str(self.0.get(key)?).ok()
     }
 
-    /// The same without one key.
+    /// Returns the fingerprint without one key.
     pub fn without(mut self, key: &str) -> Self {
         self.0.remove(key);
         self
     }
 
-    /// What is not as it was, in half a line; `None` when everything is.
+    /// Describes the differences in half a line; `None` if there are none.
     pub fn difference(&self, now: &Fingerprint) -> Option<String> {
         let keys: Vec<&String> = (self.0.keys())
             .chain(now.0.keys().filter(|key| !self.0.contains_key(*key)))
@@ -65,7 +65,7 @@ impl Fingerprint {
             None => "not set".to_owned(),
             Some(value) => value.chars().take(SHOWN).collect(),
         };
-        // What is listed is counted in a key, and known to people by its name.
+        // List entries are numbered in keys, and shown by name.
         let name = |key: &str| {
             let (entry, _) = key.rsplit_once('.')?;
             let name = self.0.get(&format!("{entry}.name"))?.trim_matches('"');

@@ -28,11 +28,11 @@ const EXACT: &str = "f64:";
 /// The recipe, command-line overrides and working directory that are needed to resume a run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Origin {
-    /// Where the recipe was, for messages.
+    /// Path of the recipe, for messages.
     pub path: PathBuf,
     /// The recipe's text.
     pub recipe: String,
-    /// What the command line changed in it.
+    /// Changes by the command line.
     pub overrides: RecipeOverrides,
     /// The directory that its paths start from.
     pub directory: PathBuf,
@@ -120,7 +120,7 @@ impl BranchBlock {
     /// Checks that its numbers are such as a run can come to: they go into a report as they are.
     ///
     /// # Errors
-    /// The field that is not, in half a line.
+    /// Describes the first field that is out of range.
     pub fn check(&self, layer: usize) -> Result<(), String> {
         for linear in &self.linears {
             report_limits::linear(linear).map_err(|why| format!("{}.{why}", linear.name))?;

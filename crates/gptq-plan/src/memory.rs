@@ -55,16 +55,16 @@ pub struct Memory {
 /// Placement of the hidden states of a plan's chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Places {
-    /// The first chunks are on the device.
+    /// Number of chunks on the device, which come first.
     pub device: usize,
-    /// The next are in the host's memory, and the others on disk.
+    /// Number of the next chunks, in host memory; the others are on disk.
     pub host: usize,
-    /// What those on disk take.
+    /// Size of those on disk.
     pub disk_bytes: u64,
 }
 
 impl Places {
-    /// Everything is on the device.
+    /// Places everything on the device.
     pub const DEVICE: Places = Places {
         device: usize::MAX,
         host: 0,
@@ -72,7 +72,7 @@ impl Places {
     };
 }
 
-/// Host memory of packed tensors on their way to the files; see `write_behind`.
+/// Maximum host memory of packed tensors waiting to be written; see `write_behind`.
 const QUEUE: u128 = 1 << 30;
 /// Memory of the program itself: the tokenizer, thread stacks, and with CUDA the driver.
 const PROGRAM: u128 = 48 << 20;
@@ -157,28 +157,28 @@ impl Sizes {
         }
     }
 
-    /// Tokens of a chunk.
+    /// Returns the tokens of a chunk.
     fn chunk(&self, chunking: Chunking) -> u128 {
         let windows = chunking.windows(self.seq_len as usize) as u128;
         windows.min(self.samples) * self.seq_len
     }
 
-    /// Chunks of the plan.
+    /// Returns the number of chunks of the plan.
     fn chunks(&self, chunking: Chunking) -> u128 {
         self.tokens.div_ceil(self.chunk(chunking).max(1))
     }
 
-    /// Bytes of one chunk's hidden states.
+    /// Returns the bytes of one chunk's hidden states.
     fn chunk_states(&self, chunking: Chunking) -> u128 {
         self.chunk(chunking) * self.states * 2
     }
 
-    /// One chunk's transient activations.
+    /// Returns the elements of one chunk's transient activations.
     fn transients(&self, chunking: Chunking) -> u128 {
         self.chunk(chunking) * (self.hidden * 6 + self.widest * 4)
     }
 
-    /// Bytes of all chunks' hidden states.
+    /// Returns the bytes of all chunks' hidden states.
     fn all_states(&self, chunking: Chunking) -> u128 {
         self.chunks(chunking) * self.chunk_states(chunking)
     }
@@ -218,14 +218,15 @@ impl Sizes {
             + self.beside(PROGRAM)
     }
 
-    /// The states of the chunks that run: in memory while they do, wherever they are kept.
+    /// Returns the bytes of the states of running chunks, which are in memory wherever they are
+    /// stored.
     fn running(&self, chunking: Chunking) -> u128 {
         let lanes = (chunking.lanes as u128).min(self.chunks(chunking));
         2 * lanes * self.chunk(chunking) * (self.hidden + self.widest) * 2
     }
 
-    /// The least memory for hidden states where most of them are on disk: room for those that run, or for all where
-    /// that is less.
+    /// Returns the minimum memory for hidden states if most of them are on disk: that of the
+    /// running chunks, or of all if less.
     fn least_states(&self, chunking: Chunking) -> u128 {
         self.running(chunking).min(self.all_states(chunking))
     }
@@ -277,7 +278,7 @@ impl Places {
     /// `shared` means that the device uses the host's memory.
     ///
     /// # Errors
-    /// A budget too small for even one chunk.
+    /// A budget too small for a single chunk.
     pub fn new(
         plan: &Plan,
         chunking: Chunking,
@@ -298,7 +299,7 @@ impl Places {
                 true => (sizes.fixed_cpu(), Memory::of(plan).least_cpu),
                 false => {
                     let beside = sizes.beside(PROGRAM_WITH_CUDA);
-                    // A device that has room for all leaves none of them to the host.
+                    // A device that can hold all states leaves none to the host.
                     let states = sizes.running(chunking).min(on_host * chunk);
                     (beside, with_slack(beside + states))
                 }
@@ -331,13 +332,13 @@ impl Places {
     }
 }
 
-/// How many chunks can keep their hidden states on a device with `budget` bytes; the others are
-/// brought over when their turn comes.
+/// Returns the number of chunks whose hidden states stay on a device with `budget` bytes; the
+/// others are transferred when they run.
 fn resident_chunks(sizes: &Sizes, chunking: Chunking, budget: u64) -> Result<u128, PlanError> {
     let chunks = sizes.chunks(chunking);
     let chunk = sizes.chunk_states(chunking);
     let fixed = sizes.fixed(chunking);
-    // One chunk's states are on the device while it runs, wherever they are kept.
+    // The states of a running chunk are on the device, wherever they are stored.
     let needed = fixed + chunk;
     if usable(budget) < needed {
         return Err(PlanError::DeviceMemory {

@@ -85,8 +85,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Resolves and checks `recipe` against its model; what is on the Hub is in `fetched`. The weights'
-    /// headers are compared with the config where the weights are there.
+    /// Resolves and checks `recipe` against its model; `fetched` holds the inputs from the Hub. If
+    /// the weights are present, their headers are compared with the config.
     pub fn new(recipe: &Recipe, fetched: &Fetched) -> Result<Plan, PlanError> {
         let dir = match (&fetched.model, recipe.model_source()?) {
             (Some(dir), _) => dir.clone(),
@@ -214,7 +214,7 @@ impl Plan {
         self.output.join(&branch.name)
     }
 
-    /// The same run of these branches alone.
+    /// Returns the plan for these branches only.
     pub fn only(&self, branches: &[usize]) -> Plan {
         let branches = branches.iter().map(|&i| self.branches[i].clone());
         Plan {
@@ -233,7 +233,7 @@ impl Plan {
         self.branches.iter().any(|b| b.method.corrects_mismatch())
     }
 
-    /// The calibration tokens that output errors are measured on.
+    /// Returns the calibration tokens used for output errors.
     pub fn share(&self) -> Share {
         Share::of(self.calibration.samples, self.calibration.seq_len)
     }

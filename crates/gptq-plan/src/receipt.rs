@@ -33,7 +33,7 @@ pub struct Receipt {
     /// Largest values of the forward pass against the range of f16; absent in older reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub range: Option<F16Range>,
-    /// The dense model rounded to nearest with the same settings, which the tolerances go by.
+    /// Round-to-nearest baseline with the same settings, which the tolerances are based on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nearest: Option<NearestRounding>,
     /// One line on where the loss is largest and how to reduce it, if it is considerable.
@@ -74,43 +74,43 @@ pub enum Depth {
 /// Largest accepted distance between a branch and its dense model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Tolerances {
-    /// Perplexity over the dense model's, as a fraction of it.
+    /// Perplexity increase over the dense model, as a fraction.
     pub perplexity_increase: f64,
     /// Mean KL divergence, nats per token.
     pub kl_divergence: f64,
-    /// Least fraction of tokens with the same most likely next token.
+    /// Minimum fraction of tokens with the same most likely next token.
     pub top1_agreement: f64,
-    /// Relative error of the block that comes nearest to what is tolerated of it.
+    /// Relative error of a block: the tolerance of the block that comes closest to its own.
     pub block_error: f64,
 }
 
-/// What came up in the forward pass, as f16 takes it.
+/// Largest magnitudes of the forward pass, and values beyond the range of f16.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct F16Range {
-    /// The largest magnitude among what f16 holds.
+    /// Largest magnitude that f16 can hold.
     pub largest: f64,
-    /// Where that was.
+    /// Place of that value.
     pub at: String,
-    /// What f16 does not hold, in the order in which it comes up.
+    /// Values beyond the range, in the order of the forward pass.
     pub overflows: Vec<F16Overflow>,
 }
 
 /// Values of one kind, in one place, that are beyond f16's range.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct F16Overflow {
-    /// Block index; none for the logits.
+    /// Block index; `None` for the logits.
     pub layer: Option<usize>,
-    /// What they are, such as "attention scores before scaling".
+    /// Kind of value, such as "attention scores before scaling".
     pub what: String,
     /// How many.
     pub values: u64,
-    /// The largest magnitude; none where it was computed in 16 bits, as an infinity.
+    /// Largest magnitude; `None` if it was computed in 16 bits, as an infinity.
     pub largest: Option<f64>,
-    /// Whether the dense model has such there; unknown without one.
+    /// True if the dense model also overflows there; `None` if unknown.
     pub dense: Option<bool>,
 }
 
-/// What rounding the dense model to nearest costs, measured on a share of the text.
+/// Loss of the round-to-nearest baseline, measured on a share of the text.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NearestRounding {
     /// Tokens scored.
@@ -125,7 +125,7 @@ pub struct NearestRounding {
     pub top1_agreement: f64,
 }
 
-/// What one block does wrong.
+/// Error of one block.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BlockError {
     /// Block index.
@@ -144,7 +144,8 @@ pub struct BlockError {
 }
 
 impl BlockError {
-    /// Of a block with `‖B̂(x) - B(x)‖²` and `‖B(x) - x‖²`, and the same of its rounding to nearest.
+    /// Computes the error from `‖B̂(x) - B(x)‖²` and `‖B(x) - x‖²`, and the same for the rounded
+    /// block.
     pub fn new(layer: usize, [found, whole]: [f64; 2], [nearest, share]: [f64; 2]) -> BlockError {
         let relative = |error: f64, whole: f64| {
             let quotient = (whole > 0.0).then(|| error / whole);
@@ -165,7 +166,8 @@ impl BlockError {
         }
     }
 
-    /// Whether it is right without a relative error: the dense block does nothing, and so does it.
+    /// Returns true if both the dense block and this one add nothing to their input, which is
+    /// correct.
     pub fn does_nothing(&self) -> bool {
         self.reason.as_deref() == Some(DOES_NOTHING)
     }

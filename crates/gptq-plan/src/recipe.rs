@@ -49,7 +49,7 @@ pub enum RecipeError {
     },
 }
 
-/// The whole file.
+/// Reads the whole file as one document.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RecipeFile {
@@ -289,7 +289,7 @@ impl Recipe {
         })
     }
 
-    /// An error at the place of a value.
+    /// Makes an error at the place of a value.
     pub(crate) fn refuse<T>(&self, at: &Spanned<T>, reason: impl Into<String>) -> RecipeError {
         invalid(&self.path, &self.text, at.span().start, reason.into())
     }

@@ -136,12 +136,12 @@ pub struct BlockReport {
     pub output_error: f64,
 }
 
-/// Values of hidden states before a tap that were brought back into range.
+/// Values of hidden states before a tap that were clamped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Clamped {
     /// Block index.
     pub layer: usize,
-    /// The linears whose outputs they follow: "qkv", "o", "gate_up", "down", or "block".
+    /// The linear layers before the states: "qkv", "o", "gate_up", "down", or "block".
     pub after: String,
     /// How many.
     pub values: usize,
@@ -157,7 +157,7 @@ pub struct Perplexity {
     pub text_sha256: Option<String>,
     /// Tokens per window.
     pub window: usize,
-    /// Tokens scored: all of a full window but its first.
+    /// Tokens scored: all of a full window except the first.
     pub tokens: usize,
     /// Tokens behind the last full window, which are not scored; older files do not say.
     #[serde(default, skip_serializing_if = "is_zero")]
@@ -173,7 +173,7 @@ fn is_zero(count: &usize) -> bool {
     *count == 0
 }
 
-/// What a branch's columns were solved with, whatever its files tell readers of it.
+/// Settings that a branch's columns were solved with, whatever its files declare to clients.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Solved {
     /// Columns were solved by descending energy of their inputs.
@@ -199,7 +199,7 @@ pub type ModelFiles = BTreeMap<String, FileDigest>;
 pub struct BranchReport {
     /// Version of this program.
     pub gptq_version: String,
-    /// The base model's public name.
+    /// Returns the base model's public name.
     pub model: String,
     /// The base model's weight files; absent in older reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]

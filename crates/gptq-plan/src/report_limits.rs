@@ -28,9 +28,10 @@ const MAX_ENTRIES: usize = 1 << 10;
 const MAX_CLAMPED: usize = 1 << 16;
 const MAX_COUNT: usize = 1 << 47;
 
-/// Bytes of a journal.
+/// Maximum size of a journal in bytes.
 pub const MAX_JOURNAL: u64 = 1 << 30;
-/// Most bytes that a linear takes in a journal or a report: what a plan is judged by before either is written.
+/// Maximum size of a linear layer's entry in a journal or a report, used to check a plan
+/// beforehand.
 pub(crate) const LINEAR: u64 = 2048;
 
 /// Checks that a journal with the linear layers of all branches, and a report with those of each
@@ -43,7 +44,7 @@ pub(crate) fn check_plan(linears: &[usize]) -> Result<(), String> {
     let most = linears.iter().copied().max().unwrap_or_default();
     if bytes(most) > MAX_REPORT {
         return Err(format!(
-            "{most} linears in one branch are more than a report.json can list, {}; skip some",
+            "{most} linear layers in one branch exceed the limit of a report.json, {}; skip some",
             MAX_REPORT / LINEAR
         ));
     }
@@ -61,7 +62,7 @@ pub(crate) fn check_plan(linears: &[usize]) -> Result<(), String> {
 /// Checks that every number is within its limits.
 ///
 /// # Errors
-/// The first field that is not, in half a line.
+/// Describes the first field that is out of range.
 pub(crate) fn check(report: &BranchReport) -> Result<(), String> {
     let config = &report.quantize_config;
     group("quantize_config.group_size", config.group_size)?;
@@ -115,7 +116,7 @@ pub(crate) fn check(report: &BranchReport) -> Result<(), String> {
 /// Whether the numbers of a verification report lie within their limits.
 ///
 /// # Errors
-/// The field that does not, in half a line.
+/// Describes the first field that is out of range.
 pub(crate) fn receipt(receipt: &Receipt) -> Result<(), String> {
     if let Some(measured) = &receipt.perplexity {
         measured.check()?;
@@ -186,7 +187,7 @@ impl Perplexity {
     /// Checks that its numbers are in the range of measurements.
     ///
     /// # Errors
-    /// The first field that is not, in half a line.
+    /// Describes the first field that is out of range.
     pub fn check(&self) -> Result<(), String> {
         most("perplexity.window", self.window, MAX_COUNT)?;
         most("perplexity.tokens", self.tokens, MAX_COUNT)?;

@@ -2,14 +2,15 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Of how many tokens one is compared: the dense forward, the branch's own, and the products of a linear
-/// are each that part of the run's forward (`crates/README.md` has figures).
+/// Stride: one in this many tokens is compared. The dense forward, the branch's own and the
+/// products of a linear layer each take that share of the run's forward (`crates/README.md` has
+/// figures).
 pub const SHARE: usize = 256;
 /// Stride: every `DENSE_SHARE`-th chunk is also run through the dense model where a branch corrects the
 /// mismatch of its activations. A quarter of the windows tells most of what all tell, at a quarter of the cost
 /// (`crates/README.md` has figures).
 pub const DENSE_SHARE: usize = 4;
-/// Least tokens of a window.
+/// Minimum number of tokens of a window.
 const LEAST: usize = 256;
 /// The tokens taken from a partial window are a multiple of this.
 const STEP: usize = 64;

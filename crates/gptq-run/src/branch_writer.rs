@@ -145,7 +145,7 @@ impl BranchWriter {
         }
     }
 
-    /// Waits until everything written so far is on the disk.
+    /// Syncs everything written so far.
     pub(crate) fn sync(&mut self) -> Result<(), FormatError> {
         self.weights.sync()
     }

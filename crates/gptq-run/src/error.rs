@@ -46,7 +46,7 @@ pub enum RunError {
     #[error("{}: contains no interrupted run to resume", dir.display())]
     NothingUnfinished { dir: PathBuf },
     #[error(
-        "{}: {} are needed here and {} are free; make room, or choose another directory",
+        "{}: {} are needed and {} are free; make room, or choose another directory",
         dir.display(), at_least(*needed, 1 << 20), spelt(*free)
     )]
     DiskSpace {

@@ -14,7 +14,7 @@ pub enum Event<'a> {
     },
     /// Calibration windows are drawn.
     Calibrated {
-        /// What should be known of the text, in a line each.
+        /// Returns warnings about the text, one line each.
         warnings: &'a [String],
     },
     /// Windows are drawn and the model is open; the blocks come next.
@@ -52,12 +52,12 @@ pub enum Event<'a> {
     },
     /// Hidden states are on the disk.
     StatesKept {
-        /// Blocks they have been through.
+        /// Number of blocks the states have passed.
         layers: usize,
     },
     /// Hidden states were to be kept, but are not on the disk.
     StatesNotKept {
-        /// Blocks they have been through.
+        /// Number of blocks the states have passed.
         layers: usize,
         /// No room, a disk that fails, or a run that is to stop.
         why: &'a str,

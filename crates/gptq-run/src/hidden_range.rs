@@ -13,7 +13,8 @@ use gptq_model::Flow;
 use gptq_spec::BlockSpec;
 use thiserror::Error;
 
-/// Hidden states that are not finite, first of them in the order of the windows.
+/// Hidden states that are not finite; the position is that of the first in the order of the
+/// windows.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub struct Overflow {
     /// "residual" or "activation".

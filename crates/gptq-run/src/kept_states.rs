@@ -60,7 +60,7 @@ pub(crate) struct Kept {
 /// fails, a run that is to `stop`. A run can do without them.
 ///
 /// # Errors
-/// The device, or the file that states are kept in while they have no place in memory, fails.
+/// The device fails, or the file of states that do not fit into memory.
 pub(crate) fn keep<B: Engine>(
     states: &States<B>,
     plan: &Plan,
@@ -97,7 +97,7 @@ pub(crate) fn keep<B: Engine>(
     }
     Ok(written?.map_err(|error| error.to_string()))
 }
-/// The file's SHA-256, or what is wrong with the disk; an error where the states cannot be had.
+/// Returns the file's SHA-256, or the disk's error; fails if the states cannot be read.
 fn write<'a, B: Engine>(
     path: &Path,
     index: &Index,
@@ -184,7 +184,7 @@ impl Index {
 }
 
 impl Kept {
-    /// The last that the journal knows of and that are as they were written.
+    /// Finds the last saved states recorded in the journal that are unchanged.
     pub(crate) fn find(output: &Path, blocks: &[FinishedBlock]) -> Option<Kept> {
         blocks.iter().rev().find_map(|block| {
             let path = path(output, block.layer);

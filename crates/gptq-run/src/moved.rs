@@ -1,4 +1,4 @@
-//! How far a block's output moves when some of its linears are quantized.
+//! Change of a block's output when some of its linear layers are quantized.
 
 use burn::tensor::{DType, Tensor};
 use gptq_format::FormatError;
@@ -8,16 +8,16 @@ use gptq_model::Block;
 use crate::profile::{Clock, Phase};
 use crate::stream::Stream;
 
-/// Of how many chunks one is looked at.
+/// Stride: every `SHARE`-th chunk is measured.
 const SHARE: usize = 4;
-/// Instead of what is not finite: a state a thousand times as long as it was.
+/// Replaces a value that is not finite: a state a thousand times its original length.
 pub(crate) const LOST: f64 = 1e6;
 
-/// The mean over tokens of `‖ŷ - y‖² / ‖y‖²`, `y` the residual stream at the end of `block` and `ŷ`
-/// with the weights of `quantized`, which differ from tap `from` on.
+/// Returns the mean over tokens of `‖ŷ - y‖² / ‖y‖²`, `y` the residual stream at the end of
+/// `block` and `ŷ` that with the weights of `quantized`, which differ from tap `from` on.
 ///
-/// By the token, and not by the sum over tokens: the next norm takes each token's length out, and
-/// single tokens can be longer than all the others together.
+/// The ratio is taken per token because the next norm removes each token's length, and single
+/// tokens can be longer than all others together.
 pub(crate) fn moved<B: Engine>(
     stream: &Stream<B>,
     block: &Block<B>,
@@ -49,7 +49,7 @@ pub(crate) fn moved<B: Engine>(
     let mean = sum / tokens as f64;
     Ok(if mean.is_finite() { mean } else { LOST })
 }
-/// Each row's squared length, `[rows, 1]`.
+/// Returns each row's squared length, `[rows, 1]`.
 pub(crate) fn squares<B: Engine>(x: Tensor<B, 2>) -> Tensor<B, 2> {
     (x.clone() * x).sum_dim(1)
 }

@@ -32,7 +32,7 @@ use crate::{Event, RunError};
 /// The result of a run.
 #[derive(Debug)]
 pub struct Outcome {
-    /// In the plan's order.
+    /// Fingerprints of the branches, in the plan's order.
     pub reports: Vec<BranchReport>,
     /// Where the time went.
     pub profile: Profile,

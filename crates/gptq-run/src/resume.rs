@@ -23,7 +23,7 @@ const DATE: &str = "calibration.date";
 
 /// What there is to do, and what was done before.
 pub(crate) struct Found {
-    /// In the plan's order.
+    /// Fingerprints of the branches, in the plan's order.
     pub(crate) finished: Vec<Option<BranchReport>>,
     /// Branches that go through the model together, by their index in the plan: those of the
     /// unfinished run, then those nobody has begun.

@@ -16,7 +16,7 @@ use crate::stream::{Keep, Stream};
 pub(crate) struct States<B: Engine> {
     pub(crate) streams: Vec<Stream<B>>,
     pub(crate) dense: Option<Dense<B>>,
-    /// Where outputs are compared with the dense model's.
+    /// Streams for comparing outputs with the dense model's, if enabled.
     pub(crate) compared: Option<OutputErrors<B>>,
 }
 

@@ -94,7 +94,7 @@ impl HostStates {
             Values::Memory(values) => upload(values),
             Values::Disk(slot) => {
                 let mut values = B::host_buffer(self.shape.iter().product(), self.half, device);
-                // As they were written, on this machine.
+                // The values were written by this machine, in its byte order.
                 slot.read(bytemuck::cast_slice_mut(values.bits_mut()))?;
                 upload(&values)
             }

@@ -21,7 +21,7 @@ pub struct Gains {
         skip_serializing_if = "Option::is_none"
     )]
     pub mismatch_correction: Option<f64>,
-    /// Refining: what its passes took off `tr((W - Q) H (W - Q)ᵀ)`, `H` damped.
+    /// Refinement: reduction of `tr((W - Q) H (W - Q)ᵀ)` by its passes, with `H` damped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refine: Option<f64>,
 }

@@ -45,7 +45,7 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Rows of the embedding.
     pub vocabulary: usize,
-    /// Context the model was trained for, in tokens.
+    /// Returns the context the model was trained for, in tokens.
     pub max_positions: usize,
     /// Epsilon added to the variance in the norms.
     pub rms_norm_eps: f64,

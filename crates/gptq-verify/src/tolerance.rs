@@ -33,8 +33,8 @@ pub struct Asked {
     pub block_error: Option<f64>,
 }
 
-/// The most that is tolerated at some bits per weight: nats per token, share of tokens, whatever rounding
-/// to nearest does.
+/// Absolute limits by bits per weight: nats per token, and share of tokens, independent of the
+/// baseline.
 struct Most {
     bits: f64,
     nats: f64,
@@ -85,7 +85,7 @@ impl Most {
 /// beside its rounding to nearest. The block error is the most that any block may have.
 fn tolerances(asked: Asked, bits: f64, nearest: Option<&Nearest>) -> Tolerances {
     let most = Most::at(bits);
-    // Rounding to nearest may leave numbers that are none.
+    // Rounding to nearest may give numbers that are not finite.
     let beside = |lost: Option<f64>, most: f64| match lost.filter(|lost| lost.is_finite()) {
         Some(lost) => most.min(NOISE + FACTOR * lost.max(0.0)),
         None => most,

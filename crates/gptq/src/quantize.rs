@@ -166,8 +166,9 @@ fn dense(
     Ok(dense)
 }
 
-/// Reopens a finished branch: every tensor is to be what the solver found, and where there is a text
-/// to measure on the branch is run, and its report has the perplexity, `beside` the dense model's.
+/// Reopens a finished branch and checks every tensor against the recorded digests. If there is an
+/// evaluation text, the branch is run on it, and its report gets the perplexity, with the dense
+/// model's from `beside`.
 fn prove(
     dir: &Path,
     beside: Option<&(Evaluation, Perplexity)>,
