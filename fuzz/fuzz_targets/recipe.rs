@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use gptq_fuzz::small_model;
-use gptq_plan::{Plan, Recipe};
+use gptq_plan::{BranchFiles, Memory, Plan, Recipe};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
@@ -14,12 +14,12 @@ fuzz_target!(|text: &str| {
     let config = small_model();
     if let Ok(plan) = Plan::for_config(&recipe, config.clone()) {
         assert!(plan.tokens() > 0);
-        let memory = plan.memory();
+        let memory = Memory::of(&plan);
         assert!(memory.device > memory.states && memory.cpu > memory.states);
         for branch in &plan.branches {
-            assert!(branch.bytes(&config) > 0);
-            assert!(!branch.clients(&config).is_empty());
-            let written = branch.quantize_config(&plan.model_name, &config);
+            assert!(BranchFiles::of(branch, &config).bytes() > 0);
+            assert!(!BranchFiles::of(branch, &config).clients().is_empty());
+            let written = BranchFiles::of(branch, &config).quantize_config(&plan.model_name);
             for linear in branch.planned_linears(&config) {
                 let (module, own) = (linear.module, linear.settings);
                 // Settings declared to clients for a module equal those of the solver.

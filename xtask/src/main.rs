@@ -6,7 +6,9 @@
 mod ablate;
 mod bench;
 mod dependencies;
+mod design;
 mod golden;
+mod rust_source;
 mod synth;
 mod tidy;
 mod validate;

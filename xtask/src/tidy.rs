@@ -64,6 +64,7 @@ fn complaints(root: &Path) -> anyhow::Result<Vec<String>> {
     let mut found = top_level(root)?;
     found.extend(dependencies(root)?);
     found.extend(crate::dependencies::complaints(root)?);
+    found.extend(crate::design::complaints(root, &ORDER)?);
     for dir in [
         "crates",
         "fuzz/fuzz_targets",
@@ -118,7 +119,8 @@ fn dependencies(root: &Path) -> anyhow::Result<Vec<String>> {
     Ok(found)
 }
 
-fn rust_files(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+/// Returns the Rust files below `dir`, sorted.
+pub(crate) fn rust_files(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();

@@ -18,7 +18,6 @@ use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::CalibrationError;
-use crate::tokenizer::failed;
 use crate::tokenizer_class::Class;
 
 /// Named special tokens common to all classes, in the order in which they are added.
@@ -172,14 +171,18 @@ impl AddedTokens {
                 .iter()
                 .any(|(_, named)| named.content == token.content);
         }
-        tokenizer.add_tokens(add).map_err(failed)?;
+        tokenizer
+            .add_tokens(add)
+            .map_err(CalibrationError::tokenizer)?;
         if class == Class::Qwen2 {
             // This class adds its special tokens once more, without flags.
             let plain = self
                 .special()
                 .map(|token| AddedToken::from(token.content.as_str(), true));
             let plain: Vec<AddedToken> = plain.collect();
-            tokenizer.add_tokens(plain).map_err(failed)?;
+            tokenizer
+                .add_tokens(plain)
+                .map_err(CalibrationError::tokenizer)?;
         }
         Ok(())
     }

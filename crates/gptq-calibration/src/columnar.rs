@@ -21,8 +21,9 @@ use arrow::ipc::reader::{FileReader, StreamReader, read_footer_length};
 use arrow::ipc::{Block, root_as_footer};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 
-use crate::reader::{EachRow, Reading, Row, malformed};
-use crate::source::SourceFile;
+use crate::columns::{MAX_FOOTER, names, wanted};
+use crate::row::{EachRow, Reading, Row};
+use crate::source_file::SourceFile;
 use crate::value::{Map, Value};
 use crate::value_budget::ValueBudget;
 use crate::{CalibrationError, parquet_file};
@@ -34,40 +35,37 @@ const LARGEST_UNPACKED: u64 = 4 << 30;
 /// First and last bytes of an Arrow file in the file format.
 const ARROW_FILE: &[u8; 6] = b"ARROW1";
 
-/// Largest footer of an Arrow or Parquet file, in bytes.
-pub(crate) const MAX_FOOTER: u64 = 64 << 20;
-
 /// Kind of columnar file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum ColumnarFormat {
     Parquet,
     Arrow,
 }
 
 /// Calls `each` with every row until it breaks; errors if a needed column is missing.
 pub(crate) fn read(
-    kind: Kind,
+    format: ColumnarFormat,
     opened: File,
     file: &SourceFile,
     reading: &Reading<'_>,
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
-    refuse_panics(file, || match kind {
-        Kind::Parquet => parquet(opened, file, reading, each),
-        Kind::Arrow => arrow(opened, file, reading, each),
+    refuse_panics(file, || match format {
+        ColumnarFormat::Parquet => parquet(opened, file, reading, each),
+        ColumnarFormat::Arrow => arrow(opened, file, reading, each),
     })
 }
 
 /// Returns the names of all columns.
 pub(crate) fn columns(
-    kind: Kind,
+    format: ColumnarFormat,
     mut opened: File,
     file: &SourceFile,
 ) -> Result<Vec<String>, CalibrationError> {
     refuse_panics(file, || {
-        let schema = match kind {
-            Kind::Parquet => parquet_file::schema(&mut opened, file)?,
-            Kind::Arrow => arrow_schema(&mut opened, file)?.0.into(),
+        let schema = match format {
+            ColumnarFormat::Parquet => parquet_file::schema(&mut opened, file)?,
+            ColumnarFormat::Arrow => arrow_schema(&mut opened, file)?.0.into(),
         };
         Ok(names(&schema))
     })
@@ -79,7 +77,7 @@ fn refuse_panics<T>(
     read: impl FnOnce() -> Result<T, CalibrationError>,
 ) -> Result<T, CalibrationError> {
     catch_unwind(AssertUnwindSafe(read))
-        .unwrap_or_else(|_| Err(malformed(file, "the file is malformed")))
+        .unwrap_or_else(|_| Err(file.malformed("the file is malformed")))
 }
 
 /// Copies a decompressed file to an unnamed temporary one.
@@ -87,9 +85,9 @@ pub(crate) fn spool(packed: impl Read, file: &SourceFile) -> Result<File, Calibr
     let mut unpacked =
         tempfile::tempfile().map_err(|source| CalibrationError::Scratch { source })?;
     let copied = io::copy(&mut packed.take(LARGEST_UNPACKED + 1), &mut unpacked);
-    if copied.map_err(|e| malformed(file, e))? > LARGEST_UNPACKED {
+    if copied.map_err(|e| file.malformed(e))? > LARGEST_UNPACKED {
         let reason = "over 4 GiB when decompressed; decompress it first";
-        return Err(malformed(file, reason));
+        return Err(file.malformed(reason));
     }
     unpacked
         .seek(SeekFrom::Start(0))
@@ -108,7 +106,7 @@ fn parquet(
     let (flow, rows) = batches_to_rows(batches, length, file, reading, each)?;
     if flow.is_continue() && rows != promised {
         let reason = format!("its footer declares {promised} rows, but it holds {rows}");
-        return Err(malformed(file, reason));
+        return Err(file.malformed(reason));
     }
     Ok(flow)
 }
@@ -124,10 +122,10 @@ fn arrow(
     let length = length(&opened, file)?;
     let buffered = BufReader::new(opened);
     let (flow, _) = if is_file {
-        let batches = FileReader::try_new(buffered, wanted).map_err(|e| malformed(file, e))?;
+        let batches = FileReader::try_new(buffered, wanted).map_err(|e| file.malformed(e))?;
         batches_to_rows(batches, length, file, reading, each)?
     } else {
-        let batches = StreamReader::try_new(buffered, wanted).map_err(|e| malformed(file, e))?;
+        let batches = StreamReader::try_new(buffered, wanted).map_err(|e| file.malformed(e))?;
         batches_to_rows(batches, length, file, reading, each)?
     };
     Ok(flow)
@@ -146,7 +144,7 @@ fn arrow_schema(opened: &mut File, file: &SourceFile) -> Result<(Schema, bool), 
         true => check_footer(opened),
         false => stream_schema(opened),
     };
-    Ok((schema.map_err(|why| malformed(file, why))?, is_file))
+    Ok((schema.map_err(|why| file.malformed(why))?, is_file))
 }
 
 /// Reads the schema at the start of the stream format. Leaves `file` at its start.
@@ -194,32 +192,6 @@ fn check_footer(file: &mut File) -> Result<Schema, String> {
     try_fb_to_schema(schema).map_err(|e| format!("its footer: {e}"))
 }
 
-/// Returns the indices of the needed columns.
-pub(crate) fn wanted(
-    schema: &Schema,
-    file: &SourceFile,
-    reading: &Reading<'_>,
-) -> Result<Vec<usize>, CalibrationError> {
-    let place = |column: &&str| {
-        schema
-            .index_of(column)
-            .map_err(|_| CalibrationError::Column {
-                row: 0,
-                column: (*column).to_owned(),
-                columns: names(schema),
-            })
-    };
-    let places = reading.columns.iter().map(place).collect();
-    let mut places: Vec<usize> = Result::map_err(places, CalibrationError::in_file(&file.path))?;
-    let optional = reading.optional.iter();
-    places.extend(optional.filter_map(|column| schema.index_of(column).ok()));
-    Ok(places)
-}
-
-fn names(schema: &Schema) -> Vec<String> {
-    schema.fields().iter().map(|f| f.name().clone()).collect()
-}
-
 /// Returns the length in bytes.
 fn length(opened: &File, file: &SourceFile) -> Result<u64, CalibrationError> {
     let metadata = opened
@@ -240,11 +212,11 @@ fn batches_to_rows(
     let budget = ValueBudget::of(length);
     let mut rows = 0;
     for batch in batches {
-        let batch = batch.map_err(|e| malformed(file, e))?;
+        let batch = batch.map_err(|e| file.malformed(e))?;
         let mut arrays: Vec<(&str, ArrayRef)> = Vec::new();
         for &column in reading.columns {
             let array = batch.column_by_name(column);
-            let array = array.ok_or_else(|| malformed(file, "a batch lacks a column"))?;
+            let array = array.ok_or_else(|| file.malformed("a batch lacks a column"))?;
             arrays.push((column, array.clone()));
         }
         for &column in reading.optional {
@@ -255,7 +227,7 @@ fn batches_to_rows(
             let mut row = Row::new();
             for (column, array) in &arrays {
                 let cell = value(array, i, &budget).map_err(|why| {
-                    malformed(file, format!("row {rows}, column {column:?}: {why}"))
+                    file.malformed(format!("row {rows}, column {column:?}: {why}"))
                 })?;
                 row.insert((*column).to_owned(), cell);
             }

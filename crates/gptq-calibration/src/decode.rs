@@ -7,7 +7,6 @@
 use tokenizers::Tokenizer;
 
 use crate::CalibrationError;
-use crate::tokenizer::failed;
 
 /// Prompt tokens kept as context for the first new one.
 const CONTEXT: usize = 8;
@@ -31,7 +30,9 @@ impl<'a> TextDecoder<'a> {
         Ok(TextDecoder {
             tokenizer,
             given: window.len(),
-            text: tokenizer.decode(&window, true).map_err(failed)?,
+            text: tokenizer
+                .decode(&window, true)
+                .map_err(CalibrationError::tokenizer)?,
             window,
         })
     }
@@ -43,7 +44,11 @@ impl<'a> TextDecoder<'a> {
     /// A token that the tokenizer cannot decode.
     pub fn push(&mut self, token: u32) -> Result<String, CalibrationError> {
         self.window.push(token);
-        let decode = |ids: &[u32]| self.tokenizer.decode(ids, true).map_err(failed);
+        let decode = |ids: &[u32]| {
+            self.tokenizer
+                .decode(ids, true)
+                .map_err(CalibrationError::tokenizer)
+        };
         let text = decode(&self.window)?;
         let waiting = self.window.len() - self.given;
         if text.ends_with(char::REPLACEMENT_CHARACTER) && waiting < LONGEST_CHARACTER {

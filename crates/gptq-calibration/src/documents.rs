@@ -4,10 +4,10 @@ use std::collections::HashSet;
 use std::ops::{AddAssign, ControlFlow};
 
 use crate::chat::ChatTemplate;
-use crate::reader::{Reading, Row};
 use crate::rendering::Document;
-use crate::row_range::Place;
-use crate::source::SourceFile;
+use crate::row::{Reading, Row};
+use crate::row_range::RangePosition;
+use crate::source_file::SourceFile;
 use crate::token_rows::TokenRules;
 use crate::value::Value;
 use crate::{CalibrationError, CalibrationSettings, OnError, reader};
@@ -18,16 +18,16 @@ const BATCH_BYTES: usize = 1 << 20;
 
 /// Limit on the rows that are read.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Most {
+pub(crate) struct ReadLimit {
     /// Rows, including those before the range.
     pub rows: usize,
     /// Bytes of documents.
     pub bytes: usize,
 }
 
-impl Most {
+impl ReadLimit {
     /// No limit.
-    pub(crate) const ALL: Most = Most {
+    pub(crate) const ALL: ReadLimit = ReadLimit {
         rows: usize::MAX,
         bytes: usize::MAX,
     };
@@ -46,7 +46,7 @@ pub(crate) fn send(
     files: &[SourceFile],
     chat: Option<&ChatTemplate>,
     rules: &TokenRules,
-    most: Most,
+    most: ReadLimit,
     give: &mut dyn FnMut(Batch) -> ControlFlow<()>,
 ) -> Result<bool, CalibrationError> {
     let columns = settings.rendering.columns();
@@ -69,9 +69,9 @@ pub(crate) fn send(
             let place = settings.rows.place(index);
             index += 1;
             match place {
-                Place::Before => return Ok(ControlFlow::Continue(())),
-                Place::Past => return Ok(ControlFlow::Break(())),
-                Place::Inside => looked.at(index - 1, file, &row, &columns),
+                RangePosition::Before => return Ok(ControlFlow::Continue(())),
+                RangePosition::Past => return Ok(ControlFlow::Break(())),
+                RangePosition::Inside => looked.at(index - 1, file, &row, &columns),
             }
             let is_null = |column: &&str| row.get(*column).is_none_or(Value::is_null);
             if columns.iter().any(is_null) {

@@ -2,84 +2,19 @@
 
 use std::ops::ControlFlow;
 use std::panic::resume_unwind;
-use std::str::FromStr;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use serde::{Deserialize, Serialize};
 
-use crate::chat::ChatTemplate;
-use crate::documents::{Batch, LeftOut, Most};
-use crate::source::SourceFile;
+use crate::documents::{Batch, LeftOut, ReadLimit};
+use crate::source_file::SourceFile;
 use crate::token_file::{TokenFile, TokenWriter};
 use crate::{
-    CalibrationError, Difference, Manifest, Overlap, Rendering, RowRange, Source, TextTokenizer,
-    documents, is_date, overlap,
+    CalibrationError, CalibrationSettings, Difference, Manifest, Overlap, Sampling, TextTokenizer,
+    documents, overlap,
 };
-
-/// Selection of windows from the joined rows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Sampling {
-    /// Seeded windows anywhere in the joined rows; they may overlap.
-    #[default]
-    RandomWindows,
-    /// Consecutive windows from the start.
-    Concatenate,
-}
-
-/// Action for a row that its chat template refuses.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum OnError {
-    /// Stop the run with an error that names the row.
-    #[default]
-    Stop,
-    /// Skip the row and count it.
-    Skip,
-}
-
-impl FromStr for OnError {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "stop" => Ok(OnError::Stop),
-            "skip" => Ok(OnError::Skip),
-            _ => Err("neither stop nor skip".into()),
-        }
-    }
-}
-
-/// Settings of the calibration data.
-#[derive(Clone, Debug, PartialEq)]
-pub struct CalibrationSettings {
-    /// Source of the rows.
-    pub source: Source,
-    /// Conversion of a row to a document.
-    pub rendering: Rendering,
-    /// Range of rows, counted over all files of the source.
-    pub rows: RowRange,
-    /// Minimum number of tokens of a row, as encoded; shorter ones are skipped.
-    pub min_tokens: usize,
-    /// Keep only the first of equal documents.
-    pub dedupe: bool,
-    /// Action for a row that a chat template refuses.
-    pub on_error: OnError,
-    /// Date seen by chat templates, `2026-11-30` or `2026-11-30T08:15:00`; by default the current
-    /// time.
-    pub date: Option<String>,
-    /// Number of windows.
-    pub samples: usize,
-    /// Tokens per window.
-    pub seq_len: usize,
-    /// Seed of the draw.
-    pub seed: u64,
-    /// Selection of windows.
-    pub sampling: Sampling,
-}
 
 /// Token windows and their origin.
 #[derive(Debug)]
@@ -118,7 +53,7 @@ impl Calibration {
                     Ok(()) => ControlFlow::Continue(()),
                     Err(_) => ControlFlow::Break(()),
                 };
-                documents::send(settings, files, chat, rules, Most::ALL, &mut give)
+                documents::send(settings, files, chat, rules, ReadLimit::ALL, &mut give)
             });
             let joined = join(settings, tokenizer, batches);
             // The reader's error explains more than its consequences do.
@@ -200,32 +135,6 @@ impl Calibration {
     /// Computes how much of an evaluation text occurs in the rows used.
     pub fn overlap(&self, evaluation: &[u32]) -> Result<Overlap, CalibrationError> {
         overlap::overlap(&self.tokens, evaluation)
-    }
-}
-
-impl CalibrationSettings {
-    /// Loads the chat template if rows are conversations, with the date it will use.
-    ///
-    /// # Errors
-    /// A template that cannot be read or does not parse, a tokenizer without one, or an invalid
-    /// date.
-    pub(crate) fn chat(
-        &self,
-        tokenizer: &TextTokenizer,
-    ) -> Result<Option<ChatTemplate>, CalibrationError> {
-        let chat = match self.rendering {
-            Rendering::Messages { chatml: true, .. } => ChatTemplate::chatml(),
-            Rendering::Messages { chatml: false, .. } => {
-                let own = ChatTemplate::of(tokenizer.dir())?;
-                own.ok_or(CalibrationError::NoChatTemplate)?
-            }
-            Rendering::Template(_) | Rendering::Tokens { .. } => return Ok(None),
-        };
-        match &self.date {
-            Some(date) if !is_date(date) => Err(CalibrationError::Date { text: date.clone() }),
-            Some(date) => Ok(Some(chat.dated(date))),
-            None => Ok(Some(chat)),
-        }
     }
 }
 

@@ -176,6 +176,13 @@ fn at_line(line: usize) -> String {
 }
 
 impl CalibrationError {
+    /// Makes the error of a failed tokenizer.
+    pub(crate) fn tokenizer(error: tokenizers::Error) -> Self {
+        CalibrationError::Tokenizer {
+            reason: error.to_string(),
+        }
+    }
+
     pub(crate) fn is_missing_file(&self) -> bool {
         matches!(self, CalibrationError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
     }

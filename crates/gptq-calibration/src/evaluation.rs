@@ -13,8 +13,9 @@ use std::io::Read;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use crate::reader::{self, Reading, TEXT};
-use crate::source::{Compression, Format, SourceFile, format};
+use crate::reader;
+use crate::row::{Reading, TEXT};
+use crate::source_file::{Compression, RowFormat, SourceFile, format};
 use crate::value::Value;
 use crate::{CalibrationError, TextTokenizer};
 
@@ -179,7 +180,7 @@ struct Texts {
 /// Reads documents until there are `enough` bytes of them.
 fn read_texts(path: &Path, enough: u64) -> Result<Texts, CalibrationError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let (format, compression) = format(&name).unwrap_or((Format::Text, Compression::None));
+    let (format, compression) = format(&name).unwrap_or((RowFormat::Text, Compression::None));
     let file = SourceFile {
         name: name.into_owned(),
         path: path.into(),
@@ -187,7 +188,7 @@ fn read_texts(path: &Path, enough: u64) -> Result<Texts, CalibrationError> {
         compression,
     };
     let texts = match format {
-        Format::Text => plain(&file, MAX_TEXT, enough)?,
+        RowFormat::Text => plain(&file, MAX_TEXT, enough)?,
         _ => column(&file, MAX_TEXT, enough)?,
     };
     match texts.texts.is_empty() {
@@ -217,7 +218,7 @@ fn plain(file: &SourceFile, limit: u64, enough: u64) -> Result<Texts, Calibratio
     bytes.truncate(cut(&bytes));
     let text = String::from_utf8(bytes).map_err(|_| {
         let reason = "not UTF-8 text; name a compressed text .txt.gz or .txt.zst";
-        reader::malformed(file, reason)
+        file.malformed(reason)
     })?;
     let is_blank = text.trim().is_empty();
     Ok(Texts {
@@ -257,7 +258,7 @@ fn column(file: &SourceFile, limit: u64, enough: u64) -> Result<Texts, Calibrati
             Some(Value::String(_) | Value::Null) | None => found.left_out += 1,
             Some(_) => {
                 let reason = format!("row {rows}: {TEXT:?} is not a text");
-                return Err(reader::malformed(file, reason));
+                return Err(file.malformed(reason));
             }
         }
         match (has_text, rows) {
@@ -289,10 +290,9 @@ fn column(file: &SourceFile, limit: u64, enough: u64) -> Result<Texts, Calibrati
 
 fn within(bytes: u64, limit: u64, file: &SourceFile) -> Result<(), CalibrationError> {
     match bytes > limit {
-        true => Err(reader::malformed(
-            file,
-            format!("over the limit of {limit} bytes for an evaluation text; use a part of it"),
-        )),
+        true => Err(file.malformed(format!(
+            "over the limit of {limit} bytes for an evaluation text; use a part of it"
+        ))),
         false => Ok(()),
     }
 }

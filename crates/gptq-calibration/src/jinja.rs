@@ -13,6 +13,7 @@ mod methods;
 mod operators;
 mod python;
 mod source;
+mod view;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -9,8 +9,8 @@ use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Seq
 
 use crate::CalibrationError;
 use crate::lenient_json::mend;
-use crate::reader::{EachRow, Row, malformed, text_row};
-use crate::source::SourceFile;
+use crate::row::{EachRow, Row, text_row};
+use crate::source_file::SourceFile;
 use crate::value::Value;
 
 /// Bytes read at once while looking for the end of the first object.
@@ -95,7 +95,7 @@ pub(crate) fn read_rows(
     let values = serde_json::Deserializer::from_reader(reader).into_iter::<Value>();
     for (index, value) in values.enumerate() {
         let row = value.map_err(|e| e.to_string()).and_then(as_row);
-        let row = row.map_err(|why| malformed(file, format!("row {index}: {why}")))?;
+        let row = row.map_err(|why| file.malformed(format!("row {index}: {why}")))?;
         if each(row)?.is_break() {
             return Ok(ControlFlow::Break(()));
         }
@@ -124,10 +124,10 @@ pub(crate) fn read_list(
         None => match parsed {
             Err(error) if rows.lists == 1 => {
                 let index = rows.rows;
-                Err(malformed(file, format!("row {index}: {error}")))
+                Err(file.malformed(format!("row {index}: {error}")))
             }
-            Err(error) => Err(malformed(file, format!("not a list of rows: {error}"))),
-            Ok(()) if rows.lists == 0 => Err(malformed(file, "an object without a list of rows")),
+            Err(error) => Err(file.malformed(format!("not a list of rows: {error}"))),
+            Ok(()) if rows.lists == 0 => Err(file.malformed("an object without a list of rows")),
             Ok(()) => Ok(ControlFlow::Continue(())),
         },
     }

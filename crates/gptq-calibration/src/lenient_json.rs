@@ -78,9 +78,9 @@ impl<R: BufRead> Lenient<R> {
         let mut high: Option<Vec<u8>> = None;
         loop {
             let escape = self.read_escape()?;
-            let half = Half::of(&escape);
+            let half = SurrogateHalf::of(&escape);
             if let Some(high) = high.take() {
-                if half == Some(Half::Low) {
+                if half == Some(SurrogateHalf::Low) {
                     self.ready.extend(high);
                     self.ready.extend(escape);
                     return Ok(());
@@ -88,7 +88,7 @@ impl<R: BufRead> Lenient<R> {
                 self.replace();
             }
             match half {
-                Some(Half::High) if self.peek()? == Some(b'\\') => {
+                Some(SurrogateHalf::High) if self.peek()? == Some(b'\\') => {
                     self.inner.consume(1);
                     high = Some(escape);
                     continue;
@@ -177,21 +177,21 @@ impl<R: BufRead> Read for Lenient<R> {
 
 /// Half of a surrogate pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Half {
+enum SurrogateHalf {
     High,
     Low,
 }
 
-impl Half {
+impl SurrogateHalf {
     /// Returns the half for an escape such as `\ud83d`; `None` for any other.
-    fn of(escape: &[u8]) -> Option<Half> {
+    fn of(escape: &[u8]) -> Option<SurrogateHalf> {
         let digits = escape
             .strip_prefix(br"\u")
             .filter(|digits| digits.len() == 4)?;
         let unit = u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
         match unit {
-            0xd800..=0xdbff => Some(Half::High),
-            0xdc00..=0xdfff => Some(Half::Low),
+            0xd800..=0xdbff => Some(SurrogateHalf::High),
+            0xdc00..=0xdfff => Some(SurrogateHalf::Low),
             _ => None,
         }
     }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Sampling;
-use crate::source::HashedFile;
+use crate::source_file::HashedFile;
 
 /// Inputs of a calibration; without local paths.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

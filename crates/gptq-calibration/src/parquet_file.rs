@@ -16,9 +16,9 @@ use parquet::file::metadata::ParquetMetaData;
 use parquet::file::reader::{ChunkReader, Length};
 
 use crate::CalibrationError;
-use crate::columnar::{MAX_FOOTER, wanted};
-use crate::reader::{Reading, malformed};
-use crate::source::SourceFile;
+use crate::columns::{MAX_FOOTER, wanted};
+use crate::row::Reading;
+use crate::source_file::SourceFile;
 use crate::thrift::{Field, look_through};
 use crate::value_budget::ValueBudget;
 
@@ -44,11 +44,11 @@ pub(crate) fn open(
         budget: Arc::new(ValueBudget::of(length)),
     };
     let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(pages, metadata);
-    let promised = check_counts(builder.metadata()).map_err(|why| malformed(file, why))?;
+    let promised = check_counts(builder.metadata()).map_err(|why| file.malformed(why))?;
     let wanted = wanted(builder.schema(), file, reading)?;
     let mask = ProjectionMask::roots(builder.parquet_schema(), wanted);
     let reader = builder.with_projection(mask).with_batch_size(BATCH).build();
-    Ok((reader.map_err(|e| malformed(file, e))?, promised))
+    Ok((reader.map_err(|e| file.malformed(e))?, promised))
 }
 
 /// Returns the footer's schema.
@@ -61,9 +61,9 @@ fn metadata(
     opened: &mut File,
     file: &SourceFile,
 ) -> Result<(ArrowReaderMetadata, u64), CalibrationError> {
-    let length = check_footer(opened).map_err(|why| malformed(file, why))?;
+    let length = check_footer(opened).map_err(|why| file.malformed(why))?;
     let metadata = ArrowReaderMetadata::load(opened, Default::default());
-    Ok((metadata.map_err(|e| malformed(file, e))?, length))
+    Ok((metadata.map_err(|e| file.malformed(e))?, length))
 }
 
 /// Checks the footer, which is followed by its length and four bytes of magic. Returns the length

@@ -16,20 +16,13 @@ use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::ops::ControlFlow;
 use std::rc::Rc;
 
+use crate::CalibrationError;
+use crate::columnar::{self, ColumnarFormat};
 use crate::json::{self, Opening};
 use crate::lenient_json::Lenient;
-use crate::source::{Compression, Format, SourceFile};
-use crate::value::{Map, Value};
-use crate::{CalibrationError, columnar};
-
-/// Column names and values.
-pub type Row = Map;
-
-/// Takes one row; breaks when no more are needed.
-pub type EachRow<'a> = dyn FnMut(Row) -> Result<ControlFlow<()>, CalibrationError> + 'a;
-
-/// Column of rows that are plain text.
-pub(crate) const TEXT: &str = "text";
+use crate::row::{EachRow, Reading, text_row};
+use crate::source_file::{Compression, RowFormat, SourceFile};
+use crate::value::Value;
 
 /// Maximum length of a row in a text format, in bytes as decompressed; guards against compression
 /// bombs.
@@ -38,38 +31,18 @@ const LONGEST_ROW: u64 = 16 << 20;
 /// Maximum number of columns of a `.csv` file.
 const MAX_COLUMNS: usize = 1 << 12;
 
-/// Columns that are read.
-#[derive(Default)]
-pub(crate) struct Reading<'a> {
-    /// Required columns of a columnar file; other formats read every column.
-    pub columns: &'a [&'a str],
-    /// Columns that are read if present.
-    pub optional: &'a [&'a str],
-    /// Unpaired surrogates replaced since this was last reset.
-    pub mended: Rc<Cell<usize>>,
-}
-
-impl<'a> Reading<'a> {
-    pub(crate) fn of(columns: &'a [&'a str]) -> Self {
-        Reading {
-            columns,
-            ..Reading::default()
-        }
-    }
-}
-
 /// Calls `each` with every row of `file` until it breaks.
 pub(crate) fn read(
     file: &SourceFile,
     reading: &Reading<'_>,
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
-    if let Some(kind) = columnar_kind(file) {
+    if let Some(kind) = columnar_format(file) {
         return columnar::read(kind, open_columnar(file)?, file, reading, each);
     }
     let mut unpacked = decompress(open(file)?, file)?;
     let opening = match file.format {
-        Format::Json => json::look(&mut unpacked, LONGEST_ROW).map_err(|e| malformed(file, e))?,
+        RowFormat::Json => json::look(&mut unpacked, LONGEST_ROW).map_err(|e| file.malformed(e))?,
         _ => Opening::default(),
     };
     let since_row = Rc::new(Cell::new(0));
@@ -82,21 +55,21 @@ pub(crate) fn read(
         each(row)
     };
     match file.format {
-        Format::Json => {
+        RowFormat::Json => {
             let lenient = Lenient::new(metered, reading.mended.clone());
             match opening.is_rows {
                 true => json::read_rows(lenient, file, &mut each),
                 false => json::read_list(lenient, file, &mut each),
             }
         }
-        Format::Csv => csv(metered, file, &mut each),
+        RowFormat::Csv => csv(metered, file, &mut each),
         // An empty line is a separator, not a row.
-        Format::JsonLines => lines(metered, file, &mut |number, line| {
+        RowFormat::JsonLines => lines(metered, file, &mut |number, line| {
             if line.trim().is_empty() {
                 return Ok(ControlFlow::Continue(()));
             }
             let row = json::row(line, &reading.mended);
-            each(row.map_err(|why| malformed(file, format!("line {number}: {why}")))?)
+            each(row.map_err(|why| file.malformed(format!("line {number}: {why}")))?)
         }),
         _ => lines(metered, file, &mut |_, line| each(text_row(line.into()))),
     }
@@ -104,7 +77,7 @@ pub(crate) fn read(
 
 /// Returns the names of all columns; of the first row, where rows may differ.
 pub(crate) fn columns(file: &SourceFile) -> Result<Vec<String>, CalibrationError> {
-    if let Some(kind) = columnar_kind(file) {
+    if let Some(kind) = columnar_format(file) {
         return columnar::columns(kind, open_columnar(file)?, file);
     }
     let mut columns = Vec::new();
@@ -115,10 +88,10 @@ pub(crate) fn columns(file: &SourceFile) -> Result<Vec<String>, CalibrationError
     Ok(columns)
 }
 
-fn columnar_kind(file: &SourceFile) -> Option<columnar::Kind> {
+fn columnar_format(file: &SourceFile) -> Option<ColumnarFormat> {
     match file.format {
-        Format::Parquet => Some(columnar::Kind::Parquet),
-        Format::Arrow => Some(columnar::Kind::Arrow),
+        RowFormat::Parquet => Some(ColumnarFormat::Parquet),
+        RowFormat::Arrow => Some(ColumnarFormat::Arrow),
         _ => None,
     }
 }
@@ -133,18 +106,6 @@ fn open_columnar(file: &SourceFile) -> Result<File, CalibrationError> {
     match file.compression {
         Compression::None => Ok(opened),
         _ => columnar::spool(decompress(opened, file)?, file),
-    }
-}
-
-/// Makes a row of one text.
-pub(crate) fn text_row(text: String) -> Row {
-    Row::from_iter([(TEXT.to_owned(), Value::String(text))])
-}
-
-pub(crate) fn malformed(file: &SourceFile, reason: impl ToString) -> CalibrationError {
-    CalibrationError::Malformed {
-        path: file.path.clone(),
-        reason: reason.to_string().replace('\n', "; "),
     }
 }
 
@@ -181,23 +142,23 @@ impl<R: Read> Read for Metered<R> {
 }
 
 /// Whether to continue, or an error.
-type Flow = Result<ControlFlow<()>, CalibrationError>;
+type LineFlow = Result<ControlFlow<()>, CalibrationError>;
 
 /// Iterates over lines, numbered from 1, without line endings.
 fn lines(
     mut reader: impl BufRead,
     file: &SourceFile,
-    each: &mut dyn FnMut(usize, &str) -> Flow,
-) -> Flow {
+    each: &mut dyn FnMut(usize, &str) -> LineFlow,
+) -> LineFlow {
     let mut bytes = Vec::new();
     for number in 1.. {
         bytes.clear();
         let read = reader.read_until(b'\n', &mut bytes);
-        if read.map_err(|e| malformed(file, e))? == 0 {
+        if read.map_err(|e| file.malformed(e))? == 0 {
             break;
         }
         let line = std::str::from_utf8(&bytes)
-            .map_err(|_| malformed(file, format!("line {number} is not UTF-8 text")))?;
+            .map_err(|_| file.malformed(format!("line {number} is not UTF-8 text")))?;
         let line = match number {
             1 => line.trim_start_matches('\u{feff}'),
             _ => line,
@@ -216,13 +177,13 @@ fn csv(
     each: &mut EachRow<'_>,
 ) -> Result<ControlFlow<()>, CalibrationError> {
     let mut reader = csv::Reader::from_reader(reader);
-    let headers = reader.headers().map_err(|e| malformed(file, e))?.clone();
+    let headers = reader.headers().map_err(|e| file.malformed(e))?.clone();
     if headers.len() > MAX_COLUMNS {
         let reason = format!("{} columns, over {MAX_COLUMNS}", headers.len());
-        return Err(malformed(file, reason));
+        return Err(file.malformed(reason));
     }
     for record in reader.records() {
-        let record = record.map_err(|e| malformed(file, e))?;
+        let record = record.map_err(|e| file.malformed(e))?;
         let cells = record.iter().map(|cell| Value::String(cell.to_owned()));
         let names = headers.iter().enumerate();
         // A byte-order mark would become part of the first column's name.

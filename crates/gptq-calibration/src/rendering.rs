@@ -4,7 +4,7 @@ use sha2::{Digest, Sha256};
 
 use crate::chat::ChatTemplate;
 use crate::conversation;
-use crate::reader::Row;
+use crate::row::Row;
 use crate::token_rows::{self, MASK, TokenRules};
 use crate::value::Value;
 use crate::{CalibrationError, Template};

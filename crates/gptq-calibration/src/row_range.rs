@@ -35,18 +35,18 @@ impl FromStr for RowRange {
 
 impl RowRange {
     /// Returns the position of row `index`: before the range, in it, or past its end.
-    pub(crate) fn place(&self, index: usize) -> Place {
+    pub(crate) fn place(&self, index: usize) -> RangePosition {
         match self.end {
-            _ if index < self.start => Place::Before,
-            Some(end) if index >= end => Place::Past,
-            _ => Place::Inside,
+            _ if index < self.start => RangePosition::Before,
+            Some(end) if index >= end => RangePosition::Past,
+            _ => RangePosition::Inside,
         }
     }
 }
 
 /// Position of a row relative to a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum RangePosition {
     Before,
     Inside,
     Past,

@@ -8,11 +8,11 @@ use crate::value::{Map, Value};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Template {
     text: String,
-    parts: Vec<Part>,
+    parts: Vec<TemplatePart>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-enum Part {
+enum TemplatePart {
     Literal(String),
     Column(String),
 }
@@ -46,18 +46,18 @@ impl Template {
                         return Err(error("{} names no column"));
                     }
                     if !literal.is_empty() {
-                        parts.push(Part::Literal(std::mem::take(&mut literal)));
+                        parts.push(TemplatePart::Literal(std::mem::take(&mut literal)));
                     }
-                    parts.push(Part::Column(column));
+                    parts.push(TemplatePart::Column(column));
                 }
                 '}' => return Err(error("a } has no {")),
                 c => literal.push(c),
             }
         }
         if !literal.is_empty() {
-            parts.push(Part::Literal(literal));
+            parts.push(TemplatePart::Literal(literal));
         }
-        if !parts.iter().any(|p| matches!(p, Part::Column(_))) {
+        if !parts.iter().any(|p| matches!(p, TemplatePart::Column(_))) {
             return Err(error("it names no column, so every row would be the same"));
         }
         Ok(Template {
@@ -70,15 +70,15 @@ impl Template {
     pub fn column(name: &str) -> Self {
         Template {
             text: format!("{{{}}}", name.replace('{', "{{").replace('}', "}}")),
-            parts: vec![Part::Column(name.to_owned())],
+            parts: vec![TemplatePart::Column(name.to_owned())],
         }
     }
 
     /// Returns the columns it names.
     pub(crate) fn columns(&self) -> Vec<&str> {
         let columns = self.parts.iter().filter_map(|part| match part {
-            Part::Column(column) => Some(column.as_str()),
-            Part::Literal(_) => None,
+            TemplatePart::Column(column) => Some(column.as_str()),
+            TemplatePart::Literal(_) => None,
         });
         columns.collect()
     }
@@ -94,11 +94,11 @@ impl Template {
         let mut document = String::new();
         for part in &self.parts {
             let column = match part {
-                Part::Literal(text) => {
+                TemplatePart::Literal(text) => {
                     document += text;
                     continue;
                 }
-                Part::Column(column) => column,
+                TemplatePart::Column(column) => column,
             };
             match row.get(column) {
                 Some(Value::String(text)) => document += text,

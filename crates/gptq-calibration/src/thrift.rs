@@ -26,16 +26,16 @@ pub(crate) type EachField<'a> = dyn FnMut(&[i16], Field) -> Result<(), String> +
 /// Reads one struct to its end.
 pub(crate) fn look_through(input: impl Read, each: &mut EachField<'_>) -> io::Result<()> {
     let path = Vec::new();
-    Look { input, path, each }.structure(0)
+    StructCheck { input, path, each }.structure(0)
 }
 
-struct Look<'a, 'b, R> {
+struct StructCheck<'a, 'b, R> {
     input: R,
     path: Vec<i16>,
     each: &'a mut EachField<'b>,
 }
 
-impl<R: Read> Look<'_, '_, R> {
+impl<R: Read> StructCheck<'_, '_, R> {
     fn structure(&mut self, depth: usize) -> io::Result<()> {
         let mut id = 0_i16;
         loop {

@@ -14,7 +14,7 @@ use crate::rendering::Document;
 use crate::small_file::{self, MAX_TOKENIZER};
 use crate::token_rows::TokenRules;
 use crate::tokenizer_class::Class;
-use crate::{CalibrationError, TextDecoder, source};
+use crate::{CalibrationError, TextDecoder, source_file};
 
 /// Encodes documents: with the tokenizer's own special tokens, and the end token after each
 /// document.
@@ -100,11 +100,13 @@ impl TextTokenizer {
         })?;
         // A file may contain the truncation and padding settings of its author.
         filed.with_padding(None);
-        filed.with_truncation(None).map_err(failed)?;
+        filed
+            .with_truncation(None)
+            .map_err(CalibrationError::tokenizer)?;
         let config = small_file::config(dir, "tokenizer_config.json")?;
         let map = small_file::config(dir, "special_tokens_map.json")?;
         let added = small_file::config(dir, "added_tokens.json")?;
-        let model = Facts::read(dir);
+        let model = ConfigFacts::read(dir);
         let class = config.get("tokenizer_class").and_then(Value::as_str);
         let class = Class::of(
             &model.model_type,
@@ -144,7 +146,7 @@ impl TextTokenizer {
             padding: find("pad_token").map(|token| token.id).or(model.padding),
             model_ends: model.ends,
             vocabulary: model.vocabulary,
-            sha256: source::sha256(&bytes),
+            sha256: source_file::sha256(&bytes),
             filed,
             tokenizer,
         })
@@ -201,7 +203,9 @@ impl TextTokenizer {
 
     /// Decodes tokens, special tokens included.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, CalibrationError> {
-        self.tokenizer.decode(tokens, false).map_err(failed)
+        self.tokenizer
+            .decode(tokens, false)
+            .map_err(CalibrationError::tokenizer)
     }
 
     /// Returns a decoder for tokens that follow `prompt` one by one.
@@ -315,7 +319,10 @@ fn encode(
     special_tokens: bool,
 ) -> Result<Vec<u32>, CalibrationError> {
     let encoding = tokenizer.encode_fast(text, special_tokens);
-    Ok(encoding.map_err(failed)?.get_ids().to_vec())
+    Ok(encoding
+        .map_err(CalibrationError::tokenizer)?
+        .get_ids()
+        .to_vec())
 }
 
 /// Returns the tokens that the post-processor puts before and after a text.
@@ -351,7 +358,7 @@ fn own_ends(
 /// Facts from the model's own configs. Those are checked elsewhere: unreadable values are ignored
 /// here.
 #[derive(Default)]
-struct Facts {
+struct ConfigFacts {
     model_type: String,
     tokenizer_class: Option<String>,
     vocabulary: Option<u32>,
@@ -359,8 +366,8 @@ struct Facts {
     ends: Vec<(&'static str, Vec<u32>)>,
 }
 
-impl Facts {
-    fn read(dir: &Path) -> Facts {
+impl ConfigFacts {
+    fn read(dir: &Path) -> ConfigFacts {
         let read = |name: &str| {
             let bytes = small_file::read(&dir.join(name), small_file::MAX_CONFIG).ok()?;
             serde_json::from_slice::<Value>(&mend(&bytes).0).ok()
@@ -382,7 +389,7 @@ impl Facts {
             let ids = ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok());
             (file, ids.collect::<Vec<_>>())
         });
-        Facts {
+        ConfigFacts {
             model_type: text("model_type").unwrap_or_default(),
             tokenizer_class: text("tokenizer_class"),
             vocabulary: number("vocab_size"),
@@ -392,12 +399,6 @@ impl Facts {
                 .filter(|(_, ids)| !ids.is_empty())
                 .collect(),
         }
-    }
-}
-
-pub(crate) fn failed(error: tokenizers::Error) -> CalibrationError {
-    CalibrationError::Tokenizer {
-        reason: error.to_string(),
     }
 }
 

@@ -16,7 +16,6 @@ use tokenizers::{
 };
 
 use crate::CalibrationError;
-use crate::tokenizer::failed;
 
 /// Construction of a tokenizer from its files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -260,7 +259,7 @@ impl Class {
         };
         let mut made = Tokenizer::new(model);
         made.with_normalizer(normalizer.map(part::<NormalizerWrapper>).transpose()?)
-            .map_err(failed)?;
+            .map_err(CalibrationError::tokenizer)?;
         made.with_pre_tokenizer(Some(part::<PreTokenizerWrapper>(pre_tokenizer)?));
         made.with_decoder(Some(part::<DecoderWrapper>(decoder)?));
         // This class adds nothing around a text, whatever the file says.
@@ -274,7 +273,7 @@ impl Class {
 
 /// Builds a part of a tokenizer from its JSON in `tokenizer.json`.
 fn part<T: DeserializeOwned>(json: Value) -> Result<T, CalibrationError> {
-    serde_json::from_value(json).map_err(|e| failed(e.into()))
+    serde_json::from_value(json).map_err(|e| CalibrationError::tokenizer(e.into()))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Text generation from a checkpoint, dense or quantized, token by token.
 //!
-//! Reading order: [`Settings`] holds sampling and stopping options; [`Sampler`] chooses a token
+//! Reading order: [`GenerateOptions`] holds sampling and stopping options; [`Sampler`] chooses a token
 //! from logits; [`Stops`] watches the text; [`generate`] runs prompts and returns a [`Reply`] for
 //! each.
 
@@ -12,6 +12,6 @@ mod session;
 mod stops;
 
 pub use error::GenerateError;
-pub use sampler::{Choice, Sampler};
-pub use session::{Finish, Next, Prompt, Reply, Settings, generate};
+pub use sampler::{Sampler, TokenChoice};
+pub use session::{Finish, GenerateOptions, Next, Prompt, Reply, generate};
 pub use stops::Stops;

@@ -10,7 +10,7 @@ use crate::GenerateError;
 
 /// Method of choosing the next token.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Choice {
+pub enum TokenChoice {
     /// The most likely token; of equals, the one with the lowest id.
     Greedy,
     /// A seeded draw.
@@ -29,14 +29,14 @@ pub enum Choice {
 /// Chooses tokens; the same seed and logits give the same tokens.
 #[derive(Clone, Debug)]
 pub struct Sampler {
-    choice: Choice,
+    choice: TokenChoice,
     repetition_penalty: f32,
     rng: ChaCha8Rng,
 }
 
 impl Sampler {
     /// Errors if a setting is out of range.
-    pub fn new(choice: Choice, repetition_penalty: f32) -> Result<Self, GenerateError> {
+    pub fn new(choice: TokenChoice, repetition_penalty: f32) -> Result<Self, GenerateError> {
         let need = |ok: bool, name, value, valid| match ok {
             true => Ok(()),
             false => Err(GenerateError::Setting { name, value, valid }),
@@ -49,7 +49,7 @@ impl Sampler {
             "a positive number; 1 for none",
         )?;
         let mut seed_of = 0;
-        if let Choice::Sample {
+        if let TokenChoice::Sample {
             temperature,
             top_p,
             seed,
@@ -77,8 +77,8 @@ impl Sampler {
     pub fn next(&mut self, mut logits: Vec<f32>, context: &[u32]) -> u32 {
         self.penalise(&mut logits, context);
         match self.choice {
-            Choice::Greedy => most_likely(&logits),
-            Choice::Sample {
+            TokenChoice::Greedy => most_likely(&logits),
+            TokenChoice::Sample {
                 temperature,
                 top_k,
                 top_p,
@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn the_penalty_makes_seen_tokens_less_likely_whatever_their_sign() {
-        let sampler = Sampler::new(Choice::Greedy, 2.0).unwrap();
+        let sampler = Sampler::new(TokenChoice::Greedy, 2.0).unwrap();
         let mut logits = vec![4.0, -3.0, 1.0, -1.0];
         sampler.penalise(&mut logits, &[0, 1, 1, 99]);
         assert_eq!(logits, [2.0, -6.0, 1.0, -1.0]);
@@ -226,14 +226,14 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_the_largest() {
-        let mut sampler = Sampler::new(Choice::Greedy, 1.0).unwrap();
+        let mut sampler = Sampler::new(TokenChoice::Greedy, 1.0).unwrap();
         assert_eq!(sampler.next(vec![0.0, 3.0, 3.0, -1.0], &[]), 1);
     }
 
     #[test]
     fn draws_follow_the_distribution_and_the_seed() {
         let draw = |seed| {
-            let choice = Choice::Sample {
+            let choice = TokenChoice::Sample {
                 temperature: 1.0,
                 top_k: 0,
                 top_p: 1.0,
@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn settings_out_of_range_are_refused() {
-        let sample = |temperature, top_p| Choice::Sample {
+        let sample = |temperature, top_p| TokenChoice::Sample {
             temperature,
             top_k: 0,
             top_p,
@@ -275,7 +275,7 @@ mod tests {
             (sample(f32::NAN, 0.9), 1.0, "temperature"),
             (sample(1.0, 0.0), 1.0, "top_p"),
             (sample(1.0, 1.5), 1.0, "top_p"),
-            (Choice::Greedy, 0.0, "repetition_penalty"),
+            (TokenChoice::Greedy, 0.0, "repetition_penalty"),
         ] {
             let error = Sampler::new(choice, penalty).unwrap_err().to_string();
             assert!(error.contains(word), "{error}");

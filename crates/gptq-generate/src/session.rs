@@ -10,13 +10,13 @@ use gptq_model::{Decoder, Model};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::{Choice, GenerateError, Sampler, Stops};
+use crate::{GenerateError, Sampler, Stops, TokenChoice};
 
 /// Sampling and stopping options.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Settings {
+pub struct GenerateOptions {
     /// Method of choosing the next token.
-    pub choice: Choice,
+    pub choice: TokenChoice,
     /// Repetition penalty: above 1, tokens of the prompt and the text so far become less likely.
     pub repetition_penalty: f32,
     /// Maximum number of tokens per reply.
@@ -103,7 +103,7 @@ pub type Next<'a> = dyn FnMut(Option<&Reply>) -> Result<Option<Prompt>, Generate
 pub fn generate(
     dir: &Path,
     device: Device,
-    settings: &Settings,
+    settings: &GenerateOptions,
     next: &mut Next<'_>,
     show: &mut dyn FnMut(&str),
 ) -> Result<(), GenerateError> {
@@ -117,7 +117,7 @@ pub fn generate(
 
 struct Generate<'a> {
     dir: &'a Path,
-    settings: &'a Settings,
+    settings: &'a GenerateOptions,
     next: &'a mut Next<'a>,
     show: &'a mut dyn FnMut(&str),
 }
@@ -154,7 +154,7 @@ impl Work for Generate<'_> {
 
 struct Session<'a, B: Engine> {
     dir: &'a Path,
-    settings: &'a Settings,
+    settings: &'a GenerateOptions,
     tokenizer: TextTokenizer,
     ends: Vec<u32>,
     decoder: Decoder<B>,

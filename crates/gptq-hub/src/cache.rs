@@ -20,19 +20,20 @@ use gptq_format::{read_json, write_json};
 use crate::content::is_named;
 use crate::error::HubError;
 use crate::listing::Listing;
-use crate::repo::{Entry, Kind, RepoId, is_git_hash, is_plain};
+use crate::repo::{Entry, is_git_hash, is_plain};
+use crate::{RepoId, RepoKind};
 
 /// One repository's part of the cache.
 #[derive(Clone, Debug)]
-pub(crate) struct Cache {
+pub(crate) struct RepoCache {
     dir: PathBuf,
     locks: PathBuf,
 }
 
-impl Cache {
-    pub(crate) fn new(root: &Path, kind: Kind, id: &RepoId) -> Self {
+impl RepoCache {
+    pub(crate) fn new(root: &Path, kind: RepoKind, id: &RepoId) -> Self {
         let name = format!("{kind}s--{}", id.to_string().replace('/', "--"));
-        Cache {
+        RepoCache {
             dir: root.join(&name),
             locks: root.join(".locks").join(name),
         }

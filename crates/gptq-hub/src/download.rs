@@ -11,7 +11,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use hf_hub::HFError;
 
 use crate::HubError;
-use crate::cache::{Cache, parent};
+use crate::cache::{RepoCache, parent};
 use crate::content::ContentHasher;
 use crate::repo::{Entry, Repo};
 
@@ -29,7 +29,7 @@ const POLL: Duration = Duration::from_millis(100);
 
 /// Progress of a download.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Progress {
+pub struct DownloadProgress {
     /// Files that were missing at the start.
     pub files: usize,
     /// Bytes of those files received so far.
@@ -42,10 +42,10 @@ pub struct Progress {
 /// byte.
 pub(crate) async fn fetch(
     repo: &Repo,
-    cache: &Cache,
+    cache: &RepoCache,
     commit: &str,
     entries: &[&Entry],
-    on_progress: &dyn Fn(Progress),
+    on_progress: &dyn Fn(DownloadProgress),
 ) -> Result<(), HubError> {
     let absent = |entry: &&&Entry| !cache.has(commit, entry) && cache.find(entry).is_none();
     let absent: BTreeMap<&str, u64> = entries
@@ -85,14 +85,14 @@ struct Meter<'a> {
     files: usize,
     done: Cell<u64>,
     total: u64,
-    on_progress: &'a dyn Fn(Progress),
+    on_progress: &'a dyn Fn(DownloadProgress),
 }
 
 impl Meter<'_> {
     /// Advances by `bytes`; negative if bytes have to be downloaded again.
     fn add(&self, bytes: i64) {
         self.done.set(self.done.get().saturating_add_signed(bytes));
-        (self.on_progress)(Progress {
+        (self.on_progress)(DownloadProgress {
             files: self.files,
             done: self.done.get(),
             total: self.total,
@@ -102,7 +102,7 @@ impl Meter<'_> {
 
 struct Download<'a> {
     repo: &'a Repo,
-    cache: &'a Cache,
+    cache: &'a RepoCache,
     commit: &'a str,
     meter: &'a Meter<'a>,
 }

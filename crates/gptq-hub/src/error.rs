@@ -7,7 +7,7 @@ use gptq_format::FormatError;
 use hf_hub::HFError;
 use thiserror::Error;
 
-use crate::Kind;
+use crate::RepoKind;
 
 /// Maximum number of characters quoted from a server's message.
 const MOST_SAID: usize = 200;
@@ -22,7 +22,7 @@ pub enum HubError {
     )]
     NoRepo {
         id: String,
-        kind: Kind,
+        kind: RepoKind,
         endpoint: String,
     },
     #[error("{id} has no revision {revision:?}; name a branch, tag or commit of it")]
@@ -143,7 +143,7 @@ pub enum HubError {
 #[derive(Clone, Debug)]
 pub(crate) struct Context {
     pub id: String,
-    pub kind: Kind,
+    pub kind: RepoKind,
     pub revision: String,
     pub endpoint: String,
 }
@@ -186,8 +186,8 @@ impl HubError {
                 match http.error_code.as_deref() {
                     Some("GatedRepo") => HubError::Gated {
                         page: match kind {
-                            Kind::Model => format!("{endpoint}/{id}"),
-                            Kind::Dataset => format!("{endpoint}/datasets/{id}"),
+                            RepoKind::Model => format!("{endpoint}/{id}"),
+                            RepoKind::Dataset => format!("{endpoint}/datasets/{id}"),
                         },
                         id,
                     },

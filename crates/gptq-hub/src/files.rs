@@ -60,7 +60,7 @@ pub(crate) fn model_weights(
     snapshot: &Path,
 ) -> Result<Vec<String>, HubError> {
     #[derive(Deserialize)]
-    struct Index {
+    struct WeightIndex {
         weight_map: BTreeMap<String, String>,
     }
     let (index, file) = weights(names).ok_or_else(|| HubError::NoWeights {
@@ -69,7 +69,7 @@ pub(crate) fn model_weights(
     let Some(index) = index else {
         return Ok(vec![file.to_owned()]);
     };
-    let read: Index = read_json(&snapshot.join(index))?;
+    let read: WeightIndex = read_json(&snapshot.join(index))?;
     let shards: BTreeSet<String> = read.weight_map.into_values().collect();
     match shards.iter().find(|shard| !names.contains(&shard.as_str())) {
         Some(shard) => Err(HubError::Missing {

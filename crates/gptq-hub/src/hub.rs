@@ -7,11 +7,11 @@ use std::time::Duration;
 use hf_hub::HFClient;
 use tokio::runtime::{Builder, Runtime};
 
-use crate::cache::Cache;
+use crate::cache::RepoCache;
 use crate::download::fetch;
 use crate::listing::Listing;
 use crate::repo::{Entry, Repo};
-use crate::{DataFiles, HubError, Kind, Progress, RepoId, files};
+use crate::{DataFiles, DownloadProgress, HubError, RepoId, RepoKind, files};
 
 /// Revision that holds the automatic Parquet conversion of a dataset.
 const PARQUET: &str = "refs/convert/parquet";
@@ -96,7 +96,7 @@ impl Hub {
     }
 
     /// Returns a handle for requests about a repository.
-    pub(crate) fn repo(&self, kind: Kind, id: &RepoId) -> Repo {
+    pub(crate) fn repo(&self, kind: RepoKind, id: &RepoId) -> Repo {
         Repo::new(&self.client, kind, id, self.settings.stall)
     }
 
@@ -110,25 +110,37 @@ impl Hub {
         &self,
         id: &RepoId,
         revision: &str,
-        on_progress: &dyn Fn(Progress),
+        on_progress: &dyn Fn(DownloadProgress),
     ) -> Result<Snapshot, HubError> {
         let cached = |names: &[&str], snapshot: &Path| whole(id, names, snapshot);
-        self.snapshot(Kind::Model, id, revision, cached, async |place, names| {
-            let side = place.side(names).await?;
-            let weights = files::model_weights(&id.to_string(), names, &place.dir())?;
-            place.fetch(&weights, on_progress).await?;
-            Ok([side, weights].concat())
-        })
+        self.snapshot(
+            RepoKind::Model,
+            id,
+            revision,
+            cached,
+            async |place, names| {
+                let side = place.side(names).await?;
+                let weights = files::model_weights(&id.to_string(), names, &place.dir())?;
+                place.fetch(&weights, on_progress).await?;
+                Ok([side, weights].concat())
+            },
+        )
     }
 
     /// Fetches a model's config and tokenizer, and checks that it has weights.
     pub fn model_ahead(&self, id: &RepoId, revision: &str) -> Result<Snapshot, HubError> {
         let cached = |names: &[&str], snapshot: &Path| whole(id, names, snapshot);
-        self.snapshot(Kind::Model, id, revision, cached, async |place, names| {
-            let side = place.side(names).await?;
-            files::model_weights(&id.to_string(), names, &place.dir())?;
-            Ok(side)
-        })
+        self.snapshot(
+            RepoKind::Model,
+            id,
+            revision,
+            cached,
+            async |place, names| {
+                let side = place.side(names).await?;
+                files::model_weights(&id.to_string(), names, &place.dir())?;
+                Ok(side)
+            },
+        )
     }
 
     /// Fetches a model's config and tokenizer; the model may have no weights.
@@ -137,9 +149,13 @@ impl Hub {
             true => Ok(files::model_side(names)),
             false => Err("no config.json".to_owned()),
         };
-        self.snapshot(Kind::Model, id, revision, cached, async |place, names| {
-            place.side(names).await
-        })
+        self.snapshot(
+            RepoKind::Model,
+            id,
+            revision,
+            cached,
+            async |place, names| place.side(names).await,
+        )
     }
 
     /// Fetches a dataset's rows: its own files, or its Parquet conversion if none of them can be
@@ -149,7 +165,7 @@ impl Hub {
         id: &RepoId,
         revision: &str,
         wanted: DataFiles<'_>,
-        on_progress: &dyn Fn(Progress),
+        on_progress: &dyn Fn(DownloadProgress),
     ) -> Result<Snapshot, HubError> {
         let no_rows = || HubError::NoRows {
             repo: id.to_string(),
@@ -160,17 +176,17 @@ impl Hub {
                 let found = rows(names).map_err(|e| e.to_string())?;
                 found.ok_or_else(|| "no file with rows".to_owned())
             };
-            let fetched = async |place: &Place<'_>, names: &[&str]| {
+            let fetched = async |place: &SnapshotFetch<'_>, names: &[&str]| {
                 let rows = rows(names)?.ok_or_else(no_rows)?;
                 place.fetch(&rows, on_progress).await?;
                 Ok(rows)
             };
-            self.snapshot(Kind::Dataset, id, revision, cached, fetched)
+            self.snapshot(RepoKind::Dataset, id, revision, cached, fetched)
         };
         // The cached conversion replaces a repository without rows of its own, not an incomplete
         // download.
         let converted = || {
-            let cache = Cache::new(&self.settings.cache, Kind::Dataset, id);
+            let cache = RepoCache::new(&self.settings.cache, RepoKind::Dataset, id);
             let own = cache.commit("main").map(|commit| cache.names(&commit));
             let own: Vec<&str> = own.iter().flatten().map(String::as_str).collect();
             cache.commit(PARQUET).is_some() && matches!(rows(&own), Ok(None))
@@ -195,13 +211,13 @@ impl Hub {
     /// unreachable.
     fn snapshot(
         &self,
-        kind: Kind,
+        kind: RepoKind,
         id: &RepoId,
         revision: &str,
         cached: impl Fn(&[&str], &Path) -> Result<Vec<String>, String>,
-        fetched: impl AsyncFn(&Place<'_>, &[&str]) -> Result<Vec<String>, HubError>,
+        fetched: impl AsyncFn(&SnapshotFetch<'_>, &[&str]) -> Result<Vec<String>, HubError>,
     ) -> Result<Snapshot, HubError> {
-        let cache = Cache::new(&self.settings.cache, kind, id);
+        let cache = RepoCache::new(&self.settings.cache, kind, id);
         let from_cache = |stale| {
             let commit = cache
                 .commit(revision)
@@ -218,7 +234,7 @@ impl Hub {
                     dir,
                     commit,
                     stale,
-                    unchecked: kind == Kind::Dataset && listing.is_none(),
+                    unchecked: kind == RepoKind::Dataset && listing.is_none(),
                 }),
             }
         };
@@ -241,7 +257,7 @@ impl Hub {
             let tree = self.wait(repo.tree(&commit))?;
             cache.keep_listing(&commit, &tree);
             let names: Vec<&str> = tree.iter().map(|e| e.path.as_str()).collect();
-            let place = Place {
+            let place = SnapshotFetch {
                 repo: &repo,
                 cache: &cache,
                 commit: &commit,
@@ -296,14 +312,14 @@ fn whole(id: &RepoId, names: &[&str], snapshot: &Path) -> Result<Vec<String>, St
 }
 
 /// A commit of a repository and its snapshot.
-struct Place<'a> {
+struct SnapshotFetch<'a> {
     repo: &'a Repo,
-    cache: &'a Cache,
+    cache: &'a RepoCache,
     commit: &'a str,
     tree: &'a [Entry],
 }
 
-impl Place<'_> {
+impl SnapshotFetch<'_> {
     fn dir(&self) -> PathBuf {
         self.cache.snapshot(self.commit)
     }
@@ -311,7 +327,7 @@ impl Place<'_> {
     async fn fetch(
         &self,
         wanted: &[String],
-        on_progress: &dyn Fn(Progress),
+        on_progress: &dyn Fn(DownloadProgress),
     ) -> Result<(), HubError> {
         let wanted = self.tree.iter().filter(|e| wanted.contains(&e.path));
         let wanted: Vec<&Entry> = wanted.collect();

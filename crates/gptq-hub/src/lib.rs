@@ -6,7 +6,7 @@
 //! interruptions, and compared with git's hash of them.
 //!
 //! Reading order: [`RepoId`] names a repository, [`Hub`] is the connection, [`Hub::model`] and
-//! [`Hub::dataset`] return a [`Snapshot`]; [`Hub::upload`] uploads a list of [`LocalFile`]s.
+//! [`Hub::dataset`] return a [`Snapshot`]; [`upload`] uploads a list of [`LocalFile`]s.
 
 #![forbid(unsafe_code)]
 
@@ -19,10 +19,11 @@ mod hub;
 mod listing;
 mod publish;
 mod repo;
+mod repo_id;
 
-pub use download::Progress;
+pub use download::DownloadProgress;
 pub use error::HubError;
 pub use files::DataFiles;
 pub use hub::{Hub, HubSettings, STALL, Snapshot};
-pub use publish::{Changes, LocalFile};
-pub use repo::{Kind, RepoId};
+pub use publish::{Changes, LocalFile, changes, create_repo, create_revision, upload};
+pub use repo_id::{RepoId, RepoKind};

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::content::ContentHasher;
 use crate::repo::{Entry, Repo};
-use crate::{Hub, HubError, Kind, RepoId};
+use crate::{Hub, HubError, RepoId, RepoKind};
 
 /// A local file to upload.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,116 +93,113 @@ impl LocalFile {
     }
 }
 
-impl Hub {
-    /// Creates a model repository, unless one of that name exists.
-    pub fn create(&self, id: &RepoId, private: bool) -> Result<(), HubError> {
-        let name = id.to_string();
-        let client = self.client();
-        let request = client
-            .create_repository()
-            .repo_id(&name)
-            .repo_type(RepoTypeModel)
-            .private(private)
-            .exist_ok(true);
-        let made = self.wait(request.send());
-        let context = self.repo(Kind::Model, id).context("main");
-        made.map(drop).map_err(|e| HubError::from_hub(e, context))
-    }
+/// Creates a model repository, unless one of that name exists.
+pub fn create_repo(hub: &Hub, id: &RepoId, private: bool) -> Result<(), HubError> {
+    let name = id.to_string();
+    let client = hub.client();
+    let request = client
+        .create_repository()
+        .repo_id(&name)
+        .repo_type(RepoTypeModel)
+        .private(private)
+        .exist_ok(true);
+    let made = hub.wait(request.send());
+    let context = hub.repo(RepoKind::Model, id).context("main");
+    made.map(drop).map_err(|e| HubError::from_hub(e, context))
+}
 
-    /// Computes the changes that make `revision` hold `files`. A new revision begins as a copy of
-    /// `main`.
-    pub fn changes(
-        &self,
-        id: &RepoId,
-        revision: &str,
-        files: &[LocalFile],
-    ) -> Result<Changes, HubError> {
-        let repo = self.repo(Kind::Model, id);
-        let found = self.commit_of(&repo, revision)?;
-        let create = found.is_none();
-        let found = match found {
-            None => self.commit_of(&repo, "main")?,
-            found => found,
-        };
-        let mut changes = Changes {
-            create,
-            own: true,
-            ..Changes::default()
-        };
-        let Some(commit) = found else {
-            changes.upload = files.to_vec();
-            return Ok(changes);
-        };
-        let tree = self.wait(repo.tree(&commit))?;
-        for file in files {
-            let there = tree.iter().find(|entry| entry.path == file.name);
-            match there.map(|entry| file.is(entry)).transpose()? {
-                Some(true) => changes.same += 1,
-                there => {
-                    if there.is_some() && is_weights(&file.name) {
-                        changes.replace.push(file.name.clone());
-                    }
-                    changes.upload.push(file.clone());
+/// Computes the changes that make `revision` hold `files`. A new revision begins as a copy of
+/// `main`.
+pub fn changes(
+    hub: &Hub,
+    id: &RepoId,
+    revision: &str,
+    files: &[LocalFile],
+) -> Result<Changes, HubError> {
+    let repo = hub.repo(RepoKind::Model, id);
+    let found = commit_of(hub, &repo, revision)?;
+    let create = found.is_none();
+    let found = match found {
+        None => commit_of(hub, &repo, "main")?,
+        found => found,
+    };
+    let mut changes = Changes {
+        create,
+        own: true,
+        ..Changes::default()
+    };
+    let Some(commit) = found else {
+        changes.upload = files.to_vec();
+        return Ok(changes);
+    };
+    let tree = hub.wait(repo.tree(&commit))?;
+    for file in files {
+        let there = tree.iter().find(|entry| entry.path == file.name);
+        match there.map(|entry| file.is(entry)).transpose()? {
+            Some(true) => changes.same += 1,
+            there => {
+                if there.is_some() && is_weights(&file.name) {
+                    changes.replace.push(file.name.clone());
                 }
+                changes.upload.push(file.clone());
             }
         }
-        let gone = tree
-            .iter()
-            .filter(|entry| is_weights(&entry.path) && !files.iter().any(|f| f.name == entry.path));
-        changes.delete = gone.map(|entry| entry.path.clone()).collect();
-        if !(create || changes.delete.is_empty() && changes.replace.is_empty()) {
-            // A revision whose first upload was interrupted is still the copy of `main` that it
-            // began as.
-            let copy =
-                revision != "main" && self.commit_of(&repo, "main")?.as_ref() == Some(&commit);
-            changes.own = copy || self.wait(is_own(&repo, &commit, &tree))?;
-        }
-        Ok(changes)
     }
+    let gone = tree
+        .iter()
+        .filter(|entry| is_weights(&entry.path) && !files.iter().any(|f| f.name == entry.path));
+    changes.delete = gone.map(|entry| entry.path.clone()).collect();
+    if !(create || changes.delete.is_empty() && changes.replace.is_empty()) {
+        // A revision whose first upload was interrupted is still the copy of `main` that it
+        // began as.
+        let copy = revision != "main" && commit_of(hub, &repo, "main")?.as_ref() == Some(&commit);
+        changes.own = copy || hub.wait(is_own(&repo, &commit, &tree))?;
+    }
+    Ok(changes)
+}
 
-    /// Returns the commit of a revision; `None` if the revision or the repository does not exist.
-    fn commit_of(&self, repo: &Repo, revision: &str) -> Result<Option<String>, HubError> {
-        match self.wait(repo.commit(revision)) {
-            Ok(commit) => Ok(Some(commit)),
-            Err(HubError::NoRevision { .. } | HubError::NoRepo { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
+/// Returns the commit of a revision; `None` if the revision or the repository does not exist.
+fn commit_of(hub: &Hub, repo: &Repo, revision: &str) -> Result<Option<String>, HubError> {
+    match hub.wait(repo.commit(revision)) {
+        Ok(commit) => Ok(Some(commit)),
+        Err(HubError::NoRevision { .. } | HubError::NoRepo { .. }) => Ok(None),
+        Err(error) => Err(error),
     }
+}
 
-    /// Creates the revision as a copy of `main`.
-    pub fn create_revision(&self, id: &RepoId, revision: &str) -> Result<(), HubError> {
-        let repo = self.repo(Kind::Model, id);
-        let model = repo.model().expect("it was made as a model");
-        let made = self.wait(model.create_branch().branch(revision).send());
-        made.map(drop)
-            .map_err(|e| HubError::from_hub(e, repo.context(revision)))
-    }
+/// Creates the revision as a copy of `main`.
+pub fn create_revision(hub: &Hub, id: &RepoId, revision: &str) -> Result<(), HubError> {
+    let repo = hub.repo(RepoKind::Model, id);
+    let model = repo.model().expect("it was made as a model");
+    let made = hub.wait(model.create_branch().branch(revision).send());
+    made.map(drop)
+        .map_err(|e| HubError::from_hub(e, repo.context(revision)))
+}
 
-    /// Commits `changes` to an existing revision. Content already on the Hub is not sent again, so
-    /// an interrupted upload is resumed by running it again.
-    pub fn upload(&self, id: &RepoId, revision: &str, changes: &Changes) -> Result<(), HubError> {
-        let repo = self.repo(Kind::Model, id);
-        let told = |e| HubError::from_hub(e, repo.context(revision));
-        let model = repo.model().expect("it was made as a model");
-        let add = changes.upload.iter().map(|file| CommitOperation::Add {
-            path_in_repo: file.name.clone(),
-            source: AddSource::File(file.path.clone()),
-        });
-        let delete = changes.delete.iter();
-        let delete = delete.map(|path| CommitOperation::Delete {
-            path_in_repo: path.clone(),
-        });
-        let operations: Vec<CommitOperation> = add.chain(delete).collect();
-        if !operations.is_empty() {
-            let commit = model
-                .create_commit()
-                .operations(operations)
-                .commit_message("Upload GPTQ branch")
-                .revision(revision);
-            self.wait(commit.send()).map_err(told)?;
-        }
-        Ok(())
+/// Commits `changes` to an existing revision. Content already on the Hub is not sent again, so
+/// an interrupted upload is resumed by running it again.
+pub fn upload(hub: &Hub, id: &RepoId, revision: &str, changes: &Changes) -> Result<(), HubError> {
+    let repo = hub.repo(RepoKind::Model, id);
+    let told = |e| HubError::from_hub(e, repo.context(revision));
+    let model = repo.model().expect("it was made as a model");
+    let add = changes.upload.iter().map(|file| CommitOperation::Add {
+        path_in_repo: file.name.clone(),
+        source: AddSource::File(file.path.clone()),
+    });
+    let delete = changes.delete.iter();
+    let delete = delete.map(|path| CommitOperation::Delete {
+        path_in_repo: path.clone(),
+    });
+    let operations: Vec<CommitOperation> = add.chain(delete).collect();
+    if !operations.is_empty() {
+        let commit = model
+            .create_commit()
+            .operations(operations)
+            .commit_message("Upload GPTQ branch")
+            .revision(revision);
+        hub.wait(commit.send()).map_err(told)?;
     }
+    Ok(())
 }
 
 /// Returns true for weight files and their index.

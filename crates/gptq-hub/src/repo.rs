@@ -1,6 +1,5 @@
-//! Repository names, and their contents at a commit.
+//! A repository, and its contents at a commit.
 
-use std::fmt;
 use std::path::{Component, Path};
 use std::time::Duration;
 
@@ -8,64 +7,13 @@ use futures::{Stream, StreamExt, TryStreamExt};
 use hf_hub::repository::{RepoTreeEntry, RepoTypeDataset, RepoTypeModel};
 use hf_hub::{HFClient, HFError, HFRepository};
 
-use crate::HubError;
 use crate::error::Context;
+use crate::{HubError, RepoId, RepoKind};
 
 /// Maximum number of files and directories listed for a repository.
 const MAX_FILES: usize = 1 << 16;
 /// Maximum length of a file's path in a repository, in bytes.
 const MAX_PATH: usize = 1024;
-
-/// `owner/name`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RepoId {
-    owner: String,
-    name: String,
-}
-
-/// Kind of a repository.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Weights, config, tokenizer.
-    Model,
-    /// Rows.
-    Dataset,
-}
-
-impl RepoId {
-    /// Parses `owner/name`, both of letters, digits, `-`, `_` and `.`, starting with a letter or
-    /// digit; otherwise `None`.
-    pub fn parse(text: &str) -> Option<Self> {
-        let (owner, name) = text.split_once('/')?;
-        let valid = |part: &str| {
-            part.len() <= 96
-                && part.starts_with(|c: char| c.is_ascii_alphanumeric())
-                && part
-                    .chars()
-                    .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-                && !part.contains("..")
-        };
-        (valid(owner) && valid(name)).then(|| RepoId {
-            owner: owner.into(),
-            name: name.into(),
-        })
-    }
-}
-
-impl fmt::Display for RepoId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.owner, self.name)
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Kind::Model => "model",
-            Kind::Dataset => "dataset",
-        })
-    }
-}
 
 /// A file of a repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,7 +33,7 @@ pub(crate) type Bytes<'a> = Box<dyn Stream<Item = Result<Vec<u8>, HFError>> + Un
 /// A repository of either kind.
 pub(crate) struct Repo {
     id: RepoId,
-    kind: Kind,
+    kind: RepoKind,
     endpoint: String,
     stall: Duration,
     handle: Handle,
@@ -97,10 +45,10 @@ enum Handle {
 }
 
 impl Repo {
-    pub(crate) fn new(client: &HFClient, kind: Kind, id: &RepoId, stall: Duration) -> Self {
+    pub(crate) fn new(client: &HFClient, kind: RepoKind, id: &RepoId, stall: Duration) -> Self {
         let handle = match kind {
-            Kind::Model => Handle::Model(client.model(&id.owner, &id.name)),
-            Kind::Dataset => Handle::Dataset(client.dataset(&id.owner, &id.name)),
+            RepoKind::Model => Handle::Model(client.model(id.owner(), id.name())),
+            RepoKind::Dataset => Handle::Dataset(client.dataset(id.owner(), id.name())),
         };
         Repo {
             id: id.clone(),
@@ -264,19 +212,6 @@ pub(crate) fn is_git_hash(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_owner_and_name_make_a_repository() {
-        for text in ["epfl-llm/meditron-7b", "a/b", "TheBloke/Llama-2-7B.GPTQ_x"] {
-            assert_eq!(RepoId::parse(text).unwrap().to_string(), text);
-        }
-        for text in [
-            "meditron", "a/b/c", "/a", "a/", "./a", "../a", "a/..", "a b/c", "a/.b", "a/b..c",
-            "a\\b/c",
-        ] {
-            assert!(RepoId::parse(text).is_none(), "{text}");
-        }
-    }
 
     #[test]
     fn a_name_that_leaves_its_directory_is_no_path() {

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value};
 
-use crate::report_limits::{self, MAX_JOURNAL};
+use crate::limits::{MAX_JOURNAL, seconds};
 use crate::{
     Allocation, BlockReport, Clamped, Fingerprint, LinearReport, PlanError, RecipeOverrides,
 };
@@ -84,9 +84,9 @@ pub struct BranchBlock {
     pub output_error: Option<f64>,
 }
 
-/// A journal that was read.
+/// A run, as its journal has it.
 #[derive(Debug)]
-pub struct Recorded {
+pub struct RecordedRun {
     /// The first line.
     pub header: Header,
     /// Blocks 0, 1, 2, ... in order.
@@ -123,15 +123,17 @@ impl BranchBlock {
     /// Describes the first field that is out of range.
     pub fn check(&self, layer: usize) -> Result<(), String> {
         for linear in &self.linears {
-            report_limits::linear(linear).map_err(|why| format!("{}.{why}", linear.name))?;
+            linear
+                .check()
+                .map_err(|why| format!("{}.{why}", linear.name))?;
         }
         for clamped in &self.clamped {
-            report_limits::clamped(clamped).map_err(|why| format!("clamped: {why}"))?;
+            clamped.check().map_err(|why| format!("clamped: {why}"))?;
         }
         if let Some(report) = self.report(layer) {
-            report_limits::block(&report).map_err(|why| format!("blocks: {why}"))?;
+            report.check().map_err(|why| format!("blocks: {why}"))?;
         }
-        report_limits::seconds("seconds", self.seconds)
+        seconds("seconds", self.seconds)
     }
 
     /// The block's row of a report, where its output was compared.
@@ -144,12 +146,12 @@ impl BranchBlock {
     }
 }
 
-impl Recorded {
+impl RecordedRun {
     /// The journal in `output`, if there is one.
     ///
     /// # Errors
     /// It cannot be read, or is not one that this version wrote.
-    pub fn read(output: &Path) -> Result<Option<Recorded>, PlanError> {
+    pub fn read(output: &Path) -> Result<Option<RecordedRun>, PlanError> {
         let path = output.join(JOURNAL);
         let damaged = |reason: &str| PlanError::Journal {
             path: path.clone(),
@@ -172,7 +174,7 @@ impl Recorded {
         if header.version != VERSION {
             return Err(damaged("of another version"));
         }
-        let mut found = Recorded {
+        let mut found = RecordedRun {
             header,
             blocks: Vec::new(),
             length: first.len() as u64,

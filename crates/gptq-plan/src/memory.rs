@@ -243,7 +243,7 @@ fn kept(block: &BlockSpec, hidden: u128) -> u128 {
 impl Memory {
     /// Computes the peaks: hidden states of every branch, one branch's activations in f16, and the
     /// fixed allocations.
-    pub(crate) fn of(plan: &Plan) -> Memory {
+    pub fn of(plan: &Plan) -> Memory {
         let sizes = Sizes::of(plan);
         Memory {
             device: with_slack(sizes.all_states(Chunking::CUDA) + sizes.fixed(Chunking::CUDA)),

@@ -7,8 +7,8 @@ use gptq_calibration::OnError;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use crate::recipe::{Evaluation, default_window};
-use crate::{ColumnOrder, Recipe, RecipeError};
+use crate::ColumnOrder;
+use crate::recipe_file::{EvaluationTable, RecipeFile, default_window};
 
 /// Command-line values that replace those of the recipe.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -59,23 +59,10 @@ pub enum RenderingOverride {
     Tokens(String),
 }
 
-impl Recipe {
-    /// Applies the command line. Errors if the recipe does not have a branch.
-    pub fn apply(&mut self, overrides: RecipeOverrides) -> Result<(), RecipeError> {
-        self.overrides = overrides.clone();
-        let file = &mut self.file;
-        let known: Vec<String> = file
-            .branch
-            .iter()
-            .map(|branch| branch.get_ref().name.get_ref().clone())
-            .collect();
-        if let Some(name) = overrides.branches.iter().find(|b| !known.contains(b)) {
-            return Err(RecipeError::NoSuchBranch {
-                path: self.path.clone(),
-                name: name.clone(),
-                known,
-            });
-        }
+impl RecipeOverrides {
+    /// Replaces the values in `file`.
+    pub(crate) fn replace(self, file: &mut RecipeFile) {
+        let overrides = self;
         if !overrides.branches.is_empty() {
             file.branch
                 .retain(|b| overrides.branches.contains(b.get_ref().name.get_ref()));
@@ -139,8 +126,7 @@ impl Recipe {
             let before = file.evaluation.take();
             let window = before.map_or_else(default_window, |e| e.window);
             let text = Spanned::new(0..0, text);
-            file.evaluation = Some(Evaluation { text, window });
+            file.evaluation = Some(EvaluationTable { text, window });
         }
-        Ok(())
     }
 }

@@ -8,12 +8,12 @@ use gptq_spec::{Census, ModelConfig};
 use toml::Spanned;
 
 use crate::byte_size::parse_size;
-use crate::inputs::looks_like_repo;
-use crate::recipe::{OnOverflow, Propagate};
+use crate::inputs::{calibration_settings, looks_like_repo, model_source};
+use crate::recipe_file::{OnOverflow, Propagate};
 use crate::written_config::written_config;
 use crate::{
-    BranchPlan, Fetched, InputSource, Memory, PlanError, Recipe, RecipeError, RecipeOverrides,
-    Share,
+    BranchPlan, FetchedInputs, InputSource, PlanError, Recipe, RecipeError, RecipeOverrides, Share,
+    branch_resolution, limits,
 };
 
 /// Source of the hidden states for a branch's Hessians.
@@ -87,8 +87,8 @@ pub struct Plan {
 impl Plan {
     /// Resolves and checks `recipe` against its model; `fetched` holds the inputs from the Hub. If
     /// the weights are present, their headers are compared with the config.
-    pub fn new(recipe: &Recipe, fetched: &Fetched) -> Result<Plan, PlanError> {
-        let dir = match (&fetched.model, recipe.model_source()?) {
+    pub fn new(recipe: &Recipe, fetched: &FetchedInputs) -> Result<Plan, PlanError> {
+        let dir = match (&fetched.model, model_source(recipe)?) {
             (Some(dir), _) => dir.clone(),
             (None, InputSource::Local(dir)) => dir,
             (None, InputSource::Hub { repo, .. }) => {
@@ -100,7 +100,7 @@ impl Plan {
         };
         // A Hub model's weights are downloaded after its plan.
         let (config, weights, warnings) = look(&dir, fetched.model.is_some())?;
-        let calibration = recipe.calibration(fetched)?;
+        let calibration = calibration_settings(recipe, fetched)?;
         let mut plan = Plan::for_config(recipe, config)?;
         let base = read_json(&dir.join("config.json"))?;
         if let Ok((_, notes)) = written_config(base, plan.half) {
@@ -114,10 +114,10 @@ impl Plan {
     /// Resolves and checks `recipe` against shapes alone, without reading its `source`.
     pub fn for_config(recipe: &Recipe, config: ModelConfig) -> Result<Plan, RecipeError> {
         let file = &recipe.file;
-        let calibration = recipe.calibration(&Fetched::default())?;
+        let calibration = calibration_settings(recipe, &FetchedInputs::default())?;
         let mut branches: Vec<BranchPlan> = Vec::new();
         for branch in &file.branch {
-            let plan = BranchPlan::new(recipe, branch, &config)?;
+            let plan = branch_resolution::resolve(recipe, branch, &config)?;
             if branches.iter().any(|b| b.name == plan.name) {
                 let at = &branch.get_ref().name;
                 return Err(recipe.refuse(at, format!("a second branch is named {:?}", plan.name)));
@@ -130,8 +130,7 @@ impl Plan {
         }
         let linears = branches.iter().map(|b| b.planned_linears(&config).len());
         let linears: Vec<usize> = linears.collect();
-        crate::report_limits::check_plan(&linears)
-            .map_err(|why| recipe.refuse(&Spanned::new(0..0, ()), why))?;
+        limits::check_plan(&linears).map_err(|why| recipe.refuse(&Spanned::new(0..0, ()), why))?;
         let seq_len = Some((&file.calibration.seq_len, "seq_len"));
         let window = file.evaluation.as_ref().map(|e| (&e.window, "window"));
         for (tokens, key) in seq_len.into_iter().chain(window) {
@@ -236,11 +235,6 @@ impl Plan {
     /// Returns the calibration tokens used for output errors.
     pub fn share(&self) -> Share {
         Share::of(self.calibration.samples, self.calibration.seq_len)
-    }
-
-    /// Returns the memory of the run.
-    pub fn memory(&self) -> Memory {
-        Memory::of(self)
     }
 }
 

@@ -6,7 +6,8 @@ use std::path::Path;
 use gptq_format::{FileDigest, FormatError, read_json, write_json};
 use serde::{Deserialize, Serialize};
 
-use crate::{Perplexity, report_limits};
+use crate::Perplexity;
+use crate::limits::{MAX_LAYERS, below, most, number};
 
 /// File name of the verification report in a branch directory.
 pub const RECEIPT: &str = "verify.json";
@@ -57,6 +58,17 @@ pub struct Check {
     pub pass: bool,
     /// Result in words.
     pub detail: String,
+}
+
+impl Check {
+    /// Records a check and its result in words.
+    pub fn new(name: &str, pass: bool, detail: String) -> Check {
+        Check {
+            name: name.into(),
+            pass,
+            detail,
+        }
+    }
 }
 
 /// Depth of a verification, from less to more.
@@ -195,8 +207,8 @@ impl Receipt {
         if !path.exists() {
             return Ok(None);
         }
-        let receipt = read_json(&path)?;
-        match report_limits::receipt(&receipt) {
+        let receipt: Receipt = read_json(&path)?;
+        match receipt.check() {
             Ok(()) => Ok(Some(receipt)),
             Err(reason) => Err(FormatError::Malformed { path, reason }),
         }
@@ -208,6 +220,25 @@ impl Receipt {
     /// A directory that cannot be written to.
     pub fn write(&self, dir: &Path) -> Result<(), FormatError> {
         write_json(&dir.join(RECEIPT), self)
+    }
+
+    /// Checks that its numbers are within their limits.
+    ///
+    /// # Errors
+    /// Describes the first field that is out of range.
+    fn check(&self) -> Result<(), String> {
+        if let Some(measured) = &self.perplexity {
+            measured.check()?;
+        }
+        number("kl_divergence", self.kl_divergence.unwrap_or_default())?;
+        number("top1_agreement", self.top1_agreement.unwrap_or_default())?;
+        most("blocks", self.blocks.len(), MAX_LAYERS)?;
+        for (i, block) in self.blocks.iter().enumerate() {
+            below(&format!("blocks[{i}].layer"), block.layer, MAX_LAYERS)?;
+            let error = block.relative_error.unwrap_or_default();
+            number(&format!("blocks[{i}].relative_error"), error)?;
+        }
+        Ok(())
     }
 
     /// Returns the depth of the verification.

@@ -5,13 +5,12 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use gptq_calibration::{OnError, Sampling};
-use gptq_format::{Bits, GroupSize, Half, without_directories};
-use serde::Deserialize;
+use gptq_format::without_directories;
 use thiserror::Error;
 use toml::Spanned;
 
-use crate::{Choice, Preset, RecipeOverrides};
+use crate::RecipeOverrides;
+use crate::recipe_file::RecipeFile;
 
 /// Maximum size of a recipe in bytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -47,193 +46,6 @@ pub enum RecipeError {
         column: usize,
         reason: String,
     },
-}
-
-/// Reads the whole file as one document.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct RecipeFile {
-    #[serde(default)]
-    pub propagate: Propagate,
-    pub model: Model,
-    pub calibration: Calibration,
-    pub output: Output,
-    pub evaluation: Option<Evaluation>,
-    #[serde(default)]
-    pub numerics: Numerics,
-    #[serde(default)]
-    pub defaults: Settings,
-    #[serde(default)]
-    pub branch: Vec<Spanned<Branch>>,
-}
-
-/// Source of the hidden states that a branch is calibrated on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Propagate {
-    /// Each branch's own; older recipes spell it `quantised`.
-    #[default]
-    #[serde(alias = "quantised")]
-    Quantized,
-    Dense,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Model {
-    pub source: Spanned<String>,
-    pub revision: Option<Spanned<String>>,
-    #[serde(default)]
-    pub dtype: Half,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Calibration {
-    pub source: Spanned<String>,
-    pub revision: Option<Spanned<String>>,
-    pub files: Option<Spanned<String>>,
-    pub template: Option<Spanned<String>>,
-    pub column: Option<Spanned<String>>,
-    pub messages: Option<Spanned<String>>,
-    pub tokens: Option<Spanned<String>>,
-    pub chat_template: Option<Spanned<ChatChoice>>,
-    #[serde(default = "default_rows")]
-    pub rows: Spanned<String>,
-    #[serde(default)]
-    pub min_tokens: usize,
-    #[serde(default)]
-    pub dedupe: bool,
-    #[serde(default)]
-    pub on_error: OnError,
-    pub date: Option<Spanned<String>>,
-    #[serde(default = "default_samples")]
-    pub samples: Spanned<usize>,
-    #[serde(default = "default_seq_len")]
-    pub seq_len: Spanned<usize>,
-    #[serde(default)]
-    pub seed: u64,
-    #[serde(default)]
-    pub sampling: Sampling,
-}
-
-/// Template for `messages`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum ChatChoice {
-    Tokenizer,
-    Chatml,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Output {
-    pub dir: Spanned<PathBuf>,
-    pub shard_size: Option<Spanned<String>>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Evaluation {
-    pub text: Spanned<PathBuf>,
-    #[serde(default = "default_window")]
-    pub window: Spanned<usize>,
-}
-
-/// Handling of numbers that are out of range.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Numerics {
-    #[serde(default)]
-    pub overflow: OnOverflow,
-    pub max_damping: Option<Spanned<f64>>,
-}
-
-/// Handling of hidden states beyond the range of their storage type.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum OnOverflow {
-    #[default]
-    Stop,
-    Clamp,
-}
-
-/// Settings of a branch, or of all of them.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Settings {
-    pub bits: Option<Spanned<Bits>>,
-    pub group_size: Option<Spanned<GroupSize>>,
-    pub budget_bits: Option<Spanned<f64>>,
-    pub budget_choices: Option<Spanned<Vec<Choice>>>,
-    pub desc_act: Option<bool>,
-    pub static_groups: Option<bool>,
-    pub sym: Option<bool>,
-    pub damp_percent: Option<Spanned<f64>>,
-    pub true_sequential: Option<bool>,
-    pub preset: Option<Preset>,
-    pub scale_search: Option<bool>,
-    pub refine: Option<Spanned<usize>>,
-    pub mismatch_correction: Option<Spanned<f64>>,
-    /// Its old spelling.
-    pub asymmetric: Option<Spanned<f64>>,
-}
-
-/// One branch. Its settings are spelled out rather than flattened from [`Settings`]: serde cannot
-/// refuse unknown keys through a flattened struct.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Branch {
-    pub name: Spanned<String>,
-    pub bits: Option<Spanned<Bits>>,
-    pub group_size: Option<Spanned<GroupSize>>,
-    pub budget_bits: Option<Spanned<f64>>,
-    pub budget_choices: Option<Spanned<Vec<Choice>>>,
-    pub desc_act: Option<bool>,
-    pub static_groups: Option<bool>,
-    pub sym: Option<bool>,
-    pub damp_percent: Option<Spanned<f64>>,
-    pub true_sequential: Option<bool>,
-    pub preset: Option<Preset>,
-    pub scale_search: Option<bool>,
-    pub refine: Option<Spanned<usize>>,
-    pub mismatch_correction: Option<Spanned<f64>>,
-    /// Its old spelling.
-    pub asymmetric: Option<Spanned<f64>>,
-    #[serde(default, rename = "override")]
-    pub overrides: Vec<Override>,
-}
-
-/// Settings of the modules that a pattern matches; the first match counts.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Override {
-    #[serde(rename = "match")]
-    pub pattern: Spanned<String>,
-    pub bits: Option<Spanned<Bits>>,
-    pub group_size: Option<Spanned<GroupSize>>,
-    #[serde(default)]
-    pub skip: bool,
-}
-
-fn spanned<T>(value: T) -> Spanned<T> {
-    Spanned::new(0..0, value)
-}
-
-fn default_rows() -> Spanned<String> {
-    spanned("0:".into())
-}
-
-fn default_samples() -> Spanned<usize> {
-    spanned(128)
-}
-
-fn default_seq_len() -> Spanned<usize> {
-    spanned(2048)
-}
-
-pub(crate) fn default_window() -> Spanned<usize> {
-    spanned(1024)
 }
 
 impl Recipe {
@@ -287,6 +99,30 @@ impl Recipe {
             let now = "asymmetric is called mismatch_correction now; both are read";
             self.refuse(key, now).to_string()
         })
+    }
+
+    /// Applies the command line. Errors if the recipe does not have a branch.
+    pub fn apply(&mut self, overrides: RecipeOverrides) -> Result<(), RecipeError> {
+        self.overrides = overrides.clone();
+        let branches = self.file.branch.iter();
+        let known: Vec<String> = branches
+            .map(|branch| branch.get_ref().name.get_ref().clone())
+            .collect();
+        if let Some(name) = overrides.branches.iter().find(|b| !known.contains(b)) {
+            return Err(RecipeError::NoSuchBranch {
+                path: self.path.clone(),
+                name: name.clone(),
+                known,
+            });
+        }
+        overrides.replace(&mut self.file);
+        Ok(())
+    }
+
+    /// Returns the glob that selects files of a Hub dataset.
+    pub fn calibration_files(&self) -> Option<&str> {
+        let files = self.file.calibration.files.as_ref();
+        files.map(|files| files.get_ref().as_str())
     }
 
     /// Makes an error at the place of a value.

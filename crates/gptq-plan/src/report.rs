@@ -1,6 +1,6 @@
 //! The report of a branch: `report.json`, and `report.csv` with one row per linear layer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
@@ -12,7 +12,11 @@ use gptq_format::{
 use gptq_solver::Gains;
 use serde::{Deserialize, Serialize};
 
-use crate::{Allocation, ColumnOrder, Fingerprint, Method, Preset, Share, report_limits};
+use crate::limits::{
+    MAX_CLAMPED, MAX_COUNT, MAX_ENTRIES, MAX_FEATURES, MAX_KINDS, MAX_LAYERS, MAX_NAME,
+    MAX_WEIGHTS, below, group, most, number, seconds,
+};
+use crate::{Allocation, ColumnOrder, Fingerprint, Method, Perplexity, Preset, Share};
 
 /// The report's name in a branch directory.
 pub const REPORT: &str = "report.json";
@@ -65,6 +69,40 @@ pub struct LinearReport {
 }
 
 impl LinearReport {
+    /// Checks that its numbers are in the range of a run's.
+    ///
+    /// # Errors
+    /// Describes the first field that is out of range.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        below("layer", self.layer, MAX_LAYERS)?;
+        most("name", self.name.len(), MAX_NAME)?;
+        if self.shape.contains(&0) || self.shape.iter().any(|&n| n > MAX_FEATURES) {
+            return Err(format!("shape = {:?} is not within 1 and 2^24", self.shape));
+        }
+        group("group_size", self.group_size)?;
+        let gains = self.gains.used();
+        let gains = gains.map(|(name, gain)| (format!("gains.{name}"), gain));
+        let numbers = [
+            ("relative_error", self.relative_error),
+            ("rtn_error", self.rtn_error),
+            ("ratio", self.ratio),
+            ("damp_percent", self.damp_percent),
+        ];
+        let numbers = numbers.map(|(name, value)| (name.to_owned(), value));
+        for (name, value) in numbers.into_iter().chain(gains) {
+            number(&name, value)?;
+        }
+        for (name, value) in [
+            ("output_error", self.output_error),
+            ("rtn_output_error", self.rtn_output_error),
+            ("solver_objective", self.solver_objective),
+        ] {
+            number(name, value.unwrap_or_default())?;
+        }
+        most("dead_columns", self.dead_columns, MAX_FEATURES)?;
+        seconds("seconds", self.seconds)
+    }
+
     /// Returns its error and round-to-nearest's by `measure`; NaN if not measured.
     pub fn errors(&self, measure: Measure) -> [f64; 2] {
         match measure {
@@ -136,6 +174,17 @@ pub struct BlockReport {
     pub output_error: f64,
 }
 
+impl BlockReport {
+    /// Checks that its numbers are in the range of a run's.
+    ///
+    /// # Errors
+    /// Describes the first field that is out of range.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        below("layer", self.layer, MAX_LAYERS)?;
+        number("output_error", self.output_error)
+    }
+}
+
 /// Values of hidden states before a tap that were clamped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Clamped {
@@ -147,35 +196,20 @@ pub struct Clamped {
     pub values: usize,
 }
 
-/// Perplexity on some text.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Perplexity {
-    /// File name of the text.
-    pub text: String,
-    /// Its SHA-256; older files have none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub text_sha256: Option<String>,
-    /// Tokens per window.
-    pub window: usize,
-    /// Tokens scored: all of a full window except the first.
-    pub tokens: usize,
-    /// Tokens behind the last full window, which are not scored; older files do not say.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub left_over: usize,
-    /// Of the branch, or of the model that was measured.
-    pub value: f64,
-    /// Of the dense model on the same windows, if it was measured.
-    #[serde(default)]
-    pub dense: Option<f64>,
-}
-
-fn is_zero(count: &usize) -> bool {
-    *count == 0
+impl Clamped {
+    /// Checks that its numbers are in the range of a run's.
+    ///
+    /// # Errors
+    /// Describes the first field that is out of range.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        below("layer", self.layer, MAX_LAYERS)?;
+        most("values", self.values, MAX_COUNT)
+    }
 }
 
 /// Settings that a branch's columns were solved with, whatever its files declare to clients.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Solved {
+pub struct SolvedWith {
     /// Columns were solved by descending energy of their inputs.
     pub act_order: bool,
     /// Requested damping, as a fraction of the mean diagonal.
@@ -210,7 +244,7 @@ pub struct BranchReport {
     pub quantize_config: QuantizeConfig,
     /// Solving settings; older reports have only what clients see.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub solved: Option<Solved>,
+    pub solved: Option<SolvedWith>,
     /// Preset of the method.
     pub preset: Preset,
     /// Options of the method; absent in the oldest reports.
@@ -269,8 +303,8 @@ pub struct Summary {
 
 impl BranchReport {
     /// Returns the solving settings.
-    pub fn solved(&self) -> Solved {
-        self.solved.unwrap_or(Solved {
+    pub fn solved(&self) -> SolvedWith {
+        self.solved.unwrap_or(SolvedWith {
             act_order: self.quantize_config.desc_act,
             damp_percent: self.quantize_config.damp_percent.unwrap_or_default(),
         })
@@ -314,8 +348,8 @@ impl BranchReport {
     /// A file that cannot be read, or a value that no run can produce; the error names the field.
     pub fn read(dir: &Path) -> Result<Self, FormatError> {
         let path = dir.join(REPORT);
-        let report = read_json_within(&path, MAX_REPORT)?;
-        match report_limits::check(&report) {
+        let report: BranchReport = read_json_within(&path, MAX_REPORT)?;
+        match report.check() {
             Ok(()) => Ok(report),
             Err(reason) => Err(FormatError::Malformed { path, reason }),
         }
@@ -334,7 +368,7 @@ impl BranchReport {
     /// Writes `report.json`, within the limits of [`BranchReport::read`].
     fn write_json(&self, dir: &Path) -> Result<(), FormatError> {
         let path = dir.join(REPORT);
-        match report_limits::check(self) {
+        match self.check() {
             Ok(()) => write_json_within(&path, self, MAX_REPORT),
             Err(reason) => Err(FormatError::Malformed { path, reason }),
         }
@@ -346,6 +380,62 @@ impl BranchReport {
         write_file(&dir.join("report.csv"), self.csv().as_bytes())
     }
 
+    /// Checks that every number is within its limits.
+    ///
+    /// # Errors
+    /// Describes the first field that is out of range.
+    fn check(&self) -> Result<(), String> {
+        let config = &self.quantize_config;
+        group("quantize_config.group_size", config.group_size)?;
+        number("damp_percent", self.solved().damp_percent)?;
+        seconds("seconds", self.seconds)?;
+        most("phases", self.phases.len(), MAX_ENTRIES)?;
+        for (i, phase) in self.phases.iter().enumerate() {
+            seconds(&format!("phases[{i}].seconds"), phase.seconds)?;
+        }
+        let calibration = &self.calibration;
+        most("calibration.samples", calibration.samples, MAX_FEATURES)?;
+        most("calibration.seq_len", calibration.seq_len, MAX_FEATURES)?;
+        if let Some(measured) = &self.perplexity {
+            measured.check()?;
+        }
+        self.budget.iter().try_for_each(Allocation::check)?;
+        most("clamped", self.clamped.len(), MAX_CLAMPED)?;
+        for (i, states) in self.clamped.iter().enumerate() {
+            states
+                .check()
+                .map_err(|why| format!("clamped[{i}].{why}"))?;
+        }
+        if let Some(share) = &self.compared {
+            most("compared.windows", share.windows, MAX_FEATURES)?;
+            most("compared.tokens", share.tokens, MAX_FEATURES)?;
+        }
+        most("blocks", self.blocks.len(), MAX_LAYERS)?;
+        for (i, it) in self.blocks.iter().enumerate() {
+            it.check().map_err(|why| format!("blocks[{i}].{why}"))?;
+        }
+        let linears = MAX_LAYERS * MAX_KINDS;
+        most("linears", self.linears.len(), linears)?;
+        let mut weights = 0;
+        let mut kinds = BTreeSet::new();
+        for (i, it) in self.linears.iter().enumerate() {
+            it.check().map_err(|why| format!("linears[{i}].{why}"))?;
+            let index = format!(".{}.", it.layer);
+            kinds.insert(it.name.split_once(&index).map_or(&*it.name, |name| name.1));
+            if kinds.len() > MAX_KINDS {
+                return Err(format!(
+                    "linears[{i}].name: over {MAX_KINDS} different linear layers in a block"
+                ));
+            }
+            let [n_out, n_in] = it.shape.map(|n| n as u64);
+            weights += n_out * n_in;
+            if weights > MAX_WEIGHTS {
+                return Err(format!("linears[{i}].shape: over 2^48 weights together"));
+            }
+        }
+        Ok(())
+    }
+
     fn csv(&self) -> String {
         let mut csv = String::from(
             "layer,name,out_features,in_features,bits,group_size,relative_error,rtn_error,ratio,output_error,\
@@ -353,10 +443,9 @@ impl BranchReport {
              refine_gain,seconds\n",
         );
         let some = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:e}"));
-        let block = |layer: usize| {
-            let block = self.blocks.iter().find(|block| block.layer == layer);
-            block.map(|block| block.output_error)
-        };
+        // The first entry of a block counts.
+        let blocks = self.blocks.iter().rev();
+        let blocks: BTreeMap<usize, f64> = blocks.map(|it| (it.layer, it.output_error)).collect();
         for l in &self.linears {
             let [n_out, n_in] = l.shape;
             writeln!(
@@ -372,7 +461,7 @@ impl BranchReport {
                 some(l.output_error),
                 some(l.rtn_output_error),
                 some(l.solver_objective),
-                some(block(l.layer)),
+                some(blocks.get(&l.layer).copied()),
                 l.damp_percent,
                 l.dead_columns,
                 some(l.gains.scale_search),
@@ -385,3 +474,6 @@ impl BranchReport {
         csv
     }
 }
+
+#[cfg(test)]
+mod tests;

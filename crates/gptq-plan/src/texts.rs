@@ -5,6 +5,7 @@ use std::fs::File;
 
 use gptq_calibration::{
     Calibration, CalibrationError, EvaluationText, Rendering, TextTokenizer, evaluation_tokens,
+    first_look,
 };
 
 use crate::{Plan, PlanError};
@@ -36,7 +37,7 @@ pub fn check_texts(plan: &Plan, look: Look) -> Result<Vec<String>, PlanError> {
         (Look::Whole, Some(tokenizer)) if settings.source.is_here() => {
             Calibration::draw(settings, tokenizer)?.warnings()
         }
-        _ => Calibration::first_look(settings, tokenizer.as_ref())?,
+        _ => first_look(settings, tokenizer.as_ref())?,
     };
     if let Some((path, _)) = &plan.evaluation {
         File::open(path).map_err(|source| CalibrationError::Io {

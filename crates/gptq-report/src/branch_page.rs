@@ -26,7 +26,7 @@ pub(crate) struct BranchPage {
     pub blocks: bool,
     /// True if `growth` includes the blocks' errors on fresh text.
     pub fresh: bool,
-    pub kinds: Vec<Kind>,
+    pub kinds: Vec<LinearKind>,
     /// Options beyond plain GPTQ that any linear layer used, by their recipe names.
     pub options: Vec<&'static str>,
     pub unusual: Vec<Unusual>,
@@ -37,7 +37,7 @@ pub(crate) struct BranchPage {
 
 /// All linear layers of one name.
 #[derive(Serialize)]
-pub(crate) struct Kind {
+pub(crate) struct LinearKind {
     pub label: String,
     pub error: String,
     pub rtn: String,
@@ -216,7 +216,7 @@ fn options(linears: &[LinearReport]) -> Vec<&'static str> {
     options
 }
 
-fn kinds(linears: &[LinearReport], measure: Measure, options: &[&str]) -> Vec<Kind> {
+fn kinds(linears: &[LinearReport], measure: Measure, options: &[&str]) -> Vec<LinearKind> {
     let kinds = grouped(linears, within_block).into_iter();
     kinds
         .map(|(name, group)| {
@@ -232,7 +232,7 @@ fn kinds(linears: &[LinearReport], measure: Measure, options: &[&str]) -> Vec<Ki
                     false => number::error(mean(&gains)),
                 }
             };
-            Kind {
+            LinearKind {
                 label: label(name).to_owned(),
                 error: number::error(of(&|l| l.errors(measure)[0])),
                 rtn: number::error(of(&|l| l.errors(measure)[1])),

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::branch_page::BranchPage;
 use crate::plot::{Point, scatter};
 use crate::provenance::provenance;
-use crate::{Branch, Matrix, ReportError, Row, Windows, number, rows};
+use crate::{Branch, BranchRow, Matrix, ReportError, Windows, number, rows};
 
 const TEMPLATE: &str = include_str!("../templates/report.html");
 const STYLE: &str = include_str!("../templates/report.css");
@@ -59,8 +59,8 @@ pub fn html(matrix: &Matrix) -> Result<String, ReportError> {
 
 /// Builds the columns of numbers. A column without any value is left out, and so are the errors
 /// against the weights if `measure` says that all branches have output errors.
-fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
-    type Show = fn(&Row) -> Option<(String, String)>;
+fn columns(rows: &[BranchRow], measure: Measure) -> Vec<Column> {
+    type Show = fn(&BranchRow) -> Option<(String, String)>;
     fn plain(value: impl ToString) -> Option<(String, String)> {
         Some((value.to_string(), value.to_string()))
     }
@@ -224,7 +224,7 @@ fn columns(rows: &[Row], measure: Measure) -> Vec<Column> {
 const PERPLEXITY: &str = "Perplexity";
 
 /// Returns the windows of the separate measurements of all rows.
-fn other_windows(rows: &[Row]) -> Vec<Windows> {
+fn other_windows(rows: &[BranchRow]) -> Vec<Windows> {
     let mut all: Vec<Windows> = Vec::new();
     for measured in rows.iter().flat_map(|row| &row.on_other_windows) {
         if !all.iter().any(|it| it.same(&measured.windows)) {

@@ -29,4 +29,4 @@ pub use matrix::{Branch, Matrix};
 pub use measured::{Measured, Windows};
 pub use number::decimal_size;
 pub use prompt::PromptTemplate;
-pub use table::{Row, csv, rows};
+pub use table::{BranchRow, csv, rows};

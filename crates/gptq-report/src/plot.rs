@@ -5,7 +5,7 @@ use std::fmt::{self, Write};
 use minijinja::HtmlEscape;
 
 /// Number format of an axis.
-type Format = fn(f64) -> String;
+type AxisFormat = fn(f64) -> String;
 
 /// Drawing size and margins (left, right, top, bottom), in SVG units.
 const SIZE: (f64, f64) = (440.0, 264.0);
@@ -135,7 +135,7 @@ pub(crate) fn scatter(
     points: &[Point],
     level: Option<(f64, &str)>,
     names: (&str, &str),
-    formats: (Format, Format),
+    formats: (AxisFormat, AxisFormat),
 ) -> String {
     let (width, height) = SIZE;
     let (left, right, top, bottom) = MARGIN;
@@ -238,7 +238,11 @@ fn apart(a: &[f64; 4], b: &[f64; 4]) -> bool {
 }
 
 /// Draws lines over an integer x with a logarithmic y; values that are not positive are left out.
-pub(crate) fn lines(series: &[Series], names: (&str, &str), formats: (Format, Format)) -> String {
+pub(crate) fn lines(
+    series: &[Series],
+    names: (&str, &str),
+    formats: (AxisFormat, AxisFormat),
+) -> String {
     let (width, height) = SIZE;
     let (left, right, top, bottom) = MARGIN;
     let all = || series.iter().flat_map(|s| &s.points).filter(|p| p.1 > 0.0);
@@ -293,7 +297,11 @@ fn svg((x_name, y_name): (&str, &str), draw: impl FnOnce(&mut String) -> fmt::Re
     svg
 }
 
-fn axes(svg: &mut String, (x, y): (&Axis, &Axis), formats: (Format, Format)) -> fmt::Result {
+fn axes(
+    svg: &mut String,
+    (x, y): (&Axis, &Axis),
+    formats: (AxisFormat, AxisFormat),
+) -> fmt::Result {
     for tick in y.ticks() {
         let at = y.at(tick);
         write!(

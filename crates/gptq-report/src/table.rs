@@ -8,7 +8,7 @@ use crate::{Branch, Matrix, Measured, Windows};
 
 /// One branch. Fields without a measurement are `null` in JSON and empty in CSV.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Row {
+pub struct BranchRow {
     /// Its name.
     pub branch: String,
     /// Code width of the linear layers without an override.
@@ -70,16 +70,16 @@ pub struct Row {
 }
 
 /// Returns one row per branch, in the matrix's order.
-pub fn rows(matrix: &Matrix) -> Vec<Row> {
+pub fn rows(matrix: &Matrix) -> Vec<BranchRow> {
     let windows = matrix.windows();
     let branches = matrix.branches.iter();
-    branches.map(|b| Row::of(b, &windows)).collect()
+    branches.map(|b| BranchRow::of(b, &windows)).collect()
 }
 
-impl Row {
+impl BranchRow {
     /// Builds the row with the measurements on the first of the matrix's `windows`; the others are
     /// separate.
-    fn of(branch: &Branch, windows: &[Windows]) -> Row {
+    fn of(branch: &Branch, windows: &[Windows]) -> BranchRow {
         let report = &branch.report;
         let config = &report.quantize_config;
         let summary = report.summary(Measure::Weights);
@@ -92,7 +92,7 @@ impl Row {
         let (measured, others): (Vec<Measured>, _) =
             all.partition(|it| windows.first().is_some_and(|first| it.windows.same(first)));
         let measured = measured.first();
-        Row {
+        BranchRow {
             branch: report.branch.clone(),
             bits: config.bits,
             group_size: config.group_size,
@@ -125,8 +125,8 @@ impl Row {
     }
 }
 
-/// Formats the rows as CSV (RFC 4180), with the names of [`Row`]'s fields as header.
-pub fn csv(rows: &[Row]) -> String {
+/// Formats the rows as CSV (RFC 4180), with the names of [`BranchRow`]'s fields as header.
+pub fn csv(rows: &[BranchRow]) -> String {
     let mut text = String::from(
         "branch,bits,group_size,mixed,bits_per_weight,desc_act,act_order,sym,damp_percent,preset,bytes,\
          mean_output_error,worst_output_error,mean_output_ratio,last_block_error,mean_objective,mean_error,worst_error,\

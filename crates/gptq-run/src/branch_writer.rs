@@ -8,7 +8,7 @@ use gptq_format::{
     Checkpoint, FormatError, Half, LinearDigests, PackedLinear, ShardedWriter, StagedDir,
     TABLE_PIECE, TensorSpec, copy_side_files, le_bytes, read_json, write_json,
 };
-use gptq_plan::{BranchPlan, BranchReport, LinearReport, Plan, written_config};
+use gptq_plan::{BranchFiles, BranchPlan, BranchReport, LinearReport, Plan, written_config};
 use gptq_spec::ModelConfig;
 use half::f16;
 use serde_json::Value;
@@ -31,11 +31,11 @@ impl BranchWriter {
     /// directory is a checkpoint from the start, whose tensors come.
     pub(crate) fn create(plan: &Plan, branch: &BranchPlan) -> Result<Self, FormatError> {
         let dir = StagedDir::create(&plan.branch_dir(branch))?;
-        let specs = branch.tensors(&plan.config, plan.half);
+        let specs = BranchFiles::of(branch, &plan.config).tensors(plan.half);
         let weights = ShardedWriter::create(dir.path(), &specs, plan.shard_size)?;
         let path = dir.path();
         copy_side_files(&plan.model_dir, path)?;
-        let settings = branch.quantize_config(&plan.model_name, &plan.config);
+        let settings = BranchFiles::of(branch, &plan.config).quantize_config(&plan.model_name);
         // A recipe's own were checked with it; those that a budget led to are known only now.
         settings
             .check_patterns()
@@ -75,7 +75,7 @@ impl BranchWriter {
         linears: &[LinearReport],
     ) -> Result<Self, FormatError> {
         let dir = StagedDir::reopen(&plan.branch_dir(branch))?;
-        let specs = branch.tensors(&plan.config, plan.half);
+        let specs = BranchFiles::of(branch, &plan.config).tensors(plan.half);
         let mut weights = ShardedWriter::reopen(dir.path(), &specs, plan.shard_size)?;
         for linear in linears {
             for suffix in SUFFIXES {

@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use gptq_format::FormatError;
-use gptq_plan::Plan;
+use gptq_plan::{BranchFiles, Plan};
 
 use crate::RunError;
 
@@ -32,7 +32,10 @@ pub(crate) fn has_room(plan: &Plan, bytes: u64) -> Result<bool, FormatError> {
 /// Returns the bytes that the branches of `plan` still need.
 fn missing(plan: &Plan) -> u64 {
     let dir = &plan.output;
-    let bytes = plan.branches.iter().map(|b| b.bytes(&plan.config));
+    let bytes = plan
+        .branches
+        .iter()
+        .map(|b| BranchFiles::of(b, &plan.config).bytes());
     let bytes = bytes.fold(BESIDE, u64::saturating_add);
     let there = plan.branches.iter().map(|branch| {
         let name = format!("{}.partial", branch.name);

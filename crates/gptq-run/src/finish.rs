@@ -3,7 +3,9 @@
 use std::sync::atomic::AtomicBool;
 
 use gptq_calibration::Manifest;
-use gptq_plan::{BranchReport, Fingerprint, ModelFiles, PhaseSeconds, Plan, Propagation, Solved};
+use gptq_plan::{
+    BranchFiles, BranchReport, Fingerprint, ModelFiles, PhaseSeconds, Plan, Propagation, SolvedWith,
+};
 
 use crate::branch_progress::BranchProgress;
 use crate::branch_writer::BranchWriter;
@@ -40,8 +42,9 @@ pub(crate) fn finish(
             model: plan.model_name.clone(),
             model_files: Some(model_files.clone()),
             branch: branch.name.clone(),
-            quantize_config: branch.quantize_config(&plan.model_name, &plan.config),
-            solved: Some(Solved {
+            quantize_config: BranchFiles::of(branch, &plan.config)
+                .quantize_config(&plan.model_name),
+            solved: Some(SolvedWith {
                 act_order: branch.desc_act,
                 damp_percent: branch.damp_percent,
             }),

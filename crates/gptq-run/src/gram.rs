@@ -89,7 +89,7 @@ pub(crate) fn grams<B: Engine>(
 ) -> Result<Vec<Grams<B>>, FormatError> {
     let started = Instant::now();
     let chunks: Vec<_> = stream.chunks.iter().enumerate().collect();
-    let tap = Tap {
+    let tap = TapReader {
         block,
         taps,
         dense,
@@ -107,7 +107,7 @@ pub(crate) fn grams<B: Engine>(
         .map(|lane| lane.sums)
         .reduce(|sums, lane| sums.into_iter().zip(lane).map(|(a, b)| a + b).collect())
         .expect("a stream has at least one chunk");
-    let grams = sums.into_iter().map(Sums::finish).collect();
+    let grams = sums.into_iter().map(GramSums::finish).collect();
     // Lanes run at the same time: their shares of it, not their sums.
     let seconds = started.elapsed().as_secs_f64();
     let share = forward / (forward + gram).max(f64::MIN_POSITIVE);
@@ -116,12 +116,12 @@ pub(crate) fn grams<B: Engine>(
     Ok(grams)
 }
 /// Sums over chunks of one tap's input. Tokens that the dense model was given too are summed apart.
-struct Sums<B: Engine> {
+struct GramSums<B: Engine> {
     apart: Option<[Tensor<B, 2>; 2]>,
     rest: Option<Tensor<B, 2>>,
 }
 
-impl<B: Engine> Sums<B> {
+impl<B: Engine> GramSums<B> {
     /// Adds a chunk's input, and the dense model's for the same tokens.
     fn add(&mut self, x: Tensor<B, 2>, dense: Option<Tensor<B, 2>>) {
         let n = x.dims()[1];
@@ -149,15 +149,15 @@ impl<B: Engine> Sums<B> {
     }
 }
 
-impl<B: Engine> std::ops::Add for Sums<B> {
-    type Output = Sums<B>;
+impl<B: Engine> std::ops::Add for GramSums<B> {
+    type Output = GramSums<B>;
 
-    fn add(self, other: Sums<B>) -> Sums<B> {
+    fn add(self, other: GramSums<B>) -> GramSums<B> {
         let apart = match (self.apart, other.apart) {
             (Some([a, b]), Some([c, d])) => Some([a + c, b + d]),
             (one, other) => one.or(other),
         };
-        Sums {
+        GramSums {
             apart,
             rest: sum(self.rest, other.rest),
         }
@@ -173,13 +173,13 @@ fn sum<B: Engine>(a: Option<Tensor<B, 2>>, b: Option<Tensor<B, 2>>) -> Option<Te
 
 /// What a lane found, and the seconds it took.
 struct Lane<B: Engine> {
-    sums: Vec<Sums<B>>,
+    sums: Vec<GramSums<B>>,
     forward: f64,
     gram: f64,
 }
 
 /// Where and how inputs are tapped.
-struct Tap<'a, B: Engine> {
+struct TapReader<'a, B: Engine> {
     block: &'a Block<B>,
     taps: Range<usize>,
     dense: Option<&'a Dense<B>>,
@@ -187,15 +187,15 @@ struct Tap<'a, B: Engine> {
     wait: bool,
 }
 
-impl<B: Engine> Tap<'_, B> {
+impl<B: Engine> TapReader<'_, B> {
     /// [`grams`] over some of the chunks.
     fn lane(&self, chunks: &[(usize, &Chunk<B>)]) -> Result<Lane<B>, FormatError> {
-        let empty = || Sums {
+        let empty = || GramSums {
             apart: None,
             rest: None,
         };
         let taps = || self.taps.clone();
-        let mut sums: Vec<Sums<B>> = taps().map(|_| empty()).collect();
+        let mut sums: Vec<GramSums<B>> = taps().map(|_| empty()).collect();
         let (mut forward, mut gram) = (0.0, 0.0);
         for &(at, chunk) in chunks {
             let (input, seconds) = self.timed(|| chunk.kept_input(self.block, taps(), self.device));

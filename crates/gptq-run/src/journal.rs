@@ -1,4 +1,4 @@
-//! Writing the journal of a run under way ([`gptq_plan::Recorded`] reads it).
+//! Writing the journal of a run under way ([`gptq_plan::RecordedRun`] reads it).
 //!
 //! The packed tensors of the finished blocks give the hidden states again; now and then these are saved too, and the
 //! block's line has their digest ([`crate::kept_states`]). The file goes when the last branch is in place.
@@ -8,7 +8,7 @@ use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use gptq_format::{FormatError, write_file};
-use gptq_plan::{FinishedBlock, Header, JOURNAL, MAX_JOURNAL, Recorded, journal_line};
+use gptq_plan::{FinishedBlock, Header, JOURNAL, MAX_JOURNAL, RecordedRun, journal_line};
 
 use crate::kept_states::prune;
 
@@ -32,7 +32,7 @@ impl Journal {
     }
 
     /// Goes on with one.
-    pub(crate) fn reopen(output: &Path, recorded: &Recorded) -> Result<Self, FormatError> {
+    pub(crate) fn reopen(output: &Path, recorded: &RecordedRun) -> Result<Self, FormatError> {
         let journal = Journal::open(output.join(JOURNAL))?;
         // What a process that died wrote last may be half a line.
         (journal.file)
@@ -148,17 +148,17 @@ mod tests {
     #[test]
     fn what_is_written_is_read_back_bit_for_bit() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(Recorded::read(dir.path()).unwrap().is_none());
+        assert!(RecordedRun::read(dir.path()).unwrap().is_none());
         let mut journal = Journal::create(dir.path(), &header()).unwrap();
         let blocks: Vec<FinishedBlock> = (0..50).map(block).collect();
         for block in &blocks {
             journal.append(block).unwrap();
         }
-        let read = Recorded::read(dir.path()).unwrap().unwrap();
+        let read = RecordedRun::read(dir.path()).unwrap().unwrap();
         assert_eq!(read.blocks, blocks);
         assert_eq!(read.header.origin.recipe, "# mine");
         Journal::remove(dir.path()).unwrap();
-        assert!(Recorded::read(dir.path()).unwrap().is_none());
+        assert!(RecordedRun::read(dir.path()).unwrap().is_none());
     }
 
     #[test]
@@ -177,7 +177,7 @@ mod tests {
             linear.remove(key).unwrap();
         }
         fs::write(&path, format!("{first}\n{record}\n")).unwrap();
-        let read = Recorded::read(dir.path()).unwrap().unwrap();
+        let read = RecordedRun::read(dir.path()).unwrap().unwrap();
         let branch = &read.blocks[0].branches["main"];
         assert_eq!(branch.output_error, None);
         assert_eq!(branch.linears[0].output_error, None);
@@ -197,12 +197,12 @@ mod tests {
         let whole = fs::read(&path).unwrap();
         for cut in begin..whole.len() {
             fs::write(&path, &whole[..cut]).unwrap();
-            let read = Recorded::read(dir.path()).unwrap().unwrap();
+            let read = RecordedRun::read(dir.path()).unwrap().unwrap();
             let lines = whole[begin..cut].iter().filter(|&&b| b == b'\n').count();
             assert_eq!(read.blocks.len(), lines);
             let mut journal = Journal::reopen(dir.path(), &read).unwrap();
             journal.append(&block(lines)).unwrap();
-            let read = Recorded::read(dir.path()).unwrap().unwrap();
+            let read = RecordedRun::read(dir.path()).unwrap().unwrap();
             assert_eq!(read.blocks.len(), lines + 1);
         }
     }
@@ -222,7 +222,7 @@ mod tests {
             String::new(),
         ] {
             fs::write(&path, bad).unwrap();
-            let error = Recorded::read(dir.path()).unwrap_err().to_string();
+            let error = RecordedRun::read(dir.path()).unwrap_err().to_string();
             assert!(error.contains("--restart"), "{error}");
         }
     }

@@ -1,7 +1,7 @@
 //! Hidden states saved beside the journal now and then, so that a resumed run need not run all of
 //! its finished blocks again: `.gptq-states-N` in the output directory, after block `N`.
 //!
-//! The file has a line of JSON ([`Index`]), then every chunk's f16 or bf16 values in order,
+//! The file has a line of JSON ([`StatesIndex`]), then every chunk's f16 or bf16 values in order,
 //! little-endian. Its SHA-256 is recorded in the journal with block `N`, once both are on disk. A
 //! missing or changed file is ignored: the packed tensors give the same states, only later.
 
@@ -33,7 +33,7 @@ const MAX_INDEX: u64 = 256 << 20;
 const SYNC_EVERY: usize = 1 << 30;
 
 #[derive(Serialize, Deserialize)]
-struct Index {
+struct StatesIndex {
     streams: Vec<IndexedStream>,
     /// The dense model's stream.
     dense: Option<IndexedStream>,
@@ -76,7 +76,7 @@ pub(crate) fn keep<B: Engine>(
     let dense = states.dense.as_ref().map(Dense::end);
     let compared = states.compared.as_ref();
     let compared = compared.map(|it| (it.dense.end(), &it.own));
-    let index = Index {
+    let index = StatesIndex {
         streams: states.streams.iter().map(of).collect(),
         dense: dense.map(of),
         compared: compared.map(|(dense, own)| (of(dense), own.iter().map(of).collect())),
@@ -100,11 +100,11 @@ pub(crate) fn keep<B: Engine>(
 /// Returns the file's SHA-256, or the disk's error; fails if the states cannot be read.
 fn write<'a, B: Engine>(
     path: &Path,
-    index: &Index,
+    index: &StatesIndex,
     streams: impl Iterator<Item = &'a Stream<B>>,
     stop: &AtomicBool,
 ) -> Result<std::io::Result<String>, FormatError> {
-    let mut file = match HashedFile::create(path) {
+    let mut file = match HashingFile::create(path) {
         Ok(file) => file,
         Err(error) => return Ok(Err(error)),
     };
@@ -124,13 +124,13 @@ fn write<'a, B: Engine>(
 }
 
 /// A file and the hash of its content.
-struct HashedFile {
+struct HashingFile {
     file: File,
     hash: Sha256,
     unsynced: usize,
 }
 
-impl HashedFile {
+impl HashingFile {
     fn create(path: &Path) -> std::io::Result<Self> {
         // An existing file or link of that name must not be written through.
         if let Err(error) = fs::remove_file(path)
@@ -138,7 +138,7 @@ impl HashedFile {
         {
             return Err(error);
         }
-        Ok(HashedFile {
+        Ok(HashingFile {
             file: OpenOptions::new().write(true).create_new(true).open(path)?,
             hash: Sha256::new(),
             unsynced: 0,
@@ -164,7 +164,7 @@ impl HashedFile {
     }
 }
 
-impl Index {
+impl StatesIndex {
     /// Returns the size of all states; `None` on overflow.
     fn bytes(&self) -> Option<u64> {
         let compared = self.compared.iter();
@@ -222,7 +222,7 @@ impl Kept {
             .take(MAX_INDEX)
             .read_until(b'\n', &mut line)
             .map_err(io)?;
-        let index: Index = serde_json::from_slice(&line).map_err(|_| damaged())?;
+        let index: StatesIndex = serde_json::from_slice(&line).map_err(|_| damaged())?;
         if index.bytes().and_then(|b| b.checked_add(line.len() as u64)) != Some(length) {
             return Err(damaged());
         }

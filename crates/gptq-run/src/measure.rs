@@ -14,7 +14,7 @@ use gptq_kernels::{Engine, dtype};
 use gptq_model::Model;
 use gptq_plan::{
     BranchPlan, Budget, Choice, Method, ModuleOverride, Numerics, Places, Plan, PlanError,
-    Propagation, Recorded,
+    Propagation, RecordedRun, apply_allocation, open_groups, spend_budget,
 };
 
 use crate::block_loop::BlockLoop;
@@ -96,13 +96,13 @@ pub(crate) fn windows(all: &[Vec<u32>]) -> Vec<Vec<u32>> {
 ///
 /// # Errors
 /// Its journal does not say how.
-pub(crate) fn recorded(plan: &Plan, recorded: &Recorded) -> Result<Vec<BranchPlan>, RunError> {
+pub(crate) fn recorded(plan: &Plan, recorded: &RecordedRun) -> Result<Vec<BranchPlan>, RunError> {
     let settled = |branch: &BranchPlan| {
         if !branch.is_open() {
             return Ok(branch.clone());
         }
         let allocation = recorded.header.allocations.get(&branch.name);
-        let settled = allocation.and_then(|it| branch.settled(it, &plan.config));
+        let settled = allocation.and_then(|it| apply_allocation(branch, it, &plan.config));
         settled.ok_or_else(|| {
             let path = plan.output.clone();
             let reason = format!(
@@ -128,14 +128,14 @@ fn spend(
         &moved[at.expect("every choice has its probe")]
     };
     let measured: Vec<&BTreeMap<(usize, usize), f64>> = budget.choices.iter().map(own).collect();
-    let open = branch.open_groups(&plan.config);
+    let open = open_groups(branch, &plan.config);
     let losses = open.iter().map(|group| {
         let at = (group.layer, group.tap);
         measured.iter().map(|moved| moved[&at]).collect()
     });
     let losses: Vec<Vec<f64>> = losses.collect();
-    let allocation = branch.spend(budget, &losses, &plan.config);
-    let settled = branch.settled(&allocation, &plan.config);
+    let allocation = spend_budget(branch, budget, &losses, &plan.config);
+    let settled = apply_allocation(branch, &allocation, &plan.config);
     settled.expect("an allocation of its own")
 }
 

@@ -10,7 +10,7 @@ use gptq_calibration::{Calibration, TextTokenizer};
 use gptq_format::{Checkpoint, FormatError, OutputLock, StagedDir};
 use gptq_kernels::{Device, DeviceError, Engine, Work, dtype};
 use gptq_model::Model;
-use gptq_plan::{BranchPlan, BranchReport, Header, Origin, Places, Plan, Recorded};
+use gptq_plan::{BranchPlan, BranchReport, Header, Origin, Places, Plan, RecordedRun};
 
 use crate::branch_writer::BranchWriter;
 use crate::chunking::chunking;
@@ -23,7 +23,7 @@ use crate::model_files::ModelHash;
 use crate::options::{RunOptions, check_stop};
 use crate::profile::{Clock, Profile};
 use crate::read_ahead::read_ahead;
-use crate::resume::{Found, Restored, date_told, discard};
+use crate::resume::{Restored, WorkLeft, date_told, discard};
 use crate::run::Run;
 use crate::scratch::Scratch;
 use crate::write_behind::WriteBehind;
@@ -127,7 +127,7 @@ impl Work for Quantize<'_> {
         let (checkpoint, card) = (model.checkpoint(), B::card(&device));
         let prints = Fingerprints::new(plan, &calibration, checkpoint, self.device, card)?;
         let mut model_hash = ModelHash::new(checkpoint, model.config(), plan.half);
-        let mut found = Found::look(plan, checkpoint, &prints, &mut model_hash, &self.options)?;
+        let mut found = WorkLeft::look(plan, checkpoint, &prints, &mut model_hash, &self.options)?;
         if !found.passes.is_empty() {
             model_hash.begin();
         }
@@ -182,7 +182,7 @@ impl Quantize<'_> {
         inputs: &Inputs<B>,
         model_hash: &mut ModelHash,
         branches: &[usize],
-        recorded: Option<Recorded>,
+        recorded: Option<RecordedRun>,
     ) -> Result<Vec<BranchReport>, RunError> {
         let mut plan = self.plan.only(branches);
         let settled = self.settle(inputs, model_hash, &plan, branches, recorded.as_ref());
@@ -196,7 +196,7 @@ impl Quantize<'_> {
             return done;
         }
         // What ended the run is what is told, whatever else goes wrong now.
-        let finished = match Recorded::read(&plan.output) {
+        let finished = match RecordedRun::read(&plan.output) {
             Ok(found) => found.map_or(0, |found| found.blocks.len()),
             Err(_) => return done,
         };
@@ -219,7 +219,7 @@ impl Quantize<'_> {
         model_hash: &mut ModelHash,
         plan: &Plan,
         branches: &[usize],
-        recorded: Option<&Recorded>,
+        recorded: Option<&RecordedRun>,
     ) -> Result<Vec<BranchPlan>, RunError> {
         if !plan.branches.iter().any(BranchPlan::is_open) {
             return Ok(plan.branches.clone());
@@ -274,7 +274,7 @@ impl Quantize<'_> {
         model_hash: &mut ModelHash,
         plan: &Plan,
         branches: &[usize],
-        recorded: Option<Recorded>,
+        recorded: Option<RecordedRun>,
     ) -> Result<Vec<BranchReport>, RunError> {
         let prints: Vec<_> = branches
             .iter()

@@ -7,7 +7,7 @@ use gptq_calibration::is_date;
 use gptq_format::{Checkpoint, LinearDigests, PackedLinear, StagedDir};
 use gptq_plan::{
     BranchPlan, BranchReport, Fingerprint, FinishedBlock, LinearReport, ModelFiles, Plan,
-    PlanError, PlannedLinear, REPORT, Recipe, RecipeOverrides, Recorded, check_name,
+    PlanError, PlannedLinear, REPORT, Recipe, RecipeOverrides, RecordedRun, check_name,
 };
 
 use crate::branch_progress::BranchProgress;
@@ -22,7 +22,7 @@ use crate::{RunError, sources};
 const DATE: &str = "calibration.date";
 
 /// What there is to do, and what was done before.
-pub(crate) struct Found {
+pub(crate) struct WorkLeft {
     /// Fingerprints of the branches, in the plan's order.
     pub(crate) finished: Vec<Option<BranchReport>>,
     /// Branches that go through the model together, by their index in the plan: those of the
@@ -34,10 +34,10 @@ pub(crate) struct Found {
 pub(crate) struct Pass {
     pub(crate) branches: Vec<usize>,
     /// What was done of them.
-    pub(crate) recorded: Option<Recorded>,
+    pub(crate) recorded: Option<RecordedRun>,
 }
 
-impl Found {
+impl WorkLeft {
     /// Looks, and changes nothing.
     ///
     /// # Errors
@@ -49,8 +49,8 @@ impl Found {
         prints: &Fingerprints,
         model_hash: &mut ModelHash,
         options: &RunOptions<'_>,
-    ) -> Result<Found, RunError> {
-        let mut found = Found {
+    ) -> Result<WorkLeft, RunError> {
+        let mut found = WorkLeft {
             finished: vec![None; plan.branches.len()],
             passes: Vec::new(),
         };
@@ -60,11 +60,11 @@ impl Found {
             return Ok(found);
         }
         // A run that has not finished a block has nothing to go on with.
-        let recorded = Recorded::read(&plan.output)?.filter(|found| !found.blocks.is_empty());
+        let recorded = RecordedRun::read(&plan.output)?.filter(|found| !found.blocks.is_empty());
         for (i, branch) in plan.branches.iter().enumerate() {
             let dir = plan.branch_dir(branch);
             // What the unfinished run is to replace does not count.
-            let begun = |it: &Recorded| it.header.branches.contains_key(&branch.name);
+            let begun = |it: &RecordedRun| it.header.branches.contains_key(&branch.name);
             if !(recorded.as_ref().is_some_and(begun) && StagedDir::is_begun(&dir)) {
                 let mut model = || model_hash.now(options.stop, plan.config.layers).cloned();
                 found.finished[i] = finished(&dir, &prints.branches[i], &mut model)?;
@@ -88,7 +88,7 @@ impl Found {
 }
 
 impl Pass {
-    fn new(branches: Vec<usize>, recorded: Option<Recorded>) -> Self {
+    fn new(branches: Vec<usize>, recorded: Option<RecordedRun>) -> Self {
         Pass { branches, recorded }
     }
 }
@@ -127,7 +127,7 @@ fn check(
     plan: &Plan,
     checkpoint: &Checkpoint,
     prints: &Fingerprints,
-    recorded: &Recorded,
+    recorded: &RecordedRun,
 ) -> Result<(), RunError> {
     let changed = |difference: String| {
         Err(RunError::Unfinished {
@@ -177,7 +177,7 @@ fn check(
 /// The date that a chat template was told when what lies in the output directory was begun, so that it is
 /// gone on with, or kept, on any other day: that of the unfinished run, else that of a finished branch.
 pub(crate) fn date_told(plan: &Plan) -> Result<Option<String>, RunError> {
-    let recorded = Recorded::read(&plan.output)?.filter(|found| !found.blocks.is_empty());
+    let recorded = RecordedRun::read(&plan.output)?.filter(|found| !found.blocks.is_empty());
     let begun = recorded
         .iter()
         .flat_map(|found| found.header.branches.values());
@@ -196,7 +196,7 @@ pub(crate) fn date_told(plan: &Plan) -> Result<Option<String>, RunError> {
 /// those of `plan`.
 pub(crate) fn discard(plan: &Plan) -> Result<(), RunError> {
     let mut names: Vec<String> = plan.branches.iter().map(|b| b.name.clone()).collect();
-    if let Ok(Some(recorded)) = Recorded::read(&plan.output) {
+    if let Ok(Some(recorded)) = RecordedRun::read(&plan.output) {
         // Names from a file: only what could have been a branch becomes a path.
         let begun = recorded.header.branches.into_keys();
         names.extend(begun.filter(|name| check_name(name).is_ok()));
@@ -217,7 +217,7 @@ pub fn unfinished(
     output: &Path,
     evaluation: Option<PathBuf>,
 ) -> Result<(Recipe, PathBuf), RunError> {
-    let recorded = Recorded::read(output)?
+    let recorded = RecordedRun::read(output)?
         .ok_or_else(|| RunError::NothingUnfinished { dir: output.into() })?;
     let origin = recorded.header.origin;
     let mut recipe = Recipe::parse(&origin.path, origin.recipe).map_err(PlanError::from)?;
@@ -271,7 +271,7 @@ impl Restored {
     }
 
     /// Of the branches of `plan`.
-    pub(crate) fn new(plan: &Plan, recorded: Recorded) -> Result<Self, RunError> {
+    pub(crate) fn new(plan: &Plan, recorded: RecordedRun) -> Result<Self, RunError> {
         let layers = recorded.blocks.len();
         // With the last block done there is nothing to go over.
         let kept = match layers < plan.config.layers {

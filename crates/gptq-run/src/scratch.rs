@@ -12,11 +12,11 @@ use gptq_format::FormatError;
 pub(crate) struct Scratch {
     dir: PathBuf,
     file: File,
-    places: Mutex<Places>,
+    places: Mutex<FreeSpace>,
 }
 
 #[derive(Default)]
-struct Places {
+struct FreeSpace {
     /// Length of the file in bytes.
     end: u64,
     /// Offsets of free slots, by length.
@@ -24,7 +24,7 @@ struct Places {
 }
 
 /// A range of the file, which is freed when this is dropped.
-pub(crate) struct Slot {
+pub(crate) struct DiskSlot {
     scratch: Arc<Scratch>,
     start: u64,
     length: u64,
@@ -41,7 +41,7 @@ impl Scratch {
     }
 
     /// Writes `bytes` to a free slot.
-    pub(crate) fn put(self: &Arc<Self>, bytes: &[u8]) -> Result<Slot, FormatError> {
+    pub(crate) fn put(self: &Arc<Self>, bytes: &[u8]) -> Result<DiskSlot, FormatError> {
         let length = bytes.len() as u64;
         let start = {
             let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
@@ -52,7 +52,7 @@ impl Scratch {
                 end
             })
         };
-        let slot = Slot {
+        let slot = DiskSlot {
             scratch: self.clone(),
             start,
             length,
@@ -63,7 +63,7 @@ impl Scratch {
     }
 }
 
-impl Slot {
+impl DiskSlot {
     /// Reads the slot into `bytes`, which must have the same length.
     pub(crate) fn read(&self, bytes: &mut [u8]) -> Result<(), FormatError> {
         let read = self.scratch.file.read_exact_at(bytes, self.start);
@@ -71,7 +71,7 @@ impl Slot {
     }
 }
 
-impl Drop for Slot {
+impl Drop for DiskSlot {
     fn drop(&mut self) {
         let places = self.scratch.places.lock();
         let mut places = places.unwrap_or_else(PoisonError::into_inner);
@@ -88,7 +88,7 @@ mod tests {
     fn places_are_used_again_and_the_file_has_no_name() {
         let dir = tempfile::tempdir().unwrap();
         let scratch = Scratch::create(dir.path()).unwrap();
-        let mut slots: Vec<Slot> = (0..4).map(|i| scratch.put(&[i; 100]).unwrap()).collect();
+        let mut slots: Vec<DiskSlot> = (0..4).map(|i| scratch.put(&[i; 100]).unwrap()).collect();
         for round in 4..20 {
             slots.remove(usize::from(round) % 4);
             slots.push(scratch.put(&[round; 100]).unwrap());

@@ -18,7 +18,7 @@ use crate::{Event, RunError, hidden_range, kept_states};
 use gptq_format::FormatError;
 
 /// Takes what is solved; on the disk, [`WriteBehind`](crate::write_behind::WriteBehind).
-pub(crate) trait Sink {
+pub(crate) trait SolvedSink {
     /// Takes a linear of a branch.
     fn linear(
         &mut self,
@@ -37,11 +37,11 @@ pub(crate) trait Sink {
     ) -> Result<(), FormatError>;
 }
 
-/// Finds weights, hands them to a [`Sink`], and reports them.
+/// Finds weights, hands them to a [`SolvedSink`], and reports them.
 pub(crate) struct Solve<'a, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
-    pub(crate) sink: &'a mut dyn Sink,
+    pub(crate) sink: &'a mut dyn SolvedSink,
     /// Of each branch, in the plan's order.
     pub(crate) progress: &'a mut [BranchProgress],
     /// The age of the last saved hidden states at which they are saved again.

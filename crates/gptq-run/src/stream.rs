@@ -21,7 +21,7 @@ use gptq_spec::Register;
 use crate::RunError;
 use crate::hidden_range::{self, Overflow};
 use crate::profile::{Clock, Phase};
-use crate::scratch::{Scratch, Slot};
+use crate::scratch::{DiskSlot, Scratch};
 
 /// How hidden states are kept between taps.
 #[derive(Clone, Copy, Debug)]
@@ -64,7 +64,7 @@ pub(crate) struct HostStates {
 #[derive(Clone)]
 enum Values {
     Memory(Arc<HostBuffer>),
-    Disk(Arc<Slot>),
+    Disk(Arc<DiskSlot>),
 }
 
 impl HostStates {

@@ -9,7 +9,7 @@ use gptq_plan::{BranchBlock, FinishedBlock};
 
 use crate::branch_writer::BranchWriter;
 use crate::journal::Journal;
-use crate::solve::Sink;
+use crate::solve::SolvedSink;
 
 /// Packed linears that may wait for the disk.
 const WAITING: usize = 24;
@@ -87,7 +87,7 @@ impl<'scope> WriteBehind<'scope> {
     }
 }
 
-impl Sink for WriteBehind<'_> {
+impl SolvedSink for WriteBehind<'_> {
     /// Queues a linear; waits while the queue is full. An error is what stopped the writing thread.
     fn linear(
         &mut self,

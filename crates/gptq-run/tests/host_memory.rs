@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use gptq_format::{ShardedWriter, TensorSpec, le_bytes, write_json};
 use gptq_kernels::Device;
-use gptq_plan::{Fetched, Plan, Recipe};
+use gptq_plan::{FetchedInputs, Memory, Plan, Recipe};
 use gptq_run::{RunError, RunOptions, quantize};
 use gptq_spec::ModelConfig;
 use half::{bf16, f16};
@@ -86,7 +86,7 @@ fn plan(dir: &Path, samples: usize, branches: &str) -> Plan {
          samples = {samples}\nseq_len = 128\n[output]\ndir = {out:?}\n{branches}"
     );
     let recipe = Recipe::parse(&dir.join("r.toml"), text).unwrap();
-    let plan = Plan::new(&recipe, &Fetched::default()).unwrap();
+    let plan = Plan::new(&recipe, &FetchedInputs::default()).unwrap();
     assert_eq!(
         plan.config,
         ModelConfig::read(&model.join("config.json")).unwrap()
@@ -142,7 +142,7 @@ fn host_memory_stays_within_its_budget() {
     .concat();
     let branch = format!("[[branch]]\nname = \"a\"\nbits = 4\n{skip}");
     let large = plan(dir.path(), 4, &branch);
-    let budget = large.memory().least_cpu;
+    let budget = Memory::of(&large).least_cpu;
     assert!(bytes > 4 * budget, "{bytes} bytes for a budget of {budget}");
     let [used, mapped] = peak(&large, budget).unwrap();
     println!("checkpoint {bytes}, budget {budget}, used {used}, mapped {mapped}");
@@ -163,7 +163,7 @@ fn host_memory_stays_within_its_budget() {
     let second = branch.replace("\"a\"", "\"b\"");
     let vocabulary = plan(dir.path(), 4, &format!("{branch}{second}"));
     let table = (shape[0] * shape[3]) as u64;
-    let budget = vocabulary.memory().least_cpu;
+    let budget = Memory::of(&vocabulary).least_cpu;
     let [used, mapped] = peak(&vocabulary, budget).unwrap();
     println!("checkpoint {bytes}, table {table}, budget {budget}, used {used}, mapped {mapped}");
     assert!(used <= budget, "{used} of {budget}");
@@ -179,7 +179,7 @@ fn host_memory_stays_within_its_budget() {
         .map(|i| format!("[[branch]]\nname = \"b{i}\"\nbits = 4\ngroup_size = 64\n"))
         .collect();
     let wide = plan(dir.path(), 1200, &branches);
-    let (least, states) = (wide.memory().least_cpu, wide.memory().states);
+    let (least, states) = (Memory::of(&wide).least_cpu, Memory::of(&wide).states);
     assert!(states > least, "{states} bytes for a budget of {least}");
     for (budget, stay) in [(least, 0), (least + states / 2, states / 4)] {
         let [used, _] = peak(&wide, budget).unwrap();

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gptq_kernels::Device;
-use gptq_plan::{Fetched, Plan, Recipe};
+use gptq_plan::{FetchedInputs, Plan, Recipe};
 use gptq_run::{Event, RunError, RunOptions, quantize};
 use safetensors::SafeTensors;
 use tempfile::TempDir;
@@ -24,7 +24,7 @@ fn plan(out: &Path, bits: u32) -> Plan {
          [[branch]]\nname = \"a\"\nbits = {bits}\n[[branch]]\nname = \"b\"\nbits = 8\n"
     );
     let recipe = Recipe::parse(Path::new("r.toml"), text).unwrap();
-    Plan::new(&recipe, &Fetched::default()).unwrap()
+    Plan::new(&recipe, &FetchedInputs::default()).unwrap()
 }
 
 /// Runs until `stops` returns true.

@@ -12,7 +12,7 @@ use gptq_spec::BlockSpec;
 
 use crate::VerifyError;
 use crate::nearest::{Setting, nearest};
-use crate::range::{self, Readings};
+use crate::range::{self, Magnitudes};
 use crate::weights::{self, Strange};
 
 /// Tokens run through a block at once.
@@ -24,16 +24,16 @@ const SHARE: usize = 4;
 
 /// Measurements on the text.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Measured {
+pub(crate) struct TextResults {
     /// Mean negative log-likelihood of a token; not finite if the output is not.
     pub loss: f64,
     pub range: F16Range,
-    pub dense: Option<Compared>,
+    pub dense: Option<DenseComparison>,
 }
 
 /// Comparison with the dense model.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Compared {
+pub(crate) struct DenseComparison {
     /// Mean negative log-likelihood of a token of the dense model.
     pub loss: f64,
     pub kl_divergence: f64,
@@ -76,7 +76,7 @@ pub(crate) fn measure<B: Engine>(
     dense: Option<&Model<B>>,
     windows: &[Vec<u32>],
     on_progress: &mut dyn FnMut(f64),
-) -> Result<Measured, VerifyError> {
+) -> Result<TextResults, VerifyError> {
     let window = windows.first().map_or(1, Vec::len).max(1);
     let per_chunk = (CHUNK / window).max(1);
     let mut flows = model.embed(windows, per_chunk, model.dtype())?;
@@ -102,35 +102,40 @@ pub(crate) fn measure<B: Engine>(
             None => Vec::new(),
         };
         let block = model.upload(host);
-        let mut readings = Readings::default();
-        let ran = map_lanes::<B, _, _>(flows, |flow| Readings::of(&block, flow));
+        let mut magnitudes = Magnitudes::default();
+        let ran = map_lanes::<B, _, _>(flows, |flow| Magnitudes::of(&block, flow));
         let ran = ran.into_iter().map(|(flow, found)| {
-            readings.merge(found);
+            magnitudes.merge(found);
             flow
         });
         flows = ran.collect();
         let dense_readings = match &mut beside {
-            Some(beside) => beside.block(layer, &block, &quantized, readings.overflow())?,
+            Some(beside) => beside.block(layer, &block, &quantized, magnitudes.overflow())?,
             None => None,
         };
-        range::add(&mut range, Some(layer), &readings, dense_readings.as_ref());
+        range::add(
+            &mut range,
+            Some(layer),
+            &magnitudes,
+            dense_readings.as_ref(),
+        );
         work += block_work(spec);
         on_progress(work / all_work);
     }
     let head = model.head()?;
-    let mut sums = Sums::default();
-    let mut readings = Readings::default();
+    let mut sums = ModelSums::default();
+    let mut magnitudes = Magnitudes::default();
     let chunks = windows.chunks(per_chunk);
     let chunk_work = head_work / chunks.len() as f64;
     for (at, chunk) in chunks.enumerate() {
         let Some(flow) = flows.get(at) else { break };
         let others = beside.as_ref().map(|beside| beside.at(at));
-        sums.add(&head, flow, others, chunk, &mut readings);
+        sums.add(&head, flow, others, chunk, &mut magnitudes);
         work += chunk_work;
         on_progress(work / all_work);
     }
-    range::add(&mut range, None, &readings, None);
-    Ok(Measured {
+    range::add(&mut range, None, &magnitudes, None);
+    Ok(TextResults {
         loss: sums.own.mean(sums.own.loss),
         range,
         dense: beside.map(|beside| sums.compared(beside)),
@@ -208,14 +213,14 @@ impl<'a, B: Engine> Beside<'a, B> {
         })
     }
 
-    /// Runs block `layer`; returns its readings if `read`.
+    /// Runs block `layer`; returns its magnitudes if `read`.
     fn block(
         &mut self,
         layer: usize,
         judged: &Block<B>,
         quantized: &[Quantized],
         read: bool,
-    ) -> Result<Option<Readings>, VerifyError> {
+    ) -> Result<Option<Magnitudes>, VerifyError> {
         let dense = self.model.block(layer)?;
         let mut nearby = dense.clone();
         for linear in quantized {
@@ -236,9 +241,9 @@ impl<'a, B: Engine> Beside<'a, B> {
         let flows = std::mem::take(&mut self.flows).into_iter();
         let both = flows.zip(std::mem::take(&mut self.rounded)).collect();
         let ran = map_lanes::<B, _, _>(both, |(flow, rounded): (Flow<B>, Option<Flow<B>>)| {
-            let (right, readings) = match read {
-                true => Readings::of(&dense, flow.clone()),
-                false => (dense.forward(flow.clone()), Readings::default()),
+            let (right, magnitudes) = match read {
+                true => Magnitudes::of(&dense, flow.clone()),
+                false => (dense.forward(flow.clone()), Magnitudes::default()),
             };
             let mut energies = Energies {
                 found: energy(&judged.forward(flow.clone()), &right),
@@ -253,15 +258,15 @@ impl<'a, B: Engine> Beside<'a, B> {
                 }
                 nearby.forward(rounded)
             });
-            (right, rounded, energies, readings)
+            (right, rounded, energies, magnitudes)
         });
         let mut sum = Energies::default();
-        let mut all = Readings::default();
-        for (flow, rounded, energies, readings) in ran {
+        let mut all = Magnitudes::default();
+        for (flow, rounded, energies, magnitudes) in ran {
             self.flows.push(flow);
             self.rounded.push(rounded);
             sum.add(energies);
-            all.merge(readings);
+            all.merge(magnitudes);
         }
         self.blocks.push(sum.error(layer));
         Ok(read.then_some(all))
@@ -325,7 +330,7 @@ struct Others<'a, B: Engine> {
 
 /// Sums over scored tokens for one model compared with the dense one.
 #[derive(Clone, Copy, Debug, Default)]
-struct Sum {
+struct TokenSums {
     tokens: usize,
     loss: f64,
     /// Negative log-likelihood of the dense model on the same tokens.
@@ -334,7 +339,7 @@ struct Sum {
     agreed: usize,
 }
 
-impl Sum {
+impl TokenSums {
     /// Adds the log-probabilities `found`, and the dense model's for comparison.
     fn add<B: Engine>(&mut self, found: Tensor<B, 2>, right: Option<&Right<B>>, targets: &[u32]) {
         self.tokens += targets.len();
@@ -363,19 +368,19 @@ struct Right<B: Engine> {
 
 /// Sums for the verified model and for the round-to-nearest baseline.
 #[derive(Default)]
-struct Sums {
-    own: Sum,
-    nearest: Sum,
+struct ModelSums {
+    own: TokenSums,
+    nearest: TokenSums,
 }
 
-impl Sums {
+impl ModelSums {
     fn add<B: Engine>(
         &mut self,
         head: &Head<B>,
         flow: &Flow<B>,
         others: Option<Others<'_, B>>,
         windows: &[Vec<u32>],
-        readings: &mut Readings,
+        magnitudes: &mut Magnitudes,
     ) {
         for (i, tokens) in windows.iter().enumerate() {
             let window = tokens.len();
@@ -388,7 +393,7 @@ impl Sums {
                     head.logits(flow.residual.clone().slice([rows.clone()]))
                 };
                 let own = logits(head, flow);
-                readings.read("logits", own.clone());
+                magnitudes.read("logits", own.clone());
                 let right = others.as_ref().and_then(|others| {
                     let log_p = log_softmax(logits(others.head, others.dense?), 1);
                     Some(Right {
@@ -410,9 +415,9 @@ impl Sums {
         }
     }
 
-    fn compared<B: Engine>(&self, beside: Beside<'_, B>) -> Compared {
-        let Sums { own, nearest } = self;
-        Compared {
+    fn compared<B: Engine>(&self, beside: Beside<'_, B>) -> DenseComparison {
+        let ModelSums { own, nearest } = self;
+        DenseComparison {
             loss: own.mean(own.dense_loss),
             kl_divergence: own.mean(own.divergence),
             top1_agreement: own.mean(own.agreed as f64),

@@ -2,7 +2,7 @@
 //! configs and the recorded digests, dequantizes, runs it beside the dense model, and writes a
 //! verification report. Shares no code with the solver.
 //!
-//! Reading order: [`Request`] says what to check and what to tolerate, [`verify`] does it, and
+//! Reading order: [`VerifyOptions`] says what to check and what to tolerate, [`verify`] does it, and
 //! [`Receipt`](gptq_plan::Receipt) is the result.
 
 #![forbid(unsafe_code)]
@@ -28,5 +28,4 @@ mod weights;
 
 pub use error::VerifyError;
 pub use tolerance::Asked;
-pub(crate) use verify::check;
-pub use verify::{Evaluation, RANGE, Request, check_tensors, perplexity, verify};
+pub use verify::{Evaluation, RANGE, VerifyOptions, check_tensors, perplexity, verify};

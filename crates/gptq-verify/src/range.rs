@@ -25,22 +25,22 @@ pub(crate) fn place(layer: Option<usize>, what: &str) -> String {
 
 /// Largest magnitude of one kind, and the number of values beyond the range of f16.
 #[derive(Clone, Debug, PartialEq)]
-struct Reading {
+struct Magnitude {
     what: String,
     largest: f64,
     over: u64,
 }
 
-/// Readings of a block or of the head.
+/// Magnitudes of a block or of the head.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Readings(Vec<Reading>);
+pub(crate) struct Magnitudes(Vec<Magnitude>);
 
-impl Readings {
+impl Magnitudes {
     /// Runs a block on `flow` and reads its intermediate values.
-    pub(crate) fn of<B: Engine>(block: &Block<B>, flow: Flow<B>) -> (Flow<B>, Readings) {
-        let mut readings = Readings::default();
-        let flow = block.observed(flow, &mut |seen| readings.see(block, seen));
-        (flow, readings)
+    pub(crate) fn of<B: Engine>(block: &Block<B>, flow: Flow<B>) -> (Flow<B>, Magnitudes) {
+        let mut magnitudes = Magnitudes::default();
+        let flow = block.observed(flow, &mut |seen| magnitudes.see(block, seen));
+        (flow, magnitudes)
     }
 
     fn see<B: Engine>(&mut self, block: &Block<B>, seen: Seen<B>) {
@@ -73,7 +73,7 @@ impl Readings {
             true => 0,
             false => count(magnitudes.lower_equal_elem(limit).bool_not().int().sum()),
         };
-        self.add(Reading {
+        self.add(Magnitude {
             what: what.to_owned(),
             largest,
             over,
@@ -104,7 +104,7 @@ impl Readings {
             .filter(|&(_, bound)| bound > limit && bound.is_finite())
             .collect();
         bounds.sort_by(|a, b| b.1.total_cmp(&a.1));
-        let mut reading = Reading {
+        let mut magnitude = Magnitude {
             what: "attention scores before scaling".to_owned(),
             largest: 0.0,
             over: 0,
@@ -122,34 +122,41 @@ impl Readings {
             let (q, k) = (part(&q, head * shared, shared), part(&k, head, 1));
             let scores = q.matmul(k.transpose());
             let largest: f64 = scores.clone().max_dim(1).max().into_scalar().elem();
-            reading.largest = reading.largest.max(largest);
+            magnitude.largest = magnitude.largest.max(largest);
             if largest > limit {
-                reading.over += count(scores.greater_elem(limit).int().sum());
+                magnitude.over += count(scores.greater_elem(limit).int().sum());
             }
         }
-        self.add(reading);
+        self.add(magnitude);
     }
 
-    fn add(&mut self, new: Reading) {
-        match self.0.iter_mut().find(|reading| reading.what == new.what) {
-            Some(reading) => {
-                if new.largest > reading.largest || new.largest.is_nan() {
-                    reading.largest = new.largest;
+    fn add(&mut self, new: Magnitude) {
+        match self
+            .0
+            .iter_mut()
+            .find(|magnitude| magnitude.what == new.what)
+        {
+            Some(magnitude) => {
+                if new.largest > magnitude.largest || new.largest.is_nan() {
+                    magnitude.largest = new.largest;
                 }
-                reading.over += new.over;
+                magnitude.over += new.over;
             }
             None => self.0.push(new),
         }
     }
 
-    /// Adds the readings of another chunk.
-    pub(crate) fn merge(&mut self, other: Readings) {
-        other.0.into_iter().for_each(|reading| self.add(reading));
+    /// Adds the magnitudes of another chunk.
+    pub(crate) fn merge(&mut self, other: Magnitudes) {
+        other
+            .0
+            .into_iter()
+            .for_each(|magnitude| self.add(magnitude));
     }
 
     /// Returns true if any value is beyond the range.
     pub(crate) fn overflow(&self) -> bool {
-        self.0.iter().any(|reading| reading.over > 0)
+        self.0.iter().any(|magnitude| magnitude.over > 0)
     }
 
     fn is_over(&self, what: &str) -> bool {
@@ -177,21 +184,21 @@ fn output(module: &str) -> String {
 pub(crate) fn add(
     range: &mut F16Range,
     layer: Option<usize>,
-    readings: &Readings,
-    dense: Option<&Readings>,
+    magnitudes: &Magnitudes,
+    dense: Option<&Magnitudes>,
 ) {
-    for reading in &readings.0 {
-        if reading.over > 0 {
+    for magnitude in &magnitudes.0 {
+        if magnitude.over > 0 {
             range.overflows.push(F16Overflow {
                 layer,
-                what: reading.what.clone(),
-                values: reading.over,
-                largest: Some(reading.largest).filter(|l| l.is_finite()),
-                dense: dense.map(|dense| dense.is_over(&reading.what)),
+                what: magnitude.what.clone(),
+                values: magnitude.over,
+                largest: Some(magnitude.largest).filter(|l| l.is_finite()),
+                dense: dense.map(|dense| dense.is_over(&magnitude.what)),
             });
-        } else if reading.largest > range.largest {
-            range.largest = reading.largest;
-            range.at = place(layer, &reading.what);
+        } else if magnitude.largest > range.largest {
+            range.largest = magnitude.largest;
+            range.at = place(layer, &magnitude.what);
         }
     }
 }
@@ -216,27 +223,27 @@ mod tests {
         let q = vec![1.0, 0.0, 300.0, 0.0, 2.0, 0.0, -300.0, 0.0];
         let k = vec![1.0, 1.0, 300.0, -5.0];
         for dtype in [DType::F32, DType::F16] {
-            let mut readings = Readings::default();
-            readings.scores(
+            let mut magnitudes = Magnitudes::default();
+            magnitudes.scores(
                 heads(q.clone(), [1, 2, 2, 2], dtype),
                 heads(k.clone(), [1, 2, 1, 2], dtype),
             );
-            let [reading] = &readings.0[..] else {
-                panic!("one reading")
+            let [magnitude] = &magnitudes.0[..] else {
+                panic!("one magnitude")
             };
-            assert_eq!((reading.largest, reading.over), (9e4, 1), "{dtype:?}");
+            assert_eq!((magnitude.largest, magnitude.over), (9e4, 1), "{dtype:?}");
         }
     }
 
     #[test]
     fn scores_that_cannot_reach_the_range_are_not_computed() {
-        let mut readings = Readings::default();
-        readings.scores(
+        let mut magnitudes = Magnitudes::default();
+        magnitudes.scores(
             heads(vec![250.0, 0.0], [1, 1, 1, 2], DType::F32),
             heads(vec![250.0, 0.0], [1, 1, 1, 2], DType::F32),
         );
-        assert_eq!(readings.0[0].largest, 0.0);
-        assert!(!readings.overflow());
+        assert_eq!(magnitudes.0[0].largest, 0.0);
+        assert!(!magnitudes.overflow());
     }
 
     #[test]
@@ -245,10 +252,10 @@ mod tests {
         for dtype in [DType::F32, DType::F16] {
             let data = TensorData::new(values.clone(), [2, 3]);
             let x = Tensor::<Cpu, 2>::from_data(data, (&Default::default(), DType::F32));
-            let mut readings = Readings::default();
-            readings.read("values", x.cast(dtype));
+            let mut magnitudes = Magnitudes::default();
+            magnitudes.read("values", x.cast(dtype));
             let mut range = F16Range::default();
-            add(&mut range, Some(3), &readings, None);
+            add(&mut range, Some(3), &magnitudes, None);
             let found = &range.overflows[0];
             assert_eq!((found.values, found.largest), (2, None), "{dtype:?}");
             assert_eq!(place(found.layer, &found.what), "values of block 3");

@@ -22,18 +22,18 @@ pub(crate) struct Recorded {
 struct Report {
     preset: Option<String>,
     #[serde(default)]
-    linears: Vec<Linear>,
-    calibration: Option<Calibration>,
+    linears: Vec<LinearRecord>,
+    calibration: Option<CalibrationRecord>,
 }
 
 #[derive(Deserialize)]
-struct Linear {
+struct LinearRecord {
     name: String,
     digests: Option<LinearDigests>,
 }
 
 #[derive(Deserialize)]
-struct Calibration {
+struct CalibrationRecord {
     #[serde(default)]
     samples: usize,
     #[serde(default)]

@@ -8,8 +8,7 @@
 use gptq_format::{Bits, GroupSize, QuantizeConfig};
 use gptq_plan::{BlockError, Check, NearestRounding, Receipt, Tolerances};
 
-use crate::check;
-use crate::compare::{Compared, Nearest};
+use crate::compare::{DenseComparison, Nearest};
 use crate::recorded::Recorded;
 use crate::weights::Strange;
 
@@ -35,30 +34,30 @@ pub struct Asked {
 
 /// Absolute limits by bits per weight: nats per token, and share of tokens, independent of the
 /// baseline.
-struct Most {
+struct LossLimit {
     bits: f64,
     nats: f64,
     disagreement: f64,
 }
 
-const MOST: [Most; 4] = [
+const MOST: [LossLimit; 4] = [
     most(2.0, 1.8, 0.8),
     most(3.0, 1.0, 0.6),
     most(4.0, 0.5, 0.4),
     most(8.0, 0.1, 0.2),
 ];
 
-const fn most(bits: f64, nats: f64, disagreement: f64) -> Most {
-    Most {
+const fn most(bits: f64, nats: f64, disagreement: f64) -> LossLimit {
+    LossLimit {
         bits,
         nats,
         disagreement,
     }
 }
 
-impl Most {
+impl LossLimit {
     /// Interpolates between the table's rows.
-    fn at(bits: f64) -> Most {
+    fn at(bits: f64) -> LossLimit {
         let mut rows = MOST.windows(2).filter_map(|pair| match pair {
             [low, high] => Some((low, high)),
             _ => None,
@@ -84,7 +83,7 @@ impl Most {
 /// Returns the tolerances that were asked for, and for the others what a branch of `bits` per weight is to keep
 /// beside its rounding to nearest. The block error is the most that any block may have.
 fn tolerances(asked: Asked, bits: f64, nearest: Option<&Nearest>) -> Tolerances {
-    let most = Most::at(bits);
+    let most = LossLimit::at(bits);
     // Rounding to nearest may give numbers that are not finite.
     let beside = |lost: Option<f64>, most: f64| match lost.filter(|lost| lost.is_finite()) {
         Some(lost) => most.min(NOISE + FACTOR * lost.max(0.0)),
@@ -102,7 +101,7 @@ fn tolerances(asked: Asked, bits: f64, nearest: Option<&Nearest>) -> Tolerances 
 }
 
 /// Checks the measurements against the dense model, and records them.
-pub(crate) fn judge(receipt: &mut Receipt, loss: f64, compared: Compared, asked: Asked) {
+pub(crate) fn judge(receipt: &mut Receipt, loss: f64, compared: DenseComparison, asked: Asked) {
     let mut allowed = tolerances(asked, compared.bits, compared.nearest.as_ref());
     let nearest = compared.nearest.as_ref().map(rounding);
     let increase = (loss - compared.loss).exp_m1();
@@ -113,7 +112,7 @@ pub(crate) fn judge(receipt: &mut Receipt, loss: f64, compared: Compared, asked:
     };
     let of = |value: fn(&NearestRounding) -> Option<f64>| nearest.as_ref().and_then(value);
     receipt.checks.extend([
-        check(
+        Check::new(
             "perplexity",
             increase <= allowed.perplexity_increase,
             format!(
@@ -125,7 +124,7 @@ pub(crate) fn judge(receipt: &mut Receipt, loss: f64, compared: Compared, asked:
                 percent(allowed.perplexity_increase)
             ),
         ),
-        check(
+        Check::new(
             "KL divergence",
             compared.kl_divergence <= allowed.kl_divergence,
             format!(
@@ -135,7 +134,7 @@ pub(crate) fn judge(receipt: &mut Receipt, loss: f64, compared: Compared, asked:
                 allowed.kl_divergence
             ),
         ),
-        check(
+        Check::new(
             "top-1 agreement",
             compared.top1_agreement >= allowed.top1_agreement,
             format!(
@@ -184,7 +183,7 @@ fn worst(blocks: &[BlockError], asked: Option<f64>) -> Worst {
     if let Some(block) = broken {
         let reason = block.reason.as_deref().unwrap_or_default();
         return Worst {
-            check: check("blocks", false, format!("block {}: {reason}", block.layer)),
+            check: Check::new("blocks", false, format!("block {}: {reason}", block.layer)),
             tolerated: tolerated(block),
         };
     }
@@ -195,7 +194,7 @@ fn worst(blocks: &[BlockError], asked: Option<f64>) -> Worst {
     let worst = judged.max_by(|a, b| share(a.0, a.1).total_cmp(&share(b.0, b.1)));
     let Some((block, error)) = worst else {
         return Worst {
-            check: check(
+            check: Check::new(
                 "blocks",
                 true,
                 "every block of the dense model leaves its input unchanged".into(),
@@ -213,7 +212,7 @@ fn worst(blocks: &[BlockError], asked: Option<f64>) -> Worst {
         block.layer
     );
     Worst {
-        check: check("blocks", error <= tolerated, detail),
+        check: Check::new("blocks", error <= tolerated, detail),
         tolerated,
     }
 }
@@ -234,7 +233,7 @@ fn scales(strange: &[Strange]) -> Option<Check> {
             n => format!("; {n} such groups in {} linear layers", strange.len()),
         }
     );
-    Some(check("scales", false, detail))
+    Some(Check::new("scales", false, detail))
 }
 
 /// Says where the loss is largest and how to reduce it; `None` if the loss is small.

@@ -30,7 +30,7 @@ pub struct Evaluation {
 
 /// Checks to make.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Request {
+pub struct VerifyOptions {
     /// Run the model on this text.
     pub evaluation: Option<Evaluation>,
     /// Run this dense model beside it on the same text.
@@ -57,7 +57,7 @@ pub fn check_tensors(dir: &Path) -> Result<Vec<Check>, VerifyError> {
 /// of the report.
 pub fn verify(
     dir: &Path,
-    request: &Request,
+    request: &VerifyOptions,
     device: Device,
     on_progress: &mut dyn FnMut(f64),
 ) -> Result<Receipt, VerifyError> {
@@ -70,7 +70,7 @@ pub fn verify(
 
 struct Verify<'a> {
     dir: &'a Path,
-    request: &'a Request,
+    request: &'a VerifyOptions,
     on_progress: &'a mut dyn FnMut(f64),
 }
 
@@ -174,7 +174,9 @@ fn run<B: Engine>(
     let text_sha256 = sha256_file(text)?;
     if recorded.calibration_sha256.contains(&text_sha256) {
         let detail = "this file was used for calibration; measure on other text";
-        receipt.checks.push(check("text", false, detail.into()));
+        receipt
+            .checks
+            .push(Check::new("text", false, detail.into()));
         return Ok(());
     }
     let evaluated = evaluated(dir, asked.evaluation)?;
@@ -195,7 +197,7 @@ fn run<B: Engine>(
     });
     let dense_half = dense.map(|dense| dense.checkpoint().half());
     let (pass, detail) = range_holds(&measured.range, declared(dir, model.half())?, dense_half);
-    receipt.checks.push(check(RANGE, pass, detail));
+    receipt.checks.push(Check::new(RANGE, pass, detail));
     receipt.range = Some(measured.range);
     let whose = |value: f64, name: &Path| match value {
         value if value.is_finite() => None,
@@ -205,7 +207,7 @@ fn run<B: Engine>(
     let lost = whose(perplexity.value, dir)
         .or_else(|| whose(perplexity.dense.unwrap_or_default(), dense_dir?));
     if let Some(detail) = lost {
-        receipt.checks.push(check("perplexity", false, detail));
+        receipt.checks.push(Check::new("perplexity", false, detail));
         return Ok(());
     }
     receipt.perplexity = Some(perplexity);
@@ -343,12 +345,4 @@ fn range_holds(range: &F16Range, declared: Half, dense: Option<Half>) -> (bool, 
         false,
         format!("{found}: programs that compute in f16 get NaN; {why}"),
     )
-}
-
-pub(crate) fn check(name: &str, pass: bool, detail: String) -> Check {
-    Check {
-        name: name.into(),
-        pass,
-        detail,
-    }
 }

@@ -13,12 +13,12 @@ use std::sync::{Mutex, Once, PoisonError};
 use crate::environment;
 
 /// A recorded panic.
-struct Seen {
+struct SeenPanic {
     message: String,
     place: String,
 }
 
-static SEEN: Mutex<Vec<Seen>> = Mutex::new(Vec::new());
+static SEEN: Mutex<Vec<SeenPanic>> = Mutex::new(Vec::new());
 
 /// Maximum number of recorded panics: one leads to others, and the first ones matter most.
 const KEPT: usize = 64;
@@ -60,14 +60,14 @@ pub(crate) fn public(path: &Path) -> String {
         .into_owned()
 }
 
-fn seen() -> std::sync::MutexGuard<'static, Vec<Seen>> {
+fn seen() -> std::sync::MutexGuard<'static, Vec<SeenPanic>> {
     SEEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn remember(panic: &PanicHookInfo<'_>) {
     let mut seen = seen();
     if seen.len() < KEPT {
-        seen.push(Seen {
+        seen.push(SeenPanic {
             message: panic.payload_as_str().unwrap_or("no message").to_owned(),
             place: panic.location().map_or_else(String::new, |at| {
                 // Relative to this project or a registry, without the build directory.
@@ -88,7 +88,7 @@ fn line(about: &str, payload: &(dyn Any + Send)) -> String {
     }
     let seen = seen();
     // Prefers the panic that reached the top; otherwise the last one that was not a consequence.
-    let exact = |seen: &&Seen| Some(seen.message.as_str()) == text && text != Some(SCOPE);
+    let exact = |seen: &&SeenPanic| Some(seen.message.as_str()) == text && text != Some(SCOPE);
     let (message, place) = match seen
         .iter()
         .rev()

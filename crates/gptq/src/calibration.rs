@@ -24,7 +24,7 @@ struct Shown<'a> {
     bos_token: Option<Token<'a>>,
     first_window: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    evaluation: Option<Evaluation>,
+    evaluation: Option<EvaluationSummary>,
     warnings: Vec<String>,
 }
 
@@ -35,7 +35,7 @@ struct Token<'a> {
 }
 
 #[derive(Serialize)]
-struct Evaluation {
+struct EvaluationSummary {
     text: String,
     documents: usize,
     #[serde(skip_serializing_if = "is_zero")]
@@ -121,8 +121,8 @@ fn text_warnings(text: &EvaluationText, overlap: Overlap) -> Vec<String> {
     lines.chain(shared).collect()
 }
 
-fn evaluation(path: &Path, text: &EvaluationText, overlap: Overlap) -> Evaluation {
-    Evaluation {
+fn evaluation(path: &Path, text: &EvaluationText, overlap: Overlap) -> EvaluationSummary {
+    EvaluationSummary {
         text: path
             .file_name()
             .unwrap_or_default()
@@ -138,7 +138,7 @@ fn evaluation(path: &Path, text: &EvaluationText, overlap: Overlap) -> Evaluatio
     }
 }
 
-impl Evaluation {
+impl EvaluationSummary {
     fn describe(&self) -> String {
         let left_out = match self.rows_left_out {
             0 => String::new(),

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
 use gptq_calibration::OnError;
 use gptq_kernels::Device;
 use gptq_plan::{Plan, Recipe, RecipeOverrides, RenderingOverride, parse_size};
 use humantime::parse_duration;
 
 use crate::bug;
-use crate::completions::CompletionsArgs;
 use crate::generate::GenerateArgs;
 use crate::inspect::InspectArgs;
 use crate::log;
@@ -108,6 +108,12 @@ impl Command {
             None => name.to_owned(),
         }
     }
+}
+
+#[derive(Args)]
+pub(crate) struct CompletionsArgs {
+    /// Which shell
+    pub shell: Shell,
 }
 
 #[derive(Args)]

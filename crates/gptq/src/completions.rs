@@ -1,16 +1,9 @@
 //! `gptq completions SHELL`.
 
 use anyhow::Result;
-use clap::{Args, CommandFactory};
-use clap_complete::Shell;
+use clap::CommandFactory;
 
-use crate::cli::Cli;
-
-#[derive(Args)]
-pub(crate) struct CompletionsArgs {
-    /// Which shell
-    shell: Shell,
-}
+use crate::cli::{Cli, CompletionsArgs};
 
 pub(crate) fn run(args: CompletionsArgs) -> Result<()> {
     clap_complete::generate(

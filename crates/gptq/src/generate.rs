@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use gptq_calibration::{ChatTemplate, Message};
-use gptq_generate::{Choice, GenerateError, Prompt, Reply, Settings, generate};
+use gptq_generate::{GenerateError, GenerateOptions, Prompt, Reply, TokenChoice, generate};
 use gptq_kernels::Device;
 use gptq_spec::Census;
 use serde_json::json;
@@ -26,7 +26,7 @@ pub(crate) struct GenerateArgs {
     /// Template of messages; without it, --prompt is used as it is, and --chat uses the tokenizer's
     /// own template if there is one, else ChatML
     #[arg(long, value_name = "NAME")]
-    template: Option<Template>,
+    template: Option<PromptFormat>,
     /// The system message; requires a template
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -66,7 +66,7 @@ pub(crate) struct GenerateArgs {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Template {
+enum PromptFormat {
     /// <|im_start|>role ... <|im_end|>
     Chatml,
     /// The tokenizer's own
@@ -112,8 +112,8 @@ impl GenerateArgs {
         Ok(match (self.template, self.chat) {
             (None, false) => None,
             (None, true) => Some(own()?.unwrap_or_else(ChatTemplate::chatml)),
-            (Some(Template::Chatml), _) => Some(ChatTemplate::chatml()),
-            (Some(Template::Own), _) => match own()? {
+            (Some(PromptFormat::Chatml), _) => Some(ChatTemplate::chatml()),
+            (Some(PromptFormat::Own), _) => match own()? {
                 Some(template) => Some(template),
                 None => anyhow::bail!(
                     "{}: the tokenizer has no chat template; use --template chatml",
@@ -123,17 +123,17 @@ impl GenerateArgs {
         })
     }
 
-    fn settings(&self, template: Option<&ChatTemplate>) -> Settings {
+    fn settings(&self, template: Option<&ChatTemplate>) -> GenerateOptions {
         let mut stop = self.stop.clone();
         stop.extend(
             template
                 .and_then(ChatTemplate::end_of_turn)
                 .map(String::from),
         );
-        Settings {
+        GenerateOptions {
             choice: match self.greedy {
-                true => Choice::Greedy,
-                false => Choice::Sample {
+                true => TokenChoice::Greedy,
+                false => TokenChoice::Sample {
                     temperature: self.temperature,
                     top_k: self.top_k,
                     top_p: self.top_p,

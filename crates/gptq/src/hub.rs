@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, ensure};
 use gptq_calibration::{Source, TextTokenizer};
 use gptq_hub::{DataFiles, Hub, HubSettings, RepoId, STALL, Snapshot};
-use gptq_plan::{Fetched, InputSource, Plan, Recipe};
+use gptq_plan::{FetchedInputs, InputSource, Plan, Recipe, calibration_source, model_source};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{environment, log, size};
@@ -30,8 +30,8 @@ pub(crate) enum Need {
 /// Downloads the inputs that `recipe` names on the Hub; a recipe of local files makes no request.
 /// Small files come first and are checked before the large ones: the shapes, then the plan and the
 /// tokenizer, then the rows, then the weights.
-pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched> {
-    let mut fetched = Fetched::default();
+pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<FetchedInputs> {
+    let mut fetched = FetchedInputs::default();
     let hub = OnceCell::new();
     let connect = || match hub.get() {
         Some(hub) => Ok(hub),
@@ -39,7 +39,7 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<Fetched>
             .map(|new| hub.get_or_init(|| new))
             .map_err(anyhow::Error::from),
     };
-    let (source, calibration) = (recipe.model_source()?, recipe.calibration_source()?);
+    let (source, calibration) = (model_source(recipe)?, calibration_source(recipe)?);
     let mut side = None;
     if let InputSource::Hub { repo, revision } = &source {
         let id = repo_id(repo)?;
@@ -165,7 +165,7 @@ fn warn(repo: &str, snapshot: &Snapshot) {
 /// one at the end; nothing if no file is missing.
 fn with_bar<T>(
     repo: &str,
-    work: impl FnOnce(&dyn Fn(gptq_hub::Progress)) -> Result<T, gptq_hub::HubError>,
+    work: impl FnOnce(&dyn Fn(gptq_hub::DownloadProgress)) -> Result<T, gptq_hub::HubError>,
 ) -> Result<T, gptq_hub::HubError> {
     let terminal = std::io::stderr().is_terminal();
     let style = "{prefix} {bar:30} {bytes:>10}/{total_bytes:<10} {bytes_per_sec:>12} {eta:>4}";

@@ -42,14 +42,14 @@ pub(crate) fn start(
     let filter = EnvFilter::try_new(rust_log.as_deref().unwrap_or(DEFAULT))
         .map_err(|e| anyhow!("RUST_LOG: {e}"))?;
     let sink = match file {
-        Some(path) => Sink::File(
+        Some(path) => LogTarget::File(
             OpenOptions::new()
                 .create(true)
                 .append(true)
                 .open(path)
                 .map_err(|e| anyhow!("--log-file {}: {e}", path.display()))?,
         ),
-        None => Sink::StandardError,
+        None => LogTarget::StandardError,
     };
     // A second call has no effect.
     let _ = tracing_subscriber::fmt()
@@ -301,13 +301,13 @@ fn calibration(manifest: &Manifest) {
 }
 
 /// Destination of log lines.
-enum Sink {
+enum LogTarget {
     File(File),
     StandardError,
 }
 
 struct Inner {
-    sink: Sink,
+    sink: LogTarget,
     secrets: Vec<String>,
 }
 
@@ -329,8 +329,8 @@ impl Write for Log {
         let clean = hide(&String::from_utf8_lossy(line), &inner.secrets);
         let clean = terminal::lines(&clean);
         match &mut inner.sink {
-            Sink::File(file) => file.write_all(clean.as_bytes())?,
-            Sink::StandardError => io::stderr().write_all(clean.as_bytes())?,
+            LogTarget::File(file) => file.write_all(clean.as_bytes())?,
+            LogTarget::StandardError => io::stderr().write_all(clean.as_bytes())?,
         }
         Ok(line.len())
     }

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use gptq_format::Support;
-use gptq_plan::{Look, Plan, Weights, check_texts};
+use gptq_plan::{BranchFiles, Look, Memory, Plan, Weights, check_texts};
 use gptq_spec::ModelConfig;
 use serde_json::{Value, json};
 
@@ -34,7 +34,7 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
 fn print_split(plan: &Plan, ranks: usize) {
     for branch in &plan.branches {
         let name = &branch.name;
-        let support = match branch.split(&plan.config, ranks) {
+        let support = match BranchFiles::of(branch, &plan.config).split(ranks) {
             Ok(support) => support,
             Err(why) => {
                 println!("{name}: not over {ranks} devices: {why}");
@@ -68,7 +68,7 @@ pub(crate) fn show(plan: &Plan, ranks: Option<usize>, as_json: bool) -> Result<(
 
 fn record(plan: &Plan, ranks: Option<usize>) -> Value {
     let config = &plan.config;
-    let memory = plan.memory();
+    let memory = Memory::of(plan);
     let branches = plan.branches.iter().map(|branch| {
         let mut record = json!({
             "name": branch.name,
@@ -79,11 +79,11 @@ fn record(plan: &Plan, ranks: Option<usize>) -> Value {
             "act_order": branch.desc_act,
             "static_groups": branch.static_groups,
             "damp_percent": branch.damp_percent,
-            "bytes": branch.bytes(config),
-            "clients": clients(branch.clients(config)),
+            "bytes": BranchFiles::of(branch, config).bytes(),
+            "clients": clients(BranchFiles::of(branch, config).clients()),
         });
         if let Some(ranks) = ranks {
-            let split = branch.split(config, ranks);
+            let split = BranchFiles::of(branch, config).split(ranks);
             record["tensor_parallel"] = json!({
                 "ranks": ranks,
                 "splits": split.is_ok(),
@@ -156,7 +156,7 @@ fn print(plan: &Plan, ranks: Option<usize>) {
         plan.calibration.seq_len,
         plan.tokens()
     );
-    let memory = plan.memory();
+    let memory = Memory::of(plan);
     println!(
         "peak memory: {} on the device and {} on the host with CUDA, {} on the host without",
         size::binary(memory.device),
@@ -184,7 +184,7 @@ fn print(plan: &Plan, ranks: Option<usize>) {
         .to_vec(),
     ];
     for branch in &plan.branches {
-        let support = branch.clients(config);
+        let support = BranchFiles::of(branch, config).clients();
         let loads: Vec<&str> = support
             .iter()
             .filter(|s| s.verdict.is_ok())
@@ -202,7 +202,7 @@ fn print(plan: &Plan, ranks: Option<usize>) {
             },
             branch.order().cell().to_owned(),
             branch.damp_percent.to_string(),
-            size::decimal(branch.bytes(config)),
+            size::decimal(BranchFiles::of(branch, config).bytes()),
             loads.join(", "),
         ]);
     }
@@ -220,7 +220,7 @@ fn print(plan: &Plan, ranks: Option<usize>) {
         if let Some(note) = &branch.group_note {
             println!("{}: {note}", branch.name);
         }
-        for support in branch.clients(config) {
+        for support in BranchFiles::of(branch, config).clients() {
             let client = support.client.name();
             match (support.verdict, support.note) {
                 (Err(why), _) => println!("{}: not in {client}: {why}", branch.name),

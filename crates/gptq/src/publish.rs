@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail, ensure};
 use gptq_format::branch_dirs;
-use gptq_hub::{Changes, Hub, LocalFile, RepoId};
+use gptq_hub::{Changes, Hub, LocalFile, RepoId, changes, create_repo, create_revision, upload};
 use gptq_plan::{RECEIPT, Receipt};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -51,7 +51,7 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
     let hub = Hub::new(settings)?;
     // Nothing is sent if any branch would remove weights that this program did not write.
     for (name, files) in &uploads {
-        let changes = hub.changes(&id, name, files)?;
+        let changes = changes(&hub, &id, name, files)?;
         ensure!(
             changes.own || args.delete,
             "{id} {name}: gptq did not publish the weights there, and publishing would remove {}; check --repo, \
@@ -60,26 +60,26 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
         );
     }
     if !args.dry_run {
-        hub.create(&id, args.private)?;
+        create_repo(&hub, &id, args.private)?;
     }
     let bar = bar(uploads.len());
     let mut published = Vec::new();
     for (name, files) in uploads {
         bar.set_message(name.clone());
-        let mut changes = hub.changes(&id, name, &files)?;
+        let mut changes = changes(&hub, &id, name, &files)?;
         if changes.create && !args.dry_run {
-            hub.create_revision(&id, name)?;
+            create_revision(&hub, &id, name)?;
             changes = Changes {
                 create: true,
                 own: true,
-                ..hub.changes(&id, name, &files)?
+                ..self::changes(&hub, &id, name, &files)?
             };
         }
         if let Some(warning) = losses(&format!("{id} {name}"), &changes, args.dry_run) {
             bar.suspend(|| log::warning(&warning));
         }
         if !args.dry_run {
-            hub.upload(&id, name, &changes)?;
+            upload(&hub, &id, name, &changes)?;
         }
         bar.inc(1);
         if args.json {

@@ -8,10 +8,10 @@ use gptq_format::{Checkpoint, sha256_file};
 use gptq_kernels::Device;
 use gptq_plan::{
     BranchReport, Check, InputSource, Look, Measure, Perplexity, Plan, Recipe, check_texts,
-    failures,
+    failures, model_source,
 };
 use gptq_run::{Event, Outcome, Phase, Profile, RunOptions, quantize, unfinished};
-use gptq_verify::{Evaluation, RANGE, Request, check_tensors, perplexity, verify};
+use gptq_verify::{Evaluation, RANGE, VerifyOptions, check_tensors, perplexity, verify};
 use serde_json::json;
 
 use crate::cli::{QuantizeArgs, RunArgs, warn};
@@ -41,7 +41,7 @@ pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
         let mut plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
         plan.warnings.extend(check_texts(&plan, Look::Whole)?);
         warn(&plan);
-        if plan.weights.is_none() && matches!(recipe.model_source()?, InputSource::Local(_)) {
+        if plan.weights.is_none() && matches!(model_source(&recipe)?, InputSource::Local(_)) {
             // Fails with a message that lists the expected files.
             Checkpoint::open(&plan.model_dir)?;
         }
@@ -189,9 +189,9 @@ fn prove(
         holds(&check_tensors(dir)?)?;
         return Ok(None);
     };
-    let request = Request {
+    let request = VerifyOptions {
         evaluation: Some(evaluation.clone()),
-        ..Request::default()
+        ..VerifyOptions::default()
     };
     let mut progress = TextProgress::new(&report.branch);
     let mut show = |done| progress.show(done);

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use gptq_format::branch_dirs;
-use gptq_plan::{BranchReport, Measure, Recipe, RecipeOverrides};
-use gptq_verify::{Evaluation, Request, verify};
+use gptq_plan::{BranchReport, Measure, Recipe, RecipeOverrides, model_source};
+use gptq_verify::{Evaluation, VerifyOptions, verify};
 use serde::Serialize;
 
 use crate::cli::RequantizeArgs;
@@ -18,9 +18,9 @@ pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
     let recipe = recipe(&args, &before)?;
     let after = quantize::produce(&recipe, &args.run, signals)?;
     let evaluation = after.plan.evaluation.clone();
-    let request = evaluation.map(|(text, window)| Request {
+    let request = evaluation.map(|(text, window)| VerifyOptions {
         evaluation: Some(Evaluation { text, window }),
-        ..Request::default()
+        ..VerifyOptions::default()
     });
     let measure = Measure::of(
         after
@@ -40,7 +40,7 @@ pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
             }
             None => None,
         };
-        compared.push(Compared {
+        compared.push(BeforeAfter {
             branch: new.branch.clone(),
             measure,
             mean_error: [new, old].map(|report| report.summary(measure).mean_error),
@@ -67,7 +67,7 @@ pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
 
 /// Results of a branch before and after.
 #[derive(Serialize)]
-struct Compared {
+struct BeforeAfter {
     branch: String,
     /// Reference of the errors.
     measure: Measure,
@@ -78,7 +78,7 @@ struct Compared {
     dense_perplexity: Option<f64>,
 }
 
-fn comparison(compared: &[Compared], measure: Measure) -> String {
+fn comparison(compared: &[BeforeAfter], measure: Measure) -> String {
     let mut heading = vec!["branch", measure.name(), "was"];
     if compared.iter().any(|branch| branch.perplexity.is_some()) {
         heading.extend(["perplexity", "was", "dense"]);
@@ -165,7 +165,7 @@ fn recipe(args: &RequantizeArgs, before: &[(PathBuf, BranchReport)]) -> Result<R
             .collect(),
     })?;
     // A report contains no local directories.
-    let model = recipe.model_source();
+    let model = model_source(&recipe);
     model.map_err(|e| anyhow::anyhow!("{e}; name it with --model"))?;
     Ok(recipe)
 }

@@ -9,7 +9,7 @@ use gptq_calibration::{EvaluationText, TextTokenizer};
 use gptq_format::branch_dirs;
 use gptq_kernels::Device;
 use gptq_plan::{Depth, RECEIPT, Receipt};
-use gptq_verify::{Asked, Evaluation, Request, verify};
+use gptq_verify::{Asked, Evaluation, VerifyOptions, verify};
 
 use crate::text_progress::TextProgress;
 use crate::{log, table, terminal};
@@ -53,7 +53,7 @@ pub(crate) struct VerifyArgs {
 }
 
 pub(crate) fn run(args: VerifyArgs) -> Result<()> {
-    let request = Request {
+    let request = VerifyOptions {
         evaluation: args.text.clone().map(|text| Evaluation {
             text,
             window: args.window,
@@ -142,7 +142,7 @@ fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     Ok(found)
 }
 
-fn judge(name: &str, dir: &Path, request: &Request, device: Device) -> Result<Receipt> {
+fn judge(name: &str, dir: &Path, request: &VerifyOptions, device: Device) -> Result<Receipt> {
     let mut progress = TextProgress::new(name);
     Ok(verify(dir, request, device, &mut |done| {
         progress.show(done)

@@ -20,7 +20,7 @@ use crate::Source;
 fn count(path: &Path) -> Result<(u64, usize), String> {
     let file = &Source::Local(path.into()).files().unwrap()[0];
     let (mut rows, mut items) = (0, 0);
-    let _ = crate::reader::read(file, &crate::reader::Reading::of(&["ids"]), &mut |row| {
+    let _ = crate::reader::read(file, &crate::row::Reading::of(&["ids"]), &mut |row| {
         rows += 1;
         items += row["ids"].as_array().map_or(0, Vec::len);
         Ok(ControlFlow::Continue(()))
@@ -57,7 +57,7 @@ fn what_a_fuzzer_found_to_be_slow_is_read_or_refused_soon() {
             let since = Instant::now();
             let read = crate::reader::read(
                 file,
-                &crate::reader::Reading::of(&["input", "output"]),
+                &crate::row::Reading::of(&["input", "output"]),
                 &mut |_| Ok(ControlFlow::Continue(())),
             );
             // Without limits these took minutes; a file of a kilobyte takes milliseconds.
@@ -75,7 +75,7 @@ fn what_a_fuzzer_found_to_be_slow_is_read_or_refused_soon() {
     let path = dir.path().join("rows.parquet");
     fs::copy(file, &path).unwrap();
     let file = &Source::Local(path).files().unwrap()[0];
-    let read = crate::reader::read(file, &crate::reader::Reading::of(&["output"]), &mut |_| {
+    let read = crate::reader::read(file, &crate::row::Reading::of(&["output"]), &mut |_| {
         Ok(ControlFlow::Continue(()))
     });
     let error = read.unwrap_err().to_string();

@@ -44,7 +44,7 @@ fn write(dir: &TempDir, batch: RecordBatch) -> [PathBuf; 3] {
 fn read(path: &Path, column: &str) -> Result<Vec<Value>, String> {
     let file = &Source::Local(path.into()).files().unwrap()[0];
     let mut values = Vec::new();
-    let flow = crate::reader::read(file, &crate::reader::Reading::of(&[column]), &mut |row| {
+    let flow = crate::reader::read(file, &crate::row::Reading::of(&[column]), &mut |row| {
         values.push(row[column].clone());
         Ok(ControlFlow::Continue(()))
     });

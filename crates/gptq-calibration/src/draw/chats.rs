@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use super::*;
+use crate::{OnError, Rendering, RowRange, Source, is_date};
 
 /// The bundled tokenizer with a template of its own.
 fn tokenizer(dir: &TempDir, template: &str) -> TextTokenizer {

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::Template;
+use crate::{OnError, Rendering, RowRange, Source};
 
 fn root(path: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "../..", path].iter().collect()
@@ -146,7 +147,7 @@ fn every_format_and_compression_gives_the_same_windows() {
 fn talks(path: &Path) -> Vec<crate::Value> {
     let file = &Source::Local(path.into()).files().unwrap()[0];
     let mut talks = Vec::new();
-    let _ = crate::reader::read(file, &crate::reader::Reading::of(&[]), &mut |row| {
+    let _ = crate::reader::read(file, &crate::row::Reading::of(&[]), &mut |row| {
         talks.push(row.get("messages").cloned().unwrap_or_default());
         Ok(std::ops::ControlFlow::Continue(()))
     })
@@ -374,7 +375,7 @@ proptest! {
         fs::write(&path, bytes).unwrap();
         let file = &Source::Local(path).files().unwrap()[0];
         let mut rows = 0;
-        let read = crate::reader::read(file, &crate::reader::Reading::of(&["input"]), &mut |_| {
+        let read = crate::reader::read(file, &crate::row::Reading::of(&["input"]), &mut |_| {
             rows += 1;
             Ok(std::ops::ControlFlow::Continue(()))
         });

@@ -3,6 +3,7 @@
 use super::tests::{settings, tokenizer};
 use super::*;
 use crate::Template;
+use crate::{Rendering, RowRange, Source, first_look};
 
 /// Returns settings for rows of `text` written as `name`.
 fn of_file(
@@ -40,7 +41,7 @@ fn a_row_without_the_key_is_as_one_with_null_and_a_row_without_text_is_no_docume
 
     let refusal = |rows: &str, rendering| {
         let settings = of_file(&dir, "b.jsonl", rows, rendering);
-        let look = Calibration::first_look(&settings, Some(&tokenizer()))
+        let look = first_look(&settings, Some(&tokenizer()))
             .unwrap_err()
             .to_string();
         let error = Calibration::draw(&settings, &tokenizer())
@@ -171,8 +172,7 @@ fn a_first_look_at_a_long_file_reads_its_beginning_alone() {
     let mut text: String = (0..5000).map(row).collect();
     text += "{broken\n";
     let settings = of_file(&dir, "a.jsonl", &text, text_column());
-    let look =
-        |settings: &CalibrationSettings| Calibration::first_look(settings, Some(&tokenizer()));
+    let look = |settings: &CalibrationSettings| first_look(settings, Some(&tokenizer()));
     assert_eq!(look(&settings).unwrap(), Vec::<String>::new());
     assert!(Calibration::draw(&settings, &tokenizer()).is_err());
     let none = of_file(
@@ -207,7 +207,7 @@ fn a_first_look_at_a_long_file_reads_its_beginning_alone() {
             .contains("none.json")
     );
     assert!(
-        Calibration::first_look(&missing, None).is_err(),
+        first_look(&missing, None).is_err(),
         "without a tokenizer too"
     );
     let hub = CalibrationSettings {
@@ -240,10 +240,7 @@ fn where_the_file_and_transformers_tell_apart_the_first_rows_show_it() {
         warnings.len() == 1 && warnings[0].contains(words),
         "{warnings:?}"
     );
-    assert_eq!(
-        Calibration::first_look(&settings, Some(&tokenizer())).unwrap(),
-        warnings
-    );
+    assert_eq!(first_look(&settings, Some(&tokenizer())).unwrap(), warnings);
     let plain = of_file(&dir, "b.jsonl", &rows.replace("\" A", "\"A"), text_column());
     assert_eq!(
         Calibration::draw(&plain, &tokenizer()).unwrap().difference,

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::Template;
+use crate::{OnError, Rendering, Source, first_look};
 
 fn tokenizer() -> &'static TextTokenizer {
     static ONCE: OnceLock<TextTokenizer> = OnceLock::new();
@@ -54,7 +55,7 @@ fn drawn(
     };
     let drawn = Calibration::draw(&settings, tokenizer()).ok()?;
     // A first look finds no error in a file that can be drawn from.
-    Calibration::first_look(&settings, Some(tokenizer())).unwrap();
+    first_look(&settings, Some(tokenizer())).unwrap();
     Some((drawn.windows, drawn.manifest))
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::Template;
+use crate::{OnError, Rendering, RowRange, Source};
 
 fn root(path: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "../..", path].iter().collect()

@@ -111,7 +111,7 @@ fn more_text_than_the_limit_is_refused_as_it_is_unpacked() {
     let file = SourceFile {
         name: "a.txt.gz".into(),
         path,
-        format: Format::Text,
+        format: RowFormat::Text,
         compression: Compression::Gzip,
     };
     assert_eq!(plain(&file, 1000, u64::MAX).unwrap().texts[0].len(), 1000);
@@ -119,7 +119,7 @@ fn more_text_than_the_limit_is_refused_as_it_is_unpacked() {
     assert!(line.contains("limit of 999 bytes"), "{line}");
     let rows = SourceFile {
         path: put(&dir, "rows.jsonl", &lines("text")),
-        format: Format::JsonLines,
+        format: RowFormat::JsonLines,
         compression: Compression::None,
         ..file
     };

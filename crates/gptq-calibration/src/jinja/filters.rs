@@ -6,8 +6,8 @@ use minijinja::value::{Kwargs, Object, ObjectRepr, Rest, ValueKind, ValueOrKwarg
 use minijinja::{Environment, Error, State, Value, functions};
 use minijinja_contrib::{filters, globals};
 
-use super::methods::View;
 use super::python::{Text, is_dict, refusal, str_of, type_name};
+use super::view::View;
 use super::{format, json};
 
 /// Adds them all.

@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 
-use minijinja::value::{Enumerator, Kwargs, Object, ObjectRepr, Tuple, ValueKind, from_args};
+use minijinja::value::{Kwargs, Object, ObjectRepr, Tuple, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
 use super::format;
 use super::python::{is_dict, refusal, type_name};
+use super::view::View;
 
 /// Methods of dicts that a template may call.
 const DICT: [&str; 6] = ["copy", "fromkeys", "get", "items", "keys", "values"];
@@ -46,30 +47,6 @@ impl Object for Bound {
 
     fn call(self: &Arc<Self>, state: &mut State<'_, '_>, args: &[Value]) -> Result<Value, Error> {
         self.value.call_method(state, self.name, args)
-    }
-}
-
-/// The keys, values or items of a dict.
-#[derive(Debug)]
-pub(super) struct View {
-    name: &'static str,
-    items: Vec<Value>,
-}
-
-impl View {
-    /// Returns the name that Python prints.
-    pub(super) fn name(&self) -> &'static str {
-        self.name
-    }
-}
-
-impl Object for View {
-    fn repr(self: &Arc<Self>) -> ObjectRepr {
-        ObjectRepr::Iterable
-    }
-
-    fn enumerate(self: &Arc<Self>) -> Enumerator {
-        Enumerator::Values(self.items.clone())
     }
 }
 

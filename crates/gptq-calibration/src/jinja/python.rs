@@ -3,7 +3,7 @@
 use minijinja::value::ValueKind;
 use minijinja::{Error, ErrorKind, State, Value};
 
-use super::methods::View;
+use super::view::View;
 
 /// Bytes of text per step of fuel.
 const BYTES_A_STEP: usize = 64;

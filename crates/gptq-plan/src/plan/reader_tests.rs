@@ -5,7 +5,7 @@ use gptq_format::{Bits, Client, GroupSize, QuantizeConfig};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::ColumnOrder;
+use crate::{BranchFiles, ColumnOrder};
 
 const HEAD: &str =
     "[model]\nsource = \"m\"\n[calibration]\nsource = \"c.json\"\n[output]\ndir = \"out\"\n";
@@ -38,7 +38,7 @@ fn an_order_that_a_recipe_leaves_open_is_one_that_every_reader_takes() {
         let rest = format!("[defaults]\nbits = 4\n{defaults}\n[[branch]]\nname = \"a\"\n{branch}");
         let plan = plan(TINY, &rest).unwrap();
         let branch = &plan.branches[0];
-        let written = branch.quantize_config("m", &plan.config);
+        let written = BranchFiles::of(branch, &plan.config).quantize_config("m");
         assert_eq!(written.desc_act, branch.needs_desc_act());
         assert_eq!(written.static_groups, branch.static_groups);
         assert_eq!(
@@ -48,8 +48,8 @@ fn an_order_that_a_recipe_leaves_open_is_one_that_every_reader_takes() {
                 .static_groups,
             branch.static_groups
         );
-        let vllm = branch
-            .clients(&plan.config)
+        let vllm = BranchFiles::of(branch, &plan.config)
+            .clients()
             .into_iter()
             .find(|s| s.client == Client::Vllm);
         assert_eq!(vllm.unwrap().verdict.is_ok(), !written.desc_act);
@@ -115,13 +115,13 @@ fn readers_are_told_a_damping_that_they_all_take() {
     for (asked, told) in [("0.0", 1e-6), ("0.01", 0.01), ("1.0", 1.0 - 1e-6)] {
         let rest = format!("[[branch]]\nname = \"a\"\nbits = 4\ndamp_percent = {asked}\n");
         let plan = plan(TINY, &rest).unwrap();
-        let written = plan.branches[0].quantize_config("m", &plan.config);
+        let written = BranchFiles::of(&plan.branches[0], &plan.config).quantize_config("m");
         assert_eq!(written.damp_percent, Some(told), "{asked}");
         assert_eq!(
             plan.branches[0].damp_percent.to_string(),
             asked.trim_end_matches(".0")
         );
-        let support = plan.branches[0].clients(&plan.config);
+        let support = BranchFiles::of(&plan.branches[0], &plan.config).clients();
         assert!(support.iter().all(|it| it.verdict.is_ok()), "{support:?}");
     }
 }
@@ -186,7 +186,7 @@ fn patterns_name_modules_and_their_tensors_and_nothing_that_begins_alike() {
                 [[branch.override]]\nmatch = \"*.o_proj\"\nbits = 8\n";
     let plan = plan([256, 768, 130, 4, 2], rest).unwrap();
     let branch = &plan.branches[0];
-    let written = branch.quantize_config("m", &plan.config);
+    let written = BranchFiles::of(branch, &plan.config).quantize_config("m");
     let rules = written.dynamic.iter().flat_map(|rules| rules.iter());
     let patterns: Vec<&str> = rules.map(|(pattern, _)| pattern).collect();
     assert!(
@@ -235,7 +235,7 @@ fn a_branch_splits_where_every_device_gets_whole_heads_and_groups() {
             &format!("[[branch]]\nname = \"a\"\nbits = 4\n{rest}"),
         )
         .unwrap();
-        let support = plan.branches[0].split(&plan.config, ranks)?;
+        let support = BranchFiles::of(&plan.branches[0], &plan.config).split(ranks)?;
         let loads = support.into_iter().filter(|it| it.verdict.is_ok());
         Ok::<_, String>(loads.map(|it| it.client).collect::<Vec<Client>>())
     };

@@ -7,6 +7,7 @@ use gptq_format::{Bits, CheckpointFormat, Client, Dynamic, GroupSize, QuantizeCo
 use serde_json::json;
 
 use super::*;
+use crate::{BranchFiles, Memory, calibration_source};
 
 fn tiny() -> ModelConfig {
     ModelConfig::from_json(json!({
@@ -89,10 +90,10 @@ fn the_published_matrix_has_the_published_sizes() {
     assert_eq!(plan.branches.len(), published.len());
     for (branch, (name, gigabytes, exllama)) in plan.branches.iter().zip(published) {
         assert_eq!(branch.name, name);
-        let size = branch.bytes(&plan.config) as f64 / 1e9;
+        let size = BranchFiles::of(branch, &plan.config).bytes() as f64 / 1e9;
         // The table is rounded to 0.005 GB and counts 2.7 MB of zero biases that are not written.
         assert!((size / gigabytes - 1.0).abs() < 0.002, "{name}: {size}");
-        let loads = branch.clients(&plan.config).into_iter();
+        let loads = BranchFiles::of(branch, &plan.config).clients().into_iter();
         let loads: Vec<Client> = loads
             .filter(|s| s.verdict.is_ok())
             .map(|s| s.client)
@@ -132,10 +133,14 @@ fn seventy_billion_parameters_plan() {
         // A scale of two bytes and a zero point of `bits` for each row of each group.
         let groups = group.map_or(rows, |group| block / group);
         let bytes = 80 * (block * bits / 8 + groups * 2 + groups * bits / 8 + columns * 4) + rest;
-        assert_eq!(branch.bytes(&plan.config), bytes, "{name}");
+        assert_eq!(
+            BranchFiles::of(branch, &plan.config).bytes(),
+            bytes,
+            "{name}"
+        );
     }
     // Six streams of 524288 tokens by 8192 features and one activation of 28672, in f16.
-    let memory = plan.memory();
+    let memory = Memory::of(&plan);
     assert_eq!(memory.states, 524_288 * (6 * 8192 + 28672) * 2);
     assert!(
         memory.device > memory.states && memory.least_host < 16 << 30,
@@ -205,7 +210,7 @@ fn overrides_change_or_skip_the_modules_they_match() {
     assert!(branch.module("model.layers.0.self_attn.k_proj").is_none());
     assert!(branch.module("model.layers.1.self_attn.k_proj").is_some());
     // Clients get the same settings in their own notation, in whatever order they read it.
-    let written = branch.quantize_config("m", &plan.config);
+    let written = BranchFiles::of(branch, &plan.config).quantize_config("m");
     for linear in branch.planned_linears(&plan.config) {
         let (module, ours) = (&linear.module, linear.settings);
         let ours = Some((ours.bits, ours.group_size));
@@ -227,7 +232,7 @@ fn overrides_change_or_skip_the_modules_they_match() {
         written.module("model.layers.0.self_attn.k_proj").unwrap(),
         None
     );
-    let clients = branch.clients(&plan.config).into_iter();
+    let clients = BranchFiles::of(branch, &plan.config).clients().into_iter();
     let clients: Vec<Client> = clients
         .filter(|s| s.verdict.is_ok())
         .map(|s| s.client)
@@ -385,7 +390,7 @@ fn a_calibration_of_more_tokens_than_anyone_uses_is_refused_at_its_place() {
         line.starts_with("r.toml:5:11: ") && line.contains("over 2^34 tokens"),
         "{line}"
     );
-    let memory = read(1 << 17, 1 << 17).unwrap().memory();
+    let memory = Memory::of(&read(1 << 17, 1 << 17).unwrap());
     assert!(memory.states > 1 << 48 && memory.states < u64::MAX);
 }
 
@@ -401,7 +406,7 @@ fn memory_beyond_what_64_bits_hold_is_said_to_be_the_most_they_do() {
     let mut plan = Plan::for_config(&recipe, tiny()).unwrap();
     plan.config = config.unwrap();
     (plan.calibration.samples, plan.calibration.seq_len) = (1 << 10, 1 << 24);
-    let memory = plan.memory();
+    let memory = Memory::of(&plan);
     assert_eq!((memory.device, memory.cpu), (u64::MAX, u64::MAX));
     assert_eq!((memory.states, memory.least_cpu), (u64::MAX, u64::MAX));
 }
@@ -471,9 +476,9 @@ fn what_is_here_is_local_and_owner_and_name_are_on_the_hub() {
         revision: "main".into(),
     };
     let plain = recipe("epfl-llm/meditron-7b", "medalpaca/medical_meadow_wikidoc");
-    assert_eq!(plain.model_source(), Ok(hub("epfl-llm/meditron-7b")));
+    assert_eq!(model_source(&plain), Ok(hub("epfl-llm/meditron-7b")));
     assert_eq!(
-        plain.calibration_source(),
+        calibration_source(&plain),
         Ok(hub("medalpaca/medical_meadow_wikidoc"))
     );
     // Tests run in the crate's directory, which contains these.
@@ -484,14 +489,14 @@ fn what_is_here_is_local_and_owner_and_name_are_on_the_hub() {
         ("src", "rows"),
     ] {
         let recipe = recipe(model, calibration);
-        assert_eq!(recipe.model_source(), Ok(InputSource::Local(model.into())));
+        assert_eq!(model_source(&recipe), Ok(InputSource::Local(model.into())));
         assert_eq!(
-            recipe.calibration_source(),
+            calibration_source(&recipe),
             Ok(InputSource::Local(calibration.into()))
         );
     }
     for model in ["/no/where", "./no/where", "nowhere", "a/b/c"] {
-        let error = recipe(model, "c.json").model_source().unwrap_err();
+        let error = model_source(&recipe(model, "c.json")).unwrap_err();
         assert!(error.to_string().contains("owner/name"), "{error}");
     }
 }

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::branch_progress::BranchProgress;
 use crate::profile::Clock;
-use crate::solve::{Sink, Solve};
+use crate::solve::{Solve, SolvedSink};
 
 const LAYERS: usize = 2;
 const TAPS: usize = 4;
@@ -283,7 +283,7 @@ fn a_check_that_fails_ends_the_loop_before_the_next_tap() {
 #[derive(Default)]
 struct Notes(Vec<String>);
 
-impl Sink for Notes {
+impl SolvedSink for Notes {
     fn linear(
         &mut self,
         branch: usize,

@@ -8,8 +8,9 @@ use gptq_format::{Bits, GroupSize, LinearDigests};
 use gptq_solver::Gains;
 
 use super::*;
+use crate::limits::{LINEAR, check_plan};
 use crate::{
-    BranchBlock, Fingerprint, FinishedBlock, Header, JOURNAL, Origin, RecipeOverrides, Recorded,
+    BranchBlock, Fingerprint, FinishedBlock, Header, JOURNAL, Origin, RecipeOverrides, RecordedRun,
     journal_line,
 };
 
@@ -114,7 +115,7 @@ fn a_report_and_a_journal_of_128_experts_in_94_blocks_are_read_again() {
         }));
     }
     fs::write(dir.path().join(JOURNAL), lines).unwrap();
-    let read = Recorded::read(dir.path()).unwrap().unwrap();
+    let read = RecordedRun::read(dir.path()).unwrap().unwrap();
     assert_eq!(read.blocks.len(), blocks);
     let last = &read.blocks[blocks - 1].branches["main"].linears;
     assert!(last[..] == report.linears[count - last.len()..]);
