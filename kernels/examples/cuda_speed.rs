@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use burn::tensor::{DType, Distribution, Int, Tensor, TensorData, backend::Backend};
 use cudarc::driver::CudaContext;
-use gptq_format::{Bits, CheckpointFormat, GroupSize, PackedLinear};
+use gptq_format::{Bits, GroupSize, PackedLinear};
 use gptq_kernels::cuda::{
     Cuda, Device, attend_next, causal_attention, embedding, gram_add, gram_zeros, linear,
     packed_linear, resident, rms_norm, rotary, solve, swiglu,
@@ -280,16 +280,16 @@ fn generate(device: &Device, ceilings: &Ceilings) {
                 bits,
                 in_features: inside,
                 out_features: out,
-                format: CheckpointFormat::Gptq,
-                qweight: vec![code; inside / 32 * b * out],
-                qzeros: vec![0x7777_7777; groups * out / 32 * b],
+                codes: vec![code; inside / 32 * b * out],
                 scales: vec![f16::from_f32(0.01); groups * out],
+                zeros: vec![bits.symmetric_zero(); groups * out],
                 // With act order, a group's columns are not contiguous.
                 g_idx: (0..inside)
                     .map(|i| (i * 5 % inside % groups) as i32)
                     .collect(),
             };
-            let bytes = 4 * (packed.qweight.len() + packed.qzeros.len()) + 2 * packed.scales.len();
+            // A cell of the grid holds scale and zero point.
+            let bytes = 4 * (packed.codes.len() + packed.scales.len());
             let layers: Vec<_> = (0..BYTES.div_ceil(bytes))
                 .map(|_| resident(&packed, device).unwrap())
                 .collect();
@@ -344,8 +344,7 @@ fn solving(device: &Device) -> f64 {
         };
         let mut errors = [0.0; 2];
         let time = seconds(device, 3, || {
-            let subset =
-                solve(gram.clone(), None, hessian, &layers, CheckpointFormat::Gptq).unwrap();
+            let subset = solve(gram.clone(), None, hessian, &layers).unwrap();
             errors = [subset.solved[0].relative_error, subset.solved[0].rtn_error];
         });
         println!(

@@ -2,12 +2,13 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::sigmoid};
-use gptq_format::{CheckpointFormat, Half, PackedLinear};
+use gptq_format::{Half, PackedLinear};
+use gptq_solver::SolverError;
 use rayon::prelude::*;
 
 use crate::{
-    Drift, Hessian, HostBuffer, NotFinite, PackedWeight, Request, SolveError, Subset, attention,
-    finite, host_solve,
+    Codes, Drift, Hessian, HostBuffer, Incoming, NotFinite, PackedWeight, Request, Subset,
+    attention, finite, host_solve,
 };
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
@@ -166,19 +167,23 @@ pub trait Engine: Backend {
     }
 
     /// Solves every linear that shares one input: orders, damps and factors its Gram matrix once,
-    /// then quantizes each weight of `requests`, or what `drift` makes of it, and packs it for `format`.
+    /// then quantizes each weight of `requests`, or what `drift` makes of it.
     ///
     /// # Errors
-    /// A Gram matrix that is not finite or cannot be factored, or a result that `format` cannot
-    /// hold.
+    /// A Gram matrix that is not finite or cannot be factored.
     fn solve(
         gram: Tensor<Self, 2>,
         drift: Option<Drift<Self>>,
         hessian: Hessian,
         requests: Vec<Request<Self>>,
-        format: CheckpointFormat,
-    ) -> Result<Subset<Self>, SolveError> {
-        host_solve::solve(gram, drift, hessian, requests, format)
+    ) -> Result<Subset<Self>, SolverError> {
+        host_solve::solve(gram, drift, hessian, requests)
+    }
+
+    /// Packs the codes of a linear into words and sends all of it to the host. The device may still be at it when
+    /// this returns: whoever takes it waits. The inputs are a multiple of 32.
+    fn pack(linear: Codes<Self>) -> Incoming {
+        linear.download().pack().into()
     }
 
     /// The weights a packed linear stands for, `[out, in]` in `dtype`, which [`Engine::compute`] gives.

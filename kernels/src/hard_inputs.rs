@@ -2,13 +2,13 @@
 //! than round-to-nearest's, or an error message with the reason.
 
 use burn::tensor::{DType, Tensor, TensorData};
-use gptq_format::{Bits, CheckpointFormat, GroupSize};
+use gptq_format::{Bits, GroupSize};
 use gptq_solver::{Settings, SolverError};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::cuda::testing;
-use crate::{Cpu, Cuda, Engine, Hessian, Request, SolveError, Subset};
+use crate::{Cpu, Cuda, Engine, Hessian, Request, Subset};
 
 const TOKENS: usize = 256;
 const IN: usize = 64;
@@ -63,7 +63,7 @@ impl<B: Engine> On<B> {
         w: Vec<f32>,
         damping: f64,
         sym: bool,
-    ) -> Result<Subset<B>, SolveError> {
+    ) -> Result<Subset<B>, SolverError> {
         let tensor = |values: Vec<f32>, rows| -> Tensor<B, 2> {
             let data = TensorData::new(values, [rows, IN]).convert_dtype(self.dtype);
             Tensor::from_data(data, (&self.device, self.dtype))
@@ -85,12 +85,8 @@ impl<B: Engine> On<B> {
             act_order: true,
             damping,
         };
-        let format = match sym {
-            true => CheckpointFormat::Gptq,
-            false => CheckpointFormat::GptqV2,
-        };
         let gram = B::gram_add(gram, tensor(x, TOKENS));
-        B::solve(gram, None, hessian, vec![request], format)
+        B::solve(gram, None, hessian, vec![request])
     }
 
     /// Returns the single linear layer, after checking that all its values are finite and no worse
@@ -182,7 +178,7 @@ impl<B: Engine> On<B> {
             x[3 * IN + 9] = value;
             let ended = self.solve(x, random(5, OUT * IN), 0.1, true);
             let error = ended.map(|_| ()).unwrap_err();
-            let refused = matches!(error, SolveError::Solver(SolverError::NonFiniteGram { .. }));
+            let refused = matches!(error, SolverError::NonFiniteGram { .. });
             assert!(refused, "{value}: {error}");
         }
     }

@@ -4,21 +4,20 @@
 use std::time::Instant;
 
 use burn::tensor::{DType, Tensor, TensorData};
-use gptq_format::CheckpointFormat;
 use gptq_solver::{
-    Factor, Gains, Target, output_energy, refine, round_to_nearest, solve as solve_linear,
+    Factor, Gains, SolverError, Target, output_energy, refine, round_to_nearest,
+    solve as solve_linear,
 };
 use nalgebra::DMatrix;
 
-use crate::{Drift, Engine, Hessian, Request, SolveError, SolveTimes, Solved, Subset};
+use crate::{Codes, Drift, Engine, Hessian, Request, SolveTimes, Solved, Subset};
 
 pub(crate) fn solve<B: Engine>(
     gram: Tensor<B, 2>,
     drift: Option<Drift<B>>,
     hessian: Hessian,
     requests: Vec<Request<B>>,
-    format: CheckpointFormat,
-) -> Result<Subset<B>, SolveError> {
+) -> Result<Subset<B>, SolverError> {
     let started = Instant::now();
     let gram = symmetric(gram);
     let factor = Factor::new(&gram, hessian.act_order, hessian.damping)?;
@@ -30,19 +29,19 @@ pub(crate) fn solve<B: Engine>(
         }
         None => None,
     };
-    let mut times = SolveTimes {
-        factor: started.elapsed().as_secs_f64(),
-        ..SolveTimes::default()
-    };
+    let factored = Instant::now();
     let solved = requests
         .into_iter()
-        .map(|request| solve_one(request, &gram, &factor, drift.as_ref(), format, &mut times))
-        .collect::<Result<_, _>>()?;
+        .map(|request| solve_one(request, &gram, &factor, drift.as_ref()))
+        .collect();
     Ok(Subset {
         solved,
         damping: factor.damping,
         dead_columns: factor.dead.len(),
-        times,
+        times: SolveTimes {
+            factor: (factored - started).as_secs_f64(),
+            sweep: factored.elapsed().as_secs_f64(),
+        },
     })
 }
 
@@ -51,10 +50,7 @@ fn solve_one<B: Engine>(
     gram: &DMatrix<f64>,
     factor: &Factor<f64>,
     drift: Option<&(Target<f64>, DMatrix<f64>)>,
-    format: CheckpointFormat,
-    times: &mut SolveTimes,
-) -> Result<Solved<B>, SolveError> {
-    let started = Instant::now();
+) -> Solved<B> {
     let device = request.weight.device();
     let (shape, dtype) = (request.weight.dims(), request.weight.dtype());
     let w = to_matrix(request.weight);
@@ -94,19 +90,15 @@ fn solve_one<B: Engine>(
     };
     let weight = upload(quantized.dequantize());
     let nearest = upload(nearest.into_quantized().dequantize());
-    times.sweep += started.elapsed().as_secs_f64();
-    let started = Instant::now();
-    let packed = quantized.pack(format)?.into();
-    times.pack += started.elapsed().as_secs_f64();
-    Ok(Solved {
-        packed,
+    Solved {
+        codes: Codes::upload(quantized, &device),
         weight,
         nearest,
         relative_error,
         rtn_error,
         objective,
         gains,
-    })
+    }
 }
 
 /// A Gram matrix in f64 on the host, both triangles.

@@ -5,6 +5,7 @@
 //! the CPU. Backends override single operations with faster ones.
 
 mod attention;
+mod codes;
 pub mod cuda;
 mod device;
 mod engine;
@@ -17,10 +18,11 @@ mod packed_weight;
 mod solve_types;
 
 pub use attention::append;
+pub use codes::Codes;
 pub use cuda::{install_panic_hook, keep_kernels};
 pub use device::{Cpu, Cuda, Device, DeviceError, Work};
 pub use engine::{Engine, map_lanes};
 pub use finite::NotFinite;
 pub use host_buffer::{HostBuffer, dtype, half_of};
 pub use packed_weight::{PackedLayout, PackedWeight};
-pub use solve_types::{Drift, Hessian, Incoming, Request, SolveError, SolveTimes, Solved, Subset};
+pub use solve_types::{Drift, Hessian, Incoming, Request, SolveTimes, Solved, Subset};

@@ -1,11 +1,11 @@
 //! A quantized linear on a device, its codes still packed.
 //!
 //! `w[o, i] = scale[g, o] (code[i, o] - zero[g, o])` with `g = g_idx[i]`; `gptq-format` has the layout
-//! of codes and zeros in words.
+//! of codes in words.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
-use gptq_format::{Bits, CheckpointFormat, PackedLinear, QuantizedLinear};
+use gptq_format::{Bits, PackedLinear, QuantizedLinear};
 use half::f16;
 
 /// Packed weights `[out, in]`. Cloning shares the tensors.
@@ -13,8 +13,6 @@ use half::f16;
 pub struct PackedWeight<B: Backend> {
     /// Code width.
     pub bits: Bits,
-    /// Storage of zero points.
-    pub format: CheckpointFormat,
     /// The tensors.
     pub layout: PackedLayout<B>,
 }
@@ -22,14 +20,14 @@ pub struct PackedWeight<B: Backend> {
 /// Where codes, scales and zero points lie.
 #[derive(Clone, Debug)]
 pub enum PackedLayout<B: Backend> {
-    /// As in a checkpoint.
-    Stored {
+    /// As [`PackedLinear`] has them.
+    Columns {
         /// i32 `[in * bits / 32, out]`.
-        qweight: Tensor<B, 2, Int>,
-        /// i32 `[groups, out * bits / 32]`.
-        qzeros: Tensor<B, 2, Int>,
+        codes: Tensor<B, 2, Int>,
         /// f16 `[groups, out]`.
         scales: Tensor<B, 2>,
+        /// u8 `[groups, out]`.
+        zeros: Tensor<B, 2, Int>,
         /// i32 `[in]`, each below `groups`.
         g_idx: Tensor<B, 1, Int>,
     },
@@ -49,25 +47,23 @@ impl<B: Backend> PackedWeight<B> {
     /// Puts the tensors on a device as they are. The lengths and `g_idx` were checked when they were
     /// read.
     pub fn upload(packed: &PackedLinear, device: &B::Device) -> Self {
-        let (n_out, groups) = (
-            packed.out_features,
-            packed.scales.len() / packed.out_features,
-        );
-        let ints = |words: &[u32], shape: [usize; 2]| {
-            let words: Vec<i32> = words.iter().map(|&w| w as i32).collect();
-            Tensor::from_data(TensorData::new(words, shape), (device, DType::I32))
-        };
-        let words_out = packed.qzeros.len() / groups;
-        let words_in = packed.qweight.len() / n_out;
+        let (n_out, groups) = (packed.out_features, packed.groups());
+        let words: Vec<i32> = packed.codes.iter().map(|&word| word as i32).collect();
+        let rows = words.len() / n_out;
         PackedWeight {
             bits: packed.bits,
-            format: packed.format,
-            layout: PackedLayout::Stored {
-                qweight: ints(&packed.qweight, [words_in, n_out]),
-                qzeros: ints(&packed.qzeros, [groups, words_out]),
+            layout: PackedLayout::Columns {
+                codes: Tensor::from_data(
+                    TensorData::new(words, [rows, n_out]),
+                    (device, DType::I32),
+                ),
                 scales: Tensor::from_data(
                     TensorData::new(packed.scales.clone(), [groups, n_out]),
                     (device, DType::F16),
+                ),
+                zeros: Tensor::from_data(
+                    TensorData::new(packed.zeros.clone(), [groups, n_out]),
+                    (device, DType::U8),
                 ),
                 g_idx: Tensor::from_data(
                     TensorData::new(packed.g_idx.clone(), [packed.in_features]),
@@ -80,7 +76,7 @@ impl<B: Backend> PackedWeight<B> {
     /// `[out, in]`.
     pub fn dims(&self) -> [usize; 2] {
         match &self.layout {
-            PackedLayout::Stored { qweight, g_idx, .. } => [qweight.dims()[1], g_idx.dims()[0]],
+            PackedLayout::Columns { codes, g_idx, .. } => [codes.dims()[1], g_idx.dims()[0]],
             PackedLayout::Rows { codes, order, .. } => [codes.dims()[0], order.dims()[0]],
         }
     }
@@ -88,41 +84,43 @@ impl<B: Backend> PackedWeight<B> {
     /// Where the tensors are.
     pub fn device(&self) -> B::Device {
         match &self.layout {
-            PackedLayout::Stored { qweight, .. } => qweight.device(),
-            PackedLayout::Rows { codes, .. } => codes.device(),
+            PackedLayout::Columns { codes, .. } | PackedLayout::Rows { codes, .. } => {
+                codes.device()
+            }
         }
     }
 
-    /// The tensors as a checkpoint has them, on the host; waits for the device.
+    /// The linear on the host; waits for the device.
     pub fn download(&self) -> PackedLinear {
         let [out_features, in_features] = self.dims();
         match &self.layout {
-            PackedLayout::Stored {
-                qweight,
-                qzeros,
+            PackedLayout::Columns {
+                codes,
                 scales,
+                zeros,
                 g_idx,
             } => PackedLinear {
                 bits: self.bits,
                 in_features,
                 out_features,
-                format: self.format,
-                qweight: words(qweight),
-                qzeros: words(qzeros),
+                codes: words(codes),
                 scales: (scales.clone().into_data())
-                    .to_vec::<f16>()
+                    .into_vec::<f16>()
                     .expect("scales are f16"),
+                zeros: (zeros.clone().into_data())
+                    .into_vec::<u8>()
+                    .expect("zero points are u8"),
                 g_idx: ints(g_idx.clone().into_data()),
             },
             PackedLayout::Rows { codes, grid, order } => {
                 let order = ints(order.clone().into_data());
-                self.stored(&words(codes), &words(grid), &order)
+                self.columns(&words(codes), &words(grid), &order)
             }
         }
     }
 
     /// Undoes [`PackedLayout::Rows`].
-    fn stored(&self, codes: &[u32], grid: &[u32], order: &[i32]) -> PackedLinear {
+    fn columns(&self, codes: &[u32], grid: &[u32], order: &[i32]) -> PackedLinear {
         let [n_out, n_in] = self.dims();
         let groups = grid.len() / n_out;
         let (bits, max) = (self.bits.get(), self.bits.max_code());
@@ -147,15 +145,9 @@ impl<B: Backend> PackedWeight<B> {
         for (at, cell) in grid.iter().enumerate() {
             let to = at % groups * n_out + at / groups;
             linear.scales[to] = f16::from_bits(*cell as u16);
-            // As stored: what [`PackedLinear::unpack`] makes a zero point of.
-            let zero = (cell >> 16) as u8;
-            linear.zeros[to] = zero.wrapping_sub(self.format.zero_offset()) & max;
+            linear.zeros[to] = (cell >> 16) as u8;
         }
-        let packed = linear.pack(CheckpointFormat::GptqV2);
-        PackedLinear {
-            format: self.format,
-            ..packed.expect("v2 stores every zero point, and the shape was packed before")
-        }
+        linear.pack()
     }
 }
 
@@ -189,7 +181,7 @@ mod tests {
             zeros: vec![4; 2 * n_out],
             g_idx: (0..n_in as i32).map(|i| i % 2).collect(),
         };
-        let packed = linear.pack(CheckpointFormat::Gptq).unwrap();
+        let packed = linear.pack();
         let device = Default::default();
         let weight = PackedWeight::<Cpu>::upload(&packed, &device);
         assert_eq!(weight.download(), packed);

@@ -1,11 +1,10 @@
 //! What a solve is asked for and what comes of it, on any engine.
 
 use burn::tensor::Tensor;
-use gptq_format::{FormatError, PackedLinear};
-use gptq_solver::{Gains, Settings, SolverError};
-use thiserror::Error;
+use gptq_format::PackedLinear;
+use gptq_solver::{Gains, Settings};
 
-use crate::{Engine, cuda::Fetched};
+use crate::{Codes, Engine, cuda::Fetched};
 
 /// How the shared Hessian is prepared.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -72,8 +71,8 @@ impl From<Fetched> for Incoming {
 /// One quantized linear layer.
 #[derive(Debug)]
 pub struct Solved<B: Engine> {
-    /// The checkpoint's tensors, here or on their way.
-    pub packed: Incoming,
+    /// Codes, scales, zero points and groups.
+    pub codes: Codes<B>,
     /// The dequantized weights `[out, in]`, compute dtype.
     pub weight: Tensor<B, 2>,
     /// The same for round to nearest.
@@ -109,17 +108,4 @@ pub struct SolveTimes {
     pub factor: f64,
     /// Grids, codes and output errors.
     pub sweep: f64,
-    /// Packing, and sending the packed tensors to the host.
-    pub pack: f64,
-}
-
-/// Why a solve failed, short of a failing device.
-#[derive(Debug, Error)]
-pub enum SolveError {
-    /// The numbers do not allow it.
-    #[error(transparent)]
-    Solver(#[from] SolverError),
-    /// The result cannot be stored in the format asked for.
-    #[error(transparent)]
-    Format(#[from] FormatError),
 }

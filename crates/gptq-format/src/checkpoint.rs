@@ -13,7 +13,8 @@ use crate::mapped_file::MappedFile;
 use crate::quantize_config::base_names;
 use crate::weight_files::{Container, Index, WeightFiles, map, some};
 use crate::{
-    FormatError, Half, PackedLinear, QuantizeConfig, TensorView, safetensors_file, torch_file,
+    FormatError, Half, LinearShape, OutputFormat, PackedLinear, QuantizeConfig, TensorDigests,
+    TensorView, safetensors_file, sha256, torch_file,
 };
 
 /// Number of elements of a large tensor that are converted at a time on the way to a device or a
@@ -413,10 +414,11 @@ impl Checkpoint {
         read
     }
 
-    /// Returns the quantized linear layer `module` (its `qweight`, `qzeros`, `scales`, `g_idx`), or
-    /// `None` if the checkpoint is dense or the config leaves this module in full precision.
+    /// Returns the quantized linear layer `module`, or
+    /// `None` if the checkpoint is dense or the config leaves this module in full
+    /// precision.
     ///
-    /// Errors if a tensor is missing, its shape or dtype disagrees with the config, or `g_idx` is
+    /// Errors if a tensor is missing, its shape or dtype disagrees with the config, or a group index
     /// out of range.
     pub fn packed(
         &self,
@@ -424,43 +426,15 @@ impl Checkpoint {
         in_features: usize,
         out_features: usize,
     ) -> Result<Option<PackedLinear>, FormatError> {
-        let Some(config) = &self.quantize_config else {
+        let Some((format, linear)) = self.linear(module, in_features, out_features)? else {
             return Ok(None);
         };
-        let Some((bits, group_size)) = config.module(module)? else {
-            return Ok(None);
-        };
-        if !in_features.is_multiple_of(32) || !out_features.is_multiple_of(32) {
-            return Err(FormatError::Unpackable {
-                in_features,
-                out_features,
-            });
-        }
-        let groups = group_size.groups(in_features);
-        let tensor = |suffix: &str| format!("{module}.{suffix}");
-        let words = |values: Vec<i32>| values.into_iter().map(|v| v as u32).collect();
-        let b = bits.get();
-        let packed = PackedLinear {
-            bits,
-            in_features,
-            out_features,
-            format: config.checkpoint_format,
-            qweight: words(self.i32(&tensor("qweight"), &[in_features * b / 32, out_features])?),
-            qzeros: words(self.i32(&tensor("qzeros"), &[groups, out_features * b / 32])?),
-            scales: self.f16(&tensor("scales"), &[groups, out_features])?,
-            g_idx: match self.contains(&tensor("g_idx")) || config.desc_act {
-                true => self.i32(&tensor("g_idx"), &[in_features])?,
-                // Files from before act order have no `g_idx`: groups are in order.
-                false => {
-                    let columns = group_size.columns(in_features);
-                    (0..in_features).map(|i| (i / columns) as i32).collect()
-                }
-            },
-        };
+        let packed = format.decode(self, module, &linear)?;
+        let groups = linear.groups();
         for (row, &value) in packed.g_idx.iter().enumerate() {
             if usize::try_from(value).map_or(true, |g| g >= groups) {
                 return Err(FormatError::GroupIndex {
-                    name: tensor("g_idx"),
+                    name: format.tensor_name(module, "g_idx"),
                     row,
                     value,
                     groups,
@@ -468,6 +442,53 @@ impl Checkpoint {
             }
         }
         Ok(Some(packed))
+    }
+
+    /// SHA-256 of the tensors of the quantized linear `module` that are there; `None` as for [`Checkpoint::packed`].
+    ///
+    /// # Errors
+    /// A pattern of the config that matching takes too long with.
+    pub fn digests(
+        &self,
+        module: &str,
+        in_features: usize,
+        out_features: usize,
+    ) -> Result<Option<TensorDigests>, FormatError> {
+        let Some((format, linear)) = self.linear(module, in_features, out_features)? else {
+            return Ok(None);
+        };
+        let mut digests = Vec::new();
+        for part in format.parts(&linear) {
+            let name = format.tensor_name(module, part.suffix);
+            if self.contains(&name) {
+                let digest = sha256(&self.view(&name)?.bytes());
+                digests.push((part.suffix.to_owned(), digest));
+                self.give_back(&name);
+            }
+        }
+        Ok(Some(digests.into_iter().collect()))
+    }
+
+    /// How a module is stored, where it is quantized.
+    fn linear(
+        &self,
+        module: &str,
+        in_features: usize,
+        out_features: usize,
+    ) -> Result<Option<(&dyn OutputFormat, LinearShape)>, FormatError> {
+        let Some(config) = &self.quantize_config else {
+            return Ok(None);
+        };
+        let settings = config.module(module)?;
+        Ok(settings.map(|(bits, group_size)| {
+            let linear = LinearShape {
+                in_features,
+                out_features,
+                bits,
+                group_size,
+            };
+            (&config.checkpoint_format as &dyn OutputFormat, linear)
+        }))
     }
 }
 

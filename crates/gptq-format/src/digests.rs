@@ -1,5 +1,6 @@
 //! SHA-256 of a linear's tensors: what the maker wrote, for whoever reads it back.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -7,27 +8,56 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{FloatScan, FormatError, PackedLinear, le_bytes};
+use crate::{Encoded, FloatScan, FormatError};
 
-/// Lower-case hexadecimal SHA-256 of each tensor's raw little-endian bytes, as they lie in the file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the names are the tensors'")]
-pub struct LinearDigests {
-    pub qweight: String,
-    pub qzeros: String,
-    pub scales: String,
-    pub g_idx: String,
+/// Lower-case hexadecimal SHA-256 of each of a linear's tensors, by its suffix: of the raw little-endian bytes, as
+/// they lie in the file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct TensorDigests(BTreeMap<String, String>);
+
+impl TensorDigests {
+    /// Most tensors that a linear may have in what is read from elsewhere, and bytes of a suffix and a digest.
+    const MAX: (usize, usize) = (16, 64);
+
+    /// Digests of a linear's tensors as they are written.
+    pub fn of(tensors: &[Encoded<'_>]) -> Self {
+        let digest = |it: &Encoded<'_>| (it.suffix.to_owned(), sha256(&it.bytes));
+        tensors.iter().map(digest).collect()
+    }
+
+    /// The digest of one tensor.
+    pub fn get(&self, suffix: &str) -> Option<&str> {
+        self.0.get(suffix).map(String::as_str)
+    }
+
+    /// The suffix of the first tensor that only one of the two has, or that differs.
+    pub fn difference<'a>(&'a self, other: &'a TensorDigests) -> Option<&'a str> {
+        let all: BTreeSet<&String> = self.0.keys().chain(other.0.keys()).collect();
+        let mut all = all.into_iter().map(String::as_str);
+        all.find(|suffix| self.get(suffix) != other.get(suffix))
+    }
+
+    /// Whether there are no more of them, and none longer, than a linear can have.
+    ///
+    /// # Errors
+    /// There are; in half a line.
+    pub fn check(&self) -> Result<(), String> {
+        let (tensors, bytes) = TensorDigests::MAX;
+        let long = |(suffix, digest): (&String, &String)| suffix.len().max(digest.len()) > bytes;
+        match self.0.len() > tensors || self.0.iter().any(long) {
+            true => Err(format!(
+                "over {tensors} tensors, or over {bytes} bytes of a name or digest"
+            )),
+            false => Ok(()),
+        }
+    }
 }
 
-impl LinearDigests {
-    /// Of a linear as it is written.
-    pub fn of(linear: &PackedLinear) -> Self {
-        LinearDigests {
-            qweight: sha256(le_bytes(&linear.qweight)),
-            qzeros: sha256(le_bytes(&linear.qzeros)),
-            scales: sha256(le_bytes(&linear.scales)),
-            g_idx: sha256(le_bytes(&linear.g_idx)),
-        }
+impl FromIterator<(String, String)> for TensorDigests {
+    /// From suffixes and digests.
+    fn from_iter<T: IntoIterator<Item = (String, String)>>(digests: T) -> Self {
+        TensorDigests(digests.into_iter().collect())
     }
 }
 
@@ -98,6 +128,35 @@ pub fn hexadecimal(digest: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::le_bytes;
+
+    #[test]
+    fn digests_are_read_from_the_four_fields_of_earlier_reports_and_written_the_same() {
+        let text = r#"{"g_idx":"d","qweight":"a","qzeros":"b","scales":"c"}"#;
+        let read: TensorDigests = serde_json::from_str(text).unwrap();
+        assert_eq!(read.get("qzeros"), Some("b"));
+        assert_eq!(serde_json::to_string(&read).unwrap(), text);
+        assert!(read.check().is_ok());
+    }
+
+    #[test]
+    fn a_tensor_that_differs_or_that_one_side_lacks_is_named() {
+        let digests = |pairs: &[(&str, &str)]| -> TensorDigests {
+            let owned = pairs.iter().map(|(a, b)| (a.to_string(), b.to_string()));
+            owned.collect()
+        };
+        let whole = digests(&[("qweight", "a"), ("scales", "c")]);
+        assert_eq!(whole.difference(&whole), None);
+        for other in [
+            digests(&[("qweight", "a"), ("scales", "x")]),
+            digests(&[("qweight", "a")]),
+        ] {
+            assert_eq!(whole.difference(&other), Some("scales"));
+            assert_eq!(other.difference(&whole), Some("scales"));
+        }
+        let endless = digests(&[("qweight", &"0".repeat(65))]);
+        assert!(endless.check().is_err());
+    }
 
     #[test]
     fn digests_are_of_little_endian_bytes() {

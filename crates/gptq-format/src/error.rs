@@ -110,10 +110,10 @@ pub enum FormatError {
         out_features: usize,
     },
     #[error(
-        "a zero point of 0 cannot be stored in checkpoint_format \"gptq\", which stores zero - 1; \
+        "tensor {name}: a zero point of 0 cannot be stored in checkpoint_format \"gptq\", which stores zero - 1; \
          write \"gptq_v2\""
     )]
-    ZeroPointZero,
+    ZeroPointZero { name: String },
     #[error(
         "{module}: qweight {qweight:?}, qzeros {qzeros:?} and scales {scales:?} are inconsistent"
     )]

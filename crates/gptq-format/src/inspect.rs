@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::mapped_file::MappedFile;
 use crate::{
     Bits, Checkpoint, CheckpointFormat, Contents, FormatError, GroupSize, LinearShape,
-    client_support, read_json, sha256, side_files, unpack_across,
+    OutputFormat, client_support, read_json, sha256, side_files, unpack_across,
 };
 
 /// Description of a checkpoint.
@@ -148,11 +148,7 @@ impl Inspection {
         let tensors: Vec<TensorInfo> = tensors(&checkpoint)?;
         let format = stored_format(&checkpoint, &linears)?;
         Ok(Inspection {
-            format: match (&settings, format) {
-                (None, _) => "dense",
-                (_, CheckpointFormat::Gptq) => "gptq",
-                (_, CheckpointFormat::GptqV2) => "gptq_v2",
-            },
+            format: (settings.as_ref()).map_or("dense", |_| format.name()),
             model_type: config
                 .get("model_type")
                 .and_then(|name| Some(name.as_str()?.to_owned())),

@@ -2,7 +2,8 @@
 //! arithmetic beyond conversion, no device.
 //!
 //! Reading order: [`Bits`] and [`GroupSize`] are the settings; [`QuantizedLinear`] and
-//! [`PackedLinear`] are one linear layer before and after packing; [`QuantizeConfig`] describes a
+//! [`PackedLinear`] are one linear layer before and after packing; an [`OutputFormat`] puts it into tensors and reads it
+//! back; [`QuantizeConfig`] describes a
 //! branch; [`Checkpoint`] reads; [`StagedDir`] and [`ShardedWriter`] write, one run at a time
 //! ([`OutputLock`]); [`client_support`] determines who can load the result, and [`Inspection`]
 //! describes a checkpoint.
@@ -26,6 +27,7 @@ mod digests;
 mod dynamic_rules;
 mod error;
 mod float_scan;
+mod formats;
 mod half_type;
 mod inspect;
 mod linear_shape;
@@ -51,10 +53,11 @@ pub use bits::{Bits, GroupSize};
 pub use branch_dirs::branch_dirs;
 pub use checkpoint::{Checkpoint, TABLE_PIECE};
 pub use clients::{Client, Contents, Support, client_support};
-pub use digests::{FileDigest, LinearDigests, hexadecimal, sha256, sha256_file};
+pub use digests::{FileDigest, TensorDigests, hexadecimal, sha256, sha256_file};
 pub use dynamic_rules::{Dynamic, DynamicRules};
 pub use error::FormatError;
 pub use float_scan::FloatScan;
+pub use formats::{CheckpointFormat, Encoded, Grids, OutputFormat, PartSpec, Refusal};
 pub use half_type::Half;
 pub use inspect::{
     ClientInfo, FileInfo, Inspection, LinearInfo, SharedSettings, TensorInfo, files,
@@ -64,7 +67,7 @@ pub use mapped_file::install_sigbus_handler;
 pub use output_lock::OutputLock;
 pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
 pub use public_json::{TakenOut, make_public, without_directories};
-pub use quantize_config::{CheckpointFormat, OneOrMany, QuantizeConfig};
+pub use quantize_config::{OneOrMany, QuantizeConfig};
 pub use quantized::{PackedLinear, QuantizedLinear};
 pub use side_files::{
     MAX_JSON, MAX_REPORT, copy_side_files, goes_along, read_json, read_json_within, side_file,

@@ -3,7 +3,8 @@
 //! AutoGPTQ's layout is a little-endian bit stream: value `j` of a column occupies bits
 //! `[b*j, b*j + b)`, low bits first, for every width. Its 3-bit case, 32 values in 3 words with
 //! values 10 and 21 straddling a word boundary, is the same stream, so one loop serves 2, 3, 4 and
-//! 8 bits. `qweight` packs *down* the input dimension, `qzeros` packs *across* the output dimension.
+//! 8 bits. Codes pack *down* the input dimension, in memory as in files; AutoGPTQ's zero points pack *across* the
+//! output dimension.
 
 use crate::Bits;
 
@@ -66,25 +67,57 @@ pub fn unpack_down(words: &[u32], rows: usize, cols: usize, bits: Bits) -> Vec<u
     codes
 }
 
+/// Values that fill whole words at every width.
+const RUN: usize = 32;
+
 /// Packs `values` `[rows, cols]` across the columns into `[rows, cols * bits / 32]` words.
 ///
 /// `cols` must be a multiple of 32 (asserted).
 pub fn pack_across(values: &[u8], rows: usize, cols: usize, bits: Bits) -> Vec<u32> {
     assert_eq!(values.len(), rows * cols);
-    values
-        .chunks_exact(cols.max(1))
-        .flat_map(|row| pack_down(row, cols, 1, bits))
-        .collect()
+    assert!(
+        cols.is_multiple_of(RUN),
+        "{cols} columns do not fill whole words"
+    );
+    let b = bits.get();
+    let mut words = Vec::with_capacity(values.len() / RUN * b);
+    for run in values.chunks_exact(RUN) {
+        let (mut held, mut filled) = (0u64, 0);
+        for &value in run {
+            held |= u64::from(value) << filled;
+            filled += b;
+            if filled >= 32 {
+                words.push(held as u32);
+                held >>= 32;
+                filled -= 32;
+            }
+        }
+    }
+    words
 }
 
 /// Inverse of [`pack_across`]: words `[rows, cols * bits / 32]` to values `[rows, cols]`.
 pub fn unpack_across(words: &[u32], rows: usize, cols: usize, bits: Bits) -> Vec<u8> {
-    let per_row = cols * bits.get() / 32;
-    assert_eq!(words.len(), rows * per_row);
-    words
-        .chunks_exact(per_row.max(1))
-        .flat_map(|row| unpack_down(row, cols, 1, bits))
-        .collect()
+    let b = bits.get();
+    assert!(
+        cols.is_multiple_of(RUN),
+        "{cols} columns do not fill whole words"
+    );
+    assert_eq!(words.len(), rows * cols / RUN * b);
+    let mut values = Vec::with_capacity(rows * cols);
+    for run in words.chunks_exact(b) {
+        let (mut held, mut filled) = (0u64, 0);
+        for &word in run {
+            held |= u64::from(word) << filled;
+            filled += 32;
+            while filled >= b {
+                values.push(held as u8 & bits.max_code());
+                held >>= b;
+                filled -= b;
+            }
+        }
+    }
+    values
 }
 
 #[cfg(test)]

@@ -10,31 +10,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::dynamic_rules::DynamicRules;
-use crate::{Bits, FormatError, GroupSize, read_json};
+use crate::{Bits, CheckpointFormat, FormatError, GroupSize, read_json};
 
-/// Storage of zero points.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum CheckpointFormat {
-    /// Version 1: `zero - 1`.
-    #[default]
-    #[serde(rename = "gptq")]
-    Gptq,
-    /// Version 2: the zero itself.
-    #[serde(rename = "gptq_v2")]
-    GptqV2,
-}
-
-impl CheckpointFormat {
-    /// Returns the number subtracted from a zero point before it is stored.
-    pub fn zero_offset(self) -> u8 {
-        match self {
-            CheckpointFormat::Gptq => 1,
-            CheckpointFormat::GptqV2 => 0,
-        }
-    }
-}
-
-/// Settings of a branch as clients see them.
+/// A of a branch as clients see them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QuantizeConfig {
     /// Code width.

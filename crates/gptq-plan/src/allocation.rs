@@ -1,6 +1,6 @@
 //! The settings that a size budget chooses from, and the choice for every linear layer.
 
-use gptq_format::{Bits, GroupSize, LinearShape};
+use gptq_format::{Bits, GroupSize, LinearShape, OutputFormat};
 use gptq_spec::LinearSpec;
 use serde::{Deserialize, Serialize};
 
@@ -88,14 +88,14 @@ impl Budget {
 }
 
 impl Choice {
-    /// Returns the bits of a linear layer with this setting.
-    pub(crate) fn stored_bits(self, linear: &LinearSpec) -> u64 {
+    /// Returns the bits of a linear layer with this setting in `format`.
+    pub(crate) fn stored_bits(self, linear: &LinearSpec, format: &dyn OutputFormat) -> u64 {
         let stored = LinearShape {
             in_features: linear.in_features,
             out_features: linear.out_features,
             bits: self.bits,
             group_size: self.group_size,
         };
-        stored.stored_bits()
+        format.stored_bits(&stored)
     }
 }

@@ -49,7 +49,7 @@ impl<'a> BranchFiles<'a> {
             model_name_or_path: Some(model_name.to_owned()),
             model_file_base_name: Some("model".to_owned()),
             quant_method: "gptq".to_owned(),
-            checkpoint_format: self.branch.format(),
+            checkpoint_format: self.branch.checkpoint_format(),
             dynamic: (!dynamic.is_empty()).then(|| dynamic.into_iter().collect()),
             modules_in_block_to_quantize: None,
         }
@@ -108,6 +108,7 @@ impl<'a> BranchFiles<'a> {
     /// Returns every tensor of the branch's files, in model order; unquantized ones are stored in
     /// `half`.
     pub fn tensors(&self, half: Half) -> Vec<TensorSpec> {
+        let format = self.branch.format();
         let tensors = self.config.tensors().into_iter();
         let specs = tensors.flat_map(|tensor| {
             let settings = match tensor.role {
@@ -122,7 +123,7 @@ impl<'a> BranchFiles<'a> {
                         bits: settings.bits,
                         group_size: settings.group_size,
                     };
-                    shape.tensors(tensor.module()).to_vec()
+                    format.tensors(tensor.module(), &shape)
                 }
                 _ => vec![TensorSpec {
                     name: tensor.name,
@@ -141,8 +142,14 @@ impl<'a> BranchFiles<'a> {
         let bytes = tensors.iter().map(TensorSpec::bytes).sum::<usize>() as u64;
         match &self.branch.budget {
             Some(budget) if self.branch.is_open() => {
-                let linears = self.branch.planned_linears(self.config).into_iter();
-                let packed: u64 = linears.map(|it| it.stored().stored_bits()).sum();
+                let (linears, format) = (
+                    self.branch.planned_linears(self.config),
+                    self.branch.format(),
+                );
+                let packed: u64 = linears
+                    .iter()
+                    .map(|it| format.stored_bits(&it.stored()))
+                    .sum();
                 bytes - packed / 8 + budget::total(self.branch, budget, self.config) / 8
             }
             _ => bytes,
@@ -163,14 +170,14 @@ impl<'a> BranchFiles<'a> {
         };
         let overridden = self.branch.overrides.iter().any(|it| it.settings.is_some());
         let picked = self.branch.picked.values().any(|it| *it != own);
-        let groups = linears.iter().any(|l| l.group_size != GroupSize::Row);
+        let scattered = linears.iter().any(|l| self.branch.grids(l).scattered);
         Contents {
             linears,
             sym: self.branch.sym,
-            format: self.branch.format(),
+            format: self.branch.checkpoint_format(),
             desc_act: self.branch.needs_desc_act(),
             static_groups: self.branch.static_groups,
-            scattered: self.branch.needs_desc_act() && groups,
+            scattered,
             mixed: overridden || picked || self.branch.is_open(),
             skips: self.branch.overrides.iter().any(|it| it.settings.is_none()),
             listed: false,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gptq_format::{Bits, CheckpointFormat, GroupSize, LinearShape};
+use gptq_format::{Bits, CheckpointFormat, Grids, GroupSize, LinearShape, OutputFormat};
 use gptq_solver::Settings;
 use gptq_spec::{LinearSpec, ModelConfig};
 use serde::Serialize;
@@ -103,12 +103,25 @@ impl BranchPlan {
         self.budget.is_some() && self.allocation.is_none()
     }
 
+    /// Returns the format of its files.
+    pub fn format(&self) -> Box<dyn OutputFormat> {
+        Box::new(self.checkpoint_format())
+    }
+
     /// Returns the storage of zero points: asymmetric branches may have a zero point of 0, which v1
     /// cannot hold.
-    pub fn format(&self) -> CheckpointFormat {
+    pub fn checkpoint_format(&self) -> CheckpointFormat {
         match self.sym {
             true => CheckpointFormat::Gptq,
             false => CheckpointFormat::GptqV2,
+        }
+    }
+
+    /// Returns the kind of grids that a linear layer gets.
+    pub(crate) fn grids(&self, linear: &LinearShape) -> Grids {
+        Grids {
+            sym: self.sym,
+            scattered: self.needs_desc_act() && linear.group_size != GroupSize::Row,
         }
     }
 

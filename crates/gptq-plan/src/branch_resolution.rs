@@ -92,13 +92,12 @@ pub(crate) fn resolve(
     for own in &branch.overrides {
         add_override(&mut plan, recipe, own, config)?;
     }
-    let linears = plan.planned_linears(config);
+    let (linears, format) = (plan.planned_linears(config), plan.format());
     for linear in &linears {
         let (module, (n_in, n_out)) = (&linear.module, linear.shape);
-        if n_in % 32 != 0 || n_out % 32 != 0 {
-            let reason = format!(
-                "{module} is {n_in} x {n_out}: packing needs multiples of 32; skip it with an override"
-            );
+        let stored = linear.stored();
+        if let Err(refusal) = format.fits(&stored, plan.grids(&stored)) {
+            let reason = format!("{module} is {n_in} x {n_out}: {refusal}");
             return Err(recipe.refuse(place, reason));
         }
         // An override's own group size was checked when it was added.

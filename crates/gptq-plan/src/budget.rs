@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use gptq_format::{Bits, GroupSize};
+use gptq_format::{Bits, GroupSize, OutputFormat};
 use gptq_spec::{LinearSpec, ModelConfig};
 use toml::Spanned;
 
@@ -97,7 +97,7 @@ pub(crate) fn check(
     (budget, at): (&Budget, &Spanned<f64>),
     config: &ModelConfig,
 ) -> Result<(), RecipeError> {
-    let groups = open_groups(branch, config);
+    let (groups, format) = (open_groups(branch, config), branch.format());
     if groups.is_empty() {
         return Err(recipe.refuse(
             at,
@@ -106,7 +106,10 @@ pub(crate) fn check(
     }
     let mut range = [fixed_bits(branch, config); 2];
     for group in &groups {
-        let sizes = || group.sizes(&budget.choices).into_iter().flatten();
+        let sizes = || {
+            let sizes = group.sizes(&budget.choices, &*format);
+            sizes.into_iter().flatten()
+        };
         let (Some(least), Some(most)) = (sizes().min(), sizes().max()) else {
             let first = &group.linears[0];
             let (n_in, module) = (first.in_features, first.module(group.layer));
@@ -145,7 +148,10 @@ fn weights(branch: &BranchPlan, config: &ModelConfig) -> u64 {
 fn fixed_bits(branch: &BranchPlan, config: &ModelConfig) -> u64 {
     let linears = branch.planned_linears(config).into_iter();
     let fixed = linears.filter(|linear| branch.overriding(&linear.module).is_some());
-    fixed.map(|linear| linear.stored().stored_bits()).sum()
+    let format = branch.format();
+    fixed
+        .map(|linear| format.stored_bits(&linear.stored()))
+        .sum()
 }
 
 /// Returns the limit on the bits of all quantized linear layers.
@@ -160,10 +166,10 @@ pub fn spend_budget(
     losses: &[Vec<f64>],
     config: &ModelConfig,
 ) -> Allocation {
-    let groups = open_groups(branch, config);
+    let (groups, format) = (open_groups(branch, config), branch.format());
     let costs: Vec<Vec<Option<Cost>>> = (groups.iter().zip(losses))
         .map(|(group, losses)| {
-            let sizes = group.sizes(&budget.choices).into_iter();
+            let sizes = group.sizes(&budget.choices, &*format).into_iter();
             let costs = sizes.zip(losses);
             costs
                 .map(|(size, &loss)| size.map(|size| Cost { size, loss }))
@@ -237,10 +243,11 @@ pub fn apply_allocation(
 
 impl OpenGroup {
     /// Returns the bits with each choice; `None` if its groups do not divide the inputs.
-    pub(crate) fn sizes(&self, choices: &[Choice]) -> Vec<Option<u64>> {
+    pub(crate) fn sizes(&self, choices: &[Choice], format: &dyn OutputFormat) -> Vec<Option<u64>> {
         let size = |choice: &Choice| {
             let n_in = self.linears[0].in_features;
-            let bits = self.linears.iter().map(|linear| choice.stored_bits(linear));
+            let linears = self.linears.iter();
+            let bits = linears.map(|linear| choice.stored_bits(linear, format));
             choice.group_size.divides(n_in).then(|| bits.sum())
         };
         choices.iter().map(size).collect()

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use gptq_calibration::Manifest;
 use gptq_format::{
-    Bits, FileDigest, FormatError, GroupSize, LinearDigests, MAX_REPORT, QuantizeConfig,
-    read_json_within, write_file, write_json_within,
+    Bits, FileDigest, FormatError, GroupSize, LinearShape, MAX_REPORT, QuantizeConfig,
+    TensorDigests, read_json_within, write_file, write_json_within,
 };
 use gptq_solver::Gains;
 use serde::{Deserialize, Serialize};
@@ -65,10 +65,21 @@ pub struct LinearReport {
     pub seconds: f64,
     /// Digests of its tensors as written; absent in older reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub digests: Option<LinearDigests>,
+    pub digests: Option<TensorDigests>,
 }
 
 impl LinearReport {
+    /// Returns its shape as it is stored.
+    pub fn stored(&self) -> LinearShape {
+        let [out_features, in_features] = self.shape;
+        LinearShape {
+            in_features,
+            out_features,
+            bits: self.bits,
+            group_size: self.group_size,
+        }
+    }
+
     /// Checks that its numbers are in the range of a run's.
     ///
     /// # Errors
@@ -100,6 +111,9 @@ impl LinearReport {
             number(name, value.unwrap_or_default())?;
         }
         most("dead_columns", self.dead_columns, MAX_FEATURES)?;
+        if let Some(digests) = &self.digests {
+            digests.check().map_err(|why| format!("digests: {why}"))?;
+        }
         seconds("seconds", self.seconds)
     }
 

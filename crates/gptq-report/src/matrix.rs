@@ -4,7 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use gptq_format::{
-    Contents, FormatError, LinearShape, Support, branch_dirs, client_support, read_json,
+    Contents, FormatError, LinearShape, OutputFormat, Support, branch_dirs, client_support,
+    read_json,
 };
 use gptq_plan::{BranchReport, Receipt};
 
@@ -154,13 +155,7 @@ impl Branch {
 
     /// Returns the shapes of its quantized linear layers.
     fn linears(&self) -> Vec<LinearShape> {
-        let linears = self.report.linears.iter().map(|l| LinearShape {
-            in_features: l.shape[1],
-            out_features: l.shape[0],
-            bits: l.bits,
-            group_size: l.group_size,
-        });
-        linears.collect()
+        self.report.linears.iter().map(|it| it.stored()).collect()
     }
 
     /// Returns true if its linear layers differ in bits or group size.
@@ -176,7 +171,8 @@ impl Branch {
     /// included; `None` if no layer is quantized.
     pub fn bits_per_weight(&self) -> Option<f64> {
         let linears = self.linears();
-        let stored: u64 = linears.iter().map(LinearShape::stored_bits).sum();
+        let format = self.report.quantize_config.checkpoint_format;
+        let stored: u64 = linears.iter().map(|it| format.stored_bits(it)).sum();
         let weights: u64 = linears.iter().map(LinearShape::weights).sum();
         (weights > 0).then(|| stored as f64 / weights as f64)
     }

@@ -2,5 +2,6 @@
 
 mod card;
 mod damaged;
+mod earlier;
 mod fixture;
 mod page;

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::thread::scope;
 
 use gptq_format::{
-    Checkpoint, FormatError, Half, LinearDigests, PackedLinear, ShardedWriter, StagedDir,
-    TABLE_PIECE, TensorSpec, copy_side_files, le_bytes, read_json, write_json,
+    Checkpoint, FormatError, Half, OutputFormat, PackedLinear, ShardedWriter, StagedDir,
+    TABLE_PIECE, TensorDigests, TensorSpec, copy_side_files, le_bytes, read_json, write_json,
 };
 use gptq_plan::{BranchFiles, BranchPlan, BranchReport, LinearReport, Plan, written_config};
 use gptq_spec::ModelConfig;
@@ -18,13 +18,11 @@ pub(crate) struct BranchWriter {
     dir: StagedDir,
     specs: Vec<TensorSpec>,
     half: Half,
+    format: Box<dyn OutputFormat>,
     weights: ShardedWriter,
     /// Of what was written, by module.
-    digests: HashMap<String, LinearDigests>,
+    digests: HashMap<String, TensorDigests>,
 }
-
-/// A linear's tensors.
-const SUFFIXES: [&str; 4] = ["qweight", "qzeros", "scales", "g_idx"];
 
 impl BranchWriter {
     /// Lays out the branch's files, and writes those that are known beforehand: with its configs the
@@ -36,20 +34,12 @@ impl BranchWriter {
         let path = dir.path();
         copy_side_files(&plan.model_dir, path)?;
         let settings = BranchFiles::of(branch, &plan.config).quantize_config(&plan.model_name);
-        // A recipe's own were checked with it; those that a budget led to are known only now.
-        settings
-            .check_patterns()
-            .map_err(|reason| FormatError::Malformed {
-                path: path.join("quantize_config.json"),
-                reason,
-            })?;
         let base = plan.model_dir.join("config.json");
         let (mut config, _) = written_config(read_json(&base)?, plan.half)
             .map_err(|reason| FormatError::Malformed { path: base, reason })?;
-        config.insert(
-            "quantization_config".to_owned(),
-            serde_json::to_value(&settings).expect("a config of plain values always serialises"),
-        );
+        // A recipe's own settings were checked with it; those that a budget led to are known only now.
+        let format = branch.format();
+        format.write_settings(&settings, &mut config, path)?;
         // As the tensors have it, which may not be what the base's config says.
         let tied = ModelConfig::from_json(Value::Object(config.clone()));
         if tied.is_ok_and(|it| it.tied_embeddings) != plan.config.tied_embeddings {
@@ -57,12 +47,12 @@ impl BranchWriter {
             config.insert("tie_word_embeddings".to_owned(), tied);
         }
         write_json(&path.join("config.json"), &config)?;
-        write_json(&path.join("quantize_config.json"), &settings)?;
         dir.sync()?;
         Ok(BranchWriter {
             dir,
             specs,
             half: plan.half,
+            format,
             weights,
             digests: HashMap::new(),
         })
@@ -77,15 +67,17 @@ impl BranchWriter {
         let dir = StagedDir::reopen(&plan.branch_dir(branch))?;
         let specs = BranchFiles::of(branch, &plan.config).tensors(plan.half);
         let mut weights = ShardedWriter::reopen(dir.path(), &specs, plan.shard_size)?;
+        let format = branch.format();
         for linear in linears {
-            for suffix in SUFFIXES {
-                weights.keep(&format!("{}.{suffix}", linear.name))?;
+            for spec in format.tensors(&linear.name, &linear.stored()) {
+                weights.keep(&spec.name)?;
             }
         }
         Ok(BranchWriter {
             dir,
             specs,
             half: plan.half,
+            format,
             weights,
             digests: HashMap::new(),
         })
@@ -111,7 +103,7 @@ impl BranchWriter {
         Ok(())
     }
 
-    /// Writes a quantized linear's four tensors.
+    /// Writes a quantized linear's tensors.
     pub(crate) fn write(&mut self, module: &str, linear: &PackedLinear) -> Result<(), FormatError> {
         // What a solver makes of a scale that f16 cannot hold; of a grid turned round, the negative of it.
         let largest = |scale: &f16| scale.to_f32().abs() >= f16::MAX.to_f32();
@@ -119,18 +111,13 @@ impl BranchWriter {
             let name = format!("{module}.scales");
             return Err(FormatError::Scale { name });
         }
-        let tensors = [
-            le_bytes(&linear.qweight),
-            le_bytes(&linear.qzeros),
-            le_bytes(&linear.scales),
-            le_bytes(&linear.g_idx),
-        ];
-        let weights = &mut self.weights;
+        let tensors = self.format.encode(module, linear)?;
+        let (weights, format) = (&mut self.weights, &self.format);
         // Each takes a core about as long as the other: of six branches together, longer than solving does.
         let digests = scope(|scope| -> Result<_, FormatError> {
-            let digests = scope.spawn(|| LinearDigests::of(linear));
-            for (suffix, bytes) in SUFFIXES.iter().zip(tensors) {
-                weights.write(&format!("{module}.{suffix}"), bytes)?;
+            let digests = scope.spawn(|| TensorDigests::of(&tensors));
+            for tensor in &tensors {
+                weights.write(&format.tensor_name(module, tensor.suffix), &tensor.bytes)?;
             }
             Ok(digests.join().expect("hashing cannot fail"))
         })?;
@@ -183,6 +170,7 @@ mod tests {
         let mut writer = BranchWriter {
             specs: Vec::new(),
             half: Half::Bf16,
+            format: Box::new(CheckpointFormat::Gptq),
             weights: ShardedWriter::create(dir.path(), &[], None).unwrap(),
             digests: HashMap::new(),
             dir,
@@ -197,10 +185,9 @@ mod tests {
                 bits: Bits::Four,
                 in_features: 32,
                 out_features: 32,
-                format: CheckpointFormat::Gptq,
-                qweight: vec![0; 4 * 32],
-                qzeros: vec![0; 4],
+                codes: vec![0; 4 * 32],
                 scales: vec![scale; 32],
+                zeros: vec![8; 32],
                 g_idx: vec![0; 32],
             };
             let error = writer.write("model.layers.0.mlp.up_proj", &linear);

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use gptq_calibration::CalibrationError;
 use gptq_format::FormatError;
-use gptq_kernels::{DeviceError, SolveError};
+use gptq_kernels::DeviceError;
 use gptq_model::ModelError;
 use gptq_plan::{PlanError, at_least, spelt};
+use gptq_solver::SolverError;
 use gptq_spec::SpecError;
 use thiserror::Error;
 
@@ -60,7 +61,7 @@ pub enum RunError {
     Solver {
         branch: String,
         modules: String,
-        source: Box<SolveError>,
+        source: Box<SolverError>,
     },
     #[error("{}, {modules}: {source}", whose(branch))]
     HiddenStates {

@@ -186,6 +186,38 @@ mod tests {
     }
 
     #[test]
+    fn digests_of_earlier_versions_are_read_and_written_as_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(JOURNAL);
+        let mut journal = Journal::create(dir.path(), &header()).unwrap();
+        journal.append(&block(0)).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        let digests = r#"{"g_idx":"d","qweight":"a","qzeros":"b","scales":"c"}"#;
+        let text = text.replace(
+            r#""damp_percent""#,
+            &format!(r#""digests":{digests},"damp_percent""#),
+        );
+        fs::write(&path, text).unwrap();
+        let read = Recorded::read(dir.path()).unwrap().unwrap();
+        let linear = &read.blocks[0].branches["main"].linears[0];
+        let found = linear.digests.as_ref().unwrap();
+        let recorded = [
+            ("qweight", "a"),
+            ("qzeros", "b"),
+            ("scales", "c"),
+            ("g_idx", "d"),
+        ];
+        for (suffix, digest) in recorded {
+            assert_eq!(found.get(suffix), Some(digest));
+        }
+        let again = String::from_utf8(journal_line(linear)).unwrap();
+        assert!(
+            again.contains(&format!(r#""digests":{digests}"#)),
+            "{again}"
+        );
+    }
+
+    #[test]
     fn a_journal_cut_anywhere_loses_only_the_block_it_was_cut_in() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(JOURNAL);

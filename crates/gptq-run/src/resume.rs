@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::is_date;
-use gptq_format::{Checkpoint, LinearDigests, PackedLinear, StagedDir};
+use gptq_format::{Checkpoint, PackedLinear, StagedDir};
 use gptq_plan::{
     BranchPlan, BranchReport, Fingerprint, FinishedBlock, LinearReport, ModelFiles, Plan,
     PlanError, PlannedLinear, REPORT, Recipe, RecipeOverrides, RecordedRun, check_name,
@@ -367,9 +367,9 @@ impl RestoredBranch {
         report: &LinearReport,
     ) -> Result<PackedLinear, RunError> {
         let [n_out, n_in] = report.shape;
+        let digests = partial.digests(&report.name, n_in, n_out)?;
         let packed = partial.packed(&report.name, n_in, n_out)?;
-        let same = |packed: &PackedLinear| Some(LinearDigests::of(packed)) == report.digests;
-        packed.filter(same).ok_or_else(|| {
+        packed.filter(|_| digests == report.digests).ok_or_else(|| {
             let path = partial.dir().into();
             let reason = format!("{} is not what was written", report.name);
             PlanError::Journal { path, reason }.into()

@@ -100,14 +100,12 @@ pub(crate) fn solve<B: Engine>(
         strength,
     });
     let started = Instant::now();
-    let format = branch.format();
-    let subset = B::solve(grams.all, drift, hessian, requests, format).map_err(|source| {
-        RunError::Solver {
+    let subset =
+        B::solve(grams.all, drift, hessian, requests).map_err(|source| RunError::Solver {
             branch: branch.name.clone(),
             modules: modules(),
             source: Box::new(source),
-        }
-    })?;
+        })?;
     let most = plan.numerics.max_damping;
     if subset.damping > most {
         return Err(RunError::Damping {
@@ -118,10 +116,8 @@ pub(crate) fn solve<B: Engine>(
         });
     }
     let seconds = started.elapsed().as_secs_f64();
-    let (factor, pack) = (subset.times.factor, subset.times.pack);
-    clock.add(Phase::Factor, factor);
-    clock.add(Phase::Pack, pack);
-    clock.add(Phase::Sweep, seconds - factor - pack);
+    clock.add(Phase::Factor, subset.times.factor);
+    clock.add(Phase::Sweep, seconds - subset.times.factor);
     Ok(Some(SolvedTap {
         linears,
         subset,
@@ -165,8 +161,11 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         for (linear, solved) in linears.into_iter().zip(subset.solved) {
             let errors = errors.next();
             let started = Instant::now();
-            (self.sink).linear(at.branch, linear.module.clone(), solved.packed)?;
-            clock.add(Phase::Write, started.elapsed().as_secs_f64());
+            let packed = B::pack(solved.codes);
+            let queued = Instant::now();
+            (self.sink).linear(at.branch, linear.module.clone(), packed)?;
+            clock.add(Phase::Pack, (queued - started).as_secs_f64());
+            clock.add(Phase::Write, queued.elapsed().as_secs_f64());
             block.set_weight(linear.linear, solved.weight);
             let (n_in, n_out) = linear.shape;
             let report = LinearReport {

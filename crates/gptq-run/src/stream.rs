@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use gptq_format::{FormatError, Half, le_bytes};
-use gptq_kernels::{Engine, HostBuffer, SolveError, dtype, half_of, map_lanes};
+use gptq_kernels::{Engine, HostBuffer, dtype, half_of, map_lanes};
 use gptq_model::{Block, Flow};
 use gptq_plan::Places;
 use gptq_solver::SolverError;
@@ -354,11 +354,7 @@ pub(crate) fn explained<B: Engine>(
             branch,
             modules,
             source,
-        } if matches!(
-            *source,
-            SolveError::Solver(SolverError::NonFiniteGram { .. })
-        ) =>
-        {
+        } if matches!(*source, SolverError::NonFiniteGram { .. }) => {
             match stream.not_finite(device) {
                 Ok(Some(source)) => RunError::HiddenStates {
                     branch,

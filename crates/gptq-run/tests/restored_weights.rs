@@ -66,9 +66,13 @@ fn packed_tensors_give_back_the_solved_weights_bit_for_bit() {
             weight: noise(128, 128, 2) * noise(128, 128, 3).powi_scalar(9),
             settings: branch.module("model.layers.0.self_attn.q_proj").unwrap(),
         };
-        let solved = Cpu::solve(gram, None, hessian, vec![request], branch.format()).unwrap();
+        let solved = Cpu::solve(gram, None, hessian, vec![request]).unwrap();
         let solved = solved.solved.into_iter().next().unwrap();
-        let again = Cpu::dequantize_packed(&solved.packed.wait(), DType::F32, &Default::default());
+        let again = Cpu::dequantize_packed(
+            &Cpu::pack(solved.codes).wait(),
+            DType::F32,
+            &Default::default(),
+        );
         assert!(bits(again) == bits(solved.weight), "{}", branch.name);
     }
 }

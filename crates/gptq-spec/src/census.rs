@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use gptq_format::{Checkpoint, FormatError, LinearShape, QuantizeConfig};
+use gptq_format::{Checkpoint, FormatError, LinearShape, OutputFormat, QuantizeConfig};
 use safetensors::Dtype;
 
 use crate::inventory::{EMBEDDING, HEAD};
@@ -257,7 +257,10 @@ impl Counting<'_> {
     /// missing ones.
     fn one(&mut self, tensor: &ModelTensor) -> Result<Vec<FormatError>, SpecError> {
         let settings = match (tensor.role, self.checkpoint.quantize_config()) {
-            (Role::Linear, Some(config)) => config.module(tensor.module())?,
+            (Role::Linear, Some(config)) => {
+                let own = config.module(tensor.module())?;
+                own.map(|own| (config, own))
+            }
             _ => None,
         };
         let mut missing = Vec::new();
@@ -295,21 +298,19 @@ impl Counting<'_> {
             }
         };
         match (settings, tensor.shape.as_slice()) {
-            (Some((bits, group_size)), &[out_features, in_features]) => {
+            (Some((config, (bits, group_size))), &[out_features, in_features]) => {
                 let linear = LinearShape {
                     in_features,
                     out_features,
                     bits,
                     group_size,
                 };
-                let desc_act = self
-                    .checkpoint
-                    .quantize_config()
-                    .is_some_and(|c| c.desc_act);
-                for spec in linear.tensors(tensor.module()) {
-                    let optional = spec.name.ends_with(".g_idx") && !desc_act;
-                    let int = spec.dtype == Dtype::I32;
-                    look(&spec.name, &spec.shape, int, optional)?;
+                let format = config.checkpoint_format;
+                for part in format.parts(&linear) {
+                    let name = format.tensor_name(tensor.module(), part.suffix);
+                    let optional = format.may_lack(part.suffix, config);
+                    let int = part.dtype == Dtype::I32;
+                    look(&name, &part.shape, int, optional)?;
                 }
             }
             _ => look(&tensor.name, &tensor.shape, false, false)?,

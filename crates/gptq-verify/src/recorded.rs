@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use gptq_format::{FormatError, LinearDigests, MAX_REPORT, read_json_within};
+use gptq_format::{FormatError, MAX_REPORT, TensorDigests, read_json_within};
 use serde::Deserialize;
 
 /// Recorded fields.
 #[derive(Debug, Default)]
 pub(crate) struct Recorded {
     /// Digests of every linear layer's tensors by module; `None` if they were not recorded.
-    pub digests: Option<BTreeMap<String, LinearDigests>>,
+    pub digests: Option<BTreeMap<String, TensorDigests>>,
     /// SHA-256 of the calibration sources.
     pub calibration_sha256: Vec<String>,
     /// Preset and number of calibration tokens, for the advice.
@@ -29,7 +29,7 @@ struct Report {
 #[derive(Deserialize)]
 struct LinearRecord {
     name: String,
-    digests: Option<LinearDigests>,
+    digests: Option<TensorDigests>,
 }
 
 #[derive(Deserialize)]

@@ -4,8 +4,7 @@
 use std::path::Path;
 
 use gptq_format::{
-    Checkpoint, Contents, GroupSize, LinearDigests, LinearShape, PackedLinear, QuantizeConfig,
-    client_support,
+    Checkpoint, Contents, GroupSize, LinearShape, PackedLinear, QuantizeConfig, client_support,
 };
 use gptq_plan::Check;
 use gptq_spec::{Census, Role};
@@ -199,8 +198,8 @@ impl Linears {
         }
         if sym && self.zeros.is_none() {
             let middle = packed.bits.symmetric_zero();
-            let mut zeros = packed.zeros().into_iter().enumerate();
-            self.zeros = zeros.find(|&(_, zero)| zero != middle).map(|(at, zero)| {
+            let mut zeros = packed.zeros.iter().enumerate();
+            self.zeros = zeros.find(|&(_, zero)| *zero != middle).map(|(at, zero)| {
                 format!(
                     "{module}: zero point [{}, {}] is {zero}, symmetric codes have {middle}",
                     at / packed.out_features,
@@ -209,7 +208,12 @@ impl Linears {
             });
         }
         if let (None, Some(digests)) = (&self.digests, &recorded.digests) {
-            self.digests = different(module, packed, digests.get(module));
+            let found = checkpoint.digests(module, packed.in_features, packed.out_features)?;
+            self.digests = match digests.get(module) {
+                None => Some(format!("{module}: nothing recorded for it")),
+                Some(recorded) => (found.unwrap_or_default().difference(recorded))
+                    .map(|suffix| format!("{module}.{suffix} is not what was written")),
+            };
         }
         Ok(())
     }
@@ -230,28 +234,7 @@ impl Linears {
     }
 }
 
-/// Names the first of a linear layer's tensors that differs from the recorded digests.
-fn different(
-    module: &str,
-    packed: &PackedLinear,
-    recorded: Option<&LinearDigests>,
-) -> Option<String> {
-    let Some(recorded) = recorded else {
-        return Some(format!("{module}: no recorded digests"));
-    };
-    let found = LinearDigests::of(packed);
-    [
-        ("qweight", &found.qweight, &recorded.qweight),
-        ("qzeros", &found.qzeros, &recorded.qzeros),
-        ("scales", &found.scales, &recorded.scales),
-        ("g_idx", &found.g_idx, &recorded.g_idx),
-    ]
-    .into_iter()
-    .find(|(_, found, recorded)| found != recorded)
-    .map(|(name, ..)| format!("{module}.{name} differs from its recorded digest"))
-}
-
-/// Lists the clients that load it; the check fails if there is none.
+/// Who the clients that load it; the check fails if there is none.
 fn clients(contents: &Contents) -> (bool, String) {
     let support = client_support(contents);
     let loads = support.iter().filter(|s| s.verdict.is_ok());

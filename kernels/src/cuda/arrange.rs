@@ -1,19 +1,26 @@
-//! Rearranges weights for the sweep, and back as f16 or bf16.
+//! Rearranges weights for the sweep, and back as f16 or bf16; codes and grids out of it.
 //!
 //! The sweep works column by column on `[in, rows]`, in its own column order; checkpoints and
 //! the forward pass hold `[out, in]` in the original order. Both ways go through a tile in
-//! shared memory, so that reads and writes are contiguous.
+//! shared memory, so that reads and writes are contiguous. Codes stay column by column, of one layer
+//! and in the original order.
 
-use burn::tensor::DType;
+use burn::tensor::{DType, Tensor};
 use cubecl::{cuda::CudaRuntime, prelude::*};
+use gptq_format::Bits;
+use half::f16;
 
 use super::{
+    Cuda,
     buffer::{self, Buffer, array},
+    pack::RUN,
     sweep::Swept,
 };
+use crate::Codes;
 
 const TILE: usize = 32;
 const STRIPES: usize = 8;
+const UNITS: usize = 128;
 
 /// `out[position[c], offset + r] = weight[r, c]`, zero for dead columns.
 #[cube(launch_unchecked)]
@@ -102,6 +109,49 @@ fn dequantize_kernel<F: Float>(
     }
 }
 
+/// `out[c, r] = codes[position[c], offset + r]`; one unit per row and run of columns.
+#[cube(launch_unchecked)]
+fn codes_kernel(
+    codes: &Array<u8>,
+    position: &Array<u32>,
+    out: &mut Array<u8>,
+    rows: u32,
+    all_rows: u32,
+    offset: u32,
+) {
+    let row = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
+    let run = CUBE_POS_Y as usize;
+    let rows = rows as usize;
+    if row < rows {
+        #[unroll]
+        for j in 0..RUN {
+            let at = position[run * RUN + j] as usize * all_rows as usize;
+            out[(run * RUN + j) * rows + row] = codes[at + offset as usize + row];
+        }
+    }
+}
+
+/// Scales as f16 and zero points as bytes, of the rows from `offset` on; one unit per row and group.
+#[cube(launch_unchecked)]
+fn grids_kernel(
+    scales: &Array<f32>,
+    zeros: &Array<f32>,
+    scales_out: &mut Array<f16>,
+    zeros_out: &mut Array<u8>,
+    rows: u32,
+    all_rows: u32,
+    offset: u32,
+) {
+    let row = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
+    let group = CUBE_POS_Y as usize;
+    let rows = rows as usize;
+    if row < rows {
+        let from = group * all_rows as usize + offset as usize + row;
+        scales_out[group * rows + row] = f16::cast_from(scales[from]);
+        zeros_out[group * rows + row] = u8::cast_from(zeros[from]);
+    }
+}
+
 fn tiles(rows: usize, columns: usize) -> (CubeCount, CubeDim) {
     (
         CubeCount::new_2d(columns.div_ceil(TILE) as u32, rows.div_ceil(TILE) as u32),
@@ -109,8 +159,8 @@ fn tiles(rows: usize, columns: usize) -> (CubeCount, CubeDim) {
     )
 }
 
-/// Writes the layer `weight`, any float `[out, in]`, to rows `offset..` of `out`, f32 `[in,
-/// all_rows]`, in the sweep's column order, with zeros where `diagonal` is zero.
+/// Writes the layer `weight`, any float `[out, in]`, to rows `offset..` of `out`, f32
+/// `[in, all_rows]`, in the sweep's column order, with zeros where `diagonal` is zero.
 pub(crate) fn into_columns(
     weight: &Buffer,
     position: &Buffer,
@@ -139,8 +189,8 @@ pub(crate) fn into_columns(
     }
 }
 
-/// Returns the dequantized weights of the layer in rows `offset..offset + rows`: `[rows, in]` of
-/// this dtype in the original column order.
+/// The dequantized weights of the layer in rows `offset..offset + rows`: `[rows, in]` of this dtype in
+/// the original column order.
 pub(crate) fn dequantize(
     swept: &Swept,
     position: &Buffer,
@@ -170,4 +220,57 @@ pub(crate) fn dequantize(
         );
     }
     out
+}
+
+/// Codes and grids of the layer in rows `offset..offset + rows`, columns in the original order. The caller has
+/// checked that the columns are a multiple of 32.
+pub(crate) fn codes(
+    swept: &Swept,
+    position: &Buffer,
+    g_idx: &[i32],
+    [offset, rows]: [usize; 2],
+    bits: Bits,
+) -> Codes<Cuda> {
+    let columns = position.meta.shape()[0];
+    let groups = swept.scales.meta.shape()[0];
+    let new = |shape, dtype| buffer::empty(&swept.codes, shape, dtype);
+    let codes = new([columns, rows], DType::U8);
+    let scales = new([groups, rows], DType::F16);
+    let zeros = new([groups, rows], DType::U8);
+    let client = &swept.codes.client;
+    let cubes = |y: usize| CubeCount::new_2d(rows.div_ceil(UNITS) as u32, y as u32);
+    let dim = CubeDim::new_1d(UNITS as u32);
+    // SAFETY: rows stay below `offset + rows <= swept.rows`, columns and groups inside the shapes.
+    unsafe {
+        codes_kernel::launch_unchecked::<CudaRuntime>(
+            client,
+            cubes(columns / RUN),
+            dim,
+            array(&swept.codes),
+            array(position),
+            array(&codes),
+            rows as u32,
+            swept.rows as u32,
+            offset as u32,
+        );
+        grids_kernel::launch_unchecked::<CudaRuntime>(
+            client,
+            cubes(groups),
+            dim,
+            array(&swept.scales),
+            array(&swept.zeros),
+            array(&scales),
+            array(&zeros),
+            rows as u32,
+            swept.rows as u32,
+            offset as u32,
+        );
+    }
+    Codes {
+        bits,
+        codes: Tensor::from_primitive(codes),
+        scales: buffer::into_float(scales),
+        zeros: Tensor::from_primitive(zeros),
+        g_idx: g_idx.to_vec(),
+    }
 }

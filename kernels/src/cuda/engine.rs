@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Int, Tensor};
 use cubecl::{cuda::CudaRuntime, prelude::*};
-use gptq_format::{CheckpointFormat, Half, PackedLinear};
+use gptq_format::{Half, PackedLinear};
 use gptq_solver::SolverError;
 
 use super::{
@@ -11,7 +11,7 @@ use super::{
     transfer::{self, Pinned},
 };
 use crate::{
-    Drift, Engine, Hessian, HostBuffer, PackedWeight, Request, SolveError, Subset, attention,
+    Codes, Drift, Engine, Hessian, HostBuffer, Incoming, PackedWeight, Request, Subset, attention,
     dtype, half_of,
 };
 
@@ -94,19 +94,22 @@ impl Engine for Cuda {
         drift: Option<Drift<Self>>,
         hessian: Hessian,
         requests: Vec<Request<Self>>,
-        format: CheckpointFormat,
-    ) -> Result<Subset<Self>, SolveError> {
-        super::solve(gram, drift, hessian, &requests, format).map_err(|error| match error {
+    ) -> Result<Subset<Self>, SolverError> {
+        super::solve(gram, drift, hessian, &requests).map_err(|error| match error {
             Error::NotFinite { column } => SolverError::NonFiniteGram {
                 row: column,
                 col: column,
-            }
-            .into(),
+            },
             Error::NotPositiveDefinite { damping } => {
-                SolverError::NotPositiveDefinite { tried: damping }.into()
+                SolverError::NotPositiveDefinite { tried: damping }
             }
             error => fail(error),
         })
+    }
+
+    fn pack(linear: Codes<Self>) -> Incoming {
+        let fetched = super::pack::pack(linear);
+        fetched.unwrap_or_else(|error| fail(error)).into()
     }
 
     fn dequantize_packed(packed: &PackedLinear, dtype: DType, device: &Device) -> Tensor<Self, 2> {

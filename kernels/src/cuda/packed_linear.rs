@@ -236,19 +236,18 @@ pub fn packed_linear(
     };
     let bits = weight.bits.get();
     match &weight.layout {
-        PackedLayout::Stored {
-            qweight,
-            qzeros,
+        PackedLayout::Columns {
+            codes,
             scales,
+            zeros,
             g_idx,
         } => {
-            let qweight = ints("qweight", qweight)?;
-            let qzeros = ints("qzeros", qzeros)?;
+            let codes = ints("codes", codes)?;
             let scales = buffer::float("packed_linear", "scales", scales.clone(), DType::F16)?;
+            let zeros = buffer::int("packed_linear", "zeros", zeros.clone(), DType::U8)?;
             let g_idx = buffer::int("packed_linear", "g_idx", g_idx.clone(), DType::I32)?;
-            let dense = buffer::empty(&qweight, [rows, columns], x.dtype());
-            let plus = u32::from(weight.format.zero_offset());
-            unpack([&qweight, &qzeros, &scales, &g_idx], plus, bits, &dense);
+            let dense = buffer::empty(&codes, [rows, columns], x.dtype());
+            unpack([&codes, &scales, &zeros, &g_idx], bits, &dense);
             linear(x, buffer::into_float(dense))
         }
         PackedLayout::Rows { codes, grid, order } => {

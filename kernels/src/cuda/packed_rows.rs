@@ -1,6 +1,6 @@
 //! Packed weights laid out for generation: the codes of one output row next to each other.
 //!
-//! Act order scatters a group over the input columns, and a checkpoint packs down the columns. Once, when
+//! Act order scatters a group over the input columns, and codes are packed down the columns. Once, when
 //! a layer is loaded, [`resident`] brings the columns of a group together and turns the words round, so that
 //! a plane reads 512 bytes of one row at a time and meets its scale and zero point once per group. The
 //! original column of each position is kept: the input is gathered by it.
@@ -26,7 +26,7 @@ pub(super) const LOAD: usize = 128;
 /// One unit per output row and run of positions.
 #[cube(launch_unchecked)]
 fn rows_kernel(
-    qweight: &Array<u32>,
+    stored: &Array<u32>,
     order: &Array<u32>,
     out: &mut Array<u32>,
     rows: u32,
@@ -45,7 +45,7 @@ fn rows_kernel(
         #[unroll]
         for j in 0..RUN {
             let bit = order[run * RUN + j] as usize * bits;
-            let code = (qweight[bit / 32 * rows + row] >> (bit % 32) as u32)
+            let code = (stored[bit / 32 * rows + row] >> (bit % 32) as u32)
                 & comptime!((1u32 << bits) - 1);
             put(&mut words, code, j, bits);
         }
@@ -59,21 +59,17 @@ fn rows_kernel(
 /// One unit per output row and group.
 #[cube(launch_unchecked)]
 fn grid_kernel(
-    qzeros: &Array<u32>,
     scales: &Array<f16>,
+    zeros: &Array<u8>,
     out: &mut Array<u32>,
     rows: u32,
     groups: u32,
-    plus: u32,
-    #[comptime] bits: usize,
 ) {
     let row = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
     let group = CUBE_POS_Y as usize;
     let rows = rows as usize;
     if row < rows {
-        let bit = row * bits;
-        let stored = qzeros[group * (rows / RUN * bits) + bit / 32] >> (bit % 32) as u32;
-        let zero = (stored + plus) & comptime!((1u32 << bits) - 1);
+        let zero = u32::cast_from(zeros[group * rows + row]);
         let scale = u16::reinterpret(scales[group * rows + row]);
         out[row * groups as usize + group] = u32::cast_from(scale) | (zero << 16u32);
     }
@@ -117,7 +113,7 @@ pub(super) fn scale_of(cell: u32) -> f32 {
 /// Columns in the order of their groups, where codes do not cross words and every group has as many
 /// columns, whole loads of them.
 fn order(packed: &PackedLinear) -> Option<Vec<i32>> {
-    let groups = packed.scales.len() / packed.out_features;
+    let groups = packed.groups();
     let size = packed.in_features / groups;
     let mut order: Vec<i32> = (0..packed.in_features as i32).collect();
     order.sort_by_key(|&column| packed.g_idx[column as usize]);
@@ -134,10 +130,10 @@ pub fn resident(packed: &PackedLinear, device: &Device) -> Result<PackedWeight<C
     let weight = PackedWeight::upload(packed, device);
     let (
         Some(order),
-        PackedLayout::Stored {
-            qweight,
-            qzeros,
+        PackedLayout::Columns {
+            codes: words,
             scales,
+            zeros,
             ..
         },
     ) = (order(packed), &weight.layout)
@@ -152,13 +148,13 @@ pub fn resident(packed: &PackedLinear, device: &Device) -> Result<PackedWeight<C
     if shared_memory(columns, bits) > limit {
         return Ok(weight);
     }
-    let groups = packed.scales.len() / rows;
-    let qweight = buffer::int("resident", "qweight", qweight.clone(), DType::I32)?;
-    let qzeros = buffer::int("resident", "qzeros", qzeros.clone(), DType::I32)?;
+    let groups = packed.groups();
+    let words = buffer::int("resident", "codes", words.clone(), DType::I32)?;
     let scales = buffer::float("resident", "scales", scales.clone(), DType::F16)?;
-    let order = buffer::upload(&qweight, &order, DType::I32);
-    let codes = buffer::empty(&qweight, [rows, columns / RUN * bits], DType::I32);
-    let grid = buffer::empty(&qweight, [rows, groups], DType::I32);
+    let zeros = buffer::int("resident", "zeros", zeros.clone(), DType::U8)?;
+    let order = buffer::upload(&words, &order, DType::I32);
+    let codes = buffer::empty(&words, [rows, columns / RUN * bits], DType::I32);
+    let grid = buffer::empty(&words, [rows, groups], DType::I32);
     let cubes = rows.div_ceil(UNITS) as u32;
     // SAFETY: one unit per row and run of 32 columns, and per row and group; `order` holds columns.
     unsafe {
@@ -166,7 +162,7 @@ pub fn resident(packed: &PackedLinear, device: &Device) -> Result<PackedWeight<C
             &codes.client,
             CubeCount::new_2d(cubes, (columns / RUN) as u32),
             CubeDim::new_1d(UNITS as u32),
-            array(&qweight),
+            array(&words),
             array(&order),
             array(&codes),
             rows as u32,
@@ -177,13 +173,11 @@ pub fn resident(packed: &PackedLinear, device: &Device) -> Result<PackedWeight<C
             &grid.client,
             CubeCount::new_2d(cubes, groups as u32),
             CubeDim::new_1d(UNITS as u32),
-            array(&qzeros),
             array(&scales),
+            array(&zeros),
             array(&grid),
             rows as u32,
             groups as u32,
-            u32::from(packed.format.zero_offset()),
-            bits,
         );
     }
     Ok(PackedWeight {

@@ -15,18 +15,16 @@ use std::{ops::Range, time::Instant};
 
 use burn::tensor::{DType, Tensor};
 use cudarc::cublas::sys as cublas;
-use gptq_format::CheckpointFormat;
 use gptq_solver::{Gains, Settings};
 
 use super::{
     Cuda,
-    arrange::{dequantize, into_columns},
+    arrange::{codes, dequantize, into_columns},
     blas::{Element, Matrix, product},
     buffer::{self, Buffer},
     error::Error,
     factor::{Factor, PANEL, block_inverses, factor, panels, reordered},
     groups::{Search, Source, parameters, round_to_nearest},
-    pack::pack,
     refine::refine,
     relative_error::{Correlation, Measurement, Sum, Sums},
     stream::{Failures, on_stream_later},
@@ -42,8 +40,7 @@ const STRETCH: usize = 8 * PANEL;
 ///
 /// `gram` is f32 `[in, in]`, of which the upper triangle is read; each weight is `[out, in]`, all f16 or
 /// all bf16.
-/// Waits for the device twice for the factor and once for the errors; packed tensors are on their way
-/// to the host when this returns.
+/// Waits for the device twice for the factor and once for the errors.
 ///
 /// # Errors
 ///
@@ -54,11 +51,10 @@ pub fn solve(
     drift: Option<Drift<Cuda>>,
     hessian: Hessian,
     requests: &[Request<Cuda>],
-    format: CheckpointFormat,
 ) -> Result<Subset<Cuda>, Error> {
     let started = Instant::now();
     let n = gram.dims()[0];
-    check(gram.dims(), requests, format)?;
+    check(gram.dims(), requests)?;
     let gram = buffer::float("solve", "gram", gram, DType::F32)?;
     let weights = requests
         .iter()
@@ -124,17 +120,16 @@ pub fn solve(
             if let Some(refined) = &refined {
                 measurement.columns(refined, span, (at, Sum::Refined));
             }
-            let packed = pack(&swept, &position, &g_idx, span, settings, format);
-            unread.push((packed, [weight, nearest].map(buffer::into_float)));
+            let codes = codes(&swept, &position, &g_idx, span, settings.bits);
+            unread.push((codes, [weight, nearest].map(buffer::into_float)));
             order.push(at);
             offset += rows;
         }
     }
     let sums = measurement.read()?;
     failures.check()?;
-    let swept = Instant::now();
     let mut solved = Vec::with_capacity(requests.len());
-    for (at, (packed, [weight, nearest])) in order.into_iter().zip(unread) {
+    for (at, (codes, [weight, nearest])) in order.into_iter().zip(unread) {
         let sums = sums[at];
         let output = sums.of(Sum::Output);
         let rounded = if target.is_some() {
@@ -143,7 +138,7 @@ pub fn solve(
             Sum::Lost
         };
         let layer = Solved {
-            packed: packed.fetch()?.into(),
+            codes,
             weight,
             nearest,
             relative_error: Sums::part(sums.of(Sum::Lost), output),
@@ -160,8 +155,7 @@ pub fn solve(
         dead_columns: factor.columns.dead,
         times: SolveTimes {
             factor: (factored - started).as_secs_f64(),
-            sweep: (swept - factored).as_secs_f64(),
-            pack: swept.elapsed().as_secs_f64(),
+            sweep: factored.elapsed().as_secs_f64(),
         },
     })
 }
@@ -180,11 +174,7 @@ fn gains(settings: &Settings, target: Option<&Target>, sums: Sums) -> Gains {
     }
 }
 
-fn check(
-    [n, columns]: [usize; 2],
-    requests: &[Request<Cuda>],
-    format: CheckpointFormat,
-) -> Result<(), Error> {
+fn check([n, columns]: [usize; 2], requests: &[Request<Cuda>]) -> Result<(), Error> {
     let refuse = |reason| {
         Err(Error::Shape {
             operation: "solve",
@@ -206,9 +196,6 @@ fn check(
         }
         if !settings.f16_scales {
             return refuse("scales that are not rounded to f16".into());
-        }
-        if !settings.sym && format.zero_offset() != 0 {
-            return refuse("asymmetric codes need checkpoint format gptq_v2".into());
         }
     }
     Ok(())

@@ -198,7 +198,7 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
         act_order: true,
         damping: 0.01,
     };
-    let subset = Cpu::solve(gram, None, hessian, vec![request], CheckpointFormat::Gptq).unwrap();
+    let subset = Cpu::solve(gram, None, hessian, vec![request]).unwrap();
     let solved = subset.solved.into_iter().next().unwrap();
     let dense = Cpu::matmul_nt(tensor(&x, [tokens, n]), tensor(&w, [out, n]));
     let quantized = Cpu::matmul_nt(tensor(&x, [tokens, n]), solved.weight.clone());
@@ -210,7 +210,11 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
         solved.relative_error
     );
     assert!(solved.relative_error < solved.rtn_error);
-    let unpacked = Cpu::dequantize_packed(&solved.packed.wait(), DType::F32, &Default::default());
+    let unpacked = Cpu::dequantize_packed(
+        &Cpu::pack(solved.codes).wait(),
+        DType::F32,
+        &Default::default(),
+    );
     assert_eq!(values(unpacked), values(solved.weight.clone()));
     assert_eq!((subset.damping, subset.dead_columns), (0.01, 0));
 }

@@ -186,7 +186,7 @@ fn defaults_fill_in_what_a_branch_leaves_out() {
     );
     assert_eq!((a.damp_percent, a.preset), (0.01, crate::Preset::Autogptq));
     assert_eq!(
-        (a.format(), b.format()),
+        (a.checkpoint_format(), b.checkpoint_format()),
         (CheckpointFormat::Gptq, CheckpointFormat::GptqV2)
     );
     assert_eq!(plan.calibration.samples, 128);

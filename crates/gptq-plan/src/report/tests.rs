@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use gptq_format::{Bits, GroupSize, LinearDigests};
+use gptq_format::{Bits, GroupSize, TensorDigests};
 use gptq_solver::Gains;
 
 use super::*;
@@ -39,7 +39,7 @@ fn linear(layer: usize, name: String, number: f64) -> LinearReport {
         damp_percent: number,
         dead_columns: 1 << 24,
         seconds: number.abs(),
-        digests: Some(serde_json::from_value::<LinearDigests>(digests).unwrap()),
+        digests: Some(serde_json::from_value::<TensorDigests>(digests).unwrap()),
     }
 }
 

@@ -291,7 +291,7 @@ impl SolvedSink for Notes {
         packed: Incoming,
     ) -> Result<(), FormatError> {
         let packed = packed.wait();
-        assert!(!packed.qweight.is_empty(), "{module}");
+        assert!(!packed.codes.is_empty(), "{module}");
         self.0.push(format!("{branch} {module}"));
         Ok(())
     }

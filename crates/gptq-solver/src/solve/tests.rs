@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gptq_format::{CheckpointFormat, GroupSize};
+use gptq_format::{CheckpointFormat, GroupSize, OutputFormat};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use safetensors::SafeTensors;
@@ -457,15 +457,18 @@ fn packing_gives_autogptqs_words() {
             g_idx: get("g_idx").iter().map(|&v| v as i32).collect(),
         };
         assert_eq!(linear.groups(), 256 / group);
-        let packed = linear.pack(CheckpointFormat::Gptq).unwrap();
+        let packed = linear.pack();
+        let encoded = CheckpointFormat::Gptq.encode(name, &packed).unwrap();
         let words = |m: DMatrix<f64>| {
             m.transpose()
                 .iter()
-                .map(|&v| v as i64 as u32)
+                .flat_map(|&v| (v as i64 as u32).to_le_bytes())
                 .collect::<Vec<_>>()
         };
-        assert_eq!(packed.qweight, words(get("qweight")), "{name} qweight");
-        assert_eq!(packed.qzeros, words(get("qzeros")), "{name} qzeros");
+        for (part, suffix) in encoded.iter().zip(["qweight", "qzeros"]) {
+            assert_eq!(part.suffix, suffix);
+            assert_eq!(*part.bytes, words(get(suffix)), "{name} {suffix}");
+        }
         assert_eq!(packed.unpack(), linear);
     }
 }

@@ -7,7 +7,7 @@ use nalgebra::DMatrix;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use super::solving::{format, request};
+use super::solving::request;
 use crate::Hessian;
 use crate::cuda::{
     solve,
@@ -72,11 +72,10 @@ fn each_case(scale_search: bool, least_share: f64) {
             None,
             prepared,
             &[request(&weight, n, settings, &device)],
-            format(&settings),
         )
         .unwrap();
         let solved = subset.solved.into_iter().next().unwrap();
-        let found = solved.packed.wait().unpack();
+        let found = solved.codes.download();
 
         let h = DMatrix::from_row_slice(n, n, &gram);
         let w = DMatrix::from_row_iterator(weight.len() / n, n, weight.iter().map(|v| v.to_f32()));

@@ -1,13 +1,14 @@
 //! Products with packed weights, compared with the dequantized weights in f64.
 
 use burn::tensor::Element;
-use gptq_format::{Bits, CheckpointFormat, PackedLinear, QuantizedLinear};
+use gptq_format::{Bits, QuantizedLinear};
 use half::{bf16, f16};
 
 use crate::cuda::{
-    packed_linear, resident,
+    Cuda, packed_linear, resident,
     testing::{Random, device, distance, rounding, tensor, values, wide},
 };
+use crate::{Codes, Engine};
 
 /// Makes a layer of random codes, zero points and scales; with `act_order` a group's columns are
 /// scattered.
@@ -65,35 +66,41 @@ fn packed_of<E: Element>() {
     ] {
         for bits in Bits::ALL {
             for act_order in [false, true] {
-                for format in [CheckpointFormat::Gptq, CheckpointFormat::GptqV2] {
-                    let layer = layer(shape, bits, group, act_order, &mut random);
-                    // Version 1 reads the same words as zero points that are one higher, and the
-                    // highest as 0.
-                    let packed = PackedLinear {
-                        format,
-                        ..layer.pack(CheckpointFormat::GptqV2).unwrap()
-                    };
-                    let weight = resident(&packed, &device).unwrap();
-                    assert_eq!(weight.download(), packed);
-                    let [columns, rows] = shape;
-                    let dense = packed.unpack().dequantize();
-                    for tokens in [1, 3] {
-                        let x = random.halves::<E>(tokens * columns, 1.0);
-                        let found = packed_linear(tensor(&x, [tokens, columns], &device), &weight);
-                        let mut expected = Vec::with_capacity(tokens * rows);
-                        for x in x.chunks(columns) {
-                            for w in dense.chunks(columns) {
-                                let products =
-                                    x.iter().zip(w).map(|(x, w)| wide(*x) * f64::from(*w));
-                                expected.push(products.sum::<f64>());
-                            }
+                let layer = layer(shape, bits, group, act_order, &mut random);
+                let packed = layer.pack();
+                let weight = resident(&packed, &device).unwrap();
+                assert_eq!(weight.download(), packed);
+                let [columns, rows] = shape;
+                let dense = layer.dequantize();
+                for tokens in [1, 3] {
+                    let x = random.halves::<E>(tokens * columns, 1.0);
+                    let found = packed_linear(tensor(&x, [tokens, columns], &device), &weight);
+                    let mut expected = Vec::with_capacity(tokens * rows);
+                    for x in x.chunks(columns) {
+                        for w in dense.chunks(columns) {
+                            let products = x.iter().zip(w).map(|(x, w)| wide(*x) * f64::from(*w));
+                            expected.push(products.sum::<f64>());
                         }
-                        let off = distance(&values(found.unwrap()), &expected);
-                        let label = format!("{shape:?} {bits:?} {group} {act_order} {tokens}");
-                        assert!(off < close, "{label}: {off}");
                     }
+                    let off = distance(&values(found.unwrap()), &expected);
+                    let label = format!("{shape:?} {bits:?} {group} {act_order} {tokens}");
+                    assert!(off < close, "{label}: {off}");
                 }
             }
+        }
+    }
+}
+
+/// Zero points from 0 to the highest code among them.
+#[test]
+fn codes_that_are_packed_arrive_as_they_were() {
+    let Some(device) = device() else { return };
+    let mut random = Random(73);
+    for (shape, group) in [([32, 32], 32), ([128, 96], 64), ([11008, 160], 128)] {
+        for bits in Bits::ALL {
+            let layer = layer(shape, bits, group, true, &mut random);
+            let packed = Cuda::pack(Codes::upload(layer.clone(), &device)).wait();
+            assert_eq!(packed, layer.pack(), "{shape:?} {bits:?} {group}");
         }
     }
 }
@@ -103,7 +110,7 @@ fn an_input_of_another_width_is_refused() {
     let Some(device) = device() else { return };
     let mut random = Random(72);
     let layer = layer([128, 32], Bits::Four, 32, false, &mut random);
-    let weight = resident(&layer.pack(CheckpointFormat::GptqV2).unwrap(), &device).unwrap();
+    let weight = resident(&layer.pack(), &device).unwrap();
     let x = tensor(&random.halves::<f16>(64, 1.0), [1, 64], &device);
     assert!(packed_linear(x, &weight).is_err());
 }

@@ -1,7 +1,7 @@
 //! The solver on the device compared with the one on the host.
 
 use burn::tensor::{DType, Element};
-use gptq_format::{Bits, CheckpointFormat, GroupSize};
+use gptq_format::{Bits, GroupSize};
 use gptq_solver::{
     Factor, Gains, Settings, Target, output_energy, refine, round_to_nearest, solve as host_solve,
 };
@@ -12,7 +12,7 @@ use crate::cuda::{
     Cuda, Device, Error, cross_add, dequantize, gram_add, gram_zeros, solve,
     testing::{Random, device, distance, rounding, tensor, tensor_f32, values, wide},
 };
-use crate::{Drift, Hessian, Request, Solved, Subset};
+use crate::{Drift, Engine, Hessian, Request, Solved, Subset};
 
 /// Makes correlated inputs of very different scales, with the last column dead.
 fn inputs<E: Element>(random: &mut Random, tokens: usize, n: usize) -> Vec<E> {
@@ -39,15 +39,7 @@ pub(super) fn settings(bits: Bits, group_size: GroupSize) -> Settings {
     }
 }
 
-/// Returns a format that can store zero points of these settings.
-pub(super) fn format(settings: &Settings) -> CheckpointFormat {
-    match settings.sym {
-        true => CheckpointFormat::Gptq,
-        false => CheckpointFormat::GptqV2,
-    }
-}
-
-/// Makes a request for a weight `[rows, n]` on the device.
+/// A weight `[rows, n]` on the device.
 pub(super) fn request<E: Element>(
     weight: &[E],
     n: usize,
@@ -100,8 +92,9 @@ pub(super) fn judge<E: Element>(
     let rtn_error = lost(round_to_nearest(&w, settings).dequantize());
     let expected = expected.into_quantized();
 
-    let packed = found.packed.wait();
-    let codes = packed.unpack();
+    let packed = Cuda::pack(found.codes.clone()).wait();
+    let codes = found.codes.download();
+    assert!(packed == codes.pack(), "{label}: packed on the device");
     assert_eq!(codes.g_idx, expected.g_idx, "{label}");
     let pairs = codes.codes.iter().zip(&expected.codes);
     let same = pairs.filter(|(a, b)| a == b).count();
@@ -188,7 +181,7 @@ fn compare_of<E: Element>(
         act_order,
         damping: 0.1,
     };
-    let subset = solve(gram, None, hessian, &requests, format(&settings)).unwrap();
+    let subset = solve(gram, None, hessian, &requests).unwrap();
     assert_eq!(subset.dead_columns, 1);
     assert!((subset.damping - 0.1).abs() < 1e-12);
     let x = DMatrix::from_row_iterator(tokens, n, x.iter().map(|v| wide(*v)));
@@ -344,7 +337,7 @@ fn drifted_of<E: Element>() {
             damping: 0.1,
         };
         let requests = [request(&weight, n, s, &device)];
-        let subset = solve(gram, Some(drift), hessian, &requests, format(&s)).unwrap();
+        let subset = solve(gram, Some(drift), hessian, &requests).unwrap();
 
         let [x, dense] =
             [x, dense].map(|v| DMatrix::from_row_iterator(tokens, n, v.iter().map(|v| wide(*v))));
@@ -384,13 +377,7 @@ fn solve_indefinite(gram: &[f32], device: &Device) -> Result<Subset<Cuda>, Error
         damping: 0.001,
     };
     let gram = tensor_f32(gram, [n, n], device);
-    solve(
-        gram,
-        None,
-        hessian,
-        &[request(&weight, n, s, device)],
-        format(&s),
-    )
+    solve(gram, None, hessian, &[request(&weight, n, s, device)])
 }
 
 #[test]
@@ -413,23 +400,6 @@ fn a_failing_factorisation_raises_the_damping_as_the_host_does() {
 }
 
 #[test]
-fn asymmetric_layers_are_refused_in_the_first_format() {
-    let Some(device) = device() else { return };
-    let s = Settings {
-        sym: false,
-        ..settings(Bits::Four, GroupSize::Row)
-    };
-    let layer = request(&[f16::ONE; 32 * 32], 32, s, &device);
-    let gram = tensor_f32(&[1.0; 32 * 32], [32, 32], &device);
-    let hessian = Hessian {
-        act_order: false,
-        damping: 0.1,
-    };
-    let failure = solve(gram, None, hessian, &[layer], CheckpointFormat::Gptq);
-    assert!(matches!(failure, Err(Error::Shape { .. })));
-}
-
-#[test]
 fn the_widest_factor_solves_as_the_host_does_on_a_diagonal() {
     let Some(device) = device() else { return };
     // With a diagonal Gram matrix GPTQ is round to nearest, which needs no factor on the host.
@@ -445,18 +415,11 @@ fn the_widest_factor_solves_as_the_host_does_on_a_diagonal() {
         damping: 0.1,
     };
     let gram = tensor_f32(&gram, [n, n], &device);
-    let subset = solve(
-        gram,
-        None,
-        hessian,
-        &[request(&weight, n, s, &device)],
-        format(&s),
-    )
-    .unwrap();
+    let subset = solve(gram, None, hessian, &[request(&weight, n, s, &device)]).unwrap();
     let w = DMatrix::from_row_iterator(32, n, weight.iter().map(|v| wide(*v)));
     let expected = round_to_nearest(&w, &s).into_quantized();
     let solved = subset.solved.into_iter().next().unwrap();
-    let found = solved.packed.wait().unpack();
+    let found = solved.codes.download();
     let same = found
         .codes
         .iter()
