@@ -69,6 +69,7 @@ pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
 pub use public_json::{TakenOut, make_public, without_directories};
 pub use quantize_config::{OneOrMany, QuantizeConfig};
 pub use quantized::{PackedLinear, QuantizedLinear};
+pub use sample_digest::sample_digest;
 pub use side_files::{
     MAX_JSON, MAX_REPORT, copy_side_files, goes_along, read_json, read_json_within, side_file,
     side_files, write_json, write_json_within,

@@ -8,23 +8,21 @@ use crate::{Checkpoint, FormatError};
 /// Bytes hashed per tensor: a page from its middle.
 const SAMPLE: usize = 4096;
 
-impl Checkpoint {
-    /// Computes the SHA-256 of every tensor's name, dtype, shape and 4 KiB from its middle, in
-    /// hexadecimal. Reads some hundred pages of a checkpoint of any size. Two checkpoints that
-    /// differ only in a few values may have the same hash.
-    pub fn sample_digest(&self) -> Result<String, FormatError> {
-        let mut hash = Sha256::new();
-        for name in self.names() {
-            let view = self.view(name)?;
-            hash.update(format!("{name} {:?} {:?}\n", view.dtype, view.shape));
-            let middle = view.storage.len().saturating_sub(SAMPLE) / 2;
-            let sample = view.storage.iter().skip(middle).take(SAMPLE);
-            hash.update(sample.copied().collect::<Vec<u8>>());
-            // Includes what the kernel maps around a page: small tensors completely.
-            self.give_back(name);
-        }
-        Ok(hexadecimal(&hash.finalize()))
+/// Computes the SHA-256 of every tensor's name, dtype, shape and 4 KiB from its middle, in
+/// hexadecimal. Reads some hundred pages of a checkpoint of any size. Two checkpoints that
+/// differ only in a few values may have the same hash.
+pub fn sample_digest(checkpoint: &Checkpoint) -> Result<String, FormatError> {
+    let mut hash = Sha256::new();
+    for name in checkpoint.names() {
+        let view = checkpoint.view(name)?;
+        hash.update(format!("{name} {:?} {:?}\n", view.dtype, view.shape));
+        let middle = view.storage.len().saturating_sub(SAMPLE) / 2;
+        let sample = view.storage.iter().skip(middle).take(SAMPLE);
+        hash.update(sample.copied().collect::<Vec<u8>>());
+        // Includes what the kernel maps around a page: small tensors completely.
+        checkpoint.give_back(name);
     }
+    Ok(hexadecimal(&hash.finalize()))
 }
 
 #[cfg(test)]
@@ -42,10 +40,7 @@ mod tests {
             let view = View::new(Dtype::F16, shape, &bytes).unwrap();
             let file = safetensors::serialize([(name, view)], None).unwrap();
             std::fs::write(dir.path().join("model.safetensors"), file).unwrap();
-            Checkpoint::open(dir.path())
-                .unwrap()
-                .sample_digest()
-                .unwrap()
+            sample_digest(&Checkpoint::open(dir.path()).unwrap()).unwrap()
         };
         let all = [
             digest("a", vec![256, 128], 1),

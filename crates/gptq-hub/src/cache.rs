@@ -10,6 +10,7 @@
 //!   {hash}.lock                   locked by whoever downloads or places the content of that name
 //! ```
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -149,12 +150,26 @@ impl RepoCache {
 
     /// Returns the name of an entry's content if it is in the cache, from any snapshot.
     pub(crate) fn find(&self, entry: &Entry) -> Option<String> {
-        let blobs = fs::read_dir(self.dir.join("blobs")).ok()?;
-        blobs.flatten().find_map(|blob| {
-            let name = blob.file_name().into_string().ok()?;
-            let whole = blob.metadata().ok()?.len() == entry.size;
-            (whole && is_named(&name, entry)).then_some(name)
-        })
+        match entry.pointer {
+            true => self.contents().find(entry),
+            // Its name is known.
+            false => {
+                let blob = fs::metadata(self.blob(&entry.oid)).ok()?;
+                (blob.len() == entry.size).then(|| entry.oid.clone())
+            }
+        }
+    }
+
+    /// Lists all contents, complete or partial, as they are now.
+    pub(crate) fn contents(&self) -> CachedContents {
+        let blobs = fs::read_dir(self.dir.join("blobs"));
+        let mut by_size: BTreeMap<u64, Vec<String>> = BTreeMap::new();
+        for blob in blobs.into_iter().flatten().flatten() {
+            if let (Ok(name), Ok(data)) = (blob.file_name().into_string(), blob.metadata()) {
+                by_size.entry(data.len()).or_default().push(name);
+            }
+        }
+        CachedContents { by_size }
     }
 
     /// Puts `blob` into a snapshot under the entry's path.
@@ -168,6 +183,19 @@ impl RepoCache {
             return fs::copy(self.blob(blob), fresh).map(|_| drop(up));
         });
         placed.map_err(HubError::io(&link))
+    }
+}
+
+/// Names of the contents of a cache, by size.
+pub(crate) struct CachedContents {
+    by_size: BTreeMap<u64, Vec<String>>,
+}
+
+impl CachedContents {
+    /// Returns the name of an entry's content if it is among them.
+    pub(crate) fn find(&self, entry: &Entry) -> Option<String> {
+        let mut names = self.by_size.get(&entry.size)?.iter();
+        names.find(|name| is_named(name, entry)).cloned()
     }
 }
 

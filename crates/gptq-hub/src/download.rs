@@ -11,7 +11,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use hf_hub::HFError;
 
 use crate::HubError;
-use crate::cache::{RepoCache, parent};
+use crate::cache::{CachedContents, RepoCache, parent};
 use crate::content::ContentHasher;
 use crate::repo::{Entry, Repo};
 
@@ -47,7 +47,8 @@ pub(crate) async fn fetch(
     entries: &[&Entry],
     on_progress: &dyn Fn(DownloadProgress),
 ) -> Result<(), HubError> {
-    let absent = |entry: &&&Entry| !cache.has(commit, entry) && cache.find(entry).is_none();
+    let contents = cache.contents();
+    let absent = |entry: &&&Entry| !cache.has(commit, entry) && contents.find(entry).is_none();
     let absent: BTreeMap<&str, u64> = entries
         .iter()
         .filter(absent)
@@ -72,8 +73,10 @@ pub(crate) async fn fetch(
         .iter()
         .partition(|entry| contents.insert(&entry.oid));
     for entries in [first, repeated] {
+        // The repeated ones find what the first ones made.
+        let contents = cache.contents();
         stream::iter(entries)
-            .map(|entry| download.place(entry))
+            .map(|entry| download.place(entry, &contents))
             .buffer_unordered(AT_ONCE)
             .try_collect::<()>()
             .await?;
@@ -114,11 +117,12 @@ enum Wrong {
 }
 
 impl Download<'_> {
-    async fn place(&self, entry: &Entry) -> Result<(), HubError> {
+    /// Puts an entry into the snapshot, from `contents` if it is there.
+    async fn place(&self, entry: &Entry, contents: &CachedContents) -> Result<(), HubError> {
         if self.cache.has(self.commit, entry) {
             return Ok(());
         }
-        let blob = match self.cache.find(entry) {
+        let blob = match contents.find(entry) {
             Some(blob) => blob,
             None => self.download(entry).await?,
         };

@@ -71,7 +71,8 @@ pub(crate) fn model_weights(
     };
     let read: WeightIndex = read_json(&snapshot.join(index))?;
     let shards: BTreeSet<String> = read.weight_map.into_values().collect();
-    match shards.iter().find(|shard| !names.contains(&shard.as_str())) {
+    let names: BTreeSet<&str> = names.iter().copied().collect();
+    match shards.iter().find(|shard| !names.contains(shard.as_str())) {
         Some(shard) => Err(HubError::Missing {
             repo: repo.to_owned(),
             file: shard.clone(),

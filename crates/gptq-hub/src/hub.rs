@@ -1,6 +1,7 @@
 //! Connection to the Hub, and complete snapshots.
 
 use std::cell::Cell;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -329,6 +330,7 @@ impl SnapshotFetch<'_> {
         wanted: &[String],
         on_progress: &dyn Fn(DownloadProgress),
     ) -> Result<(), HubError> {
+        let wanted: HashSet<&String> = wanted.iter().collect();
         let wanted = self.tree.iter().filter(|e| wanted.contains(&e.path));
         let wanted: Vec<&Entry> = wanted.collect();
         fetch(self.repo, self.cache, self.commit, &wanted, on_progress).await

@@ -1,5 +1,6 @@
 //! Upload of branch directories to the Hub: one commit per revision, with the files that differ.
 
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -133,8 +134,9 @@ pub fn changes(
         return Ok(changes);
     };
     let tree = hub.wait(repo.tree(&commit))?;
+    let entries: HashMap<&str, &Entry> = tree.iter().map(|it| (it.path.as_str(), it)).collect();
     for file in files {
-        let there = tree.iter().find(|entry| entry.path == file.name);
+        let there = entries.get(file.name.as_str());
         match there.map(|entry| file.is(entry)).transpose()? {
             Some(true) => changes.same += 1,
             there => {
@@ -145,9 +147,10 @@ pub fn changes(
             }
         }
     }
+    let names: HashSet<&str> = files.iter().map(|file| file.name.as_str()).collect();
     let gone = tree
         .iter()
-        .filter(|entry| is_weights(&entry.path) && !files.iter().any(|f| f.name == entry.path));
+        .filter(|entry| is_weights(&entry.path) && !names.contains(entry.path.as_str()));
     changes.delete = gone.map(|entry| entry.path.clone()).collect();
     if !(create || changes.delete.is_empty() && changes.replace.is_empty()) {
         // A revision whose first upload was interrupted is still the copy of `main` that it

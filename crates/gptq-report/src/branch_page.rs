@@ -1,8 +1,9 @@
 //! Contents of the page about one branch.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use gptq_plan::{LinearReport, Measure, Share};
+use gptq_spec::ModelConfig;
 use minijinja::Value;
 use serde::Serialize;
 
@@ -116,7 +117,7 @@ impl BranchPage {
             options,
             unusual: unusual(&report.linears, measure, damp_percent),
             damp_percent,
-            stages: times(stages(&report.linears)),
+            stages: times(solving(&report.linears, &taps(&branch.config))),
             phases: times(phases.collect()),
         }
     }
@@ -195,12 +196,14 @@ fn grouped<'a>(
     key: impl Fn(&'a LinearReport) -> &'a str,
 ) -> Vec<(&'a str, Vec<&'a LinearReport>)> {
     let mut groups: Vec<(&str, Vec<&LinearReport>)> = Vec::new();
+    let mut places = BTreeMap::new();
     for linear in linears {
         let key = key(linear);
-        match groups.iter_mut().find(|(name, _)| *name == key) {
-            Some((_, group)) => group.push(linear),
-            None => groups.push((key, vec![linear])),
+        let at = *places.entry(key).or_insert(groups.len());
+        if at == groups.len() {
+            groups.push((key, Vec::new()));
         }
+        groups[at].1.push(linear);
     }
     groups
 }
@@ -258,16 +261,38 @@ fn unusual(linears: &[LinearReport], measure: Measure, asked: f64) -> Vec<Unusua
 }
 
 /// Returns the seconds of solving by group of linear layers that share an input and a factor.
-fn stages(linears: &[LinearReport]) -> Vec<(String, f64)> {
-    let stage = |l| match label(within_block(l)) {
-        "q" | "k" | "v" => "q, k, v",
-        "gate" | "up" => "gate, up",
-        other => other,
+fn solving(linears: &[LinearReport], taps: &BTreeMap<String, String>) -> Vec<(String, f64)> {
+    let tap = |l| {
+        let name = within_block(l);
+        taps.get(name).map_or(label(name), String::as_str)
     };
-    let stages = grouped(linears, stage).into_iter();
-    stages
+    let groups = grouped(linears, tap).into_iter();
+    groups
         .map(|(name, group)| (name.to_owned(), group.iter().map(|l| l.seconds).sum()))
         .collect()
+}
+
+/// Returns the labels of all linear layers that share an input, such as "q, k, v", by the name of
+/// each within its block; empty if `config` does not describe the model.
+fn taps(config: &serde_json::Value) -> BTreeMap<String, String> {
+    let mut taps = BTreeMap::new();
+    let Ok(config) = ModelConfig::from_json(config.clone()) else {
+        return taps;
+    };
+    for block in config.blocks() {
+        for tap in block.taps() {
+            let names = block.linears()[block.linears_of(tap)]
+                .iter()
+                .map(|it| &it.name);
+            let mut labels: Vec<&str> = names.clone().map(|name| label(name)).collect();
+            // Experts have the same labels.
+            let mut seen = BTreeSet::new();
+            labels.retain(|label| seen.insert(*label));
+            let labels = labels.join(", ");
+            taps.extend(names.map(|name| (name.clone(), labels.clone())));
+        }
+    }
+    taps
 }
 
 fn times(seconds: Vec<(String, f64)>) -> Vec<Time> {
@@ -284,5 +309,26 @@ fn times(seconds: Vec<(String, f64)>) -> Vec<Time> {
     match total > 0.0 {
         true => times.collect(),
         false => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn linear_layers_are_named_with_those_that_share_their_input() {
+        let config = json!({
+            "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "vocab_size": 64, "max_position_embeddings": 128
+        });
+        let taps = taps(&config);
+        assert_eq!(taps["self_attn.k_proj"], "q, k, v");
+        assert_eq!(taps["self_attn.o_proj"], "o");
+        assert_eq!(taps["mlp.gate_proj"], "gate, up");
+        assert_eq!(taps["mlp.down_proj"], "down");
+        assert!(self::taps(&json!({"model_type": "llama"})).is_empty());
     }
 }

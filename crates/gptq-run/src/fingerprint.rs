@@ -5,7 +5,9 @@ use std::fs;
 use std::path::Path;
 
 use gptq_calibration::Calibration;
-use gptq_format::{Checkpoint, FormatError, le_bytes, sha256, sha256_file, side_file, side_files};
+use gptq_format::{
+    Checkpoint, FormatError, le_bytes, sample_digest, sha256, sha256_file, side_file, side_files,
+};
 use gptq_kernels::Device;
 use gptq_plan::{Fingerprint, Plan, Propagation};
 use serde_json::json;
@@ -53,7 +55,7 @@ impl Fingerprints {
                 "name": plan.model_name,
                 "dtype": plan.half,
                 "config": sha256(&config),
-                "weights": checkpoint.sample_digest()?,
+                "weights": sample_digest(checkpoint)?,
                 "side_files": side,
             }),
         );

@@ -198,7 +198,7 @@ mod tests {
             &format!(r#""digests":{digests},"damp_percent""#),
         );
         fs::write(&path, text).unwrap();
-        let read = Recorded::read(dir.path()).unwrap().unwrap();
+        let read = RecordedRun::read(dir.path()).unwrap().unwrap();
         let linear = &read.blocks[0].branches["main"].linears[0];
         let found = linear.digests.as_ref().unwrap();
         let recorded = [
