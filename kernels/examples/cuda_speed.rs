@@ -14,7 +14,7 @@ use gptq_kernels::cuda::{
     Cuda, Device, attend_next, causal_attention, embedding, gram_add, gram_zeros, linear,
     packed_linear, resident, rms_norm, rotary, solve, swiglu,
 };
-use gptq_kernels::{Hessian, Request};
+use gptq_kernels::{Hessian, Request, Scores};
 use gptq_solver::Settings;
 use half::f16;
 
@@ -171,7 +171,7 @@ fn forward(device: &Device, ceilings: &Ceilings) -> f64 {
     let shape = [CHUNK, WINDOW, HEADS, HEAD];
     let [q, k, v] = [0; 3].map(|_| random(shape, 1.0, device));
     let time = seconds(device, 10, || {
-        causal_attention(q.clone(), k.clone(), v.clone()).unwrap()
+        causal_attention(q.clone(), k.clone(), v.clone(), Scores::default()).unwrap()
     });
     let work = 2.0 * (CHUNK * HEADS * WINDOW * WINDOW * HEAD) as f64;
     ceilings.row(
@@ -181,6 +181,52 @@ fn forward(device: &Device, ceilings: &Ceilings) -> f64 {
         "TFLOP/s",
     );
     forward += time;
+    for (what, scores) in [
+        (
+            "window of 1024",
+            Scores {
+                window: Some(1024),
+                ..Scores::default()
+            },
+        ),
+        (
+            "softcap",
+            Scores {
+                softcap: Some(50.0),
+                ..Scores::default()
+            },
+        ),
+    ] {
+        let time = seconds(device, 10, || {
+            causal_attention(q.clone(), k.clone(), v.clone(), scores).unwrap()
+        });
+        let seen = match scores.window {
+            Some(window) => (window * (2 * WINDOW - window)) as f64,
+            None => (WINDOW * WINDOW) as f64,
+        };
+        let work = 2.0 * (CHUNK * HEADS * HEAD) as f64 * seen;
+        let name = format!("causal attention [4, 4096, 32, 128], {what}");
+        ceilings.row(&name, time, work / 1e12, "TFLOP/s");
+    }
+    let gemma = [CHUNK, WINDOW, 16, 256];
+    let [gq, gk, gv] = [0; 3].map(|_| random(gemma, 1.0, device));
+    for (what, scores) in [
+        ("plain", Scores::default()),
+        (
+            "softcap",
+            Scores {
+                softcap: Some(50.0),
+                ..Scores::default()
+            },
+        ),
+    ] {
+        let time = seconds(device, 10, || {
+            causal_attention(gq.clone(), gk.clone(), gv.clone(), scores).unwrap()
+        });
+        let work = 2.0 * (CHUNK * 16 * WINDOW * WINDOW * 256) as f64;
+        let name = format!("causal attention [4, 4096, 16, 256], {what}");
+        ceilings.row(&name, time, work / 1e12, "TFLOP/s");
+    }
 
     let gigabytes = |elements: usize| (elements * 2) as f64 / 1e9;
     let x = random([tokens, HIDDEN], 1.0, device);
@@ -262,7 +308,8 @@ fn generate(device: &Device, ceilings: &Ceilings) {
         let time = seconds(device, 10, || {
             let each = caches.iter_mut().map(|[keys, values]| {
                 let qkv = [q.clone(), k.clone(), v.clone()];
-                attend_next(qkv, [cos.clone(), sin.clone()], keys, values, held).unwrap()
+                let (tables, plain) = ([cos.clone(), sin.clone()], Scores::default());
+                attend_next(qkv, tables, keys, values, held, plain).unwrap()
             });
             each.collect::<Vec<_>>()
         });

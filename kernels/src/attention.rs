@@ -1,12 +1,12 @@
 //! Causal attention from matrix products, a block of queries at a time.
 //!
-//! `softmax(q kᵀ / sqrt(d)) v` with keys after the query masked out. A block of queries only ever
-//! meets the keys before its end, which skips nearly half of the work and keeps the score matrix
-//! `[heads, block, keys]` small.
+//! `softmax(q kᵀ / sqrt(d)) v` with keys after the query masked out, and those before its window where it has
+//! one ([`Scores`]). A block of queries only ever meets the keys that one of them sees, which skips nearly
+//! half of the work or more and keeps the score matrix `[heads, block, keys]` small.
 
 use burn::tensor::{Bool, DType, Tensor, activation::softmax};
 
-use crate::Engine;
+use crate::{Engine, Scores};
 
 /// Queries per block: large enough for the products, small enough that the masked triangle inside
 /// a block is little waste.
@@ -17,6 +17,7 @@ pub(crate) fn causal_attention<B: Engine>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
+    scores: Scores,
 ) -> Tensor<B, 3> {
     let [windows, seq, heads, dim] = q.dims();
     let kv_heads = k.dims()[2];
@@ -35,32 +36,60 @@ pub(crate) fn causal_attention<B: Engine>(
         x.swap_dims(1, 2)
             .reshape([windows * kv_heads, per, seq, dim])
     };
-    let q = split(q, shared).mul_scalar(1.0 / (dim as f64).sqrt());
+    let q = split(q, shared).mul_scalar(scores.scale(dim));
     let k = split(k, 1).swap_dims(2, 3);
     let v = split(v, 1);
 
     let mut blocks = Vec::with_capacity(seq.div_ceil(BLOCK));
     for start in (0..seq).step_by(BLOCK) {
         let end = (start + BLOCK).min(seq);
-        let scores = q
+        let first = scores.first_key(start);
+        let products = q
             .clone()
             .slice([0..windows * kv_heads, 0..shared, start..end])
             .matmul(
                 k.clone()
-                    .slice([0..windows * kv_heads, 0..1, 0..dim, 0..end]),
+                    .slice([0..windows * kv_heads, 0..1, 0..dim, first..end]),
             );
-        // Key j is hidden from query i when j > start + i.
-        let hidden = Tensor::<B, 2, Bool>::tril_mask([end - start, end], start as i64, &device);
-        let scores = scores
-            .cast(DType::F32)
-            .mask_fill(hidden.unsqueeze(), f32::NEG_INFINITY);
-        let weights = softmax(scores, 3).cast(dtype);
-        blocks.push(weights.matmul(v.clone().slice([0..windows * kv_heads, 0..1, 0..end])));
+        let products = capped(products.cast(DType::F32), scores);
+        let products = masked(products, [start, first], scores, &device);
+        let weights = softmax(products, 3).cast(dtype);
+        blocks.push(weights.matmul(v.clone().slice([0..windows * kv_heads, 0..1, first..end])));
     }
     Tensor::cat(blocks, 2)
         .reshape([windows, heads, seq, dim])
         .swap_dims(1, 2)
         .reshape([windows, seq, heads * dim])
+}
+
+fn capped<B: Engine, const D: usize>(products: Tensor<B, D>, scores: Scores) -> Tensor<B, D> {
+    match scores.softcap {
+        None => products,
+        Some(cap) => products.div_scalar(cap).tanh().mul_scalar(cap),
+    }
+}
+
+/// Hides keys from queries: in `[.., queries, keys]`, of queries from position `start` and keys from `first`.
+fn masked<B: Engine>(
+    products: Tensor<B, 4>,
+    [start, first]: [usize; 2],
+    scores: Scores,
+    device: &B::Device,
+) -> Tensor<B, 4> {
+    let [_, _, queries, keys] = products.dims();
+    // Query i and key j are at start + i and first + j; the key must not come after the query.
+    let diagonal = (start - first) as i64;
+    let later = Tensor::<B, 2, Bool>::tril_mask([queries, keys], diagonal, device);
+    let products = products.mask_fill(later.unsqueeze(), f32::NEG_INFINITY);
+    match scores.window {
+        // No query of these is at or past the window's length from the first key.
+        Some(window) if start + queries > first + window => {
+            let diagonal = diagonal + 1 - window as i64;
+            let before = Tensor::<B, 2, Bool>::triu_mask([queries, keys], diagonal, device);
+            products.mask_fill(before.unsqueeze(), f32::NEG_INFINITY)
+        }
+        _ => products,
+    }
 }
 
 /// See [`Engine::cached_attention`]. Query heads that share a key head are rows of one product with
@@ -70,33 +99,36 @@ pub(crate) fn cached_attention<B: Engine>(
     keys: Tensor<B, 3>,
     values: Tensor<B, 3>,
     start: usize,
+    scores: Scores,
 ) -> Tensor<B, 3> {
     let [_, n, heads, dim] = q.dims();
     let kv_heads = keys.dims()[0];
     let shared = heads / kv_heads;
     let (device, dtype) = (q.device(), q.dtype());
-    let q = q.mul_scalar(1.0 / (dim as f64).sqrt());
+    let q = q.mul_scalar(scores.scale(dim));
     let mut blocks = Vec::with_capacity(n.div_ceil(BLOCK));
-    for first in (0..n).step_by(BLOCK) {
-        let block = BLOCK.min(n - first);
-        let end = start + first + block;
+    for begin in (0..n).step_by(BLOCK) {
+        let block = BLOCK.min(n - begin);
+        let end = start + begin + block;
+        let first = scores.first_key(start + begin);
+        let keys_seen = end - first;
         let q = q
             .clone()
-            .slice([0..1, first..first + block])
+            .slice([0..1, begin..begin + block])
             .swap_dims(1, 2)
             .reshape([kv_heads, shared * block, dim]);
-        let past = |x: &Tensor<B, 3>| x.clone().slice([0..kv_heads, 0..end]);
-        let mut scores = q.matmul(past(&keys).swap_dims(1, 2)).cast(DType::F32);
+        let past = |x: &Tensor<B, 3>| x.clone().slice([0..kv_heads, first..end]);
+        let products = q.matmul(past(&keys).swap_dims(1, 2)).cast(DType::F32);
+        let mut products = capped(products, scores);
         if block > 1 {
-            // Key j is hidden from query i when j > start + first + i.
-            let diagonal = (start + first) as i64;
-            let hidden = Tensor::<B, 2, Bool>::tril_mask([block, end], diagonal, &device);
-            scores = scores
-                .reshape([kv_heads, shared, block, end])
-                .mask_fill(hidden.unsqueeze(), f32::NEG_INFINITY)
-                .reshape([kv_heads, shared * block, end]);
+            let split = products.reshape([kv_heads, shared, block, keys_seen]);
+            products = masked(split, [start + begin, first], scores, &device).reshape([
+                kv_heads,
+                shared * block,
+                keys_seen,
+            ]);
         }
-        let weights = softmax(scores, 2).cast(dtype);
+        let weights = softmax(products, 2).cast(dtype);
         blocks.push(
             weights
                 .matmul(past(&values))
@@ -126,9 +158,10 @@ pub(crate) fn attend_next<B: Engine>(
     keys: &mut Tensor<B, 3>,
     values: &mut Tensor<B, 3>,
     at: usize,
+    scores: Scores,
 ) -> Tensor<B, 3> {
     let q = B::rotary(q, cos.clone(), sin.clone());
     append(keys, B::rotary(k, cos, sin), at);
     append(values, v, at);
-    B::cached_attention(q, keys.clone(), values.clone(), at)
+    B::cached_attention(q, keys.clone(), values.clone(), at, scores)
 }

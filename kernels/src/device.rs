@@ -26,8 +26,11 @@ impl Engine for Cpu {
         DType::F32
     }
 
-    fn kept(_half: Half) -> Half {
-        Half::F16
+    fn kept(_half: Half, wide: bool) -> Half {
+        match wide {
+            true => Half::Bf16,
+            false => Half::F16,
+        }
     }
 }
 

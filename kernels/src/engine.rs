@@ -7,7 +7,7 @@ use gptq_solver::SolverError;
 use rayon::prelude::*;
 
 use crate::{
-    Codes, Drift, Hessian, HostBuffer, Incoming, NotFinite, PackedWeight, Request, Subset,
+    Codes, Drift, Hessian, HostBuffer, Incoming, NotFinite, PackedWeight, Request, Scores, Subset,
     attention, finite, host_solve,
 };
 
@@ -45,8 +45,9 @@ pub trait Engine: Backend {
     /// Element type of weights and activations in the forward pass of a model taken in `half`.
     fn compute(half: Half) -> DType;
 
-    /// What hidden states of such a model are kept in between the stages of a run.
-    fn kept(half: Half) -> Half;
+    /// What hidden states of such a model are kept in between the stages of a run. Those of a `wide` model
+    /// do not fit f16.
+    fn kept(half: Half, wide: bool) -> Half;
 
     /// `x [tokens, in] · wᵀ`, `w [out, in]`, giving `[tokens, out]`.
     fn matmul_nt(x: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {
@@ -68,13 +69,35 @@ pub trait Engine: Backend {
         normal.cast(dtype) * weight.unsqueeze()
     }
 
+    /// `x / sqrt(mean(x²) + eps) * (weight + offset)` over the last dimension, all of it in f32 and rounded once.
+    fn rms_norm_f32(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        eps: f64,
+        offset: f64,
+    ) -> Tensor<Self, 2> {
+        let dtype = x.dtype();
+        let x = x.cast(DType::F32);
+        let variance = (x.clone() * x.clone()).mean_dim(1);
+        let normal = x * variance.add_scalar(eps).sqrt().recip();
+        (normal * weight.cast(DType::F32).add_scalar(offset).unsqueeze()).cast(dtype)
+    }
+
+    /// `(x - mean(x)) / sqrt(variance(x) + eps) * weight` over the last dimension, in f32 and rounded once.
+    fn centred_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, eps: f64) -> Tensor<Self, 2> {
+        let dtype = x.dtype();
+        let x = x.cast(DType::F32);
+        let centred = x.clone() - x.mean_dim(1);
+        Self::rms_norm_f32(centred, weight, eps, 0.0).cast(dtype)
+    }
+
     /// Rotary position embedding of `x [windows, seq, heads, dim]` for positions `0..seq`: with
-    /// halves `a, b` of the last dimension, `(a cos - b sin, b cos + a sin)`. `cos` and `sin` are
-    /// f32 `[seq, dim / 2]`.
+    /// halves `a, b` of the first features of the last dimension, `(a cos - b sin, b cos + a sin)`; the rest
+    /// stays. `cos` and `sin` are f32 `[seq, half]`, `half` at most `dim / 2`.
     fn rotary(x: Tensor<Self, 4>, cos: Tensor<Self, 2>, sin: Tensor<Self, 2>) -> Tensor<Self, 4> {
         let dtype = x.dtype();
         let [windows, seq, heads, dim] = x.dims();
-        let half = dim / 2;
+        let half = cos.dims()[1];
         // Everything but the windows is one row, which the tables hold for each head: a backend that
         // broadcasts whole rows quickly may walk others an element at a time.
         let row = seq * heads * half;
@@ -87,11 +110,41 @@ pub trait Engine: Backend {
             part.reshape([windows, row])
         };
         let (cos, sin) = (table(cos), table(sin));
-        let (a, b) = (part(0..half), part(half..dim));
+        let (a, b) = (part(0..half), part(half..2 * half));
         let first = a.clone() * cos.clone() - b.clone() * sin.clone();
         let second = b * cos + a * sin;
         let halves = [first, second].map(|it| it.reshape([windows, seq, heads, half]));
-        Tensor::cat(halves.to_vec(), 3)
+        let mut parts = halves.to_vec();
+        if 2 * half < dim {
+            parts.push(x.slice([0..windows, 0..seq, 0..heads, 2 * half..dim]));
+        }
+        Tensor::cat(parts, 3)
+    }
+
+    /// As [`Engine::rotary`], with neighbours `x[2i], x[2i + 1]` in place of the halves' `x[i], x[half + i]`.
+    fn rotary_interleaved(
+        x: Tensor<Self, 4>,
+        cos: Tensor<Self, 2>,
+        sin: Tensor<Self, 2>,
+    ) -> Tensor<Self, 4> {
+        let [windows, seq, heads, dim] = x.dims();
+        let half = cos.dims()[1];
+        let rotated = x.clone().slice([0..windows, 0..seq, 0..heads, 0..2 * half]);
+        // [.., half, 2] -> [.., 2, half]: neighbours become halves.
+        let rows = windows * seq * heads;
+        let apart = rotated.reshape([rows, half, 2]).swap_dims(1, 2);
+        let apart = apart.reshape([windows, seq, heads, 2 * half]);
+        let apart = Self::rotary(apart, cos, sin).reshape([rows, 2, half]);
+        let joined = apart
+            .swap_dims(1, 2)
+            .reshape([windows, seq, heads, 2 * half]);
+        match 2 * half < dim {
+            true => {
+                let rest = x.slice([0..windows, 0..seq, 0..heads, 2 * half..dim]);
+                Tensor::cat(vec![joined, rest], 3)
+            }
+            false => joined,
+        }
     }
 
     /// Causal attention of `q [windows, seq, heads, dim]` over `k`, `v [windows, seq, kv_heads,
@@ -100,8 +153,9 @@ pub trait Engine: Backend {
         q: Tensor<Self, 4>,
         k: Tensor<Self, 4>,
         v: Tensor<Self, 4>,
+        scores: Scores,
     ) -> Tensor<Self, 3> {
-        attention::causal_attention(q, k, v)
+        attention::causal_attention(q, k, v, scores)
     }
 
     /// Causal attention of new tokens over a cache: `q [1, n, heads, dim]` at positions
@@ -112,8 +166,9 @@ pub trait Engine: Backend {
         keys: Tensor<Self, 3>,
         values: Tensor<Self, 3>,
         start: usize,
+        scores: Scores,
     ) -> Tensor<Self, 3> {
-        attention::cached_attention(q, keys, values, start)
+        attention::cached_attention(q, keys, values, start, scores)
     }
 
     /// Attention of the token at position `at` over a cache that it joins: rotates `q [1, 1, heads, dim]`
@@ -126,13 +181,21 @@ pub trait Engine: Backend {
         keys: &mut Tensor<Self, 3>,
         values: &mut Tensor<Self, 3>,
         at: usize,
+        scores: Scores,
     ) -> Tensor<Self, 3> {
-        attention::attend_next(qkv, tables, keys, values, at)
+        attention::attend_next(qkv, tables, keys, values, at, scores)
     }
 
     /// `silu(gate) * up`.
     fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
         gate.clone() * sigmoid(gate) * up
+    }
+
+    /// `gelu(gate) * up`, with the approximation `gelu(x) = x / 2 (1 + tanh(u)) = x sigmoid(2 u)`,
+    /// `u = sqrt(2 / π) (x + 0.044715 x³)`.
+    fn geglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        let cubic = gate.clone() * gate.clone() * gate.clone() * 0.044_715 + gate.clone();
+        gate * sigmoid(cubic * (8.0 / std::f64::consts::PI).sqrt()) * up
     }
 
     /// A Gram matrix `[in, in]` f32 of zeros, for [`Engine::gram_add`].

@@ -15,6 +15,7 @@ mod hard_inputs;
 mod host_buffer;
 mod host_solve;
 mod packed_weight;
+mod scores;
 mod solve_types;
 
 pub use attention::append;
@@ -25,4 +26,5 @@ pub use engine::{Engine, map_lanes};
 pub use finite::NotFinite;
 pub use host_buffer::{HostBuffer, dtype, half_of};
 pub use packed_weight::{PackedLayout, PackedWeight};
+pub use scores::Scores;
 pub use solve_types::{Drift, Hessian, Incoming, Request, SolveTimes, Solved, Subset};

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use burn::tensor::{DType, Tensor, TensorData};
-use gptq_kernels::{Device, Engine, Work, keep_kernels};
+use gptq_kernels::{Device, Engine, Scores, Work, keep_kernels};
 use half::f16;
 
 const DIRECTORY: &str = "GPTQ_TEST_KERNELS";
@@ -25,7 +25,8 @@ impl Work for Compute {
             .collect();
         let data = TensorData::new(values, [1, 64, 2, 64]);
         let q = Tensor::<B, 4>::from_data(data, (&device, DType::F16));
-        let out = B::causal_attention(q.clone(), q.clone(), q).reshape([64, 128]);
+        let out =
+            B::causal_attention(q.clone(), q.clone(), q, Scores::default()).reshape([64, 128]);
         let out = B::swiglu(out.clone(), out);
         let out = out.cast(DType::F32).into_data();
         out.to_vec().expect("it was cast")

@@ -21,6 +21,9 @@ use crate::{
 /// file.
 pub const TABLE_PIECE: usize = 1 << 21;
 
+/// How the name of a model's embedding table ends.
+const EMBEDDING: &str = "embed_tokens.weight";
+
 /// A mapped checkpoint directory.
 pub struct Checkpoint {
     dir: PathBuf,
@@ -401,8 +404,10 @@ impl Checkpoint {
 
     /// Returns the 16-bit float to use: bf16 if the embedding table is bf16, otherwise f16.
     pub fn half(&self) -> Half {
-        match self.tensors.get("model.embed_tokens.weight") {
-            Some((_, place)) if place.dtype == Dtype::BF16 => Half::Bf16,
+        let mut tensors = self.tensors.iter();
+        let embedding = tensors.find(|(name, _)| name.ends_with(EMBEDDING));
+        match embedding {
+            Some((_, (_, place))) if place.dtype == Dtype::BF16 => Half::Bf16,
             _ => Half::F16,
         }
     }

@@ -41,7 +41,7 @@ impl TensorDigests {
     /// Whether there are no more of them, and none longer, than a linear can have.
     ///
     /// # Errors
-    /// There are; in half a line.
+    /// A pattern beyond a limit; the error is half a line.
     pub fn check(&self) -> Result<(), String> {
         let (tensors, bytes) = TensorDigests::MAX;
         let long = |(suffix, digest): (&String, &String)| suffix.len().max(digest.len()) > bytes;

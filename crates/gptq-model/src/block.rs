@@ -5,100 +5,14 @@
 //! advance(taps)  from before the first of these taps to before the tap after the last
 //! ```
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::tensor::{DType, Tensor};
-use gptq_kernels::{Engine, PackedWeight};
-use gptq_spec::{Attention, BlockSpec, Op, Register, Rope};
+use burn::tensor::Tensor;
+use gptq_kernels::Engine;
+use gptq_spec::{Activation, BlockSpec, Norm, NormKind, Op, Register};
 
-use crate::{Cache, rope};
-
-/// `y = x wᵀ + bias`.
-#[derive(Clone, Debug)]
-pub struct Linear<B: Engine> {
-    /// `[out, in]`.
-    pub weight: Weight<B>,
-    /// `[out]`, compute dtype.
-    pub bias: Option<Tensor<B, 1>>,
-}
-
-/// Weights `[out, in]` on the device.
-#[derive(Clone, Debug)]
-pub enum Weight<B: Engine> {
-    /// In the compute dtype.
-    Dense(Tensor<B, 2>),
-    /// As codes; only where a backend multiplies with them ([`Engine::KEEPS_PACKED`]).
-    Packed(PackedWeight<B>),
-}
-
-impl<B: Engine> Weight<B> {
-    /// In `dtype`, the compute dtype; packed ones are dequantized.
-    pub fn dense(&self, dtype: DType) -> Tensor<B, 2> {
-        match self {
-            Weight::Dense(weight) => weight.clone(),
-            Weight::Packed(packed) => {
-                B::dequantize_packed(&packed.download(), dtype, &packed.device())
-            }
-        }
-    }
-}
-
-impl<B: Engine> Linear<B> {
-    fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let y = match &self.weight {
-            Weight::Dense(weight) => B::matmul_nt(x, weight.clone()),
-            Weight::Packed(packed) => B::packed_matmul_nt(x, packed),
-        };
-        match &self.bias {
-            Some(bias) => y + bias.clone().unsqueeze(),
-            None => y,
-        }
-    }
-}
-
-/// Hidden states of some windows before a tap. Cloning shares the tensors.
-#[derive(Clone, Debug)]
-pub struct Flow<B: Engine> {
-    /// How many windows; the tokens of a window are consecutive rows.
-    pub windows: usize,
-    /// `[windows * seq, hidden]`.
-    pub residual: Tensor<B, 2>,
-    /// The other registers that are still to be read, `[windows * seq, features]`; none between blocks.
-    pub activations: BTreeMap<Register, Tensor<B, 2>>,
-}
-
-impl<B: Engine> Flow<B> {
-    /// States between two blocks.
-    pub fn new(windows: usize, residual: Tensor<B, 2>) -> Self {
-        Flow {
-            windows,
-            residual,
-            activations: BTreeMap::new(),
-        }
-    }
-
-    /// What a register holds; `None` where nothing is to read it any more.
-    pub fn register(&self, register: Register) -> Option<Tensor<B, 2>> {
-        match register {
-            Register::RESIDUAL => Some(self.residual.clone()),
-            _ => self.activations.get(&register).cloned(),
-        }
-    }
-
-    /// The same states in another dtype: a 16-bit one to keep them, the compute dtype to run on.
-    pub fn cast(self, dtype: DType) -> Self {
-        let activations = self.activations.into_iter();
-        Flow {
-            windows: self.windows,
-            residual: self.residual.cast(dtype),
-            activations: activations
-                .map(|(r, states)| (r, states.cast(dtype)))
-                .collect(),
-        }
-    }
-}
+use crate::{Cache, Flow, Linear, Weight, rope};
 
 /// A tensor that comes up inside a block, as [`Block::observed`] shows it.
 #[derive(Clone, Debug)]
@@ -181,12 +95,21 @@ impl<B: Engine> Block<B> {
             match &self.spec.ops()[at] {
                 Op::Norm {
                     vector,
-                    eps,
+                    norm,
                     from,
                     to,
                 } => {
-                    let y = self.norm(read(*from), *vector, *eps);
+                    let y = self.norm(read(*from), *vector, *norm);
                     flow.activations.insert(*to, y);
+                }
+                Op::Split { from, to } => {
+                    let (x, mut start) = (read(*from), 0);
+                    for &to in to {
+                        let width = self.spec.width(to);
+                        flow.activations
+                            .insert(to, x.clone().narrow(1, start, width));
+                        start += width;
+                    }
                 }
                 Op::Linears { from, outputs } => {
                     let x = read(*from);
@@ -202,13 +125,18 @@ impl<B: Engine> Block<B> {
                     let attended = self.attend(attention, qkv, flow.windows, cache, observe);
                     flow.activations.insert(attention.to, attended);
                 }
-                Op::Gate { gate, up, to } => {
-                    let y = B::swiglu(read(*gate), read(*up));
+                Op::Gate { act, gate, up, to } => {
+                    let (gate, up) = (read(*gate), read(*up));
+                    let y = match act {
+                        Activation::Silu => B::swiglu(gate, up),
+                        Activation::GeluTanh => B::geglu(gate, up),
+                    };
                     observe(Seen::Gated(y.clone()));
                     flow.activations.insert(*to, y);
                 }
-                Op::Add { from } => {
+                Op::Add { from, scale } => {
                     let y = read(*from);
+                    let y = if *scale == 1.0 { y } else { y * *scale };
                     flow.residual = flow.residual + y;
                     observe(Seen::Residual(flow.residual.clone()));
                 }
@@ -227,70 +155,28 @@ impl<B: Engine> Block<B> {
         states.expect("an earlier operation wrote it")
     }
 
-    fn norm(&self, x: Tensor<B, 2>, vector: usize, eps: f64) -> Tensor<B, 2> {
+    fn norm(&self, x: Tensor<B, 2>, vector: usize, norm: Norm) -> Tensor<B, 2> {
         let weight = self.vectors[vector].clone();
         let ([tokens, features], [len]) = (x.dims(), weight.dims());
         if features == len {
-            return B::rms_norm(x, weight, eps);
+            return normalized(x, weight, norm);
         }
         let runs = x.reshape([tokens * (features / len), len]);
-        B::rms_norm(runs, weight, eps).reshape([tokens, features])
+        normalized(runs, weight, norm).reshape([tokens, features])
     }
+}
 
-    /// Attention of `q`, `k` and `v`, `[tokens, features]` each, and over the tokens in `cache`.
-    fn attend(
-        &self,
-        attention: &Attention,
-        [q, k, v]: [Tensor<B, 2>; 3],
-        windows: usize,
-        cache: Option<&mut Cache<B>>,
-        observe: &mut dyn FnMut(Seen<B>),
-    ) -> Tensor<B, 2> {
-        let tokens = q.dims()[0];
-        let split = |x: Tensor<B, 2>, heads: usize| {
-            x.reshape([windows, tokens / windows, heads, attention.head_dim])
-        };
-        let qkv = [
-            split(q, attention.heads),
-            split(k, attention.kv_heads),
-            split(v, attention.kv_heads),
-        ];
-        let attended = match cache.map(|cache| (cache.len(), cache)) {
-            None => {
-                let [q, k, v] = self.rotated(&attention.rope, qkv, 0);
-                observe(Seen::Rotated(q.clone(), k.clone()));
-                B::causal_attention(q, k, v)
-            }
-            Some((0, cache)) => {
-                let [q, k, v] = self.rotated(&attention.rope, qkv, 0);
-                cache.push(k.clone(), v.clone());
-                B::causal_attention(q, k, v)
-            }
-            Some((start, cache)) if tokens == 1 => {
-                let device = qkv[0].device();
-                let (cos, sin) = self.rope.get(&attention.rope, start, 1, &device);
-                cache.attend_next(qkv, [cos, sin])
-            }
-            Some((start, cache)) => {
-                let [q, k, v] = self.rotated(&attention.rope, qkv, start);
-                cache.push(k, v);
-                B::cached_attention(q, cache.keys(), cache.values(), start)
-            }
-        };
-        attended.reshape([tokens, attention.heads * attention.head_dim])
-    }
-
-    /// Queries, keys and values, `[windows, seq, heads, dim]` each, with the first two rotated for
-    /// positions from `start`.
-    fn rotated(
-        &self,
-        rope: &Rope,
-        [q, k, v]: [Tensor<B, 4>; 3],
-        start: usize,
-    ) -> [Tensor<B, 4>; 3] {
-        let (cos, sin) = self.rope.get(rope, start, q.dims()[1], &q.device());
-        let q = B::rotary(q, cos.clone(), sin.clone());
-        [q, B::rotary(k, cos, sin), v]
+/// The norm of each row of `x [rows, len]` with `weight [len]`.
+pub(crate) fn normalized<B: Engine>(
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 1>,
+    norm: Norm,
+) -> Tensor<B, 2> {
+    match norm.kind {
+        NormKind::Rms => B::rms_norm(x, weight, norm.eps),
+        NormKind::RmsF32 => B::rms_norm_f32(x, weight, norm.eps, 0.0),
+        NormKind::RmsPlusOne => B::rms_norm_f32(x, weight, norm.eps, 1.0),
+        NormKind::Layer => B::centred_norm(x, weight, norm.eps),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Key-value cache of a block for generation.
 
 use burn::tensor::{DType, Tensor};
-use gptq_kernels::{Engine, append};
+use gptq_kernels::{Engine, Scores, append};
 use gptq_spec::BlockSpec;
 
 /// Tokens by which a cache grows.
@@ -20,7 +20,7 @@ impl<B: Engine> Cache<B> {
     /// Makes an empty cache for the attention of `block`, with keys and values of this dtype.
     pub fn new(block: &BlockSpec, dtype: DType, device: &B::Device) -> Self {
         let attention = block.attention().expect("every block attends");
-        let shape = [attention.kv_heads, GROWTH, attention.head_dim];
+        let shape = [attention.kv_heads, GROWTH, attention.how.head_dim];
         let empty = || Tensor::zeros(shape, (device, dtype));
         Cache {
             keys: empty(),
@@ -29,7 +29,7 @@ impl<B: Engine> Cache<B> {
         }
     }
 
-    /// Returns the number of tokens.
+    /// Tokens held.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -59,9 +59,11 @@ impl<B: Engine> Cache<B> {
         &mut self,
         qkv: [Tensor<B, 4>; 3],
         tables: [Tensor<B, 2>; 2],
+        scores: Scores,
     ) -> Tensor<B, 3> {
         self.make_room(1);
-        let attended = B::attend_next(qkv, tables, &mut self.keys, &mut self.values, self.len);
+        let (keys, values) = (&mut self.keys, &mut self.values);
+        let attended = B::attend_next(qkv, tables, keys, values, self.len, scores);
         self.len += 1;
         attended
     }

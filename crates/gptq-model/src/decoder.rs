@@ -2,7 +2,7 @@
 
 use burn::tensor::DType;
 use gptq_kernels::Engine;
-use gptq_spec::ModelConfig;
+use gptq_spec::{ModelConfig, Rope};
 
 use crate::model::Embedding;
 use crate::{Block, Cache, Head, Model, ModelError};
@@ -38,6 +38,12 @@ impl<B: Engine> Decoder<B> {
 
     /// Returns how many of the first tokens of `context` are cached and need not be run again.
     pub fn reusable(&self, context: &[u32]) -> usize {
+        // In a text so long that frequencies change, keys that were rotated before are others.
+        let ropes = [&self.config.rope, &self.config.sliding_rope];
+        let agrees = |rope: &&Rope| rope.scaling.agrees(self.held.len(), context.len());
+        if !ropes.iter().all(agrees) {
+            return 0;
+        }
         let pairs = self.held.iter().zip(context);
         let common = pairs.take_while(|(held, token)| held == token).count();
         // The last token gives the prediction, so it is always run.
@@ -48,9 +54,8 @@ impl<B: Engine> Decoder<B> {
     /// Only the part that differs from the last call is run, all at once.
     ///
     /// # Errors
-    /// A token outside the vocabulary, or a context longer than the sliding window.
+    /// A token outside the vocabulary.
     pub fn next_logits(&mut self, context: &[u32]) -> Result<Vec<f32>, ModelError> {
-        self.config.check_window(context.len())?;
         let start = self.reusable(context);
         let new = context[start..].to_vec();
         let n = new.len();

@@ -1,24 +1,28 @@
-//! The decoder forward in Burn, generic over the backend, one block resident at a time and open between its
-//! linears.
+//! The decoder forward pass in Burn, generic over the backend, with one block resident at a time that can be
+//! stopped between its linear layers.
 //!
 //! Reading order: [`Block`] runs a block from tap to tap over a [`Flow`] of hidden states, as its
 //! [`BlockSpec`](gptq_spec::BlockSpec) says; [`HostBlock`] is a block read ahead; [`Model`] loads the parts from a
-//! checkpoint, dense or quantized; [`Decoder`] holds all of them and a [`Cache`] per block to predict token
-//! after token.
+//! checkpoint, dense or quantized; [`Decoder`] holds all of them with a [`Cache`] per block for generation.
 
 #![forbid(unsafe_code)]
 
+mod attend;
 mod block;
 mod cache;
 mod decoder;
 mod error;
+mod flow;
 mod host_block;
+mod linear;
 mod model;
 mod rope;
 
-pub use block::{Block, Flow, Linear, Seen, Weight};
+pub use block::{Block, Seen};
 pub use cache::Cache;
 pub use decoder::Decoder;
 pub use error::ModelError;
+pub use flow::Flow;
 pub use host_block::HostBlock;
+pub use linear::{Linear, Weight};
 pub use model::{Head, Model};

@@ -5,10 +5,11 @@ use std::path::Path;
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use gptq_format::{Checkpoint, Half, TABLE_PIECE};
 use gptq_kernels::Engine;
-use gptq_spec::{Census, EMBEDDING, HEAD, ModelConfig};
+use gptq_spec::{Census, Ends, ModelConfig, Norm};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 
+use crate::block::normalized;
 use crate::{Block, Flow, HostBlock, ModelError, rope};
 
 /// A checkpoint and its config, from which parts are loaded. Quantized linear layers are
@@ -24,13 +25,16 @@ pub struct Model<B: Engine> {
 /// The input embedding.
 pub(crate) struct Embedding<B: Engine> {
     table: Tensor<B, 2>,
+    /// Factor of its rows.
+    scale: f64,
 }
 
 /// The final norm and the output projection.
 pub struct Head<B: Engine> {
-    norm: Tensor<B, 1>,
+    weights: Tensor<B, 1>,
+    norm: Norm,
     weight: Tensor<B, 2>,
-    eps: f64,
+    ends: Ends,
 }
 
 impl<B: Engine> Model<B> {
@@ -64,6 +68,11 @@ impl<B: Engine> Model<B> {
         self.half
     }
 
+    /// What its hidden states are kept in between taps.
+    pub fn kept(&self) -> Half {
+        B::kept(self.half, self.config.wide)
+    }
+
     /// Returns the compute dtype.
     pub fn dtype(&self) -> DType {
         B::compute(self.half)
@@ -79,7 +88,7 @@ impl<B: Engine> Model<B> {
         &self.config
     }
 
-    /// Returns the checkpoint.
+    /// The files.
     pub fn checkpoint(&self) -> &Checkpoint {
         &self.checkpoint
     }
@@ -87,7 +96,7 @@ impl<B: Engine> Model<B> {
     /// Returns the hidden states of `windows`, all of one length, before the first block: one
     /// [`Flow`] per `chunk` windows, in dtype `keep`.
     ///
-    /// Errors on a token outside the vocabulary, and on windows longer than the sliding window.
+    /// Errors on a token outside the vocabulary.
     pub fn embed(
         &self,
         windows: &[Vec<u32>],
@@ -104,8 +113,6 @@ impl<B: Engine> Model<B> {
         chunk: usize,
         keep: DType,
     ) -> Result<impl Iterator<Item = Result<Flow<B>, ModelError>>, ModelError> {
-        let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
-        self.config.check_window(longest)?;
         // Checked before reading the table, whose shape would be blamed for the wrong tokenizer.
         check_tokens(windows.iter().flatten(), self.config.vocabulary)?;
         let embedding = self.embedding()?;
@@ -117,7 +124,8 @@ impl<B: Engine> Model<B> {
     pub(crate) fn embedding(&self) -> Result<Embedding<B>, ModelError> {
         let (rows, cols) = (self.config.vocabulary, self.config.hidden_size);
         Ok(Embedding {
-            table: self.table(EMBEDDING, [rows, cols])?,
+            table: self.table(&self.config.naming.embedding(), [rows, cols])?,
+            scale: self.config.ends.embedding,
         })
     }
 
@@ -151,14 +159,16 @@ impl<B: Engine> Model<B> {
 
     /// Loads the final norm and output projection.
     pub fn head(&self) -> Result<Head<B>, ModelError> {
-        let name = match self.config.tied_embeddings {
-            true => EMBEDDING,
-            false => HEAD,
+        let (config, naming) = (&self.config, self.config.naming);
+        let name = match config.tied_embeddings {
+            true => naming.embedding(),
+            false => naming.head.to_owned(),
         };
         Ok(Head {
-            norm: self.tensor("model.norm.weight", [self.config.hidden_size])?,
-            weight: self.table(name, [self.config.vocabulary, self.config.hidden_size])?,
-            eps: self.config.rms_norm_eps,
+            weights: self.tensor(&naming.norm(), [config.hidden_size])?,
+            norm: config.norm,
+            weight: self.table(&name, [config.vocabulary, config.hidden_size])?,
+            ends: config.ends,
         })
     }
 
@@ -234,8 +244,13 @@ impl<B: Engine> Embedding<B> {
             TensorData::new(ids, [n]),
             (&self.table.device(), DType::I32),
         );
-        let residual = B::embed(ids, self.table.clone()).cast(keep);
-        Ok(Flow::new(windows.len(), residual))
+        let rows = B::embed(ids, self.table.clone());
+        let residual = if self.scale == 1.0 {
+            rows
+        } else {
+            rows * self.scale
+        };
+        Ok(Flow::new(windows.len(), residual.cast(keep)))
     }
 }
 
@@ -254,9 +269,17 @@ impl<B: Engine> Head<B> {
     /// Returns logits `[tokens, vocabulary]` in f32 for hidden states `[tokens, hidden]` after the
     /// last block.
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
-        let hidden = hidden.cast(self.norm.dtype());
-        let x = B::rms_norm(hidden, self.norm.clone(), self.eps);
-        B::matmul_nt(x, self.weight.clone()).cast(DType::F32)
+        let hidden = hidden.cast(self.weights.dtype());
+        let x = normalized(hidden, self.weights.clone(), self.norm);
+        let logits = B::matmul_nt(x, self.weight.clone()).cast(DType::F32);
+        let logits = match self.ends.logits {
+            1.0 => logits,
+            scale => logits * scale,
+        };
+        match self.ends.softcap {
+            None => logits,
+            Some(cap) => (logits / cap).tanh() * cap,
+        }
     }
 
     /// Returns `-ln p(targets[i] | hidden[i])` for hidden states `[tokens, hidden]`, one per

@@ -1,5 +1,6 @@
 //! Rotary tables: `angle(position, i) = position * w_i` for `i` in `0..dim / 2`, where
-//! `w_i = theta^(-2i / dim)` or that as [`RopeScaling`](crate::RopeScaling) stretches it.
+//! `w_i = theta^(-2i / dim)` or that as [`RopeScaling`](gptq_spec::RopeScaling) stretches it; some kinds also scale the
+//! cosines and sines.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,9 +8,13 @@ use burn::tensor::{DType, Tensor, TensorData};
 use gptq_kernels::Engine;
 use gptq_spec::Rope;
 
-/// The last tables asked for; blocks ask for the same ones, one after the other. Clones share them.
+/// Embeddings that a model's blocks have between them, at most, without making tables again.
+const KINDS: usize = 2;
+
+/// The last tables asked for, of each embedding; blocks ask for the same ones, one after the other. Clones share
+/// them.
 #[derive(Clone, Debug)]
-pub(crate) struct Tables<B: Engine>(Arc<Mutex<Option<Held<B>>>>);
+pub(crate) struct Tables<B: Engine>(Arc<Mutex<Vec<Held<B>>>>);
 
 #[derive(Clone, Debug)]
 struct Held<B: Engine> {
@@ -35,20 +40,25 @@ impl<B: Engine> Tables<B> {
         seq: usize,
         device: &B::Device,
     ) -> (Tensor<B, 2>, Tensor<B, 2>) {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let at = (start, seq);
-        let same = |held: &Held<B>| held.rope == *rope && held.at == at;
-        if !last.as_ref().is_some_and(same) {
-            let (cos, sin) = tables(rope, at, device);
-            *last = Some(Held {
-                rope: *rope,
-                at,
-                cos,
-                sin,
-            });
+        let held = all.iter().find(|held| held.rope == *rope && held.at == at);
+        if let Some(held) = held {
+            return (held.cos.clone(), held.sin.clone());
         }
-        let held = last.as_ref().expect("just filled");
-        (held.cos.clone(), held.sin.clone())
+        all.retain(|held| held.rope != *rope);
+        if all.len() == KINDS {
+            all.remove(0);
+        }
+        let (cos, sin) = tables(rope, at, device);
+        let rope = rope.clone();
+        all.push(Held {
+            rope,
+            at,
+            cos: cos.clone(),
+            sin: sin.clone(),
+        });
+        (cos, sin)
     }
 }
 
@@ -62,16 +72,12 @@ fn tables<B: Engine>(
     device: &B::Device,
 ) -> (Tensor<B, 2>, Tensor<B, 2>) {
     let half = rope.dim / 2;
-    let frequency = |i: usize| {
-        let exponent = 2.0 * i as f64 / rope.dim as f64;
-        let w = rope.theta.powf(-exponent) as f32;
-        rope.scaling.apply(w)
-    };
-    let frequencies: Vec<f32> = (0..half).map(frequency).collect();
+    let frequencies = rope.scaling.frequencies(rope.theta, rope.dim, start + seq);
+    let factor = rope.scaling.attention_factor() as f32;
     let table = |f: fn(f64) -> f64| {
         let values: Vec<f32> = (start..start + seq)
             .flat_map(|p| frequencies.iter().map(move |w| f64::from(p as f32 * w)))
-            .map(|angle| f(angle) as f32)
+            .map(|angle| f(angle) as f32 * factor)
             .collect();
         Tensor::from_data(TensorData::new(values, [seq, half]), (device, DType::F32))
     };

@@ -83,6 +83,16 @@ impl<'a> BranchFiles<'a> {
                 }
             }
         }
+        // Programs have the blocks under one of these names in memory, whatever files say.
+        let stems: Vec<String> = self
+            .config
+            .stems()
+            .map(|stem| stem.replace('.', "\\."))
+            .collect();
+        let stem = match &*stems {
+            [stem] => stem.clone(),
+            _ => format!("({})", stems.join("|")),
+        };
         let mut dynamic = BTreeMap::new();
         for ((names, choice), layers) in same {
             let names: Vec<String> = names.iter().map(|name| name.replace('.', "\\.")).collect();
@@ -94,7 +104,7 @@ impl<'a> BranchFiles<'a> {
                     false => format!("({})", numbers.join("|")),
                 };
                 let sign = if choice.is_some() { '+' } else { '-' };
-                let expression = format!("{sign}:model\\.layers\\.{layers}\\.({names})");
+                let expression = format!("{sign}:{stem}layers\\.{layers}\\.({names})");
                 let settings = Dynamic {
                     bits: choice.map(|it| it.bits),
                     group_size: choice.map(|it| it.group_size),
@@ -106,7 +116,8 @@ impl<'a> BranchFiles<'a> {
     }
 
     /// Returns every tensor of the branch's files, in model order; unquantized ones are stored in
-    /// `half`.
+    /// `half`, and what is not run
+    /// as it was.
     pub fn tensors(&self, half: Half) -> Vec<TensorSpec> {
         let format = self.branch.format();
         let tensors = self.config.tensors().into_iter();
@@ -126,8 +137,11 @@ impl<'a> BranchFiles<'a> {
                     format.tensors(tensor.module(), &shape)
                 }
                 _ => vec![TensorSpec {
+                    dtype: match tensor.role {
+                        Role::Carried(dtype) => dtype,
+                        _ => half.dtype(),
+                    },
                     name: tensor.name,
-                    dtype: half.dtype(),
                     shape: tensor.shape,
                 }],
             }

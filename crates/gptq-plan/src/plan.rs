@@ -131,13 +131,6 @@ impl Plan {
         let linears = branches.iter().map(|b| b.planned_linears(&config).len());
         let linears: Vec<usize> = linears.collect();
         limits::check_plan(&linears).map_err(|why| recipe.refuse(&Spanned::new(0..0, ()), why))?;
-        let seq_len = Some((&file.calibration.seq_len, "seq_len"));
-        let window = file.evaluation.as_ref().map(|e| (&e.window, "window"));
-        for (tokens, key) in seq_len.into_iter().chain(window) {
-            config
-                .check_window(*tokens.get_ref())
-                .map_err(|why| recipe.refuse(tokens, format!("{key}: {why}")))?;
-        }
         let numerics = Numerics {
             clamp_overflow: file.numerics.overflow == OnOverflow::Clamp,
             max_damping: match &file.numerics.max_damping {
@@ -160,6 +153,13 @@ impl Plan {
             return Err(recipe.refuse(&place, reason));
         }
         let mut warnings: Vec<String> = recipe.old_spellings().collect();
+        if config.wide && file.model.dtype == Half::F16 {
+            warnings.push(
+                "hidden states of this family exceed f16, which CUDA and most readers would compute in; use dtype = \
+                 \"bf16\" under [model]"
+                    .to_owned(),
+            );
+        }
         if calibration.seq_len > config.max_positions {
             warnings.push(format!(
                 "windows of {} tokens are longer than the model's context of {}; calibrating at \

@@ -9,7 +9,7 @@ use toml::Spanned;
 
 use crate::{Choice, Preset};
 
-/// The whole file.
+/// Reads the whole file as one document.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RecipeFile {

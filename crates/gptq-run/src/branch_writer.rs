@@ -94,6 +94,12 @@ impl BranchWriter {
         let shared = |spec: &&TensorSpec| checkpoint.contains(&spec.name);
         for spec in self.specs.iter().filter(shared) {
             let (half, name, shape) = (self.half, &spec.name, &spec.shape);
+            if spec.dtype != half.dtype() {
+                // Of no part that is run: as it was.
+                self.weights.write(name, &checkpoint.view(name)?.bytes())?;
+                checkpoint.give_back(name);
+                continue;
+            }
             self.weights.write_pieces(name, |put| {
                 checkpoint.half_pieces(half, name, shape, TABLE_PIECE, |_, piece| {
                     put(le_bytes(piece))

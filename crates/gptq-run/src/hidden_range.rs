@@ -137,7 +137,7 @@ mod tests {
             let data = TensorData::new(values.to_vec(), [4, 2]);
             Tensor::from_data(data, (&Default::default(), DType::F32))
         };
-        let register = BlockBuilder::new(2).norm("norm", 2, 0.0, Register::RESIDUAL);
+        let [register] = BlockBuilder::new(2).split(Register::RESIDUAL, [2]);
         Flow {
             windows: 2,
             residual: tensor(residual),

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use gptq_format::{Checkpoint, FileDigest, FloatScan, FormatError, Half};
 use gptq_plan::ModelFiles;
-use gptq_spec::ModelConfig;
+use gptq_spec::{ModelConfig, Role};
 use rayon::prelude::*;
 
 use crate::RunError;
@@ -54,7 +54,9 @@ struct UnderWay {
 impl ModelHash {
     /// Prepares the files of a model whose weights are converted to `half`; nothing is read yet.
     pub(crate) fn new(checkpoint: &Checkpoint, config: &ModelConfig, half: Half) -> Self {
-        let needed: BTreeSet<String> = config.tensors().into_iter().map(|it| it.name).collect();
+        let tensors = config.tensors().into_iter();
+        let run = tensors.filter(|it| !matches!(it.role, Role::Carried(_)));
+        let needed: BTreeSet<String> = run.map(|it| it.name).collect();
         let file = |name: &String| WeightFile {
             name: name.clone(),
             path: checkpoint.dir().join(name),

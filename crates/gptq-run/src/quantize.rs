@@ -326,7 +326,7 @@ impl Quantize<'_> {
             let flows = model.flows(
                 &inputs.calibration.windows,
                 chunking::<B>().windows(plan.calibration.seq_len),
-                dtype(B::kept(plan.half)),
+                dtype(model.kept()),
             )?;
             let checkpoint = model.checkpoint();
             let run = Run {

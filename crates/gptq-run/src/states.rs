@@ -23,7 +23,7 @@ pub(crate) struct States<B: Engine> {
 /// How a run's hidden states are kept.
 pub(crate) fn kept_as<B: Engine>(plan: &Plan) -> Keep {
     Keep {
-        half: B::kept(plan.half),
+        half: B::kept(plan.half, plan.config.wide),
         clamp: plan.numerics.clamp_overflow,
     }
 }

@@ -12,7 +12,6 @@ use std::path::Path;
 use gptq_format::{Checkpoint, FormatError, LinearShape, OutputFormat, QuantizeConfig};
 use safetensors::Dtype;
 
-use crate::inventory::{EMBEDDING, HEAD};
 use crate::{ModelConfig, ModelTensor, Role, SpecError};
 
 /// Maximum number of names in a message; the others are counted.
@@ -72,6 +71,7 @@ impl Census {
             checkpoint,
             fault: None,
         };
+        census.settle_names();
         let counted = census.settle_head().and_then(|()| census.count());
         census.fault = counted.err();
         census
@@ -80,7 +80,7 @@ impl Census {
     /// Returns the checkpoint and its config, unless the census found a fault.
     ///
     /// # Errors
-    /// The fault.
+    /// Its fault.
     pub fn sound(self) -> Result<(ModelConfig, Checkpoint), SpecError> {
         match self.fault {
             None => Ok((self.config, self.checkpoint)),
@@ -88,37 +88,52 @@ impl Census {
         }
     }
 
+    /// Settles from the tensors which of a family's namings they go by.
+    fn settle_names(&mut self) {
+        let mut namings = self.config.namings.iter();
+        let begins = |stem: &str| self.checkpoint.names().any(|name| name.starts_with(stem));
+        let naming = namings.find(|naming| begins(naming.stem));
+        self.config.rename(*naming.unwrap_or(&self.config.naming));
+    }
+
     /// Determines from the tensors whether the head is the embedding.
     fn settle_head(&mut self) -> Result<(), SpecError> {
         let has = |name: &str| self.checkpoint.contains(name);
-        match (self.config.tied_embeddings, has(EMBEDDING), has(HEAD)) {
+        let head_name = self.config.naming.head;
+        let embedding_name = self.config.naming.embedding();
+        let embedding_name = embedding_name.as_str();
+        match (
+            self.config.tied_embeddings,
+            has(embedding_name),
+            has(head_name),
+        ) {
             (true, false, true) => {
-                self.checkpoint.serve(EMBEDDING, HEAD);
+                self.checkpoint.serve(embedding_name, head_name);
                 Ok(())
             }
             (true, true, true) => {
-                let embedding = self.checkpoint.view(EMBEDDING)?;
-                let head = self.checkpoint.view(HEAD)?;
+                let embedding = self.checkpoint.view(embedding_name)?;
+                let head = self.checkpoint.view(head_name)?;
                 let differs = embedding.shape != head.shape || !embedding.same_values(&head);
-                self.checkpoint.give_back(EMBEDDING);
-                self.checkpoint.give_back(HEAD);
+                self.checkpoint.give_back(embedding_name);
+                self.checkpoint.give_back(head_name);
                 if differs {
                     self.config.tied_embeddings = false;
                     self.warnings.push(format!(
-                        "{HEAD} differs from {EMBEDDING}, although config.json sets \
-                         tie_word_embeddings: it is used as the model's head, as in Transformers, and \
-                         branches keep it and set false"
+                        "{head_name} is another matrix than {embedding_name}, although config.json says \
+                         tie_word_embeddings: it is used as the model's head, as Transformers has it, and \
+                         branches keep it and say false"
                     ));
                 }
                 Ok(())
             }
-            (false, true, false) if !has("lm_head.qweight") => Err(self.missing(
-                HEAD,
+            (false, true, false) if !has(&head_name.replace(".weight", ".qweight")) => Err(self.missing(
+                head_name,
                 ", and config.json does not set \"tie_word_embeddings\": true, which would make the embedding \
                  the head",
             )),
             (false, false, true) => Err(self.missing(
-                EMBEDDING,
+                embedding_name,
                 "; if lm_head.weight is both, set \"tie_word_embeddings\": true in config.json",
             )),
             _ => Ok(()),
@@ -147,15 +162,17 @@ impl Census {
             config: &self.config,
             known: BTreeSet::new(),
         };
-        let warning = counting.count()?;
-        self.warnings.extend(warning);
+        let (carried, warnings) = counting.count()?;
+        self.config.carried = carried;
+        self.warnings.extend(warnings);
         Ok(())
     }
 }
 
 impl Counting<'_> {
-    /// Checks every tensor; returns a warning about those that are ignored.
-    fn count(mut self) -> Result<Option<String>, SpecError> {
+    /// Looks at every tensor: those that are carried along, and what is to be said of them and of those that are
+    /// left out.
+    fn count(mut self) -> Result<(Vec<ModelTensor>, Vec<String>), SpecError> {
         self.method()?;
         self.adapter()?;
         self.needed()?;
@@ -327,18 +344,23 @@ impl Counting<'_> {
         Ok(missing)
     }
 
-    /// Checks every other tensor: those that would change the model are refused, the rest are
-    /// ignored.
-    fn unknown(&self) -> Result<Option<String>, SpecError> {
+    /// Every other tensor: refused where the model would be another with it, else carried along where the family
+    /// has such, else left out.
+    fn unknown(&self) -> Result<(Vec<ModelTensor>, Vec<String>), SpecError> {
+        let naming = self.config.naming;
+        let own = ["layers.", "norm.", "embed_"].map(|part| format!("{}{part}", naming.stem));
+        let head = naming.head.trim_end_matches("weight");
+        let block = |name: &str| block(naming.stem, name);
         let modules: BTreeSet<String> = (self.known.iter())
             .filter_map(|name| Some(name.rsplit_once('.')?.0.to_owned()))
-            .chain(["lm_head".to_owned()])
+            .chain([head.trim_end_matches('.').to_owned()])
             .collect();
         let (mut biases, mut further, mut inside, mut outside) = (vec![], vec![], vec![], vec![]);
+        let mut carried = Vec::new();
         for name in self.checkpoint.names() {
             let derived = DERIVED.iter().any(|end| name.ends_with(end));
             // Only a tied head is unknown here, and it equals the embedding.
-            if self.known.contains(name) || derived || name == HEAD {
+            if self.known.contains(name) || derived || name == naming.head {
                 continue;
             }
             let bias = name.strip_suffix(".bias");
@@ -352,11 +374,10 @@ impl Counting<'_> {
                 outside.push(name);
             } else if block(name).is_some_and(|layer| layer >= self.config.layers) {
                 further.push(name);
-            } else if ["model.layers.", "model.norm.", "model.embed_", "lm_head."]
-                .iter()
-                .any(|part| name.starts_with(part))
-            {
+            } else if name.starts_with(head) || own.iter().any(|part| name.starts_with(part)) {
                 inside.push(name);
+            } else if (self.config.carried_names.iter()).any(|part| name.starts_with(part)) {
+                carried.push(name);
             } else {
                 outside.push(name);
             }
@@ -384,14 +405,31 @@ impl Counting<'_> {
                 are(&inside)
             )));
         }
-        Ok((!outside.is_empty())
-            .then(|| format!("{} not part of the model and ignored", are(&outside))))
+        let mut warnings = Vec::new();
+        if !carried.is_empty() {
+            warnings.push(format!(
+                "{} of a part that is not run, and copied as they are",
+                are(&carried)
+            ));
+        }
+        if !outside.is_empty() {
+            warnings.push(format!(
+                "{} of no part of the model, and left out",
+                are(&outside)
+            ));
+        }
+        let carried = carried.into_iter().map(|name| {
+            let view = self.checkpoint.view(name)?;
+            let role = Role::Carried(view.dtype);
+            Ok::<_, SpecError>(ModelTensor::new(name.to_owned(), view.shape, role))
+        });
+        Ok((carried.collect::<Result<_, _>>()?, warnings))
     }
 }
 
 /// Returns the block index in a tensor's name.
-fn block(name: &str) -> Option<usize> {
-    let rest = name.strip_prefix("model.layers.")?;
+fn block(stem: &str, name: &str) -> Option<usize> {
+    let rest = name.strip_prefix(stem)?.strip_prefix("layers.")?;
     rest.split('.').next()?.parse().ok()
 }
 

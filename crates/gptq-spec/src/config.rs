@@ -12,13 +12,10 @@ use std::sync::Arc;
 use gptq_format::read_json;
 use serde_json::Value;
 
-use crate::families::Family;
+use crate::families::{Ends, Family, Naming};
 use crate::keys::Keys;
-use crate::rope_scaling::{RopeScaling, rotary};
-use crate::{BlockSpec, Rope, SpecError};
-
-/// Names of the only supported activation.
-const SILU: [&str; 2] = ["silu", "swish"];
+use crate::rope_scaling::{Settings, rotary};
+use crate::{Attending, BlockSpec, ModelTensor, Norm, Rope, RopeScaling, SpecError};
 
 /// Limit on the blocks, above that of any model. Every linear layer of every block is listed in a
 /// plan.
@@ -47,25 +44,35 @@ pub struct ModelConfig {
     pub vocabulary: usize,
     /// Returns the context the model was trained for, in tokens.
     pub max_positions: usize,
-    /// Epsilon added to the variance in the norms.
-    pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
-    /// Scaling of those frequencies for contexts longer than the original training context.
-    pub rope_scaling: RopeScaling,
+    /// The final norm, and most of those in blocks.
+    pub norm: Norm,
+    /// The rotary embedding of blocks in which tokens see all before them.
+    pub rope: Rope,
+    /// That of blocks with a sliding window; in most families the same.
+    pub sliding_rope: Rope,
     /// True if the output projection is the embedding.
     pub tied_embeddings: bool,
-    /// Number of tokens that a token sees, itself included, if limited. The forward pass has no
-    /// such mask and is valid up to this length.
-    pub sliding_window: Option<usize>,
-    /// Blocks by layer.
+    /// Hidden states that f16 does not hold are usual.
+    pub wide: bool,
+    /// Before the first block and after the last.
+    pub ends: Ends,
+    /// Names of its tensors, of those that the family has.
+    pub naming: Naming,
+    pub(crate) namings: &'static [Naming],
+    /// What names of tensors begin with that are kept as they are.
+    pub(crate) carried_names: &'static [&'static str],
+    /// Such tensors, as a census found them.
+    pub carried: Vec<ModelTensor>,
+    /// By layer: how many tokens one sees, itself included, where that is fewer than all before it.
+    windows: Vec<Option<usize>>,
+    /// By layer.
     blocks: Vec<Arc<BlockSpec>>,
 }
 
 /// Returns the context the model was trained for, in tokens.
-pub(crate) fn max_positions(config: &Keys<'_>) -> Result<usize, String> {
+pub(crate) fn max_positions(config: &Keys<'_>, family: &Family) -> Result<usize, String> {
     let key = "max_position_embeddings";
-    let found = config.found(key)?.or(Family::of(config)?.default(key));
+    let found = config.found(key)?.or(family.default(key));
     found.ok_or_else(|| format!("{key} is missing"))
 }
 
@@ -85,48 +92,67 @@ impl ModelConfig {
     /// Parses the object; the error is a sentence that names the key.
     pub fn from_json(value: Value) -> Result<Self, String> {
         let object = value.as_object().ok_or("not an object")?;
-        let config = Keys::new(object);
-        let family = Family::of(&config)?;
-        if let Some(act) = config.found::<String>("hidden_act")?
-            && !SILU.contains(&act.as_str())
+        let outer = Family::of(&Keys::new(object))?;
+        let (config, family) = outer.text(Keys::new(object))?;
+        let (key, known) = family.activation;
+        if let Some(act) = config.found::<String>(key)?
+            && !known.contains(&act.as_str())
         {
-            return Err(format!("hidden_act {act:?} is not supported, only silu"));
+            let name = config.name(key);
+            return Err(format!(
+                "{name} {act:?} is not supported, only {}",
+                known[0]
+            ));
         }
-        let (hidden_size, heads) = (
+        let (hidden_size, heads): (usize, usize) = (
             config.required("hidden_size")?,
             config.required("num_attention_heads")?,
         );
         let layers = config.required("num_hidden_layers")?;
-        let max_positions = max_positions(&config)?;
-        let (rope_theta, rope_scaling) = rotary(&config, max_positions)?;
+        let max_positions = max_positions(&config, family)?;
+        let ropes = rotary(&config, family, max_positions)?;
         let nullable = |key| {
             let found = config.nullable(key)?;
             Ok::<Option<usize>, String>(found.unwrap_or(family.default(key)))
         };
+        let head_dim = match nullable("head_dim")? {
+            Some(dim) => dim,
+            None => hidden_size
+                .checked_div(heads)
+                .ok_or("num_attention_heads is 0")?,
+        };
+        let [rope, sliding_rope] = ropes.map(|it| rope(it, head_dim, family));
+        let (eps, default) = family.eps;
         let mut found = ModelConfig {
             hidden_size,
             intermediate_size: config.required("intermediate_size")?,
             layers,
             heads,
             kv_heads: nullable("num_key_value_heads")?.unwrap_or(heads),
-            head_dim: match nullable("head_dim")? {
-                Some(dim) => dim,
-                None => hidden_size
-                    .checked_div(heads)
-                    .ok_or("num_attention_heads is 0")?,
-            },
+            head_dim,
             vocabulary: config.required("vocab_size")?,
             max_positions,
-            rms_norm_eps: config.found("rms_norm_eps")?.unwrap_or(1e-6),
-            rope_theta,
-            rope_scaling,
-            tied_embeddings: config.found("tie_word_embeddings")?.unwrap_or(false),
-            sliding_window: family.sliding_window(&config, layers)?,
+            norm: family.norm(config.found(eps)?.unwrap_or(default)),
+            rope,
+            sliding_rope,
+            tied_embeddings: outer.tied(&Keys::new(object))?,
+            wide: family.wide,
+            ends: Ends::PLAIN,
+            naming: outer.naming[0],
+            namings: outer.naming,
+            carried_names: outer.carried,
+            carried: Vec::new(),
+            windows: Vec::new(),
             blocks: Vec::new(),
         };
-        found.check()?;
+        found.check(eps)?;
+        found.windows = family.windows(&config, layers)?;
+        if let Some(window) = found.windows.iter().flatten().find(|&&it| it > 1 << 24) {
+            return Err(format!("sliding_window = {window} is over 2^24"));
+        }
+        found.ends = (family.ends)(&found, &config)?;
         for layer in 0..layers {
-            let block = (family.block)(&found, &config, layer)?;
+            let block = (family.block)(&found, &config, layer)?.under(found.naming.stem);
             // Most blocks equal the previous one and share its description.
             let block = match found.blocks.last() {
                 Some(last) if **last == block => last.clone(),
@@ -150,16 +176,37 @@ impl ModelConfig {
         &self.blocks
     }
 
-    /// Returns the rotary embedding over whole heads.
-    pub(crate) fn rope(&self) -> Rope {
-        Rope {
-            dim: self.head_dim,
-            theta: self.rope_theta,
-            scaling: self.rope_scaling,
+    /// How block `layer` attends, in most families.
+    pub(crate) fn attending(&self, layer: usize) -> Attending {
+        let window = self.windows[layer];
+        Attending {
+            head_dim: self.head_dim,
+            rope: Some(match window {
+                Some(_) => self.sliding_rope.clone(),
+                None => self.rope.clone(),
+            }),
+            scale: None,
+            softcap: None,
+            window,
         }
     }
 
-    fn check(&self) -> Result<(), String> {
+    /// What module names of its blocks may begin with, before `layers`: one, or what programs call the same.
+    pub fn stems(&self) -> impl Iterator<Item = &'static str> {
+        self.namings.iter().map(|naming| naming.stem)
+    }
+
+    /// The same model with its tensors named in another way.
+    pub(crate) fn rename(&mut self, naming: Naming) {
+        if naming != self.naming {
+            self.naming = naming;
+            for block in &mut self.blocks {
+                *block = Arc::new((**block).clone().under(naming.stem));
+            }
+        }
+    }
+
+    fn check(&self, eps: &str) -> Result<(), String> {
         for (name, value) in [
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
@@ -168,7 +215,6 @@ impl ModelConfig {
             ("num_key_value_heads", self.kv_heads),
             ("head_dim", self.head_dim),
             ("vocab_size", self.vocabulary),
-            ("sliding_window", self.sliding_window.unwrap_or(1)),
         ] {
             if value == 0 || value > 1 << 24 {
                 return Err(format!("{name} = {value} is not between 1 and 2^24"));
@@ -187,22 +233,13 @@ impl ModelConfig {
         if !self.head_dim.is_multiple_of(2) {
             return Err(format!("head_dim = {} is odd", self.head_dim));
         }
-        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
-            return Err(format!("rms_norm_eps = {} is negative", self.rms_norm_eps));
+        let norm = self.norm.eps;
+        if !(norm.is_finite() && norm >= 0.0) {
+            return Err(format!("{eps} = {norm} is negative"));
         }
-        Ok(())
-    }
-
-    /// Checks that every token of a window of `tokens` sees all before it, as the forward pass
-    /// assumes.
-    ///
-    /// # Errors
-    /// [`SpecError::SlidingWindow`].
-    pub fn check_window(&self, tokens: usize) -> Result<(), SpecError> {
-        match self.sliding_window {
-            Some(sees) if tokens > sees => Err(SpecError::SlidingWindow { tokens, sees }),
-            _ => Ok(()),
-        }
+        [&self.rope, &self.sliding_rope]
+            .into_iter()
+            .try_for_each(check_rope)
     }
 
     /// Returns the number of dense parameters, embeddings included.
@@ -216,6 +253,41 @@ impl ModelConfig {
         let (hidden, vocabulary) = (self.hidden_size as u128, self.vocabulary as u128);
         let ends = if self.tied_embeddings { 1 } else { 2 };
         blocks + ends * vocabulary * hidden + hidden
+    }
+}
+
+/// The rotary embedding of heads of `dim` features.
+fn rope(settings: Settings, dim: usize, family: &Family) -> Rope {
+    Rope {
+        dim: (dim as f64 * settings.partial) as usize,
+        theta: settings.theta,
+        scaling: settings.scaling,
+        interleaved: family.rotary.interleaved,
+    }
+}
+
+fn check_rope(rope: &Rope) -> Result<(), String> {
+    let dim = rope.dim;
+    if dim == 0 || !dim.is_multiple_of(2) {
+        return Err(format!(
+            "partial_rotary_factor rotates {dim} features of a head, which is not an even number"
+        ));
+    }
+    match &rope.scaling {
+        RopeScaling::Dynamic { .. } if dim == 2 => {
+            Err("rope_type \"dynamic\" needs heads of more than 2 features".to_owned())
+        }
+        RopeScaling::LongRope { short, long, .. }
+            if [short, long].iter().any(|list| list.len() != dim / 2) =>
+        {
+            Err(format!(
+                "short_factor has {} numbers and long_factor {}, where {} frequencies are",
+                short.len(),
+                long.len(),
+                dim / 2
+            ))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -15,9 +15,4 @@ pub enum SpecError {
     Config { path: PathBuf, reason: String },
     #[error("{}: {reason}", dir.display())]
     Census { dir: PathBuf, reason: String },
-    #[error(
-        "windows of {tokens} tokens are longer than the model's sliding window of {sees}, which \
-         would need another attention mask; use at most {sees}"
-    )]
-    SlidingWindow { tokens: usize, sees: usize },
 }

@@ -1,12 +1,9 @@
 //! The tensors of a model by its config: the single list used for reading, writing and verifying a
 //! checkpoint.
 
-use crate::ModelConfig;
+use safetensors::Dtype;
 
-/// The input embedding.
-pub const EMBEDDING: &str = "model.embed_tokens.weight";
-/// The output projection.
-pub const HEAD: &str = "lm_head.weight";
+use crate::ModelConfig;
 
 /// A tensor of the dense model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,7 +12,7 @@ pub struct ModelTensor {
     pub name: String,
     /// Shape, row-major; the weights of a linear layer are `[out, in]`.
     pub shape: Vec<usize>,
-    /// Its role.
+    /// What it is.
     pub role: Role,
 }
 
@@ -30,10 +27,12 @@ pub enum Role {
     Linear,
     /// A norm's weights, a bias.
     Vector,
+    /// Of no part that is run; a branch keeps it as it is.
+    Carried(Dtype),
 }
 
 impl ModelTensor {
-    fn new(name: String, shape: &[usize], role: Role) -> Self {
+    pub(crate) fn new(name: String, shape: &[usize], role: Role) -> Self {
         ModelTensor {
             name,
             shape: shape.into(),
@@ -48,19 +47,21 @@ impl ModelTensor {
 }
 
 impl ModelConfig {
-    /// Returns every tensor, in model order.
+    /// Every tensor, in model order; in the end those that a census found and that are not run.
     pub fn tensors(&self) -> Vec<ModelTensor> {
         let hidden = self.hidden_size;
         let table = [self.vocabulary, hidden];
-        let mut all = vec![ModelTensor::new(EMBEDDING.into(), &table, Role::Embedding)];
+        let naming = self.naming;
+        let embedding = naming.embedding();
+        let mut all = vec![ModelTensor::new(embedding, &table, Role::Embedding)];
         for layer in 0..self.layers {
             all.extend(self.block_tensors(layer));
         }
-        let norm = "model.norm.weight".into();
-        all.push(ModelTensor::new(norm, &[hidden], Role::Vector));
+        all.push(ModelTensor::new(naming.norm(), &[hidden], Role::Vector));
         if !self.tied_embeddings {
-            all.push(ModelTensor::new(HEAD.into(), &table, Role::Head));
+            all.push(ModelTensor::new(naming.head.into(), &table, Role::Head));
         }
+        all.extend_from_slice(&self.carried);
         all
     }
 

@@ -131,6 +131,22 @@ impl Typed for String {
     }
 }
 
+impl Typed for Vec<usize> {
+    const NAME: &'static str = "a list of whole numbers";
+
+    fn typed(value: &Value) -> Option<Vec<usize>> {
+        value.as_array()?.iter().map(usize::typed).collect()
+    }
+}
+
+impl Typed for Vec<f64> {
+    const NAME: &'static str = "a list of numbers";
+
+    fn typed(value: &Value) -> Option<Vec<f64>> {
+        value.as_array()?.iter().map(f64::typed).collect()
+    }
+}
+
 impl Typed for Vec<String> {
     const NAME: &'static str = "a list of texts";
 

@@ -13,6 +13,7 @@ mod error;
 mod families;
 mod inventory;
 mod keys;
+mod rope_frequencies;
 mod rope_scaling;
 mod spec;
 
@@ -20,7 +21,10 @@ pub use block_builder::BlockBuilder;
 pub use census::Census;
 pub use config::ModelConfig;
 pub use error::SpecError;
-pub use families::model_types;
-pub use inventory::{EMBEDDING, HEAD, ModelTensor, Role};
+pub use families::{Ends, Naming, model_types};
+pub use inventory::{ModelTensor, Role};
 pub use rope_scaling::{RopeScaling, spell_out_rotary};
-pub use spec::{Attention, BlockSpec, Division, LinearSpec, Op, Register, Rope, Tap, VectorSpec};
+pub use spec::{
+    Activation, Attending, Attention, BlockSpec, Division, LinearSpec, Norm, NormKind, Op,
+    Register, Rope, Tap, VectorSpec,
+};

@@ -4,18 +4,20 @@
 //! Transformers 4 has `rope_theta` at the top and `rope_scaling` for the rest, Transformers 5 all of it in
 //! `rope_parameters`. What Transformers 5 makes of both (`convert_rope_params_to_dict`): a `rope_scaling`
 //! that says anything replaces `rope_parameters` as a whole; the base is that inside of it, else the one at the
-//! top; `rope_type` goes before `type`, its older name.
+//! top; `rope_type` goes before `type`, its older name. Some families have such an object for each kind of
+//! attention, and say the base in a key of its own; an old `rope_scaling` is that of full attention.
 
-use std::f32::consts::PI;
+use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
 use crate::config::max_positions;
+use crate::families::{Family, Rotary};
 use crate::keys::Keys;
 
 /// How rotary frequencies are stretched for contexts longer than those first trained on
 /// (Transformers' `modeling_rope_utils.py`).
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// Not at all.
     Default,
@@ -37,16 +39,68 @@ pub enum RopeScaling {
         /// The first context, in tokens.
         original_positions: f64,
     },
+    /// The base grows with the text, once that is longer than the context trained on.
+    Dynamic {
+        /// How fast.
+        factor: f64,
+        /// That context, in tokens.
+        positions: f64,
+    },
+    /// Frequencies with fewer than `slow` turns in the first context are divided, those with more than `fast`
+    /// stay, between them it goes from the one to the other, linearly in the frequency's index.
+    Yarn {
+        /// What slow frequencies are divided by.
+        factor: f64,
+        /// Turns above which a frequency stays.
+        fast: f64,
+        /// Turns below which it is divided.
+        slow: f64,
+        /// The first context, in tokens.
+        original_positions: f64,
+        /// Factor of cosines and sines.
+        attention_factor: f64,
+        /// Whether the two indices are rounded outwards.
+        truncate: bool,
+    },
+    /// Each frequency is divided by a factor of its own, one for texts as long as the first context and another
+    /// for longer ones.
+    LongRope {
+        /// Of short texts.
+        short: Arc<[f32]>,
+        /// Of long ones.
+        long: Arc<[f32]>,
+        /// The first context, in tokens.
+        original_positions: f64,
+        /// Factor of cosines and sines.
+        attention_factor: f64,
+    },
 }
 
 /// Values of `rope_type`.
-const TYPES: [&str; 3] = ["default", "linear", "llama3"];
+pub(crate) const KINDS: &[&str] = &["default", "linear", "dynamic", "yarn", "longrope", "llama3"];
 
-/// The base where no key says it.
-const DEFAULT_THETA: f64 = 10_000.0;
-
-/// Of Llama 3's scaling, the context that was trained on first.
+/// The context that was trained on first.
 const ORIGINAL: &str = "original_max_position_embeddings";
+
+/// The share of a head that is rotated.
+const PARTIAL: &str = "partial_rotary_factor";
+
+/// What a config makes of the rotary embedding of some blocks.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Settings {
+    pub(crate) theta: f64,
+    pub(crate) scaling: RopeScaling,
+    /// The share of a head that is rotated.
+    pub(crate) partial: f64,
+}
+
+/// An object with rotary settings, and the config around it.
+struct Found<'a> {
+    rope: Keys<'a>,
+    config: &'a Keys<'a>,
+    family: &'a Family,
+    max_positions: usize,
+}
 
 /// The object that counts, if either does.
 fn rope<'a>(config: &Keys<'a>) -> Result<Option<Keys<'a>>, String> {
@@ -56,95 +110,243 @@ fn rope<'a>(config: &Keys<'a>) -> Result<Option<Keys<'a>>, String> {
     }
 }
 
-/// The base of the rotary frequencies and their scaling; the error is a sentence.
-pub(crate) fn rotary(
-    config: &Keys<'_>,
-    max_positions: usize,
-) -> Result<(f64, RopeScaling), String> {
-    let empty = Map::new();
-    let rope = rope(config)?.unwrap_or(Keys::new(&empty));
-    if let Some((layers, _)) = rope
-        .iter()
-        .find(|(key, it)| it.is_object() && key.ends_with("_attention"))
-    {
-        let name = rope.name(layers);
-        return Err(format!(
-            "{name}: rotary settings of their own for some blocks are not supported"
-        ));
-    }
-    let theta = match rope.value("rope_theta") {
-        Some(_) => positive(&rope, "rope_theta")?,
-        None => positive(config, "rope_theta")?,
+/// That of the blocks with one kind of attention.
+fn rope_of<'a>(config: &Keys<'a>, sliding: bool) -> Result<Option<Keys<'a>>, String> {
+    let parameters = config.inside("rope_parameters")?;
+    let kind = match sliding {
+        true => "sliding_attention",
+        false => "full_attention",
     };
-    let scaling = scaling(config, &rope, max_positions)?;
-    if scaling != RopeScaling::Default {
-        // Where there is no scaling, Transformers does not look at it in these families.
-        for keys in [&rope, config] {
-            let part = keys.nullable::<f64>("partial_rotary_factor")?.flatten();
-            if let Some(part) = part.filter(|&part| part != 1.0) {
-                let name = keys.name("partial_rotary_factor");
-                return Err(format!("{name} = {part} is not supported, only 1"));
-            }
-        }
+    let within = match &parameters {
+        Some(all) => all.inside(kind)?,
+        None => None,
+    };
+    if let (None, Some(all)) = (&within, &parameters)
+        && all.value(kind).is_none()
+    {
+        return Err(format!("{} is missing", all.name(kind)));
     }
-    Ok((theta.unwrap_or(DEFAULT_THETA), scaling))
+    match config.inside("rope_scaling")? {
+        Some(_) if within.is_some() => Err(
+            "rope_scaling and rope_parameters both have rotary settings; keep one of them"
+                .to_owned(),
+        ),
+        Some(rope) if !sliding => Ok(Some(rope)),
+        _ => Ok(within),
+    }
 }
 
-fn scaling(
+/// The rotary settings of blocks with full attention and of those with a sliding window, the same in most families;
+/// the error is a sentence.
+pub(crate) fn rotary(
     config: &Keys<'_>,
-    rope: &Keys<'_>,
+    family: &Family,
     max_positions: usize,
-) -> Result<RopeScaling, String> {
-    let name = match rope.value("rope_type") {
-        Some(_) => "rope_type",
-        None => "type",
+) -> Result<[Settings; 2], String> {
+    let Rotary { theta, sliding, .. } = family.rotary;
+    let empty = Map::new();
+    let of = |rope: Option<Keys<'_>>, key: &str, theta: f64| {
+        let rope = rope.unwrap_or(Keys::new(&empty));
+        let found = Found {
+            rope,
+            config,
+            family,
+            max_positions,
+        };
+        found.settings(key, theta)
     };
-    let kind: Option<String> = rope.found(name)?;
-    let kind = kind.as_deref().unwrap_or("default");
-    let needed = |key: &str| {
-        let missing = || {
+    match sliding {
+        None => {
+            let [full, same] = [(); 2].map(|()| of(rope(config)?, "rope_theta", theta));
+            Ok([full?, same?])
+        }
+        Some((key, sliding)) => Ok([
+            of(rope_of(config, false)?, "rope_theta", theta)?,
+            of(rope_of(config, true)?, key, sliding)?,
+        ]),
+    }
+}
+
+impl Found<'_> {
+    /// The settings, with the base by `key` of the config, else `theta`, where the object has none.
+    fn settings(&self, key: &str, theta: f64) -> Result<Settings, String> {
+        let Found { rope, config, .. } = self;
+        if let Some((layers, _)) = rope
+            .iter()
+            .find(|(key, it)| it.is_object() && key.ends_with("_attention"))
+        {
+            let name = rope.name(layers);
+            return Err(format!(
+                "{name}: rotary settings of their own for some blocks are not supported"
+            ));
+        }
+        let base = match rope.value("rope_theta") {
+            Some(_) => positive(rope, "rope_theta")?,
+            None => positive(config, key)?,
+        };
+        let scaling = self.scaling()?;
+        let mut share = None;
+        for keys in [rope, config] {
+            let part = keys.nullable::<f64>(PARTIAL)?.flatten();
+            if let Some(part) = part.filter(|&part| !(part > 0.0 && part <= 1.0)) {
+                return Err(format!(
+                    "{} = {part} is not between 0 and 1",
+                    keys.name(PARTIAL)
+                ));
+            }
+            // Where there is no scaling, Transformers does not look at it in other families.
+            if let (None, Some(part)) = (self.family.rotary.partial, part)
+                && part != 1.0
+                && scaling != RopeScaling::Default
+            {
+                let name = keys.name(PARTIAL);
+                return Err(format!("{name} = {part} is not supported, only 1"));
+            }
+            share = share.or(part);
+        }
+        let partial = self.family.rotary.partial;
+        Ok(Settings {
+            theta: base.unwrap_or(theta),
+            scaling,
+            partial: partial.map_or(1.0, |partial| share.unwrap_or(partial)),
+        })
+    }
+
+    fn scaling(&self) -> Result<RopeScaling, String> {
+        let rope = &self.rope;
+        let (name, kind) = kind(rope)?;
+        let kind = match self.family.rotary.renamed.iter().find(|it| it.0 == kind) {
+            Some((_, kind)) => (*kind).to_owned(),
+            None => kind,
+        };
+        let kinds = self.family.rotary.kinds;
+        if !kinds.contains(&kind.as_str()) {
+            return Err(format!(
+                "{} {kind:?} is not supported; known are: {}",
+                rope.name(name),
+                kinds.join(", ")
+            ));
+        }
+        let missing = |key: &str| {
             format!(
                 "{} is missing, which rope_type {kind:?} needs",
                 rope.name(key)
             )
         };
-        positive(rope, key)?.ok_or_else(missing)
-    };
-    match kind {
-        "default" => Ok(RopeScaling::Default),
-        "linear" => Ok(RopeScaling::Linear {
-            factor: needed("factor")?,
-        }),
-        "llama3" => {
-            let low_freq_factor = needed("low_freq_factor")?;
-            let high_freq_factor = needed("high_freq_factor")?;
-            if high_freq_factor <= low_freq_factor {
-                return Err(format!(
-                    "{} = {high_freq_factor} is not above low_freq_factor = {low_freq_factor}",
-                    rope.name("high_freq_factor")
-                ));
-            }
-            // One at the top of the file replaces that beside the factors.
-            let original = match config.value(ORIGINAL) {
-                Some(_) => positive(config, ORIGINAL)?,
-                None => positive(rope, ORIGINAL)?,
-            };
-            Ok(RopeScaling::Llama3 {
+        let needed = |key: &str| positive(rope, key)?.ok_or_else(|| missing(key));
+        match kind.as_str() {
+            "linear" => Ok(RopeScaling::Linear {
                 factor: needed("factor")?,
-                low_freq_factor,
-                high_freq_factor,
-                original_positions: original.unwrap_or(max_positions as f64),
-            })
+            }),
+            "dynamic" => Ok(RopeScaling::Dynamic {
+                factor: needed("factor")?,
+                positions: self.max_positions as f64,
+            }),
+            "llama3" => {
+                let low_freq_factor = needed("low_freq_factor")?;
+                let high_freq_factor = needed("high_freq_factor")?;
+                if high_freq_factor <= low_freq_factor {
+                    return Err(format!(
+                        "{} = {high_freq_factor} is not above low_freq_factor = {low_freq_factor}",
+                        rope.name("high_freq_factor")
+                    ));
+                }
+                Ok(RopeScaling::Llama3 {
+                    factor: needed("factor")?,
+                    low_freq_factor,
+                    high_freq_factor,
+                    original_positions: self.original()?,
+                })
+            }
+            "yarn" => self.yarn(),
+            "longrope" => {
+                let list = |key| {
+                    let list: Option<Vec<f64>> = rope.found(key)?;
+                    let list = list.ok_or_else(|| missing(key))?;
+                    match list.iter().all(|&factor| factor > 0.0) {
+                        true => Ok::<_, String>(list.iter().map(|&it| it as f32).collect()),
+                        false => Err(format!("{} has what is not positive", rope.name(key))),
+                    }
+                };
+                let original_positions = self.original()?;
+                let factor = self.factor(original_positions)?;
+                let scale = match factor <= 1.0 {
+                    true => 1.0,
+                    false => (1.0 + factor.ln() / original_positions.ln()).sqrt(),
+                };
+                Ok(RopeScaling::LongRope {
+                    short: list("short_factor")?,
+                    long: list("long_factor")?,
+                    original_positions,
+                    attention_factor: optional(rope, "attention_factor")?.unwrap_or(scale),
+                })
+            }
+            _ => Ok(RopeScaling::Default),
         }
-        _ => Err(format!(
-            "{} {kind:?} is not supported; known are: {}",
-            rope.name(name),
-            TYPES.join(", ")
-        )),
+    }
+
+    fn yarn(&self) -> Result<RopeScaling, String> {
+        let rope = &self.rope;
+        let original_positions = self.original()?;
+        let factor = self.factor(original_positions)?;
+        let scale = |by: f64| match factor <= 1.0 {
+            true => 1.0,
+            false => 0.1 * by * factor.ln() + 1.0,
+        };
+        let mscales = ["mscale", "mscale_all_dim"].map(|key| rope.nullable::<f64>(key));
+        let [own, all] = mscales.map(|it| it.map(Option::flatten));
+        let inferred = match (own?, all?) {
+            (Some(own), Some(all)) if own != 0.0 && all != 0.0 => scale(own) / scale(all),
+            _ => scale(1.0),
+        };
+        Ok(RopeScaling::Yarn {
+            factor,
+            fast: optional(rope, "beta_fast")?.unwrap_or(32.0),
+            slow: optional(rope, "beta_slow")?.unwrap_or(1.0),
+            original_positions,
+            attention_factor: optional(rope, "attention_factor")?.unwrap_or(inferred),
+            truncate: rope.found("truncate")?.unwrap_or(true),
+        })
+    }
+
+    /// The context trained on first; one at the top of the file replaces that beside the factors.
+    fn original(&self) -> Result<f64, String> {
+        let default = self.family.default(ORIGINAL).map(|it| it as f64);
+        let found = match self.config.value(ORIGINAL) {
+            Some(_) => positive(self.config, ORIGINAL)?,
+            None if default.is_some() => default,
+            None => positive(&self.rope, ORIGINAL)?,
+        };
+        Ok(found.unwrap_or(self.max_positions as f64))
+    }
+
+    /// By how much the context was stretched.
+    fn factor(&self, original_positions: f64) -> Result<f64, String> {
+        let found = optional(&self.rope, "factor")?;
+        Ok(found.unwrap_or(self.max_positions as f64 / original_positions))
     }
 }
 
-fn positive(keys: &Keys<'_>, key: &str) -> Result<Option<f64>, String> {
+/// The key that says the kind, and the kind.
+fn kind(rope: &Keys<'_>) -> Result<(&'static str, String), String> {
+    let name = match rope.value("rope_type") {
+        Some(_) => "rope_type",
+        None => "type",
+    };
+    let kind: Option<String> = rope.found(name)?;
+    Ok((name, kind.unwrap_or("default".to_owned())))
+}
+
+/// A number over zero, or nothing, which `null` is too.
+fn optional(keys: &Keys<'_>, key: &str) -> Result<Option<f64>, String> {
+    match keys.value(key) {
+        Some(Value::Null) => Ok(None),
+        _ => positive(keys, key),
+    }
+}
+
+/// A number that has to be over zero.
+pub(crate) fn positive(keys: &Keys<'_>, key: &str) -> Result<Option<f64>, String> {
     let wrong = |value: f64| format!("{} = {value} is not positive", keys.name(key));
     match keys.found::<f64>(key)? {
         Some(value) if value > 0.0 => Ok(Some(value)),
@@ -154,43 +356,66 @@ fn positive(keys: &Keys<'_>, key: &str) -> Result<Option<f64>, String> {
 }
 
 /// Gives `config` its rotary settings in both spellings, each complete, and with both names of the type:
-/// programs read the one or the other, and Transformers 5 the same from the two together.
+/// programs read the one or the other, and Transformers 5 the same from the two together. Of families
+/// whose old spelling says less, or is read by other rules, they stay as they are.
 ///
 /// # Errors
 /// As of [`ModelConfig::from_json`](crate::ModelConfig::from_json).
 pub fn spell_out_rotary(config: &mut Map<String, Value>) -> Result<(), String> {
     let keys = Keys::new(config);
-    let (theta, scaling) = rotary(&keys, max_positions(&keys)?)?;
+    let outer = Family::of(&keys)?;
+    let (_, family) = outer.text(keys)?;
+    let Some(config) = outer.text_mut(config) else {
+        return Ok(());
+    };
+    let keys = Keys::new(config);
+    let [Settings { theta, scaling, .. }, _] =
+        rotary(&keys, family, max_positions(&keys, family)?)?;
+    let long = matches!(scaling, RopeScaling::LongRope { .. });
+    if family.rotary.sliding.is_some() || long {
+        return Ok(());
+    }
     // As it was typed: some readers take a base that is a whole number, and some only one that is not.
-    let within = rope(&keys)?.and_then(|rope| rope.value("rope_theta").cloned());
+    let found = rope(&keys)?;
+    let within = found
+        .as_ref()
+        .and_then(|rope| rope.value("rope_theta").cloned());
     let theta = within
         .or(keys.value("rope_theta").cloned())
         .unwrap_or(theta.into());
-    let (kind, mut parameters) = match scaling {
-        RopeScaling::Default => ("default", json!({})),
-        RopeScaling::Linear { factor } => ("linear", json!({"factor": factor})),
-        RopeScaling::Llama3 {
-            factor,
-            low_freq_factor,
-            high_freq_factor,
-            original_positions,
-        } => {
-            // Tokens: readers want a whole number.
-            let original = match original_positions.fract() == 0.0 {
-                true => json!(original_positions as u64),
-                false => json!(original_positions),
-            };
-            let factors = json!({
-                "factor": factor,
-                "low_freq_factor": low_freq_factor,
-                "high_freq_factor": high_freq_factor,
-                ORIGINAL: original,
-            });
-            ("llama3", factors)
+    let mut parameters = json!({});
+    let mut kind = "default".to_owned();
+    if let (Some(found), true) = (&found, scaling != RopeScaling::Default) {
+        (_, kind) = self::kind(found)?;
+        for (key, value) in found.iter() {
+            parameters[key] = value.clone();
         }
-    };
-    parameters["rope_type"] = kind.into();
-    let scaling = match scaling {
+        if let Some(object) = parameters.as_object_mut() {
+            object.remove("type");
+            object.remove("rope_theta");
+        }
+    }
+    if let RopeScaling::Llama3 {
+        original_positions, ..
+    }
+    | RopeScaling::Yarn {
+        original_positions, ..
+    } = scaling
+    {
+        // Tokens: readers want a whole number.
+        parameters[ORIGINAL] = match original_positions.fract() == 0.0 {
+            true => json!(original_positions as u64),
+            false => json!(original_positions),
+        };
+    }
+    if let (Some(_), Some(part)) = (
+        family.rotary.partial,
+        (found.as_ref().and_then(|it| it.value(PARTIAL))).or(keys.value(PARTIAL)),
+    ) {
+        parameters[PARTIAL] = part.clone();
+    }
+    parameters["rope_type"] = kind.as_str().into();
+    let old = match scaling {
         RopeScaling::Default => Value::Null,
         _ => {
             let mut old = parameters.clone();
@@ -199,39 +424,13 @@ pub fn spell_out_rotary(config: &mut Map<String, Value>) -> Result<(), String> {
         }
     };
     parameters["rope_theta"] = theta.clone();
+    if let Some(part) = parameters.get(PARTIAL) {
+        config.insert(PARTIAL.to_owned(), part.clone());
+    }
     config.insert("rope_theta".to_owned(), theta);
-    config.insert("rope_scaling".to_owned(), scaling);
+    config.insert("rope_scaling".to_owned(), old);
     config.insert("rope_parameters".to_owned(), parameters);
     Ok(())
-}
-
-impl RopeScaling {
-    /// The frequency `w`, in f32 and in the order of Transformers.
-    pub fn apply(self, w: f32) -> f32 {
-        match self {
-            RopeScaling::Default => w,
-            RopeScaling::Linear { factor } => w / factor as f32,
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_positions,
-            } => {
-                let factor = factor as f32;
-                let length = 2.0 * PI / w;
-                if length > (original_positions / low_freq_factor) as f32 {
-                    return w / factor;
-                }
-                if length < (original_positions / high_freq_factor) as f32 {
-                    return w;
-                }
-                let turns = original_positions as f32 / length;
-                let range = (high_freq_factor - low_freq_factor) as f32;
-                let smooth = (turns - low_freq_factor as f32) / range;
-                (1.0 - smooth) * w / factor + smooth * w
-            }
-        }
-    }
 }
 
 #[cfg(test)]

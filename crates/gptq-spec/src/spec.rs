@@ -1,7 +1,7 @@
 //! A decoder block as data: its linears, its vectors, and the operations between them.
 //!
 //! A family (`families/`) describes each block of a model once, with a [`BlockBuilder`](crate::BlockBuilder);
-//! [`Block`](crate::Block) runs the description, and every list of a model's parts is computed from it. There
+//! `gptq-model`'s `Block` runs the description, and every list of a model's parts is computed from it. There
 //! are no tensors here.
 //!
 //! Operations read and write *registers*, each `[tokens, features]` and written once, but for the residual
@@ -25,13 +25,12 @@ impl Register {
 /// An operation of a block. Vectors and linears are indices into the block's lists.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
-    /// `to = from / sqrt(mean(from²) + eps) * vector`, over each run of as many features as the vector
-    /// has: all of them, or those of one head.
+    /// A norm over each run of as many features as the vector has: all of them, or those of one head.
     Norm {
         /// Weights.
         vector: usize,
-        /// Added to the mean square.
-        eps: f64,
+        /// What is computed.
+        norm: Norm,
         /// Input.
         from: Register,
         /// Output.
@@ -44,10 +43,19 @@ pub enum Op {
         /// Each linear and its output.
         outputs: Vec<(usize, Register)>,
     },
+    /// Consecutive features of a register, each part as wide as the register that it goes to.
+    Split {
+        /// Input.
+        from: Register,
+        /// Outputs.
+        to: Vec<Register>,
+    },
     /// Causal attention.
     Attend(Attention),
-    /// `to = silu(gate) * up`.
+    /// `to = act(gate) * up`.
     Gate {
+        /// Activation.
+        act: Activation,
         /// Gate.
         gate: Register,
         /// What is gated.
@@ -59,12 +67,45 @@ pub enum Op {
     Add {
         /// What is added.
         from: Register,
+        /// Its factor.
+        scale: f64,
     },
 }
 
-/// Causal attention of rotated queries over rotated keys, scaled by `1 / sqrt(head_dim)`. The rotation is
-/// part of it because an engine may rotate a token as it joins the cache.
+/// A norm of a row `x` with weights `w`, but for these. Its mean and its square root are taken in f32.
 #[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    /// The formula.
+    pub kind: NormKind,
+    /// Added to the mean square.
+    pub eps: f64,
+}
+
+/// Formulas of norms, with `n(x) = x / sqrt(mean(x²) + eps)` and `round` to the compute type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// `w round(n(x))`.
+    Rms,
+    /// `round(w n(x))`.
+    RmsF32,
+    /// `round((1 + w) n(x))`.
+    RmsPlusOne,
+    /// `round(w n(x - mean(x)))`.
+    Layer,
+}
+
+/// Activations of a gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x sigmoid(x)`.
+    Silu,
+    /// GELU, approximated by a hyperbolic tangent.
+    GeluTanh,
+}
+
+/// Causal attention of rotated queries over rotated keys. The rotation is part of it because an engine may
+/// rotate a token as it joins the cache.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
     /// Queries, keys and values, not rotated.
     pub qkv: [Register; 3],
@@ -74,26 +115,46 @@ pub struct Attention {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Features per head.
-    pub head_dim: usize,
-    /// Rotary embedding.
-    pub rope: Rope,
+    /// What is done with them.
+    pub how: Attending,
 }
 
-/// Frequencies of a rotary embedding.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// Attention of one head.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attending {
+    /// Features per head.
+    pub head_dim: usize,
+    /// Rotary embedding, if there is one.
+    pub rope: Option<Rope>,
+    /// Factor of the products of queries and keys; `1 / sqrt(head_dim)` where none is given.
+    pub scale: Option<f64>,
+    /// Bound `c` of the scores, which become `c tanh(score / c)`.
+    pub softcap: Option<f64>,
+    /// Tokens that one sees, itself included, where that is not all before it.
+    pub window: Option<usize>,
+}
+
+/// A rotary embedding.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
-    /// Features of a head that are rotated.
+    /// Features of a head that are rotated: the first.
     pub dim: usize,
     /// Base of the frequencies.
     pub theta: f64,
     /// How they are stretched for long contexts.
     pub scaling: RopeScaling,
+    /// Whether neighbouring features are rotated together, in place of one of either half.
+    pub interleaved: bool,
 }
+
+/// What the names of a model's parts begin with, where there is nothing around it.
+pub(crate) const STEM: &str = "model.";
 
 /// A linear layer of a block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LinearSpec {
+    /// What the names of the model's parts begin with, as [`BlockSpec::stem`].
+    pub(crate) stem: &'static str,
     /// Module name within the block.
     pub name: String,
     /// Features of the input.
@@ -111,7 +172,7 @@ pub struct LinearSpec {
 impl LinearSpec {
     /// Module name in block `layer` of a checkpoint.
     pub fn module(&self, layer: usize) -> String {
-        module(layer, &self.name)
+        module(self.stem, layer, &self.name)
     }
 
     /// `(in_features, out_features)`.
@@ -134,6 +195,7 @@ pub enum Division {
 /// The weights of a norm.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VectorSpec {
+    pub(crate) stem: &'static str,
     /// Module name within the block.
     pub name: String,
     /// Number of weights.
@@ -143,12 +205,12 @@ pub struct VectorSpec {
 impl VectorSpec {
     /// Module name in block `layer` of a checkpoint.
     pub fn module(&self, layer: usize) -> String {
-        module(layer, &self.name)
+        module(self.stem, layer, &self.name)
     }
 }
 
-fn module(layer: usize, name: &str) -> String {
-    format!("model.layers.{layer}.{name}")
+fn module(stem: &str, layer: usize, name: &str) -> String {
+    format!("{stem}layers.{layer}.{name}")
 }
 
 /// Where a tap lies in a block.
@@ -176,9 +238,24 @@ pub struct BlockSpec {
 }
 
 impl BlockSpec {
+    /// The same block of a model whose parts' names begin with `stem`.
+    pub(crate) fn under(mut self, stem: &'static str) -> Self {
+        self.linears.iter_mut().for_each(|it| it.stem = stem);
+        self.vectors.iter_mut().for_each(|it| it.stem = stem);
+        self
+    }
+
     /// Its operations, in order.
     pub fn ops(&self) -> &[Op] {
         &self.ops
+    }
+
+    /// Features of a register.
+    ///
+    /// # Panics
+    /// The block has no such register.
+    pub fn width(&self, register: Register) -> usize {
+        self.widths[register.0]
     }
 
     /// Where the linears of tap `tap` take their input.
@@ -267,20 +344,20 @@ impl BlockSpec {
 
     /// How devices that share out the block divide a linear.
     pub fn division(&self, linear: usize) -> Division {
-        let input = self.kept_input(self.linears[linear].tap);
-        if input.is_some_and(|register| register != Register::RESIDUAL) {
+        if !self.is_whole(self.taps[self.linears[linear].tap].from) {
             return Division::Inputs;
         }
-        let mut output = None;
+        let mut outputs = Vec::new();
         for op in &self.ops {
             match op {
-                Op::Linears { outputs, .. } => {
-                    let own = outputs.iter().find(|(at, _)| *at == linear);
-                    output = own.map(|(_, to)| *to).or(output);
+                Op::Linears { outputs: all, .. } => {
+                    let own = all.iter().filter(|(at, _)| *at == linear);
+                    outputs.extend(own.map(|(_, to)| *to));
                 }
-                Op::Norm { from, to, .. } if output == Some(*from) => output = Some(*to),
+                Op::Norm { from, to, .. } if outputs.contains(from) => outputs.push(*to),
+                Op::Split { from, to } if outputs.contains(from) => outputs.extend(to),
                 Op::Attend(Attention { qkv: [_, k, v], .. })
-                    if [Some(*k), Some(*v)].contains(&output) =>
+                    if outputs.contains(k) || outputs.contains(v) =>
                 {
                     return Division::KvHeads;
                 }
@@ -288,6 +365,15 @@ impl BlockSpec {
             }
         }
         Division::Outputs
+    }
+
+    /// Whether a register is the residual stream or norms of it.
+    fn is_whole(&self, register: Register) -> bool {
+        let source = self.ops.iter().find_map(|op| match op {
+            Op::Norm { from, to, .. } if *to == register => Some(*from),
+            _ => None,
+        });
+        register == Register::RESIDUAL || source.is_some_and(|from| self.is_whole(from))
     }
 
     /// Weights of all linears, without biases.
@@ -329,9 +415,10 @@ impl BlockSpec {
 impl Op {
     fn reads(&self, register: Register) -> bool {
         match self {
-            Op::Norm { from, .. } | Op::Linears { from, .. } | Op::Add { from } => {
-                *from == register
-            }
+            Op::Norm { from, .. }
+            | Op::Linears { from, .. }
+            | Op::Split { from, .. }
+            | Op::Add { from, .. } => *from == register,
             Op::Attend(attention) => attention.qkv.contains(&register),
             Op::Gate { gate, up, .. } => [gate, up].contains(&&register),
         }
@@ -341,6 +428,7 @@ impl Op {
         match self {
             Op::Norm { to, .. } | Op::Gate { to, .. } => *to == register,
             Op::Attend(attention) => attention.to == register,
+            Op::Split { to, .. } => to.contains(&register),
             Op::Linears { outputs, .. } => outputs.iter().any(|(_, to)| *to == register),
             Op::Add { .. } => register == Register::RESIDUAL,
         }

@@ -159,8 +159,8 @@ fn tiles(rows: usize, columns: usize) -> (CubeCount, CubeDim) {
     )
 }
 
-/// Writes the layer `weight`, any float `[out, in]`, to rows `offset..` of `out`, f32
-/// `[in, all_rows]`, in the sweep's column order, with zeros where `diagonal` is zero.
+/// Writes the layer `weight`, any float `[out, in]`, to rows `offset..` of `out`, f32 `[in,
+/// all_rows]`, in the sweep's column order, with zeros where `diagonal` is zero.
 pub(crate) fn into_columns(
     weight: &Buffer,
     position: &Buffer,
@@ -189,8 +189,8 @@ pub(crate) fn into_columns(
     }
 }
 
-/// The dequantized weights of the layer in rows `offset..offset + rows`: `[rows, in]` of this dtype in
-/// the original column order.
+/// Returns the dequantized weights of the layer in rows `offset..offset + rows`: `[rows, in]` of
+/// this dtype in the original column order.
 pub(crate) fn dequantize(
     swept: &Swept,
     position: &Buffer,

@@ -6,7 +6,8 @@
 // shared memory are padded by 16 bytes, so that ldmatrix meets no bank twice.
 //
 // Defined by the host: HEAD_DIM (a multiple of 16), WARPS, TILES, KEYS, BF16 (elements are bf16 if it
-// is 1, f16 if it is 0).
+// is 1, f16 if it is 0), WINDOW (a row sees only the last `sees` keys; tiles that no row sees are passed over),
+// SOFTCAP (scores are cap tanh(score / cap), where scale_log2 is cap log2(e), and cap_log2 is 2 log2(e) scale / cap).
 
 #if BF16
 #include <cuda_bf16.h>
@@ -86,7 +87,16 @@ __device__ __forceinline__ void fetch(Half* to, const Half* from, int first, int
 extern "C" __global__ void __launch_bounds__(THREADS)
     causal_attention(const Half* __restrict__ q, const Half* __restrict__ k,
                      const Half* __restrict__ v, Half* __restrict__ out, int seq, int heads,
-                     int kv_heads, float scale_log2) {
+                     int kv_heads, float scale_log2
+#if WINDOW
+                     ,
+                     int sees
+#endif
+#if SOFTCAP
+                     ,
+                     float cap_log2
+#endif
+    ) {
     extern __shared__ __align__(16) Half shared[];
     Half* sq = shared;
     Half* sk = sq + ROWS * STRIDE;
@@ -107,9 +117,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int key_end = min(seq, first_row + ROWS);
     const int tiles = (key_end + KEYS - 1) / KEYS;
 
+#if WINDOW
+    const int first_tile = max(0, first_row + 1 - sees) / KEYS;
+#else
+    constexpr int first_tile = 0;
+#endif
+
     fetch<ROWS>(sq, q, first_row, seq, q_pitch);
-    fetch<KEYS>(sk, k, 0, seq, kv_pitch);
-    fetch<KEYS>(sv, v, 0, seq, kv_pitch);
+    fetch<KEYS>(sk, k, first_tile * KEYS, seq, kv_pitch);
+    fetch<KEYS>(sv, v, first_tile * KEYS, seq, kv_pitch);
     asm volatile("cp.async.commit_group;");
 
     float o[TILES][2 * DEPTH][4] = {};
@@ -117,9 +133,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int m = 0; m < TILES; m++) largest[m][0] = largest[m][1] = -1e30f;
 
-    for (int tile = 0; tile < tiles; tile++) {
+    for (int tile = first_tile; tile < tiles; tile++) {
         const int first_key = tile * KEYS;
-        const int stage = tile % 2;
+        const int stage = (tile - first_tile) % 2;
         if (tile + 1 < tiles) {
             const int next = (stage ^ 1) * KEYS * STRIDE;
             fetch<KEYS>(sk + next, k, first_key + KEYS, seq, kv_pitch);
@@ -154,6 +170,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
             const int row = first_row + warp_row + m * 16 + lane / 4;
+#if SOFTCAP
+#pragma unroll
+            for (int n = 0; n < 2 * KEY_STEPS; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    s[m][n][e] = 1.0f - __fdividef(2.0f, 1.0f + power2(s[m][n][e] * cap_log2));
+#endif
             if (first_key + KEYS > first_row + warp_row + m * 16 || first_key + KEYS > seq) {
 #pragma unroll
                 for (int n = 0; n < 2 * KEY_STEPS; n++)
@@ -163,6 +186,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                         if (key > row + e / 2 * 8 || key >= seq) s[m][n][e] = -1e30f;
                     }
             }
+#if WINDOW
+            // What a row makes of a tile that it sees nothing of, the first key that it sees shrinks to nothing.
+            if (first_key <= first_row + warp_row + m * 16 + 15 - sees) {
+#pragma unroll
+                for (int n = 0; n < 2 * KEY_STEPS; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int key = first_key + n * 8 + lane % 4 * 2 + e % 2;
+                        if (key <= row + e / 2 * 8 - sees) s[m][n][e] = -1e30f;
+                    }
+            }
+#endif
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 float high = largest[m][h];

@@ -1,14 +1,16 @@
-//! Causal attention with grouped heads, `softmax(q·kᵀ / sqrt(head_dim)) · v`.
+//! Causal attention with grouped heads, `softmax(q·kᵀ / sqrt(head_dim)) · v`, or with other [`Scores`].
 //!
 //! FlashAttention-2's loop (Dao, 2023): a block of query rows walks over the keys with a
 //! running maximum and sum, so no score matrix is ever stored. f16 or bf16 operands, f32 sums; the
-//! probabilities are rounded to the same before they meet the values. The kernel is CUDA C++,
-//! compiled by NVRTC at first use for each head dimension and type: Burn's CubeCL attention was
+//! probabilities are rounded to the same before they meet the values. Windows and softcaps are compiled into
+//! kernels of their own, so that those without do not pay for them. The kernel is CUDA C++,
+//! compiled by NVRTC at first use for each head dimension, type and kind: Burn's CubeCL attention was
 //! measured at 18 TFLOP/s where this shape allows several hundred.
 
 use std::{
     cell::RefCell,
     collections::HashMap,
+    f32::consts::LOG2_E,
     ffi::{CStr, CString},
 };
 
@@ -27,11 +29,22 @@ use super::{
     kernel_cache::{attribute, compute_capability, kept},
     stream::on_stream,
 };
+use crate::Scores;
 
 const SOURCE: &str = include_str!("attention.cu");
 const NAME: &str = "causal_attention";
 
-/// A compiled kernel and the shape it was compiled for.
+/// What a kernel is compiled for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Kind {
+    device: usize,
+    head_dim: usize,
+    dtype: DType,
+    window: bool,
+    softcap: bool,
+}
+
+/// A compiled kernel and its shape.
 #[derive(Clone, Copy)]
 struct Kernel {
     function: CUfunction,
@@ -41,8 +54,8 @@ struct Kernel {
 }
 
 thread_local! {
-    /// Kernels by device, head dimension and type; lives on the device thread, to its end.
-    static KERNELS: RefCell<HashMap<(usize, usize, DType), Kernel>> = RefCell::default();
+    /// Lives on the device thread, to its end.
+    static KERNELS: RefCell<HashMap<Kind, Kernel>> = RefCell::default();
 }
 
 /// Causal attention of `q` `[windows, seq, heads, head_dim]` over `k` and `v` `[windows, seq, kv_heads,
@@ -58,6 +71,7 @@ pub fn causal_attention(
     q: Tensor<Cuda, 4>,
     k: Tensor<Cuda, 4>,
     v: Tensor<Cuda, 4>,
+    scores: Scores,
 ) -> Result<Tensor<Cuda, 3>, Error> {
     let [windows, seq, heads, head_dim] = q.dims();
     let kv_heads = k.dims()[2];
@@ -70,10 +84,16 @@ pub fn causal_attention(
         // A grid's second and third dimension.
         || heads > 65_535
         || windows > 65_535
+        || scores.window == Some(0)
     {
         return Err(Error::Shape {
             operation: NAME,
-            reason: format!("q {:?}, k {:?}, v {:?}", q.dims(), k.dims(), v.dims()),
+            reason: format!(
+                "q {:?}, k {:?}, v {:?}, {scores:?}",
+                q.dims(),
+                k.dims(),
+                v.dims()
+            ),
         });
     }
     let q = buffer::half(NAME, "q", q)?;
@@ -85,14 +105,29 @@ pub fn causal_attention(
         return Ok(buffer::into_float(out));
     }
     on_stream(&[&q, &k, &v, &out], |libraries, pointers| {
-        let kernel = kernel(libraries.device, head_dim, dtype)?;
+        // A window that hides nothing is none.
+        let window = scores.window.filter(|&window| window < seq);
+        let kernel = kernel(Kind {
+            device: libraries.device,
+            head_dim,
+            dtype,
+            window: window.is_some(),
+            softcap: scores.softcap.is_some(),
+        })?;
         let mut pointers = [pointers[0], pointers[1], pointers[2], pointers[3]];
         let mut sizes = [seq as i32, heads as i32, kv_heads as i32];
-        let mut scale = (head_dim as f32).sqrt().recip() * std::f32::consts::LOG2_E;
-        let mut parameters = Vec::with_capacity(8);
+        let plain = (head_dim as f32).sqrt().recip();
+        let scale = scores.scale.map_or(plain, |scale| scale as f32);
+        let cap = scores.softcap.map_or(scale, |cap| cap as f32);
+        let mut scale_log2 = cap * LOG2_E;
+        let mut sees = window.map(|window| window as i32);
+        let mut cap_log2 = scores.softcap.map(|_| 2.0 * LOG2_E * scale / cap);
+        let mut parameters = Vec::with_capacity(10);
         parameters.extend(pointers.iter_mut().map(|it| (&raw mut *it).cast()));
         parameters.extend(sizes.iter_mut().map(|it| (&raw mut *it).cast()));
-        parameters.push((&raw mut scale).cast());
+        parameters.push((&raw mut scale_log2).cast());
+        parameters.extend(sees.as_mut().map(|it| (&raw mut *it).cast()));
+        parameters.extend(cap_log2.as_mut().map(|it| (&raw mut *it).cast()));
         let blocks = seq.div_ceil(kernel.rows) as u32;
         // SAFETY: the parameters are those of the kernel's signature and outlive the call; the
         // buffers were checked to have the shapes that the sizes say.
@@ -115,12 +150,17 @@ fn refused(operation: &'static str) -> impl Fn(DriverError) -> Error {
     move |source| Error::Driver { operation, source }
 }
 
-/// The kernel for a head dimension and type, compiled at first use. Runs on the device thread.
-fn kernel(device: usize, head_dim: usize, dtype: DType) -> Result<Kernel, Error> {
-    let key = (device, head_dim, dtype);
-    if let Some(kernel) = KERNELS.with_borrow(|all| all.get(&key).copied()) {
+/// The kernel of a kind, compiled at first use. Runs on the device thread.
+fn kernel(kind: Kind) -> Result<Kernel, Error> {
+    if let Some(kernel) = KERNELS.with_borrow(|all| all.get(&kind).copied()) {
         return Ok(kernel);
     }
+    let Kind {
+        device,
+        head_dim,
+        dtype,
+        ..
+    } = kind;
     let (major, minor) = compute_capability(device)?;
     let limit = attribute(
         device,
@@ -142,14 +182,17 @@ fn kernel(device: usize, head_dim: usize, dtype: DType) -> Result<Kernel, Error>
         format!("-DTILES={tiles}"),
         format!("-DKEYS={keys}"),
         format!("-DBF16={}", u8::from(dtype == DType::BF16)),
+        format!("-DWINDOW={}", u8::from(kind.window)),
+        format!("-DSOFTCAP={}", u8::from(kind.softcap)),
         format!(
             "--include-path={}",
             cubecl::cuda::install::include_path().display()
         ),
     ];
-    let ptx = kept(&format!("{NAME}-{head_dim}-{}.ptx", dtype.name()), || {
-        compile(&options)
-    })?;
+    let window = if kind.window { "-window" } else { "" };
+    let softcap = if kind.softcap { "-softcap" } else { "" };
+    let file = format!("{NAME}-{head_dim}-{}{window}{softcap}.ptx", dtype.name());
+    let ptx = kept(&file, || compile(&options))?;
     // The driver reads up to the NUL, wherever the bytes came from.
     let ptx = CStr::from_bytes_until_nul(&ptx).map_err(|_| Error::Compile {
         kernel: NAME,
@@ -177,7 +220,7 @@ fn kernel(device: usize, head_dim: usize, dtype: DType) -> Result<Kernel, Error>
         threads: 32 * warps as u32,
         shared,
     };
-    KERNELS.with_borrow_mut(|all| all.insert(key, kernel));
+    KERNELS.with_borrow_mut(|all| all.insert(kind, kernel));
     Ok(kernel)
 }
 

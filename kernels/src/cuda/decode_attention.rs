@@ -15,6 +15,7 @@ use super::{
     buffer::{self, array},
     error::Error,
 };
+use crate::Scores;
 
 /// Units of a plane, and planes of a cube.
 const UNITS: usize = 32;
@@ -54,6 +55,16 @@ fn dot<N: Size>(a: Vector<f32, N>, b: Vector<f32, N>) -> f32 {
     plane_sum(sum)
 }
 
+/// A score below its bound: `cap tanh(score / cap)`.
+#[cube]
+fn bounded(score: f32, cap: f32, #[comptime] softcap: bool) -> f32 {
+    if comptime!(softcap) {
+        cap - 2.0 * cap / (1.0 + (2.0 * score / cap).exp())
+    } else {
+        score
+    }
+}
+
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn decode_attention_kernel<F: Float, N: Size>(
@@ -68,7 +79,10 @@ fn decode_attention_kernel<F: Float, N: Size>(
     shared: u32,
     capacity: u32,
     at: u32,
+    begin: u32,
     scale: f32,
+    cap: f32,
+    #[comptime] softcap: bool,
     #[define(F)] _dtype: StorageType,
 ) {
     let mut high = SharedMemory::<f32>::new(PLANES);
@@ -95,11 +109,12 @@ fn decode_attention_kernel<F: Float, N: Size>(
             keys[first + at * UNITS] = key;
             values[first + at * UNITS] = value;
         }
-        m = dot(query, Vector::<f32, N>::cast_from(key));
+        let found = dot(query, Vector::<f32, N>::cast_from(key));
+        m = bounded(found, cap, softcap);
         l = f32::new(1.0);
         a = Vector::<f32, N>::cast_from(value);
     }
-    let mut j = plane;
+    let mut j = begin as usize + plane;
     while j < at {
         let mut key = Array::<Vector<F, N>>::new(KEYS);
         let mut value = Array::<Vector<F, N>>::new(KEYS);
@@ -115,6 +130,7 @@ fn decode_attention_kernel<F: Float, N: Size>(
         #[unroll]
         for i in 0..KEYS {
             let found = dot(query, Vector::<f32, N>::cast_from(key[i]));
+            let found = bounded(found, cap, softcap);
             score[i] = select(j + i * PLANES < at, found, f32::new(LOWEST));
             highest = highest.max(score[i]);
         }
@@ -170,6 +186,7 @@ pub fn attend_next(
     keys: &mut Tensor<Cuda, 3>,
     values: &mut Tensor<Cuda, 3>,
     at: usize,
+    scores: Scores,
 ) -> Result<Tensor<Cuda, 3>, Error> {
     let [_, _, heads, dim] = q.dims();
     let [kv_heads, capacity, _] = keys.dims();
@@ -228,7 +245,12 @@ pub fn attend_next(
             (heads / kv_heads) as u32,
             capacity as u32,
             at as u32,
-            (dim as f32).sqrt().recip(),
+            scores.first_key(at) as u32,
+            scores
+                .scale
+                .map_or((dim as f32).sqrt().recip(), |it| it as f32),
+            scores.softcap.unwrap_or(1.0) as f32,
+            scores.softcap.is_some(),
             q.dtype.into(),
         );
     }

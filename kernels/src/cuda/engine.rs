@@ -11,8 +11,8 @@ use super::{
     transfer::{self, Pinned},
 };
 use crate::{
-    Codes, Drift, Engine, Hessian, HostBuffer, Incoming, PackedWeight, Request, Subset, attention,
-    dtype, half_of,
+    Codes, Drift, Engine, Hessian, HostBuffer, Incoming, PackedWeight, Request, Scores, Subset,
+    attention, dtype, half_of,
 };
 
 impl Engine for Cuda {
@@ -23,7 +23,7 @@ impl Engine for Cuda {
         dtype(half)
     }
 
-    fn kept(half: Half) -> Half {
+    fn kept(half: Half, _wide: bool) -> Half {
         half
     }
 
@@ -39,21 +39,47 @@ impl Engine for Cuda {
         super::rms_norm(x, weight, eps).unwrap_or_else(|error| fail(error))
     }
 
+    fn rms_norm_f32(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        eps: f64,
+        offset: f64,
+    ) -> Tensor<Self, 2> {
+        super::norm_f32(x, weight, eps, offset, false).unwrap_or_else(|error| fail(error))
+    }
+
+    fn centred_norm(x: Tensor<Self, 2>, weight: Tensor<Self, 1>, eps: f64) -> Tensor<Self, 2> {
+        super::norm_f32(x, weight, eps, 0.0, true).unwrap_or_else(|error| fail(error))
+    }
+
     fn rotary(x: Tensor<Self, 4>, cos: Tensor<Self, 2>, sin: Tensor<Self, 2>) -> Tensor<Self, 4> {
-        super::rotary(x, cos, sin).unwrap_or_else(|error| fail(error))
+        match 2 * cos.dims()[1] == x.dims()[3] {
+            true => super::rotary(x, cos, sin),
+            false => super::partial_rotary(x, cos, sin, false),
+        }
+        .unwrap_or_else(|error| fail(error))
+    }
+
+    fn rotary_interleaved(
+        x: Tensor<Self, 4>,
+        cos: Tensor<Self, 2>,
+        sin: Tensor<Self, 2>,
+    ) -> Tensor<Self, 4> {
+        super::partial_rotary(x, cos, sin, true).unwrap_or_else(|error| fail(error))
     }
 
     fn causal_attention(
         q: Tensor<Self, 4>,
         k: Tensor<Self, 4>,
         v: Tensor<Self, 4>,
+        scores: Scores,
     ) -> Tensor<Self, 3> {
         let dim = q.dims()[3];
         if !dim.is_multiple_of(16) || dim > 256 {
             // Shapes that no known model has; the kernel's tiles do not.
-            return attention::causal_attention(q, k, v);
+            return attention::causal_attention(q, k, v, scores);
         }
-        super::causal_attention(q, k, v).unwrap_or_else(|error| fail(error))
+        super::causal_attention(q, k, v, scores).unwrap_or_else(|error| fail(error))
     }
 
     fn attend_next(
@@ -62,15 +88,21 @@ impl Engine for Cuda {
         keys: &mut Tensor<Self, 3>,
         values: &mut Tensor<Self, 3>,
         at: usize,
+        scores: Scores,
     ) -> Tensor<Self, 3> {
         if !super::decode_attention::attends(qkv[0].dims()[3]) {
-            return attention::attend_next(qkv, tables, keys, values, at);
+            return attention::attend_next(qkv, tables, keys, values, at, scores);
         }
-        super::attend_next(qkv, tables, keys, values, at).unwrap_or_else(|error| fail(error))
+        super::attend_next(qkv, tables, keys, values, at, scores)
+            .unwrap_or_else(|error| fail(error))
     }
 
     fn swiglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
         super::swiglu(gate, up).unwrap_or_else(|error| fail(error))
+    }
+
+    fn geglu(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        super::geglu(gate, up).unwrap_or_else(|error| fail(error))
     }
 
     fn gram_zeros(in_features: usize, device: &Device) -> Tensor<Self, 2> {

@@ -61,15 +61,15 @@ pub(crate) use kernel_cache::{open as open_kernels, seal as seal_kernels};
 pub use library::MissingLibrary;
 pub(crate) use library::{device_count, missing_library};
 pub use linear::linear;
-pub use norm::rms_norm;
+pub use norm::{norm_f32, rms_norm};
 pub(crate) use pack::Fetched;
 pub use pack::dequantize;
 pub use packed_linear::packed_linear;
 pub use packed_rows::resident;
 pub use relative_error::relative_error;
-pub use rotary::rotary;
+pub use rotary::{partial_rotary, rotary};
 pub use solve::solve;
-pub use swiglu::swiglu;
+pub use swiglu::{geglu, swiglu};
 pub(crate) use transfer::Pinned;
 
 pub use crate::device::Cuda;

@@ -5,7 +5,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::Cpu;
+use crate::{Cpu, Scores};
 use gptq_format::{Bits, GroupSize};
 use gptq_solver::Settings;
 
@@ -68,9 +68,21 @@ fn gram_add_fills_the_upper_triangle_at_any_size() {
 #[test]
 fn causal_attention_sees_no_later_key_and_shares_key_heads() {
     let mut rng = ChaCha8Rng::seed_from_u64(2);
-    for (windows, seq, heads, kv_heads, dim) in
-        [(1, 1, 2, 1, 4), (2, 31, 4, 2, 8), (1, 300, 2, 2, 16)]
-    {
+    let plain = Scores::default();
+    let other = |window| Scores {
+        scale: Some(0.4),
+        softcap: Some(2.0),
+        window: Some(window),
+    };
+    for (windows, seq, heads, kv_heads, dim, how) in [
+        (1, 1, 2, 1, 4, plain),
+        (2, 31, 4, 2, 8, plain),
+        (1, 300, 2, 2, 16, plain),
+        (2, 31, 4, 2, 8, other(1)),
+        (1, 300, 2, 2, 16, other(7)),
+        (1, 600, 1, 1, 4, other(258)),
+    ] {
+        let scale = how.scale.unwrap_or(1.0 / (dim as f64).sqrt());
         let q = random(&mut rng, windows * seq * heads * dim);
         let k = random(&mut rng, windows * seq * kv_heads * dim);
         let v = random(&mut rng, windows * seq * kv_heads * dim);
@@ -82,15 +94,17 @@ fn causal_attention_sees_no_later_key_and_shares_key_heads() {
             let kv = h * kv_heads / heads;
             let scores: Vec<f64> = (0..=i)
                 .map(|j| {
-                    (0..dim)
+                    let product: f64 = (0..dim)
                         .map(|d| {
                             f64::from(q[at(i, heads, h) + d])
                                 * f64::from(k[at(j, kv_heads, kv) + d])
                         })
-                        .sum::<f64>()
-                        / (dim as f64).sqrt()
+                        .sum();
+                    let score = scale * product;
+                    let score = how.softcap.map_or(score, |cap| cap * (score / cap).tanh());
+                    let seen = how.window.is_none_or(|window| j + window > i);
+                    if seen { score.exp() } else { 0.0 }
                 })
-                .map(f64::exp)
                 .collect();
             let total: f64 = scores.iter().sum();
             for (j, score) in scores.iter().enumerate() {
@@ -104,6 +118,7 @@ fn causal_attention_sees_no_later_key_and_shares_key_heads() {
             tensor(&q, [windows, seq, heads, dim]),
             tensor(&k, [windows, seq, kv_heads, dim]),
             tensor(&v, [windows, seq, kv_heads, dim]),
+            how,
         );
         assert_eq!(found.dims(), [windows, seq, heads * dim]);
         assert_close(&values(found), &expected, F32);
@@ -136,10 +151,84 @@ fn norm_swiglu_and_embedding_follow_their_formulas() {
         .collect();
     assert_close(&found, &expected, F32);
 
+    let found = values(Cpu::geglu(tensor(&x, [7, 33]), tensor(&up, [7, 33])));
+    let gelu = |v: f64| {
+        let inner = (2.0 / std::f64::consts::PI).sqrt() * (v + 0.044715 * v.powi(3));
+        0.5 * v * (1.0 + inner.tanh())
+    };
+    let expected: Vec<f64> = x
+        .iter()
+        .zip(&up)
+        .map(|(&g, &u)| gelu(f64::from(g)) * f64::from(u))
+        .collect();
+    assert_close(&found, &expected, F32);
+
     let ids = Tensor::<Cpu, 1, Int>::from_data([6, 0, 6], (&Default::default(), DType::I32));
     let rows = values(Cpu::embed(ids, tensor(&x, [7, 33])));
     assert_eq!(rows[..33], rows[66..]);
     assert_eq!(rows[33], f64::from(x[0]));
+}
+
+#[test]
+fn norms_in_f32_add_to_their_weights_and_take_the_mean_off() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let (x, w) = (random(&mut rng, 7 * 33), random(&mut rng, 33));
+    for (offset, centred) in [(0.0, false), (1.0, false), (0.0, true)] {
+        let (rows, weight) = (tensor(&x, [7, 33]), tensor(&w, [33]));
+        let found = values(match centred {
+            true => Cpu::centred_norm(rows, weight, 1e-5),
+            false => Cpu::rms_norm_f32(rows, weight, 1e-5, offset),
+        });
+        let expected: Vec<f64> = x
+            .chunks(33)
+            .flat_map(|row| {
+                let sum: f64 = row.iter().map(|&v| f64::from(v)).sum();
+                let mean = if centred { sum / 33.0 } else { 0.0 };
+                let square = row.iter().map(|&v| (f64::from(v) - mean).powi(2));
+                let factor = 1.0 / (square.sum::<f64>() / 33.0 + 1e-5).sqrt();
+                let pairs = row.iter().zip(&w);
+                pairs.map(move |(&v, &w)| (f64::from(v) - mean) * factor * (f64::from(w) + offset))
+            })
+            .collect();
+        assert_close(&found, &expected, F32);
+    }
+}
+
+#[test]
+fn partial_rotations_leave_the_rest_and_may_pair_neighbours() {
+    let mut rng = ChaCha8Rng::seed_from_u64(6);
+    let (seq, heads, dim, half) = (5, 3, 8, 2);
+    let x = random(&mut rng, seq * heads * dim);
+    let angles: Vec<f32> = (0..seq * half).map(|i| i as f32 * 0.37).collect();
+    let table = |f: fn(f32) -> f32| {
+        let values: Vec<f32> = angles.iter().map(|&a| f(a)).collect();
+        tensor(&values, [seq, half])
+    };
+    for interleaved in [false, true] {
+        let (heads_of, cos, sin) = (
+            tensor(&x, [1, seq, heads, dim]),
+            table(f32::cos),
+            table(f32::sin),
+        );
+        let found = values(match interleaved {
+            true => Cpu::rotary_interleaved(heads_of, cos, sin),
+            false => Cpu::rotary(heads_of, cos, sin),
+        });
+        let mut expected: Vec<f64> = x.iter().map(|&v| f64::from(v)).collect();
+        for head in 0..seq * heads {
+            for d in 0..half {
+                let (first, second) = match interleaved {
+                    true => (head * dim + 2 * d, head * dim + 2 * d + 1),
+                    false => (head * dim + d, head * dim + d + half),
+                };
+                let (a, b) = (f64::from(x[first]), f64::from(x[second]));
+                let (sin, cos) = f64::from(angles[head / heads * half + d]).sin_cos();
+                expected[first] = a * cos - b * sin;
+                expected[second] = b * cos + a * sin;
+            }
+        }
+        assert_close(&found, &expected, F32);
+    }
 }
 
 #[test]

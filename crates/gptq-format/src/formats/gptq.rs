@@ -25,7 +25,7 @@ const G_IDX: &str = "g_idx";
 /// Both dimensions are whole runs of this many: then codes and zero points fill words at every width.
 const RUN: usize = 32;
 
-/// How zero points are stored.
+/// Storage of zero points.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CheckpointFormat {
     /// Version 1: `zero - 1`.
@@ -38,7 +38,7 @@ pub enum CheckpointFormat {
 }
 
 impl CheckpointFormat {
-    /// What is subtracted from a zero point before it is stored.
+    /// Returns the number subtracted from a zero point before it is stored.
     fn zero_offset(self) -> u8 {
         match self {
             CheckpointFormat::Gptq => 1,

@@ -98,9 +98,9 @@ pub trait OutputFormat: Debug + Send + Sync {
 pub struct PartSpec {
     /// The last component of its name.
     pub suffix: &'static str,
-    /// Its element type.
+    /// Element type.
     pub dtype: Dtype,
-    /// Its dimensions.
+    /// Dimensions.
     pub shape: Vec<usize>,
 }
 
@@ -116,7 +116,7 @@ pub struct Encoded<'a> {
 /// The kind of codes that a branch has, as far as it is known before they are found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grids {
-    /// Whether all zero points lie in the middle.
+    /// True if all zero points are in the middle of the code range.
     pub sym: bool,
     /// Whether columns of a group may lie anywhere (act order without static groups).
     pub scattered: bool,
@@ -126,7 +126,7 @@ pub struct Grids {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{reason}; {remedy}")]
 pub struct Refusal {
-    /// The rule that fails.
+    /// Rule that fails, if any.
     pub reason: String,
     /// What to change in a recipe.
     pub remedy: String,

@@ -2,15 +2,19 @@
 
 use burn::tensor::{DType, Tensor, TensorData};
 use gptq_kernels::Cpu;
-use gptq_spec::{BlockBuilder, Register};
+use gptq_spec::{BlockBuilder, Norm, NormKind, Register};
 
 use super::*;
 
 #[test]
 fn a_norm_shorter_than_the_states_takes_them_run_by_run() {
     let mut builder = BlockBuilder::new(4);
-    let x = builder.norm("heads", 2, 0.0, Register::RESIDUAL);
-    builder.add(x);
+    let norm = Norm {
+        kind: NormKind::Rms,
+        eps: 0.0,
+    };
+    let x = builder.norm("heads", 2, norm, Register::RESIDUAL);
+    builder.add(x, 1.0);
     let spec = builder.build();
     let device = Default::default();
     let tensor = |values: Vec<f32>, shape: [usize; 2]| {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use gptq_format::{ShardedWriter, TensorSpec, read_json, write_json};
 use gptq_kernels::Cpu;
-use gptq_spec::{SpecError, model_types};
+use gptq_spec::model_types;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -127,10 +127,8 @@ fn every_family_gives_the_logits_of_transformers() {
         let config: Value = read_json(&root(&dir).join("config.json")).unwrap();
         types.insert(config["model_type"].as_str().unwrap().to_owned());
     }
-    assert!(
-        types.iter().map(String::as_str).eq(model_types()),
-        "{types:?}"
-    );
+    let families = model_types();
+    assert!(types.iter().map(String::as_str).eq(families), "{types:?}");
 }
 
 #[test]
@@ -189,28 +187,38 @@ fn the_llama3_fixture_shows_whether_frequencies_are_rescaled() {
     }
 }
 
+/// The logits after `context`, whose first tokens are predicted from before, in steps of these sizes.
+fn stepwise(dir: &Path, context: &[u32], steps: &[usize]) -> Vec<f32> {
+    let model = Model::<Cpu>::open(dir, &Default::default()).unwrap();
+    let mut decoder = Decoder::load(&model).unwrap();
+    let (mut end, mut logits) = (0, Vec::new());
+    for step in steps {
+        end += step;
+        logits = decoder.next_logits(&context[..end]).unwrap();
+    }
+    assert_eq!(end, context.len());
+    logits
+}
+
 #[test]
-fn windows_longer_than_the_sliding_window_are_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let from = root("golden/families/mistral");
-    fs::copy(
-        from.join("model.safetensors"),
-        dir.path().join("model.safetensors"),
-    )
-    .unwrap();
-    let mut config: Value = read_json(&from.join("config.json")).unwrap();
-    config["sliding_window"] = json!(8);
-    write_json(&dir.path().join("config.json"), &config).unwrap();
-    let model = Model::<Cpu>::open(dir.path(), &Default::default()).unwrap();
-    assert!(model.embed(&[vec![1; 8]], 1, DType::F32).is_ok());
-    let error = model.embed(&[vec![1; 9]], 1, DType::F32).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            ModelError::Spec(SpecError::SlidingWindow { tokens: 9, sees: 8 })
-        ),
-        "{error}"
-    );
+fn tokens_after_a_cache_see_their_window_and_no_more() {
+    for fixture in fixtures() {
+        let dir = root(&format!("golden/families/{fixture}"));
+        let golden = Golden::read(&format!("golden/families/{fixture}/logits.safetensors"));
+        let context = &golden.windows[0][..golden.windows[0].len().min(64)];
+        let n = context.len();
+        let whole = stepwise(&dir, context, &[n]);
+        // One token at a time, and several, before and after windows (24) are full.
+        for steps in [
+            vec![n / 4, n - n / 4 - 1, 1],
+            [vec![n / 2], vec![1; n - n / 2]].concat(),
+        ] {
+            let found = stepwise(&dir, context, &steps);
+            let pairs = found.iter().zip(&whole);
+            let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < TOLERANCE, "{fixture}, {steps:?}: {worst}");
+        }
+    }
 }
 
 #[test]

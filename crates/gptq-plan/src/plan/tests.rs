@@ -527,27 +527,3 @@ fn a_row_is_read_in_one_way() {
         "{two}"
     );
 }
-
-#[test]
-fn windows_longer_than_the_sliding_window_are_refused_at_their_place() {
-    let plan = |calibration: &str, evaluation: &str| {
-        let text = format!(
-            "[model]\nsource = \"m\"\n[calibration]\nsource = \"c.json\"\n{calibration}\n\
-             [output]\ndir = \"out\"\n[evaluation]\ntext = \"e.json\"\n{evaluation}\n\
-             [[branch]]\nname = \"a\"\nbits = 4\n"
-        );
-        let mut config = tiny();
-        config.sliding_window = Some(512);
-        let recipe = Recipe::parse(Path::new("r.toml"), text).unwrap();
-        Plan::for_config(&recipe, config).map_err(|e| e.to_string())
-    };
-    assert!(plan("seq_len = 512", "window = 512").is_ok());
-    let line = plan("seq_len = 513", "window = 512").unwrap_err();
-    assert!(line.starts_with("r.toml:5:11: seq_len: "), "{line}");
-    assert!(
-        line.contains("sliding window of 512") && line.contains("use at most 512"),
-        "{line}"
-    );
-    let line = plan("seq_len = 512", "window = 600").unwrap_err();
-    assert!(line.starts_with("r.toml:10:10: window: "), "{line}");
-}

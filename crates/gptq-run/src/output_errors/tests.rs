@@ -61,7 +61,7 @@ impl Work for Compared {
     fn run<B: Engine>(self, device: B::Device) {
         let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/models/medi-tiny");
         let model = Model::<B>::open(Path::new(dir), &device).unwrap();
-        let half = B::kept(model.half());
+        let half = model.kept();
         let windows: Vec<Vec<u32>> = (0..3)
             .map(|w| {
                 (0..TOKENS as u32)

@@ -71,7 +71,7 @@ fn a_tied_flag_gives_way_to_a_head_that_differs_and_an_equal_one_to_the_flag() {
     let with_head = |shape: [usize; 2]| {
         census(&config("llama", true), |specs| {
             specs.push(TensorSpec {
-                name: HEAD.into(),
+                name: "lm_head.weight".into(),
                 dtype: Dtype::F16,
                 shape: shape.into(),
             });

@@ -13,11 +13,12 @@ pub(super) const FAMILY: Family = Family {
     ],
     sliding_window: SlidingWindow::Always,
     block,
+    ..Family::PLAIN
 };
 
-fn block(config: &ModelConfig, _keys: &Keys<'_>, _layer: usize) -> Result<BlockSpec, String> {
+fn block(config: &ModelConfig, _keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let mut block = BlockBuilder::new(config.hidden_size);
-    parts::attention(&mut block, config, false, false);
+    parts::attention(&mut block, config, layer, false, false);
     parts::feed_forward(&mut block, config, false);
     Ok(block.build())
 }

@@ -3,69 +3,56 @@
 //! A family says what its config leaves out (Transformers' `configuration_*.py`) and of which parts a block
 //! consists (`modeling_*.py`). To add one, add its file and its row in [`FAMILIES`].
 
+mod cohere2;
+mod exaone4;
+mod family;
+mod gemma2;
+mod gemma3;
+mod glm4;
+mod granite;
 mod llama;
 mod mistral;
+mod mistral3;
+mod olmo2;
+mod olmo3;
 mod parts;
+mod phi3;
 mod qwen2;
 mod qwen3;
+mod seed_oss;
 mod sliding_window;
+mod smollm3;
 
+pub use family::{Ends, Naming};
+pub(crate) use family::{Family, Rotary};
+use family::{flag, number, off, or_none};
 use sliding_window::SlidingWindow;
 
-use crate::keys::Keys;
-use crate::{BlockSpec, ModelConfig};
-
 /// Families, by model type.
-pub(crate) const FAMILIES: &[Family] =
-    &[llama::FAMILY, mistral::FAMILY, qwen2::FAMILY, qwen3::FAMILY];
+pub(crate) const FAMILIES: &[Family] = &[
+    cohere2::FAMILY,
+    exaone4::FAMILY,
+    gemma2::FAMILY,
+    gemma3::FAMILY,
+    gemma3::TEXT,
+    glm4::FAMILY,
+    granite::FAMILY,
+    llama::FAMILY,
+    mistral::FAMILY,
+    mistral3::FAMILY,
+    olmo2::FAMILY,
+    olmo3::FAMILY,
+    phi3::FAMILY,
+    qwen2::FAMILY,
+    qwen3::FAMILY,
+    seed_oss::FAMILY,
+    smollm3::FAMILY,
+];
 
 /// Every `model_type` that can be run, in alphabetical order.
 pub fn model_types() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|family| family.model_type)
 }
 
-/// A `model_type`.
-pub(crate) struct Family {
-    pub(crate) model_type: &'static str,
-    /// Keys of the config, and what they are where they are left out.
-    defaults: &'static [(&'static str, usize)],
-    sliding_window: SlidingWindow,
-    /// Describes a block by its index. The config's shapes have been checked, its blocks are still
-    /// missing. The error is a sentence.
-    pub(crate) block: fn(&ModelConfig, &Keys<'_>, usize) -> Result<BlockSpec, String>,
-}
-
-impl Family {
-    /// The family of a config.
-    pub(crate) fn of(config: &Keys<'_>) -> Result<&'static Family, String> {
-        let model_type: String = config.required("model_type")?;
-        let known = FAMILIES.iter().find(|it| it.model_type == model_type);
-        known.ok_or_else(|| {
-            let known: Vec<&str> = model_types().collect();
-            format!(
-                "model_type {model_type:?} is not supported; known are: {}",
-                known.join(", ")
-            )
-        })
-    }
-
-    /// What a key is where it is left out.
-    pub(crate) fn default(&self, key: &str) -> Option<usize> {
-        let mut defaults = self.defaults.iter();
-        defaults.find(|(name, _)| *name == key).map(|&(_, it)| it)
-    }
-
-    /// How many tokens one sees in the blocks that see the fewest, if that is not all.
-    pub(crate) fn sliding_window(
-        &self,
-        config: &Keys<'_>,
-        layers: usize,
-    ) -> Result<Option<usize>, String> {
-        self.sliding_window.tokens(self, config, layers)
-    }
-}
-
-/// A switch of the config, off where it is left out.
-fn flag(config: &Keys<'_>, key: &str) -> Result<bool, String> {
-    Ok(config.found(key)?.unwrap_or(false))
-}
+#[cfg(test)]
+mod tests;

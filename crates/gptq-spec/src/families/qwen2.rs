@@ -14,11 +14,12 @@ pub(super) const FAMILY: Family = Family {
     ],
     sliding_window: SlidingWindow::Switched,
     block,
+    ..Family::PLAIN
 };
 
-fn block(config: &ModelConfig, _keys: &Keys<'_>, _layer: usize) -> Result<BlockSpec, String> {
+fn block(config: &ModelConfig, _keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let mut block = BlockBuilder::new(config.hidden_size);
-    parts::attention(&mut block, config, true, false);
+    parts::attention(&mut block, config, layer, true, false);
     parts::feed_forward(&mut block, config, false);
     Ok(block.build())
 }

@@ -3,7 +3,7 @@
 
 use super::{Family, SlidingWindow, flag, parts};
 use crate::keys::Keys;
-use crate::{BlockBuilder, BlockSpec, ModelConfig};
+use crate::{BlockBuilder, BlockSpec, ModelConfig, Register};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "qwen3",
@@ -16,17 +16,17 @@ pub(super) const FAMILY: Family = Family {
     ],
     sliding_window: SlidingWindow::Switched,
     block,
+    ..Family::PLAIN
 };
 
-fn block(config: &ModelConfig, keys: &Keys<'_>, _layer: usize) -> Result<BlockSpec, String> {
-    let (dim, eps) = (config.head_dim, config.rms_norm_eps);
+fn block(config: &ModelConfig, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let bias = flag(keys, "attention_bias")?;
     let mut block = BlockBuilder::new(config.hidden_size);
-    let x = parts::norm(&mut block, config, "input_layernorm");
-    let [q, k, v] = parts::qkv(&mut block, config, x, bias);
-    let q = block.norm("self_attn.q_norm", dim, eps, q);
-    let k = block.norm("self_attn.k_norm", dim, eps, k);
-    parts::attend(&mut block, config, [q, k, v], bias);
+    let x = parts::norm(&mut block, config, "input_layernorm", Register::RESIDUAL);
+    let qkv = parts::qkv(&mut block, config, x, bias);
+    let qkv = parts::qk_norms(&mut block, config, qkv, true);
+    let o = parts::attend(&mut block, config, qkv, config.attending(layer), bias);
+    block.add(o, 1.0);
     parts::feed_forward(&mut block, config, false);
     Ok(block.build())
 }

@@ -13,6 +13,15 @@ pub(super) enum SlidingWindow {
     Always,
     /// In blocks from `max_window_layers` on; and nowhere without `use_sliding_window`.
     Switched,
+    /// It must not be left out where `use_sliding_window` is on.
+    Listed,
+    /// In all blocks but each so-and-so-many-th, by a key or as the family has it.
+    Pattern {
+        /// Key of the number.
+        key: Option<&'static str>,
+        /// What it is where it is left out.
+        every: usize,
+    },
 }
 
 /// Values of `layer_types`.
@@ -20,29 +29,26 @@ const FULL: &str = "full_attention";
 const SLIDING: &str = "sliding_attention";
 
 impl SlidingWindow {
-    /// How many tokens one sees in the blocks that see the fewest, if that is not all.
-    pub(super) fn tokens(
+    /// How many tokens one sees in each block, where that is not all.
+    pub(super) fn windows(
         self,
         family: &Family,
         config: &Keys<'_>,
         layers: usize,
-    ) -> Result<Option<usize>, String> {
+    ) -> Result<Vec<Option<usize>>, String> {
         if self == SlidingWindow::Never {
-            return Ok(None);
+            return Ok(vec![None; layers]);
         }
-        let switch = self == SlidingWindow::Switched;
+        let switch = matches!(self, SlidingWindow::Switched | SlidingWindow::Listed);
         let on = !switch || flag(config, "use_sliding_window")?;
         let window = config.nullable("sliding_window")?;
         let window = window.unwrap_or(family.default("sliding_window"));
         // Some configs write 0 for a window that is off.
         let window = window.filter(|&tokens| on && tokens > 0);
         let Some(Some(types)) = config.nullable::<Vec<String>>("layer_types")? else {
-            let first = match switch {
-                true => config.found("max_window_layers")?,
-                false => Some(0),
-            };
-            let first = first.or(family.default("max_window_layers"));
-            return Ok(window.filter(|_| first.unwrap_or_default() < layers));
+            let slides = self.without_types(family, config, window.is_some())?;
+            let block = |layer: usize| window.filter(|_| slides.contains(layer));
+            return Ok((0..layers).map(block).collect());
         };
         if types.len() != layers {
             return Err(format!(
@@ -67,7 +73,49 @@ impl SlidingWindow {
                     "use_sliding_window"
                 }
             )),
-            slides => Ok(window.filter(|_| slides)),
+            _ => Ok(types
+                .iter()
+                .map(|t| window.filter(|_| t == SLIDING))
+                .collect()),
+        }
+    }
+
+    /// The blocks that slide where `layer_types` is left out; `on`: some may.
+    fn without_types(self, family: &Family, config: &Keys<'_>, on: bool) -> Result<Blocks, String> {
+        match self {
+            SlidingWindow::Switched => {
+                let first = config.found("max_window_layers")?;
+                let first = first.or(family.default("max_window_layers"));
+                Ok(Blocks::From(first.unwrap_or_default()))
+            }
+            SlidingWindow::Listed if on => {
+                Err("layer_types is missing, which use_sliding_window needs".to_owned())
+            }
+            SlidingWindow::Pattern { key, every } => {
+                let found = match key {
+                    Some(key) if on => config.nullable(key)?.flatten(),
+                    _ => None,
+                };
+                Ok(Blocks::ButEvery(found.unwrap_or(every)))
+            }
+            _ => Ok(Blocks::From(0)),
+        }
+    }
+}
+
+/// Blocks of a model.
+enum Blocks {
+    /// From this one on.
+    From(usize),
+    /// All but each so-and-so-many-th.
+    ButEvery(usize),
+}
+
+impl Blocks {
+    fn contains(&self, layer: usize) -> bool {
+        match *self {
+            Blocks::From(first) => layer >= first,
+            Blocks::ButEvery(every) => every == 0 || !(layer + 1).is_multiple_of(every),
         }
     }
 }

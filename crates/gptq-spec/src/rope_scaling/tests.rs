@@ -83,13 +83,14 @@ fn rotary(keys: &str) -> Value {
 fn of_two_spellings_that_counts_which_counts_in_transformers() {
     for (keys, theta, divided) in ROTARY {
         let config = ModelConfig::from_json(rotary(keys)).unwrap();
-        assert_eq!(config.rope_theta, theta, "{keys}");
-        let slow = 1e-5f32;
-        let found = slow / config.rope_scaling.apply(slow);
+        assert_eq!(config.rope.theta, theta, "{keys}");
+        let (dim, scaling) = (config.rope.dim, config.rope.scaling);
+        let slow = theta.powf(2.0 / dim as f64 - 1.0) as f32;
+        let found = slow / scaling.frequencies(theta, dim, 1)[dim / 2 - 1];
         assert!((found - divided as f32).abs() < 1e-5, "{keys}: {found}");
         if let RopeScaling::Llama3 {
             original_positions, ..
-        } = config.rope_scaling
+        } = scaling
         {
             assert_eq!(original_positions, 128.0, "{keys}");
         }

@@ -1,6 +1,6 @@
 //! What is computed from a description.
 
-use crate::{BlockSpec, Division, ModelConfig};
+use crate::{BlockBuilder, BlockSpec, Division, ModelConfig, Norm, NormKind, Register};
 
 /// A Llama block with fewer key heads than query heads, which together are wider than the hidden states.
 fn llama() -> BlockSpec {
@@ -100,4 +100,49 @@ fn devices_divide_what_they_compute_themselves_by_inputs() {
     use Division::{Inputs, KvHeads, Outputs};
     let expected = [Outputs, KvHeads, KvHeads, Inputs, Outputs, Outputs, Inputs];
     assert_eq!(divisions, expected);
+}
+
+/// A block of a family, its config otherwise as [`llama`]'s.
+fn block_of(model_type: &str) -> BlockSpec {
+    let config = serde_json::json!({
+        "model_type": model_type, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 100,
+    });
+    (**ModelConfig::from_json(config).unwrap().block(0)).clone()
+}
+
+#[test]
+fn fused_linears_are_taps_under_their_own_names() {
+    let block = block_of("phi3");
+    let names: Vec<&str> = block.taps().map(|tap| block.tap_name(tap)).collect();
+    assert_eq!(names, ["qkv", "o", "gate_up", "down"]);
+    let linears = block.linears().iter();
+    let linears: Vec<_> = linears.map(|it| (it.name.as_str(), it.shape())).collect();
+    let expected = [
+        ("self_attn.qkv_proj", (64, 256)),
+        ("self_attn.o_proj", (128, 64)),
+        ("mlp.gate_up_proj", (64, 320)),
+        ("mlp.down_proj", (160, 64)),
+    ];
+    assert_eq!(linears, expected);
+    use Division::{Inputs, KvHeads, Outputs};
+    let divisions: Vec<Division> = (0..4).map(|linear| block.division(linear)).collect();
+    assert_eq!(divisions, [KvHeads, Inputs, Outputs, Inputs]);
+}
+
+#[test]
+fn what_two_taps_take_is_kept_between_them() {
+    // Attention and feed-forward from one norm; and none at all before either.
+    for (family, kept) in [
+        ("cohere2", [0, 64 + 128, 64, 160]),
+        ("olmo2", [0, 128, 0, 160]),
+    ] {
+        let block = block_of(family);
+        let found: Vec<usize> = block.taps().map(|tap| block.kept_features(tap)).collect();
+        assert_eq!(found, kept, "{family}");
+        use Division::{Inputs, KvHeads, Outputs};
+        let divisions: Vec<Division> = (0..7).map(|linear| block.division(linear)).collect();
+        let expected = [Outputs, KvHeads, KvHeads, Inputs, Outputs, Outputs, Inputs];
+        assert_eq!(divisions, expected, "{family}");
+    }
 }

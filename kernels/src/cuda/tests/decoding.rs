@@ -4,6 +4,7 @@ use burn::tensor::{Element, Tensor};
 use half::{bf16, f16};
 
 use super::model::attend;
+use crate::Scores;
 use crate::cuda::{
     Cuda, attend_next,
     testing::{Random, device, distance, rounding, tensor, tensor_f32, values, wide},
@@ -11,11 +12,12 @@ use crate::cuda::{
 
 #[test]
 fn a_token_joins_the_cache_rotated_and_attends_to_all_of_it() {
-    joins::<f16>();
-    joins::<bf16>();
+    joins::<f16>(Scores::default());
+    joins::<bf16>(Scores::default());
 }
 
-fn joins<E: Element>() {
+/// One token after caches of several lengths, against softmax in f64.
+pub(super) fn joins<E: Element>(how: Scores) {
     let Some(device) = device() else { return };
     let mut random = Random(81);
     for [heads, kv_heads, dim, capacity, at] in [
@@ -63,6 +65,7 @@ fn joins<E: Element>() {
             &mut held_keys,
             &mut held_values,
             at,
+            how,
         );
         let rotated = |x: &[E]| -> Vec<f64> {
             let turned = (0..x.len()).map(|i| {
@@ -90,7 +93,7 @@ fn joins<E: Element>() {
             let filled = rows.filter(|(row, _)| row % capacity <= at);
             filled.flat_map(|(_, row)| row.to_vec()).collect()
         };
-        let label = format!("{heads}/{kv_heads} heads of {dim}, row {at} of {capacity}");
+        let label = format!("{heads}/{kv_heads} heads of {dim}, row {at} of {capacity}, {how:?}");
         let held = |x: Tensor<Cuda, 3>| filled(values(x));
         let off = distance(&held(held_keys), &filled(keys.clone()));
         assert!(off < rounding::<E>(), "{label}: keys {off}");
@@ -107,7 +110,7 @@ fn joins<E: Element>() {
                 let (keys, vals) = (rows(&keys), rows(&vals));
                 let keys: Vec<&[f64]> = keys.iter().map(Vec::as_slice).collect();
                 let vals: Vec<&[f64]> = vals.iter().map(Vec::as_slice).collect();
-                attend(&query[head * dim..][..dim], &keys, &vals)
+                attend(&query[head * dim..][..dim], &keys, &vals, how)
             })
             .collect();
         // The rotated query and key are rounded, which changes each product in a score by up to two
@@ -130,6 +133,7 @@ fn a_full_cache_is_refused() {
         &mut cache(),
         &mut cache(),
         2,
+        Scores::default(),
     );
     assert!(found.is_err());
 }
@@ -151,7 +155,8 @@ fn a_cache_that_somebody_else_holds_keeps_its_rows() {
     let other = keys.clone();
     let step = |keys: &mut Tensor<Cuda, 3>, held_values: &mut Tensor<Cuda, 3>| {
         let qkv = [head(&q, heads), head(&new, 1), head(&new, 1)];
-        attend_next(qkv, [cos.clone(), sin.clone()], keys, held_values, at).unwrap();
+        let tables = [cos.clone(), sin.clone()];
+        attend_next(qkv, tables, keys, held_values, at, Scores::default()).unwrap();
     };
     step(&mut keys, &mut held_values);
     let before: Vec<f64> = rows.iter().map(|x| wide(*x)).collect();

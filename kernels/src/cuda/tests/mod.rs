@@ -12,3 +12,4 @@ mod packed;
 mod products;
 mod solving;
 mod transfers;
+mod variants;

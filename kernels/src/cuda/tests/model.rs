@@ -3,6 +3,7 @@
 use burn::tensor::{DType, Element, Tensor, TensorData};
 use half::{bf16, f16};
 
+use crate::Scores;
 use crate::cuda::{
     Cuda, causal_attention, embedding, rms_norm, rotary, swiglu,
     testing::{Random, device, distance, rounding, tensor, tensor_f32, values, wide},
@@ -142,12 +143,15 @@ fn embedding_of<E: Element>() {
     }
 }
 
-/// Computes softmax attention of one query row in f64.
-pub(super) fn attend(q: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> Vec<f64> {
-    let scale = (q.len() as f64).sqrt().recip();
+/// Computes softmax attention of one query row, the last of those that the keys are of, in f64.
+pub(super) fn attend(q: &[f64], keys: &[&[f64]], values: &[&[f64]], how: Scores) -> Vec<f64> {
+    let first = keys.len().saturating_sub(how.window.unwrap_or(keys.len()));
+    let (keys, values) = (&keys[first..], &values[first..]);
+    let scale = how.scale.unwrap_or((q.len() as f64).sqrt().recip());
     let scores: Vec<f64> = keys
         .iter()
         .map(|k| scale * q.iter().zip(*k).map(|(a, b)| a * b).sum::<f64>())
+        .map(|score| how.softcap.map_or(score, |cap| cap * (score / cap).tanh()))
         .collect();
     let high = scores.iter().copied().fold(f64::MIN, f64::max);
     let weights: Vec<f64> = scores.iter().map(|s| (s - high).exp()).collect();
@@ -166,14 +170,7 @@ pub(super) fn attend(q: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> Vec<f64> 
 
 #[test]
 fn attention_is_the_causal_softmax_with_grouped_heads() {
-    attention_of::<f16>();
-    attention_of::<bf16>();
-}
-
-fn attention_of<E: Element>() {
-    let Some(device) = device() else { return };
-    let mut random = Random(14);
-    for [windows, seq, heads, kv_heads, dim] in [
+    for shape in [
         [1, 1, 1, 1, 16],
         [2, 31, 4, 2, 64],
         [1, 127, 3, 1, 128],
@@ -181,40 +178,50 @@ fn attention_of<E: Element>() {
         [1, 300, 6, 2, 32],
         [1, 129, 1, 1, 256],
     ] {
-        let mut halves = |count, deviation| random.halves::<E>(count, deviation);
-        // Sharp and flat rows: scores with a standard deviation of about 4.
-        let q = halves(windows * seq * heads * dim, 2.0);
-        let k = halves(windows * seq * kv_heads * dim, 2.0);
-        let v = halves(windows * seq * kv_heads * dim, 1.0);
-        let found = causal_attention(
-            tensor(&q, [windows, seq, heads, dim], &device),
-            tensor(&k, [windows, seq, kv_heads, dim], &device),
-            tensor(&v, [windows, seq, kv_heads, dim], &device),
-        );
-        let widen = |values: &[E]| values.iter().map(|v| wide(*v)).collect::<Vec<_>>();
-        let (q, k, v) = (widen(&q), widen(&k), widen(&v));
-        let mut expected = Vec::new();
-        for at in 0..windows * seq * heads {
-            let (head, position, window) = (at % heads, at / heads % seq, at / heads / seq);
-            let group = head / (heads / kv_heads);
-            let rows = |values: &'_ Vec<f64>| -> Vec<Vec<f64>> {
-                (0..=position)
-                    .map(|s| {
-                        let start = ((window * seq + s) * kv_heads + group) * dim;
-                        values[start..start + dim].to_vec()
-                    })
-                    .collect()
-            };
-            let (keys, vals) = (rows(&k), rows(&v));
-            let keys: Vec<&[f64]> = keys.iter().map(Vec::as_slice).collect();
-            let vals: Vec<&[f64]> = vals.iter().map(Vec::as_slice).collect();
-            expected.extend(attend(&q[at * dim..][..dim], &keys, &vals));
-        }
-        // Probabilities and output are each rounded once.
-        let found = distance(&values(found.unwrap()), &expected);
-        assert!(
-            found < 2.0 * rounding::<E>(),
-            "{windows} {seq} {heads}/{kv_heads} {dim}: {found}"
-        );
+        attention_of::<f16>(shape, Scores::default());
+        attention_of::<bf16>(shape, Scores::default());
     }
+}
+
+/// Attention of `[windows, seq, heads, kv_heads, dim]` against softmax in f64.
+pub(super) fn attention_of<E: Element>(shape: [usize; 5], how: Scores) {
+    let Some(device) = device() else { return };
+    let mut random = Random(14);
+    let [windows, seq, heads, kv_heads, dim] = shape;
+    let mut halves = |count, deviation| random.halves::<E>(count, deviation);
+    // Sharp and flat rows: scores with a standard deviation of about 4.
+    let q = halves(windows * seq * heads * dim, 2.0);
+    let k = halves(windows * seq * kv_heads * dim, 2.0);
+    let v = halves(windows * seq * kv_heads * dim, 1.0);
+    let found = causal_attention(
+        tensor(&q, [windows, seq, heads, dim], &device),
+        tensor(&k, [windows, seq, kv_heads, dim], &device),
+        tensor(&v, [windows, seq, kv_heads, dim], &device),
+        how,
+    );
+    let widen = |values: &[E]| values.iter().map(|v| wide(*v)).collect::<Vec<_>>();
+    let (q, k, v) = (widen(&q), widen(&k), widen(&v));
+    let mut expected = Vec::new();
+    for at in 0..windows * seq * heads {
+        let (head, position, window) = (at % heads, at / heads % seq, at / heads / seq);
+        let group = head / (heads / kv_heads);
+        let rows = |values: &'_ Vec<f64>| -> Vec<Vec<f64>> {
+            (0..=position)
+                .map(|s| {
+                    let start = ((window * seq + s) * kv_heads + group) * dim;
+                    values[start..start + dim].to_vec()
+                })
+                .collect()
+        };
+        let (keys, vals) = (rows(&k), rows(&v));
+        let keys: Vec<&[f64]> = keys.iter().map(Vec::as_slice).collect();
+        let vals: Vec<&[f64]> = vals.iter().map(Vec::as_slice).collect();
+        expected.extend(attend(&q[at * dim..][..dim], &keys, &vals, how));
+    }
+    // Probabilities and output are each rounded once.
+    let found = distance(&values(found.unwrap()), &expected);
+    assert!(
+        found < 2.0 * rounding::<E>(),
+        "{windows} {seq} {heads}/{kv_heads} {dim} {how:?}: {found}"
+    );
 }

@@ -39,7 +39,7 @@ pub(super) fn settings(bits: Bits, group_size: GroupSize) -> Settings {
     }
 }
 
-/// A weight `[rows, n]` on the device.
+/// Makes a request for a weight `[rows, n]` on the device.
 pub(super) fn request<E: Element>(
     weight: &[E],
     n: usize,

@@ -9,7 +9,7 @@ use crate::cuda::{
     Cuda,
     testing::{Random, device, distance, rounding, tensor, values, wide},
 };
-use crate::{Engine, HostBuffer, dtype};
+use crate::{Engine, HostBuffer, Scores, dtype};
 
 #[test]
 fn bits_come_back_from_the_device_as_they_went() {
@@ -63,11 +63,11 @@ fn cached_of<E: Element>() {
     let [k, v] = [(); 2].map(|()| random.halves::<E>(seq * kv_heads * dim, 1.0));
     let q = tensor::<E, 4>(&q, [1, seq, heads, dim], &device);
     let [k, v] = [k, v].map(|x| tensor::<E, 4>(&x, [1, seq, kv_heads, dim], &device));
-    let whole = Cuda::causal_attention(q.clone(), k.clone(), v.clone());
+    let whole = Cuda::causal_attention(q.clone(), k.clone(), v.clone(), Scores::default());
     let expected = values(whole.narrow(1, seq - 1, 1));
     let held = |x: Tensor<Cuda, 4>| x.squeeze_dim::<3>(0).swap_dims(0, 1);
     let last = q.narrow(1, seq - 1, 1);
-    let found = Cuda::cached_attention(last, held(k), held(v), seq - 1);
+    let found = Cuda::cached_attention(last, held(k), held(v), seq - 1, Scores::default());
     // Scores, of deviation 1 and rarely over 4, are rounded on one side, and so are their queries:
     // at most 4 roundings from each, and the probabilities' and the outputs' own, all at random
     // signs.

@@ -1,0 +1,49 @@
+//! Hidden states on their way through a block.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::{DType, Tensor};
+use gptq_kernels::Engine;
+use gptq_spec::Register;
+
+/// Hidden states of some windows before a tap. Cloning shares the tensors.
+#[derive(Clone, Debug)]
+pub struct Flow<B: Engine> {
+    /// How many windows; the tokens of a window are consecutive rows.
+    pub windows: usize,
+    /// `[windows * seq, hidden]`.
+    pub residual: Tensor<B, 2>,
+    /// The other registers that are still to be read, `[windows * seq, features]`; none between blocks.
+    pub activations: BTreeMap<Register, Tensor<B, 2>>,
+}
+
+impl<B: Engine> Flow<B> {
+    /// States between two blocks.
+    pub fn new(windows: usize, residual: Tensor<B, 2>) -> Self {
+        Flow {
+            windows,
+            residual,
+            activations: BTreeMap::new(),
+        }
+    }
+
+    /// What a register holds; `None` where nothing is to read it any more.
+    pub fn register(&self, register: Register) -> Option<Tensor<B, 2>> {
+        match register {
+            Register::RESIDUAL => Some(self.residual.clone()),
+            _ => self.activations.get(&register).cloned(),
+        }
+    }
+
+    /// The same states in another dtype: a 16-bit one to keep them, the compute dtype to run on.
+    pub fn cast(self, dtype: DType) -> Self {
+        let activations = self.activations.into_iter();
+        Flow {
+            windows: self.windows,
+            residual: self.residual.cast(dtype),
+            activations: activations
+                .map(|(r, states)| (r, states.cast(dtype)))
+                .collect(),
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! Linear layers on a device, dense or quantized.
+
+use burn::tensor::{DType, Tensor};
+use gptq_kernels::{Engine, PackedWeight};
+
+/// `y = x wᵀ + bias`.
+#[derive(Clone, Debug)]
+pub struct Linear<B: Engine> {
+    /// `[out, in]`.
+    pub weight: Weight<B>,
+    /// `[out]`, compute dtype.
+    pub bias: Option<Tensor<B, 1>>,
+}
+
+/// Weights `[out, in]` on the device.
+#[derive(Clone, Debug)]
+pub enum Weight<B: Engine> {
+    /// In the compute dtype.
+    Dense(Tensor<B, 2>),
+    /// As codes; only where a backend multiplies with them ([`Engine::KEEPS_PACKED`]).
+    Packed(PackedWeight<B>),
+}
+
+impl<B: Engine> Weight<B> {
+    /// In `dtype`, the compute dtype; packed ones are dequantized.
+    pub fn dense(&self, dtype: DType) -> Tensor<B, 2> {
+        match self {
+            Weight::Dense(weight) => weight.clone(),
+            Weight::Packed(packed) => {
+                B::dequantize_packed(&packed.download(), dtype, &packed.device())
+            }
+        }
+    }
+}
+
+impl<B: Engine> Linear<B> {
+    pub(crate) fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let y = match &self.weight {
+            Weight::Dense(weight) => B::matmul_nt(x, weight.clone()),
+            Weight::Packed(packed) => B::packed_matmul_nt(x, packed),
+        };
+        match &self.bias {
+            Some(bias) => y + bias.clone().unsqueeze(),
+            None => y,
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! Mistral 3: Mistral with a vision tower around it, of which only the language model is run.
+
+use super::family::Inside;
+use super::{Family, Naming};
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "mistral3",
+    tied: true,
+    inside: Some(Inside {
+        key: "text_config",
+        model_type: "mistral",
+    }),
+    naming: NAMING,
+    carried: CARRIED,
+    ..Family::PLAIN
+};
+
+/// As published, and as Transformers 5 has it in memory.
+pub(super) const NAMING: &[Naming] = &[
+    Naming {
+        stem: "language_model.model.",
+        head: "language_model.lm_head.weight",
+    },
+    Naming {
+        stem: "model.language_model.",
+        head: "lm_head.weight",
+    },
+];
+
+/// What sees.
+pub(super) const CARRIED: &[&str] = &[
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+];

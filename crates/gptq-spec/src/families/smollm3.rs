@@ -1,0 +1,52 @@
+//! SmolLM3: Llama's block, of which some, by default every fourth, do not rotate.
+
+use super::{Family, Rotary, SlidingWindow, flag, parts};
+use crate::keys::Keys;
+use crate::{Attending, BlockBuilder, BlockSpec, ModelConfig, Register};
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "smollm3",
+    defaults: &[
+        ("max_position_embeddings", 32_768),
+        ("num_key_value_heads", 4),
+    ],
+    tied: true,
+    rotary: Rotary {
+        theta: 2e6,
+        ..Rotary::PLAIN
+    },
+    sliding_window: SlidingWindow::Listed,
+    block,
+    ..Family::PLAIN
+};
+
+fn block(config: &ModelConfig, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
+    let bias = flag(keys, "attention_bias")?;
+    let (rotates, plain) = (rotates(keys, layer)?, config.attending(layer));
+    let how = Attending {
+        rope: plain.rope.filter(|_| rotates),
+        ..plain
+    };
+    let mut block = BlockBuilder::new(config.hidden_size);
+    let x = parts::norm(&mut block, config, "input_layernorm", Register::RESIDUAL);
+    let qkv = parts::qkv(&mut block, config, x, bias);
+    let o = parts::attend(&mut block, config, qkv, how, bias);
+    block.add(o, 1.0);
+    parts::feed_forward(&mut block, config, flag(keys, "mlp_bias")?);
+    Ok(block.build())
+}
+
+/// In `no_rope_layers`, 1 says that a block rotates.
+fn rotates(keys: &Keys<'_>, layer: usize) -> Result<bool, String> {
+    let key = "no_rope_layers";
+    match keys.nullable::<Vec<usize>>(key)?.flatten() {
+        Some(list) => match list.get(layer) {
+            Some(&rotates) => Ok(rotates != 0),
+            None => Err(format!("{} has {} entries", keys.name(key), list.len())),
+        },
+        None => {
+            let every = keys.found("no_rope_layer_interval")?.unwrap_or(4);
+            Ok(every == 0 || !(layer + 1).is_multiple_of(every))
+        }
+    }
+}
