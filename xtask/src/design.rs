@@ -157,7 +157,7 @@ impl Modules {
             });
             format!("import cycle: {}", edges.collect::<Vec<_>>().join(", "))
         };
-        firsts.map(|first| describe(first)).collect()
+        firsts.map(describe).collect()
     }
 
     /// Complains about inherent `impl` blocks in another file than their type's.

@@ -299,4 +299,6 @@ impl<B: Engine> Head<B> {
 }
 
 #[cfg(test)]
+mod device_tests;
+#[cfg(test)]
 mod tests;

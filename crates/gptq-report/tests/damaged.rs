@@ -142,13 +142,13 @@ fn errors_however_far_apart_are_drawn() {
 fn more_different_linears_than_a_block_has_are_refused() {
     let dir = directory(|report| {
         let first = report.linears[0].clone();
-        report.linears = (0..65).map(|_| first.clone()).collect();
+        report.linears = (0..2049).map(|_| first.clone()).collect();
         for (i, linear) in report.linears.iter_mut().enumerate() {
             linear.name = i.to_string();
         }
     });
     let line = Matrix::read(dir.path()).unwrap_err().to_string();
-    assert!(line.contains("linears[64].name: over 64"), "{line}");
+    assert!(line.contains("linears[2048].name: over 2048"), "{line}");
 }
 
 #[test]

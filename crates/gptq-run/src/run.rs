@@ -123,7 +123,7 @@ impl<B: Engine> Run<'_, '_, B> {
         let reports = finish(
             plan,
             branches,
-            &model_files,
+            model_files,
             phases,
             &about,
             stop,

@@ -15,7 +15,7 @@ use burn::tensor::s;
 use super::*;
 use crate::Decoder;
 
-fn root(path: &str) -> PathBuf {
+pub(super) fn root(path: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "../../tests", path]
         .iter()
         .collect()
@@ -35,16 +35,16 @@ fn logits(dir: &Path, windows: &[Vec<u32>]) -> Vec<f32> {
 }
 
 /// Inputs and logits computed by Transformers.
-struct Golden {
-    windows: Vec<Vec<u32>>,
+pub(super) struct Golden {
+    pub(super) windows: Vec<Vec<u32>>,
     /// Positions of a window where logits were taken.
-    positions: Vec<usize>,
+    pub(super) positions: Vec<usize>,
     /// `[windows, positions, vocabulary]`.
-    logits: Vec<f32>,
+    pub(super) logits: Vec<f32>,
 }
 
 impl Golden {
-    fn read(path: &str) -> Golden {
+    pub(super) fn read(path: &str) -> Golden {
         let bytes = fs::read(root(path)).unwrap();
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         let words = |name: &str| -> Vec<[u8; 4]> {
@@ -108,7 +108,7 @@ fn logits_are_those_of_transformers() {
 }
 
 /// Returns the names of the tiny models in `golden/families`.
-fn fixtures() -> Vec<String> {
+pub(super) fn fixtures() -> Vec<String> {
     let entries = fs::read_dir(root("golden/families")).unwrap();
     let dirs = entries.map(|entry| entry.unwrap().path());
     let models = dirs.filter(|dir| dir.join("logits.safetensors").exists());
