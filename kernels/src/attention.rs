@@ -4,16 +4,17 @@
 //! one ([`Scores`]). A block of queries only ever meets the keys that one of them sees, which skips nearly
 //! half of the work or more and keeps the score matrix `[heads, block, keys]` small.
 
+use burn::tensor::backend::Backend;
 use burn::tensor::{Bool, DType, Tensor, activation::softmax};
 
-use crate::{Engine, Scores};
+use crate::Scores;
 
 /// Queries per block: large enough for the products, small enough that the masked triangle inside
 /// a block is little waste.
 const BLOCK: usize = 256;
 
-/// See [`Engine::causal_attention`].
-pub(crate) fn causal_attention<B: Engine>(
+/// See [`Engine::causal_attention`](crate::Engine::causal_attention).
+pub(crate) fn causal_attention<B: Backend>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
@@ -62,7 +63,7 @@ pub(crate) fn causal_attention<B: Engine>(
         .reshape([windows, seq, heads * dim])
 }
 
-fn capped<B: Engine, const D: usize>(products: Tensor<B, D>, scores: Scores) -> Tensor<B, D> {
+fn capped<B: Backend, const D: usize>(products: Tensor<B, D>, scores: Scores) -> Tensor<B, D> {
     match scores.softcap {
         None => products,
         Some(cap) => products.div_scalar(cap).tanh().mul_scalar(cap),
@@ -70,7 +71,7 @@ fn capped<B: Engine, const D: usize>(products: Tensor<B, D>, scores: Scores) -> 
 }
 
 /// Hides keys from queries: in `[.., queries, keys]`, of queries from position `start` and keys from `first`.
-fn masked<B: Engine>(
+fn masked<B: Backend>(
     products: Tensor<B, 4>,
     [start, first]: [usize; 2],
     scores: Scores,
@@ -92,9 +93,9 @@ fn masked<B: Engine>(
     }
 }
 
-/// See [`Engine::cached_attention`]. Query heads that share a key head are rows of one product with
-/// it, so that nothing of the cache is copied.
-pub(crate) fn cached_attention<B: Engine>(
+/// See [`Engine::cached_attention`](crate::Engine::cached_attention). Query heads that share a key head
+/// are rows of one product with it, so that nothing of the cache is copied.
+pub(crate) fn cached_attention<B: Backend>(
     q: Tensor<B, 4>,
     keys: Tensor<B, 3>,
     values: Tensor<B, 3>,
@@ -142,26 +143,11 @@ pub(crate) fn cached_attention<B: Engine>(
 
 /// Writes keys or values `new [1, n, kv_heads, dim]` to the rows from `at` of a cache `[kv_heads, capacity,
 /// dim]`.
-pub fn append<B: Engine>(held: &mut Tensor<B, 3>, new: Tensor<B, 4>, at: usize) {
+pub fn append<B: Backend>(held: &mut Tensor<B, 3>, new: Tensor<B, 4>, at: usize) {
     let [_, n, kv_heads, dim] = new.dims();
     let new = new.squeeze_dim::<3>(0).swap_dims(0, 1);
     // With a single owner the assignment is in place.
     let nothing = Tensor::empty([1, 1, 1], (&new.device(), DType::F32));
     let old = std::mem::replace(held, nothing);
     *held = old.slice_assign([0..kv_heads, at..at + n, 0..dim], new);
-}
-
-/// See [`Engine::attend_next`].
-pub(crate) fn attend_next<B: Engine>(
-    [q, k, v]: [Tensor<B, 4>; 3],
-    [cos, sin]: [Tensor<B, 2>; 2],
-    keys: &mut Tensor<B, 3>,
-    values: &mut Tensor<B, 3>,
-    at: usize,
-    scores: Scores,
-) -> Tensor<B, 3> {
-    let q = B::rotary(q, cos.clone(), sin.clone());
-    append(keys, B::rotary(k, cos, sin), at);
-    append(values, v, at);
-    B::cached_attention(q, keys.clone(), values.clone(), at, scores)
 }

@@ -1,23 +1,16 @@
-//! Which devices there are, and the backend type of each.
+//! Which devices there are, and work on the backend of one.
 
 use std::fmt;
 use std::str::FromStr;
 
 use burn::tensor::DType;
 use gptq_format::Half;
-use half::f16;
 use thiserror::Error;
 
-use crate::Engine;
 use crate::cuda::{
-    MissingLibrary, device_count, missing_library, open_kernels, run_guarded, seal_kernels,
+    Error, MissingLibrary, device_count, missing_library, open_kernels, run_guarded, seal_kernels,
 };
-
-/// The CPU backend: Burn's Flex, measured faster than NdArray in every operation (`crates/README.md`).
-pub type Cpu = burn_flex::Flex;
-/// The CUDA backend, f16 floats (bf16 where a model is taken so) and i32 integers by default, without fusion or autotuning:
-/// kernels are chosen here, not at run time.
-pub type Cuda = burn_cuda::Cuda<f16, i32>;
+use crate::{Cpu, Cuda, Engine};
 
 impl Engine for Cpu {
     const LANES: usize = 4;
@@ -73,6 +66,22 @@ pub enum DeviceError {
     Unknown { text: String },
 }
 
+impl DeviceError {
+    /// Converts a failure of `device`.
+    pub(crate) fn of(device: Device, error: Error) -> Self {
+        match error {
+            Error::Library(missing) => DeviceError::Missing(missing),
+            error => match error.without_memory() {
+                Some(place) => DeviceError::OutOfMemory { device, place },
+                None => DeviceError::Failed {
+                    device,
+                    reason: error.to_string(),
+                },
+            },
+        }
+    }
+}
+
 impl Device {
     /// Turns `Auto` into what this machine has, and checks that an explicit choice exists.
     pub fn resolve(self) -> Result<Device, DeviceError> {
@@ -103,8 +112,9 @@ impl Device {
             Device::Auto | Device::Cpu => Ok(work.run::<Cpu>(Default::default())),
             Device::Cuda(index) => {
                 open_kernels();
+                let work = || work.run::<Cuda>(burn_cuda::CudaDevice::new(index));
                 let done =
-                    run_guarded(self, || work.run::<Cuda>(burn_cuda::CudaDevice::new(index)))?;
+                    run_guarded(index, work).map_err(|error| DeviceError::of(self, error))?;
                 seal_kernels();
                 Ok(done)
             }

@@ -22,6 +22,21 @@ pub fn map_lanes<B: Engine, T: Send, R: Send>(
     }
 }
 
+/// The default of [`Engine::attend_next`].
+pub(crate) fn attend_next<B: Engine>(
+    [q, k, v]: [Tensor<B, 4>; 3],
+    [cos, sin]: [Tensor<B, 2>; 2],
+    keys: &mut Tensor<B, 3>,
+    values: &mut Tensor<B, 3>,
+    at: usize,
+    scores: Scores,
+) -> Tensor<B, 3> {
+    let q = B::rotary(q, cos.clone(), sin.clone());
+    attention::append(keys, B::rotary(k, cos, sin), at);
+    attention::append(values, v, at);
+    B::cached_attention(q, keys.clone(), values.clone(), at, scores)
+}
+
 /// Columns of a Gram panel in the default [`Engine::gram_add`].
 const GRAM_PANEL: usize = 128;
 
@@ -183,7 +198,7 @@ pub trait Engine: Backend {
         at: usize,
         scores: Scores,
     ) -> Tensor<Self, 3> {
-        attention::attend_next(qkv, tables, keys, values, at, scores)
+        attend_next(qkv, tables, keys, values, at, scores)
     }
 
     /// `silu(gate) * up`.

@@ -1,10 +1,9 @@
 //! Finds, counts and clamps values that a 16-bit float cannot hold, with Burn's own operations on
 //! any backend.
 
+use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use gptq_format::Half;
-
-use crate::Engine;
 
 /// Values of a matrix that are not finite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +21,7 @@ pub struct NotFinite {
 
 /// Replaces every number of `x` beyond the range of `half`, infinities included, by the nearest in
 /// range, and returns their number. NaN is unchanged.
-pub(crate) fn clamp<B: Engine>(x: Tensor<B, 2>, half: Half) -> (Tensor<B, 2>, usize) {
+pub(crate) fn clamp<B: Backend>(x: Tensor<B, 2>, half: Half) -> (Tensor<B, 2>, usize) {
     let over = x.clone().abs().greater_elem(half.largest());
     let count = over.clone().int().sum().into_data();
     let count = count.iter::<i64>().next().unwrap_or(0) as usize;
@@ -36,7 +35,7 @@ pub(crate) fn clamp<B: Engine>(x: Tensor<B, 2>, half: Half) -> (Tensor<B, 2>, us
 }
 
 /// Finds values of `x` that are not finite. Transfers it to the host.
-pub(crate) fn not_finite<B: Engine>(x: Tensor<B, 2>) -> Option<NotFinite> {
+pub(crate) fn not_finite<B: Backend>(x: Tensor<B, 2>) -> Option<NotFinite> {
     let [_, columns] = x.dims();
     let values = x.cast(DType::F32).into_data();
     let bad = values
@@ -61,7 +60,7 @@ mod tests {
     use burn::tensor::TensorData;
 
     use super::*;
-    use crate::Cpu;
+    use crate::{Cpu, Engine};
 
     fn tensor(values: &[f32], dtype: DType) -> Tensor<Cpu, 2> {
         let data = TensorData::new(values.to_vec(), [2, values.len() / 2]);

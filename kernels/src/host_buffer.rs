@@ -3,51 +3,36 @@
 use std::fmt;
 use std::ops::Range;
 
-use burn::tensor::{DType, TensorData};
+use burn::tensor::TensorData;
 use gptq_format::Half;
 use half::vec::{HalfBitsVecExt, HalfFloatVecExt};
 use half::{bf16, f16};
 
 use crate::cuda::Pinned;
+use crate::half_of;
 
 /// The bits of f16 or bf16 values on the host, from
 /// [`Engine::host_buffer`](crate::Engine::host_buffer) or
 /// [`Engine::download`](crate::Engine::download). For a CUDA device they are in page-locked memory,
 /// which returns to a pool when the buffer is dropped; the pool waits for a transfer in progress.
 pub struct HostBuffer {
-    memory: Memory,
+    memory: HostMemory,
     half: Half,
 }
 
-enum Memory {
+enum HostMemory {
     Pageable(Vec<u16>),
     Pinned(Pinned),
 }
 
-/// Converts a 16-bit float to Burn's dtype.
-pub fn dtype(half: Half) -> DType {
-    match half {
-        Half::F16 => DType::F16,
-        Half::Bf16 => DType::BF16,
-    }
-}
-
-/// The inverse of [`dtype`].
-pub fn half_of(dtype: DType) -> Half {
-    match dtype {
-        DType::BF16 => Half::Bf16,
-        _ => Half::F16,
-    }
-}
-
 impl HostBuffer {
     pub(crate) fn pageable(bits: Vec<u16>, half: Half) -> Self {
-        let memory = Memory::Pageable(bits);
+        let memory = HostMemory::Pageable(bits);
         HostBuffer { memory, half }
     }
 
     pub(crate) fn page_locked(pinned: Pinned, half: Half) -> Self {
-        let memory = Memory::Pinned(pinned);
+        let memory = HostMemory::Pinned(pinned);
         HostBuffer { memory, half }
     }
 
@@ -85,23 +70,23 @@ impl HostBuffer {
     /// Unwinds if the device fails meanwhile, as every operation of an engine does.
     pub fn bits(&self) -> &[u16] {
         match &self.memory {
-            Memory::Pageable(bits) => bits,
-            Memory::Pinned(pinned) => pinned.values(),
+            HostMemory::Pageable(bits) => bits,
+            HostMemory::Pinned(pinned) => pinned.values(),
         }
     }
 
     /// Returns the values for writing; waits for a transfer that reads or writes them.
     pub fn bits_mut(&mut self) -> &mut [u16] {
         match &mut self.memory {
-            Memory::Pageable(bits) => bits,
-            Memory::Pinned(pinned) => pinned.bits_mut(),
+            HostMemory::Pageable(bits) => bits,
+            HostMemory::Pinned(pinned) => pinned.bits_mut(),
         }
     }
 
     pub(crate) fn pinned(&self) -> Option<&Pinned> {
         match &self.memory {
-            Memory::Pageable(_) => None,
-            Memory::Pinned(pinned) => Some(pinned),
+            HostMemory::Pageable(_) => None,
+            HostMemory::Pinned(pinned) => Some(pinned),
         }
     }
 }
@@ -109,8 +94,8 @@ impl HostBuffer {
 impl fmt::Debug for HostBuffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match &self.memory {
-            Memory::Pageable(_) => "pageable",
-            Memory::Pinned(_) => "page-locked",
+            HostMemory::Pageable(_) => "pageable",
+            HostMemory::Pinned(_) => "page-locked",
         };
         write!(f, "HostBuffer({kind} {})", self.half)
     }

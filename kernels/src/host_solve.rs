@@ -3,6 +3,7 @@
 
 use std::time::Instant;
 
+use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 use gptq_solver::{
     Factor, Gains, SolverError, Target, output_energy, refine, round_to_nearest,
@@ -10,9 +11,9 @@ use gptq_solver::{
 };
 use nalgebra::DMatrix;
 
-use crate::{Codes, Drift, Engine, Hessian, Request, SolveTimes, Solved, Subset};
+use crate::{Codes, Drift, Hessian, Request, SolveTimes, Solved, Subset};
 
-pub(crate) fn solve<B: Engine>(
+pub(crate) fn solve<B: Backend>(
     gram: Tensor<B, 2>,
     drift: Option<Drift<B>>,
     hessian: Hessian,
@@ -45,7 +46,7 @@ pub(crate) fn solve<B: Engine>(
     })
 }
 
-fn solve_one<B: Engine>(
+fn solve_one<B: Backend>(
     request: Request<B>,
     gram: &DMatrix<f64>,
     factor: &Factor<f64>,
@@ -102,14 +103,14 @@ fn solve_one<B: Engine>(
 }
 
 /// A Gram matrix in f64 on the host, both triangles.
-fn symmetric<B: Engine>(gram: Tensor<B, 2>) -> DMatrix<f64> {
+fn symmetric<B: Backend>(gram: Tensor<B, 2>) -> DMatrix<f64> {
     let mut gram = to_matrix(gram);
     gram.fill_lower_triangle_with_upper_triangle();
     gram
 }
 
 /// A device matrix `[rows, cols]` in f64 on the host.
-fn to_matrix<B: Engine>(tensor: Tensor<B, 2>) -> DMatrix<f64> {
+fn to_matrix<B: Backend>(tensor: Tensor<B, 2>) -> DMatrix<f64> {
     let [rows, cols] = tensor.dims();
     let values = tensor.cast(DType::F32).into_data();
     let values = values

@@ -5,11 +5,13 @@
 //! the CPU. Backends override single operations with faster ones.
 
 mod attention;
+mod backends;
 mod codes;
 pub mod cuda;
 mod device;
 mod engine;
 mod finite;
+mod half_dtype;
 #[cfg(test)]
 mod hard_inputs;
 mod host_buffer;
@@ -19,12 +21,14 @@ mod scores;
 mod solve_types;
 
 pub use attention::append;
+pub use backends::{Cpu, Cuda};
 pub use codes::Codes;
 pub use cuda::{install_panic_hook, keep_kernels};
-pub use device::{Cpu, Cuda, Device, DeviceError, Work};
+pub use device::{Device, DeviceError, Work};
 pub use engine::{Engine, map_lanes};
 pub use finite::NotFinite;
-pub use host_buffer::{HostBuffer, dtype, half_of};
+pub use half_dtype::{dtype, half_of};
+pub use host_buffer::HostBuffer;
 pub use packed_weight::{PackedLayout, PackedWeight};
 pub use scores::Scores;
 pub use solve_types::{Drift, Hessian, Incoming, Request, SolveTimes, Solved, Subset};

@@ -1,10 +1,11 @@
 //! What a solve is asked for and what comes of it, on any engine.
 
 use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
 use gptq_format::PackedLinear;
 use gptq_solver::{Gains, Settings};
 
-use crate::{Codes, Engine, cuda::Fetched};
+use crate::{Codes, cuda::Fetched};
 
 /// How the shared Hessian is prepared.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -18,7 +19,7 @@ pub struct Hessian {
 /// How the inputs of the quantized model have drifted from the dense model's, over tokens that both
 /// ran on; see [`gptq_solver::Target`].
 #[derive(Clone, Debug)]
-pub struct Drift<B: Engine> {
+pub struct Drift<B: Backend> {
     /// `XᵀX` of those tokens, f32 `[in, in]`, upper triangle.
     pub gram: Tensor<B, 2>,
     /// `(X_d - X)ᵀX` with the dense model's `X_d`, f32 `[in, in]`.
@@ -29,7 +30,7 @@ pub struct Drift<B: Engine> {
 
 /// One linear to quantize.
 #[derive(Clone, Debug)]
-pub struct Request<B: Engine> {
+pub struct Request<B: Backend> {
     /// `[out, in]`, compute dtype.
     pub weight: Tensor<B, 2>,
     /// Its settings.
@@ -70,7 +71,7 @@ impl From<Fetched> for Incoming {
 
 /// One quantized linear layer.
 #[derive(Debug)]
-pub struct Solved<B: Engine> {
+pub struct Solved<B: Backend> {
     /// Codes, scales, zero points and groups.
     pub codes: Codes<B>,
     /// The dequantized weights `[out, in]`, compute dtype.
@@ -90,7 +91,7 @@ pub struct Solved<B: Engine> {
 
 /// What came of a set of linears with one input.
 #[derive(Debug)]
-pub struct Subset<B: Engine> {
+pub struct Subset<B: Backend> {
     /// In the order of the requests.
     pub solved: Vec<Solved<B>>,
     /// The damping that succeeded.

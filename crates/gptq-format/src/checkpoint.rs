@@ -2,7 +2,6 @@
 //! and their directories checked, but a tensor's bytes are read only on request.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::f16;
@@ -10,11 +9,12 @@ use half::vec::HalfBitsVecExt;
 use safetensors::Dtype;
 
 use crate::mapped_file::MappedFile;
-use crate::quantize_config::base_names;
+use crate::place::Place;
+use crate::quantize_config::{base_names, method_of};
 use crate::weight_files::{Container, Index, WeightFiles, map, some};
 use crate::{
-    FormatError, Half, LinearShape, OutputFormat, PackedLinear, QuantizeConfig, TensorDigests,
-    TensorView, safetensors_file, sha256, torch_file,
+    FloatScan, FormatError, Half, LinearShape, OutputFormat, PackedLinear, QuantizeConfig,
+    StoredTensors, TensorDigests, TensorView, safetensors_file, sha256, torch_file,
 };
 
 /// Number of elements of a large tensor that are converted at a time on the way to a device or a
@@ -34,17 +34,6 @@ pub struct Checkpoint {
     quantize_config: Option<QuantizeConfig>,
     index: Option<Index>,
     notes: Vec<String>,
-}
-
-/// Location of a tensor in a file; checked against the file's length.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Place {
-    pub(crate) dtype: Dtype,
-    pub(crate) shape: Vec<usize>,
-    /// Stride of each dimension in elements; `None` for row-major without gaps.
-    pub(crate) strides: Option<Vec<usize>>,
-    /// Byte range from the first element to the end of the last.
-    pub(crate) bytes: Range<usize>,
 }
 
 impl Checkpoint {
@@ -139,18 +128,7 @@ impl Checkpoint {
     /// and one such tensor.
     pub fn quantized_by(&self) -> Option<(&'static str, &str)> {
         self.tensors.iter().find_map(|(name, (_, place))| {
-            let (_, suffix) = name.rsplit_once('.')?;
-            let method = match (suffix, place.dtype) {
-                ("qweight" | "qzeros" | "g_idx", _) => "GPTQ or AWQ",
-                ("SCB" | "absmax" | "quant_map" | "nested_absmax" | "nested_quant_map", _) => {
-                    "bitsandbytes"
-                }
-                _ if name.contains(".quant_state.bitsandbytes") => "bitsandbytes",
-                ("weight_packed", _) => "compressed-tensors",
-                ("weight_scale" | "weight_scale_inv", _) => "fp8 or compressed-tensors",
-                (_, Dtype::F8_E4M3 | Dtype::F8_E5M2) => "fp8",
-                _ => return None,
-            };
+            let method = method_of(name, place.dtype)?;
             Some((method, name.as_str()))
         })
     }
@@ -294,12 +272,16 @@ impl Checkpoint {
         }
     }
 
-    /// Returns names and locations of the tensors in one of its files.
-    pub(crate) fn places(&self, file: &str) -> impl Iterator<Item = (&str, &Place)> {
+    /// Prepares a scan of the weight file `file` for values that `half` cannot hold, in the tensors
+    /// selected by `needed`. A view that skips elements of its storage is left out.
+    pub fn float_scan(&self, file: &str, half: Half, needed: impl Fn(&str) -> bool) -> FloatScan {
         let at = self.files.iter().position(|it| it == file);
-        let all = self.tensors.iter();
-        all.filter(move |(_, (shard, _))| Some(*shard) == at)
-            .map(|(name, (_, place))| (name.as_str(), place))
+        let inside = self.tensors.iter();
+        let inside = inside.filter(|(name, (shard, _))| Some(*shard) == at && needed(name));
+        FloatScan::new(
+            inside.map(|(name, (_, place))| (name.as_str(), place)),
+            half,
+        )
     }
 
     /// Returns the bytes at a location in a shard; the range was checked when the file was opened.
@@ -419,9 +401,8 @@ impl Checkpoint {
         read
     }
 
-    /// Returns the quantized linear layer `module`, or
-    /// `None` if the checkpoint is dense or the config leaves this module in full
-    /// precision.
+    /// Returns the quantized linear layer `module`, or `None` if the checkpoint is dense or the config leaves
+    /// this module in full precision.
     ///
     /// Errors if a tensor is missing, its shape or dtype disagrees with the config, or a group index
     /// out of range.
@@ -494,6 +475,24 @@ impl Checkpoint {
             };
             (&config.checkpoint_format as &dyn OutputFormat, linear)
         }))
+    }
+}
+
+impl StoredTensors for Checkpoint {
+    fn settings(&self) -> Option<&QuantizeConfig> {
+        self.quantize_config()
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        Checkpoint::contains(self, name)
+    }
+
+    fn i32(&self, name: &str, shape: &[usize]) -> Result<Vec<i32>, FormatError> {
+        Checkpoint::i32(self, name, shape)
+    }
+
+    fn f16(&self, name: &str, shape: &[usize]) -> Result<Vec<f16>, FormatError> {
+        Checkpoint::f16(self, name, shape)
     }
 }
 

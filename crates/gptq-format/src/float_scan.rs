@@ -9,13 +9,14 @@ use std::ops::Range;
 
 use safetensors::Dtype;
 
-use crate::{Checkpoint, FormatError, Half};
+use crate::place::Place;
+use crate::{FormatError, Half};
 
 /// Tensors of one file, and the progress of their scan.
 #[derive(Clone, Debug, Default)]
 pub struct FloatScan {
     /// In the order of their bytes, without overlaps.
-    parts: Vec<Part>,
+    parts: Vec<ScannedTensor>,
     /// Index of the current part.
     part: usize,
     /// Number of file bytes passed so far.
@@ -28,7 +29,7 @@ pub struct FloatScan {
 }
 
 #[derive(Clone, Debug)]
-struct Part {
+struct ScannedTensor {
     name: String,
     bytes: Range<u64>,
     limits: Limits,
@@ -100,14 +101,14 @@ impl Limits {
     }
 }
 
-impl Checkpoint {
-    /// Prepares a scan of the weight file `file` for values that `half` cannot hold, in the tensors
-    /// selected by `needed`. A view that skips elements of its storage is left out.
-    pub fn float_scan(&self, file: &str, half: Half, needed: impl Fn(&str) -> bool) -> FloatScan {
-        let mut parts: Vec<Part> = (self.places(file))
-            .filter(|(name, place)| place.strides.is_none() && needed(name))
+impl FloatScan {
+    /// Prepares a scan of the file that holds `tensors` for values that `half` cannot hold. A view that skips
+    /// elements of its storage is left out.
+    pub(crate) fn new<'a>(tensors: impl Iterator<Item = (&'a str, &'a Place)>, half: Half) -> Self {
+        let mut parts: Vec<ScannedTensor> = tensors
+            .filter(|(_, place)| place.strides.is_none())
             .filter_map(|(name, place)| {
-                Some(Part {
+                Some(ScannedTensor {
                     name: name.to_owned(),
                     bytes: place.bytes.start as u64..place.bytes.end as u64,
                     limits: Limits::new(place.dtype, half)?,
@@ -127,9 +128,7 @@ impl Checkpoint {
             ..FloatScan::default()
         }
     }
-}
 
-impl FloatScan {
     /// Scans the next bytes of the file.
     ///
     /// # Errors
@@ -213,6 +212,7 @@ mod tests {
     use safetensors::tensor::TensorView as View;
 
     use super::*;
+    use crate::Checkpoint;
 
     /// Scans a file with tensor `x` between two others, in pieces of `size` bytes.
     fn scan(dtype: Dtype, half: Half, x: &[u8], size: usize) -> [Result<(), String>; 2] {

@@ -22,6 +22,7 @@
 mod bits;
 mod branch_dirs;
 mod checkpoint;
+mod checkpoint_format;
 mod clients;
 mod digests;
 mod dynamic_rules;
@@ -35,6 +36,7 @@ mod mapped_file;
 mod output_lock;
 mod pack;
 mod pickle;
+mod place;
 mod public_json;
 mod python_json;
 mod quantize_config;
@@ -52,12 +54,13 @@ mod writer;
 pub use bits::{Bits, GroupSize};
 pub use branch_dirs::branch_dirs;
 pub use checkpoint::{Checkpoint, TABLE_PIECE};
+pub use checkpoint_format::CheckpointFormat;
 pub use clients::{Client, Contents, Support, client_support};
 pub use digests::{FileDigest, TensorDigests, hexadecimal, sha256, sha256_file};
 pub use dynamic_rules::{Dynamic, DynamicRules};
 pub use error::FormatError;
 pub use float_scan::FloatScan;
-pub use formats::{CheckpointFormat, Encoded, Grids, OutputFormat, PartSpec, Refusal};
+pub use formats::{Encoded, Grids, OutputFormat, PartSpec, Refusal, StoredTensors};
 pub use half_type::Half;
 pub use inspect::{
     ClientInfo, FileInfo, Inspection, LinearInfo, SharedSettings, TensorInfo, files,

@@ -19,6 +19,7 @@
 
 mod names;
 mod operands;
+mod value;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -26,7 +27,8 @@ use std::ops::Range;
 use safetensors::Dtype;
 
 use names::{Global, opcode_name};
-use operands::utf8;
+use operands::{MAX_NAME, Operands, Step, utf8};
+use value::PickleValue;
 
 /// Maximum size of a pickle; that of a 7B model's shard has 30 kB.
 const MAX_BYTES: usize = 16 << 20;
@@ -35,7 +37,6 @@ const MAX_VALUES: usize = 1 << 20;
 const MAX_MARKS: usize = 64;
 const MAX_TENSORS: usize = 1 << 16;
 const MAX_DIMENSIONS: usize = 8;
-const MAX_NAME: usize = 512;
 
 /// One tensor that the pickle describes, not yet checked against the storage.
 #[derive(Clone, Debug, PartialEq)]
@@ -71,7 +72,7 @@ pub(crate) fn read(pickle: &[u8]) -> Result<StateDict<'_>, String> {
         ));
     }
     let mut machine = Machine {
-        rest: pickle,
+        input: Operands(pickle),
         stack: Vec::new(),
         marks: Vec::new(),
         memo: BTreeMap::new(),
@@ -85,41 +86,20 @@ pub(crate) fn read(pickle: &[u8]) -> Result<StateDict<'_>, String> {
     machine.state_dict(top)
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Value<'a> {
-    None,
-    Bool,
-    Int(i64),
-    Float,
-    Text(&'a str),
-    List,
-    Global(Global),
-    /// Indices into [`Machine::kept`].
-    Tuple(u32, u32),
-    /// Index into [`Machine::dicts`].
-    Dict(u32),
-    /// Index into [`Machine::storages`].
-    Storage(u32),
-    /// Index into [`Machine::tensors`].
-    Tensor(u32),
-}
-
 struct Machine<'a> {
-    rest: &'a [u8],
-    stack: Vec<Value<'a>>,
+    input: Operands<'a>,
+    stack: Vec<PickleValue<'a>>,
     /// Stack heights at the marks.
     marks: Vec<usize>,
-    memo: BTreeMap<u32, Value<'a>>,
+    memo: BTreeMap<u32, PickleValue<'a>>,
     /// Elements of all tuples.
-    kept: Vec<Value<'a>>,
-    dicts: Vec<Vec<(Value<'a>, Value<'a>)>>,
+    kept: Vec<PickleValue<'a>>,
+    dicts: Vec<Vec<(PickleValue<'a>, PickleValue<'a>)>>,
     /// Number of entries of all dicts.
     entries: usize,
     storages: Vec<Storage<'a>>,
     tensors: Vec<TorchTensor<'a>>,
 }
-
-type Step<T = ()> = Result<T, String>;
 
 const BEYOND: &str = "its pickle pops from an empty stack";
 /// Message for a handle without a value, which only a bug in this interpreter could cause.
@@ -127,54 +107,54 @@ const LOST: &str = "its pickle lost a value";
 
 impl<'a> Machine<'a> {
     /// Runs until STOP; returns the top of the stack.
-    fn run(&mut self) -> Step<Value<'a>> {
-        if self.byte()? != 0x80 {
+    fn run(&mut self) -> Step<PickleValue<'a>> {
+        if self.input.byte()? != 0x80 {
             return Err("its pickle does not start with a protocol number".into());
         }
-        match self.byte()? {
+        match self.input.byte()? {
             2 => {}
             n => {
                 return Err(format!("its pickle has protocol {n}; torch.save writes 2"));
             }
         }
         loop {
-            let opcode = self.byte()?;
+            let opcode = self.input.byte()?;
             match opcode {
                 b'.' => return self.pop(),
                 b'(' => self.mark()?,
-                b'N' => self.push(Value::None)?,
-                0x88 | 0x89 => self.push(Value::Bool)?,
+                b'N' => self.push(PickleValue::None)?,
+                0x88 | 0x89 => self.push(PickleValue::Bool)?,
                 b'K' => {
-                    let [n] = self.array()?;
-                    self.push(Value::Int(n.into()))?;
+                    let [n] = self.input.array()?;
+                    self.push(PickleValue::Int(n.into()))?;
                 }
                 b'M' => {
-                    let n = u16::from_le_bytes(self.array()?);
-                    self.push(Value::Int(n.into()))?;
+                    let n = u16::from_le_bytes(self.input.array()?);
+                    self.push(PickleValue::Int(n.into()))?;
                 }
                 b'J' => {
-                    let n = i32::from_le_bytes(self.array()?);
-                    self.push(Value::Int(n.into()))?;
+                    let n = i32::from_le_bytes(self.input.array()?);
+                    self.push(PickleValue::Int(n.into()))?;
                 }
                 0x8a => {
-                    let n = self.long()?;
-                    self.push(Value::Int(n))?;
+                    let n = self.input.long()?;
+                    self.push(PickleValue::Int(n))?;
                 }
                 b'G' => {
-                    self.bytes(8)?;
-                    self.push(Value::Float)?;
+                    self.input.bytes(8)?;
+                    self.push(PickleValue::Float)?;
                 }
                 b'X' => {
-                    let length = u32::from_le_bytes(self.array()?);
+                    let length = u32::from_le_bytes(self.input.array()?);
                     self.text(length as usize)?;
                 }
                 b'U' => {
-                    let [length] = self.array()?;
+                    let [length] = self.input.array()?;
                     self.text(length.into())?;
                 }
                 b'c' => self.global()?,
                 b'Q' => self.persistent()?,
-                b')' => self.push(Value::Tuple(0, 0))?,
+                b')' => self.push(PickleValue::Tuple(0, 0))?,
                 b't' => {
                     let elements = self.since_mark()?;
                     self.tuple(elements)?;
@@ -184,7 +164,7 @@ impl<'a> Machine<'a> {
                     let start = self.height(count)?;
                     self.tuple(start..self.stack.len())?;
                 }
-                b']' => self.push(Value::List)?,
+                b']' => self.push(PickleValue::List)?,
                 b'a' => {
                     self.pop()?;
                     self.expect_list()?;
@@ -206,19 +186,19 @@ impl<'a> Machine<'a> {
                 b'R' => self.call()?,
                 b'b' => self.build()?,
                 b'q' => {
-                    let [at] = self.array()?;
+                    let [at] = self.input.array()?;
                     self.put(at.into())?;
                 }
                 b'r' => {
-                    let at = u32::from_le_bytes(self.array()?);
+                    let at = u32::from_le_bytes(self.input.array()?);
                     self.put(at)?;
                 }
                 b'h' => {
-                    let [at] = self.array()?;
+                    let [at] = self.input.array()?;
                     self.get(at.into())?;
                 }
                 b'j' => {
-                    let at = u32::from_le_bytes(self.array()?);
+                    let at = u32::from_le_bytes(self.input.array()?);
                     self.get(at)?;
                 }
                 _ => {
@@ -235,14 +215,14 @@ impl<'a> Machine<'a> {
         if length > MAX_NAME {
             return Err(format!("its pickle has text of {length} bytes"));
         }
-        let text = utf8(self.bytes(length)?)?;
+        let text = utf8(self.input.bytes(length)?)?;
         if text.contains(char::is_control) {
             return Err(format!("its pickle has the text {text:?}"));
         }
-        self.push(Value::Text(text))
+        self.push(PickleValue::Text(text))
     }
 
-    fn push(&mut self, value: Value<'a>) -> Step {
+    fn push(&mut self, value: PickleValue<'a>) -> Step {
         if self.stack.len() == MAX_STACK {
             return Err(format!("its pickle stacks over {MAX_STACK} values"));
         }
@@ -260,13 +240,13 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn pop(&mut self) -> Step<Value<'a>> {
+    fn pop(&mut self) -> Step<PickleValue<'a>> {
         let height = self.height(1)?;
         let top = self.stack.drain(height..).next();
         top.ok_or_else(|| BEYOND.into())
     }
 
-    fn top(&self) -> Step<Value<'a>> {
+    fn top(&self) -> Step<PickleValue<'a>> {
         let height = self.height(1)?;
         self.stack.get(height).copied().ok_or_else(|| BEYOND.into())
     }
@@ -297,12 +277,12 @@ impl<'a> Machine<'a> {
         self.room(elements.len())?;
         let start = self.kept.len() as u32;
         self.kept.extend(self.stack.drain(elements));
-        self.push(Value::Tuple(start, self.kept.len() as u32))
+        self.push(PickleValue::Tuple(start, self.kept.len() as u32))
     }
 
-    fn tuple_of(&self, value: Value<'a>) -> Step<&[Value<'a>]> {
+    fn tuple_of(&self, value: PickleValue<'a>) -> Step<&[PickleValue<'a>]> {
         match value {
-            Value::Tuple(start, end) => {
+            PickleValue::Tuple(start, end) => {
                 let elements = self.kept.get(start as usize..end as usize);
                 elements.ok_or_else(|| LOST.into())
             }
@@ -312,7 +292,7 @@ impl<'a> Machine<'a> {
 
     fn expect_list(&self) -> Step {
         match self.top()? {
-            Value::List => Ok(()),
+            PickleValue::List => Ok(()),
             other => Err(format!("its pickle appends to {other}")),
         }
     }
@@ -322,7 +302,7 @@ impl<'a> Machine<'a> {
             return Err(format!("its pickle has over {MAX_TENSORS} dicts"));
         }
         self.dicts.push(Vec::new());
-        self.push(Value::Dict(self.dicts.len() as u32 - 1))
+        self.push(PickleValue::Dict(self.dicts.len() as u32 - 1))
     }
 
     fn set_items(&mut self, items: Range<usize>) -> Step {
@@ -331,7 +311,7 @@ impl<'a> Machine<'a> {
         }
         self.room(items.len())?;
         let pairs: Vec<_> = self.stack.drain(items).collect();
-        let Value::Dict(dict) = self.top()? else {
+        let PickleValue::Dict(dict) = self.top()? else {
             return Err("its pickle sets items of a value that is not a dict".into());
         };
         self.entries += pairs.len() / 2;
@@ -356,19 +336,19 @@ impl<'a> Machine<'a> {
     }
 
     fn global(&mut self) -> Step {
-        let (module, name) = (self.line()?, self.line()?);
-        self.push(Value::Global(Global::named(module, name)?))
+        let (module, name) = (self.input.line()?, self.input.line()?);
+        self.push(PickleValue::Global(Global::named(module, name)?))
     }
 
     /// `("storage", type, key, device, elements)`.
     fn persistent(&mut self) -> Step {
         let id = self.pop()?;
         let &[
-            Value::Text("storage"),
-            Value::Global(Global::Storage(dtype)),
-            Value::Text(key),
-            Value::Text(_),
-            Value::Int(elements),
+            PickleValue::Text("storage"),
+            PickleValue::Global(Global::Storage(dtype)),
+            PickleValue::Text(key),
+            PickleValue::Text(_),
+            PickleValue::Int(elements),
         ] = self.tuple_of(id)?
         else {
             return Err("its pickle has a persistent id that is not a storage".into());
@@ -382,12 +362,12 @@ impl<'a> Machine<'a> {
             key,
             elements: size(elements)?,
         });
-        self.push(Value::Storage(self.storages.len() as u32 - 1))
+        self.push(PickleValue::Storage(self.storages.len() as u32 - 1))
     }
 
     fn call(&mut self) -> Step {
         let (arguments, callee) = (self.pop()?, self.pop()?);
-        let Value::Global(callee) = callee else {
+        let PickleValue::Global(callee) = callee else {
             return Err(format!("its pickle calls {callee}"));
         };
         let arguments = self.tuple_of(arguments)?;
@@ -396,8 +376,8 @@ impl<'a> Machine<'a> {
             (
                 Global::RebuildTensor,
                 &[
-                    Value::Storage(storage),
-                    Value::Int(offset),
+                    PickleValue::Storage(storage),
+                    PickleValue::Int(offset),
                     shape,
                     strides,
                     _,
@@ -421,20 +401,20 @@ impl<'a> Machine<'a> {
                     return Err(format!("its pickle has over {MAX_TENSORS} tensors"));
                 }
                 self.tensors.push(tensor);
-                self.push(Value::Tensor(self.tensors.len() as u32 - 1))
+                self.push(PickleValue::Tensor(self.tensors.len() as u32 - 1))
             }
-            (Global::RebuildParameter, &[tensor @ Value::Tensor(_), _, _])
-            | (Global::RebuildParameterWithState, &[tensor @ Value::Tensor(_), _, _, _]) => {
+            (Global::RebuildParameter, &[tensor @ PickleValue::Tensor(_), _, _])
+            | (Global::RebuildParameterWithState, &[tensor @ PickleValue::Tensor(_), _, _, _]) => {
                 self.push(tensor)
             }
             (callee, _) => {
-                let callee = Value::Global(callee);
+                let callee = PickleValue::Global(callee);
                 Err(format!("its pickle calls {callee} with other arguments"))
             }
         }
     }
 
-    fn sizes(&self, value: Value<'a>) -> Step<Vec<usize>> {
+    fn sizes(&self, value: PickleValue<'a>) -> Step<Vec<usize>> {
         let values = self.tuple_of(value)?;
         if values.len() > MAX_DIMENSIONS {
             return Err(format!(
@@ -445,7 +425,7 @@ impl<'a> Machine<'a> {
         values
             .iter()
             .map(|value| match value {
-                Value::Int(n) => size(*n),
+                PickleValue::Int(n) => size(*n),
                 other => Err(format!("its pickle has {other} for a size")),
             })
             .collect()
@@ -455,24 +435,24 @@ impl<'a> Machine<'a> {
     fn build(&mut self) -> Step {
         self.pop()?;
         match self.top()? {
-            Value::Dict(_) => Ok(()),
+            PickleValue::Dict(_) => Ok(()),
             other => Err(format!("its pickle sets the state of {other}")),
         }
     }
 
-    fn state_dict(&self, top: Value<'a>) -> Step<StateDict<'a>> {
-        let Value::Dict(dict) = top else {
+    fn state_dict(&self, top: PickleValue<'a>) -> Step<StateDict<'a>> {
+        let PickleValue::Dict(dict) = top else {
             return Err("its pickle has no dict of tensors".into());
         };
         let mut state = StateDict::new();
         for entry in self.dicts.get(dict as usize).ok_or(LOST)? {
             match *entry {
-                (Value::Text(name), Value::Tensor(tensor)) => {
+                (PickleValue::Text(name), PickleValue::Tensor(tensor)) => {
                     let tensor = self.tensors.get(tensor as usize).ok_or(LOST)?;
                     state.insert(name, tensor.clone());
                 }
                 // A number or a list beside the weights.
-                (Value::Text(_), _) => {}
+                (PickleValue::Text(_), _) => {}
                 (key, _) => return Err(format!("its dict has {key} as a key, which is not text")),
             }
         }

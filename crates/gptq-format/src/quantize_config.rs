@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -246,6 +247,23 @@ fn method(keys: &Map<String, Value>) -> String {
         None if keys.contains_key("bits") => "gptq".to_owned(),
         None => "a method that it does not name (no quant_method)".to_owned(),
     }
+}
+
+/// Returns the method by which a tensor is quantized, judging by its name and type.
+pub(crate) fn method_of(name: &str, dtype: Dtype) -> Option<&'static str> {
+    let (_, suffix) = name.rsplit_once('.')?;
+    let method = match (suffix, dtype) {
+        ("qweight" | "qzeros" | "g_idx", _) => "GPTQ or AWQ",
+        ("SCB" | "absmax" | "quant_map" | "nested_absmax" | "nested_quant_map", _) => {
+            "bitsandbytes"
+        }
+        _ if name.contains(".quant_state.bitsandbytes") => "bitsandbytes",
+        ("weight_packed", _) => "compressed-tensors",
+        ("weight_scale" | "weight_scale_inv", _) => "fp8 or compressed-tensors",
+        (_, Dtype::F8_E4M3 | Dtype::F8_E5M2) => "fp8",
+        _ => return None,
+    };
+    Some(method)
 }
 
 /// Returns stems that the weight file may have by AutoGPTQ's rules, from whatever settings can be

@@ -10,7 +10,7 @@ use std::path::Path;
 use safetensors::SafeTensors;
 
 use crate::FormatError;
-use crate::checkpoint::Place;
+use crate::place::Place;
 
 /// Maximum size of a header; that of a 70B model in one file has under 200 kB.
 const MAX_HEADER: u64 = 32 << 20;

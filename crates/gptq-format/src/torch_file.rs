@@ -18,8 +18,8 @@ use std::path::Path;
 use rawzip::{CompressionMethod, ZipArchive};
 
 use crate::FormatError;
-use crate::checkpoint::Place;
 use crate::pickle::{self, TorchTensor};
+use crate::place::Place;
 
 const MAX_ENTRIES: usize = 1 << 17;
 /// Maximum length of an entry's name in bytes.

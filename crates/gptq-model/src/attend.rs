@@ -5,7 +5,7 @@ use gptq_kernels::{Engine, Scores};
 use gptq_spec::{Attending, Attention, Rope};
 
 use crate::Cache;
-use crate::block::{Block, Seen};
+use crate::rope::Tables;
 
 fn scores(how: &Attending) -> Scores {
     Scores {
@@ -22,80 +22,77 @@ fn joining(how: &Attending) -> Option<&Rope> {
     rope.filter(|rope| rope.dim == how.head_dim && !rope.interleaved)
 }
 
-impl<B: Engine> Block<B> {
-    /// Attention of `q`, `k` and `v`, `[tokens, features]` each, and over the tokens in `cache`.
-    pub(crate) fn attend(
-        &self,
-        attention: &Attention,
-        [q, k, v]: [Tensor<B, 2>; 3],
-        windows: usize,
-        cache: Option<&mut Cache<B>>,
-        observe: &mut dyn FnMut(Seen<B>),
-    ) -> Tensor<B, 2> {
-        let how = &attention.how;
-        let tokens = q.dims()[0];
-        let split = |x: Tensor<B, 2>, heads: usize| {
-            x.reshape([windows, tokens / windows, heads, how.head_dim])
-        };
-        let qkv = [
-            split(q, attention.heads),
-            split(k, attention.kv_heads),
-            split(v, attention.kv_heads),
-        ];
-        let scores = scores(how);
-        let attended = match cache.map(|cache| (cache.len(), cache)) {
-            None => {
-                let [q, k, v] = self.rotated(how, qkv, 0);
-                observe(Seen::Rotated(q.clone(), k.clone()));
-                B::causal_attention(q, k, v, scores)
-            }
-            Some((0, cache)) => {
-                let [q, k, v] = self.rotated(how, qkv, 0);
-                cache.push(k.clone(), v.clone());
-                B::causal_attention(q, k, v, scores)
-            }
-            Some((start, cache)) if tokens == 1 => {
-                let device = qkv[0].device();
-                match joining(how) {
-                    Some(rope) => {
-                        let (cos, sin) = self.rope.get(rope, start, 1, &device);
-                        cache.attend_next(qkv, [cos, sin], scores)
-                    }
-                    None => {
-                        // Nothing is left to rotate when it joins.
-                        let (shape, options) = ([1, how.head_dim / 2], (&device, DType::F32));
-                        let (cos, sin) =
-                            (Tensor::ones(shape, options), Tensor::zeros(shape, options));
-                        cache.attend_next(self.rotated(how, qkv, start), [cos, sin], scores)
-                    }
+/// Attention of `q`, `k` and `v`, `[tokens, features]` each, and over the tokens in `cache`, with rotary `tables`;
+/// without a cache, `observe` is shown the rotated queries and keys.
+pub(crate) fn attend<B: Engine>(
+    tables: &Tables<B>,
+    attention: &Attention,
+    [q, k, v]: [Tensor<B, 2>; 3],
+    windows: usize,
+    cache: Option<&mut Cache<B>>,
+    observe: &mut dyn FnMut([&Tensor<B, 4>; 2]),
+) -> Tensor<B, 2> {
+    let how = &attention.how;
+    let tokens = q.dims()[0];
+    let split =
+        |x: Tensor<B, 2>, heads: usize| x.reshape([windows, tokens / windows, heads, how.head_dim]);
+    let qkv = [
+        split(q, attention.heads),
+        split(k, attention.kv_heads),
+        split(v, attention.kv_heads),
+    ];
+    let scores = scores(how);
+    let attended = match cache.map(|cache| (cache.len(), cache)) {
+        None => {
+            let [q, k, v] = rotated(tables, how, qkv, 0);
+            observe([&q, &k]);
+            B::causal_attention(q, k, v, scores)
+        }
+        Some((0, cache)) => {
+            let [q, k, v] = rotated(tables, how, qkv, 0);
+            cache.push(k.clone(), v.clone());
+            B::causal_attention(q, k, v, scores)
+        }
+        Some((start, cache)) if tokens == 1 => {
+            let device = qkv[0].device();
+            match joining(how) {
+                Some(rope) => {
+                    let (cos, sin) = tables.get(rope, start, 1, &device);
+                    cache.attend_next(qkv, [cos, sin], scores)
+                }
+                None => {
+                    // Nothing is left to rotate when it joins.
+                    let (shape, options) = ([1, how.head_dim / 2], (&device, DType::F32));
+                    let (cos, sin) = (Tensor::ones(shape, options), Tensor::zeros(shape, options));
+                    cache.attend_next(rotated(tables, how, qkv, start), [cos, sin], scores)
                 }
             }
-            Some((start, cache)) => {
-                let [q, k, v] = self.rotated(how, qkv, start);
-                cache.push(k, v);
-                B::cached_attention(q, cache.keys(), cache.values(), start, scores)
-            }
-        };
-        attended.reshape([tokens, attention.heads * how.head_dim])
-    }
+        }
+        Some((start, cache)) => {
+            let [q, k, v] = rotated(tables, how, qkv, start);
+            cache.push(k, v);
+            B::cached_attention(q, cache.keys(), cache.values(), start, scores)
+        }
+    };
+    attended.reshape([tokens, attention.heads * how.head_dim])
+}
 
-    /// Queries, keys and values, `[windows, seq, heads, dim]` each, with the first two rotated for
-    /// positions from `start`.
-    fn rotated(
-        &self,
-        how: &Attending,
-        [q, k, v]: [Tensor<B, 4>; 3],
-        start: usize,
-    ) -> [Tensor<B, 4>; 3] {
-        let Some(rope) = &how.rope else {
-            return [q, k, v];
-        };
-        let (cos, sin) = self.rope.get(rope, start, q.dims()[1], &q.device());
-        let rotate = |x, cos, sin| match rope.interleaved {
-            false => B::rotary(x, cos, sin),
-            true => B::rotary_interleaved(x, cos, sin),
-        };
-        let q = rotate(q, cos.clone(), sin.clone());
-        [q, rotate(k, cos, sin), v]
-    }
+/// Queries, keys and values, `[windows, seq, heads, dim]` each, with the first two rotated for
+/// positions from `start`.
+fn rotated<B: Engine>(
+    tables: &Tables<B>,
+    how: &Attending,
+    [q, k, v]: [Tensor<B, 4>; 3],
+    start: usize,
+) -> [Tensor<B, 4>; 3] {
+    let Some(rope) = &how.rope else {
+        return [q, k, v];
+    };
+    let (cos, sin) = tables.get(rope, start, q.dims()[1], &q.device());
+    let rotate = |x, cos, sin| match rope.interleaved {
+        false => B::rotary(x, cos, sin),
+        true => B::rotary_interleaved(x, cos, sin),
+    };
+    let q = rotate(q, cos.clone(), sin.clone());
+    [q, rotate(k, cos, sin), v]
 }

@@ -12,6 +12,7 @@ use burn::tensor::Tensor;
 use gptq_kernels::Engine;
 use gptq_spec::{Activation, BlockSpec, Norm, NormKind, Op, Register};
 
+use crate::attend::attend;
 use crate::{Cache, Flow, Linear, Weight, rope};
 
 /// A tensor that comes up inside a block, as [`Block::observed`] shows it.
@@ -122,7 +123,12 @@ impl<B: Engine> Block<B> {
                 Op::Attend(attention) => {
                     let qkv = attention.qkv.map(read);
                     let cache = cache.as_deref_mut();
-                    let attended = self.attend(attention, qkv, flow.windows, cache, observe);
+                    let mut rotated = |qk: [&Tensor<B, 4>; 2]| {
+                        let [q, k] = qk.map(Tensor::clone);
+                        observe(Seen::Rotated(q, k));
+                    };
+                    let (tables, windows) = (&self.rope, flow.windows);
+                    let attended = attend(tables, attention, qkv, windows, cache, &mut rotated);
                     flow.activations.insert(attention.to, attended);
                 }
                 Op::Gate { act, gate, up, to } => {

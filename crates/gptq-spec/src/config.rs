@@ -12,10 +12,11 @@ use std::sync::Arc;
 use gptq_format::read_json;
 use serde_json::Value;
 
-use crate::families::{Ends, Family, Naming};
+use crate::families::{Ends, Family, Naming, family_of, language_model};
 use crate::keys::Keys;
-use crate::rope_scaling::{Settings, rotary};
-use crate::{Attending, BlockSpec, ModelTensor, Norm, Rope, RopeScaling, SpecError};
+use crate::rotary::{RotarySettings, max_positions, rotary};
+use crate::shapes::Shapes;
+use crate::{BlockSpec, ModelTensor, Norm, Role, Rope, RopeScaling, SpecError};
 
 /// Limit on the blocks, above that of any model. Every linear layer of every block is listed in a
 /// plan.
@@ -63,17 +64,8 @@ pub struct ModelConfig {
     pub(crate) carried_names: &'static [&'static str],
     /// Such tensors, as a census found them.
     pub carried: Vec<ModelTensor>,
-    /// By layer: how many tokens one sees, itself included, where that is fewer than all before it.
-    windows: Vec<Option<usize>>,
     /// By layer.
     blocks: Vec<Arc<BlockSpec>>,
-}
-
-/// Returns the context the model was trained for, in tokens.
-pub(crate) fn max_positions(config: &Keys<'_>, family: &Family) -> Result<usize, String> {
-    let key = "max_position_embeddings";
-    let found = config.found(key)?.or(family.default(key));
-    found.ok_or_else(|| format!("{key} is missing"))
 }
 
 impl ModelConfig {
@@ -92,8 +84,8 @@ impl ModelConfig {
     /// Parses the object; the error is a sentence that names the key.
     pub fn from_json(value: Value) -> Result<Self, String> {
         let object = value.as_object().ok_or("not an object")?;
-        let outer = Family::of(&Keys::new(object))?;
-        let (config, family) = outer.text(Keys::new(object))?;
+        let outer = family_of(&Keys::new(object))?;
+        let (config, family) = language_model(outer, Keys::new(object))?;
         let (key, known) = family.activation;
         if let Some(act) = config.found::<String>(key)?
             && !known.contains(&act.as_str())
@@ -142,17 +134,26 @@ impl ModelConfig {
             namings: outer.naming,
             carried_names: outer.carried,
             carried: Vec::new(),
-            windows: Vec::new(),
             blocks: Vec::new(),
         };
         found.check(eps)?;
-        found.windows = family.windows(&config, layers)?;
-        if let Some(window) = found.windows.iter().flatten().find(|&&it| it > 1 << 24) {
+        let shapes = Shapes {
+            hidden_size,
+            intermediate_size: found.intermediate_size,
+            heads,
+            kv_heads: found.kv_heads,
+            head_dim,
+            norm: found.norm,
+            rope: found.rope.clone(),
+            sliding_rope: found.sliding_rope.clone(),
+            windows: family.windows(&config, layers)?,
+        };
+        if let Some(window) = shapes.windows.iter().flatten().find(|&&it| it > 1 << 24) {
             return Err(format!("sliding_window = {window} is over 2^24"));
         }
-        found.ends = (family.ends)(&found, &config)?;
+        found.ends = (family.ends)(&shapes, &config)?;
         for layer in 0..layers {
-            let block = (family.block)(&found, &config, layer)?.under(found.naming.stem);
+            let block = (family.block)(&shapes, &config, layer)?.under(found.naming.stem);
             // Most blocks equal the previous one and share its description.
             let block = match found.blocks.last() {
                 Some(last) if **last == block => last.clone(),
@@ -176,21 +177,6 @@ impl ModelConfig {
         &self.blocks
     }
 
-    /// How block `layer` attends, in most families.
-    pub(crate) fn attending(&self, layer: usize) -> Attending {
-        let window = self.windows[layer];
-        Attending {
-            head_dim: self.head_dim,
-            rope: Some(match window {
-                Some(_) => self.sliding_rope.clone(),
-                None => self.rope.clone(),
-            }),
-            scale: None,
-            softcap: None,
-            window,
-        }
-    }
-
     /// What module names of its blocks may begin with, before `layers`: one, or what programs call the same.
     pub fn stems(&self) -> impl Iterator<Item = &'static str> {
         self.namings.iter().map(|naming| naming.stem)
@@ -204,6 +190,41 @@ impl ModelConfig {
                 *block = Arc::new((**block).clone().under(naming.stem));
             }
         }
+    }
+
+    /// Every tensor, in model order; in the end those that a census found and that are not run.
+    pub fn tensors(&self) -> Vec<ModelTensor> {
+        let hidden = self.hidden_size;
+        let table = [self.vocabulary, hidden];
+        let naming = self.naming;
+        let embedding = naming.embedding();
+        let mut all = vec![ModelTensor::new(embedding, &table, Role::Embedding)];
+        for layer in 0..self.layers {
+            all.extend(self.block_tensors(layer));
+        }
+        all.push(ModelTensor::new(naming.norm(), &[hidden], Role::Vector));
+        if !self.tied_embeddings {
+            all.push(ModelTensor::new(naming.head.into(), &table, Role::Head));
+        }
+        all.extend_from_slice(&self.carried);
+        all
+    }
+
+    /// Returns the tensors of block `layer`.
+    pub fn block_tensors(&self, layer: usize) -> Vec<ModelTensor> {
+        let block = self.block(layer);
+        let vectors = block.vectors().iter().map(|vector| {
+            let name = format!("{}.weight", vector.module(layer));
+            ModelTensor::new(name, &[vector.len], Role::Vector)
+        });
+        let linears = block.linears().iter().flat_map(|linear| {
+            let module = linear.module(layer);
+            let (n_in, n_out) = linear.shape();
+            let weight = ModelTensor::new(format!("{module}.weight"), &[n_out, n_in], Role::Linear);
+            let bias = || ModelTensor::new(format!("{module}.bias"), &[n_out], Role::Vector);
+            [Some(weight), linear.bias.then(bias)].into_iter().flatten()
+        });
+        vectors.chain(linears).collect()
     }
 
     fn check(&self, eps: &str) -> Result<(), String> {
@@ -257,7 +278,7 @@ impl ModelConfig {
 }
 
 /// The rotary embedding of heads of `dim` features.
-fn rope(settings: Settings, dim: usize, family: &Family) -> Rope {
+fn rope(settings: RotarySettings, dim: usize, family: &Family) -> Rope {
     Rope {
         dim: (dim as f64 * settings.partial) as usize,
         theta: settings.theta,

@@ -1,9 +1,7 @@
-//! The tensors of a model by its config: the single list used for reading, writing and verifying a
-//! checkpoint.
+//! A tensor of a model; [`ModelConfig::tensors`](crate::ModelConfig::tensors) is the single list used for
+//! reading, writing and verifying a checkpoint.
 
 use safetensors::Dtype;
-
-use crate::ModelConfig;
 
 /// A tensor of the dense model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,48 +44,12 @@ impl ModelTensor {
     }
 }
 
-impl ModelConfig {
-    /// Every tensor, in model order; in the end those that a census found and that are not run.
-    pub fn tensors(&self) -> Vec<ModelTensor> {
-        let hidden = self.hidden_size;
-        let table = [self.vocabulary, hidden];
-        let naming = self.naming;
-        let embedding = naming.embedding();
-        let mut all = vec![ModelTensor::new(embedding, &table, Role::Embedding)];
-        for layer in 0..self.layers {
-            all.extend(self.block_tensors(layer));
-        }
-        all.push(ModelTensor::new(naming.norm(), &[hidden], Role::Vector));
-        if !self.tied_embeddings {
-            all.push(ModelTensor::new(naming.head.into(), &table, Role::Head));
-        }
-        all.extend_from_slice(&self.carried);
-        all
-    }
-
-    /// Returns the tensors of block `layer`.
-    pub fn block_tensors(&self, layer: usize) -> Vec<ModelTensor> {
-        let block = self.block(layer);
-        let vectors = block.vectors().iter().map(|vector| {
-            let name = format!("{}.weight", vector.module(layer));
-            ModelTensor::new(name, &[vector.len], Role::Vector)
-        });
-        let linears = block.linears().iter().flat_map(|linear| {
-            let module = linear.module(layer);
-            let (n_in, n_out) = linear.shape();
-            let weight = ModelTensor::new(format!("{module}.weight"), &[n_out, n_in], Role::Linear);
-            let bias = || ModelTensor::new(format!("{module}.bias"), &[n_out], Role::Vector);
-            [Some(weight), linear.bias.then(bias)].into_iter().flatten()
-        });
-        vectors.chain(linears).collect()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::ModelConfig;
 
     #[test]
     fn a_models_tensors_hold_all_of_its_parameters() {

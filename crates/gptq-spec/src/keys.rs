@@ -154,3 +154,44 @@ impl Typed for Vec<String> {
         value.as_array()?.iter().map(String::typed).collect()
     }
 }
+
+/// A number that has to be over zero.
+pub(crate) fn positive(keys: &Keys<'_>, key: &str) -> Result<Option<f64>, String> {
+    let wrong = |value: f64| format!("{} = {value} is not positive", keys.name(key));
+    match keys.found::<f64>(key)? {
+        Some(value) if value > 0.0 => Ok(Some(value)),
+        Some(value) => Err(wrong(value)),
+        None => Ok(None),
+    }
+}
+
+/// A switch of the config, off where it is left out.
+pub(crate) fn flag(config: &Keys<'_>, key: &str) -> Result<bool, String> {
+    Ok(config.found(key)?.unwrap_or(false))
+}
+
+/// Refuses a switch that is on.
+pub(crate) fn off(config: &Keys<'_>, key: &str) -> Result<(), String> {
+    match config.nullable(key)?.flatten() {
+        Some(true) => Err(format!("{} = true is not supported", config.name(key))),
+        _ => Ok(()),
+    }
+}
+
+/// A factor, `default` where it is left out.
+pub(crate) fn number(config: &Keys<'_>, key: &str, default: f64) -> Result<f64, String> {
+    Ok(positive(config, key)?.unwrap_or(default))
+}
+
+/// A factor that may be `null`, `default` where it is left out.
+pub(crate) fn or_none(
+    config: &Keys<'_>,
+    key: &str,
+    default: Option<f64>,
+) -> Result<Option<f64>, String> {
+    match config.value(key) {
+        None => Ok(default),
+        Some(Value::Null) => Ok(None),
+        Some(_) => positive(config, key),
+    }
+}

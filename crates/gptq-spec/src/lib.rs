@@ -13,8 +13,9 @@ mod error;
 mod families;
 mod inventory;
 mod keys;
-mod rope_frequencies;
 mod rope_scaling;
+mod rotary;
+mod shapes;
 mod spec;
 
 pub use block_builder::BlockBuilder;
@@ -23,7 +24,8 @@ pub use config::ModelConfig;
 pub use error::SpecError;
 pub use families::{Ends, Naming, model_types};
 pub use inventory::{ModelTensor, Role};
-pub use rope_scaling::{RopeScaling, spell_out_rotary};
+pub use rope_scaling::RopeScaling;
+pub use rotary::spell_out_rotary;
 pub use spec::{
     Activation, Attending, Attention, BlockSpec, Division, LinearSpec, Norm, NormKind, Op,
     Register, Rope, Tap, VectorSpec,

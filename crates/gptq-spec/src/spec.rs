@@ -9,6 +9,7 @@
 //! take their common input. Between two taps only the registers that are still read are alive; the cut stands
 //! before the norms that a tap's input comes from, because these cost less to run again than to keep.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use crate::RopeScaling;
@@ -328,18 +329,20 @@ impl BlockSpec {
 
     /// Names under which readers fuse some of `linears`, of which none is missing there.
     pub fn fused(&self, linears: &[usize]) -> Vec<&str> {
-        let mut names: Vec<&str> = Vec::new();
-        for &linear in linears {
-            let Some(name) = self.linears[linear].fused_as.as_deref() else {
-                continue;
-            };
-            let fused = |&it: &usize| self.linears[it].fused_as.as_deref() == Some(name);
-            let mut all = (0..self.linears.len()).filter(fused);
-            if !names.contains(&name) && all.all(|it| linears.contains(&it)) {
-                names.push(name);
+        // By name, how many linears of the block have it and are not among `linears`.
+        let mut missing: BTreeMap<&str, usize> = BTreeMap::new();
+        let among: BTreeSet<usize> = linears.iter().copied().collect();
+        for (at, linear) in self.linears.iter().enumerate() {
+            if let Some(name) = linear.fused_as.as_deref() {
+                *missing.entry(name).or_default() += usize::from(!among.contains(&at));
             }
         }
+        let names = linears.iter();
+        let names = names.filter_map(|&linear| self.linears[linear].fused_as.as_deref());
+        // Taken out, so that each is named once.
         names
+            .filter(|name| missing.remove(name) == Some(0))
+            .collect()
     }
 
     /// How devices that share out the block divide a linear.

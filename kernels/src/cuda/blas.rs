@@ -52,7 +52,7 @@ impl Element {
 
 /// A row-major matrix in device memory.
 #[derive(Clone, Copy)]
-pub(crate) struct Matrix {
+pub(crate) struct MatrixAt {
     /// Address of the first element.
     pub(crate) pointer: u64,
     /// Row stride in elements.
@@ -63,7 +63,7 @@ pub(crate) struct Matrix {
     pub(crate) element: Element,
 }
 
-impl Matrix {
+impl MatrixAt {
     /// Makes a matrix whose first element is number `offset` from `pointer`.
     pub(crate) fn at(pointer: u64, offset: usize, stride: usize, element: Element) -> Self {
         Self {
@@ -100,10 +100,10 @@ impl Matrix {
 pub(crate) unsafe fn product(
     libraries: &Libraries,
     [m, n, k]: [usize; 3],
-    a: Matrix,
-    b: Matrix,
+    a: MatrixAt,
+    b: MatrixAt,
     beta: f32,
-    c: Matrix,
+    c: MatrixAt,
 ) -> Result<(), Error> {
     if m == 0 || n == 0 {
         return Ok(());

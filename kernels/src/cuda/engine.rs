@@ -7,9 +7,11 @@ use gptq_solver::SolverError;
 
 use super::{
     Cuda, Device,
+    context::bind,
     error::{Error, fail},
     transfer::{self, Pinned},
 };
+use crate::engine::attend_next;
 use crate::{
     Codes, Drift, Engine, Hessian, HostBuffer, Incoming, PackedWeight, Request, Scores, Subset,
     attention, dtype, half_of,
@@ -91,7 +93,7 @@ impl Engine for Cuda {
         scores: Scores,
     ) -> Tensor<Self, 3> {
         if !super::decode_attention::attends(qkv[0].dims()[3]) {
-            return attention::attend_next(qkv, tables, keys, values, at, scores);
+            return attend_next(qkv, tables, keys, values, at, scores);
         }
         super::attend_next(qkv, tables, keys, values, at, scores)
             .unwrap_or_else(|error| fail(error))
@@ -192,11 +194,11 @@ impl Engine for Cuda {
     }
 
     fn card(device: &Device) -> Option<String> {
-        transfer::bind(device.index).ok()?.name().ok()
+        bind(device.index).ok()?.name().ok()
     }
 
     fn free_memory(device: &Device) -> Option<u64> {
-        let context = transfer::bind(device.index).ok()?;
+        let context = bind(device.index).ok()?;
         let (free, _) = context.mem_get_info().ok()?;
         Some(free as u64)
     }

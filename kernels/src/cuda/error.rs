@@ -14,7 +14,6 @@ use cudarc::cusolver::{result::CusolverError, sys::cusolverStatus_t};
 use cudarc::driver::{DriverError, sys::CUresult};
 
 use super::library::MissingLibrary;
-use crate::{Device, DeviceError};
 
 /// An error of a device operation.
 #[derive(Debug, thiserror::Error)]
@@ -118,10 +117,10 @@ impl Error {
         }
     }
 
-    fn on(self, device: Device) -> DeviceError {
+    /// Returns where memory was lacking, if that is what failed.
+    pub(crate) fn without_memory(&self) -> Option<String> {
         match self {
-            Self::Library(missing) => DeviceError::Missing(missing),
-            Self::OutOfMemory { bytes } => denied(device, bytes),
+            Self::OutOfMemory { bytes } => Some(format!("an allocation of {bytes} bytes")),
             // A library's own workspace of unknown size.
             Self::Cublas {
                 operation,
@@ -134,22 +133,9 @@ impl Error {
             | Self::Driver {
                 operation,
                 source: DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY),
-            } => DeviceError::OutOfMemory {
-                device,
-                place: operation.to_owned(),
-            },
-            error => DeviceError::Failed {
-                device,
-                reason: error.to_string(),
-            },
+            } => Some((*operation).to_owned()),
+            _ => None,
         }
-    }
-}
-
-fn denied(device: Device, bytes: u64) -> DeviceError {
-    DeviceError::OutOfMemory {
-        device,
-        place: format!("an allocation of {bytes} bytes"),
     }
 }
 
@@ -174,7 +160,7 @@ fn denied_on() -> MutexGuard<'static, BTreeMap<usize, u64>> {
 }
 
 /// Installs a panic hook that records which device's thread ran out of memory, so that
-/// [`Device::run`] can distinguish that from other failures; panics are still reported as before.
+/// [`Device::run`](crate::Device::run) can distinguish that from other failures; panics are still reported as before.
 /// Programs call it at startup, after installing their own hooks; without it, a device without
 /// memory is reported as failed.
 pub fn install_panic_hook() {
@@ -198,19 +184,17 @@ fn device_of_thread() -> Option<usize> {
     name.rsplit('-').next()?.parse().ok()
 }
 
-/// Runs `work` and converts its device failures to errors; other panics continue.
-pub(crate) fn run_guarded<T>(device: Device, work: impl FnOnce() -> T) -> Result<T, DeviceError> {
-    let denied_here = || match device {
-        Device::Cuda(index) => denied_on().remove(&index),
-        Device::Auto | Device::Cpu => None,
-    };
+/// Runs `work` on the CUDA device of this index and converts its device failures to errors; other
+/// panics continue.
+pub(crate) fn run_guarded<T>(device: usize, work: impl FnOnce() -> T) -> Result<T, Error> {
+    let denied_here = || denied_on().remove(&device);
     // Discards failures of an earlier run, which are already reported.
     denied_here();
     let done = catch_unwind(AssertUnwindSafe(work));
     let bytes = denied_here();
     done.map_err(|payload| match (bytes, payload.downcast::<Error>()) {
-        (Some(bytes), _) => denied(device, bytes),
-        (None, Ok(error)) => error.on(device),
+        (Some(bytes), _) => Error::OutOfMemory { bytes },
+        (None, Ok(error)) => *error,
         (None, Err(payload)) => resume_unwind(payload),
     })
 }
@@ -218,6 +202,18 @@ pub(crate) fn run_guarded<T>(device: Device, work: impl FnOnce() -> T) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Device, DeviceError};
+
+    fn run_guarded<T>(device: Device, work: impl FnOnce() -> T) -> Result<T, DeviceError> {
+        let Device::Cuda(index) = device else {
+            panic!("a CUDA device");
+        };
+        super::run_guarded(index, work).map_err(|error| DeviceError::of(device, error))
+    }
+
+    fn denied(device: Device, bytes: u64) -> DeviceError {
+        DeviceError::of(device, Error::OutOfMemory { bytes })
+    }
 
     #[test]
     fn a_device_failure_becomes_an_error_and_a_bug_stays_a_panic() {

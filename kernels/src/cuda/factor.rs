@@ -148,7 +148,7 @@ pub(crate) struct Columns {
 }
 
 /// A factored Gram matrix.
-pub(crate) struct Factor {
+pub(crate) struct DeviceFactor {
     /// `Mᵀ`, f32 row-major `[n, n]` in the sweep's order, of which only the lower triangle is
     /// defined.
     pub(crate) m: Buffer,
@@ -165,14 +165,18 @@ pub(crate) struct Factor {
 /// # Errors
 ///
 /// A diagonal that is not finite, or failure at every damping up to [`MAX_DAMPING`].
-pub(crate) fn factor(gram: &Buffer, activation_order: bool, damping: f64) -> Result<Factor, Error> {
+pub(crate) fn factor(
+    gram: &Buffer,
+    activation_order: bool,
+    damping: f64,
+) -> Result<DeviceFactor, Error> {
     let n = gram.meta.shape()[0];
     let columns = sorted(diagonal(gram)?, activation_order);
     let order = buffer::upload(gram, &columns.order, DType::U32);
     let m = buffer::empty(gram, [n, n], DType::F32);
     let damping = cholesky_of(gram, &order, &columns.diagonal, damping, &m)?;
     reverse(&m);
-    Ok(Factor {
+    Ok(DeviceFactor {
         pivots: diagonal_of(&m),
         m,
         columns,
@@ -236,7 +240,7 @@ fn mean(diagonal: &[f32]) -> f64 {
 }
 
 /// Returns the damped Gram matrix that `factor` was made from, f32 `[n, n]` in the sweep's order.
-pub(crate) fn reordered(gram: &Buffer, factor: &Factor) -> Buffer {
+pub(crate) fn reordered(gram: &Buffer, factor: &DeviceFactor) -> Buffer {
     let n = factor.columns.order.len();
     let out = buffer::empty(gram, [n, n], DType::F32);
     let diagonal = damped(&factor.columns.diagonal, factor.damping);
@@ -443,7 +447,7 @@ pub(crate) fn panels(in_features: usize, group: usize) -> Vec<Range<usize>> {
 
 /// Returns the inverses of `M`'s diagonal blocks, f32 `[panels, PANEL, PANEL]`, padded with the
 /// identity.
-pub(crate) fn block_inverses(factor: &Factor, panels: &[Range<usize>]) -> Buffer {
+pub(crate) fn block_inverses(factor: &DeviceFactor, panels: &[Range<usize>]) -> Buffer {
     let n = factor.columns.order.len() as u32;
     let mut starts: Vec<u32> = panels.iter().map(|panel| panel.start as u32).collect();
     starts.push(n);

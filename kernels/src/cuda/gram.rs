@@ -13,7 +13,7 @@ use cudarc::driver::result::memset_d8_async;
 
 use super::{
     Cuda, Device,
-    blas::{Element, Matrix, product},
+    blas::{Element, MatrixAt, product},
     buffer,
     error::Error,
     stream::on_stream,
@@ -74,8 +74,8 @@ pub fn gram_add(gram: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor<Cuda
                 let width = PANEL.min(in_features - start);
                 let rest = in_features - start;
                 let offset = first * in_features + start;
-                let x = Matrix::at(pointers[1], offset, in_features, element);
-                let g = Matrix::at(
+                let x = MatrixAt::at(pointers[1], offset, in_features, element);
+                let g = MatrixAt::at(
                     pointers[0],
                     start * in_features + start,
                     in_features,
@@ -126,9 +126,9 @@ pub fn cross_add(
     on_stream(&[&cross, &drift, &x], |libraries, pointers| {
         for first in (0..tokens).step_by(CHUNK) {
             let length = CHUNK.min(tokens - first);
-            let part = |pointer| Matrix::at(pointer, first * n, n, element);
+            let part = |pointer| MatrixAt::at(pointer, first * n, n, element);
             let (drift, x) = (part(pointers[1]), part(pointers[2]));
-            let c = Matrix::at(pointers[0], 0, n, Element::F32);
+            let c = MatrixAt::at(pointers[0], 0, n, Element::F32);
             // SAFETY: rows `first..first + length` of both inputs and all of cross lie inside their
             // checked buffers, and cross is uniquely held.
             unsafe { product(libraries, [n, n, length], drift.t(), x, 1.0, c)? };

@@ -299,7 +299,7 @@ fn round_to_nearest_kernel<F: Float>(
 }
 
 /// Location of the weights that a group's parameters are computed from.
-pub(crate) enum Source<'a> {
+pub(crate) enum WeightSource<'a> {
     /// The positions themselves, plus this f32 `[columns, rows]` update if present.
     Positions(Option<&'a Buffer>),
     /// The positions of the original columns, listed here.
@@ -327,7 +327,7 @@ impl Search {
 /// or of original columns; with a `search`, scales are searched.
 pub(crate) fn parameters(
     swept: &Swept,
-    source: Source<'_>,
+    source: WeightSource<'_>,
     columns: Range<usize>,
     group_columns: usize,
     settings: Settings,
@@ -336,8 +336,8 @@ pub(crate) fn parameters(
     let groups = columns.len().div_ceil(group_columns) as u32;
     let rows = swept.rows as u32;
     let (update, position) = match source {
-        Source::Positions(update) => (update, None),
-        Source::Original(position) => (None, Some(position)),
+        WeightSource::Positions(update) => (update, None),
+        WeightSource::Original(position) => (None, Some(position)),
     };
     let max_code = f32::from(settings.bits.max_code());
     // SAFETY: columns stay inside the range, rows below `rows`; arguments that are switched off are

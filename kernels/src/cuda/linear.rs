@@ -4,7 +4,7 @@ use burn::tensor::Tensor;
 
 use super::{
     Cuda,
-    blas::{Element, Matrix, product},
+    blas::{Element, MatrixAt, product},
     buffer,
     error::Error,
     stream::on_stream,
@@ -30,9 +30,9 @@ pub fn linear(x: Tensor<Cuda, 2>, w: Tensor<Cuda, 2>) -> Result<Tensor<Cuda, 2>,
     let y = buffer::empty(&x, [tokens, out_features], x.dtype);
     let element = Element::of(x.dtype);
     on_stream(&[&x, &w, &y], |libraries, pointers| {
-        let x = Matrix::at(pointers[0], 0, in_features, element);
-        let w = Matrix::at(pointers[1], 0, in_features, element);
-        let y = Matrix::at(pointers[2], 0, out_features, element);
+        let x = MatrixAt::at(pointers[0], 0, in_features, element);
+        let w = MatrixAt::at(pointers[1], 0, in_features, element);
+        let y = MatrixAt::at(pointers[2], 0, out_features, element);
         let dimensions = [tokens, out_features, in_features];
         // SAFETY: the three are checked contiguous buffers of exactly these shapes, and y is
         // new.

@@ -10,6 +10,7 @@
 //! stream, and a buffer that is freed on one stream while another still reads it is reused too
 //! early.
 
+mod context;
 mod error;
 mod kernel_cache;
 mod kernel_store;
@@ -72,7 +73,7 @@ pub use solve::solve;
 pub use swiglu::{geglu, swiglu};
 pub(crate) use transfer::Pinned;
 
-pub use crate::device::Cuda;
+pub use crate::backends::Cuda;
 
 /// A CUDA device, by ordinal.
 pub type Device = burn_cuda::CudaDevice;

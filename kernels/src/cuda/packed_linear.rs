@@ -19,7 +19,7 @@ use super::{
     error::Error,
     linear,
     pack::unpack,
-    packed_rows::{LOAD, dense, scale_of},
+    packed_rows::{LOAD, QUAD, dense, scale_of},
 };
 use crate::{PackedLayout, PackedWeight};
 
@@ -32,8 +32,6 @@ const ROWS: usize = 2;
 const HELD: usize = 2;
 /// Quads of inputs that a unit gathers at once.
 const TURNS: usize = 4;
-/// Inputs per shared-memory access.
-const QUAD: usize = 4;
 
 /// `1 + code / 2^bits` for code `j` of a word. `one` has the bits of 1: a constant here would take an
 /// instruction of its own beside the mask.
@@ -57,12 +55,6 @@ struct Shape {
     columns: usize,
     /// Loads of a row that share a scale.
     per_group: usize,
-}
-
-/// Bytes of shared memory that a cube needs for inputs of this many columns.
-pub(super) fn shared_memory(columns: usize, bits: usize) -> usize {
-    let pad = size_of::<[f32; QUAD]>();
-    columns * (size_of::<u16>() + size_of::<f32>()) + columns * bits / LOAD * pad
 }
 
 /// Asks for what this unit multiplies from load `first` on: codes, and the cells of their groups.

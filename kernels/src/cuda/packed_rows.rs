@@ -15,13 +15,14 @@ use super::{
     buffer::{self, Buffer, array},
     error::Error,
     pack::{RUN, put},
-    packed_linear::shared_memory,
 };
 use crate::{PackedLayout, PackedWeight};
 
 const UNITS: usize = 128;
 /// Bits that a unit of [`super::packed_linear`] reads at once: a group is a whole number of them.
 pub(super) const LOAD: usize = 128;
+/// Inputs per shared-memory access of it.
+pub(super) const QUAD: usize = 4;
 
 /// One unit per output row and run of positions.
 #[cube(launch_unchecked)]
@@ -123,6 +124,12 @@ fn order(packed: &PackedLinear) -> Option<Vec<i32>> {
         .all(|(at, &column)| packed.g_idx[column as usize] as usize == at / size);
     let whole = (size * packed.bits.get()).is_multiple_of(LOAD);
     (matches!(packed.bits.get(), 2 | 4 | 8) && regular && whole).then_some(order)
+}
+
+/// Bytes of shared memory that a cube of [`super::packed_linear`] needs for inputs of this many columns.
+fn shared_memory(columns: usize, bits: usize) -> usize {
+    let pad = size_of::<[f32; QUAD]>();
+    columns * (size_of::<u16>() + size_of::<f32>()) + columns * bits / LOAD * pad
 }
 
 /// Packed weights on a device, laid out in rows where that can be and an input fits in shared memory.

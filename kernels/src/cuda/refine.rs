@@ -12,7 +12,7 @@ use cubecl::{cuda::CudaRuntime, prelude::*};
 use gptq_solver::Settings;
 
 use super::{
-    blas::{Element, Matrix, product},
+    blas::{Element, MatrixAt, product},
     buffer::{self, Buffer, array},
     factor::{PANEL, panels},
     stream::{Failures, on_stream_later},
@@ -210,8 +210,8 @@ fn add_product(
 ) {
     let [n, rows] = [out.meta.shape()[0], out.meta.shape()[1]];
     on_stream_later(&[h, x, out], failures, move |libraries, pointers| {
-        let h = Matrix::at(pointers[0], columns.start, n, Element::F32);
-        let [x, out] = [1, 2].map(|at| Matrix::at(pointers[at], 0, rows, Element::F32));
+        let h = MatrixAt::at(pointers[0], columns.start, n, Element::F32);
+        let [x, out] = [1, 2].map(|at| MatrixAt::at(pointers[at], 0, rows, Element::F32));
         // SAFETY: the columns lie inside H, x has as many rows, and out is `[n, rows]`.
         unsafe { product(libraries, [n, rows, columns.len()], h, x, beta, out) }
     });

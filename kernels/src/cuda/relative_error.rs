@@ -13,7 +13,7 @@ use half::bf16;
 
 use super::{
     Cuda,
-    blas::{Element, Matrix, product},
+    blas::{Element, MatrixAt, product},
     buffer::{self, Buffer, array, rows_by},
     error::Error,
     stream::{Failures, on_stream_later},
@@ -178,7 +178,7 @@ pub(crate) enum Sum {
     Refined,
     /// `‖WX‖²` on the windows used to estimate the activation mismatch.
     Drifted,
-    /// `tr(W C Sᵀ)`, see [`Target`](super::target::Target).
+    /// `tr(W C Sᵀ)`, see [`DriftTarget`](super::target::DriftTarget).
     Toward,
     /// `‖S‖²`.
     Shift,
@@ -259,9 +259,9 @@ impl Measurement {
         }
         let buffers = [&scaled, &correlation.matrix, &image];
         on_stream_later(&buffers, &self.failures, move |libraries, pointers| {
-            let scaled = Matrix::at(pointers[0], 0, n, Element::Bf16);
-            let matrix = Matrix::at(pointers[1], 0, n, Element::Bf16);
-            let image = Matrix::at(pointers[2], 0, n, Element::F32);
+            let scaled = MatrixAt::at(pointers[0], 0, n, Element::Bf16);
+            let matrix = MatrixAt::at(pointers[1], 0, n, Element::Bf16);
+            let image = MatrixAt::at(pointers[2], 0, n, Element::F32);
             // SAFETY: three distinct contiguous buffers of these shapes.
             unsafe { product(libraries, [rows, n, n], scaled, matrix, 0.0, image) }
         });

@@ -20,16 +20,16 @@ use gptq_solver::{Gains, Settings};
 use super::{
     Cuda,
     arrange::{codes, dequantize, into_columns},
-    blas::{Element, Matrix, product},
+    blas::{Element, MatrixAt, product},
     buffer::{self, Buffer},
     error::Error,
-    factor::{Factor, PANEL, block_inverses, factor, panels, reordered},
-    groups::{Search, Source, parameters, round_to_nearest},
+    factor::{DeviceFactor, PANEL, block_inverses, factor, panels, reordered},
+    groups::{Search, WeightSource, parameters, round_to_nearest},
     refine::refine,
     relative_error::{Correlation, Measurement, Sum, Sums},
     stream::{Failures, on_stream_later},
     sweep::{Swept, sweep},
-    target::Target,
+    target::DriftTarget,
 };
 use crate::{Drift, Hessian, Request, SolveTimes, Solved, Subset};
 
@@ -62,7 +62,7 @@ pub fn solve(
         .collect::<Result<Vec<_>, _>>()?;
     let factor = factor(&gram, hessian.act_order, hessian.damping)?;
     let target = drift
-        .map(|drift| Target::new(drift, n, hessian.damping))
+        .map(|drift| DriftTarget::new(drift, n, hessian.damping))
         .transpose()?;
     let factored = Instant::now();
     let refined = requests.iter().any(|request| request.settings.refine > 0);
@@ -161,7 +161,7 @@ pub fn solve(
 }
 
 /// What the options gained, from what was summed.
-fn gains(settings: &Settings, target: Option<&Target>, sums: Sums) -> Gains {
+fn gains(settings: &Settings, target: Option<&DriftTarget>, sums: Sums) -> Gains {
     let output = sums.of(Sum::Output);
     let part = |sum| Sums::part(sums.of(sum), output);
     Gains {
@@ -203,7 +203,7 @@ fn check([n, columns]: [usize; 2], requests: &[Request<Cuda>]) -> Result<(), Err
 
 /// Sweeps all columns; the buffers swept and the group of each original column.
 fn sweep_all(
-    factor: &Factor,
+    factor: &DeviceFactor,
     position: &Buffer,
     weight: Buffer,
     settings: Settings,
@@ -243,7 +243,7 @@ fn sweep_all(
         rows,
     };
     if by_original {
-        let source = Source::Original(position);
+        let source = WeightSource::Original(position);
         parameters(&swept, source, 0..n, group, settings, search);
     }
     let panels = panels(n, if by_original { PANEL } else { group });
@@ -279,7 +279,7 @@ fn sweep_all(
             apply_inverse(&inverses, block, into, panel.len(), update, failures);
         }
         if !by_original && group <= PANEL {
-            let source = Source::Positions(update);
+            let source = WeightSource::Positions(update);
             parameters(&swept, source, panel.clone(), group, settings, search);
         }
         sweep(&swept, update, &inverses, block, panel, settings);
@@ -289,7 +289,7 @@ fn sweep_all(
 
 /// `into[at..] = M[from, columns]ᵀ · D[from] + beta · into[at..]`, f32 `[columns, rows]`.
 fn carry(
-    factor: &Factor,
+    factor: &DeviceFactor,
     swept: &Swept,
     from: Range<usize>,
     columns: Range<usize>,
@@ -304,9 +304,9 @@ fn carry(
     let rows = swept.rows;
     let buffers = [&factor.m, &swept.weight, into];
     on_stream_later(&buffers, failures, move |libraries, pointers| {
-        let m = Matrix::at(pointers[0], columns.start * n + from.start, n, Element::F32);
-        let d = Matrix::at(pointers[1], from.start * rows, rows, Element::F32);
-        let out = Matrix::at(pointers[2], at * rows, rows, Element::F32);
+        let m = MatrixAt::at(pointers[0], columns.start * n + from.start, n, Element::F32);
+        let d = MatrixAt::at(pointers[1], from.start * rows, rows, Element::F32);
+        let out = MatrixAt::at(pointers[2], at * rows, rows, Element::F32);
         let dimensions = [columns.len(), rows, from.len()];
         // SAFETY: `from` and `columns` lie inside M and D, and `at + columns.len()` rows
         // inside `into`.
@@ -326,9 +326,9 @@ fn apply_inverse(
     let rows = raw.meta.shape()[1];
     let buffers = [inverses, raw, update];
     on_stream_later(&buffers, failures, move |libraries, pointers| {
-        let inverse = Matrix::at(pointers[0], block * PANEL * PANEL, PANEL, Element::F32);
-        let raw = Matrix::at(pointers[1], at * rows, rows, Element::F32);
-        let out = Matrix::at(pointers[2], 0, rows, Element::F32);
+        let inverse = MatrixAt::at(pointers[0], block * PANEL * PANEL, PANEL, Element::F32);
+        let raw = MatrixAt::at(pointers[1], at * rows, rows, Element::F32);
+        let out = MatrixAt::at(pointers[2], 0, rows, Element::F32);
         // SAFETY: the block's leading `width` square, `width` rows of raw and of update.
         unsafe { product(libraries, [width, rows, width], inverse.t(), raw, 0.0, out) }
     });
@@ -336,7 +336,7 @@ fn apply_inverse(
 
 /// The parameters of one group wider than a panel.
 fn wide_group(
-    factor: &Factor,
+    factor: &DeviceFactor,
     swept: &Swept,
     group: Range<usize>,
     settings: Settings,
@@ -346,7 +346,7 @@ fn wide_group(
     let n = factor.columns.order.len();
     let columns = settings.group_size.columns(n).min(n);
     if group.start == 0 {
-        let source = Source::Positions(None);
+        let source = WeightSource::Positions(None);
         parameters(swept, source, group, columns, settings, search);
         return;
     }
@@ -367,7 +367,7 @@ fn wide_group(
         &[&factor.m, &update],
         failures,
         move |libraries, pointers| {
-            let m = Matrix::at(pointers[0], start * (n + 1), n, Element::F32);
+            let m = MatrixAt::at(pointers[0], start * (n + 1), n, Element::F32);
             let one = 1.0_f32;
             // X · M_gg = T: column-major, T is the update's `[rows, group]`, and M is stored so.
             // SAFETY: the group's square lies inside M, and the update is `[group, rows]`.
@@ -394,6 +394,6 @@ fn wide_group(
             })
         },
     );
-    let source = Source::Positions(Some(&update));
+    let source = WeightSource::Positions(Some(&update));
     parameters(swept, source, group, columns, settings, search);
 }

@@ -38,7 +38,7 @@ use cudarc::{
     },
 };
 
-use super::{buffer::Buffer, error::Error, library::missing_library, transfer::bind};
+use super::{buffer::Buffer, context::bind, error::Error, library::missing_library};
 
 type Server = <cubecl::cuda::CudaRuntime as Runtime>::Server;
 
@@ -68,7 +68,7 @@ pub(crate) fn on_stream<T: Send>(
     buffers: &[&Buffer],
     call: impl FnOnce(&Libraries, &[u64]) -> Result<T, Error> + Send,
 ) -> Result<T, Error> {
-    let target = Target::new(buffers);
+    let target = StreamTarget::new(buffers);
     DeviceHandle::<Server>::new(target.device.to_id())
         .submit_blocking(move |server| target.run(server, call))
         .map_err(|_| Error::runtime("the device's thread has ended"))?
@@ -96,7 +96,7 @@ pub(crate) fn on_stream_later(
     failures: &Failures,
     call: impl FnOnce(&Libraries, &[u64]) -> Result<(), Error> + Send + 'static,
 ) {
-    let target = Target::new(buffers);
+    let target = StreamTarget::new(buffers);
     let failures = failures.clone();
     DeviceHandle::<Server>::new(target.device.to_id()).submit(move |server| {
         if let Err(error) = target.run(server, call) {
@@ -107,13 +107,13 @@ pub(crate) fn on_stream_later(
 }
 
 /// Buffers of a call, and its stream.
-struct Target {
+struct StreamTarget {
     device: CudaDevice,
     stream: StreamId,
     bindings: Vec<Binding>,
 }
 
-impl Target {
+impl StreamTarget {
     fn new(buffers: &[&Buffer]) -> Self {
         Self {
             device: buffers[0].device.clone(),

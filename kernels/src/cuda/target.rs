@@ -8,7 +8,7 @@ use cudarc::driver;
 
 use super::{
     Cuda,
-    blas::{Element, Matrix, product},
+    blas::{Element, MatrixAt, product},
     buffer::{self, Buffer},
     error::Error,
     factor::{diagonal, solve_right, unordered},
@@ -36,7 +36,7 @@ fn copied(buffer: &Buffer) -> Result<Buffer, Error> {
 }
 
 /// Correction for weights that share an input.
-pub(crate) struct Target {
+pub(crate) struct DriftTarget {
     lower: Buffer,
     cross: Buffer,
     strength: f64,
@@ -45,7 +45,7 @@ pub(crate) struct Target {
     correlation: Correlation,
 }
 
-impl Target {
+impl DriftTarget {
     /// Factors the Gram matrix of `drift`.
     ///
     /// # Errors
@@ -68,7 +68,7 @@ impl Target {
         diagonal(&cross)?;
         let columns = diagonal(&gram)?;
         let (lower, ridge) = unordered(&gram, &columns, damping)?;
-        Ok(Target {
+        Ok(DriftTarget {
             lower,
             cross,
             strength: drift.strength,
@@ -96,7 +96,7 @@ impl Target {
         let wide = buffer::float("target", "weight", weight.clone(), DType::F32)?;
         let shift = buffer::empty(&wide, [rows, n], DType::F32);
         on_stream(&[&wide, &self.cross, &shift], |libraries, pointers| {
-            let [w, c, out] = [0, 1, 2].map(|at| Matrix::at(pointers[at], 0, n, Element::Tf32));
+            let [w, c, out] = [0, 1, 2].map(|at| MatrixAt::at(pointers[at], 0, n, Element::Tf32));
             // SAFETY: `[rows, n]`, `[n, n]` and `[rows, n]`, each of its own buffer.
             unsafe { product(libraries, [rows, n, n], w, c, 0.0, out) }
         })?;

@@ -7,23 +7,23 @@
 //! pool before reusing the block.
 
 use std::{
-    collections::HashMap,
     mem::ManuallyDrop,
     ptr::NonNull,
     slice,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Mutex, PoisonError},
 };
 
 use burn::tensor::{DType, Tensor};
 use cubecl::{cuda::CudaRuntime, prelude::*};
 use cudarc::driver::{
-    CudaContext, DriverError, result as driver,
+    result as driver,
     sys::{CU_MEMHOSTALLOC_PORTABLE, CUevent, CUevent_flags, CUstream},
 };
 
 use super::{
     Cuda, Device,
     buffer::{self, Buffer},
+    context::{bind, refused},
     error::{Error, fail},
     stream::on_stream,
 };
@@ -34,31 +34,10 @@ const GRAIN: usize = 1 << 20;
 const WASTE: usize = 4;
 
 /// Free blocks; their last transfer may still be in progress.
-static POOL: Mutex<Vec<Block>> = Mutex::new(Vec::new());
-
-/// Makes the device's own context current on the calling thread.
-pub(crate) fn bind(device: usize) -> Result<Arc<CudaContext>, Error> {
-    // Never dropped: dropping the last owner would destroy the context that Burn uses.
-    static CONTEXTS: Mutex<Option<HashMap<usize, Arc<CudaContext>>>> = Mutex::new(None);
-    let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
-    let contexts = contexts.get_or_insert_default();
-    if let Some(context) = contexts.get(&device) {
-        context
-            .bind_to_thread()
-            .map_err(refused("cuCtxSetCurrent"))?;
-        return Ok(context.clone());
-    }
-    let context = CudaContext::new(device).map_err(refused("cuDevicePrimaryCtxRetain"))?;
-    contexts.insert(device, context.clone());
-    Ok(context)
-}
-
-fn refused(operation: &'static str) -> impl Fn(DriverError) -> Error {
-    move |source| Error::Driver { operation, source }
-}
+static POOL: Mutex<Vec<PinnedBlock>> = Mutex::new(Vec::new());
 
 /// A page-locked allocation.
-struct Block {
+struct PinnedBlock {
     memory: NonNull<u8>,
     bytes: usize,
     device: usize,
@@ -67,18 +46,18 @@ struct Block {
 }
 
 // SAFETY: the memory is plain host memory that one owner holds; events may be used from any thread.
-unsafe impl Send for Block {}
+unsafe impl Send for PinnedBlock {}
 // SAFETY: as above; a shared block is only read.
-unsafe impl Sync for Block {}
+unsafe impl Sync for PinnedBlock {}
 
-impl Block {
-    fn new(bytes: usize, device: usize) -> Result<Block, Error> {
+impl PinnedBlock {
+    fn new(bytes: usize, device: usize) -> Result<PinnedBlock, Error> {
         // SAFETY: a context is current; the flag makes the memory page-locked for all of them.
         let memory = unsafe { driver::malloc_host(bytes, CU_MEMHOSTALLOC_PORTABLE) }
             .map_err(refused("cuMemHostAlloc"))?;
         let event = driver::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING)
             .map_err(refused("cuEventCreate"))?;
-        Ok(Block {
+        Ok(PinnedBlock {
             memory: NonNull::new(memory.cast()).expect("an allocation that succeeded"),
             bytes,
             device,
@@ -94,7 +73,7 @@ impl Block {
 
 /// The leading bytes of a page-locked block, until dropped.
 pub(crate) struct Pinned {
-    block: ManuallyDrop<Block>,
+    block: ManuallyDrop<PinnedBlock>,
     bytes: usize,
 }
 
@@ -113,7 +92,7 @@ impl Pinned {
     pub(crate) fn take(bytes: usize, device: usize) -> Result<Pinned, Error> {
         bind(device)?;
         let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |block: &Block| {
+        let fits = |block: &PinnedBlock| {
             block.device == device
                 && block.bytes >= bytes
                 && block.bytes / WASTE <= bytes.max(GRAIN)
@@ -123,7 +102,7 @@ impl Pinned {
         drop(pool);
         let block = match found {
             Some(block) => block,
-            None => Block::new(bytes.max(1).next_multiple_of(GRAIN), device)?,
+            None => PinnedBlock::new(bytes.max(1).next_multiple_of(GRAIN), device)?,
         };
         Ok(Pinned {
             block: ManuallyDrop::new(block),

@@ -5,7 +5,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::{Cpu, Scores};
+use crate::{Cpu, Engine, Scores};
 use gptq_format::{Bits, GroupSize};
 use gptq_solver::Settings;
 

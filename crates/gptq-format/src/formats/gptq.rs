@@ -8,13 +8,12 @@
 use std::path::Path;
 
 use safetensors::Dtype;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{Encoded, Grids, OutputFormat, PartSpec, Refusal};
+use super::{Encoded, Grids, OutputFormat, PartSpec, Refusal, StoredTensors};
 use crate::{
-    Checkpoint, FormatError, LinearShape, PackedLinear, QuantizeConfig, le_bytes, pack_across,
-    unpack_across, write_json,
+    CheckpointFormat, FormatError, LinearShape, PackedLinear, QuantizeConfig, le_bytes,
+    pack_across, unpack_across, write_json,
 };
 
 const QWEIGHT: &str = "qweight";
@@ -24,28 +23,6 @@ const G_IDX: &str = "g_idx";
 
 /// Both dimensions are whole runs of this many: then codes and zero points fill words at every width.
 const RUN: usize = 32;
-
-/// Storage of zero points.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum CheckpointFormat {
-    /// Version 1: `zero - 1`.
-    #[default]
-    #[serde(rename = "gptq")]
-    Gptq,
-    /// Version 2: the zero itself.
-    #[serde(rename = "gptq_v2")]
-    GptqV2,
-}
-
-impl CheckpointFormat {
-    /// Returns the number subtracted from a zero point before it is stored.
-    fn zero_offset(self) -> u8 {
-        match self {
-            CheckpointFormat::Gptq => 1,
-            CheckpointFormat::GptqV2 => 0,
-        }
-    }
-}
 
 impl OutputFormat for CheckpointFormat {
     fn name(&self) -> &'static str {
@@ -124,7 +101,7 @@ impl OutputFormat for CheckpointFormat {
 
     fn decode(
         &self,
-        from: &Checkpoint,
+        from: &dyn StoredTensors,
         module: &str,
         linear: &LinearShape,
     ) -> Result<PackedLinear, FormatError> {
@@ -151,7 +128,7 @@ impl OutputFormat for CheckpointFormat {
         let zeros = unpack_across(&zeros, groups, out_features, bits);
         let (offset, max) = (self.zero_offset(), bits.max_code());
         let lacks = |settings: &QuantizeConfig| self.may_lack(G_IDX, settings);
-        let optional = from.quantize_config().is_some_and(lacks);
+        let optional = from.settings().is_some_and(lacks);
         Ok(PackedLinear {
             bits,
             in_features,
@@ -204,7 +181,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Bits, GroupSize, QuantizedLinear, ShardedWriter};
+    use crate::{Bits, Checkpoint, GroupSize, QuantizedLinear, ShardedWriter};
     use half::f16;
 
     const BOTH: [CheckpointFormat; 2] = [CheckpointFormat::Gptq, CheckpointFormat::GptqV2];

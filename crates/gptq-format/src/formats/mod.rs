@@ -9,13 +9,12 @@ use std::borrow::Cow;
 use std::fmt::Debug;
 use std::path::Path;
 
+use half::f16;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-pub use gptq::CheckpointFormat;
-
-use crate::{Checkpoint, FormatError, LinearShape, PackedLinear, QuantizeConfig, TensorSpec};
+use crate::{FormatError, LinearShape, PackedLinear, QuantizeConfig, TensorSpec};
 
 /// A layout of quantized linears in files. What holds for a whole branch, such as how zero points are stored, is
 /// part of the value; what may differ between linears is an argument.
@@ -58,7 +57,7 @@ pub trait OutputFormat: Debug + Send + Sync {
     /// A tensor that is missing, of another shape or type, or does not decode.
     fn decode(
         &self,
-        from: &Checkpoint,
+        from: &dyn StoredTensors,
         module: &str,
         linear: &LinearShape,
     ) -> Result<PackedLinear, FormatError>;
@@ -91,6 +90,27 @@ pub trait OutputFormat: Debug + Send + Sync {
         let tensors = self.tensors("", linear);
         8 * tensors.iter().map(TensorSpec::bytes).sum::<usize>() as u64
     }
+}
+
+/// The tensors of a checkpoint, as far as a format reads them.
+pub trait StoredTensors {
+    /// How the checkpoint is quantized, where it is.
+    fn settings(&self) -> Option<&QuantizeConfig>;
+
+    /// Whether there is a tensor of this name.
+    fn contains(&self, name: &str) -> bool;
+
+    /// The words of an i32 tensor.
+    ///
+    /// # Errors
+    /// No such tensor, or one of another shape or type.
+    fn i32(&self, name: &str, shape: &[usize]) -> Result<Vec<i32>, FormatError>;
+
+    /// A floating-point tensor as f16, row-major.
+    ///
+    /// # Errors
+    /// No such tensor, or one of another shape or type; values that f16 does not hold.
+    fn f16(&self, name: &str, shape: &[usize]) -> Result<Vec<f16>, FormatError>;
 }
 
 /// One of a quantized linear's tensors.

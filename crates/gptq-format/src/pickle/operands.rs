@@ -1,15 +1,20 @@
-//! Operands of opcodes: bytes, lines and numbers; and names of values for messages.
+//! Operands of opcodes: bytes, lines and numbers.
 
-use std::fmt;
-
-use super::{MAX_NAME, Machine, Step, Value};
+/// Maximum number of bytes in a name.
+pub(super) const MAX_NAME: usize = 512;
 
 const TRUNCATED: &str = "its pickle ends in the middle; the file may be truncated";
 
-impl<'a> Machine<'a> {
+/// What a step of the machine gives; the error is a sentence.
+pub(super) type Step<T = ()> = Result<T, String>;
+
+/// The rest of a pickle.
+pub(super) struct Operands<'a>(pub(super) &'a [u8]);
+
+impl<'a> Operands<'a> {
     pub(super) fn bytes(&mut self, count: usize) -> Step<&'a [u8]> {
-        let (taken, rest) = self.rest.split_at_checked(count).ok_or(TRUNCATED)?;
-        self.rest = rest;
+        let (taken, rest) = self.0.split_at_checked(count).ok_or(TRUNCATED)?;
+        self.0 = rest;
         Ok(taken)
     }
 
@@ -18,13 +23,13 @@ impl<'a> Machine<'a> {
     }
 
     pub(super) fn array<const N: usize>(&mut self) -> Step<[u8; N]> {
-        let (taken, rest) = self.rest.split_first_chunk().ok_or(TRUNCATED)?;
-        self.rest = rest;
+        let (taken, rest) = self.0.split_first_chunk().ok_or(TRUNCATED)?;
+        self.0 = rest;
         Ok(*taken)
     }
 
     pub(super) fn line(&mut self) -> Step<&'a str> {
-        let end = self.rest.iter().take(MAX_NAME).position(|&b| b == b'\n');
+        let end = self.0.iter().take(MAX_NAME).position(|&b| b == b'\n');
         let end = end.ok_or_else(|| format!("its pickle has a name over {MAX_NAME} bytes"))?;
         let line = self.bytes(end)?;
         self.bytes(1)?;
@@ -51,22 +56,4 @@ impl<'a> Machine<'a> {
 
 pub(super) fn utf8(bytes: &[u8]) -> Step<&str> {
     str::from_utf8(bytes).map_err(|_| "its pickle has a name that is not UTF-8".into())
-}
-
-impl fmt::Display for Value<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Value::None => f.write_str("None"),
-            Value::Bool => f.write_str("a truth value"),
-            Value::Int(number) => write!(f, "the number {number}"),
-            Value::Float => f.write_str("a fraction"),
-            Value::Text(text) => write!(f, "the text {text:?}"),
-            Value::List => f.write_str("a list"),
-            Value::Global(_) => f.write_str("a class or function"),
-            Value::Tuple(..) => f.write_str("a tuple"),
-            Value::Dict(_) => f.write_str("a dict"),
-            Value::Storage(_) => f.write_str("a storage"),
-            Value::Tensor(_) => f.write_str("a tensor"),
-        }
-    }
 }

@@ -1,9 +1,12 @@
 //! Cohere 2: attention and feed-forward side by side from one LayerNorm; only blocks over a sliding window, three of
 //! four, rotate, and neighbouring features together.
 
-use super::{Ends, Family, Rotary, SlidingWindow, flag, number, parts};
-use crate::keys::Keys;
-use crate::{Activation, Attending, BlockBuilder, BlockSpec, ModelConfig, NormKind, Register};
+use super::family::{Ends, Family, Rotary};
+use super::parts;
+use super::sliding_window::SlidingWindow;
+use crate::keys::{Keys, flag, number};
+use crate::shapes::Shapes;
+use crate::{Activation, Attending, BlockBuilder, BlockSpec, NormKind, Register};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "cohere2",
@@ -24,14 +27,14 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-fn ends(_config: &ModelConfig, keys: &Keys<'_>) -> Result<Ends, String> {
+fn ends(_config: &Shapes, keys: &Keys<'_>) -> Result<Ends, String> {
     Ok(Ends {
         logits: number(keys, "logit_scale", 0.0625)?,
         ..Ends::PLAIN
     })
 }
 
-fn block(config: &ModelConfig, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
+fn block(config: &Shapes, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let bias = flag(keys, "attention_bias")?;
     let plain = config.attending(layer);
     let how = Attending {

@@ -1,9 +1,12 @@
 //! EXAONE 4: OLMo 2's order of norms, with those of queries and keys by head; where some blocks are over a sliding
 //! window, by default three of four, the others do not rotate.
 
-use super::{Family, SlidingWindow, parts};
+use super::family::Family;
+use super::parts;
+use super::sliding_window::SlidingWindow;
 use crate::keys::Keys;
-use crate::{Activation, Attending, BlockBuilder, BlockSpec, ModelConfig, Register};
+use crate::shapes::Shapes;
+use crate::{Activation, Attending, BlockBuilder, BlockSpec, Register};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "exaone4",
@@ -21,7 +24,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-fn block(config: &ModelConfig, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
+fn block(config: &Shapes, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let plain = config.attending(layer);
     // Transformers goes by the key, even where no block slides.
     let slides = keys.nullable::<usize>("sliding_window")? != Some(None);

@@ -2,11 +2,13 @@
 
 use serde_json::{Map, Value};
 
-use super::{FAMILIES, SlidingWindow, llama};
+use super::parts;
+use super::sliding_window::SlidingWindow;
 use crate::keys::Keys;
-use crate::rope_scaling::{KINDS, positive};
+use crate::rope_scaling::KINDS;
+use crate::shapes::Shapes;
 use crate::spec::STEM;
-use crate::{BlockSpec, ModelConfig, NormKind};
+use crate::{BlockSpec, NormKind};
 
 /// A `model_type`.
 pub(crate) struct Family {
@@ -31,10 +33,9 @@ pub(crate) struct Family {
     /// The model that is run is that of an object inside the config.
     pub(super) inside: Option<Inside>,
     /// What is done at either end of the blocks. As for `block`.
-    pub(crate) ends: fn(&ModelConfig, &Keys<'_>) -> Result<Ends, String>,
-    /// Describes a block by its index. The config's shapes have been checked, its blocks are still
-    /// missing. The error is a sentence.
-    pub(crate) block: fn(&ModelConfig, &Keys<'_>, usize) -> Result<BlockSpec, String>,
+    pub(crate) ends: fn(&Shapes, &Keys<'_>) -> Result<Ends, String>,
+    /// Describes a block by its index. The shapes have been checked. The error is a sentence.
+    pub(crate) block: fn(&Shapes, &Keys<'_>, usize) -> Result<BlockSpec, String>,
 }
 
 /// How a family rotates queries and keys.
@@ -133,49 +134,8 @@ impl Family {
         carried: &["mtp."],
         inside: None,
         ends: |_, _| Ok(Ends::PLAIN),
-        block: llama::block,
+        block: parts::block,
     };
-
-    /// The family of a config.
-    pub(crate) fn of(config: &Keys<'_>) -> Result<&'static Family, String> {
-        let model_type: String = config.required("model_type")?;
-        Family::named(&model_type, &config.name("model_type"))
-    }
-
-    fn named(model_type: &str, key: &str) -> Result<&'static Family, String> {
-        let known = FAMILIES.iter().find(|it| it.model_type == model_type);
-        known.ok_or_else(|| {
-            let known: Vec<&str> = FAMILIES.iter().map(|it| it.model_type).collect();
-            format!(
-                "{key} {model_type:?} is not supported; known are: {}",
-                known.join(", ")
-            )
-        })
-    }
-
-    /// The config of the language model, and its family.
-    pub(crate) fn text<'a>(&self, config: Keys<'a>) -> Result<(Keys<'a>, &'static Family), String> {
-        match &self.inside {
-            None => {
-                let family = Family::of(&config)?;
-                Ok((config, family))
-            }
-            Some(Inside { key, model_type }) => {
-                let missing = || format!("{key} is missing");
-                let text = config.inside(key)?.ok_or_else(missing)?;
-                let found: Option<String> = text.found("model_type")?;
-                let found = found.as_deref().unwrap_or(model_type);
-                let family = Family::named(found, &text.name("model_type"))?;
-                match family.inside {
-                    None => Ok((text, family)),
-                    Some(_) => Err(format!(
-                        "{} {found:?} has another inside",
-                        text.name("model_type")
-                    )),
-                }
-            }
-        }
-    }
 
     /// The object with the language model's settings.
     pub(crate) fn text_mut<'a>(
@@ -213,37 +173,7 @@ impl Family {
         config: &Keys<'_>,
         layers: usize,
     ) -> Result<Vec<Option<usize>>, String> {
-        self.sliding_window.windows(self, config, layers)
-    }
-}
-
-/// A switch of the config, off where it is left out.
-pub(super) fn flag(config: &Keys<'_>, key: &str) -> Result<bool, String> {
-    Ok(config.found(key)?.unwrap_or(false))
-}
-
-/// Refuses a switch that is on.
-pub(super) fn off(config: &Keys<'_>, key: &str) -> Result<(), String> {
-    match config.nullable(key)?.flatten() {
-        Some(true) => Err(format!("{} = true is not supported", config.name(key))),
-        _ => Ok(()),
-    }
-}
-
-/// A factor, `default` where it is left out.
-pub(super) fn number(config: &Keys<'_>, key: &str, default: f64) -> Result<f64, String> {
-    Ok(positive(config, key)?.unwrap_or(default))
-}
-
-/// A factor that may be `null`, `default` where it is left out.
-pub(super) fn or_none(
-    config: &Keys<'_>,
-    key: &str,
-    default: Option<f64>,
-) -> Result<Option<f64>, String> {
-    match config.value(key) {
-        None => Ok(default),
-        Some(Value::Null) => Ok(None),
-        Some(_) => positive(config, key),
+        let default = |key: &str| self.default(key);
+        self.sliding_window.windows(&default, config, layers)
     }
 }

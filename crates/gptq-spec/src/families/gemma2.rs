@@ -1,9 +1,12 @@
 //! Gemma 2: norms by `1 + w` before and after attention and feed-forward, a GELU gate, bounded scores and logits,
 //! and every other block over a sliding window.
 
-use super::{Ends, Family, SlidingWindow, flag, number, off, or_none, parts};
-use crate::keys::Keys;
-use crate::{Activation, Attending, BlockBuilder, BlockSpec, ModelConfig, NormKind, Register};
+use super::family::{Ends, Family};
+use super::parts;
+use super::sliding_window::SlidingWindow;
+use crate::keys::{Keys, flag, number, off, or_none};
+use crate::shapes::Shapes;
+use crate::{Activation, Attending, BlockBuilder, BlockSpec, NormKind, Register};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "gemma2",
@@ -25,11 +28,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-pub(super) fn ends(
-    config: &ModelConfig,
-    keys: &Keys<'_>,
-    softcap: Option<f64>,
-) -> Result<Ends, String> {
+pub(super) fn ends(config: &Shapes, keys: &Keys<'_>, softcap: Option<f64>) -> Result<Ends, String> {
     Ok(Ends {
         embedding: (config.hidden_size as f64).sqrt(),
         logits: 1.0,
@@ -39,7 +38,7 @@ pub(super) fn ends(
 
 /// `softcap`: of scores, where the key is left out. `normed`: queries and keys are.
 pub(super) fn block(
-    config: &ModelConfig,
+    config: &Shapes,
     keys: &Keys<'_>,
     layer: usize,
     softcap: Option<f64>,

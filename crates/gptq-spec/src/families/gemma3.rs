@@ -1,8 +1,9 @@
 //! Gemma 3: Gemma 2's block with norms over each head's queries and keys in place of bounds; five of six are over a
 //! sliding window and rotate by a base of their own. Alone, and with a vision tower around it that is not run.
 
-use super::family::Inside;
-use super::{Family, Rotary, SlidingWindow, gemma2, mistral3};
+use super::family::{Family, Inside, Rotary};
+use super::sliding_window::SlidingWindow;
+use super::{gemma2, mistral3};
 
 pub(super) const TEXT: Family = Family {
     model_type: "gemma3_text",

@@ -1,9 +1,11 @@
 //! GLM-4: norms before and after attention and feed-forward, gate and up in one linear, and neighbouring features
 //! rotated together in the first half of a head.
 
-use super::{Family, Rotary, parts};
+use super::family::{Family, Rotary};
+use super::parts;
 use crate::keys::Keys;
-use crate::{BlockBuilder, BlockSpec, ModelConfig, Register};
+use crate::shapes::Shapes;
+use crate::{BlockBuilder, BlockSpec, Register};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "glm4",
@@ -22,7 +24,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-fn block(config: &ModelConfig, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
+fn block(config: &Shapes, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let bias = keys.found("attention_bias")?.unwrap_or(true);
     let mut block = BlockBuilder::new(config.hidden_size);
     let x = parts::norm(&mut block, config, "input_layernorm", Register::RESIDUAL);

@@ -1,9 +1,11 @@
 //! Granite: Llama's block with factors of the embedding, of what is added to the residual stream, of the scores,
 //! and a divisor of the logits.
 
-use super::{Ends, Family, flag, number, parts};
-use crate::keys::Keys;
-use crate::{Activation, Attending, BlockBuilder, BlockSpec, ModelConfig, Register};
+use super::family::{Ends, Family};
+use super::parts;
+use crate::keys::{Keys, flag, number};
+use crate::shapes::Shapes;
+use crate::{Activation, Attending, BlockBuilder, BlockSpec, Register};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "granite",
@@ -13,7 +15,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-fn ends(_config: &ModelConfig, keys: &Keys<'_>) -> Result<Ends, String> {
+fn ends(_config: &Shapes, keys: &Keys<'_>) -> Result<Ends, String> {
     Ok(Ends {
         embedding: number(keys, "embedding_multiplier", 1.0)?,
         logits: 1.0 / number(keys, "logits_scaling", 1.0)?,
@@ -21,7 +23,7 @@ fn ends(_config: &ModelConfig, keys: &Keys<'_>) -> Result<Ends, String> {
     })
 }
 
-fn block(config: &ModelConfig, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
+fn block(config: &Shapes, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let bias = flag(keys, "attention_bias")?;
     let residual = number(keys, "residual_multiplier", 1.0)?;
     let how = Attending {

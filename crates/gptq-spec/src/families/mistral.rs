@@ -1,8 +1,11 @@
 //! Mistral: Llama's block without biases, over a sliding window.
 
-use super::{Family, SlidingWindow, parts};
+use super::family::Family;
+use super::parts;
+use super::sliding_window::SlidingWindow;
 use crate::keys::Keys;
-use crate::{BlockBuilder, BlockSpec, ModelConfig};
+use crate::shapes::Shapes;
+use crate::{BlockBuilder, BlockSpec};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "mistral",
@@ -16,7 +19,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-fn block(config: &ModelConfig, _keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
+fn block(config: &Shapes, _keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let mut block = BlockBuilder::new(config.hidden_size);
     parts::attention(&mut block, config, layer, false, false);
     parts::feed_forward(&mut block, config, false);

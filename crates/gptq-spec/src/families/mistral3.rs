@@ -1,7 +1,6 @@
 //! Mistral 3: Mistral with a vision tower around it, of which only the language model is run.
 
-use super::family::Inside;
-use super::{Family, Naming};
+use super::family::{Family, Inside, Naming};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "mistral3",

@@ -1,8 +1,10 @@
 //! OLMo 2: norms on what attention and feed-forward give, none before them, and over all queries and all keys.
 
-use super::{Family, flag, parts};
-use crate::keys::Keys;
-use crate::{Activation, BlockBuilder, BlockSpec, ModelConfig, NormKind, Register};
+use super::family::Family;
+use super::parts;
+use crate::keys::{Keys, flag};
+use crate::shapes::Shapes;
+use crate::{Activation, BlockBuilder, BlockSpec, NormKind, Register};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "olmo2",
@@ -13,11 +15,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-pub(super) fn block(
-    config: &ModelConfig,
-    keys: &Keys<'_>,
-    layer: usize,
-) -> Result<BlockSpec, String> {
+pub(super) fn block(config: &Shapes, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let bias = flag(keys, "attention_bias")?;
     let mut block = BlockBuilder::new(config.hidden_size);
     let qkv = parts::qkv(&mut block, config, Register::RESIDUAL, bias);

@@ -1,6 +1,8 @@
 //! OLMo 3: OLMo 2's block, three of four over a sliding window; only the others' frequencies are stretched.
 
-use super::{Family, Rotary, SlidingWindow, olmo2};
+use super::family::{Family, Rotary};
+use super::olmo2;
+use super::sliding_window::SlidingWindow;
 
 pub(super) const FAMILY: Family = Family {
     model_type: "olmo3",

@@ -1,11 +1,22 @@
 //! Parts of a block that most families share, under Llama's names.
 
-use crate::{Activation, Attending, BlockBuilder, ModelConfig, Register};
+use crate::keys::{Keys, flag};
+use crate::shapes::Shapes;
+use crate::{Activation, Attending, BlockBuilder, BlockSpec, Register};
+
+/// Llama's block.
+pub(super) fn block(config: &Shapes, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
+    let bias = flag(keys, "attention_bias")?;
+    let mut block = BlockBuilder::new(config.hidden_size);
+    attention(&mut block, config, layer, bias, bias);
+    feed_forward(&mut block, config, flag(keys, "mlp_bias")?);
+    Ok(block.build())
+}
 
 /// `residual += o(attention(q, k, v))` of `norm(residual)`.
 pub(super) fn attention(
     block: &mut BlockBuilder,
-    config: &ModelConfig,
+    config: &Shapes,
     layer: usize,
     qkv_bias: bool,
     o_bias: bool,
@@ -19,7 +30,7 @@ pub(super) fn attention(
 /// Queries, keys and values of `x`.
 pub(super) fn qkv(
     block: &mut BlockBuilder,
-    config: &ModelConfig,
+    config: &Shapes,
     x: Register,
     bias: bool,
 ) -> [Register; 3] {
@@ -35,7 +46,7 @@ pub(super) fn qkv(
 /// Queries and keys with a norm each, over every head's features, or over those of all.
 pub(super) fn qk_norms(
     block: &mut BlockBuilder,
-    config: &ModelConfig,
+    config: &Shapes,
     [q, k, v]: [Register; 3],
     by_head: bool,
 ) -> [Register; 3] {
@@ -51,7 +62,7 @@ pub(super) fn qk_norms(
 /// `o(attention(q, k, v))`.
 pub(super) fn attend(
     block: &mut BlockBuilder,
-    config: &ModelConfig,
+    config: &Shapes,
     qkv: [Register; 3],
     how: Attending,
     bias: bool,
@@ -63,7 +74,7 @@ pub(super) fn attend(
 }
 
 /// `residual += down(silu(gate(x)) * up(x))`, `x = norm(residual)`.
-pub(super) fn feed_forward(block: &mut BlockBuilder, config: &ModelConfig, bias: bool) {
+pub(super) fn feed_forward(block: &mut BlockBuilder, config: &Shapes, bias: bool) {
     let x = norm(
         block,
         config,
@@ -77,7 +88,7 @@ pub(super) fn feed_forward(block: &mut BlockBuilder, config: &ModelConfig, bias:
 /// `down(act(gate(x)) * up(x))`.
 pub(super) fn gated(
     block: &mut BlockBuilder,
-    config: &ModelConfig,
+    config: &Shapes,
     x: Register,
     act: Activation,
     bias: bool,
@@ -91,7 +102,7 @@ pub(super) fn gated(
 }
 
 /// The same where gate and up are one linear, rows of the gate first.
-pub(super) fn gated_fused(block: &mut BlockBuilder, config: &ModelConfig, x: Register) -> Register {
+pub(super) fn gated_fused(block: &mut BlockBuilder, config: &Shapes, x: Register) -> Register {
     let (hidden, wide) = (config.hidden_size, config.intermediate_size);
     let [both] = block.linears(x, None, [("mlp.gate_up_proj", 2 * wide, false)]);
     let [gate, up] = block.split(both, [wide, wide]);
@@ -103,7 +114,7 @@ pub(super) fn gated_fused(block: &mut BlockBuilder, config: &ModelConfig, x: Reg
 /// A norm over the hidden states' features.
 pub(super) fn norm(
     block: &mut BlockBuilder,
-    config: &ModelConfig,
+    config: &Shapes,
     name: &str,
     from: Register,
 ) -> Register {

@@ -1,9 +1,12 @@
 //! Phi-3 and Phi-4: Llama's block with queries, keys and values in one linear, and gate and up in another; the
 //! first features of a head are rotated.
 
-use super::{Family, Rotary, SlidingWindow, parts};
+use super::family::{Family, Rotary};
+use super::parts;
+use super::sliding_window::SlidingWindow;
 use crate::keys::Keys;
-use crate::{BlockBuilder, BlockSpec, ModelConfig, Register};
+use crate::shapes::Shapes;
+use crate::{BlockBuilder, BlockSpec, Register};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "phi3",
@@ -23,7 +26,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-fn block(config: &ModelConfig, _keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
+fn block(config: &Shapes, _keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let (dim, heads, kv_heads) = (config.head_dim, config.heads, config.kv_heads);
     let mut block = BlockBuilder::new(config.hidden_size);
     let x = parts::norm(&mut block, config, "input_layernorm", Register::RESIDUAL);

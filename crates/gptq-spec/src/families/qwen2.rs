@@ -1,8 +1,11 @@
 //! Qwen2: Llama's block with biases on queries, keys and values.
 
-use super::{Family, SlidingWindow, parts};
+use super::family::Family;
+use super::parts;
+use super::sliding_window::SlidingWindow;
 use crate::keys::Keys;
-use crate::{BlockBuilder, BlockSpec, ModelConfig};
+use crate::shapes::Shapes;
+use crate::{BlockBuilder, BlockSpec};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "qwen2",
@@ -17,7 +20,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-fn block(config: &ModelConfig, _keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
+fn block(config: &Shapes, _keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let mut block = BlockBuilder::new(config.hidden_size);
     parts::attention(&mut block, config, layer, true, false);
     parts::feed_forward(&mut block, config, false);

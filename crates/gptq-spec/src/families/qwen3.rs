@@ -1,9 +1,12 @@
 //! Qwen3: heads as wide as `head_dim` says, whatever the hidden size, with a norm over each head's queries
 //! and keys before they are rotated.
 
-use super::{Family, SlidingWindow, flag, parts};
-use crate::keys::Keys;
-use crate::{BlockBuilder, BlockSpec, ModelConfig, Register};
+use super::family::Family;
+use super::parts;
+use super::sliding_window::SlidingWindow;
+use crate::keys::{Keys, flag};
+use crate::shapes::Shapes;
+use crate::{BlockBuilder, BlockSpec, Register};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "qwen3",
@@ -19,7 +22,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-fn block(config: &ModelConfig, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
+fn block(config: &Shapes, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let bias = flag(keys, "attention_bias")?;
     let mut block = BlockBuilder::new(config.hidden_size);
     let x = parts::norm(&mut block, config, "input_layernorm", Register::RESIDUAL);

@@ -1,9 +1,11 @@
 //! Seed-OSS: Llama's block with wide heads, and biases on queries, keys and values but by a key of its own on what
 //! attention gives.
 
-use super::{Family, flag, parts};
-use crate::keys::Keys;
-use crate::{BlockBuilder, BlockSpec, ModelConfig};
+use super::family::Family;
+use super::parts;
+use crate::keys::{Keys, flag};
+use crate::shapes::Shapes;
+use crate::{BlockBuilder, BlockSpec};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "seed_oss",
@@ -16,7 +18,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-fn block(config: &ModelConfig, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
+fn block(config: &Shapes, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let bias = keys.found("attention_bias")?.unwrap_or(true);
     let o_bias = flag(keys, "attention_out_bias")?;
     let mut block = BlockBuilder::new(config.hidden_size);

@@ -1,7 +1,6 @@
 //! Whether, and where, a token sees only so many before it.
 
-use super::{Family, flag};
-use crate::keys::Keys;
+use crate::keys::{Keys, flag};
 
 /// How a family writes that tokens see only so many before them: `sliding_window` tokens, in the blocks
 /// that `layer_types` names. Where that is left out:
@@ -24,15 +23,18 @@ pub(super) enum SlidingWindow {
     },
 }
 
+/// What a key is where it is left out.
+type DefaultOf<'a> = &'a dyn Fn(&str) -> Option<usize>;
+
 /// Values of `layer_types`.
 const FULL: &str = "full_attention";
 const SLIDING: &str = "sliding_attention";
 
 impl SlidingWindow {
-    /// How many tokens one sees in each block, where that is not all.
+    /// How many tokens one sees in each block, where that is not all; `default` is the family's.
     pub(super) fn windows(
         self,
-        family: &Family,
+        default: DefaultOf<'_>,
         config: &Keys<'_>,
         layers: usize,
     ) -> Result<Vec<Option<usize>>, String> {
@@ -42,11 +44,11 @@ impl SlidingWindow {
         let switch = matches!(self, SlidingWindow::Switched | SlidingWindow::Listed);
         let on = !switch || flag(config, "use_sliding_window")?;
         let window = config.nullable("sliding_window")?;
-        let window = window.unwrap_or(family.default("sliding_window"));
+        let window = window.unwrap_or(default("sliding_window"));
         // Some configs write 0 for a window that is off.
         let window = window.filter(|&tokens| on && tokens > 0);
         let Some(Some(types)) = config.nullable::<Vec<String>>("layer_types")? else {
-            let slides = self.without_types(family, config, window.is_some())?;
+            let slides = self.without_types(default, config, window.is_some())?;
             let block = |layer: usize| window.filter(|_| slides.contains(layer));
             return Ok((0..layers).map(block).collect());
         };
@@ -81,11 +83,16 @@ impl SlidingWindow {
     }
 
     /// The blocks that slide where `layer_types` is left out; `on`: some may.
-    fn without_types(self, family: &Family, config: &Keys<'_>, on: bool) -> Result<Blocks, String> {
+    fn without_types(
+        self,
+        default: DefaultOf<'_>,
+        config: &Keys<'_>,
+        on: bool,
+    ) -> Result<Blocks, String> {
         match self {
             SlidingWindow::Switched => {
                 let first = config.found("max_window_layers")?;
-                let first = first.or(family.default("max_window_layers"));
+                let first = first.or(default("max_window_layers"));
                 Ok(Blocks::From(first.unwrap_or_default()))
             }
             SlidingWindow::Listed if on => {

@@ -1,8 +1,11 @@
 //! SmolLM3: Llama's block, of which some, by default every fourth, do not rotate.
 
-use super::{Family, Rotary, SlidingWindow, flag, parts};
-use crate::keys::Keys;
-use crate::{Attending, BlockBuilder, BlockSpec, ModelConfig, Register};
+use super::family::{Family, Rotary};
+use super::parts;
+use super::sliding_window::SlidingWindow;
+use crate::keys::{Keys, flag};
+use crate::shapes::Shapes;
+use crate::{Attending, BlockBuilder, BlockSpec, Register};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "smollm3",
@@ -20,7 +23,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-fn block(config: &ModelConfig, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
+fn block(config: &Shapes, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, String> {
     let bias = flag(keys, "attention_bias")?;
     let (rotates, plain) = (rotates(keys, layer)?, config.attending(layer));
     let how = Attending {

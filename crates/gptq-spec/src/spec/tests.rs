@@ -1,6 +1,6 @@
 //! What is computed from a description.
 
-use crate::{BlockBuilder, BlockSpec, Division, ModelConfig, Norm, NormKind, Register};
+use crate::{BlockSpec, Division, ModelConfig};
 
 /// A Llama block with fewer key heads than query heads, which together are wider than the hidden states.
 fn llama() -> BlockSpec {

@@ -8,7 +8,7 @@ use cudarc::{
 
 use crate::cuda::{
     Cuda,
-    blas::{Element, Matrix, product},
+    blas::{Element, MatrixAt, product},
     buffer, linear,
     stream::{Libraries, on_stream},
     swiglu,
@@ -95,7 +95,7 @@ fn a_library_call_on_another_stream_is_overtaken() {
                 device: libraries.device,
             };
             let [x, w, y, other] =
-                [0, 1, 2, 3].map(|at| Matrix::at(pointers[at], 0, SIDE, Element::F16));
+                [0, 1, 2, 3].map(|at| MatrixAt::at(pointers[at], 0, SIDE, Element::F16));
             for at in 1..=products {
                 let out = if at == products { y } else { other };
                 // SAFETY: three distinct buffers of this side.

@@ -1,0 +1,36 @@
+//! What a family describes the blocks of a model from.
+
+use crate::spec::{Attending, Norm, Rope};
+
+/// Shapes and constants that the blocks of a model have in common.
+pub(crate) struct Shapes {
+    pub(crate) hidden_size: usize,
+    pub(crate) intermediate_size: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) norm: Norm,
+    /// The rotary embedding of blocks in which tokens see all before them.
+    pub(crate) rope: Rope,
+    /// That of blocks with a sliding window.
+    pub(crate) sliding_rope: Rope,
+    /// By layer: how many tokens one sees, itself included, where that is fewer than all before it.
+    pub(crate) windows: Vec<Option<usize>>,
+}
+
+impl Shapes {
+    /// How block `layer` attends, in most families.
+    pub(crate) fn attending(&self, layer: usize) -> Attending {
+        let window = self.windows[layer];
+        Attending {
+            head_dim: self.head_dim,
+            rope: Some(match window {
+                Some(_) => self.sliding_rope.clone(),
+                None => self.rope.clone(),
+            }),
+            scale: None,
+            softcap: None,
+            window,
+        }
+    }
+}
