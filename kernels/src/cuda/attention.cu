@@ -187,7 +187,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     }
             }
 #if WINDOW
-            // What a row makes of a tile that it sees nothing of, the first key that it sees shrinks to nothing.
             if (first_key <= first_row + warp_row + m * 16 + 15 - sees) {
 #pragma unroll
                 for (int n = 0; n < 2 * KEY_STEPS; n++)
@@ -208,7 +207,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
                 const float shrink = power2((largest[m][h] - high) * scale_log2);
                 largest[m][h] = high;
+#if WINDOW
+                // Of a row that has seen nothing yet, hidden keys stay far below.
+                const float base = high > -1e29f ? high * scale_log2 : 0.0f;
+#else
                 const float base = high * scale_log2;
+#endif
                 float part = 0.0f;
 #pragma unroll
                 for (int n = 0; n < 2 * KEY_STEPS; n++)
