@@ -14,7 +14,7 @@ use gptq_kernels::cuda::{
     Cuda, Device, attend_next, causal_attention, embedding, gram_add, gram_zeros, linear,
     packed_linear, resident, rms_norm, rotary, solve, swiglu,
 };
-use gptq_kernels::{Hessian, Request, Scores};
+use gptq_kernels::{HessianOptions, Request, Scores};
 use gptq_solver::Settings;
 use half::f16;
 
@@ -385,7 +385,7 @@ fn solving(device: &Device) -> f64 {
                 settings,
             })
             .collect();
-        let hessian = Hessian {
+        let hessian = HessianOptions {
             act_order: true,
             damping: 0.1,
         };

@@ -19,7 +19,7 @@ impl Engine for Cpu {
         DType::F32
     }
 
-    fn kept(_half: Half, wide: bool) -> Half {
+    fn state_half(_half: Half, wide: bool) -> Half {
         match wide {
             true => Half::Bf16,
             false => Half::F16,

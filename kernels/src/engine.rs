@@ -7,8 +7,8 @@ use gptq_solver::SolverError;
 use rayon::prelude::*;
 
 use crate::{
-    Codes, Drift, Hessian, HostBuffer, Incoming, NotFinite, PackedWeight, Request, Scores, Subset,
-    attention, finite, host_solve,
+    Codes, HessianOptions, HostBuffer, Incoming, Mismatch, NotFinite, PackedWeight, Request,
+    Scores, Subset, attention, finite, host_solve,
 };
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
@@ -62,7 +62,7 @@ pub trait Engine: Backend {
 
     /// What hidden states of such a model are kept in between the stages of a run. Those of a `wide` model
     /// do not fit f16.
-    fn kept(half: Half, wide: bool) -> Half;
+    fn state_half(half: Half, wide: bool) -> Half;
 
     /// `x [tokens, in] · wᵀ`, `w [out, in]`, giving `[tokens, out]`.
     fn matmul_nt(x: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {
@@ -245,17 +245,17 @@ pub trait Engine: Backend {
     }
 
     /// Solves every linear that shares one input: orders, damps and factors its Gram matrix once,
-    /// then quantizes each weight of `requests`, or what `drift` makes of it.
+    /// then quantizes each weight of `requests`, or what `mismatch` makes of it.
     ///
     /// # Errors
     /// A Gram matrix that is not finite or cannot be factored.
     fn solve(
         gram: Tensor<Self, 2>,
-        drift: Option<Drift<Self>>,
-        hessian: Hessian,
+        mismatch: Option<Mismatch<Self>>,
+        hessian: HessianOptions,
         requests: Vec<Request<Self>>,
     ) -> Result<Subset<Self>, SolverError> {
-        host_solve::solve(gram, drift, hessian, requests)
+        host_solve::solve(gram, mismatch, hessian, requests)
     }
 
     /// Packs the codes of a linear into words and sends all of it to the host. The device may still be at it when
@@ -330,7 +330,7 @@ pub trait Engine: Backend {
     fn release_memory(_device: &Self::Device) {}
 
     /// The device's name, where devices of one kind may compute different bytes.
-    fn card(_device: &Self::Device) -> Option<String> {
+    fn device_name(_device: &Self::Device) -> Option<String> {
         None
     }
 

@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::cuda::testing;
-use crate::{Cpu, Cuda, Engine, Hessian, Request, Subset};
+use crate::{Cpu, Cuda, Engine, HessianOptions, Request, Subset};
 
 const TOKENS: usize = 256;
 const IN: usize = 64;
@@ -81,7 +81,7 @@ impl<B: Engine> On<B> {
                 refine: 0,
             },
         };
-        let hessian = Hessian {
+        let hessian = HessianOptions {
             act_order: true,
             damping,
         };

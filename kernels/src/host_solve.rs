@@ -11,21 +11,21 @@ use gptq_solver::{
 };
 use nalgebra::DMatrix;
 
-use crate::{Codes, Drift, Hessian, Request, SolveTimes, Solved, Subset};
+use crate::{Codes, HessianOptions, Mismatch, Request, SolveTimes, Solved, Subset};
 
 pub(crate) fn solve<B: Backend>(
     gram: Tensor<B, 2>,
-    drift: Option<Drift<B>>,
-    hessian: Hessian,
+    mismatch: Option<Mismatch<B>>,
+    hessian: HessianOptions,
     requests: Vec<Request<B>>,
 ) -> Result<Subset<B>, SolverError> {
     let started = Instant::now();
     let gram = symmetric(gram);
     let factor = Factor::new(&gram, hessian.act_order, hessian.damping)?;
-    let drift = match drift {
-        Some(drift) => {
-            let (gram, cross) = (symmetric(drift.gram), to_matrix(drift.cross));
-            let target = Target::new(&gram, cross, hessian.damping, drift.strength)?;
+    let mismatch = match mismatch {
+        Some(mismatch) => {
+            let (gram, cross) = (symmetric(mismatch.gram), to_matrix(mismatch.cross));
+            let target = Target::new(&gram, cross, hessian.damping, mismatch.strength)?;
             Some((target, gram))
         }
         None => None,
@@ -33,7 +33,7 @@ pub(crate) fn solve<B: Backend>(
     let factored = Instant::now();
     let solved = requests
         .into_iter()
-        .map(|request| solve_one(request, &gram, &factor, drift.as_ref()))
+        .map(|request| solve_one(request, &gram, &factor, mismatch.as_ref()))
         .collect();
     Ok(Subset {
         solved,
@@ -50,7 +50,7 @@ fn solve_one<B: Backend>(
     request: Request<B>,
     gram: &DMatrix<f64>,
     factor: &Factor<f64>,
-    drift: Option<&(Target<f64>, DMatrix<f64>)>,
+    mismatch: Option<&(Target<f64>, DMatrix<f64>)>,
 ) -> Solved<B> {
     let device = request.weight.device();
     let (shape, dtype) = (request.weight.dims(), request.weight.dtype());
@@ -64,7 +64,7 @@ fn solve_one<B: Backend>(
     let relative =
         |of: &DMatrix<f64>, q: &DMatrix<f64>| part(output_energy(&(of - q), gram), energy);
     let settings = request.settings;
-    let shifted = drift.map(|(target, gram)| {
+    let shifted = mismatch.map(|(target, gram)| {
         let (target, gain) = target.of(&w);
         (target, part(gain, output_energy(&w, gram)))
     });

@@ -31,4 +31,4 @@ pub use half_dtype::{dtype, half_of};
 pub use host_buffer::HostBuffer;
 pub use packed_weight::{PackedLayout, PackedWeight};
 pub use scores::Scores;
-pub use solve_types::{Drift, Hessian, Incoming, Request, SolveTimes, Solved, Subset};
+pub use solve_types::{HessianOptions, Incoming, Mismatch, Request, SolveTimes, Solved, Subset};

@@ -9,7 +9,7 @@ use crate::{Codes, cuda::Fetched};
 
 /// How the shared Hessian is prepared.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Hessian {
+pub struct HessianOptions {
     /// Solve columns by descending diagonal.
     pub act_order: bool,
     /// Damping as a fraction of the mean diagonal.
@@ -19,7 +19,7 @@ pub struct Hessian {
 /// How the inputs of the quantized model have drifted from the dense model's, over tokens that both
 /// ran on; see [`gptq_solver::Target`].
 #[derive(Clone, Debug)]
-pub struct Drift<B: Backend> {
+pub struct Mismatch<B: Backend> {
     /// `XᵀX` of those tokens, f32 `[in, in]`, upper triangle.
     pub gram: Tensor<B, 2>,
     /// `(X_d - X)ᵀX` with the dense model's `X_d`, f32 `[in, in]`.
@@ -82,7 +82,7 @@ pub struct Solved<B: Backend> {
     pub relative_error: f64,
     /// The same for round to nearest.
     pub rtn_error: f64,
-    /// `‖(W' - Q)X‖² / ‖WX‖²` with the weights `W'` that were rounded: those that a [`Drift`] asks for,
+    /// `‖(W' - Q)X‖² / ‖WX‖²` with the weights `W'` that were rounded: those that a [`Mismatch`] asks for,
     /// else `W` itself.
     pub objective: f64,
     /// What the options beyond plain GPTQ were good for.

@@ -69,8 +69,8 @@ impl<B: Engine> Model<B> {
     }
 
     /// What its hidden states are kept in between taps.
-    pub fn kept(&self) -> Half {
-        B::kept(self.half, self.config.wide)
+    pub fn state_half(&self) -> Half {
+        B::state_half(self.half, self.config.wide)
     }
 
     /// Returns the compute dtype.

@@ -47,7 +47,7 @@ pub(crate) trait Strategy<B: Engine> {
 
     /// Is told that a branch has its weights of `taps`: `dense` is the block without them, `stream` the states
     /// before the taps.
-    fn group(
+    fn subset_done(
         &mut self,
         _at: At,
         _dense: &Block<B>,
@@ -158,29 +158,29 @@ impl<B: Engine> BlockLoop<'_, B> {
         for stream in std::mem::take(&mut states.streams) {
             let sequential = self.plan.branches[stream.branches[0]].true_sequential;
             let taps = block.spec().taps();
-            let groups: Vec<Range<usize>> = if sequential {
+            let subsets: Vec<Range<usize>> = if sequential {
                 taps.map(|tap| tap..tap + 1).collect()
             } else {
                 vec![taps]
             };
-            self.taps(&mut entered, stream, block, &groups, strategy, &mut done)?;
+            self.taps(&mut entered, stream, block, &subsets, strategy, &mut done)?;
         }
         states.streams = done;
         Ok(())
     }
 
-    /// Gives every branch of `stream` its weights of the first of `groups`, advances with these, and continues
+    /// Gives every branch of `stream` its weights of the first of `subsets`, advances with these, and continues
     /// with the rest; a branch at a time, once they differ. Streams at the block's end are pushed to `done`.
     fn taps(
         &mut self,
         entered: &mut Entered<'_, B>,
         mut stream: Stream<B>,
         block: &Block<B>,
-        groups: &[Range<usize>],
+        subsets: &[Range<usize>],
         strategy: &mut dyn Strategy<B>,
         done: &mut Vec<Stream<B>>,
     ) -> Result<(), RunError> {
-        let Some((group, rest)) = groups.split_first() else {
+        let Some((subset, rest)) = subsets.split_first() else {
             for &branch in &stream.branches {
                 strategy.branch_end(entered.layer, branch, entered.compared.as_deref())?;
             }
@@ -193,13 +193,13 @@ impl<B: Engine> BlockLoop<'_, B> {
         let corrects = |&branch: &usize| self.plan.branches[branch].method.corrects_mismatch();
         // The model's first input is the same for all; asked all the same, its Gram matrix would be summed
         // in another order, and for branches that do not ask.
-        let embedded = layer == 0 && group.start == 0;
+        let embedded = layer == 0 && subset.start == 0;
         let dense = entered
             .dense
             .filter(|_| !embedded && stream.branches.iter().any(corrects));
         let grams = strategy
             .solves()
-            .then(|| grams(&stream, block, group.clone(), dense, device, self.clock))
+            .then(|| grams(&stream, block, subset.clone(), dense, device, self.clock))
             .transpose()?;
         let branches = std::mem::take(&mut stream.branches);
         let shared = started.elapsed().as_secs_f64() / branches.len() as f64;
@@ -209,7 +209,7 @@ impl<B: Engine> BlockLoop<'_, B> {
             let started = Instant::now();
             let mut quantized = block.clone();
             let states = parent.as_ref().expect("taken only by the last branch");
-            for (nth, tap) in group.clone().enumerate() {
+            for (nth, tap) in subset.clone().enumerate() {
                 (self.check)()?;
                 let at = At { layer, branch, tap };
                 let grams = grams.as_ref().map(|grams| grams[nth].clone());
@@ -221,9 +221,9 @@ impl<B: Engine> BlockLoop<'_, B> {
                     compared.advance(branch, tap, &quantized, device, self.clock)?;
                 }
             }
-            let tap = group.start;
+            let tap = subset.start;
             let at = At { layer, branch, tap };
-            strategy.group(at, block, &quantized, states, self.clock)?;
+            strategy.subset_done(at, block, &quantized, states, self.clock)?;
             if !splits {
                 strategy.spent(branch, shared + started.elapsed().as_secs_f64());
                 continue;
@@ -236,7 +236,7 @@ impl<B: Engine> BlockLoop<'_, B> {
             };
             let mut own = own.expect("taken only by the last branch");
             own.branches = vec![branch];
-            let own = self.advance(layer, own, &quantized, group, strategy)?;
+            let own = self.advance(layer, own, &quantized, subset, strategy)?;
             if self.frugal {
                 B::release_memory(device);
             }
@@ -245,7 +245,7 @@ impl<B: Engine> BlockLoop<'_, B> {
         }
         if let Some(mut stream) = parent {
             stream.branches = branches;
-            let stream = self.advance(layer, stream, block, group, strategy)?;
+            let stream = self.advance(layer, stream, block, subset, strategy)?;
             self.taps(entered, stream, block, rest, strategy, done)?;
         }
         Ok(())

@@ -25,7 +25,7 @@ pub enum Event<'a> {
         linears: &'a [usize],
     },
     /// A branch was finished by an earlier run.
-    Kept {
+    AlreadyFinished {
         /// Which.
         branch: usize,
         /// Its report.
@@ -51,12 +51,12 @@ pub enum Event<'a> {
         kept: usize,
     },
     /// Hidden states are on the disk.
-    StatesKept {
+    StatesSaved {
         /// Number of blocks the states have passed.
         layers: usize,
     },
     /// Hidden states were to be kept, but are not on the disk.
-    StatesNotKept {
+    StatesNotSaved {
         /// Number of blocks the states have passed.
         layers: usize,
         /// No room, a disk that fails, or a run that is to stop.

@@ -1,6 +1,6 @@
 //! The Gram matrices of a stream's inputs, and how far these have drifted from the dense model's.
 //!
-//! Branches that make up for drift compare some of their chunks with the dense model's own, which
+//! Branches that make up for mismatch compare some of their chunks with the dense model's own, which
 //! [`Dense`] takes through the blocks beside them.
 
 use std::ops::Range;
@@ -74,7 +74,7 @@ pub(crate) struct Grams<B: Engine> {
     /// `XᵀX` of all tokens, upper triangle.
     pub(crate) all: Tensor<B, 2>,
     /// `XᵀX` and `(X_d - X)ᵀX` of the tokens that the dense model was given too.
-    pub(crate) drift: Option<[Tensor<B, 2>; 2]>,
+    pub(crate) mismatch: Option<[Tensor<B, 2>; 2]>,
 }
 
 /// The Gram matrices of the input of each of `taps`, with `block`'s weights in between; the stream stays
@@ -144,7 +144,7 @@ impl<B: Engine> GramSums<B> {
         let of_dense = self.apart.as_ref().map(|[gram, _]| gram.clone());
         Grams {
             all: sum(of_dense, self.rest).expect("a lane has at least one chunk"),
-            drift: self.apart,
+            mismatch: self.apart,
         }
     }
 }

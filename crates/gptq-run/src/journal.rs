@@ -1,7 +1,7 @@
 //! Writing the journal of a run under way ([`gptq_plan::RecordedRun`] reads it).
 //!
 //! The packed tensors of the finished blocks give the hidden states again; now and then these are saved too, and the
-//! block's line has their digest ([`crate::kept_states`]). The file goes when the last branch is in place.
+//! block's line has their digest ([`crate::saved_states`]). The file goes when the last branch is in place.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use gptq_format::{FormatError, write_file};
 use gptq_plan::{FinishedBlock, Header, JOURNAL, MAX_JOURNAL, RecordedRun, journal_line};
 
-use crate::kept_states::prune;
+use crate::saved_states::prune;
 
 /// A journal being written.
 #[derive(Debug)]

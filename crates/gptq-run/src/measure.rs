@@ -65,7 +65,7 @@ impl<B: Engine> Measuring<'_, B> {
             let flows = model.flows(
                 windows,
                 chunking::<B>().windows(plan.calibration.seq_len),
-                dtype(model.kept()),
+                dtype(model.state_half()),
             )?;
             let mut states = States::begin(probes, flows, places, scratch, None)?;
             self.clock.add_start();

@@ -17,9 +17,9 @@ pub struct RunOptions<'a> {
     pub host_memory: Option<u64>,
     /// Where hidden states go that have no place in memory; without it, the output directory.
     pub scratch: Option<&'a Path>,
-    /// Keep the hidden states on the disk whenever the last kept are this old, so that a run that is
+    /// StateStorage the hidden states on the disk whenever the last kept are this old, so that a run that is
     /// stopped loses no more than that.
-    pub keep_every: Duration,
+    pub save_every: Duration,
     /// Make everything again, whatever is there.
     pub restart: bool,
     /// Once it is true, the run ends as soon as it can be gone on with.

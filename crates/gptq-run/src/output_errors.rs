@@ -111,10 +111,10 @@ impl<B: Engine> OutputErrors<B> {
             let squared = pairs.zip(&self.own[branch].chunks).map(|(dense, own)| {
                 let dense = input(block, tap, dense, device)?;
                 let own = input(block, tap, own, device)?;
-                let drift = own.clone() - dense;
+                let mismatch = own.clone() - dense;
                 let squared = solved.iter().flat_map(|&(linear, weights)| {
                     let weight = block.linear(linear).weight.dense(own.dtype());
-                    let shift = B::matmul_nt(drift.clone(), weight.clone()).cast(DType::F32);
+                    let shift = B::matmul_nt(mismatch.clone(), weight.clone()).cast(DType::F32);
                     weights.map(|rounded| {
                         let rounding = rounded.clone() - weight.clone();
                         let moved = B::matmul_nt(own.clone(), rounding).cast(DType::F32);

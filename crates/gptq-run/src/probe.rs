@@ -51,7 +51,7 @@ impl<B: Engine> Strategy<B> for Probe<'_, B> {
         Ok(())
     }
 
-    fn group(
+    fn subset_done(
         &mut self,
         at: At,
         dense: &Block<B>,

@@ -124,7 +124,7 @@ impl Work for Quantize<'_> {
         (self.on_event)(Event::Calibrated {
             warnings: &calibration.warnings(),
         });
-        let (checkpoint, card) = (model.checkpoint(), B::card(&device));
+        let (checkpoint, card) = (model.checkpoint(), B::device_name(&device));
         let prints = Fingerprints::new(plan, &calibration, checkpoint, self.device, card)?;
         let mut model_hash = ModelHash::new(checkpoint, model.config(), plan.half);
         let mut found = WorkLeft::look(plan, checkpoint, &prints, &mut model_hash, &self.options)?;
@@ -148,7 +148,7 @@ impl Work for Quantize<'_> {
         for (branch, report) in found.finished.iter().enumerate() {
             if let Some(report) = report {
                 StagedDir::tidy(&plan.branch_dir(&plan.branches[branch]))?;
-                (self.on_event)(Event::Kept { branch, report });
+                (self.on_event)(Event::AlreadyFinished { branch, report });
             }
         }
         if !unfinished {
@@ -326,7 +326,7 @@ impl Quantize<'_> {
             let flows = model.flows(
                 &inputs.calibration.windows,
                 chunking::<B>().windows(plan.calibration.seq_len),
-                dtype(model.kept()),
+                dtype(model.state_half()),
             )?;
             let checkpoint = model.checkpoint();
             let run = Run {
@@ -339,7 +339,7 @@ impl Quantize<'_> {
                 clock: &mut self.clock,
                 frugal: self.options.device_memory.is_some(),
                 stop: self.options.stop,
-                keep_every: self.options.keep_every,
+                save_every: self.options.save_every,
                 on_event: &mut |event| on_event(event.of(branches)),
             };
             let about = About {

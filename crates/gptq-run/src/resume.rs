@@ -13,9 +13,9 @@ use gptq_plan::{
 use crate::branch_progress::BranchProgress;
 use crate::fingerprint::{Fingerprints, WEIGHTS};
 use crate::journal::Journal;
-use crate::kept_states::{Kept, prune};
 use crate::model_files::ModelHash;
 use crate::options::RunOptions;
+use crate::saved_states::{SavedStates, prune};
 use crate::{RunError, sources};
 
 /// Where a fingerprint has the date that a chat template was told.
@@ -235,7 +235,7 @@ pub(crate) struct Restored {
     /// How many blocks.
     pub(crate) layers: usize,
     /// The hidden states to go on from; without them, all of the blocks are gone over again.
-    pub(crate) kept: Option<Kept>,
+    pub(crate) kept: Option<SavedStates>,
     /// For each branch of the pass, in its order.
     pub(crate) branches: Vec<RestoredBranch>,
 }
@@ -275,7 +275,7 @@ impl Restored {
         let layers = recorded.blocks.len();
         // With the last block done there is nothing to go over.
         let kept = match layers < plan.config.layers {
-            true => Kept::find(&plan.output, &recorded.blocks),
+            true => SavedStates::find(&plan.output, &recorded.blocks),
             false => None,
         };
         let damaged = |reason: String| {

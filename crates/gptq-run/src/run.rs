@@ -38,7 +38,7 @@ pub(crate) struct Run<'a, 'scope, B: Engine> {
     pub(crate) clock: &'a mut Clock,
     pub(crate) frugal: bool,
     pub(crate) stop: &'a AtomicBool,
-    pub(crate) keep_every: Duration,
+    pub(crate) save_every: Duration,
     pub(crate) on_event: &'a mut dyn FnMut(Event<'_>),
 }
 
@@ -54,7 +54,7 @@ impl<B: Engine> Run<'_, '_, B> {
     ) -> Result<Vec<BranchReport>, RunError> {
         let (plan, model, stop) = (self.plan, self.model, self.stop);
         let layers = plan.config.layers;
-        let last_kept = Instant::now();
+        let last_saved = Instant::now();
         let (first, kept) = (self.restored.first(), self.restored.kept.take());
         let mut progress = self.restored.progress();
         let mut replay = Replay {
@@ -103,8 +103,8 @@ impl<B: Engine> Run<'_, '_, B> {
                 model,
                 sink: &mut self.writer,
                 progress: &mut progress,
-                keep_every: self.keep_every,
-                last_kept,
+                save_every: self.save_every,
+                last_saved,
                 stop,
                 on_event: self.on_event,
             };

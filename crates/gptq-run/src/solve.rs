@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use gptq_kernels::{Drift, Engine, Hessian, Incoming, Request, Subset};
+use gptq_kernels::{Engine, HessianOptions, Incoming, Mismatch, Request, Subset};
 use gptq_model::{Block, Model};
 use gptq_plan::{BlockReport, BranchBlock, Clamped, LinearReport, Plan, PlannedLinear};
 
@@ -14,7 +14,7 @@ use crate::gram::Grams;
 use crate::output_errors::OutputErrors;
 use crate::profile::{Clock, Phase};
 use crate::states::States;
-use crate::{Event, RunError, hidden_range, kept_states};
+use crate::{Event, RunError, hidden_range, saved_states};
 use gptq_format::FormatError;
 
 /// Takes what is solved; on the disk, [`WriteBehind`](crate::write_behind::WriteBehind).
@@ -45,9 +45,9 @@ pub(crate) struct Solve<'a, B: Engine> {
     /// Of each branch, in the plan's order.
     pub(crate) progress: &'a mut [BranchProgress],
     /// The age of the last saved hidden states at which they are saved again.
-    pub(crate) keep_every: Duration,
+    pub(crate) save_every: Duration,
     /// When hidden states were saved last, or the run began.
-    pub(crate) last_kept: Instant,
+    pub(crate) last_saved: Instant,
     pub(crate) stop: &'a AtomicBool,
     pub(crate) on_event: &'a mut dyn FnMut(Event<'_>),
 }
@@ -88,20 +88,20 @@ pub(crate) fn solve<B: Engine>(
         settings: linear.settings,
     };
     let requests = linears.iter().map(request).collect();
-    let hessian = Hessian {
+    let hessian = HessianOptions {
         act_order: branch.desc_act,
         damping: branch.damp_percent,
     };
     let strength = branch.method.mismatch_correction;
-    let drift = grams.drift.filter(|_| strength > 0.0);
-    let drift = drift.map(|[gram, cross]| Drift {
+    let mismatch = grams.mismatch.filter(|_| strength > 0.0);
+    let mismatch = mismatch.map(|[gram, cross]| Mismatch {
         gram,
         cross,
         strength,
     });
     let started = Instant::now();
     let subset =
-        B::solve(grams.all, drift, hessian, requests).map_err(|source| RunError::Solver {
+        B::solve(grams.all, mismatch, hessian, requests).map_err(|source| RunError::Solver {
             branch: branch.name.clone(),
             modules: modules(),
             source: Box::new(source),
@@ -241,17 +241,17 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         clock: &mut Clock,
     ) -> Result<(), RunError> {
         let last = layer + 1 == self.plan.config.layers;
-        let kept = if last || self.last_kept.elapsed() < self.keep_every {
+        let kept = if last || self.last_saved.elapsed() < self.save_every {
             None
         } else {
             let started = Instant::now();
-            let kept = kept_states::keep(states, self.plan, layer, self.stop)?;
-            self.last_kept = Instant::now();
+            let kept = saved_states::keep(states, self.plan, layer, self.stop)?;
+            self.last_saved = Instant::now();
             clock.add(Phase::Write, started.elapsed().as_secs_f64());
             let layers = layer + 1;
             (self.on_event)(match &kept {
-                Ok(_) => Event::StatesKept { layers },
-                Err(why) => Event::StatesNotKept { layers, why },
+                Ok(_) => Event::StatesSaved { layers },
+                Err(why) => Event::StatesNotSaved { layers, why },
             });
             kept.ok()
         };

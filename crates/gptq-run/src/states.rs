@@ -10,7 +10,7 @@ use crate::RunError;
 use crate::gram::Dense;
 use crate::output_errors::OutputErrors;
 use crate::scratch::Scratch;
-use crate::stream::{Keep, Stream};
+use crate::stream::{StateStorage, Stream};
 
 /// Hidden states at a block's end.
 pub(crate) struct States<B: Engine> {
@@ -21,9 +21,9 @@ pub(crate) struct States<B: Engine> {
 }
 
 /// How a run's hidden states are kept.
-pub(crate) fn kept_as<B: Engine>(plan: &Plan) -> Keep {
-    Keep {
-        half: B::kept(plan.half, plan.config.wide),
+pub(crate) fn state_storage<B: Engine>(plan: &Plan) -> StateStorage {
+    StateStorage {
+        half: B::state_half(plan.half, plan.config.wide),
         clamp: plan.numerics.clamp_overflow,
     }
 }
@@ -37,7 +37,14 @@ impl<B: Engine> States<B> {
         scratch: Option<&Arc<Scratch>>,
         compare: Option<&B::Device>,
     ) -> Result<Self, RunError> {
-        let all = Stream::new(flows, 1, Vec::new(), places, scratch, kept_as::<B>(plan))?;
+        let all = Stream::new(
+            flows,
+            1,
+            Vec::new(),
+            places,
+            scratch,
+            state_storage::<B>(plan),
+        )?;
         let branches = plan.branches.len();
         let compared = compare
             .map(|device| OutputErrors::begin(&all, plan.share(), branches, device))

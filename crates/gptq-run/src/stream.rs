@@ -25,7 +25,7 @@ use crate::scratch::{DiskSlot, Scratch};
 
 /// How hidden states are kept between taps.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Keep {
+pub(crate) struct StateStorage {
     /// In this type: half the memory of f32, and its rounding is far below the quantization's error.
     pub(crate) half: Half,
     /// Bring states beyond its range back into it.
@@ -37,7 +37,7 @@ pub(crate) struct Keep {
 pub(crate) struct Stream<B: Engine> {
     pub(crate) chunks: Vec<Chunk<B>>,
     pub(crate) branches: Vec<usize>,
-    pub(crate) keep: Keep,
+    pub(crate) keep: StateStorage,
 }
 
 /// One chunk's states, where they are kept between taps.
@@ -211,7 +211,7 @@ impl<B: Engine> Chunk<B> {
         block: &Block<B>,
         taps: Range<usize>,
         device: &B::Device,
-        keep: Keep,
+        keep: StateStorage,
     ) -> Result<(Self, usize), FormatError> {
         let (flow, on_host) = match self {
             Chunk::Device(flow) => (computed(flow), None),
@@ -249,7 +249,7 @@ impl<B: Engine> Stream<B> {
         branches: Vec<usize>,
         places: &Places,
         scratch: Option<&Arc<Scratch>>,
-        keep: Keep,
+        keep: StateStorage,
     ) -> Result<Self, RunError>
     where
         RunError: From<E>,

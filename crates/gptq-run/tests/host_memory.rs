@@ -112,7 +112,7 @@ fn peak(plan: &Plan, budget: u64) -> Result<[u64; 2], RunError> {
         device_memory: None,
         host_memory: Some(budget),
         scratch: None,
-        keep_every: Duration::ZERO,
+        save_every: Duration::ZERO,
         restart: true,
         stop: &AtomicBool::new(false),
     };

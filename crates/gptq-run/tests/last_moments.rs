@@ -44,7 +44,7 @@ fn run_keeping(
         device_memory: None,
         host_memory: None,
         scratch: None,
-        keep_every,
+        save_every: keep_every,
         restart,
         stop: &stop,
     };
@@ -187,7 +187,7 @@ fn hidden_states_that_cannot_be_written_end_no_run() {
                 fs::create_dir(taken(0)).unwrap();
                 begun = true;
             }
-            Event::StatesNotKept { layers, why } => {
+            Event::StatesNotSaved { layers, why } => {
                 reasons.push(why.to_string());
                 fs::remove_dir(taken(layers - 1)).unwrap();
             }

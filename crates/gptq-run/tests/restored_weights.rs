@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use burn::tensor::{DType, Tensor, TensorData};
-use gptq_kernels::{Cpu, Engine, Hessian, Request};
+use gptq_kernels::{Cpu, Engine, HessianOptions, Request};
 use gptq_plan::{Plan, Recipe};
 use gptq_spec::ModelConfig;
 use serde_json::json;
@@ -57,7 +57,7 @@ fn packed_tensors_give_back_the_solved_weights_bit_for_bit() {
     for branch in &plan.branches {
         let x = noise(512, 128, 1);
         let gram = Cpu::gram_add(Cpu::gram_zeros(128, &Default::default()), x);
-        let hessian = Hessian {
+        let hessian = HessianOptions {
             act_order: branch.desc_act,
             damping: branch.damp_percent,
         };

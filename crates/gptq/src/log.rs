@@ -92,7 +92,7 @@ pub(crate) fn plan(plan: &Plan, device: &str, options: &RunOptions<'_>) {
         device_memory = options.device_memory,
         host_memory = options.host_memory,
         scratch = options.scratch.map(|dir| dir.display().to_string()),
-        keep_every = %humantime::format_duration(options.keep_every),
+        keep_every = %humantime::format_duration(options.save_every),
         restart = options.restart,
         "limits"
     );
@@ -140,14 +140,16 @@ pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
             "block"
         ),
         Event::Finished { report, .. } => branch(report),
-        Event::Kept { report, .. } => info!(branch = report.branch, "finished by an earlier run"),
+        Event::AlreadyFinished { report, .. } => {
+            info!(branch = report.branch, "finished by an earlier run")
+        }
         Event::Resumed { layers, kept } => info!(layers, kept, "resuming an interrupted run"),
-        Event::StatesKept { layers } => info!(layers, "hidden states saved"),
+        Event::StatesSaved { layers } => info!(layers, "hidden states saved"),
         Event::Measured { layers } => info!(layers, "sensitivity pass"),
         Event::Allocated { branch, allocation } => {
             allocated(&plan.branches[*branch].name, allocation);
         }
-        Event::StatesNotKept { layers, why } => info!(layers, why, "hidden states not saved"),
+        Event::StatesNotSaved { layers, why } => info!(layers, why, "hidden states not saved"),
     }
 }
 

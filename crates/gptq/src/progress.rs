@@ -81,7 +81,7 @@ impl<'a> Progress<'a> {
                 }
                 self.left.begin();
             }
-            Event::Kept { branch, report } => {
+            Event::AlreadyFinished { branch, report } => {
                 self.left.drop_parts(self.expected[branch].len());
                 let name = &self.plan.branches[branch].name;
                 match &self.bars {
@@ -104,8 +104,8 @@ impl<'a> Progress<'a> {
             Event::Block { .. }
             | Event::Calibrated { .. }
             | Event::NotLocked { .. }
-            | Event::StatesKept { .. }
-            | Event::StatesNotKept { .. } => {}
+            | Event::StatesSaved { .. }
+            | Event::StatesNotSaved { .. } => {}
             Event::Measured { layers } => {
                 let blocks = self.plan.config.layers;
                 let measuring = self

@@ -92,7 +92,7 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
         device_memory: args.device_memory,
         host_memory: args.host_memory,
         scratch: args.scratch.as_deref(),
-        keep_every: args.keep_every,
+        save_every: args.keep_every,
         restart: args.restart,
         stop: signals.stop(),
     };

@@ -13,8 +13,8 @@ use super::{
 };
 use crate::engine::attend_next;
 use crate::{
-    Codes, Drift, Engine, Hessian, HostBuffer, Incoming, PackedWeight, Request, Scores, Subset,
-    attention, dtype, half_of,
+    Codes, Engine, HessianOptions, HostBuffer, Incoming, Mismatch, PackedWeight, Request, Scores,
+    Subset, attention, dtype, half_of,
 };
 
 impl Engine for Cuda {
@@ -25,7 +25,7 @@ impl Engine for Cuda {
         dtype(half)
     }
 
-    fn kept(half: Half, _wide: bool) -> Half {
+    fn state_half(half: Half, _wide: bool) -> Half {
         half
     }
 
@@ -125,11 +125,11 @@ impl Engine for Cuda {
 
     fn solve(
         gram: Tensor<Self, 2>,
-        drift: Option<Drift<Self>>,
-        hessian: Hessian,
+        mismatch: Option<Mismatch<Self>>,
+        hessian: HessianOptions,
         requests: Vec<Request<Self>>,
     ) -> Result<Subset<Self>, SolverError> {
-        super::solve(gram, drift, hessian, &requests).map_err(|error| match error {
+        super::solve(gram, mismatch, hessian, &requests).map_err(|error| match error {
             Error::NotFinite { column } => SolverError::NonFiniteGram {
                 row: column,
                 col: column,
@@ -193,7 +193,7 @@ impl Engine for Cuda {
         CudaRuntime::client(device).memory_cleanup();
     }
 
-    fn card(device: &Device) -> Option<String> {
+    fn device_name(device: &Device) -> Option<String> {
         bind(device.index).ok()?.name().ok()
     }
 

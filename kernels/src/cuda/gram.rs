@@ -121,17 +121,17 @@ pub fn cross_add(
     let x = buffer::half("cross_add", "x", x)?;
     let dense = buffer::float("cross_add", "dense", dense, x.dtype)?;
     let element = Element::of(x.dtype);
-    let drift = buffer::into_float::<2>(dense) - buffer::into_float(x.clone());
-    let drift = buffer::float("cross_add", "drift", drift, x.dtype)?;
-    on_stream(&[&cross, &drift, &x], |libraries, pointers| {
+    let mismatch = buffer::into_float::<2>(dense) - buffer::into_float(x.clone());
+    let mismatch = buffer::float("cross_add", "mismatch", mismatch, x.dtype)?;
+    on_stream(&[&cross, &mismatch, &x], |libraries, pointers| {
         for first in (0..tokens).step_by(CHUNK) {
             let length = CHUNK.min(tokens - first);
             let part = |pointer| MatrixAt::at(pointer, first * n, n, element);
-            let (drift, x) = (part(pointers[1]), part(pointers[2]));
+            let (mismatch, x) = (part(pointers[1]), part(pointers[2]));
             let c = MatrixAt::at(pointers[0], 0, n, Element::F32);
             // SAFETY: rows `first..first + length` of both inputs and all of cross lie inside their
             // checked buffers, and cross is uniquely held.
-            unsafe { product(libraries, [n, n, length], drift.t(), x, 1.0, c)? };
+            unsafe { product(libraries, [n, n, length], mismatch.t(), x, 1.0, c)? };
         }
         Ok(())
     })?;

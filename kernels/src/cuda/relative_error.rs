@@ -178,7 +178,7 @@ pub(crate) enum Sum {
     Refined,
     /// `‖WX‖²` on the windows used to estimate the activation mismatch.
     Drifted,
-    /// `tr(W C Sᵀ)`, see [`DriftTarget`](super::target::DriftTarget).
+    /// `tr(W C Sᵀ)`, see [`MismatchTarget`](super::target::MismatchTarget).
     Toward,
     /// `‖S‖²`.
     Shift,

@@ -29,9 +29,9 @@ use super::{
     relative_error::{Correlation, Measurement, Sum, Sums},
     stream::{Failures, on_stream_later},
     sweep::{Swept, sweep},
-    target::DriftTarget,
+    target::MismatchTarget,
 };
-use crate::{Drift, Hessian, Request, SolveTimes, Solved, Subset};
+use crate::{HessianOptions, Mismatch, Request, SolveTimes, Solved, Subset};
 
 /// Columns whose errors from before them are taken together.
 const STRETCH: usize = 8 * PANEL;
@@ -48,8 +48,8 @@ const STRETCH: usize = 8 * PANEL;
 /// failure.
 pub fn solve(
     gram: Tensor<Cuda, 2>,
-    drift: Option<Drift<Cuda>>,
-    hessian: Hessian,
+    mismatch: Option<Mismatch<Cuda>>,
+    hessian: HessianOptions,
     requests: &[Request<Cuda>],
 ) -> Result<Subset<Cuda>, Error> {
     let started = Instant::now();
@@ -61,8 +61,8 @@ pub fn solve(
         .map(|request| buffer::half("solve", "weight", request.weight.clone()))
         .collect::<Result<Vec<_>, _>>()?;
     let factor = factor(&gram, hessian.act_order, hessian.damping)?;
-    let target = drift
-        .map(|drift| DriftTarget::new(drift, n, hessian.damping))
+    let target = mismatch
+        .map(|mismatch| MismatchTarget::new(mismatch, n, hessian.damping))
         .transpose()?;
     let factored = Instant::now();
     let refined = requests.iter().any(|request| request.settings.refine > 0);
@@ -161,7 +161,7 @@ pub fn solve(
 }
 
 /// What the options gained, from what was summed.
-fn gains(settings: &Settings, target: Option<&DriftTarget>, sums: Sums) -> Gains {
+fn gains(settings: &Settings, target: Option<&MismatchTarget>, sums: Sums) -> Gains {
     let output = sums.of(Sum::Output);
     let part = |sum| Sums::part(sums.of(sum), output);
     Gains {

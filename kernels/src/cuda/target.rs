@@ -15,7 +15,7 @@ use super::{
     relative_error::{Correlation, Measurement, Sum},
     stream::on_stream,
 };
-use crate::Drift;
+use crate::Mismatch;
 
 /// Copies a buffer.
 fn copied(buffer: &Buffer) -> Result<Buffer, Error> {
@@ -36,7 +36,7 @@ fn copied(buffer: &Buffer) -> Result<Buffer, Error> {
 }
 
 /// Correction for weights that share an input.
-pub(crate) struct DriftTarget {
+pub(crate) struct MismatchTarget {
     lower: Buffer,
     cross: Buffer,
     strength: f64,
@@ -45,33 +45,33 @@ pub(crate) struct DriftTarget {
     correlation: Correlation,
 }
 
-impl DriftTarget {
-    /// Factors the Gram matrix of `drift`.
+impl MismatchTarget {
+    /// Factors the Gram matrix of `mismatch`.
     ///
     /// # Errors
     ///
     /// Those of [`factor`](super::factor::factor()), or matrices that are not `[n, n]`.
-    pub(crate) fn new(drift: Drift<Cuda>, n: usize, damping: f64) -> Result<Self, Error> {
-        if drift.gram.dims() != [n, n] || drift.cross.dims() != [n, n] {
+    pub(crate) fn new(mismatch: Mismatch<Cuda>, n: usize, damping: f64) -> Result<Self, Error> {
+        if mismatch.gram.dims() != [n, n] || mismatch.cross.dims() != [n, n] {
             return Err(Error::Shape {
                 operation: "target",
                 reason: format!(
                     "gram {:?} and cross {:?} of an activation mismatch for {n} columns",
-                    drift.gram.dims(),
-                    drift.cross.dims()
+                    mismatch.gram.dims(),
+                    mismatch.cross.dims()
                 ),
             });
         }
-        let gram = buffer::float("target", "gram", drift.gram, DType::F32)?;
-        let cross = buffer::float("target", "cross", drift.cross, DType::F32)?;
+        let gram = buffer::float("target", "gram", mismatch.gram, DType::F32)?;
+        let cross = buffer::float("target", "cross", mismatch.cross, DType::F32)?;
         // A dense input that is not finite reaches the diagonal.
         diagonal(&cross)?;
         let columns = diagonal(&gram)?;
         let (lower, ridge) = unordered(&gram, &columns, damping)?;
-        Ok(DriftTarget {
+        Ok(MismatchTarget {
             lower,
             cross,
-            strength: drift.strength,
+            strength: mismatch.strength,
             ridge,
             correlation: Correlation::new(&gram, &columns),
         })

@@ -283,7 +283,7 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
         weight: tensor(&w, [out, n]),
         settings,
     };
-    let hessian = Hessian {
+    let hessian = HessianOptions {
         act_order: true,
         damping: 0.01,
     };

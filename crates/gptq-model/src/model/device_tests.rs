@@ -67,7 +67,7 @@ fn every_family_gives_the_logits_of_transformers_on_a_device() {
         let (error, same) = Device::Cuda(0).run(Compared(fixture.clone())).unwrap();
         println!("{fixture}: {error:.2e}, {same} of 48 tokens");
         // Transformers' own f16 forward differs by up to 0.35 of logits of size 3.5 in single ones.
-        if error > 0.02 || same < 46 {
+        if error.is_nan() || error > 0.02 || same < 46 {
             wrong.push(fixture);
         }
     }

@@ -325,8 +325,8 @@ fn every_linear_is_written_before_the_record_of_its_block() {
         model: &model,
         sink: &mut sink,
         progress: &mut progress,
-        keep_every: Duration::MAX,
-        last_kept: Instant::now(),
+        save_every: Duration::MAX,
+        last_saved: Instant::now(),
         stop: &AtomicBool::new(false),
         on_event: &mut |_| events += 1,
     };

@@ -8,7 +8,7 @@ use gptq_model::Model;
 use gptq_plan::Places;
 
 use super::*;
-use crate::stream::Keep;
+use crate::stream::StateStorage;
 
 const TOKENS: usize = 80;
 
@@ -61,7 +61,7 @@ impl Work for Compared {
     fn run<B: Engine>(self, device: B::Device) {
         let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/models/medi-tiny");
         let model = Model::<B>::open(Path::new(dir), &device).unwrap();
-        let half = model.kept();
+        let half = model.state_half();
         let windows: Vec<Vec<u32>> = (0..3)
             .map(|w| {
                 (0..TOKENS as u32)
@@ -70,7 +70,7 @@ impl Work for Compared {
             })
             .collect();
         let flows = model.flows(&windows, 2, gptq_kernels::dtype(half)).unwrap();
-        let keep = Keep { half, clamp: false };
+        let keep = StateStorage { half, clamp: false };
         let all = Stream::new(flows, 1, Vec::new(), &Places::DEVICE, None, keep).unwrap();
         let share = Share {
             windows: 1,

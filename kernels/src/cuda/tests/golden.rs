@@ -8,7 +8,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 
 use super::solving::request;
-use crate::Hessian;
+use crate::HessianOptions;
 use crate::cuda::{
     solve,
     testing::{device, tensor_f32},
@@ -63,7 +63,7 @@ fn each_case(scale_search: bool, least_share: f64) {
         let (weight, gram) = (weights(&file, layer), hessian(&file, layer));
         let n = gram.len().isqrt();
         let settings = settings(case, scale_search);
-        let prepared = Hessian {
+        let prepared = HessianOptions {
             act_order: case["desc_act"].as_bool().unwrap(),
             damping: case["damp_percent"].as_f64().unwrap(),
         };

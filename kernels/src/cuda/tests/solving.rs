@@ -12,7 +12,7 @@ use crate::cuda::{
     Cuda, Device, Error, cross_add, dequantize, gram_add, gram_zeros, solve,
     testing::{Random, device, distance, rounding, tensor, tensor_f32, values, wide},
 };
-use crate::{Drift, Engine, Hessian, Request, Solved, Subset};
+use crate::{Engine, HessianOptions, Mismatch, Request, Solved, Subset};
 
 /// Makes correlated inputs of very different scales, with the last column dead.
 fn inputs<E: Element>(random: &mut Random, tokens: usize, n: usize) -> Vec<E> {
@@ -177,7 +177,7 @@ fn compare_of<E: Element>(
     )
     .unwrap();
     let requests = [0, 1].map(|at| request(&weights[at], n, settings, &device));
-    let hessian = Hessian {
+    let hessian = HessianOptions {
         act_order,
         damping: 0.1,
     };
@@ -327,17 +327,17 @@ fn drifted_of<E: Element>() {
         let [x_here, dense_here] = [&x, &dense].map(|v| tensor(v, [tokens, n], &device));
         let gram = gram_add(gram_zeros(n, &device).unwrap(), x_here.clone()).unwrap();
         let cross = cross_add(gram_zeros(n, &device).unwrap(), dense_here, x_here).unwrap();
-        let drift = Drift {
+        let mismatch = Mismatch {
             gram: gram.clone(),
             cross: cross.clone(),
             strength,
         };
-        let hessian = Hessian {
+        let hessian = HessianOptions {
             act_order: true,
             damping: 0.1,
         };
         let requests = [request(&weight, n, s, &device)];
-        let subset = solve(gram, Some(drift), hessian, &requests).unwrap();
+        let subset = solve(gram, Some(mismatch), hessian, &requests).unwrap();
 
         let [x, dense] =
             [x, dense].map(|v| DMatrix::from_row_iterator(tokens, n, v.iter().map(|v| wide(*v))));
@@ -372,7 +372,7 @@ fn solve_indefinite(gram: &[f32], device: &Device) -> Result<Subset<Cuda>, Error
     let n = gram.len().isqrt();
     let s = settings(Bits::Four, GroupSize::Columns(32));
     let weight = Random(60).halves::<f16>(32 * n, 0.05);
-    let hessian = Hessian {
+    let hessian = HessianOptions {
         act_order: false,
         damping: 0.001,
     };
@@ -410,7 +410,7 @@ fn the_widest_factor_solves_as_the_host_does_on_a_diagonal() {
     }
     let s = settings(Bits::Four, GroupSize::Columns(128));
     let weight = Random(80).halves::<f16>(32 * n, 0.05);
-    let hessian = Hessian {
+    let hessian = HessianOptions {
         act_order: false,
         damping: 0.1,
     };

@@ -22,7 +22,7 @@ use sha2::{Digest, Sha256};
 use crate::gram::Dense;
 use crate::output_errors::OutputErrors;
 use crate::scratch::Scratch;
-use crate::states::{States, kept_as};
+use crate::states::{States, state_storage};
 use crate::stream::Stream;
 use crate::{RunError, disk_space};
 
@@ -50,7 +50,7 @@ struct IndexedStream {
 }
 
 /// Saved hidden states from which a run can resume.
-pub(crate) struct Kept {
+pub(crate) struct SavedStates {
     /// Number of blocks the states have passed.
     pub(crate) layers: usize,
     path: PathBuf,
@@ -183,14 +183,14 @@ impl StatesIndex {
     }
 }
 
-impl Kept {
+impl SavedStates {
     /// Finds the last saved states recorded in the journal that are unchanged.
-    pub(crate) fn find(output: &Path, blocks: &[FinishedBlock]) -> Option<Kept> {
+    pub(crate) fn find(output: &Path, blocks: &[FinishedBlock]) -> Option<SavedStates> {
         blocks.iter().rev().find_map(|block| {
             let path = path(output, block.layer);
             let regular = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
             let same = || sha256_file(&path).ok() == block.states;
-            (block.states.is_some() && regular && same()).then(|| Kept {
+            (block.states.is_some() && regular && same()).then(|| SavedStates {
                 layers: block.layer + 1,
                 path: path.clone(),
             })
@@ -226,7 +226,7 @@ impl Kept {
         if index.bytes().and_then(|b| b.checked_add(line.len() as u64)) != Some(length) {
             return Err(damaged());
         }
-        let keep = kept_as::<B>(plan);
+        let keep = state_storage::<B>(plan);
         let mut stream = |indexed: IndexedStream, step, places: &Places| {
             let named = |name: &String| plan.branches.iter().position(|b| &b.name == name);
             let branches: Option<Vec<_>> = indexed.branches.iter().map(named).collect();
