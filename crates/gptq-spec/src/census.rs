@@ -80,7 +80,7 @@ impl Census {
     /// Returns the checkpoint and its config, unless the census found a fault.
     ///
     /// # Errors
-    /// Its fault.
+    /// The fault.
     pub fn sound(self) -> Result<(ModelConfig, Checkpoint), SpecError> {
         match self.fault {
             None => Ok((self.config, self.checkpoint)),
@@ -120,9 +120,9 @@ impl Census {
                 if differs {
                     self.config.tied_embeddings = false;
                     self.warnings.push(format!(
-                        "{head_name} is another matrix than {embedding_name}, although config.json says \
-                         tie_word_embeddings: it is used as the model's head, as Transformers has it, and \
-                         branches keep it and say false"
+                        "{head_name} differs from {embedding_name}, although config.json sets \
+                         tie_word_embeddings: it is used as the model's head, as in Transformers, and \
+                         branches keep it and set false"
                     ));
                 }
                 Ok(())
@@ -170,8 +170,8 @@ impl Census {
 }
 
 impl Counting<'_> {
-    /// Looks at every tensor: those that are carried along, and what is to be said of them and of those that are
-    /// left out.
+    /// Checks every tensor; returns those that are copied as they are, and warnings about them and about those
+    /// that are ignored.
     fn count(mut self) -> Result<(Vec<ModelTensor>, Vec<String>), SpecError> {
         self.method()?;
         self.adapter()?;
@@ -344,8 +344,8 @@ impl Counting<'_> {
         Ok(missing)
     }
 
-    /// Every other tensor: refused where the model would be another with it, else carried along where the family
-    /// has such, else left out.
+    /// Checks every other tensor: those that would change the model are refused, those of a part that is not run
+    /// are copied as they are, the rest are ignored.
     fn unknown(&self) -> Result<(Vec<ModelTensor>, Vec<String>), SpecError> {
         let naming = self.config.naming;
         let own = ["layers.", "norm.", "embed_"].map(|part| format!("{}{part}", naming.stem));
@@ -408,13 +408,13 @@ impl Counting<'_> {
         let mut warnings = Vec::new();
         if !carried.is_empty() {
             warnings.push(format!(
-                "{} of a part that is not run, and copied as they are",
+                "{} part of what is not run, and copied unchanged",
                 are(&carried)
             ));
         }
         if !outside.is_empty() {
             warnings.push(format!(
-                "{} of no part of the model, and left out",
+                "{} not part of the model and ignored",
                 are(&outside)
             ));
         }
