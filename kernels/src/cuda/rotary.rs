@@ -125,7 +125,7 @@ fn partial_rotary_kernel<F: Float, N: Size>(
             let mut first = d < half;
             if comptime!(interleaved) {
                 pair = d / 2;
-                first = d % 2 == 0;
+                first = 2 * pair == d;
             }
             let mut other = unit - half;
             if comptime!(interleaved) {

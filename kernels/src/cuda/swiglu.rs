@@ -46,7 +46,7 @@ fn geglu_kernel<F: Float, N: Size>(
         let u = Vector::<f32, N>::cast_from(up[at]);
         let one = Vector::<f32, N>::new(1.0);
         let cubic = g + g * g * g * Vector::<f32, N>::new(0.044715);
-        let minus = Vector::<f32, N>::new(-1.595_769_1);
+        let minus = Vector::<f32, N>::new(-1.595_769);
         out[at] = Vector::<F, N>::cast_from(g / (one + (cubic * minus).exp()) * u);
     }
 }
