@@ -62,7 +62,7 @@ pub(crate) fn refused(output: Output) -> String {
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     // Except warnings, and progress of downloads before they fail.
-    let aside = |line: &&str| line.contains("warning:") || line.starts_with("fetch");
+    let aside = |line: &&str| line.contains("warning:") || line.starts_with("download");
     let errors: Vec<&str> = stderr.lines().filter(|line| !aside(line)).collect();
     assert_eq!(errors.len(), 1, "one line: {stderr}");
     assert!(errors[0].starts_with("gptq: "), "{stderr}");

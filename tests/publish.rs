@@ -246,7 +246,7 @@ fn a_dense_model_of_one_file_is_not_replaced_without_being_asked_for() {
     let out = scratch.out();
     hub.put("models", REPO, "main", "model.safetensors", b"dense");
     let line = refused(publish(&hub, &out, &["--unverified"]));
-    assert!(line.contains("take model.safetensors away"), "{line}");
+    assert!(line.contains("would remove model.safetensors"), "{line}");
     let there = || hub.files("models", REPO, "main").unwrap()["model.safetensors"].clone();
     assert_eq!(there(), b"dense");
     let output = publish(&hub, &out, &["--unverified", "--delete"]);
