@@ -215,7 +215,7 @@ fn what_should_be_known_of_the_texts_is_said_by_all_who_read_them() {
     );
     let words = [
         "ends documents with token 2 (\"</s>\")",
-        "by config.json 77",
+        "differs: config.json 77",
         "each token is read",
         "would read each once",
         "after the last full window of 3000",

@@ -184,7 +184,7 @@ fn what_fills_no_window_is_counted_and_a_window_that_takes_it_in_is_named() {
     let warning = short.left_over_warning().unwrap();
     for words in [
         "1023 of the evaluation text's 1832",
-        "808 behind",
+        "808 after the last full window",
         "--window 916",
         "score 1830",
     ] {

@@ -224,7 +224,7 @@ fn whatever_is_no_dict_of_tensors_is_refused() {
     for (pickle, word) in [
         (Pickle::new().raw(b"N."), "no dict"),
         (Pickle::new().raw(b"}."), "no tensor by name"),
-        (Pickle::new().raw(b"}K\x01Ns."), "no text"),
+        (Pickle::new().raw(b"}K\x01Ns."), "not text"),
         (Pickle::new().raw(b"}NNNu."), "mark"),
         (Pickle::new().raw(b"}(NNNu."), "without a value"),
         (Pickle::new().raw(b"(."), "empty stack"),
