@@ -141,7 +141,7 @@ impl<R: Read> Read for Metered<R> {
     }
 }
 
-/// Whether to continue, or an error.
+/// Control flow after a line: continue, stop, or an error.
 type LineFlow = Result<ControlFlow<()>, CalibrationError>;
 
 /// Iterates over lines, numbered from 1, without line endings.

@@ -21,7 +21,7 @@ use crate::{
 /// file.
 pub const TABLE_PIECE: usize = 1 << 21;
 
-/// How the name of a model's embedding table ends.
+/// End of the name of a model's embedding table.
 const EMBEDDING: &str = "embed_tokens.weight";
 
 /// A mapped checkpoint directory.
@@ -336,7 +336,7 @@ impl Checkpoint {
     /// need not be in memory. Pages of the file are dropped after reading.
     ///
     /// # Errors
-    /// As [`Checkpoint::halves_into`], and errors of `take`.
+    /// Those of [`Checkpoint::halves_into`], and errors of `take`.
     pub fn half_pieces<E: From<FormatError>>(
         &self,
         half: Half,
@@ -455,7 +455,7 @@ impl Checkpoint {
         Ok(Some(digests.into_iter().collect()))
     }
 
-    /// How a module is stored, where it is quantized.
+    /// Format and shape of a quantized module; `None` if it is not quantized.
     fn linear(
         &self,
         module: &str,

@@ -38,7 +38,7 @@ impl TensorDigests {
         all.find(|suffix| self.get(suffix) != other.get(suffix))
     }
 
-    /// Whether there are no more of them, and none longer, than a linear can have.
+    /// Checks that their number and lengths are possible for one linear layer.
     ///
     /// # Errors
     /// A pattern beyond a limit; the error is half a line.

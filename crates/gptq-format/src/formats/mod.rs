@@ -25,7 +25,7 @@ pub trait OutputFormat: Debug + Send + Sync {
     /// The tensors of one linear, in the order in which they are listed and compared.
     fn parts(&self, linear: &LinearShape) -> Vec<PartSpec>;
 
-    /// Whether files with these settings may lack a tensor, as they say what would be in it.
+    /// Returns true if files with these settings may lack a tensor, because the settings imply its content.
     fn may_lack(&self, _suffix: &str, _settings: &QuantizeConfig) -> bool {
         false
     }
@@ -35,7 +35,7 @@ pub trait OutputFormat: Debug + Send + Sync {
         format!("{module}.{suffix}")
     }
 
-    /// Whether the format can hold such a linear.
+    /// Checks that the format can hold such a linear layer.
     ///
     /// # Errors
     /// It cannot, and what to do about it.
@@ -94,7 +94,7 @@ pub trait OutputFormat: Debug + Send + Sync {
 
 /// The tensors of a checkpoint, as far as a format reads them.
 pub trait StoredTensors {
-    /// How the checkpoint is quantized, where it is.
+    /// Quantization settings of the checkpoint; `None` if it is dense.
     fn settings(&self) -> Option<&QuantizeConfig>;
 
     /// Whether there is a tensor of this name.
