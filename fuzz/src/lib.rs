@@ -1,4 +1,4 @@
-//! What the fuzz targets share: checkpoints, rows, reports and models of given bytes.
+//! Parts that the fuzz targets share: checkpoints, rows, reports and models of given bytes.
 
 use std::fs;
 use std::ops::ControlFlow;

@@ -1,4 +1,4 @@
-//! Which devices there are, and work on the backend of one.
+//! Devices of the machine, and work on the backend of one.
 
 use std::fmt;
 use std::str::FromStr;
@@ -41,14 +41,14 @@ pub enum Device {
 
 /// Something to do on whichever backend a [`Device`] names.
 pub trait Work {
-    /// What comes back.
+    /// Result of the work.
     type Output;
 
     /// Does it on one backend.
     fn run<B: Engine>(self, device: B::Device) -> Self::Output;
 }
 
-/// Why a device cannot be used.
+/// Reasons that a device cannot be used.
 #[derive(Debug, Error, PartialEq)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum DeviceError {
@@ -122,8 +122,8 @@ impl Device {
     }
 }
 
-/// How many CUDA devices the driver sees, at least one. The driver is loaded here, at run time;
-/// without it this is an error, not a crash.
+/// Returns the number of CUDA devices that the driver reports, at least one. The driver is loaded here,
+/// at run time; without it this is an error, not a crash.
 fn cuda_devices() -> Result<usize, String> {
     match device_count()? {
         0 => Err("the driver reports none".into()),

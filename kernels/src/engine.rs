@@ -46,22 +46,22 @@ const GRAM_PANEL: usize = 128;
 /// Like Burn's own operations these return tensors, not results: a device that fails unwinds, and
 /// [`Device::run`](crate::Device::run) turns that into an error.
 pub trait Engine: Backend {
-    /// How many chunks of windows are worth running at the same time: more than 1 where single
-    /// operations leave cores idle. A constant, so that sums do not depend on the machine's cores.
+    /// Number of chunks of windows that are worth running at the same time: more than 1 if single
+    /// operations leave cores idle. It is a constant, so that sums do not depend on the machine's cores.
     const LANES: usize = 1;
 
-    /// Tokens whose transient activations are worth having at once, in whole windows.
+    /// Number of tokens whose transient activations are worth having at once, in whole windows.
     const CHUNK_TOKENS: usize = 4096;
 
-    /// Whether generation leaves quantized weights packed on the device and multiplies with them
-    /// there; without it they are dequantized once, when they are loaded.
+    /// True if generation leaves quantized weights packed on the device and multiplies with them there;
+    /// otherwise they are dequantized once, when they are loaded.
     const KEEPS_PACKED: bool = false;
 
-    /// Element type of weights and activations in the forward pass of a model taken in `half`.
+    /// Returns the element type of weights and activations in the forward pass of a model taken in `half`.
     fn compute(half: Half) -> DType;
 
-    /// What hidden states of such a model are kept in between the stages of a run. Those of a `wide` model
-    /// do not fit f16.
+    /// Returns the type in which hidden states of such a model are kept between the stages of a run. Those of
+    /// a `wide` model do not fit f16.
     fn state_half(half: Half, wide: bool) -> Half;
 
     /// `x [tokens, in] · wᵀ`, `w [out, in]`, giving `[tokens, out]`.
@@ -136,7 +136,8 @@ pub trait Engine: Backend {
         Tensor::cat(parts, 3)
     }
 
-    /// As [`Engine::rotary`], with neighbours `x[2i], x[2i + 1]` in place of the halves' `x[i], x[half + i]`.
+    /// Does the same as [`Engine::rotary`], but pairs neighbours `x[2i], x[2i + 1]` in place of the halves'
+    /// `x[i], x[half + i]`.
     fn rotary_interleaved(
         x: Tensor<Self, 4>,
         cos: Tensor<Self, 2>,
@@ -320,8 +321,8 @@ pub trait Engine: Backend {
         finite::clamp(x, half)
     }
 
-    /// What of `x` is not finite. For explaining a failure: a run finds one on its Gram matrices'
-    /// diagonals, which a solve looks at anyway.
+    /// Finds the values of `x` that are not finite, to explain a failure: a run detects one on the diagonals
+    /// of its Gram matrices, which a solve reads anyway.
     fn not_finite(x: Tensor<Self, 2>) -> Option<NotFinite> {
         finite::not_finite(x)
     }

@@ -17,10 +17,10 @@ pub struct PackedWeight<B: Backend> {
     pub layout: PackedLayout<B>,
 }
 
-/// Where codes, scales and zero points lie.
+/// Layout of codes, scales and zero points.
 #[derive(Clone, Debug)]
 pub enum PackedLayout<B: Backend> {
-    /// As [`PackedLinear`] has them.
+    /// The layout of [`PackedLinear`].
     Columns {
         /// i32 `[in * bits / 32, out]`.
         codes: Tensor<B, 2, Int>,
@@ -81,7 +81,7 @@ impl<B: Backend> PackedWeight<B> {
         }
     }
 
-    /// Where the tensors are.
+    /// Returns the device that holds the tensors.
     pub fn device(&self) -> B::Device {
         match &self.layout {
             PackedLayout::Columns { codes, .. } | PackedLayout::Rows { codes, .. } => {

@@ -1,6 +1,6 @@
-//! How attention weighs a key for a query, where that is not the usual way.
+//! Attention scores that differ from plain causal attention.
 
-/// From the product of a query with a key to its share: `score = scale q·k`, then
+/// Steps from the product of a query and a key to the key's weight: `score = scale q·k`, then
 /// `softcap tanh(score / softcap)`, then the mask, then the softmax. The default is plain causal attention.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Scores {

@@ -1,4 +1,4 @@
-//! What a solve is asked for and what comes of it, on any engine.
+//! Inputs and results of a solve, on any engine.
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
@@ -7,7 +7,7 @@ use gptq_solver::{Gains, Settings};
 
 use crate::{Codes, cuda::Fetched};
 
-/// How the shared Hessian is prepared.
+/// Preparation of the shared Hessian.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HessianOptions {
     /// Solve columns by descending diagonal.
@@ -16,7 +16,7 @@ pub struct HessianOptions {
     pub damping: f64,
 }
 
-/// How the inputs of the quantized model have drifted from the dense model's, over tokens that both
+/// Drift of the quantized model's inputs from the dense model's, over tokens that both
 /// ran on; see [`gptq_solver::Target`].
 #[derive(Clone, Debug)]
 pub struct Mismatch<B: Backend> {
@@ -24,7 +24,7 @@ pub struct Mismatch<B: Backend> {
     pub gram: Tensor<B, 2>,
     /// `(X_d - X)ᵀX` with the dense model's `X_d`, f32 `[in, in]`.
     pub cross: Tensor<B, 2>,
-    /// How much of it to make up for, 0 to 1.
+    /// Share of the drift to make up for, 0 to 1.
     pub strength: f64,
 }
 
@@ -85,20 +85,20 @@ pub struct Solved<B: Backend> {
     /// `‖(W' - Q)X‖² / ‖WX‖²` with the weights `W'` that were rounded: those that a [`Mismatch`] asks for,
     /// else `W` itself.
     pub objective: f64,
-    /// What the options beyond plain GPTQ were good for.
+    /// Gains of the options beyond plain GPTQ.
     pub gains: Gains,
 }
 
-/// What came of a set of linears with one input.
+/// Result for a set of linears with one input.
 #[derive(Debug)]
 pub struct Subset<B: Backend> {
-    /// In the order of the requests.
+    /// Results of the linears, in the order of the requests.
     pub solved: Vec<Solved<B>>,
-    /// The damping that succeeded.
+    /// Damping that succeeded.
     pub damping: f64,
     /// Inputs that are always zero.
     pub dead_columns: usize,
-    /// Where the time went.
+    /// Times of the solve.
     pub times: SolveTimes,
 }
 

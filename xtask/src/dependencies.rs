@@ -19,7 +19,7 @@ const WITHOUT_DEVICES: [&str; 6] = [
     "gptq-plan",
     "gptq-report",
 ];
-/// How the names of packages that link one begin.
+/// Prefixes of the names of packages that link one.
 const DEVICES: [&str; 3] = ["burn", "cubecl", "cudarc"];
 
 /// Allowed licences and sources.

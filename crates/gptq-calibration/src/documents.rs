@@ -149,7 +149,7 @@ pub(crate) fn send(
 struct Looked {
     rows: usize,
     left_out: LeftOut,
-    /// For each needed column that no row has had so far: the error with the first row's columns.
+    /// Error for each needed column that no row has had so far, with the first row's columns.
     missing: Vec<Option<CalibrationError>>,
 }
 

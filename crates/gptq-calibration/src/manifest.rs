@@ -47,7 +47,7 @@ pub struct Manifest {
     pub dedupe: bool,
     /// Template, or other conversion of a row to a document.
     pub template: String,
-    /// Returns the SHA-256 of `tokenizer.json`.
+    /// SHA-256 of `tokenizer.json`.
     pub tokenizer_sha256: String,
     /// Tokens in the rows used.
     pub available_tokens: usize,

@@ -14,13 +14,13 @@ use crate::CalibrationError;
 pub struct HashedFile {
     /// File name, without local directories.
     pub name: String,
-    /// Returns its size in bytes.
+    /// Its size in bytes.
     pub bytes: u64,
     /// Its SHA-256, lower-case hexadecimal.
     pub sha256: String,
 }
 
-/// RowFormat of the rows.
+/// Format of the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RowFormat {
     Json,

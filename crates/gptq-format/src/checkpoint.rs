@@ -365,7 +365,7 @@ impl Checkpoint {
     /// Checks that a floating-point tensor is complete and can be converted to `half`.
     ///
     /// # Errors
-    /// As [`Checkpoint::halves_into`].
+    /// The same errors as [`Checkpoint::halves_into`].
     pub fn check_halves(&self, half: Half, name: &str, shape: &[usize]) -> Result<(), FormatError> {
         self.half_pieces(half, name, shape, TABLE_PIECE, |_, _| Ok(()))
     }
@@ -373,7 +373,7 @@ impl Checkpoint {
     /// Returns a floating-point tensor as f16, row-major.
     ///
     /// # Errors
-    /// As [`Checkpoint::halves_into`].
+    /// The same errors as [`Checkpoint::halves_into`].
     pub fn f16(&self, name: &str, shape: &[usize]) -> Result<Vec<f16>, FormatError> {
         Ok(self.halves(Half::F16, name, shape)?.reinterpret_into())
     }

@@ -55,7 +55,7 @@ impl TensorDigests {
 }
 
 impl FromIterator<(String, String)> for TensorDigests {
-    /// From suffixes and digests.
+    /// Builds the digests from pairs of suffix and digest.
     fn from_iter<T: IntoIterator<Item = (String, String)>>(digests: T) -> Self {
         TensorDigests(digests.into_iter().collect())
     }
@@ -75,7 +75,7 @@ pub struct FileDigest {
 }
 
 impl FileDigest {
-    /// Of a file, read a piece at a time; `None` as soon as `stop` says so.
+    /// Computes the digest of a file, read a piece at a time; `None` as soon as `stop` returns true.
     ///
     /// # Errors
     /// The file cannot be read.
@@ -83,10 +83,10 @@ impl FileDigest {
         Self::scanned(path, &mut FloatScan::default(), stop)
     }
 
-    /// The same, with a look at the values that go by.
+    /// Does the same, and passes each piece to `scan`.
     ///
     /// # Errors
-    /// It cannot be read; what `scan` finds.
+    /// The file cannot be read, or `scan` finds a value that cannot be quantized.
     pub fn scanned(
         path: &Path,
         scan: &mut FloatScan,

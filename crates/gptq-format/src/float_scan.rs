@@ -15,7 +15,7 @@ use crate::{FormatError, Half};
 /// Tensors of one file, and the progress of their scan.
 #[derive(Clone, Debug, Default)]
 pub struct FloatScan {
-    /// In the order of their bytes, without overlaps.
+    /// Parts of the file, in the order of their bytes, without overlaps.
     parts: Vec<ScannedTensor>,
     /// Index of the current part.
     part: usize,
@@ -23,7 +23,7 @@ pub struct FloatScan {
     at: u64,
     /// Beginning of an element that is split between two pieces.
     begun: Vec<u8>,
-    /// For the current tensor: index of the first value and number of values that are not finite,
+    /// Findings in the current tensor: index of the first value and number of values that are not finite,
     /// and the same for those that are too large.
     found: [Option<(usize, usize)>; 2],
 }

@@ -56,7 +56,7 @@ impl Half {
     /// Rounds to nearest even.
     ///
     /// # Panics
-    /// If the lengths differ.
+    /// The lengths differ.
     pub(crate) fn round(self, from: &[f32], to: &mut [u16]) {
         match self {
             Half::F16 => (to.reinterpret_cast_mut::<f16>()).convert_from_f32_slice(from),

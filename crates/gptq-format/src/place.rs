@@ -1,4 +1,4 @@
-//! Where a tensor lies in a file.
+//! Location of a tensor in a file.
 
 use std::ops::Range;
 

@@ -112,7 +112,7 @@ impl QuantizeConfig {
     /// Reads `quantize_config.json`; `None` if it is missing.
     ///
     /// # Errors
-    /// As [`QuantizeConfig::read`].
+    /// The same errors as [`QuantizeConfig::read`].
     pub fn own(dir: &Path) -> Result<Option<QuantizeConfig>, FormatError> {
         let path = dir.join("quantize_config.json");
         if !path.exists() {
@@ -125,7 +125,7 @@ impl QuantizeConfig {
     /// Reads `quantization_config` in `config.json`; `None` if it is missing.
     ///
     /// # Errors
-    /// As [`QuantizeConfig::read`].
+    /// The same errors as [`QuantizeConfig::read`].
     pub fn inside(dir: &Path) -> Result<Option<QuantizeConfig>, FormatError> {
         let path = dir.join("config.json");
         if !path.exists() {

@@ -292,7 +292,7 @@ mod tests {
         });
     }
 
-    /// If the process is killed while replacing a branch, some of the three directories remain; the
+    /// Some of the three directories remain if the process is killed while replacing a branch; the
     /// next commit leaves only the new one.
     #[test]
     fn whatever_a_kill_left_of_a_replacement_the_next_commit_leaves_one_directory() {

@@ -114,7 +114,7 @@ impl<'a> TensorView<'a> {
     /// A dtype that is not a float, a value that is not finite, or one beyond the range of `half`.
     ///
     /// # Panics
-    /// If `out` has another length.
+    /// The length of `out` is not the number of elements.
     pub fn halves_into(&self, half: Half, out: &mut [u16]) -> Result<(), FormatError> {
         assert_eq!(out.len(), self.elements(), "{}", self.name);
         let float = Float::of(self)?;
@@ -126,7 +126,7 @@ impl<'a> TensorView<'a> {
     /// the rest is checked but not passed on.
     ///
     /// # Errors
-    /// As [`TensorView::halves_into`], and errors of `take`.
+    /// The same errors as [`TensorView::halves_into`], and errors of `take`.
     pub(crate) fn each_halves<E: From<FormatError>>(
         &self,
         half: Half,

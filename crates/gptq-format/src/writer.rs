@@ -157,7 +157,7 @@ impl ShardedWriter {
     /// Writes a tensor in pieces: `fill` passes them to its argument in order.
     ///
     /// # Errors
-    /// As [`ShardedWriter::write`], and errors of `fill`.
+    /// The same errors as [`ShardedWriter::write`], and errors of `fill`.
     pub fn write_pieces(
         &mut self,
         name: &str,

@@ -20,7 +20,7 @@ pub struct LocalFile {
     pub name: String,
     /// Its local path.
     pub path: PathBuf,
-    /// Returns its size in bytes.
+    /// Its size in bytes.
     pub bytes: u64,
 }
 

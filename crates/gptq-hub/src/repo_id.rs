@@ -9,7 +9,7 @@ pub struct RepoId {
     name: String,
 }
 
-/// RepoKind of a repository.
+/// Kind of a repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RepoKind {
     /// Weights, config, tokenizer.

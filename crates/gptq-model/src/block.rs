@@ -18,7 +18,7 @@ use crate::{Cache, Flow, Linear, Weight, rope};
 /// A tensor that comes up inside a block, as [`Block::observed`] shows it.
 #[derive(Clone, Debug)]
 pub enum Seen<B: Engine> {
-    /// What a linear, by its index in the spec, gives: `[tokens, out_features]`.
+    /// The output `[tokens, out_features]` of a linear, with the linear's index in the spec.
     Output(usize, Tensor<B, 2>),
     /// Rotated queries `[windows, seq, heads, dim]` and keys `[windows, seq, kv_heads, dim]`.
     Rotated(Tensor<B, 4>, Tensor<B, 4>),
@@ -32,15 +32,15 @@ pub enum Seen<B: Engine> {
 #[derive(Clone, Debug)]
 pub struct Block<B: Engine> {
     pub(crate) spec: Arc<BlockSpec>,
-    /// In the order of the spec's.
+    /// Linears, in the order of the spec's.
     pub(crate) linears: Vec<Linear<B>>,
-    /// In the order of the spec's.
+    /// Vectors, in the order of the spec's.
     pub(crate) vectors: Vec<Tensor<B, 1>>,
     pub(crate) rope: rope::Tables<B>,
 }
 
 impl<B: Engine> Block<B> {
-    /// What it runs.
+    /// Returns the description of the block.
     pub fn spec(&self) -> &BlockSpec {
         &self.spec
     }

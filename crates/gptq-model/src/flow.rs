@@ -9,7 +9,7 @@ use gptq_spec::Register;
 /// Hidden states of some windows before a tap. Cloning shares the tensors.
 #[derive(Clone, Debug)]
 pub struct Flow<B: Engine> {
-    /// How many windows; the tokens of a window are consecutive rows.
+    /// Number of windows; the tokens of a window are consecutive rows.
     pub windows: usize,
     /// `[windows * seq, hidden]`.
     pub residual: Tensor<B, 2>,
@@ -27,7 +27,7 @@ impl<B: Engine> Flow<B> {
         }
     }
 
-    /// What a register holds; `None` where nothing is to read it any more.
+    /// Returns the content of a register; `None` if it is not read any more.
     pub fn register(&self, register: Register) -> Option<Tensor<B, 2>> {
         match register {
             Register::RESIDUAL => Some(self.residual.clone()),

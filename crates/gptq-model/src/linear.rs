@@ -15,14 +15,14 @@ pub struct Linear<B: Engine> {
 /// Weights `[out, in]` on the device.
 #[derive(Clone, Debug)]
 pub enum Weight<B: Engine> {
-    /// In the compute dtype.
+    /// Weights in the compute dtype.
     Dense(Tensor<B, 2>),
-    /// As codes; only where a backend multiplies with them ([`Engine::KEEPS_PACKED`]).
+    /// Packed codes; only where a backend multiplies with them ([`Engine::KEEPS_PACKED`]).
     Packed(PackedWeight<B>),
 }
 
 impl<B: Engine> Weight<B> {
-    /// In `dtype`, the compute dtype; packed ones are dequantized.
+    /// Returns the weights in `dtype`, the compute dtype; packed ones are dequantized.
     pub fn dense(&self, dtype: DType) -> Tensor<B, 2> {
         match self {
             Weight::Dense(weight) => weight.clone(),

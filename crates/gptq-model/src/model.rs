@@ -68,7 +68,7 @@ impl<B: Engine> Model<B> {
         self.half
     }
 
-    /// What its hidden states are kept in between taps.
+    /// Returns the 16-bit dtype in which its hidden states are kept between taps.
     pub fn state_half(&self) -> Half {
         B::state_half(self.half, self.config.wide)
     }

@@ -1,7 +1,7 @@
 //! Mixed-precision allocation: chooses one setting per group so that the sum of losses is small and
 //! the sum of sizes is within the budget.
 //!
-//! Of a group's choices only those on the lower convex hull of loss over size can be best for any
+//! Only a group's choices on the lower convex hull of loss over size can be best for any
 //! price of a bit. Starting from every group's smallest choice, the step along a hull that saves
 //! the most loss per bit is taken while it fits: up to the first step that does not, no other
 //! allocation of that size loses less (Lagrange's multiplier is the last step's slope). The rest of

@@ -43,7 +43,7 @@ pub struct BranchPlan {
     /// layers, it is a result and therefore not part of a fingerprint.
     #[serde(skip)]
     pub allocation: Option<Allocation>,
-    /// What a budget gave single linears, by module.
+    /// Choices that the budget's allocation made for single linears, by module.
     #[serde(skip)]
     pub picked: BTreeMap<String, Choice>,
     /// Reason for smaller groups than the default.

@@ -10,7 +10,7 @@ use thiserror::Error;
 use crate::RecipeError;
 use crate::byte_size::{at_least, spelt};
 
-/// Why a run could not be planned, or its records not be read.
+/// Reasons that a run cannot be planned, or that its records cannot be read.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum PlanError {

@@ -17,7 +17,7 @@ const SHOWN: usize = 60;
 pub struct Fingerprint(BTreeMap<String, String>);
 
 impl Fingerprint {
-    /// Of one value.
+    /// Returns the fingerprint of one value, under `key`.
     pub fn of(key: &str, value: &impl Serialize) -> Self {
         let mut print = Fingerprint::default();
         let value = serde_json::to_value(value);

@@ -20,7 +20,7 @@ const MAX_TOKENS: usize = 1 << 34;
 pub enum InputSource {
     /// A local path.
     Local(PathBuf),
-    /// On the Hub.
+    /// A repository on the Hub.
     Hub {
         /// `owner/name`.
         repo: String,

@@ -38,11 +38,11 @@ pub struct Origin {
     pub directory: PathBuf,
 }
 
-/// A journal's first line: which run it is of.
+/// A journal's first line, which identifies its run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Header {
     version: u32,
-    /// What a resumed run starts from.
+    /// Recipe, overrides and directory that a resumed run starts from.
     pub origin: Origin,
     /// The program and the device.
     pub run: Fingerprint,
@@ -50,9 +50,9 @@ pub struct Header {
     pub files: Fingerprint,
     /// Digest of the tensors before the first block.
     pub embedding: String,
-    /// By name.
+    /// Fingerprints of the branches, by name.
     pub branches: BTreeMap<String, Fingerprint>,
-    /// How the budgets of those that have one are spent, by name.
+    /// Allocations of the branches that have a budget, by name.
     #[serde(default)]
     pub allocations: BTreeMap<String, Allocation>,
 }
@@ -64,7 +64,7 @@ pub struct FinishedBlock {
     pub layer: usize,
     /// Digest of the dense tensors that it was made from.
     pub source: String,
-    /// By name.
+    /// Each branch's part, by branch name.
     pub branches: BTreeMap<String, BranchBlock>,
     /// SHA-256 of the hidden states after it, where they were kept.
     pub states: Option<String>,
@@ -73,9 +73,9 @@ pub struct FinishedBlock {
 /// One branch's part of a finished block.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BranchBlock {
-    /// Spent on the branch so far.
+    /// Seconds spent on the branch so far.
     pub seconds: f64,
-    /// With digests.
+    /// Reports of the block's linears, with digests.
     pub linears: Vec<LinearReport>,
     /// Hidden states that were clamped in the block.
     pub clamped: Vec<Clamped>,

@@ -6,8 +6,8 @@ use gptq_spec::BlockSpec;
 use crate::share::DENSE_SHARE;
 use crate::{Plan, PlanError, Propagation};
 
-/// How an engine divides the calibration windows: the same as `Engine::LANES` and `Engine::CHUNK_TOKENS`
-/// of `gptq-kernels`, which a plan is made without.
+/// Division of the calibration windows by an engine: its `Engine::LANES` and `Engine::CHUNK_TOKENS`,
+/// repeated here because a plan is made without `gptq-kernels`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chunking {
     /// Chunks that run at the same time.
@@ -17,12 +17,12 @@ pub struct Chunking {
 }
 
 impl Chunking {
-    /// On the CPU.
+    /// Chunking on the CPU.
     pub const CPU: Chunking = Chunking {
         lanes: 4,
         tokens: 4096,
     };
-    /// On a CUDA device.
+    /// Chunking on a CUDA device.
     pub const CUDA: Chunking = Chunking {
         lanes: 1,
         tokens: 16_384,
@@ -34,14 +34,14 @@ impl Chunking {
     }
 }
 
-/// Peak memory in bytes, as for budgets: including overhead of allocators.
+/// Peak memory in bytes, including the overhead of allocators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// On the device of a CUDA run.
+    /// Memory on the device of a CUDA run.
     pub device: u64,
-    /// On the host of a CUDA run whose device holds all hidden states.
+    /// Memory on the host of a CUDA run whose device holds all hidden states.
     pub host: u64,
-    /// On the host of a CPU run.
+    /// Memory on the host of a CPU run.
     pub cpu: u64,
     /// Peak size of the hidden states, included in `device` and `cpu`: a smaller device keeps them
     /// on the host, a smaller host on disk.

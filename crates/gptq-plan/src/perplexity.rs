@@ -19,9 +19,9 @@ pub struct Perplexity {
     /// Tokens behind the last full window, which are not scored; older files do not say.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub left_over: usize,
-    /// Of the branch, or of the model that was measured.
+    /// Perplexity of the branch, or of the model that was measured.
     pub value: f64,
-    /// Of the dense model on the same windows, if it was measured.
+    /// Perplexity of the dense model on the same windows, if it was measured.
     #[serde(default)]
     pub dense: Option<f64>,
 }

@@ -114,7 +114,7 @@ pub struct F16Overflow {
     pub layer: Option<usize>,
     /// Kind of value, such as "attention scores before scaling".
     pub what: String,
-    /// How many.
+    /// Number of such values.
     pub values: u64,
     /// Largest magnitude; `None` if it was computed in 16 bits, as an infinity.
     pub largest: Option<f64>,

@@ -122,7 +122,7 @@ pub(crate) enum OnOverflow {
     Clamp,
 }
 
-/// SettingsTable of a branch, or of all of them.
+/// Settings of a branch, or of all of them.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct SettingsTable {
@@ -168,7 +168,7 @@ pub(crate) struct BranchTable {
     pub overrides: Vec<OverrideTable>,
 }
 
-/// SettingsTable of the modules that a pattern matches; the first match counts.
+/// Settings of the modules that a pattern matches; the first match counts.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct OverrideTable {

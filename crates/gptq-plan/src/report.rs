@@ -206,7 +206,7 @@ pub struct Clamped {
     pub layer: usize,
     /// The linear layers before the states: "qkv", "o", "gate_up", "down", or "block".
     pub after: String,
-    /// How many.
+    /// Number of such values.
     pub values: usize,
 }
 
@@ -247,7 +247,7 @@ pub type ModelFiles = BTreeMap<String, FileDigest>;
 pub struct BranchReport {
     /// Version of this program.
     pub gptq_version: String,
-    /// Returns the base model's public name.
+    /// Public name of the base model.
     pub model: String,
     /// The base model's weight files; absent in older reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]

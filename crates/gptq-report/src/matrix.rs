@@ -29,7 +29,7 @@ pub struct Branch {
 /// Branches of one model, sorted: `main` first, then by bits and by size.
 #[derive(Clone, Debug)]
 pub struct Matrix {
-    /// At least one.
+    /// The branches, at least one.
     pub branches: Vec<Branch>,
 }
 

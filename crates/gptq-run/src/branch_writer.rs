@@ -20,7 +20,7 @@ pub(crate) struct BranchWriter {
     half: Half,
     format: Box<dyn OutputFormat>,
     weights: ShardedWriter,
-    /// Of what was written, by module.
+    /// Digests of the written tensors, by module.
     digests: HashMap<String, TensorDigests>,
 }
 
@@ -83,7 +83,7 @@ impl BranchWriter {
         })
     }
 
-    /// Where it is until it is finished.
+    /// Returns the directory that holds the branch until it is finished.
     pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }

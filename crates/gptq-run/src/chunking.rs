@@ -1,4 +1,4 @@
-//! How an engine divides a run's windows, as a plan reckons with it.
+//! Chunking of a run's windows by an engine, as a plan assumes it.
 
 use gptq_kernels::Engine;
 use gptq_plan::Chunking;

@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::Overflow;
 
-/// Why a run could not be begun or finished.
+/// Reasons that a run cannot be started or finished.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum RunError {

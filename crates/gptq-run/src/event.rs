@@ -14,7 +14,7 @@ pub enum Event<'a> {
     },
     /// Calibration windows are drawn.
     Calibrated {
-        /// Returns warnings about the text, one line each.
+        /// Warnings about the text, one line each.
         warnings: &'a [String],
     },
     /// Windows are drawn and the model is open; the blocks come next.
@@ -26,28 +26,28 @@ pub enum Event<'a> {
     },
     /// A branch was finished by an earlier run.
     AlreadyFinished {
-        /// Which.
+        /// The branch.
         branch: usize,
         /// Its report.
         report: &'a BranchReport,
     },
-    /// What the choices of budgets cost in the first blocks is measured.
+    /// Costs of the budgets' choices were measured in another block.
     Measured {
-        /// How many blocks.
+        /// Number of blocks measured so far.
         layers: usize,
     },
     /// A budget is spent, now or by an earlier run.
     Allocated {
-        /// Of which branch.
+        /// The branch.
         branch: usize,
-        /// How.
+        /// The allocation of its budget.
         allocation: &'a Allocation,
     },
     /// An earlier run finished some blocks of the branches that come next; they go on from there.
     Resumed {
-        /// How many.
+        /// Number of finished blocks.
         layers: usize,
-        /// How many of them need not be gone over again: the hidden states after them were kept.
+        /// Number of blocks that need not be run again, as the hidden states after them were kept.
         kept: usize,
     },
     /// Hidden states are on the disk.
@@ -64,14 +64,14 @@ pub enum Event<'a> {
     },
     /// A linear is done, or was and is taken over.
     Linear {
-        /// Of which branch.
+        /// The branch.
         branch: usize,
         /// Its numbers.
         report: &'a LinearReport,
     },
     /// A branch's output after a block was compared with the dense model's.
     Block {
-        /// Of which branch.
+        /// The branch.
         branch: usize,
         /// Its numbers.
         report: &'a BlockReport,

@@ -17,13 +17,13 @@ use crate::stream::{Chunk, Stream};
 
 /// The dense model's states of every [`DENSE_SHARE`]-th chunk.
 pub(crate) struct Dense<B: Engine> {
-    /// Before each tap of the block that was entered last.
+    /// States before each tap of the block that was entered last.
     before: Vec<Stream<B>>,
     end: Stream<B>,
 }
 
 impl<B: Engine> Dense<B> {
-    /// From those chunks' states before the next block.
+    /// Starts from those chunks' states before the next block.
     pub(crate) fn new(states: Stream<B>) -> Self {
         Dense {
             before: Vec::new(),
@@ -31,12 +31,12 @@ impl<B: Engine> Dense<B> {
         }
     }
 
-    /// After the block that was entered last.
+    /// Returns the states after the block that was entered last.
     pub(crate) fn end(&self) -> &Stream<B> {
         &self.end
     }
 
-    /// Before a tap of the block that was entered last.
+    /// Returns the states before a tap of the block that was entered last.
     pub(crate) fn before(&self, tap: usize) -> &Stream<B> {
         &self.before[tap]
     }
@@ -171,14 +171,14 @@ fn sum<B: Engine>(a: Option<Tensor<B, 2>>, b: Option<Tensor<B, 2>>) -> Option<Te
     }
 }
 
-/// What a lane found, and the seconds it took.
+/// Results of a lane, and the seconds that each part took.
 struct Lane<B: Engine> {
     sums: Vec<GramSums<B>>,
     forward: f64,
     gram: f64,
 }
 
-/// Where and how inputs are tapped.
+/// Reads the inputs of some taps in a block.
 struct TapReader<'a, B: Engine> {
     block: &'a Block<B>,
     taps: Range<usize>,

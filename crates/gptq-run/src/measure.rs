@@ -26,9 +26,9 @@ use crate::scratch::Scratch;
 use crate::states::States;
 use crate::{Event, RunError};
 
-/// Of how many windows one is measured on, if that leaves [`LEAST`].
+/// Probes use every `SHARE`-th window, or more of them if that leaves fewer than [`LEAST`].
 const SHARE: usize = 4;
-/// Windows.
+/// Minimum number of windows for probes, if there are as many.
 const LEAST: usize = 8;
 
 /// A pass of probes over the blocks.

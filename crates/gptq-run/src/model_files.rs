@@ -137,7 +137,7 @@ impl ModelHash {
     /// Waits for the started thread.
     ///
     /// # Errors
-    /// As of [`ModelHash::now`].
+    /// The same errors as [`ModelHash::now`].
     pub(crate) fn wait(
         &mut self,
         stop: &AtomicBool,

@@ -1,4 +1,4 @@
-//! How to run a plan, and stopping it.
+//! Options for running a plan, and stopping it.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,10 +15,10 @@ pub struct RunOptions<'a> {
     pub device_memory: Option<u64>,
     /// Host memory to keep within, in bytes; without it, none is counted.
     pub host_memory: Option<u64>,
-    /// Where hidden states go that have no place in memory; without it, the output directory.
+    /// Directory for hidden states that do not fit in memory; without it, the output directory.
     pub scratch: Option<&'a Path>,
-    /// StateStorage the hidden states on the disk whenever the last kept are this old, so that a run that is
-    /// stopped loses no more than that.
+    /// Age of the last saved hidden states at which they are saved to disk again. A run that is stopped loses
+    /// no more work than that.
     pub save_every: Duration,
     /// Make everything again, whatever is there.
     pub restart: bool,

@@ -20,7 +20,7 @@ use crate::{Event, RunError};
 pub(crate) struct Probe<'a, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
-    /// Of each branch, by block and tap: [`moved`].
+    /// Change of the block's output in each branch, by block and tap, as [`moved`] computes it.
     pub(crate) moved: Vec<BTreeMap<(usize, usize), f64>>,
     pub(crate) on_event: &'a mut dyn FnMut(Event<'_>),
 }

@@ -94,8 +94,8 @@ pub(crate) struct Clock {
 }
 
 impl Clock {
-    /// With `wait`, synchronizes with the device after each measured piece, so that its time is
-    /// attributed correctly.
+    /// Starts the clock. With `wait`, it synchronizes with the device after each measured piece, so that
+    /// its time is attributed correctly.
     pub(crate) fn new(wait: bool) -> Self {
         Clock {
             started: Instant::now(),

@@ -32,9 +32,9 @@ use crate::{Event, RunError};
 /// The result of a run.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Fingerprints of the branches, in the plan's order.
+    /// Reports of the branches, in the plan's order.
     pub reports: Vec<BranchReport>,
-    /// Where the time went.
+    /// Times of the run's parts.
     pub profile: Profile,
     /// Keeps others from the output directory for as long as the branches are still worked on.
     pub lock: OutputLock,
@@ -260,7 +260,7 @@ impl Quantize<'_> {
         Ok(settled)
     }
 
-    /// Where the hidden states go that have no place in memory, if there are any.
+    /// Creates the scratch file for hidden states that do not fit in memory, if there are any.
     fn scratch(&self, plan: &Plan, places: &Places) -> Result<Option<Arc<Scratch>>, FormatError> {
         match places.disk_bytes {
             0 => Ok(None),

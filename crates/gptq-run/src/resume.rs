@@ -1,4 +1,4 @@
-//! What lies in the output directory before a run: finished branches, and a run that was stopped.
+//! Looks for finished branches and a stopped run in the output directory.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,12 +18,12 @@ use crate::options::RunOptions;
 use crate::saved_states::{SavedStates, prune};
 use crate::{RunError, sources};
 
-/// Where a fingerprint has the date that a chat template was told.
+/// Key in a fingerprint of the date that chat templates were given.
 const DATE: &str = "calibration.date";
 
-/// What there is to do, and what was done before.
+/// Work left to do, and work done before.
 pub(crate) struct WorkLeft {
-    /// Fingerprints of the branches, in the plan's order.
+    /// Reports of the branches that are finished, in the plan's order.
     pub(crate) finished: Vec<Option<BranchReport>>,
     /// Branches that go through the model together, by their index in the plan: those of the
     /// unfinished run, then those nobody has begun.
@@ -33,7 +33,7 @@ pub(crate) struct WorkLeft {
 /// Branches to make in one pass over the blocks.
 pub(crate) struct Pass {
     pub(crate) branches: Vec<usize>,
-    /// What was done of them.
+    /// Finished blocks of these branches, from an earlier run.
     pub(crate) recorded: Option<RecordedRun>,
 }
 
@@ -41,8 +41,8 @@ impl WorkLeft {
     /// Looks, and changes nothing.
     ///
     /// # Errors
-    /// What is there was made, or begun, with anything else than `prints` say; not if it is to be
-    /// made again.
+    /// The output directory holds a branch or run that was made, or begun, with fingerprints other than
+    /// `prints`, and that is not to be made again.
     pub(crate) fn look(
         plan: &Plan,
         checkpoint: &Checkpoint,
@@ -121,8 +121,8 @@ fn finished(
     }
 }
 
-/// Whether an unfinished run is the one that is asked for. The model's files may be others, where the tensors
-/// that its finished blocks came from are the same.
+/// Checks that an unfinished run is the one asked for. The model's files may differ if the tensors that its
+/// finished blocks came from are the same.
 fn check(
     plan: &Plan,
     checkpoint: &Checkpoint,
@@ -232,19 +232,19 @@ pub fn unfinished(
 
 /// The finished blocks of some branches.
 pub(crate) struct Restored {
-    /// How many blocks.
+    /// Number of finished blocks.
     pub(crate) layers: usize,
-    /// The hidden states to go on from; without them, all of the blocks are gone over again.
+    /// Hidden states to continue from; without them, all of the blocks are run again.
     pub(crate) kept: Option<SavedStates>,
-    /// For each branch of the pass, in its order.
+    /// Each branch of the pass, in its order.
     pub(crate) branches: Vec<RestoredBranch>,
 }
 
-/// One branch's part.
+/// One branch's part of the finished blocks.
 #[derive(Default)]
 pub(crate) struct RestoredBranch {
     pub(crate) progress: BranchProgress,
-    /// Indices in its linears by name.
+    /// Positions in its linears, by name.
     places: BTreeMap<String, usize>,
 }
 
@@ -270,7 +270,7 @@ impl Restored {
         branches.map(|branch| branch.progress.clone()).collect()
     }
 
-    /// Of the branches of `plan`.
+    /// Restores the branches of `plan` from a recorded run.
     pub(crate) fn new(plan: &Plan, recorded: RecordedRun) -> Result<Self, RunError> {
         let layers = recorded.blocks.len();
         // With the last block done there is nothing to go over.

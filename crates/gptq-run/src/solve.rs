@@ -42,11 +42,11 @@ pub(crate) struct Solve<'a, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
     pub(crate) sink: &'a mut dyn SolvedSink,
-    /// Of each branch, in the plan's order.
+    /// Progress of each branch, in the plan's order.
     pub(crate) progress: &'a mut [BranchProgress],
     /// The age of the last saved hidden states at which they are saved again.
     pub(crate) save_every: Duration,
-    /// When hidden states were saved last, or the run began.
+    /// Time at which hidden states were last saved, or the run began.
     pub(crate) last_saved: Instant,
     pub(crate) stop: &'a AtomicBool,
     pub(crate) on_event: &'a mut dyn FnMut(Event<'_>),

@@ -20,7 +20,7 @@ pub(crate) struct States<B: Engine> {
     pub(crate) compared: Option<OutputErrors<B>>,
 }
 
-/// How a run's hidden states are kept.
+/// Storage of a run's hidden states.
 pub(crate) fn state_storage<B: Engine>(plan: &Plan) -> StateStorage {
     StateStorage {
         half: B::state_half(plan.half, plan.config.wide),

@@ -23,12 +23,13 @@ use crate::hidden_range::{self, Overflow};
 use crate::profile::{Clock, Phase};
 use crate::scratch::{DiskSlot, Scratch};
 
-/// How hidden states are kept between taps.
+/// Storage of hidden states between taps.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StateStorage {
-    /// In this type: half the memory of f32, and its rounding is far below the quantization's error.
+    /// 16-bit type of the states: half the memory of f32, and its rounding is far below the quantization's
+    /// error.
     pub(crate) half: Half,
-    /// Bring states beyond its range back into it.
+    /// True if values beyond its range are clamped.
     pub(crate) clamp: bool,
 }
 
@@ -48,7 +49,7 @@ pub(crate) enum Chunk<B: Engine> {
         windows: usize,
         /// The residual stream and the other registers that are still to be read.
         states: BTreeMap<Register, HostStates>,
-        /// Where states are put, if not into memory.
+        /// Scratch file for the states; `None` if they are kept in memory.
         scratch: Option<Arc<Scratch>>,
     },
 }
@@ -87,7 +88,7 @@ impl HostStates {
         })
     }
 
-    /// On the device, in compute dtype.
+    /// Copies the states to the device, in the compute dtype.
     fn upload<B: Engine>(&self, device: &B::Device) -> Result<Tensor<B, 2>, FormatError> {
         let upload = |values: &HostBuffer| B::upload(values, 0, self.shape, device);
         let states = match &self.values {
@@ -310,7 +311,7 @@ impl<B: Engine> Stream<B> {
         })
     }
 
-    /// What of the states is not finite, for explaining a failure.
+    /// Finds values of the states that are not finite, to explain a failure.
     fn not_finite(&self, device: &B::Device) -> Result<Option<Overflow>, FormatError> {
         let flows = self.chunks.iter().map(|chunk| chunk.flow(device));
         hidden_range::search(self.keep.half, flows)

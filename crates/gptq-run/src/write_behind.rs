@@ -26,7 +26,7 @@ enum Job {
         layer: usize,
         /// Digest of the tensors that it was made from.
         source: String,
-        /// Of each branch: its seconds so far, and the block's linears.
+        /// Seconds of each branch so far, and its linears of the block.
         branches: Vec<BranchBlock>,
         /// SHA-256 of the hidden states after it, where they were kept.
         states: Option<String>,
@@ -69,7 +69,7 @@ impl<'scope> WriteBehind<'scope> {
     /// Waits for all that was queued.
     ///
     /// # Errors
-    /// What stopped the writing thread.
+    /// The error that stopped the writing thread.
     pub(crate) fn finish(mut self) -> Result<Vec<BranchWriter>, FormatError> {
         self.join()
     }

@@ -1,7 +1,7 @@
 //! Compares the tensors of a checkpoint with those its config requires, from headers alone. Values
 //! are read only where they decide: two tensors that may be one, biases that may be zero.
 //!
-//! As in Transformers 5, the tensors decide whether the head is the embedding: a different head is
+//! The tensors decide whether the head is the embedding, as in Transformers 5: a different head is
 //! used whatever `tie_word_embeddings` is, and either of a tied pair may be missing. Transformers
 //! drops unknown tensors; here those that would change the model's output are refused, as they were
 //! published on purpose.

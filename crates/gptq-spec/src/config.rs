@@ -43,28 +43,28 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Rows of the embedding.
     pub vocabulary: usize,
-    /// Returns the context the model was trained for, in tokens.
+    /// The context that the model was trained for, in tokens.
     pub max_positions: usize,
     /// The final norm, and most of those in blocks.
     pub norm: Norm,
     /// The rotary embedding of blocks in which tokens see all before them.
     pub rope: Rope,
-    /// That of blocks with a sliding window; in most families the same.
+    /// The rotary embedding of blocks with a sliding window; in most families the same.
     pub sliding_rope: Rope,
     /// True if the output projection is the embedding.
     pub tied_embeddings: bool,
-    /// Hidden states that f16 does not hold are usual.
+    /// True if hidden states usually exceed the range of f16.
     pub wide: bool,
-    /// Before the first block and after the last.
+    /// Operations before the first block and after the last.
     pub ends: Ends,
     /// Names of its tensors, of those that the family has.
     pub naming: Naming,
     pub(crate) namings: &'static [Naming],
-    /// What names of tensors begin with that are kept as they are.
+    /// Prefixes of the names of tensors that are kept as they are.
     pub(crate) carried_names: &'static [&'static str],
     /// Such tensors, as a census found them.
     pub carried: Vec<ModelTensor>,
-    /// By layer.
+    /// Descriptions of the blocks, by layer.
     blocks: Vec<Arc<BlockSpec>>,
 }
 
@@ -177,7 +177,8 @@ impl ModelConfig {
         &self.blocks
     }
 
-    /// What module names of its blocks may begin with, before `layers`: one, or what programs call the same.
+    /// Returns the prefixes that module names of its blocks may have before `layers`: one, or several that
+    /// programs treat as the same.
     pub fn stems(&self) -> impl Iterator<Item = &'static str> {
         self.namings.iter().map(|naming| naming.stem)
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use gptq_format::FormatError;
 use thiserror::Error;
 
-/// Why a model cannot be described, or a checkpoint does not hold it.
+/// Reasons that a model cannot be described, or that a checkpoint does not hold it.
 #[derive(Debug, Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum SpecError {

@@ -10,7 +10,7 @@ pub struct ModelTensor {
     pub name: String,
     /// Shape, row-major; the weights of a linear layer are `[out, in]`.
     pub shape: Vec<usize>,
-    /// What it is.
+    /// Role of the tensor.
     pub role: Role,
 }
 
@@ -25,7 +25,7 @@ pub enum Role {
     Linear,
     /// A norm's weights, a bias.
     Vector,
-    /// Of no part that is run; a branch keeps it as it is.
+    /// A tensor of a part that is not run, with its dtype; a branch keeps it as it is.
     Carried(Dtype),
 }
 

@@ -1,25 +1,25 @@
-//! How rotary frequencies are stretched, and the frequencies that this makes, as Transformers' `modeling_rope_utils.py` has it.
+//! Scaling of rotary frequencies, and the resulting frequencies, as in Transformers (`modeling_rope_utils.py`).
 
 use std::f32::consts::PI;
 use std::f64;
 use std::sync::Arc;
 
-/// How rotary frequencies are stretched for contexts longer than those first trained on
+/// Scaling of rotary frequencies for contexts longer than those first trained on
 /// (Transformers' `modeling_rope_utils.py`).
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// No scaling.
     Default,
     /// Every frequency is divided.
     Linear {
-        /// By this.
+        /// Divisor of the frequencies.
         factor: f64,
     },
     /// Llama 3.1's: with `turns` a frequency's turns in the first context, it is divided where
-    /// `turns < low_freq_factor`, stays where `turns > high_freq_factor`, and goes from the one to
-    /// the other, linearly in `turns`, between them.
+    /// `turns < low_freq_factor`, stays where `turns > high_freq_factor`, and in between is interpolated
+    /// linearly in `turns`.
     Llama3 {
-        /// What slow frequencies are divided by.
+        /// Divisor of slow frequencies.
         factor: f64,
         /// Turns below which a frequency is slow.
         low_freq_factor: f64,
@@ -30,15 +30,15 @@ pub enum RopeScaling {
     },
     /// The base grows with the text, once that is longer than the context trained on.
     Dynamic {
-        /// How fast.
+        /// Rate at which the base grows.
         factor: f64,
-        /// That context, in tokens.
+        /// The context trained on, in tokens.
         positions: f64,
     },
     /// Frequencies with fewer than `slow` turns in the first context are divided, those with more than `fast`
-    /// stay, between them it goes from the one to the other, linearly in the frequency's index.
+    /// stay, and those in between are interpolated linearly in the frequency's index.
     Yarn {
-        /// What slow frequencies are divided by.
+        /// Divisor of slow frequencies.
         factor: f64,
         /// Turns above which a frequency stays.
         fast: f64,
@@ -48,15 +48,15 @@ pub enum RopeScaling {
         original_positions: f64,
         /// Factor of cosines and sines.
         attention_factor: f64,
-        /// Whether the two indices are rounded outwards.
+        /// True if the indices between which frequencies are interpolated are rounded outwards.
         truncate: bool,
     },
     /// Each frequency is divided by a factor of its own, one for texts as long as the first context and another
     /// for longer ones.
     LongRope {
-        /// Of short texts.
+        /// Divisors for texts up to the first context.
         short: Arc<[f32]>,
-        /// Of long ones.
+        /// Divisors for longer texts.
         long: Arc<[f32]>,
         /// The first context, in tokens.
         original_positions: f64,
@@ -119,7 +119,8 @@ impl RopeScaling {
         }
     }
 
-    /// Whether keys rotated for a text of one of these lengths are those of the other.
+    /// Returns true if keys rotated for a text of one of these lengths, in tokens, are the same for the
+    /// other.
     pub fn agrees(&self, one: usize, other: usize) -> bool {
         match *self {
             RopeScaling::LongRope {

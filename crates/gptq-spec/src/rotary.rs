@@ -1,11 +1,11 @@
-//! What a config makes of the rotary frequencies: their base, and how they are stretched, by its
-//! `rope_type`.
+//! Reads the settings of the rotary embedding from a config: the base of the frequencies, and their scaling
+//! by its `rope_type`.
 //!
 //! Transformers 4 has `rope_theta` at the top and `rope_scaling` for the rest, Transformers 5 all of it in
-//! `rope_parameters`. What Transformers 5 makes of both (`convert_rope_params_to_dict`): a `rope_scaling`
-//! that says anything replaces `rope_parameters` as a whole; the base is that inside of it, else the one at the
-//! top; `rope_type` goes before `type`, its older name. Some families have such an object for each kind of
-//! attention, and say the base in a key of its own; an old `rope_scaling` is that of full attention.
+//! `rope_parameters`. Transformers 5 reads both as follows (`convert_rope_params_to_dict`): a `rope_scaling`
+//! that is not empty replaces `rope_parameters` as a whole; the base is the one inside the object, else the one
+//! at the top; `rope_type` takes precedence over `type`, its older name. Some families have such an object for
+//! each kind of attention, or a separate key for the base; an old `rope_scaling` is that of full attention.
 
 use serde_json::{Map, Value, json};
 
@@ -19,7 +19,7 @@ const ORIGINAL: &str = "original_max_position_embeddings";
 /// The share of a head that is rotated.
 const PARTIAL: &str = "partial_rotary_factor";
 
-/// What a config makes of the rotary embedding of some blocks.
+/// Settings of the rotary embedding of some blocks, as read from a config.
 #[derive(Debug, PartialEq)]
 pub(crate) struct RotarySettings {
     pub(crate) theta: f64,
@@ -44,7 +44,7 @@ fn rope<'a>(config: &Keys<'a>) -> Result<Option<Keys<'a>>, String> {
     }
 }
 
-/// That of the blocks with one kind of attention.
+/// Returns the rotary settings of the blocks with one kind of attention.
 fn rope_of<'a>(config: &Keys<'a>, sliding: bool) -> Result<Option<Keys<'a>>, String> {
     let parameters = config.inside("rope_parameters")?;
     let kind = match sliding {
@@ -261,7 +261,7 @@ impl RopeObject<'_> {
         Ok(found.unwrap_or(self.max_positions as f64))
     }
 
-    /// By how much the context was stretched.
+    /// Returns the factor by which the context was stretched.
     fn factor(&self, original_positions: f64) -> Result<f64, String> {
         let found = optional(&self.rope, "factor")?;
         Ok(found.unwrap_or(self.max_positions as f64 / original_positions))
@@ -291,7 +291,7 @@ fn optional(keys: &Keys<'_>, key: &str) -> Result<Option<f64>, String> {
 /// whose old spelling says less, or is read by other rules, they stay as they are.
 ///
 /// # Errors
-/// As of [`ModelConfig::from_json`](crate::ModelConfig::from_json).
+/// The same errors as [`ModelConfig::from_json`](crate::ModelConfig::from_json).
 pub fn spell_out_rotary(config: &mut Map<String, Value>) -> Result<(), String> {
     let keys = Keys::new(config);
     let outer = family_of(&keys)?;

@@ -1,4 +1,4 @@
-//! What a family describes the blocks of a model from.
+//! Shapes and constants from which a family describes the blocks of a model.
 
 use crate::spec::{Attending, Norm, Rope};
 
@@ -12,14 +12,15 @@ pub(crate) struct Shapes {
     pub(crate) norm: Norm,
     /// The rotary embedding of blocks in which tokens see all before them.
     pub(crate) rope: Rope,
-    /// That of blocks with a sliding window.
+    /// The rotary embedding of blocks with a sliding window.
     pub(crate) sliding_rope: Rope,
-    /// By layer: how many tokens one sees, itself included, where that is fewer than all before it.
+    /// Sliding window of each layer in tokens, the token itself included; `None` where a token sees all
+    /// before it.
     pub(crate) windows: Vec<Option<usize>>,
 }
 
 impl Shapes {
-    /// How block `layer` attends, in most families.
+    /// Returns the attention parameters of block `layer`, as most families have them.
     pub(crate) fn attending(&self, layer: usize) -> Attending {
         let window = self.windows[layer];
         Attending {

@@ -30,7 +30,7 @@ pub enum Op {
     Norm {
         /// Weights.
         vector: usize,
-        /// What is computed.
+        /// Formula and constants.
         norm: Norm,
         /// Input.
         from: Register,
@@ -59,14 +59,14 @@ pub enum Op {
         act: Activation,
         /// Gate.
         gate: Register,
-        /// What is gated.
+        /// Features that the gate multiplies.
         up: Register,
         /// Output.
         to: Register,
     },
     /// Adds to the residual stream.
     Add {
-        /// What is added.
+        /// Summand.
         from: Register,
         /// Its factor.
         scale: f64,
@@ -116,7 +116,7 @@ pub struct Attention {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// What is done with them.
+    /// Parameters of the attention.
     pub how: Attending,
 }
 
@@ -142,19 +142,19 @@ pub struct Rope {
     pub dim: usize,
     /// Base of the frequencies.
     pub theta: f64,
-    /// How they are stretched for long contexts.
+    /// Scaling of the frequencies for long contexts.
     pub scaling: RopeScaling,
-    /// Whether neighbouring features are rotated together, in place of one of either half.
+    /// True if neighbouring features are rotated together, in place of one of either half.
     pub interleaved: bool,
 }
 
-/// What the names of a model's parts begin with, where there is nothing around it.
+/// Prefix of the names of a model's parts, if the language model is the whole model.
 pub(crate) const STEM: &str = "model.";
 
 /// A linear layer of a block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LinearSpec {
-    /// What the names of the model's parts begin with, as [`BlockSpec::stem`].
+    /// Prefix of the names of the model's parts, such as [`STEM`].
     pub(crate) stem: &'static str,
     /// Module name within the block.
     pub name: String,
@@ -162,7 +162,7 @@ pub struct LinearSpec {
     pub in_features: usize,
     /// Features of the output.
     pub out_features: usize,
-    /// Whether it has a bias.
+    /// True if it has a bias.
     pub bias: bool,
     /// The tap whose input it takes.
     pub tap: usize,
@@ -182,7 +182,7 @@ impl LinearSpec {
     }
 }
 
-/// How devices that share out the heads and the feed-forward of a block divide a linear.
+/// Division of a linear among devices that share the heads and the feed-forward of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Division {
     /// Each has some of the outputs.
@@ -214,7 +214,7 @@ fn module(stem: &str, layer: usize, name: &str) -> String {
     format!("{stem}layers.{layer}.{name}")
 }
 
-/// Where a tap lies in a block.
+/// Position of a tap in a block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tap {
     /// First operation since the cut before it.
@@ -259,7 +259,7 @@ impl BlockSpec {
         self.widths[register.0]
     }
 
-    /// Where the linears of tap `tap` take their input.
+    /// Returns the position of tap `tap`.
     ///
     /// # Panics
     /// There is no such tap.
@@ -298,7 +298,8 @@ impl BlockSpec {
         (tap.start == tap.at).then_some(tap.from)
     }
 
-    /// Whether anything is added to the residual stream between the first of `taps` and the tap after them.
+    /// Returns true if anything is added to the residual stream between the first of `taps` and the tap
+    /// after them.
     pub fn adds(&self, taps: Range<usize>) -> bool {
         let mut ops = self.ops[self.ops_of(taps)].iter();
         ops.any(|op| matches!(op, Op::Add { .. }))
@@ -345,7 +346,7 @@ impl BlockSpec {
             .collect()
     }
 
-    /// How devices that share out the block divide a linear.
+    /// Returns the division of a linear among devices that share the block.
     pub fn division(&self, linear: usize) -> Division {
         if !self.is_whole(self.taps[self.linears[linear].tap].from) {
             return Division::Inputs;
@@ -370,7 +371,7 @@ impl BlockSpec {
         Division::Outputs
     }
 
-    /// Whether a register is the residual stream or norms of it.
+    /// Returns true if a register is the residual stream or a norm of it.
     fn is_whole(&self, register: Register) -> bool {
         let source = self.ops.iter().find_map(|op| match op {
             Op::Norm { from, to, .. } if *to == register => Some(*from),
@@ -409,7 +410,7 @@ impl BlockSpec {
         cut(taps.start)..cut(taps.end)
     }
 
-    /// Whether an operation from `start` on reads a register.
+    /// Returns true if an operation from `start` on reads a register.
     pub fn is_read(&self, register: Register, start: usize) -> bool {
         self.ops[start..].iter().any(|op| op.reads(register))
     }

@@ -38,7 +38,7 @@ struct CalibrationRecord {
     samples: usize,
     #[serde(default)]
     seq_len: usize,
-    /// From older reports, which had a single source file.
+    /// SHA-256 of the source, from older reports, which had a single source file.
     source_sha256: Option<String>,
     #[serde(default)]
     files: Vec<CalibrationFile>,

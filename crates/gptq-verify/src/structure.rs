@@ -253,7 +253,7 @@ impl Linears {
     }
 }
 
-/// Who the clients that load it; the check fails if there is none.
+/// Lists the clients that load it; the check fails if there is none.
 fn clients(contents: &Contents) -> (bool, String) {
     let support = client_support(contents);
     let loads = support.iter().filter(|s| s.verdict.is_ok());

@@ -112,7 +112,7 @@ impl Command {
 
 #[derive(Args)]
 pub(crate) struct CompletionsArgs {
-    /// Which shell
+    /// Shell to write completions for
     pub shell: Shell,
 }
 
@@ -168,7 +168,7 @@ pub(crate) struct RowArgs {
     /// Use only these rows, such as 0:1000
     #[arg(long, value_name = "RANGE")]
     pub rows: Option<String>,
-    /// For a row that the chat template refuses: stop the run, or skip the row
+    /// Action on a row that the chat template refuses: stop the run, or skip the row
     #[arg(long, value_name = "stop|skip")]
     pub on_error: Option<OnError>,
     /// Date seen by chat templates, such as 2026-11-30 [default: now]

@@ -34,7 +34,7 @@ use crate::Scores;
 const SOURCE: &str = include_str!("attention.cu");
 const NAME: &str = "causal_attention";
 
-/// What a kernel is compiled for.
+/// Parameters that a kernel is compiled for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Kind {
     device: usize,

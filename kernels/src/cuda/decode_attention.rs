@@ -170,7 +170,7 @@ fn decode_attention_kernel<F: Float, N: Size>(
     }
 }
 
-/// Whether [`attend_next`] takes heads of `dim` elements: a power of two of them per unit.
+/// Returns true if [`attend_next`] takes heads of `dim` elements: a power of two of them per unit.
 pub(crate) fn attends(dim: usize) -> bool {
     matches!(dim, 64 | 128 | 256)
 }

@@ -189,7 +189,7 @@ pub(crate) fn factor(
 ///
 /// # Errors
 ///
-/// As [`factor`].
+/// The same errors as [`factor`].
 pub(crate) fn unordered(
     gram: &Buffer,
     diagonal: &[f32],

@@ -47,7 +47,7 @@ fn fraction(word: u32, one: u32, #[comptime] j: usize, #[comptime] bits: usize) 
     }
 }
 
-/// What a kernel is compiled for.
+/// Parameters that a kernel is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Shape {
     bits: usize,

@@ -160,7 +160,7 @@ pub fn solve(
     })
 }
 
-/// What the options gained, from what was summed.
+/// Computes the gains of the options from the sums.
 fn gains(settings: &Settings, target: Option<&MismatchTarget>, sums: Sums) -> Gains {
     let output = sums.of(Sum::Output);
     let part = |sum| Sums::part(sums.of(sum), output);

@@ -153,7 +153,7 @@ impl Pinned {
 /// Uploads a tensor of `shape` and a 16-bit `dtype` from `from`, starting at value `start`.
 ///
 /// # Panics
-/// If `from` ends before the tensor does.
+/// `from` ends before the tensor does.
 pub(crate) fn upload<const D: usize>(
     from: &Pinned,
     start: usize,

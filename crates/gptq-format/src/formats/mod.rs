@@ -97,7 +97,7 @@ pub trait StoredTensors {
     /// Quantization settings of the checkpoint; `None` if it is dense.
     fn settings(&self) -> Option<&QuantizeConfig>;
 
-    /// Whether there is a tensor of this name.
+    /// Returns true if there is a tensor of this name.
     fn contains(&self, name: &str) -> bool;
 
     /// The words of an i32 tensor.
@@ -138,16 +138,16 @@ pub struct Encoded<'a> {
 pub struct Grids {
     /// True if all zero points are in the middle of the code range.
     pub sym: bool,
-    /// Whether columns of a group may lie anywhere (act order without static groups).
+    /// True if columns of a group may lie anywhere (act order without static groups).
     pub scattered: bool,
 }
 
-/// Why a format cannot hold a linear.
+/// Reason that a format cannot hold a linear.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{reason}; {remedy}")]
 pub struct Refusal {
     /// Rule that fails, if any.
     pub reason: String,
-    /// What to change in a recipe.
+    /// Change to a recipe that avoids it.
     pub remedy: String,
 }

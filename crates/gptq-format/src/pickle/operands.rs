@@ -5,7 +5,7 @@ pub(super) const MAX_NAME: usize = 512;
 
 const TRUNCATED: &str = "its pickle ends in the middle; the file may be truncated";
 
-/// What a step of the machine gives; the error is a sentence.
+/// Result of a step of the machine; the error is a sentence.
 pub(super) type Step<T = ()> = Result<T, String>;
 
 /// The rest of a pickle.

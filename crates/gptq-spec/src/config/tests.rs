@@ -213,7 +213,7 @@ fn families_differ_in_biases() {
     }
 }
 
-/// How many tokens one sees in the blocks that see the fewest, if that is not all.
+/// Returns the smallest sliding window of all blocks, in tokens; `None` if no block has one.
 fn window_of(config: &ModelConfig) -> Option<usize> {
     let blocks = config.blocks().iter();
     let windows = blocks.filter_map(|block| block.attention().unwrap().how.window);

@@ -1,4 +1,4 @@
-//! What a family says of itself, and what that makes of a config.
+//! Properties of a family, and the settings that they give for a config.
 
 use serde_json::{Map, Value};
 
@@ -13,45 +13,46 @@ use crate::{BlockSpec, NormKind};
 /// A `model_type`.
 pub(crate) struct Family {
     pub(crate) model_type: &'static str,
-    /// Keys of the config, and what they are where they are left out.
+    /// Keys of the config, and their values if they are missing.
     pub(super) defaults: &'static [(&'static str, usize)],
     pub(super) norm: NormKind,
-    /// The key of what its norms add to the mean square, and what that is where it is left out.
+    /// Key of the norms' epsilon, which is added to the mean square, and its value if the key is missing.
     pub(crate) eps: (&'static str, f64),
-    /// The key of the activation, and names of the one that there is.
+    /// Key of the activation, and names of the one that is supported.
     pub(crate) activation: (&'static str, &'static [&'static str]),
-    /// Whether the head is the embedding where the config does not say.
+    /// True if the head is the embedding when the config does not say.
     pub(super) tied: bool,
     pub(crate) rotary: Rotary,
     pub(super) sliding_window: SlidingWindow,
-    /// Whether its hidden states do not fit f16.
+    /// True if its hidden states do not fit f16.
     pub(crate) wide: bool,
     /// Its tensors' names, of which a checkpoint has one kind throughout; the first is the usual one.
     pub(crate) naming: &'static [Naming],
-    /// What names of tensors begin with that are no part of what is run, and that branches keep as they are.
+    /// Prefixes of the names of tensors that are not run; branches keep these tensors as they are.
     pub(crate) carried: &'static [&'static str],
-    /// The model that is run is that of an object inside the config.
+    /// Object inside the config that holds the model that is run, if it is not the config itself.
     pub(super) inside: Option<Inside>,
-    /// What is done at either end of the blocks. As for `block`.
+    /// Describes the operations before the first block and after the last. The shapes have been checked.
+    /// The error is a sentence.
     pub(crate) ends: fn(&Shapes, &Keys<'_>) -> Result<Ends, String>,
     /// Describes a block by its index. The shapes have been checked. The error is a sentence.
     pub(crate) block: fn(&Shapes, &Keys<'_>, usize) -> Result<BlockSpec, String>,
 }
 
-/// How a family rotates queries and keys.
+/// Rotation of queries and keys in a family.
 pub(crate) struct Rotary {
     /// Base where no key says it.
     pub(crate) theta: f64,
     /// The share of a head that is rotated where no key says it; `None` where it is all of it, whatever keys say.
     pub(crate) partial: Option<f64>,
-    /// Whether neighbouring features are rotated together.
+    /// True if neighbouring features are rotated together.
     pub(crate) interleaved: bool,
     /// Blocks with a sliding window have settings of their own: the key of their base in the old spelling, and
     /// the base where no key says it.
     pub(crate) sliding: Option<(&'static str, f64)>,
     /// Values that `rope_type` may have.
     pub(crate) kinds: &'static [&'static str],
-    /// Values that mean another one.
+    /// Other names of such values: the name, and the value it stands for.
     pub(crate) renamed: &'static [(&'static str, &'static str)],
 }
 
@@ -69,7 +70,7 @@ impl Rotary {
 /// Names of the tensors outside the blocks, and of the blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Naming {
-    /// What all but the head begin with.
+    /// Prefix of all names but the head's.
     pub stem: &'static str,
     /// The output projection.
     pub head: &'static str,
@@ -87,7 +88,7 @@ impl Naming {
     }
 }
 
-/// A config with that of the language model inside.
+/// Object inside a config that is the language model's config.
 pub(super) struct Inside {
     /// Key of the object.
     pub(super) key: &'static str,
@@ -95,7 +96,7 @@ pub(super) struct Inside {
     pub(super) model_type: &'static str,
 }
 
-/// What a model does before the first block and after the last.
+/// Operations of a model before the first block and after the last.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ends {
     /// Factor of the embedding.
@@ -107,7 +108,7 @@ pub struct Ends {
 }
 
 impl Ends {
-    /// Nothing.
+    /// No change to the embedding or the logits.
     pub const PLAIN: Ends = Ends {
         embedding: 1.0,
         logits: 1.0,
@@ -116,7 +117,7 @@ impl Ends {
 }
 
 impl Family {
-    /// What families have that say nothing else.
+    /// Values of the families that do not set them otherwise.
     pub(super) const PLAIN: Family = Family {
         model_type: "",
         defaults: &[],
@@ -148,13 +149,13 @@ impl Family {
         }
     }
 
-    /// What a key is where it is left out.
+    /// Returns the value of a key that is missing from a config.
     pub(crate) fn default(&self, key: &str) -> Option<usize> {
         let mut defaults = self.defaults.iter();
         defaults.find(|(name, _)| *name == key).map(|&(_, it)| it)
     }
 
-    /// The norm that all of a model's are.
+    /// Returns the norm that all norms of a model are.
     pub(crate) fn norm(&self, eps: f64) -> crate::Norm {
         crate::Norm {
             kind: self.norm,
@@ -162,12 +163,12 @@ impl Family {
         }
     }
 
-    /// Whether the head is the embedding.
+    /// Returns true if the head is the embedding.
     pub(crate) fn tied(&self, config: &Keys<'_>) -> Result<bool, String> {
         Ok(config.found("tie_word_embeddings")?.unwrap_or(self.tied))
     }
 
-    /// How many tokens one sees in each block, where that is not all.
+    /// Returns the sliding window of each block in tokens; `None` where a token sees all before it.
     pub(crate) fn windows(
         &self,
         config: &Keys<'_>,

@@ -14,7 +14,7 @@ pub(super) const FAMILY: Family = Family {
     ..Family::PLAIN
 };
 
-/// As published, and as Transformers 5 has it in memory.
+/// Names as published, and as Transformers 5 has them in memory.
 pub(super) const NAMING: &[Naming] = &[
     Naming {
         stem: "language_model.model.",
@@ -26,7 +26,7 @@ pub(super) const NAMING: &[Naming] = &[
     },
 ];
 
-/// What sees.
+/// Prefixes of the names of the vision tower's and the projector's tensors.
 pub(super) const CARRIED: &[&str] = &[
     "vision_tower.",
     "multi_modal_projector.",

@@ -1,29 +1,29 @@
-//! Whether, and where, a token sees only so many before it.
+//! The sliding window of each block, as a config gives it.
 
 use crate::keys::{Keys, flag};
 
-/// How a family writes that tokens see only so many before them: `sliding_window` tokens, in the blocks
-/// that `layer_types` names. Where that is left out:
+/// Rule of a family for which blocks have a sliding window of `sliding_window` tokens, where `layer_types`,
+/// which names them, is missing.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum SlidingWindow {
     /// The family has none, whatever its config says.
     Never,
-    /// In every block.
+    /// Every block has a window.
     Always,
-    /// In blocks from `max_window_layers` on; and nowhere without `use_sliding_window`.
+    /// Blocks from `max_window_layers` on have a window; none without `use_sliding_window`.
     Switched,
-    /// It must not be left out where `use_sliding_window` is on.
+    /// `layer_types` must not be missing if `use_sliding_window` is on.
     Listed,
-    /// In all blocks but each so-and-so-many-th, by a key or as the family has it.
+    /// All blocks have a window except every `n`-th; `n` is in the config, or the family's.
     Pattern {
-        /// Key of the number.
+        /// Key of `n`.
         key: Option<&'static str>,
-        /// What it is where it is left out.
+        /// Value of `n` if the key is missing.
         every: usize,
     },
 }
 
-/// What a key is where it is left out.
+/// Returns the value of a key that is missing, by its name.
 type DefaultOf<'a> = &'a dyn Fn(&str) -> Option<usize>;
 
 /// Values of `layer_types`.
@@ -31,7 +31,8 @@ const FULL: &str = "full_attention";
 const SLIDING: &str = "sliding_attention";
 
 impl SlidingWindow {
-    /// How many tokens one sees in each block, where that is not all; `default` is the family's.
+    /// Returns the sliding window of each block in tokens; `None` where a token sees all before it.
+    /// `default` returns the family's values.
     pub(super) fn windows(
         self,
         default: DefaultOf<'_>,
@@ -82,7 +83,7 @@ impl SlidingWindow {
         }
     }
 
-    /// The blocks that slide where `layer_types` is left out; `on`: some may.
+    /// Returns the blocks with a sliding window where `layer_types` is missing; `on`: some may have one.
     fn without_types(
         self,
         default: DefaultOf<'_>,
@@ -112,9 +113,9 @@ impl SlidingWindow {
 
 /// Blocks of a model.
 enum Blocks {
-    /// From this one on.
+    /// Blocks from this one on.
     From(usize),
-    /// All but each so-and-so-many-th.
+    /// All blocks but every `n`-th.
     ButEvery(usize),
 }
 

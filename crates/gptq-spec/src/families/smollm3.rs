@@ -39,7 +39,7 @@ fn block(config: &Shapes, keys: &Keys<'_>, layer: usize) -> Result<BlockSpec, St
     Ok(block.build())
 }
 
-/// In `no_rope_layers`, 1 says that a block rotates.
+/// Returns true if block `layer` rotates queries and keys: its entry in `no_rope_layers` is not 0.
 fn rotates(keys: &Keys<'_>, layer: usize) -> Result<bool, String> {
     let key = "no_rope_layers";
     match keys.nullable::<Vec<usize>>(key)?.flatten() {

@@ -9,7 +9,7 @@ fn llama() -> Value {
            "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32017})
 }
 
-/// Which blocks slide, and which rotate.
+/// Returns for each block whether it has a sliding window, and whether it rotates.
 fn blocks_of(config: Value) -> (Vec<bool>, Vec<bool>) {
     let config = ModelConfig::from_json(config).unwrap();
     let blocks = config.blocks().iter();

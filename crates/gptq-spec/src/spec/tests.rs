@@ -1,4 +1,4 @@
-//! What is computed from a description.
+//! Tests of the values that are computed from a description.
 
 use crate::{BlockSpec, Division, ModelConfig};
 

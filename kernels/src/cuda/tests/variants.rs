@@ -1,4 +1,4 @@
-//! What some families have in place of the usual operations, against f64.
+//! Tests of the variants of operations that some families use, against f64.
 
 use burn::tensor::{Element, Tensor};
 use half::{bf16, f16};
