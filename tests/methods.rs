@@ -14,10 +14,10 @@ fn presets_and_options_decide_the_codes_and_best_is_closest_to_the_dense_model()
         format!("[[branch]]\nname = {name:?}\nbits = 2\ngroup_size = 64\n{options}\n")
     };
     let branches = [
-        branch("standard", ""),
+        branch("standard", "preset = \"standard\""),
         branch("nothing", "preset = \"autogptq\"\nscale_search = true"),
         branch("zero", "mismatch_correction = 0.0\nrefine = 0"),
-        branch("best", "preset = \"best\""),
+        branch("best", ""),
     ];
     let recipe = scratch.recipe(&medi_tiny(), &branches.concat());
     succeed([
@@ -83,8 +83,8 @@ fn presets_and_options_decide_the_codes_and_best_is_closest_to_the_dense_model()
 #[test]
 fn branches_that_make_up_for_drift_do_not_change_those_that_do_not_nor_the_other_way_round() {
     let branches = [
-        "[[branch]]\nname = \"plain\"\nbits = 4\n",
-        "[[branch]]\nname = \"best\"\nbits = 4\npreset = \"best\"\n",
+        "[[branch]]\nname = \"plain\"\nbits = 4\npreset = \"standard\"\n",
+        "[[branch]]\nname = \"best\"\nbits = 4\n",
         "[[branch]]\nname = \"at-once\"\nbits = 4\npreset = \"best\"\ntrue_sequential = false\n",
     ];
     // Enough windows for several chunks, some of which also run through the dense model.

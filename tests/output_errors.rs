@@ -8,7 +8,7 @@ use crate::harness::{Scratch, medi_tiny, succeed};
 
 /// Two presets at 3 bits.
 const BRANCHES: &str = "[defaults]\nbits = 3\ngroup_size = 64\n\
-                        [[branch]]\nname = \"standard\"\n\
+                        [[branch]]\nname = \"standard\"\npreset = \"standard\"\n\
                         [[branch]]\nname = \"best\"\npreset = \"best\"\n";
 const FLAGS: [&str; 4] = ["--samples", "64", "--device", "cpu"];
 

@@ -245,7 +245,7 @@ fn tolerances_can_be_asked_for_and_a_failure_says_what_would_help() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(
         &medi_tiny(),
-        "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n",
+        "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\npreset = \"standard\"\n",
     );
     succeed(["quantize", recipe.to_str().unwrap()]);
     let dir = scratch.out().join("a");

@@ -158,7 +158,7 @@ fn forward(device: &Device, ceilings: &Ceilings) -> f64 {
             };
             forward += layers * time;
         }
-        let mut gram = Some(gram_zeros(inside, device).unwrap());
+        let mut gram = Some(gram_zeros([inside, inside], device).unwrap());
         let time = seconds(device, 20, || {
             gram = Some(gram_add(gram.take().unwrap(), x.clone()).unwrap());
         });
@@ -368,7 +368,7 @@ fn solving(device: &Device) -> f64 {
         ("down", WIDE, &[HIDDEN][..]),
     ] {
         let x = random([tokens, inside], 1.0, device);
-        let gram = gram_add(gram_zeros(inside, device).unwrap(), x).unwrap();
+        let gram = gram_add(gram_zeros([inside, inside], device).unwrap(), x).unwrap();
         let settings = Settings {
             bits: Bits::Four,
             group_size: GroupSize::Columns(128),
@@ -383,6 +383,7 @@ fn solving(device: &Device) -> f64 {
             .map(|&out| Request {
                 weight: random([out, inside], 0.02, device),
                 settings,
+                residual: None,
             })
             .collect();
         let hessian = HessianOptions {

@@ -214,9 +214,9 @@ pub trait Engine: Backend {
         gate * sigmoid(cubic * (8.0 / std::f64::consts::PI).sqrt()) * up
     }
 
-    /// A Gram matrix `[in, in]` f32 of zeros, for [`Engine::gram_add`].
-    fn gram_zeros(in_features: usize, device: &Self::Device) -> Tensor<Self, 2> {
-        Tensor::zeros([in_features, in_features], (device, DType::F32))
+    /// A matrix of zeros, f32, for [`Engine::gram_add`] (`[in, in]`) or [`Engine::cross_add`].
+    fn gram_zeros(shape: [usize; 2], device: &Self::Device) -> Tensor<Self, 2> {
+        Tensor::zeros(shape, (device, DType::F32))
     }
 
     /// `gram + xᵀx` for `x [tokens, in]` and `gram [in, in]` f32, of which only the upper triangle
@@ -235,14 +235,15 @@ pub trait Engine: Backend {
         gram
     }
 
-    /// `cross + (dense - x)ᵀx` for `dense` and `x` `[tokens, in]` and `cross` f32 `[in, in]`.
+    /// `cross + (dense - own)ᵀx` for `dense` and `own` `[tokens, features]`, `x [tokens, in]`, and `cross` f32
+    /// `[features, in]`.
     fn cross_add(
         cross: Tensor<Self, 2>,
-        dense: Tensor<Self, 2>,
+        [dense, own]: [Tensor<Self, 2>; 2],
         x: Tensor<Self, 2>,
     ) -> Tensor<Self, 2> {
-        let (dense, x) = (dense.cast(DType::F32), x.cast(DType::F32));
-        cross + (dense - x.clone()).transpose().matmul(x)
+        let [dense, own, x] = [dense, own, x].map(|it| it.cast(DType::F32));
+        cross + (dense - own).transpose().matmul(x)
     }
 
     /// Solves every linear that shares one input: orders, damps and factors its Gram matrix once,

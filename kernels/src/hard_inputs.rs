@@ -68,7 +68,7 @@ impl<B: Engine> On<B> {
             let data = TensorData::new(values, [rows, IN]).convert_dtype(self.dtype);
             Tensor::from_data(data, (&self.device, self.dtype))
         };
-        let gram = B::gram_zeros(IN, &self.device);
+        let gram = B::gram_zeros([IN, IN], &self.device);
         let request = Request {
             weight: tensor(w, OUT),
             settings: Settings {
@@ -80,6 +80,7 @@ impl<B: Engine> On<B> {
                 f16_scales: true,
                 refine: 0,
             },
+            residual: None,
         };
         let hessian = HessianOptions {
             act_order: true,

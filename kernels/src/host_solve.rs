@@ -64,8 +64,9 @@ fn solve_one<B: Backend>(
     let relative =
         |of: &DMatrix<f64>, q: &DMatrix<f64>| part(output_energy(&(of - q), gram), energy);
     let settings = request.settings;
+    let residual = request.residual.map(to_matrix);
     let shifted = mismatch.map(|(target, gram)| {
-        let (target, gain) = target.of(&w);
+        let (target, gain) = target.of(&w, residual.as_ref());
         (target, part(gain, output_energy(&w, gram)))
     });
     let target = shifted.as_ref().map_or(&w, |(target, _)| target);

@@ -35,6 +35,9 @@ pub struct Request<B: Backend> {
     pub weight: Tensor<B, 2>,
     /// Its settings.
     pub settings: Settings,
+    /// `(R_d - R)ᵀX` over the tokens of the [`Mismatch`], f32 `[out, in]`, of a linear whose output is added to the
+    /// residual stream `R`: what its output is to make up for besides. Not used without a mismatch.
+    pub residual: Option<Tensor<B, 2>>,
 }
 
 /// A packed linear that may still be on its way to the host.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gptq_format::{Bits, GroupSize};
+use gptq_format::GroupSize;
 use gptq_spec::ModelConfig;
 use toml::Spanned;
 
@@ -71,15 +71,7 @@ pub(crate) fn resolve(
             .or(defaults.true_sequential)
             .unwrap_or(true),
         preset,
-        // With a budget, some linear layers may have few bits.
-        method: method(
-            recipe,
-            branch,
-            preset.method(match budget {
-                Some(_) => Bits::Three,
-                None => bits,
-            }),
-        )?,
+        method: method(recipe, branch, preset.method())?,
         budget: budget.as_ref().map(|(budget, _)| budget.clone()),
         allocation: None,
         picked: BTreeMap::new(),

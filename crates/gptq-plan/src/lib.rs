@@ -58,6 +58,6 @@ pub use report::{
     BlockReport, BranchReport, Clamped, LinearReport, Measure, ModelFiles, PhaseSeconds, REPORT,
     SolvedWith, Summary,
 };
-pub use share::{DENSE_SHARE, SHARE, Share};
+pub use share::{SHARE, Share};
 pub use texts::{Look, check_texts};
 pub use written_config::written_config;

@@ -3,7 +3,6 @@
 use gptq_format::TABLE_PIECE;
 use gptq_spec::BlockSpec;
 
-use crate::share::DENSE_SHARE;
 use crate::{Plan, PlanError, Propagation};
 
 /// Division of the calibration windows by an engine: its `Engine::LANES` and `Engine::CHUNK_TOKENS`,
@@ -119,7 +118,7 @@ impl Sizes {
         let corrects = u128::from(plan.corrects_mismatch());
         let refined = plan.branches.iter().any(|b| b.method.refine > 0);
         let dense = blocks.clone().map(|block| kept(block, hidden)).max();
-        let dense = corrects * dense.unwrap_or_default() / DENSE_SHARE as u128;
+        let dense = corrects * dense.unwrap_or_default() / plan.dense_step() as u128;
         let share = plan.share();
         let window = share.tokens as u128;
         let branches = plan.branches.len() as u128;
@@ -153,7 +152,7 @@ impl Sizes {
             table: config.vocabulary as u128 * hidden,
             widest,
             hidden,
-            squares: 4 + 3 * corrects + u128::from(refined),
+            squares: 4 + 4 * corrects + u128::from(refined),
         }
     }
 

@@ -1,6 +1,5 @@
 //! Options for finding codes and scales. They do not affect the file format.
 
-use gptq_format::Bits;
 use serde::{Deserialize, Serialize};
 
 /// A named set of options.
@@ -9,10 +8,10 @@ use serde::{Deserialize, Serialize};
 pub enum Preset {
     /// Exactly AutoGPTQ's method: every scale just spans its group.
     Autogptq,
-    /// Options that improve accuracy at almost no cost.
-    #[default]
+    /// A scale search, at almost no cost.
     Standard,
-    /// All options that improve accuracy.
+    /// All options that improve accuracy without gradients.
+    #[default]
     Best,
 }
 
@@ -26,8 +25,8 @@ impl Preset {
         }
     }
 
-    /// Returns its options at a code width.
-    pub fn method(self, bits: Bits) -> Method {
+    /// Returns its options.
+    pub fn method(self) -> Method {
         match self {
             Preset::Autogptq => Method::default(),
             Preset::Standard => Method {
@@ -36,8 +35,7 @@ impl Preset {
             },
             Preset::Best => Method {
                 scale_search: true,
-                // At 4 bits and more it gains nothing (`crates/gptq-solver/ACCURACY.md`).
-                refine: usize::from(matches!(bits, Bits::Two | Bits::Three)),
+                refine: 1,
                 mismatch_correction: 1.0,
             },
         }

@@ -10,6 +10,7 @@ use toml::Spanned;
 use crate::byte_size::parse_size;
 use crate::inputs::{calibration_settings, looks_like_repo, model_source};
 use crate::recipe_file::{OnOverflow, Propagate};
+use crate::share::dense_step;
 use crate::written_config::written_config;
 use crate::{
     BranchPlan, FetchedInputs, InputSource, PlanError, Recipe, RecipeError, RecipeOverrides, Share,
@@ -230,6 +231,11 @@ impl Plan {
     /// True if any branch corrects the mismatch of its activations, and so needs the dense model beside its own.
     pub fn corrects_mismatch(&self) -> bool {
         self.branches.iter().any(|b| b.method.corrects_mismatch())
+    }
+
+    /// Returns the stride of the chunks that also run through the dense model where it does so.
+    pub fn dense_step(&self) -> usize {
+        dense_step(self.tokens())
     }
 
     /// Returns the calibration tokens used for output errors.

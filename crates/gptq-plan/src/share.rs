@@ -6,10 +6,9 @@ use serde::{Deserialize, Serialize};
 /// products of a linear layer each take that share of the run's forward (`crates/README.md` has
 /// figures).
 pub const SHARE: usize = 256;
-/// Stride: every `DENSE_SHARE`-th chunk is also run through the dense model where a branch corrects the
-/// mismatch of its activations. A quarter of the windows tells most of what all tell, at a quarter of the cost
-/// (`crates/README.md` has figures).
-pub const DENSE_SHARE: usize = 4;
+/// Calibration tokens that are also run through the dense model where a branch corrects the mismatch of its
+/// activations. More tell little more, and a real model needs as many (`crates/gptq-solver/ACCURACY.md`).
+const DENSE_TOKENS: usize = 1 << 17;
 /// Minimum number of tokens of a window.
 const LEAST: usize = 256;
 /// The tokens taken from a partial window are a multiple of this.
@@ -35,9 +34,21 @@ impl Share {
     }
 }
 
+/// Returns the stride for which every so-many-th chunk of `tokens` tokens makes at least [`DENSE_TOKENS`].
+pub(crate) fn dense_step(tokens: usize) -> usize {
+    (tokens / DENSE_TOKENS).max(1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_dense_model_runs_on_all_tokens_up_to_a_number_and_on_a_share_beyond() {
+        for (tokens, step) in [(4096, 1), (127 * 1024, 1), (256 * 1024, 2), (128 * 4096, 4)] {
+            assert_eq!(dense_step(tokens), step);
+        }
+    }
 
     #[test]
     fn about_one_token_in_256_is_compared_and_never_less_than_a_short_window() {

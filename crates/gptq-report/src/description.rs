@@ -1,6 +1,7 @@
 //! One sentence about a branch, chosen by its settings.
 
 use gptq_format::{Bits, GroupSize};
+use gptq_plan::Preset;
 
 use crate::Branch;
 
@@ -12,9 +13,9 @@ pub(crate) fn description(branch: &Branch) -> String {
         GroupSize::Columns(n) => format!("groups of {n}"),
     };
     let order = branch.report.order();
-    let preset = match branch.report.preset.name() {
-        "standard" => String::new(),
-        other => format!(", preset {other}"),
+    let preset = match branch.report.preset {
+        preset if preset == Preset::default() => String::new(),
+        other => format!(", preset {}", other.name()),
     };
     let sentence = match (config.bits, config.group_size) {
         (Bits::Two, _) => {

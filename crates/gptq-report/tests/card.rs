@@ -217,11 +217,15 @@ fn branches_that_differ_by_preset_alone_are_described_differently() {
     let matrix = matrix_with(|report| {
         if report.branch.ends_with("64g-actorder_True") {
             report.quantize_config = report.quantize_config.clone();
-            report.preset = gptq_plan::Preset::Best;
+            report.preset = gptq_plan::Preset::Autogptq;
         }
     });
     let text = card(&facts(&matrix, &settings()).unwrap(), None).unwrap();
-    assert_eq!(text.matches("act order, preset best.").count(), 1, "{text}");
+    assert_eq!(
+        text.matches("act order, preset autogptq.").count(),
+        1,
+        "{text}"
+    );
 }
 
 #[test]

@@ -10,13 +10,13 @@ use burn::tensor::Tensor;
 use gptq_format::FormatError;
 use gptq_kernels::{Engine, map_lanes};
 use gptq_model::Block;
-use gptq_plan::DENSE_SHARE;
 
 use crate::profile::{Clock, Phase, timed};
 use crate::stream::{Chunk, Stream};
 
-/// The dense model's states of every [`DENSE_SHARE`]-th chunk.
+/// The dense model's states of every `step`-th chunk.
 pub(crate) struct Dense<B: Engine> {
+    step: usize,
     /// States before each tap of the block that was entered last.
     before: Vec<Stream<B>>,
     end: Stream<B>,
@@ -24,8 +24,9 @@ pub(crate) struct Dense<B: Engine> {
 
 impl<B: Engine> Dense<B> {
     /// Starts from those chunks' states before the next block.
-    pub(crate) fn new(states: Stream<B>) -> Self {
+    pub(crate) fn new(states: Stream<B>, step: usize) -> Self {
         Dense {
+            step,
             before: Vec::new(),
             end: states,
         }
@@ -62,8 +63,8 @@ impl<B: Engine> Dense<B> {
     /// Chunk `chunk` of the branches' before `tap`, where there is one.
     fn chunk(&self, tap: usize, chunk: usize) -> Option<&Chunk<B>> {
         let at = chunk
-            .is_multiple_of(DENSE_SHARE)
-            .then_some(chunk / DENSE_SHARE)?;
+            .is_multiple_of(self.step)
+            .then_some(chunk / self.step)?;
         self.before(tap).chunks.get(at)
     }
 }
@@ -73,8 +74,30 @@ impl<B: Engine> Dense<B> {
 pub(crate) struct Grams<B: Engine> {
     /// `XᵀX` of all tokens, upper triangle.
     pub(crate) all: Tensor<B, 2>,
-    /// `XᵀX` and `(X_d - X)ᵀX` of the tokens that the dense model was given too.
-    pub(crate) mismatch: Option<[Tensor<B, 2>; 2]>,
+    pub(crate) mismatch: Option<Drift<B>>,
+}
+
+/// Sums over the tokens that the dense model was given too, f32.
+#[derive(Clone)]
+pub(crate) struct Drift<B: Engine> {
+    /// `XᵀX [in, in]`, upper triangle.
+    pub(crate) gram: Tensor<B, 2>,
+    /// `(X_d - X)ᵀX [in, in]`.
+    pub(crate) cross: Tensor<B, 2>,
+    /// `(R_d - R)ᵀX [hidden, in]` of the residual stream before the tap, if its outputs are added to that.
+    pub(crate) residual: Option<Tensor<B, 2>>,
+}
+
+impl<B: Engine> std::ops::Add for Drift<B> {
+    type Output = Drift<B>;
+
+    fn add(self, other: Drift<B>) -> Drift<B> {
+        Drift {
+            gram: self.gram + other.gram,
+            cross: self.cross + other.cross,
+            residual: sum(self.residual, other.residual),
+        }
+    }
 }
 
 /// The Gram matrices of the input of each of `taps`, with `block`'s weights in between; the stream stays
@@ -89,8 +112,11 @@ pub(crate) fn grams<B: Engine>(
 ) -> Result<Vec<Grams<B>>, FormatError> {
     let started = Instant::now();
     let chunks: Vec<_> = stream.chunks.iter().enumerate().collect();
+    let spec = block.spec();
+    let added = |&tap: &usize| spec.linears_of(tap).any(|it| spec.added(it).is_some());
     let tap = TapReader {
         block,
+        makes_up: taps.clone().find(added),
         taps,
         dense,
         device,
@@ -117,31 +143,51 @@ pub(crate) fn grams<B: Engine>(
 }
 /// Sums over chunks of one tap's input. Tokens that the dense model was given too are summed apart.
 struct GramSums<B: Engine> {
-    apart: Option<[Tensor<B, 2>; 2]>,
+    apart: Option<Drift<B>>,
     rest: Option<Tensor<B, 2>>,
 }
 
+/// States of the dense model, for the tokens of a chunk.
+struct DenseStates<B: Engine> {
+    /// Input of the tap.
+    x: Tensor<B, 2>,
+    /// Its residual stream and the branch's, if the tap's outputs are to make up for the difference.
+    residuals: Option<[Tensor<B, 2>; 2]>,
+}
+
 impl<B: Engine> GramSums<B> {
-    /// Adds a chunk's input, and the dense model's for the same tokens.
-    fn add(&mut self, x: Tensor<B, 2>, dense: Option<Tensor<B, 2>>) {
+    /// Adds a chunk's input, and the dense model's states for the same tokens.
+    fn add(&mut self, x: Tensor<B, 2>, dense: Option<DenseStates<B>>) {
         let n = x.dims()[1];
-        let zeros = || B::gram_zeros(n, &x.device());
+        let zeros = |rows| B::gram_zeros([rows, n], &x.device());
         // Taken out, so that the engine owns a sum alone and can add in place.
         match dense {
             Some(dense) => {
-                let [gram, cross] = self.apart.take().unwrap_or_else(|| [zeros(), zeros()]);
-                let gram = B::gram_add(gram, x.clone());
-                self.apart = Some([gram, B::cross_add(cross, dense, x)]);
+                let sums = self.apart.take().unwrap_or_else(|| Drift {
+                    gram: zeros(n),
+                    cross: zeros(n),
+                    residual: None,
+                });
+                let residual = dense.residuals.map(|residuals| {
+                    let hidden = residuals[0].dims()[1];
+                    let sum = sums.residual.unwrap_or_else(|| zeros(hidden));
+                    B::cross_add(sum, residuals, x.clone())
+                });
+                self.apart = Some(Drift {
+                    gram: B::gram_add(sums.gram, x.clone()),
+                    cross: B::cross_add(sums.cross, [dense.x, x.clone()], x),
+                    residual,
+                });
             }
             None => {
-                let rest = self.rest.take().unwrap_or_else(zeros);
+                let rest = self.rest.take().unwrap_or_else(|| zeros(n));
                 self.rest = Some(B::gram_add(rest, x));
             }
         }
     }
 
     fn finish(self) -> Grams<B> {
-        let of_dense = self.apart.as_ref().map(|[gram, _]| gram.clone());
+        let of_dense = self.apart.as_ref().map(|sums| sums.gram.clone());
         Grams {
             all: sum(of_dense, self.rest).expect("a lane has at least one chunk"),
             mismatch: self.apart,
@@ -153,18 +199,14 @@ impl<B: Engine> std::ops::Add for GramSums<B> {
     type Output = GramSums<B>;
 
     fn add(self, other: GramSums<B>) -> GramSums<B> {
-        let apart = match (self.apart, other.apart) {
-            (Some([a, b]), Some([c, d])) => Some([a + c, b + d]),
-            (one, other) => one.or(other),
-        };
         GramSums {
-            apart,
+            apart: sum(self.apart, other.apart),
             rest: sum(self.rest, other.rest),
         }
     }
 }
 
-fn sum<B: Engine>(a: Option<Tensor<B, 2>>, b: Option<Tensor<B, 2>>) -> Option<Tensor<B, 2>> {
+fn sum<T: std::ops::Add<Output = T>>(a: Option<T>, b: Option<T>) -> Option<T> {
     match (a, b) {
         (Some(a), Some(b)) => Some(a + b),
         (one, other) => one.or(other),
@@ -182,6 +224,9 @@ struct Lane<B: Engine> {
 struct TapReader<'a, B: Engine> {
     block: &'a Block<B>,
     taps: Range<usize>,
+    /// The tap whose outputs make up for what the residual stream has lost: the first whose outputs are added to
+    /// it, because those after it are not given what that one makes up for.
+    makes_up: Option<usize>,
     dense: Option<&'a Dense<B>>,
     device: &'a B::Device,
     wait: bool,
@@ -201,7 +246,8 @@ impl<B: Engine> TapReader<'_, B> {
             let (input, seconds) = self.timed(|| chunk.kept_input(self.block, taps(), self.device));
             forward += seconds;
             if let Some(input) = input? {
-                let (dense, seconds) = self.timed(|| self.dense_input(self.taps.start, at));
+                let own = || chunk.residual_stream(self.device);
+                let (dense, seconds) = self.timed(|| self.dense_states(self.taps.start, at, own));
                 forward += seconds;
                 let dense = dense?;
                 gram += self.timed(|| sums[0].add(input, dense)).1;
@@ -211,7 +257,11 @@ impl<B: Engine> TapReader<'_, B> {
             forward += seconds;
             let mut flow = flow?;
             for (sums, tap) in sums.iter_mut().zip(taps()) {
-                let inputs = || (self.block.input(tap, &flow), self.dense_input(tap, at));
+                let own = || Ok(flow.residual.clone());
+                let inputs = || {
+                    let x = self.block.input(tap, &flow);
+                    (x, self.dense_states(tap, at, own))
+                };
                 let ((input, dense), seconds) = self.timed(inputs);
                 forward += seconds;
                 let dense = dense?;
@@ -230,16 +280,27 @@ impl<B: Engine> TapReader<'_, B> {
         })
     }
 
-    /// The dense model's input of `tap` for chunk `at`, where it was run.
-    fn dense_input(&self, tap: usize, at: usize) -> Result<Option<Tensor<B, 2>>, FormatError> {
+    /// Returns the dense model's states before `tap` for chunk `at`, where it was run; `own` gives the branch's
+    /// residual stream there.
+    fn dense_states(
+        &self,
+        tap: usize,
+        at: usize,
+        own: impl FnOnce() -> Result<Tensor<B, 2>, FormatError>,
+    ) -> Result<Option<DenseStates<B>>, FormatError> {
         let Some(chunk) = self.dense.and_then(|dense| dense.chunk(tap, at)) else {
             return Ok(None);
         };
         let kept = chunk.kept_input(self.block, tap..tap + 1, self.device)?;
-        Ok(Some(match kept {
+        let x = match kept {
             Some(input) => input,
             None => self.block.input(tap, &chunk.flow(self.device)?),
-        }))
+        };
+        let residuals = match self.makes_up == Some(tap) {
+            true => Some([chunk.residual_stream(self.device)?, own()?]),
+            false => None,
+        };
+        Ok(Some(DenseStates { x, residuals }))
     }
 
     fn timed<T>(&self, work: impl FnOnce() -> T) -> (T, f64) {

@@ -42,7 +42,7 @@ impl<B: Engine> OutputErrors<B> {
     /// Starts from the states before the next block.
     pub(crate) fn new(dense: Stream<B>, own: Vec<Stream<B>>) -> Self {
         OutputErrors {
-            dense: Dense::new(dense),
+            dense: Dense::new(dense, 1),
             own,
             energies: Vec::new(),
         }

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use gptq_format::{FormatError, Half, hexadecimal, le_bytes, sha256_file};
 use gptq_kernels::Engine;
 use gptq_model::Flow;
-use gptq_plan::{DENSE_SHARE, FinishedBlock, Places, Plan, PlanError};
+use gptq_plan::{FinishedBlock, Places, Plan, PlanError};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -241,7 +241,7 @@ impl SavedStates {
         let streams: Vec<Stream<B>> = streams.collect::<Result<_, _>>()?;
         let mut found: Vec<usize> = streams.iter().flat_map(|it| it.branches.clone()).collect();
         found.sort_unstable();
-        let dense = index.dense.map(|it| stream(it, DENSE_SHARE, places));
+        let dense = index.dense.map(|it| stream(it, plan.dense_step(), places));
         let dense = dense.transpose()?;
         let (compared, own) = index.compared.ok_or_else(damaged)?;
         let mut stream = |it| stream(it, 1, &Places::DEVICE);
@@ -256,7 +256,7 @@ impl SavedStates {
         }
         Ok(States {
             streams,
-            dense: dense.map(Dense::new),
+            dense: dense.map(|states| Dense::new(states, plan.dense_step())),
             compared: Some(OutputErrors::new(compared, own)),
         })
     }

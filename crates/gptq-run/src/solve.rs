@@ -83,20 +83,25 @@ pub(crate) fn solve<B: Engine>(
         let modules = linears.iter().map(|linear| linear.module.as_str());
         modules.collect::<Vec<_>>().join(", ")
     };
-    let request = |linear: &PlannedLinear| Request {
-        weight: block.linear(linear.linear).weight.dense(model.dtype()),
-        settings: linear.settings,
-    };
-    let requests = linears.iter().map(request).collect();
     let hessian = HessianOptions {
         act_order: branch.desc_act,
         damping: branch.damp_percent,
     };
     let strength = branch.method.mismatch_correction;
     let mismatch = grams.mismatch.filter(|_| strength > 0.0);
-    let mismatch = mismatch.map(|[gram, cross]| Mismatch {
-        gram,
-        cross,
+    let residual = mismatch.as_ref().and_then(|drift| drift.residual.clone());
+    let request = |linear: &PlannedLinear| Request {
+        weight: block.linear(linear.linear).weight.dense(model.dtype()),
+        settings: linear.settings,
+        residual: spec.added(linear.linear).and_then(|scale| {
+            let residual = residual.clone()?;
+            Some(if scale == 1.0 { residual } else { residual / scale })
+        }),
+    };
+    let requests = linears.iter().map(request).collect();
+    let mismatch = mismatch.map(|drift| Mismatch {
+        gram: drift.gram,
+        cross: drift.cross,
         strength,
     });
     let started = Instant::now();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use gptq_kernels::Engine;
 use gptq_model::{Flow, ModelError};
-use gptq_plan::{DENSE_SHARE, Places, Plan};
+use gptq_plan::{Places, Plan};
 
 use crate::RunError;
 use crate::gram::Dense;
@@ -51,7 +51,7 @@ impl<B: Engine> States<B> {
             .transpose()?;
         let dense = plan
             .corrects_mismatch()
-            .then(|| Dense::new(all.every(DENSE_SHARE)));
+            .then(|| Dense::new(all.every(plan.dense_step()), plan.dense_step()));
         // Branches that solve a block's taps in different groups cannot share a stream.
         let sequential = |&i: &usize| plan.branches[i].true_sequential;
         let (sequential, not) = (0..plan.branches.len()).partition(sequential);

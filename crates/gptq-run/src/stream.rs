@@ -176,6 +176,15 @@ impl<B: Engine> Chunk<B> {
         let Some(register) = single.and_then(|tap| block.spec().kept_input(tap)) else {
             return Ok(None);
         };
+        self.register(register, device)
+    }
+
+    /// Returns a register as it is kept, in compute dtype on `device`; `None` if it is not.
+    pub(crate) fn register(
+        &self,
+        register: Register,
+        device: &B::Device,
+    ) -> Result<Option<Tensor<B, 2>>, FormatError> {
         match self {
             Chunk::Device(flow) => {
                 let compute = B::compute(half_of(flow.residual.dtype()));
@@ -186,6 +195,15 @@ impl<B: Engine> Chunk<B> {
                 states.map(|states| states.upload(device)).transpose()
             }
         }
+    }
+
+    /// Returns the residual stream in compute dtype on `device`.
+    pub(crate) fn residual_stream(
+        &self,
+        device: &B::Device,
+    ) -> Result<Tensor<B, 2>, FormatError> {
+        let residual = self.register(Register::RESIDUAL, device)?;
+        Ok(residual.expect("the residual stream is always kept"))
     }
 
     /// The states in compute dtype on `device`.

@@ -56,7 +56,7 @@ fn packed_tensors_give_back_the_solved_weights_bit_for_bit() {
     assert_eq!(plan.branches.len(), 16);
     for branch in &plan.branches {
         let x = noise(512, 128, 1);
-        let gram = Cpu::gram_add(Cpu::gram_zeros(128, &Default::default()), x);
+        let gram = Cpu::gram_add(Cpu::gram_zeros([128, 128], &Default::default()), x);
         let hessian = HessianOptions {
             act_order: branch.desc_act,
             damping: branch.damp_percent,
@@ -65,6 +65,7 @@ fn packed_tensors_give_back_the_solved_weights_bit_for_bit() {
             // Some weights of a f16 checkpoint are tiny.
             weight: noise(128, 128, 2) * noise(128, 128, 3).powi_scalar(9),
             settings: branch.module("model.layers.0.self_attn.q_proj").unwrap(),
+            residual: None,
         };
         let solved = Cpu::solve(gram, None, hessian, vec![request]).unwrap();
         let solved = solved.solved.into_iter().next().unwrap();

@@ -9,6 +9,10 @@
 //! and the loss of rounding `W'` is measured with the same `XᵀX`: GPTQ needs no change (Li et al.,
 //! GPTAQ, 2025, fold the same term into each column's update). `λ` is the damping; a strength
 //! between 0 and 1 applies only part of the correction.
+//!
+//! If the output is added to a residual stream, `R_d` in the dense model and `R` in the branch, the sum is what
+//! should be reproduced: `R_d + X_d Wᵀ`. Then `(R_d - R)ᵀX` joins `W C`. So each block makes up for what the
+//! blocks before have lost in the stream, as far as its own inputs tell.
 
 use nalgebra::DMatrix;
 use rayon::prelude::*;
@@ -57,16 +61,22 @@ impl<T: Real> Target<T> {
     }
 
     /// Returns `W'` for `w [out, in]`, and its reduction of the distance to the dense output, `‖X_d
-    /// Wᵀ - X Wᵀ‖² - ‖X_d Wᵀ - X W'ᵀ‖²`.
+    /// Wᵀ - X Wᵀ‖² - ‖X_d Wᵀ - X W'ᵀ‖²`. `residual` is `(R_d - R)ᵀX [out, in]`, if the output is added to a
+    /// residual stream; then the distance is that of the sums.
     ///
-    /// With `S = W C (XᵀX + λI)⁻¹` and strength `t`, that is `(2t - t²) tr(W C Sᵀ) + t² λ ‖S‖²`.
-    pub fn of(&self, w: &DMatrix<T>) -> (DMatrix<T>, f64) {
+    /// With `A = W C + (R_d - R)ᵀX`, `S = A (XᵀX + λI)⁻¹` and strength `t`, that is `(2t - t²) tr(A Sᵀ) + t² λ
+    /// ‖S‖²`.
+    pub fn of(&self, w: &DMatrix<T>, residual: Option<&DMatrix<T>>) -> (DMatrix<T>, f64) {
         let starts: Vec<usize> = (0..w.nrows()).step_by(STRIP).collect();
         let strips: Vec<(DMatrix<T>, f64)> = starts
             .par_iter()
             .map(|&start| {
-                let w = w.rows(start, STRIP.min(w.nrows() - start));
-                let toward = w * &self.cross;
+                let rows = STRIP.min(w.nrows() - start);
+                let w = w.rows(start, rows);
+                let mut toward = w * &self.cross;
+                if let Some(residual) = residual {
+                    toward += residual.rows(start, rows);
+                }
                 let mut shift = toward.clone();
                 cholesky::solve_right(&self.lower, &mut shift);
                 let t = self.strength.exact();
@@ -103,7 +113,7 @@ mod tests {
         let (gram, cross) = (x.transpose() * &x, (&dense - &x).transpose() * &x);
         for strength in [1.0, 0.3] {
             let shift = Target::new(&gram, cross.clone(), 0.01, strength).unwrap();
-            let (target, gained) = shift.of(&w);
+            let (target, gained) = shift.of(&w, None);
             let lost =
                 |v: &DMatrix<f64>| (&dense * w.transpose() - &x * v.transpose()).norm_squared();
             let closer = lost(&w) - lost(&target);
@@ -112,7 +122,7 @@ mod tests {
                 "{gained} {closer}"
             );
         }
-        let (target, _) = Target::new(&gram, cross, 0.01, 1.0).unwrap().of(&w);
+        let (target, _) = Target::new(&gram, cross, 0.01, 1.0).unwrap().of(&w, None);
         let ridge = 0.01 * gram.trace() / n as f64;
         let loss = |v: &DMatrix<f64>| {
             (&dense * w.transpose() - &x * v.transpose()).norm_squared()
@@ -130,11 +140,37 @@ mod tests {
     }
 
     #[test]
+    fn what_a_residual_stream_has_lost_is_made_up_for_in_the_sum() {
+        let (tokens, n, features) = (150, 70, 3);
+        let (x, w) = (matrix(tokens, n, 1), matrix(features, n, 2));
+        let dense = &x + matrix(tokens, n, 3) * 0.2;
+        let lost = matrix(tokens, features, 6) * 4.0; // R_d - R
+        let (gram, cross) = (x.transpose() * &x, (&dense - &x).transpose() * &x);
+        let residual = lost.transpose() * &x;
+        let shift = Target::new(&gram, cross, 0.01, 1.0).unwrap();
+        let (target, gained) = shift.of(&w, Some(&residual));
+        let distance = |v: &DMatrix<f64>| {
+            (&lost + &dense * w.transpose() - &x * v.transpose()).norm_squared()
+        };
+        let closer = distance(&w) - distance(&target);
+        assert!(closer > 0.0 && (gained / closer - 1.0).abs() < 1e-9);
+        let ridge = 0.01 * gram.trace() / n as f64;
+        let loss = |v: &DMatrix<f64>| distance(v) + ridge * (v - &w).norm_squared();
+        for (r, c) in [(0, 0), (1, 33), (2, 69)] {
+            for step in [1e-3, -1e-3] {
+                let mut other = target.clone();
+                other[(r, c)] += step;
+                assert!(loss(&target) < loss(&other), "({r}, {c}) {step}");
+            }
+        }
+    }
+
+    #[test]
     fn strength_zero_leaves_the_weights_as_they_are() {
         let (x, w) = (matrix(40, 12, 1), matrix(130, 12, 2));
         let (gram, cross) = (x.transpose() * &x, matrix(12, 12, 5));
         let target = Target::new(&gram, cross, 0.1, 0.0).unwrap();
-        assert_eq!(target.of(&w), (w, 0.0));
+        assert_eq!(target.of(&w, None), (w, 0.0));
     }
 
     #[test]
@@ -143,6 +179,6 @@ mod tests {
         let gram = x.transpose() * &x;
         let cross = DMatrix::zeros(12, 12);
         let target = Target::new(&gram, cross, 0.1, 1.0).unwrap();
-        assert_eq!(target.of(&w), (w, 0.0));
+        assert_eq!(target.of(&w, None), (w, 0.0));
     }
 }

@@ -305,6 +305,22 @@ impl BlockSpec {
         ops.any(|op| matches!(op, Op::Add { .. }))
     }
 
+    /// Returns the factor with which a linear's output is added to the residual stream as it was before the linear's
+    /// tap; `None` if the output goes elsewhere, or if something else is added before.
+    pub fn added(&self, linear: usize) -> Option<f64> {
+        let tap = &self.taps[self.linears[linear].tap];
+        let Op::Linears { outputs, .. } = &self.ops[tap.at] else {
+            unreachable!("a tap stands at its linears");
+        };
+        let (_, output) = outputs.iter().find(|(at, _)| *at == linear)?;
+        let later = self.ops[tap.at + 1..].iter();
+        let mut later = later.filter(|op| op.reads(*output) || matches!(op, Op::Add { .. }));
+        match later.next()? {
+            Op::Add { from, scale } if from == output => Some(*scale),
+            _ => None,
+        }
+    }
+
     /// Features of all registers but the residual stream that are kept before `tap`.
     pub fn kept_features(&self, tap: usize) -> usize {
         let start = self.taps[tap].start;

@@ -107,8 +107,8 @@ impl Engine for Cuda {
         super::geglu(gate, up).unwrap_or_else(|error| fail(error))
     }
 
-    fn gram_zeros(in_features: usize, device: &Device) -> Tensor<Self, 2> {
-        super::gram_zeros(in_features, device).unwrap_or_else(|error| fail(error))
+    fn gram_zeros(shape: [usize; 2], device: &Device) -> Tensor<Self, 2> {
+        super::gram_zeros(shape, device).unwrap_or_else(|error| fail(error))
     }
 
     fn gram_add(gram: Tensor<Self, 2>, x: Tensor<Self, 2>) -> Tensor<Self, 2> {
@@ -117,10 +117,10 @@ impl Engine for Cuda {
 
     fn cross_add(
         cross: Tensor<Self, 2>,
-        dense: Tensor<Self, 2>,
+        pair: [Tensor<Self, 2>; 2],
         x: Tensor<Self, 2>,
     ) -> Tensor<Self, 2> {
-        super::cross_add(cross, dense, x).unwrap_or_else(|error| fail(error))
+        super::cross_add(cross, pair, x).unwrap_or_else(|error| fail(error))
     }
 
     fn solve(

@@ -1,6 +1,6 @@
 //! The Gram matrix of a linear layer's input, `G += XᵀX`, upper half only, and the cross product
-//! for activation-mismatch correction, `C += (X_d - X)ᵀX`, with the dense model's input `X_d`, in
-//! full.
+//! for activation-mismatch correction, `C += (A_d - A)ᵀX`, with states `A_d` of the dense model and a branch's
+//! own `A`, in full.
 //!
 //! Row panels of the upper half: `G[s..e, s..] += X[:, s..e]ᵀ · X[:, s..]`, f16 or bf16 inputs, f32
 //! accumulation (a product of two is exact in f32). Panels of `w` columns need `(1 + w / in) / 2`
@@ -24,16 +24,15 @@ const PANEL: usize = 1024;
 /// Tokens per product: each reads and writes G once.
 const CHUNK: usize = 16_384;
 
-/// Makes a Gram matrix of zeros, f32 `[in_features, in_features]`, which [`gram_add`] updates in
-/// place.
+/// Makes a matrix of zeros, f32, which [`gram_add`] and [`cross_add`] update in place.
 ///
 /// # Errors
 ///
 /// Lack of device memory.
-pub fn gram_zeros(in_features: usize, device: &Device) -> Result<Tensor<Cuda, 2>, Error> {
+pub fn gram_zeros(shape: [usize; 2], device: &Device) -> Result<Tensor<Cuda, 2>, Error> {
     let client = CudaRuntime::client(device);
-    let gram = buffer::empty_on(&client, device, [in_features, in_features], DType::F32);
-    let bytes = in_features * in_features * 4;
+    let gram = buffer::empty_on(&client, device, shape, DType::F32);
+    let bytes = shape[0] * shape[1] * 4;
     on_stream(&[&gram], |libraries, pointers| {
         // SAFETY: the buffer was made with this many bytes.
         unsafe { memset_d8_async(pointers[0], 0, bytes, libraries.stream) }.map_err(|source| {
@@ -92,26 +91,31 @@ pub fn gram_add(gram: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor<Cuda
     Ok(buffer::into_float(gram))
 }
 
-/// Computes `C += (D - X)ᵀX` for `cross` f32 `[in, in]`, `dense` and `x` `[tokens, in]`, both f16
-/// or both bf16; the difference is rounded to that dtype. Updates in place if nothing else holds
-/// `cross`.
+/// Computes `C += (A_d - A)ᵀX` for `cross` f32 `[features, in]`, `dense` and `own` `[tokens, features]` and `x`
+/// `[tokens, in]`, all f16 or all bf16; the difference is rounded to that dtype, or to its largest value. Updates
+/// in place if nothing else holds `cross`.
 ///
 /// # Errors
 ///
 /// Other dtypes, inconsistent shapes, or a cuBLAS failure.
 pub fn cross_add(
     cross: Tensor<Cuda, 2>,
-    dense: Tensor<Cuda, 2>,
+    [dense, own]: [Tensor<Cuda, 2>; 2],
     x: Tensor<Cuda, 2>,
 ) -> Result<Tensor<Cuda, 2>, Error> {
     let [tokens, n] = x.dims();
-    if cross.dims() != [n, n] || dense.dims() != x.dims() {
+    let [_, features] = dense.dims();
+    if cross.dims() != [features, n]
+        || dense.dims() != [tokens, features]
+        || own.dims() != dense.dims()
+    {
         return Err(Error::Shape {
             operation: "cross_add",
             reason: format!(
-                "cross {:?}, dense {:?} and x {:?}",
+                "cross {:?}, dense {:?}, own {:?} and x {:?}",
                 cross.dims(),
                 dense.dims(),
+                own.dims(),
                 x.dims()
             ),
         });
@@ -120,18 +124,25 @@ pub fn cross_add(
     let cross = if cross.can_mut() { cross } else { cross.copy() };
     let x = buffer::half("cross_add", "x", x)?;
     let dense = buffer::float("cross_add", "dense", dense, x.dtype)?;
+    let own = buffer::float("cross_add", "own", own, x.dtype)?;
+    let [dense, own] = [dense, own].map(|it| buffer::into_float::<2>(it).cast(DType::F32));
     let element = Element::of(x.dtype);
-    let mismatch = buffer::into_float::<2>(dense) - buffer::into_float(x.clone());
-    let mismatch = buffer::float("cross_add", "mismatch", mismatch, x.dtype)?;
+    // In a residual stream the difference of two large values may lie beyond the type.
+    let largest = match x.dtype {
+        DType::F16 => f32::from(half::f16::MAX),
+        _ => f32::from(half::bf16::MAX),
+    };
+    let mismatch = (dense - own).clamp(-largest, largest);
+    let mismatch = buffer::float("cross_add", "mismatch", mismatch.cast(x.dtype), x.dtype)?;
     on_stream(&[&cross, &mismatch, &x], |libraries, pointers| {
         for first in (0..tokens).step_by(CHUNK) {
             let length = CHUNK.min(tokens - first);
-            let part = |pointer| MatrixAt::at(pointer, first * n, n, element);
-            let (mismatch, x) = (part(pointers[1]), part(pointers[2]));
+            let part = |pointer, width| MatrixAt::at(pointer, first * width, width, element);
+            let (mismatch, x) = (part(pointers[1], features), part(pointers[2], n));
             let c = MatrixAt::at(pointers[0], 0, n, Element::F32);
             // SAFETY: rows `first..first + length` of both inputs and all of cross lie inside their
             // checked buffers, and cross is uniquely held.
-            unsafe { product(libraries, [n, n, length], mismatch.t(), x, 1.0, c)? };
+            unsafe { product(libraries, [features, n, length], mismatch.t(), x, 1.0, c)? };
         }
         Ok(())
     })?;

@@ -89,7 +89,8 @@ pub fn solve(
         let mut offset = 0;
         for &at in &members {
             let target = target.as_ref();
-            let target = target.map(|it| it.of(&weights[at], &measurement, at));
+            let residual = requests[at].residual.as_ref();
+            let target = target.map(|it| it.of(&weights[at], residual, &measurement, at));
             let target = target.transpose()?;
             let weight = target.as_ref().unwrap_or(&weights[at]);
             into_columns(weight, &position, &diagonal, &all, offset);
@@ -186,7 +187,10 @@ fn check([n, columns]: [usize; 2], requests: &[Request<Cuda>]) -> Result<(), Err
             "a Gram matrix [{n}, {columns}]: not square, or not of a multiple of 32 columns"
         ));
     }
-    for Request { weight, settings } in requests {
+    for Request {
+        weight, settings, ..
+    } in requests
+    {
         let [out, inside] = weight.dims();
         if inside != n || !out.is_multiple_of(32) {
             return refuse(format!(

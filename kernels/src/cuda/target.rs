@@ -1,7 +1,6 @@
 //! Activation-mismatch correction: the weights to round when a layer's input differs from the dense
-//! model's, `W' = W + strength · W C (XᵀX + λI)⁻¹` (`gptq_solver::Target`), in f32. Only `W C` is
-//! rounded to TF32: it is an estimate from a part of the windows, accurate to a few per cent, and
-//! f16 and bf16 weights are exact in TF32.
+//! model's, `W' = W + strength · (W C + (R_d - R)ᵀX) (XᵀX + λI)⁻¹` (`gptq_solver::Target`), in f32. Only `W C`
+//! is rounded to TF32: it is an estimate, accurate to a few per cent, and f16 and bf16 weights are exact in TF32.
 
 use burn::tensor::{DType, Tensor};
 use cudarc::driver;
@@ -78,7 +77,7 @@ impl MismatchTarget {
     }
 
     /// Returns `W'`, f32 `[out, in]`, for a weight f16 or bf16 `[out, in]`, the `at`-th of those
-    /// measured.
+    /// measured, with `residual` f32 `[out, in]`, if there is one.
     ///
     /// # Errors
     ///
@@ -86,10 +85,17 @@ impl MismatchTarget {
     pub(crate) fn of(
         &self,
         weight: &Buffer,
+        residual: Option<&Tensor<Cuda, 2>>,
         measurement: &Measurement,
         at: usize,
     ) -> Result<Buffer, Error> {
         let [rows, n] = [weight.meta.shape()[0], weight.meta.shape()[1]];
+        if residual.is_some_and(|residual| residual.dims() != [rows, n]) {
+            return Err(Error::Shape {
+                operation: "target",
+                reason: format!("a residual that is not [{rows}, {n}], as the weight is"),
+            });
+        }
         measurement.energy(&self.correlation, weight, (at, Sum::Drifted));
         let weight: Tensor<Cuda, 2> = buffer::into_float(weight.clone());
         let weight = weight.cast(DType::F32);
@@ -100,6 +106,13 @@ impl MismatchTarget {
             // SAFETY: `[rows, n]`, `[n, n]` and `[rows, n]`, each of its own buffer.
             unsafe { product(libraries, [rows, n, n], w, c, 0.0, out) }
         })?;
+        let shift = match residual {
+            None => shift,
+            Some(residual) => {
+                let toward: Tensor<Cuda, 2> = buffer::into_float(shift);
+                buffer::float("target", "toward", toward + residual.clone(), DType::F32)?
+            }
+        };
         let toward = copied(&shift)?;
         solve_right(&self.lower, &shift)?;
         measurement.dot([&toward, &shift], (at, Sum::Toward));

@@ -282,6 +282,7 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
     let request = Request {
         weight: tensor(&w, [out, n]),
         settings,
+        residual: None,
     };
     let hessian = HessianOptions {
         act_order: true,

@@ -107,6 +107,7 @@ fn block_of(model_type: &str) -> BlockSpec {
     let config = serde_json::json!({
         "model_type": model_type, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 100,
+        "residual_multiplier": 0.22,
     });
     (**ModelConfig::from_json(config).unwrap().block(0)).clone()
 }
@@ -128,6 +129,23 @@ fn fused_linears_are_taps_under_their_own_names() {
     use Division::{Inputs, KvHeads, Outputs};
     let divisions: Vec<Division> = (0..4).map(|linear| block.division(linear)).collect();
     assert_eq!(divisions, [KvHeads, Inputs, Outputs, Inputs]);
+}
+
+#[test]
+fn outputs_that_go_straight_to_the_residual_stream_are_known() {
+    for (family, o, down) in [
+        ("llama", Some(1.0), Some(1.0)),
+        ("granite", Some(0.22), Some(0.22)),
+        ("cohere2", Some(1.0), Some(1.0)),
+        // Norms stand between.
+        ("olmo2", None, None),
+        ("gemma2", None, None),
+    ] {
+        let block = block_of(family);
+        let found: Vec<_> = (0..7).map(|linear| block.added(linear)).collect();
+        let expected = [None, None, None, o, None, None, down];
+        assert_eq!(found, expected, "{family}");
+    }
 }
 
 #[test]

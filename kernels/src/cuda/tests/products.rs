@@ -21,7 +21,7 @@ fn gram_of<E: Element>() {
         let batches: Vec<_> = (0..2)
             .map(|_| random.halves::<E>(tokens * n, 1.0))
             .collect();
-        let mut gram = gram_zeros(n, &device).unwrap();
+        let mut gram = gram_zeros([n, n], &device).unwrap();
         for x in &batches {
             gram = gram_add(gram, tensor(x, [tokens, n], &device)).unwrap();
         }
@@ -102,7 +102,7 @@ fn relative_error_of<E: Element>() {
         .map(|v| E::from_elem(wide(*v) + 0.002 * random.normal()))
         .collect();
     let gram = gram_add(
-        gram_zeros(n, &device).unwrap(),
+        gram_zeros([n, n], &device).unwrap(),
         tensor(&x, [tokens, n], &device),
     );
     let found = relative_error(
@@ -141,25 +141,32 @@ fn cross_of<E: Element>() {
     let mut random = Random(7);
     for (tokens, n) in [(1, 1), (300, 127), (64, 240)] {
         let x = random.halves::<E>(tokens * n, 1.0);
-        let drifted = |v: &E| E::from_elem(wide(*v) * (1.0 + 0.3 * random.normal()));
-        let dense: Vec<E> = x.iter().map(drifted).collect();
-        let found = cross_add(
-            gram_zeros(n, &device).unwrap(),
-            tensor(&dense, [tokens, n], &device),
-            tensor(&x, [tokens, n], &device),
-        );
-        let mut expected = vec![0.0; n * n];
-        for (dense, x) in dense.chunks_exact(n).zip(x.chunks_exact(n)) {
-            for (i, row) in expected.chunks_exact_mut(n).enumerate() {
-                let difference = wide(dense[i]) - wide(x[i]);
-                for (sum, x) in row.iter_mut().zip(x) {
-                    *sum += difference * wide(*x);
+        // Of the input itself, and of a narrower residual stream.
+        let features = n.div_ceil(2);
+        let own = random.halves::<E>(tokens * features, 1.0);
+        let mut drifted = |v: &E| E::from_elem(wide(*v) * (1.0 + 0.3 * random.normal()));
+        let dense: Vec<E> = x.iter().map(&mut drifted).collect();
+        let dense_own: Vec<E> = own.iter().map(&mut drifted).collect();
+        for (dense, own, m) in [(&dense, &x, n), (&dense_own, &own, features)] {
+            let found = cross_add(
+                gram_zeros([m, n], &device).unwrap(),
+                [dense, own].map(|it| tensor(it, [tokens, m], &device)),
+                tensor(&x, [tokens, n], &device),
+            );
+            let mut expected = vec![0.0; m * n];
+            let states = dense.chunks_exact(m).zip(own.chunks_exact(m));
+            for ((dense, own), x) in states.zip(x.chunks_exact(n)) {
+                for (i, row) in expected.chunks_exact_mut(n).enumerate() {
+                    let difference = wide(dense[i]) - wide(own[i]);
+                    for (sum, x) in row.iter_mut().zip(x) {
+                        *sum += difference * wide(*x);
+                    }
                 }
             }
+            // The difference is rounded once; the sums' own errors are far below.
+            let found = distance(&values(found.unwrap()), &expected);
+            assert!(found < rounding::<E>(), "{tokens} x {n} of {m}: {found}");
         }
-        // The difference is rounded once; the sums' own errors are far below.
-        let found = distance(&values(found.unwrap()), &expected);
-        assert!(found < rounding::<E>(), "{tokens} x {n}: {found}");
     }
 }
 
@@ -169,6 +176,6 @@ fn inputs_of_two_types_are_refused() {
     let x = tensor(&[f16::ONE; 64], [2, 32], &device);
     let w = tensor(&[bf16::ONE; 64], [2, 32], &device);
     assert!(linear(x.clone(), w.clone()).is_err());
-    let cross = gram_zeros(32, &device).unwrap();
-    assert!(cross_add(cross, w, x).is_err());
+    let cross = gram_zeros([32, 32], &device).unwrap();
+    assert!(cross_add(cross, [w, x.clone()], x).is_err());
 }

@@ -49,6 +49,7 @@ pub(super) fn request<E: Element>(
     Request {
         weight: tensor(weight, [weight.len() / n, n], device),
         settings,
+        residual: None,
     }
 }
 
@@ -64,15 +65,15 @@ pub(super) fn judge<E: Element>(
     weight: &[E],
     gram: &DMatrix<f64>,
     factor: &Factor<f64>,
-    target: Option<&Target<f64>>,
+    target: Option<(&Target<f64>, Option<&DMatrix<f64>>)>,
     settings: &Settings,
 ) {
     let n = gram.nrows();
     let w = DMatrix::from_row_iterator(weight.len() / n, n, weight.iter().map(|v| wide(*v)));
     let energy = output_energy(&w, gram);
     let (target, closer) = match target {
-        Some(target) => {
-            let (target, gain) = target.of(&w);
+        Some((target, residual)) => {
+            let (target, gain) = target.of(&w, residual);
             (target, Some(gain / energy))
         }
         None => (w.clone(), None),
@@ -172,7 +173,7 @@ fn compare_of<E: Element>(
     let x = inputs::<E>(&mut random, tokens, n);
     let weights = rows.map(|rows| random.halves::<E>(rows * n, 0.05));
     let gram = gram_add(
-        gram_zeros(n, &device).unwrap(),
+        gram_zeros([n, n], &device).unwrap(),
         tensor(&x, [tokens, n], &device),
     )
     .unwrap();
@@ -325,18 +326,22 @@ fn drifted_of<E: Element>() {
         let weight = random.halves::<E>(rows * n, 0.05);
         let s = settings(Bits::Four, GroupSize::Columns(32));
         let [x_here, dense_here] = [&x, &dense].map(|v| tensor(v, [tokens, n], &device));
-        let gram = gram_add(gram_zeros(n, &device).unwrap(), x_here.clone()).unwrap();
-        let cross = cross_add(gram_zeros(n, &device).unwrap(), dense_here, x_here).unwrap();
+        let gram = gram_add(gram_zeros([n, n], &device).unwrap(), x_here.clone()).unwrap();
+        let cross = gram_zeros([n, n], &device).unwrap();
+        let cross = cross_add(cross, [dense_here, x_here.clone()], x_here).unwrap();
         let mismatch = Mismatch {
             gram: gram.clone(),
             cross: cross.clone(),
             strength,
         };
+        let residual = (0..rows * n).map(|_| 5.0 * random.normal() as f32);
+        let residual: Vec<f32> = residual.collect();
         let hessian = HessianOptions {
             act_order: true,
             damping: 0.1,
         };
-        let requests = [request(&weight, n, s, &device)];
+        let mut requests = [0, 1].map(|_| request(&weight, n, s, &device));
+        requests[1].residual = Some(tensor_f32(&residual, [rows, n], &device));
         let subset = solve(gram, Some(mismatch), hessian, &requests).unwrap();
 
         let [x, dense] =
@@ -349,9 +354,13 @@ fn drifted_of<E: Element>() {
         assert!(off < rounding::<E>(), "{n}: {off}");
         let factor = Factor::new(&gram, true, 0.1).unwrap();
         let target = Target::new(&gram, expected, 0.1, strength).unwrap();
-        let solved = subset.solved.into_iter().next().unwrap();
-        let label = format!("{n} {rows} {strength}");
-        judge(&label, solved, &weight, &gram, &factor, Some(&target), &s);
+        let residual = residual.iter().map(|&v| f64::from(v));
+        let residual = DMatrix::from_row_iterator(rows, n, residual);
+        for (solved, residual) in subset.solved.into_iter().zip([None, Some(&residual)]) {
+            let label = format!("{n} {rows} {strength} {}", residual.is_some());
+            let target = Some((&target, residual));
+            judge(&label, solved, &weight, &gram, &factor, target, &s);
+        }
     }
 }
 
