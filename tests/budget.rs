@@ -22,7 +22,7 @@ fn json(path: &Path) -> Value {
 }
 
 /// Returns the bits of quantized tensors per weight, from the file's header.
-fn stored_bits(file: &Path, linears: &[Value]) -> f64 {
+pub(crate) fn stored_bits(file: &Path, linears: &[Value]) -> f64 {
     let bytes = fs::read(file).unwrap();
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let header: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();

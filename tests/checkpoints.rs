@@ -13,18 +13,18 @@ use crate::harness::{Scratch, root, succeed};
 const BRANCHES: &str = "[[branch]]\nname = \"four\"\nbits = 4\ngroup_size = 32\n\
                         [[branch]]\nname = \"eight\"\nbits = 8\ngroup_size = -1\ndesc_act = false\n";
 
-fn families() -> PathBuf {
+pub(crate) fn families() -> PathBuf {
     root().join("tests/golden/families")
 }
 
-fn copy(from: &Path, to: &Path, files: &[&str]) {
+pub(crate) fn copy(from: &Path, to: &Path, files: &[&str]) {
     for file in files {
         fs::write(to.join(file), fs::read(from.join(file)).unwrap()).unwrap();
     }
 }
 
 /// Makes a directory `model` with a family's config and the tokenizer, and no weights yet.
-fn without_weights(scratch: &Scratch, family: &str) -> PathBuf {
+pub(crate) fn without_weights(scratch: &Scratch, family: &str) -> PathBuf {
     let dir = scratch.path("model");
     fs::create_dir(&dir).unwrap();
     copy(&families().join(family), &dir, &["config.json"]);

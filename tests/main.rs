@@ -8,6 +8,7 @@ mod census;
 mod changed;
 mod checkpoints;
 mod dtype;
+mod families;
 mod foreign;
 mod generate;
 mod harness;

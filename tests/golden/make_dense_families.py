@@ -2,9 +2,11 @@
 
     python tests/golden/make_dense_families.py shrink FROM TO    a checkpoint of 4096 tokens, made to 512
     python tests/golden/make_dense_families.py make NAME TO      one of MODELS below
+    python tests/golden/make_dense_families.py vary FROM TO KEY VALUE
+                                                                 FROM's weights, with another value (JSON) in its config
 
-`make` needs PyTorch and Transformers 5.23: random weights from a seed, f16 on disk, logits in f32 with eager attention for
-`input_ids` [2, 96] at every fourth position, and the 48 tokens with which it goes on after the first 12.
+`make` and `vary` need PyTorch and Transformers 5.23: random weights from a seed, f16 on disk, logits in f32 with eager attention for
+`input_ids` [2, 96] at every fourth position, and the 48 tokens with which it goes on after the first 12. `vary` takes the same inputs as FROM has.
 
 `shrink` keeps the rows of the embedding, which is the head too, for every token that FROM's inputs and greedy text have, and
 the first others up to 512; the logits are those of FROM, of the same rows. No other number changes.
@@ -111,16 +113,47 @@ def make(name, to):
         positions = torch.arange(3, 96, 4)
         golden = {"input_ids": ids.int(), "positions": positions.int(), "logits": logits[:, positions].contiguous()}
         save(golden, to / "logits.safetensors")
-        context, margin = ids[0, :12].tolist(), float("inf")
-        for _ in range(48):
-            best = model(input_ids=torch.tensor([context]), use_cache=False).logits[0, -1].topk(2)
-            margin = min(margin, (best.values[0] - best.values[1]).item())
-            context.append(best.indices[0].item())
-    greedy(to, context[:12], context[12:], margin)
+        margin = go_on(model, ids[0, :12].tolist(), to)
     (to / "generation_config.json").unlink(missing_ok=True)
     print(name, "spread", logits.std().item(), "margin", margin)
 
 
+def go_on(model, context, to):
+    import torch
+
+    margin = float("inf")
+    for _ in range(48):
+        best = model(input_ids=torch.tensor([context]), use_cache=False).logits[0, -1].topk(2)
+        margin = min(margin, (best.values[0] - best.values[1]).item())
+        context.append(best.indices[0].item())
+    greedy(to, context[:12], context[12:], margin)
+    return margin
+
+
+def vary(source, to, key, value):
+    import torch
+    from safetensors.torch import load_file as load, save_file as save
+    from transformers import AutoModelForCausalLM
+
+    to.mkdir()
+    (to / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    config[key] = value
+    (to / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    model = AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32, attn_implementation="eager").eval()
+    golden = load(source / "logits.safetensors")
+    with torch.no_grad():
+        logits = model(input_ids=golden["input_ids"].long()).logits
+        apart = (logits[:, golden["positions"].long()] - golden["logits"]).abs().max().item()
+        golden["logits"] = logits[:, golden["positions"].long()].contiguous()
+        save(golden, to / "logits.safetensors")
+        margin = go_on(model, golden["input_ids"][0, :12].tolist(), to)
+    print(to.name, "margin", margin, "logits changed by up to", apart)
+
+
 if __name__ == "__main__":
     what, source, to = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    shrink(Path(source), to) if what == "shrink" else make(source, to)
+    if what == "vary":
+        vary(Path(source), to, sys.argv[4], json.loads(sys.argv[5]))
+    else:
+        shrink(Path(source), to) if what == "shrink" else make(source, to)

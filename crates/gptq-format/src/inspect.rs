@@ -206,15 +206,19 @@ fn stray(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<bool, Format
             return Ok(true);
         }
     }
-    // Kinds of linear layers that are quantized in some block.
-    let kinds: BTreeSet<&str> = linears.iter().map(|linear| kind(&linear.name)).collect();
+    // Lists of blocks with quantized linear layers, and the kinds of these. A part that no text goes
+    // through, such as a vision tower, has blocks of its own, which clients leave as they are.
+    let of = |module| (blocks(module), kind(module));
+    let kinds: BTreeSet<(&str, &str)> = linears.iter().map(|linear| of(&linear.name)).collect();
+    let lists: BTreeSet<&str> = kinds.iter().map(|(blocks, _)| *blocks).collect();
     for module in checkpoint
         .names()
         .filter_map(|name| name.strip_suffix(".weight"))
     {
-        let kind = kind(module);
+        let (blocks, kind) = of(module);
         // Linear layers of a block, except routers, which are never quantized.
-        let linear = kinds.contains(kind) || (kind != module && kind.ends_with("_proj"));
+        let in_block = kind != module && lists.contains(blocks);
+        let linear = kinds.contains(&(blocks, kind)) || (in_block && kind.ends_with("_proj"));
         if linear && config.module(module)?.is_some() {
             return Ok(true);
         }
@@ -233,6 +237,12 @@ fn kind(module: &str) -> &str {
         }
     }
     module
+}
+
+/// Returns the list of blocks that a module belongs to, its name up to the block's number.
+fn blocks(module: &str) -> &str {
+    let block = module.strip_suffix(kind(module)).unwrap_or_default();
+    block.trim_end_matches(|c: char| c == '.' || c.is_ascii_digit())
 }
 
 /// Describes the files of a directory: no directories or hidden files, and from subdirectories only

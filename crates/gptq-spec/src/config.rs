@@ -6,6 +6,7 @@
 //! Keys common to all families are read here. The files of the families (`families/`) define the
 //! defaults of missing keys and describe the blocks.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -96,6 +97,13 @@ impl ModelConfig {
                 known[0]
             ));
         }
+        for key in outer.refused.iter().chain(family.refused) {
+            empty(&config, key)?;
+        }
+        for keys in [&Keys::new(object), &config] {
+            empty(keys, "per_layer_config")?;
+            causal(keys)?;
+        }
         let (hidden_size, heads): (usize, usize) = (
             config.required("hidden_size")?,
             config.required("num_attention_heads")?,
@@ -181,6 +189,19 @@ impl ModelConfig {
     /// programs treat as the same.
     pub fn stems(&self) -> impl Iterator<Item = &'static str> {
         self.namings.iter().map(|naming| naming.stem)
+    }
+
+    /// Returns how many tensors are kept as they are, by the module at the top that they belong to.
+    pub fn carried_parts(&self) -> BTreeMap<&'static str, usize> {
+        let mut parts = BTreeMap::new();
+        for tensor in &self.carried {
+            let mut names = self.carried_names.iter();
+            let part = names.find(|part| tensor.name.starts_with(**part));
+            *parts
+                .entry(part.unwrap_or(&"").trim_end_matches('.'))
+                .or_default() += 1;
+        }
+        parts
     }
 
     /// The same model with its tensors named in another way.
@@ -275,6 +296,25 @@ impl ModelConfig {
         let (hidden, vocabulary) = (self.hidden_size as u128, self.vocabulary as u128);
         let ends = if self.tied_embeddings { 1 } else { 2 };
         blocks + ends * vocabulary * hidden + hidden
+    }
+}
+
+/// Refuses a key that is there and not `null`.
+fn empty(config: &Keys<'_>, key: &str) -> Result<(), String> {
+    match config.value(key) {
+        None | Some(Value::Null) => Ok(()),
+        Some(_) => Err(format!("{} is not supported, only null", config.name(key))),
+    }
+}
+
+/// Refuses attention in which tokens see those after them.
+fn causal(config: &Keys<'_>) -> Result<(), String> {
+    match config.nullable("is_causal")? {
+        Some(Some(false)) => Err(format!(
+            "{} = false is not supported",
+            config.name("is_causal")
+        )),
+        _ => Ok(()),
     }
 }
 

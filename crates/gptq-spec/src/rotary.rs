@@ -65,6 +65,11 @@ fn rope_of<'a>(config: &Keys<'a>, sliding: bool) -> Result<Option<Keys<'a>>, Str
             "rope_scaling and rope_parameters both have rotary settings; keep one of them"
                 .to_owned(),
         ),
+        // Transformers passes over the older name here.
+        Some(rope) if rope.value("rope_type").is_none() && rope.value("type").is_some() => {
+            let name = rope.name("type");
+            Err(format!("{name} is not supported; write rope_type"))
+        }
         Some(rope) if !sliding => Ok(Some(rope)),
         _ => Ok(within),
     }

@@ -98,6 +98,7 @@ fn record(plan: &Plan, ranks: Option<usize>) -> Value {
         "parameters": config.parameters(),
         "layers": config.layers,
         "weights": plan.weights.map(|it| json!({"files": it.files, "tensors": it.tensors})),
+        "copied": config.carried.iter().map(|it| &it.name).collect::<Vec<_>>(),
         "samples": plan.calibration.samples,
         "seq_len": plan.calibration.seq_len,
         "memory": {
@@ -150,6 +151,12 @@ fn print(plan: &Plan, ranks: Option<usize>) {
         config.layers
     );
     println!("weights: {}", weights(plan));
+    let copied: Vec<String> = (config.carried_parts().into_iter())
+        .map(|(part, tensors)| format!("{} of {part}", table::count(tensors, "tensor")))
+        .collect();
+    if !copied.is_empty() {
+        println!("not run, copied unchanged: {}", copied.join(", "));
+    }
     println!(
         "calibration: {} of {} = {} tokens",
         table::count(plan.calibration.samples, "window"),

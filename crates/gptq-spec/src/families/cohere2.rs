@@ -21,6 +21,7 @@ pub(super) const FAMILY: Family = Family {
     sliding_window: SlidingWindow::Pattern {
         key: Some("sliding_window_pattern"),
         every: 4,
+        null_is_off: false,
     },
     ends,
     block,

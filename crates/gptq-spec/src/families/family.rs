@@ -30,6 +30,8 @@ pub(crate) struct Family {
     pub(crate) naming: &'static [Naming],
     /// Prefixes of the names of tensors that are not run; branches keep these tensors as they are.
     pub(crate) carried: &'static [&'static str],
+    /// Keys of the language model's config that must be left out or `null`: Transformers passes over them.
+    pub(crate) refused: &'static [&'static str],
     /// Object inside the config that holds the model that is run, if it is not the config itself.
     pub(super) inside: Option<Inside>,
     /// Describes the operations before the first block and after the last. The shapes have been checked.
@@ -133,6 +135,7 @@ impl Family {
             head: "lm_head.weight",
         }],
         carried: &["mtp."],
+        refused: &[],
         inside: None,
         ends: |_, _| Ok(Ends::PLAIN),
         block: parts::block,

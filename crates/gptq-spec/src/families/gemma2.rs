@@ -22,6 +22,7 @@ pub(super) const FAMILY: Family = Family {
     sliding_window: SlidingWindow::Pattern {
         key: None,
         every: 2,
+        null_is_off: false,
     },
     ends: |config, keys| ends(config, keys, Some(30.0)),
     block: |config, keys, layer| block(config, keys, layer, Some(50.0), false),

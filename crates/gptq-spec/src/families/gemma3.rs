@@ -21,8 +21,10 @@ pub(super) const TEXT: Family = Family {
     sliding_window: SlidingWindow::Pattern {
         key: Some("sliding_window_pattern"),
         every: 6,
+        null_is_off: false,
     },
     wide: true,
+    refused: &["attn_logit_softcapping"],
     ends: |config, keys| gemma2::ends(config, keys, None),
     block: |config, keys, layer| gemma2::block(config, keys, layer, None, true),
     ..gemma2::FAMILY
@@ -37,5 +39,6 @@ pub(super) const FAMILY: Family = Family {
     }),
     naming: mistral3::NAMING,
     carried: mistral3::CARRIED,
+    refused: &["final_logit_softcapping"],
     ..Family::PLAIN
 };

@@ -11,6 +11,7 @@ pub(super) const FAMILY: Family = Family {
     }),
     naming: NAMING,
     carried: CARRIED,
+    refused: &["layer_types"],
     ..Family::PLAIN
 };
 

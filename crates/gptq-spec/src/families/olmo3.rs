@@ -15,6 +15,7 @@ pub(super) const FAMILY: Family = Family {
     sliding_window: SlidingWindow::Pattern {
         key: None,
         every: 4,
+        null_is_off: false,
     },
     ..olmo2::FAMILY
 };

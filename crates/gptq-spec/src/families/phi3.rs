@@ -22,6 +22,7 @@ pub(super) const FAMILY: Family = Family {
         ..Rotary::PLAIN
     },
     sliding_window: SlidingWindow::Always,
+    refused: &["layer_types"],
     block,
     ..Family::PLAIN
 };

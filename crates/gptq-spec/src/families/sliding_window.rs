@@ -20,6 +20,8 @@ pub(super) enum SlidingWindow {
         key: Option<&'static str>,
         /// Value of `n` if the key is missing.
         every: usize,
+        /// Whether a `sliding_window` of `null` switches it off.
+        null_is_off: bool,
     },
 }
 
@@ -53,9 +55,10 @@ impl SlidingWindow {
             let block = |layer: usize| window.filter(|_| slides.contains(layer));
             return Ok((0..layers).map(block).collect());
         };
+        let name = config.name("layer_types");
         if types.len() != layers {
             return Err(format!(
-                "layer_types has {} entries for num_hidden_layers = {layers}",
+                "{name} has {} entries for num_hidden_layers = {layers}",
                 types.len()
             ));
         }
@@ -64,17 +67,17 @@ impl SlidingWindow {
             .find(|t| ![FULL, SLIDING].contains(&t.as_str()))
         {
             return Err(format!(
-                "layer_types: {other:?} is not supported; known are: {FULL}, {SLIDING}"
+                "{name}: {other:?} is not supported; known are: {FULL}, {SLIDING}"
             ));
         }
         match types.iter().any(|t| t == SLIDING) {
             true if window.is_none() => Err(format!(
-                "layer_types has {SLIDING:?}, but {} switches it off; make them agree",
-                if on {
+                "{name} has {SLIDING:?}, but {} switches it off; make them agree",
+                config.name(if on {
                     "sliding_window"
                 } else {
                     "use_sliding_window"
-                }
+                })
             )),
             _ => Ok(types
                 .iter()
@@ -90,6 +93,7 @@ impl SlidingWindow {
         config: &Keys<'_>,
         on: bool,
     ) -> Result<Blocks, String> {
+        let window = "sliding_window";
         match self {
             SlidingWindow::Switched => {
                 let first = config.found("max_window_layers")?;
@@ -99,9 +103,17 @@ impl SlidingWindow {
             SlidingWindow::Listed if on => {
                 Err("layer_types is missing, which use_sliding_window needs".to_owned())
             }
-            SlidingWindow::Pattern { key, every } => {
+            SlidingWindow::Pattern { null_is_off, .. }
+                if !on && !(null_is_off && config.nullable::<usize>(window)? == Some(None)) =>
+            {
+                Err(format!(
+                    "{} is off, and layer_types does not say that no block slides",
+                    config.name(window)
+                ))
+            }
+            SlidingWindow::Pattern { key, every, .. } => {
                 let found = match key {
-                    Some(key) if on => config.nullable(key)?.flatten(),
+                    Some(key) if on => every_so_many(config, key)?,
                     _ => None,
                 };
                 Ok(Blocks::ButEvery(found.unwrap_or(every)))
@@ -123,7 +135,15 @@ impl Blocks {
     fn contains(&self, layer: usize) -> bool {
         match *self {
             Blocks::From(first) => layer >= first,
-            Blocks::ButEvery(every) => every == 0 || !(layer + 1).is_multiple_of(every),
+            Blocks::ButEvery(every) => !(layer + 1).is_multiple_of(every),
         }
+    }
+}
+
+/// Reads a key that says which blocks differ from the others: each so-and-so-many-th.
+pub(super) fn every_so_many(config: &Keys<'_>, key: &str) -> Result<Option<usize>, String> {
+    match config.found(key)? {
+        Some(0) => Err(format!("{} = 0 is not positive", config.name(key))),
+        found => Ok(found),
     }
 }

@@ -2,7 +2,7 @@
 
 use super::family::{Family, Rotary};
 use super::parts;
-use super::sliding_window::SlidingWindow;
+use super::sliding_window::{SlidingWindow, every_so_many};
 use crate::keys::{Keys, flag};
 use crate::shapes::Shapes;
 use crate::{Attending, BlockBuilder, BlockSpec, Register};
@@ -48,8 +48,8 @@ fn rotates(keys: &Keys<'_>, layer: usize) -> Result<bool, String> {
             None => Err(format!("{} has {} entries", keys.name(key), list.len())),
         },
         None => {
-            let every = keys.found("no_rope_layer_interval")?.unwrap_or(4);
-            Ok(every == 0 || !(layer + 1).is_multiple_of(every))
+            let every = every_so_many(keys, "no_rope_layer_interval")?.unwrap_or(4);
+            Ok(!(layer + 1).is_multiple_of(every))
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::FAMILIES;
 use crate::{ModelConfig, RopeScaling};
 
 fn llama() -> Value {
@@ -192,7 +193,202 @@ fn a_language_model_is_found_inside_another_config() {
         let line = ModelConfig::from_json(outer).unwrap_err();
         assert!(line.contains(word), "{line}");
     }
+    // Whichever of the two says it.
+    let outer = json!({"model_type": "mistral3", "is_causal": false, "text_config": text.clone()});
+    let line = ModelConfig::from_json(outer).unwrap_err();
+    assert_eq!(line, "is_causal = false is not supported");
     text["use_bidirectional_attention"] = json!(true);
     let line = ModelConfig::from_json(text).unwrap_err();
     assert!(line.contains("use_bidirectional_attention"), "{line}");
+}
+
+/// The error of a config of `family`, with these keys in its language model's.
+fn refused(family: &str, keys: &Value) -> String {
+    let family = FAMILIES.iter().find(|it| it.model_type == family).unwrap();
+    let mut text = llama();
+    text["num_key_value_heads"] = json!(8);
+    text["num_hidden_layers"] = json!(2);
+    for (key, value) in keys.as_object().unwrap() {
+        text[key] = value.clone();
+    }
+    let config = match &family.inside {
+        None => {
+            text["model_type"] = json!(family.model_type);
+            text
+        }
+        Some(inside) => {
+            text["model_type"] = json!(inside.model_type);
+            json!({"model_type": family.model_type, inside.key: text})
+        }
+    };
+    let line = ModelConfig::from_json(config).expect_err(family.model_type);
+    assert!(!line.contains('\n'), "{line}");
+    line
+}
+
+#[test]
+fn what_no_block_computes_is_refused_by_its_key_in_every_family() {
+    for family in FAMILIES {
+        let text = match &family.inside {
+            None => family,
+            Some(inside) => super::named(inside.model_type, "").unwrap(),
+        };
+        let act = text.activation.0;
+        let rope = json!({"rope_type": "mrope", "mrope_section": [16, 24, 24], "factor": 2});
+        for (key, value, words) in [
+            (act, json!("relu"), "\"relu\" is not supported, only "),
+            (
+                "rope_scaling",
+                rope,
+                "rope_scaling.rope_type \"mrope\" is not supported; known are: ",
+            ),
+            (
+                "is_causal",
+                json!(false),
+                "is_causal = false is not supported",
+            ),
+            (
+                "per_layer_config",
+                json!({"0": {"rms_norm_eps": 0.5}}),
+                "per_layer_config is not supported",
+            ),
+        ] {
+            let line = refused(family.model_type, &json!({key: value}));
+            assert!(
+                line.contains(key) && line.contains(words),
+                "{}: {line}",
+                family.model_type
+            );
+        }
+        let nothing = json!({"is_causal": null, "per_layer_config": null});
+        let mut config = llama();
+        config["model_type"] = json!(text.model_type);
+        config["num_key_value_heads"] = json!(8);
+        config
+            .as_object_mut()
+            .unwrap()
+            .extend(nothing.as_object().unwrap().clone());
+        assert!(
+            ModelConfig::from_json(config).is_ok(),
+            "{}",
+            family.model_type
+        );
+    }
+}
+
+#[test]
+fn what_transformers_passes_over_or_fails_on_is_refused_rather_than_guessed() {
+    let off = "sliding_window is off, and layer_types does not say";
+    let types = json!({"sliding_window": 8, "layer_types": ["full_attention", "full_attention"]});
+    for (family, keys, words) in [
+        (
+            "gemma2",
+            json!({"use_bidirectional_attention": true}),
+            "use_bidirectional_attention = true",
+        ),
+        (
+            "gemma3",
+            json!({"final_logit_softcapping": 30.0}),
+            "text_config.final_logit_softcapping is not",
+        ),
+        (
+            "gemma3_text",
+            json!({"attn_logit_softcapping": 50.0}),
+            "attn_logit_softcapping is not",
+        ),
+        (
+            "gemma3_text",
+            json!({"rope_scaling": {"type": "linear", "factor": 8.0}}),
+            "rope_scaling.type is not",
+        ),
+        (
+            "olmo3",
+            json!({"rope_scaling": {"type": "linear", "factor": 8.0}}),
+            "write rope_type",
+        ),
+        ("phi3", types.clone(), "layer_types is not supported"),
+        (
+            "mistral3",
+            types,
+            "text_config.layer_types is not supported",
+        ),
+        (
+            "cohere2",
+            json!({"sliding_window_pattern": 0}),
+            "sliding_window_pattern = 0 is not positive",
+        ),
+        (
+            "gemma3",
+            json!({"sliding_window_pattern": 0}),
+            "text_config.sliding_window_pattern = 0",
+        ),
+        (
+            "exaone4",
+            json!({"sliding_window_pattern": "LLLG"}),
+            "sliding_window_pattern: \"LLLG\" is not",
+        ),
+        (
+            "exaone4",
+            json!({"sliding_window_pattern": null}),
+            "sliding_window_pattern: null is not",
+        ),
+        ("exaone4", json!({"sliding_window": 0}), off),
+        ("cohere2", json!({"sliding_window": null}), off),
+        ("gemma2", json!({"sliding_window": 0}), off),
+        ("olmo3", json!({"sliding_window": null}), off),
+        (
+            "smollm3",
+            json!({"no_rope_layer_interval": 0}),
+            "no_rope_layer_interval = 0 is not positive",
+        ),
+        (
+            "smollm3",
+            json!({"no_rope_layers": [1]}),
+            "no_rope_layers has 1 entries",
+        ),
+        (
+            "smollm3",
+            json!({"use_sliding_window": true, "sliding_window": 8}),
+            "layer_types is missing, which use_sliding_window needs",
+        ),
+        (
+            "granite",
+            json!({"residual_multiplier": 0}),
+            "residual_multiplier = 0 is not positive",
+        ),
+        (
+            "seed_oss",
+            json!({"attention_out_bias": null}),
+            "attention_out_bias: null",
+        ),
+    ] {
+        let line = refused(family, &keys);
+        assert!(line.contains(words), "{family} {keys}: {line}");
+    }
+}
+
+#[test]
+fn model_types_that_are_not_known_are_refused_with_those_that_are() {
+    let mut config = llama();
+    for (model_type, outer) in [
+        ("ministral3", None),
+        ("gemma", None),
+        ("ministral3", Some("mistral3")),
+    ] {
+        config["model_type"] = json!(model_type);
+        let (config, key) = match outer {
+            None => (config.clone(), "model_type"),
+            Some(outer) => (
+                json!({"model_type": outer, "text_config": config}),
+                "text_config.model_type",
+            ),
+        };
+        let line = ModelConfig::from_json(config).unwrap_err();
+        let known: Vec<&str> = crate::model_types().collect();
+        let known = known.join(", ");
+        assert_eq!(
+            line,
+            format!("{key} {model_type:?} is not supported; known are: {known}")
+        );
+    }
 }
