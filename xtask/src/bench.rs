@@ -179,7 +179,7 @@ fn kernels(args: &BenchArgs) -> anyhow::Result<String> {
 }
 
 /// Formats a path as a TOML string.
-fn quoted(path: &Path) -> toml::Value {
+pub(crate) fn quoted(path: &Path) -> toml::Value {
     toml::Value::String(path.display().to_string())
 }
 

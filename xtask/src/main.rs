@@ -1,10 +1,11 @@
 //! Development tasks: `cargo xtask tidy`, `cargo xtask validate`, `cargo xtask golden`,
-//! `cargo xtask synth`, `cargo xtask bench`, `cargo xtask ablate`.
+//! `cargo xtask synth`, `cargo xtask bench`, `cargo xtask ablate`, `cargo xtask clients`.
 
 #![forbid(unsafe_code)]
 
 mod ablate;
 mod bench;
+mod clients;
 mod dependencies;
 mod design;
 mod golden;
@@ -60,6 +61,8 @@ enum Task {
     Bench(bench::BenchArgs),
     /// Measure every option of the method alone and together, and write ACCURACY.md
     Ablate(ablate::AblateArgs),
+    /// Load a branch of every model family with Transformers and GPTQModel, and write CLIENTS.md
+    Clients(clients::ClientsArgs),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -84,6 +87,7 @@ fn main() -> anyhow::Result<()> {
         } => synth::run(&dir, shape, layers, tokenizer.as_deref()),
         Task::Bench(args) => bench::run(&args),
         Task::Ablate(args) => ablate::run(&args),
+        Task::Clients(args) => clients::run(&args),
     }
 }
 
