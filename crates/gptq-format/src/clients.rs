@@ -87,8 +87,16 @@ pub struct Contents {
     pub listed: bool,
     /// True if settings and tensors disagree on which linear layers are quantized.
     pub stray: bool,
+    /// True if a quantized linear layer has another name in memory than in the files ([`is_renamed`]).
+    pub renamed: bool,
     /// `damp_percent`, if declared to clients.
     pub damp_percent: Option<f64>,
+}
+
+/// Returns true if programs hold a linear layer under other names than the files do: the text model beside a vision
+/// tower, and fused gate and up, which GPTQModel takes apart. Transformers maps names as it reads.
+pub fn is_renamed(module: &str) -> bool {
+    module.starts_with("language_model.") || module.ends_with(".gate_up_proj")
 }
 
 /// A client's verdict on a branch.
@@ -133,6 +141,7 @@ impl Contents {
             skips: rules().any(skips),
             listed: !config.listed().is_empty(),
             stray: false,
+            renamed: false,
             damp_percent: config.damp_percent,
         }
     }
@@ -166,7 +175,13 @@ impl Contents {
             "does not read modules_in_block_to_quantize",
         )?;
         match client {
-            Client::GptqModel => self.gptqmodel(),
+            Client::GptqModel => {
+                need(
+                    !self.renamed,
+                    "asks for other tensor names than this model's files have",
+                )?;
+                self.gptqmodel()
+            }
             // Loads with the kernels of GPTQModel, but with a single setting for all linear layers.
             Client::Transformers => one_setting().and_then(|()| self.gptqmodel()),
             Client::AutoRound => {
@@ -288,7 +303,20 @@ mod tests {
             skips: false,
             listed: false,
             stray: false,
+            renamed: false,
             damp_percent: Some(0.1),
+        }
+    }
+
+    #[test]
+    fn names_that_readers_change_are_known() {
+        for (module, expected) in [
+            ("model.layers.0.mlp.gate_up_proj", true),
+            ("language_model.model.layers.3.self_attn.q_proj", true),
+            ("model.layers.0.mlp.gate_proj", false),
+            ("model.layers.0.self_attn.qkv_proj", false),
+        ] {
+            assert_eq!(is_renamed(module), expected, "{module}");
         }
     }
 
@@ -334,8 +362,13 @@ mod tests {
             damp_percent: Some(damp),
             ..contents(Four, 128)
         };
+        let renamed = Contents {
+            renamed: true,
+            ..contents(Four, 128)
+        };
         for (branch, what, expected) in [
             (contents(Four, 128), "w4g128_noact", &all[..]),
+            (renamed, "phi3, glm4, gemma3, mistral3", &all[1..]),
             (contents(Four, 32), "w4g32_noact", &all),
             (
                 act(Four, 128),

@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::mapped_file::MappedFile;
 use crate::{
     Bits, Checkpoint, CheckpointFormat, Contents, FormatError, GroupSize, LinearShape,
-    OutputFormat, client_support, read_json, sha256, side_files, unpack_across,
+    OutputFormat, client_support, is_renamed, read_json, sha256, side_files, unpack_across,
 };
 
 /// Description of a checkpoint.
@@ -163,12 +163,14 @@ impl Inspection {
                 // Tensors take precedence over the config.
                 let mixed = settings.bits.is_none() || settings.group_size.is_none();
                 let scattered = settings.act_order;
+                let renamed = linears.iter().any(|linear| is_renamed(&linear.name));
                 let contents = match own {
                     Some(config) => Contents {
                         sym: settings.sym,
                         scattered,
                         mixed,
                         stray,
+                        renamed,
                         ..Contents::of(config, shapes)
                     },
                     None => Contents {
@@ -182,6 +184,7 @@ impl Inspection {
                         skips: false,
                         listed: false,
                         stray,
+                        renamed,
                         damp_percent: None,
                     },
                 };

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use gptq_format::{
     Checkpoint, Contents, GroupSize, LinearShape, OutputFormat, PackedLinear, QuantizeConfig,
-    TensorDigests, client_support,
+    TensorDigests, client_support, is_renamed,
 };
 use gptq_plan::Check;
 use gptq_spec::{Census, Role};
@@ -52,8 +52,10 @@ pub(crate) fn check(dir: &Path, census: &Census, recorded: &Recorded) -> Vec<Che
         };
         checks.push(("digests", digests));
         let scattered = linears.out_of_order.is_some();
+        let tensors = census.config.tensors();
         let contents = Contents {
             scattered,
+            renamed: tensors.iter().any(|it| is_renamed(it.module())),
             ..Contents::of(quantize_config, linears.shapes)
         };
         checks.push(("clients", clients(&contents)));
