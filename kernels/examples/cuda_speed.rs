@@ -384,6 +384,7 @@ fn solving(device: &Device) -> f64 {
                 weight: random([out, inside], 0.02, device),
                 settings,
                 residual: None,
+                keep_unrounded: false,
             })
             .collect();
         let hessian = HessianOptions {

@@ -11,7 +11,7 @@ use crate::Scores;
 
 /// Queries per block: large enough for the products, small enough that the masked triangle inside
 /// a block is little waste.
-const BLOCK: usize = 256;
+pub(crate) const BLOCK: usize = 256;
 
 /// See [`Engine::causal_attention`](crate::Engine::causal_attention).
 pub(crate) fn causal_attention<B: Backend>(
@@ -71,7 +71,7 @@ fn capped<B: Backend, const D: usize>(products: Tensor<B, D>, scores: Scores) ->
 }
 
 /// Hides keys from queries: in `[.., queries, keys]`, of queries from position `start` and keys from `first`.
-fn masked<B: Backend>(
+pub(crate) fn masked<B: Backend>(
     products: Tensor<B, 4>,
     [start, first]: [usize; 2],
     scores: Scores,

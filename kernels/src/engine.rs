@@ -7,8 +7,8 @@ use gptq_solver::SolverError;
 use rayon::prelude::*;
 
 use crate::{
-    Codes, HessianOptions, HostBuffer, Incoming, Mismatch, NotFinite, PackedWeight, Request,
-    Scores, Subset, attention, finite, host_solve,
+    Codes, HessianOptions, HostBuffer, Incoming, Mismatch, NormOptions, NotFinite, PackedWeight,
+    Request, Scores, Subset, Tunable, TuningStep, attention, backward, finite, host_solve,
 };
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
@@ -214,6 +214,59 @@ pub trait Engine: Backend {
         gate * sigmoid(cubic * (8.0 / std::f64::consts::PI).sqrt()) * up
     }
 
+    /// The gradient of [`Engine::matmul_nt`] with respect to `x`: `dy [tokens, out] · w`, `w [out, in]`, giving
+    /// `[tokens, in]`.
+    fn matmul_nn(dy: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        dy.matmul(w)
+    }
+
+    /// The gradient of [`Engine::matmul_nt`] with respect to `w`: `dyᵀ · x` for `dy [tokens, out]` and `x [tokens,
+    /// in]`, giving f32 `[out, in]`. There is at least one token.
+    fn matmul_tn(dy: Tensor<Self, 2>, x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        let (dy, x) = (dy.cast(DType::F32), x.cast(DType::F32));
+        dy.transpose().matmul(x)
+    }
+
+    /// The gradients of [`Engine::causal_attention`] with respect to `q`, `k` and `v`, for that of its output,
+    /// `d_out [windows, seq, heads * dim]`. The weights are computed again, a block of queries at a time.
+    fn attention_backward(
+        qkv: [Tensor<Self, 4>; 3],
+        d_out: Tensor<Self, 3>,
+        scores: Scores,
+    ) -> [Tensor<Self, 4>; 3] {
+        backward::attention_backward(qkv, d_out, scores)
+    }
+
+    /// The gradient of the norm `norm` of each row of `x [rows, len]`, with weights `[len]`, with respect to `x`, for
+    /// that of its output, `dy` like `x`. An [`Engine::rms_norm`], whose rounding has no gradient, is one without
+    /// offset.
+    fn norm_backward(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        dy: Tensor<Self, 2>,
+        norm: NormOptions,
+    ) -> Tensor<Self, 2> {
+        backward::norm_backward(x, weight, dy, norm)
+    }
+
+    /// The gradients of [`Engine::swiglu`] with respect to `gate` and `up`, for that of its output.
+    fn swiglu_backward(
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+        dy: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 2>; 2] {
+        backward::swiglu_backward(gate, up, dy)
+    }
+
+    /// The gradients of [`Engine::geglu`] with respect to `gate` and `up`, for that of its output.
+    fn geglu_backward(
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+        dy: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 2>; 2] {
+        backward::geglu_backward(gate, up, dy)
+    }
+
     /// A matrix of zeros, f32, for [`Engine::gram_add`] (`[in, in]`) or [`Engine::cross_add`].
     fn gram_zeros(shape: [usize; 2], device: &Self::Device) -> Tensor<Self, 2> {
         Tensor::zeros(shape, (device, DType::F32))
@@ -258,6 +311,28 @@ pub trait Engine: Backend {
         requests: Vec<Request<Self>>,
     ) -> Result<Subset<Self>, SolverError> {
         host_solve::solve(gram, mismatch, hessian, requests)
+    }
+
+    /// Takes a step of `tunable` along `gradient`, f32 `[out, in]`; returns the weights after it in `dtype`, which
+    /// [`Engine::compute`] gives.
+    fn tune(
+        tunable: &mut Tunable<Self>,
+        gradient: Tensor<Self, 2>,
+        step: TuningStep,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        tunable.step(gradient, step).cast(dtype)
+    }
+
+    /// Returns the linear that `tunable` is now.
+    fn tuned(tunable: &Tunable<Self>) -> Codes<Self> {
+        Codes::upload(tunable.on_host(), &tunable.device())
+    }
+
+    /// Returns `‖(W - Q)X‖² / ‖WX‖²` for weights `w` and `q`, `[out, in]` in compute dtype, and the Gram matrix `XᵀX`,
+    /// f32 `[in, in]`, upper triangle.
+    fn relative_error(gram: Tensor<Self, 2>, w: Tensor<Self, 2>, q: Tensor<Self, 2>) -> f64 {
+        host_solve::relative_error(gram, w, q)
     }
 
     /// Packs the codes of a linear into words and sends all of it to the host. The device may still be at it when

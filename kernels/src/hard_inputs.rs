@@ -81,6 +81,7 @@ impl<B: Engine> On<B> {
                 refine: 0,
             },
             residual: None,
+            keep_unrounded: false,
         };
         let hessian = HessianOptions {
             act_order: true,

@@ -46,6 +46,20 @@ pub(crate) fn solve<B: Backend>(
     })
 }
 
+/// See [`Engine::relative_error`](crate::Engine::relative_error).
+pub(crate) fn relative_error<B: Backend>(
+    gram: Tensor<B, 2>,
+    w: Tensor<B, 2>,
+    q: Tensor<B, 2>,
+) -> f64 {
+    let (gram, w, q) = (symmetric(gram), to_matrix(w), to_matrix(q));
+    match output_energy(&w, &gram) {
+        // A linear whose output is zero has nothing to lose.
+        0.0 => 0.0,
+        energy => output_energy(&(w - q), &gram) / energy,
+    }
+}
+
 fn solve_one<B: Backend>(
     request: Request<B>,
     gram: &DMatrix<f64>,
@@ -75,7 +89,7 @@ fn solve_one<B: Backend>(
     let gains = Gains {
         scale_search: (settings.scale_search).then(|| part(solution.search_gain, energy)),
         mismatch_correction: shifted.as_ref().map(|&(_, gain)| gain),
-        refine: (settings.refine > 0).then(|| part(refined, energy)),
+        refine: (settings.refine > 0).then(|| part(refined.gained, energy)),
     };
     let nearest = round_to_nearest(&w, &settings);
     let found = solution.dequantize();
@@ -88,17 +102,23 @@ fn solve_one<B: Backend>(
     let quantized = solution.into_quantized();
     let upload = |values: Vec<f32>| {
         let data = TensorData::new(values, shape);
-        Tensor::<B, 2>::from_data(data, (&device, DType::F32)).cast(dtype)
+        Tensor::<B, 2>::from_data(data, (&device, DType::F32))
     };
-    let weight = upload(quantized.dequantize());
-    let nearest = upload(nearest.into_quantized().dequantize());
+    let weight = upload(quantized.dequantize()).cast(dtype);
+    let nearest = upload(nearest.into_quantized().dequantize()).cast(dtype);
+    let unrounded = request.keep_unrounded.then(|| {
+        // Column-major to row-major.
+        let values = refined.unrounded.transpose();
+        upload(values.iter().map(|&v| v as f32).collect())
+    });
     Solved {
         codes: Codes::upload(quantized, &device),
         weight,
         nearest,
+        unrounded,
         relative_error,
         rtn_error,
-        objective,
+        objective: Some(objective),
         gains,
     }
 }

@@ -6,6 +6,7 @@
 
 mod attention;
 mod backends;
+mod backward;
 mod codes;
 pub mod cuda;
 mod device;
@@ -19,9 +20,11 @@ mod host_solve;
 mod packed_weight;
 mod scores;
 mod solve_types;
+mod tunable;
 
 pub use attention::append;
 pub use backends::{Cpu, Cuda};
+pub use backward::NormOptions;
 pub use codes::Codes;
 pub use cuda::{install_panic_hook, keep_kernels};
 pub use device::{Device, DeviceError, Work};
@@ -32,3 +35,4 @@ pub use host_buffer::HostBuffer;
 pub use packed_weight::{PackedLayout, PackedWeight};
 pub use scores::Scores;
 pub use solve_types::{HessianOptions, Incoming, Mismatch, Request, SolveTimes, Solved, Subset};
+pub use tunable::{Tunable, TuningStep};

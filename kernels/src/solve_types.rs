@@ -38,6 +38,8 @@ pub struct Request<B: Backend> {
     /// `(R_d - R)ᵀX` over the tokens of the [`Mismatch`], f32 `[out, in]`, of a linear whose output is added to the
     /// residual stream `R`: what its output is to make up for besides. Not used without a mismatch.
     pub residual: Option<Tensor<B, 2>>,
+    /// True to keep [`Solved::unrounded`].
+    pub keep_unrounded: bool,
 }
 
 /// A packed linear that may still be on its way to the host.
@@ -81,13 +83,16 @@ pub struct Solved<B: Backend> {
     pub weight: Tensor<B, 2>,
     /// The same for round to nearest.
     pub nearest: Tensor<B, 2>,
+    /// The real numbers that the last pass of refinement rounded to the codes, f32 `[out, in]`, within half a step
+    /// of them; without refinement the codes. `None` if not asked for.
+    pub unrounded: Option<Tensor<B, 2>>,
     /// `‖(W - Q)X‖² / ‖WX‖²` on the calibration inputs, undamped.
     pub relative_error: f64,
     /// The same for round to nearest.
     pub rtn_error: f64,
     /// `‖(W' - Q)X‖² / ‖WX‖²` with the weights `W'` that were rounded: those that a [`Mismatch`] asks for,
-    /// else `W` itself.
-    pub objective: f64,
+    /// else `W` itself. `None` once the codes have been tuned.
+    pub objective: Option<f64>,
     /// Gains of the options beyond plain GPTQ.
     pub gains: Gains,
 }

@@ -77,6 +77,33 @@ pub(crate) fn attend<B: Engine>(
     attended.reshape([tokens, attention.heads * how.head_dim])
 }
 
+/// The gradients with respect to queries, keys and values of [`attend`] without a cache, `[tokens, features]` each, of
+/// `rotated` queries and keys and of values, for that of what it gives, `d_out`.
+pub(crate) fn gradients<B: Engine>(
+    tables: &Tables<B>,
+    attention: &Attention,
+    rotated: [Tensor<B, 4>; 3],
+    d_out: Tensor<B, 2>,
+) -> [Tensor<B, 2>; 3] {
+    let how = &attention.how;
+    let [windows, seq, heads, dim] = rotated[0].dims();
+    let d_out = d_out.reshape([windows, seq, heads * dim]);
+    let [q, k, v] = B::attention_backward(rotated, d_out, scores(how));
+    let [q, k] = match &how.rope {
+        None => [q, k],
+        Some(rope) => {
+            // The transpose of a rotation is the one by the opposite angle.
+            let (cos, sin) = tables.get(rope, 0, seq, &q.device());
+            rotate(rope, [q, k], [cos, sin.mul_scalar(-1.0)])
+        }
+    };
+    let joined = |x: Tensor<B, 4>| {
+        let [_, _, heads, _] = x.dims();
+        x.reshape([windows * seq, heads * dim])
+    };
+    [q, k, v].map(joined)
+}
+
 /// Queries, keys and values, `[windows, seq, heads, dim]` each, with the first two rotated for
 /// positions from `start`.
 fn rotated<B: Engine>(
@@ -89,10 +116,18 @@ fn rotated<B: Engine>(
         return [q, k, v];
     };
     let (cos, sin) = tables.get(rope, start, q.dims()[1], &q.device());
-    let rotate = |x, cos, sin| match rope.interleaved {
-        false => B::rotary(x, cos, sin),
-        true => B::rotary_interleaved(x, cos, sin),
-    };
-    let q = rotate(q, cos.clone(), sin.clone());
-    [q, rotate(k, cos, sin), v]
+    let [q, k] = rotate(rope, [q, k], [cos, sin]);
+    [q, k, v]
+}
+
+/// Tensors `[windows, seq, heads, dim]` rotated by angles with these cosines and sines.
+fn rotate<B: Engine>(
+    rope: &Rope,
+    xs: [Tensor<B, 4>; 2],
+    [cos, sin]: [Tensor<B, 2>; 2],
+) -> [Tensor<B, 4>; 2] {
+    xs.map(|x| match rope.interleaved {
+        false => B::rotary(x, cos.clone(), sin.clone()),
+        true => B::rotary_interleaved(x, cos.clone(), sin.clone()),
+    })
 }

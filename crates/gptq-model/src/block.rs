@@ -4,6 +4,8 @@
 //! input(tap)     the tensor that the tap's linears are given
 //! advance(taps)  from before the first of these taps to before the tap after the last
 //! ```
+//!
+//! The operations in reverse are in `backward.rs`.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,6 +15,7 @@ use gptq_kernels::Engine;
 use gptq_spec::{Activation, BlockSpec, Norm, NormKind, Op, Register};
 
 use crate::attend::attend;
+use crate::backward::{Parts, Tape};
 use crate::{Cache, Flow, Linear, Weight, rope};
 
 /// A tensor that comes up inside a block, as [`Block::observed`] shows it.
@@ -81,6 +84,33 @@ impl<B: Engine> Block<B> {
     pub fn forward_cached(&self, flow: Flow<B>, cache: &mut Cache<B>) -> Flow<B> {
         let ops = 0..self.spec.ops().len();
         self.run(ops, flow, Some(cache), &mut |_| ())
+    }
+
+    /// Runs the block on `flow`, states at its start in the compute dtype, hands the residual stream at its end
+    /// to `loss`, which returns the gradient of the loss with respect to it, in the same shape and dtype, and
+    /// returns the gradient of the loss with respect to every linear's weight, f32 `[out, in]`, in the spec's
+    /// order. In between gradients have the compute dtype: a loss may have to be scaled.
+    pub fn weight_gradients(
+        &self,
+        mut flow: Flow<B>,
+        loss: impl FnOnce(Tensor<B, 2>) -> Tensor<B, 2>,
+    ) -> Vec<Tensor<B, 2>> {
+        let mut tape = Tape::default();
+        for (at, op) in self.spec.ops().iter().enumerate() {
+            tape.record(op, &flow);
+            flow = self.run(at..at + 1, flow, None, &mut |seen| {
+                if let Seen::Rotated(q, k) = seen {
+                    tape.record_rotated(q, k);
+                }
+            });
+        }
+        let block = Parts {
+            spec: &self.spec,
+            linears: &self.linears,
+            vectors: &self.vectors,
+            rope: &self.rope,
+        };
+        tape.reverse(block, loss(flow.residual))
     }
 
     /// Runs the operations `ops`.

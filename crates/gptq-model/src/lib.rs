@@ -3,11 +3,12 @@
 //!
 //! Reading order: [`Block`] runs a block from tap to tap over a [`Flow`] of hidden states, as its
 //! [`BlockSpec`](gptq_spec::BlockSpec) says; [`HostBlock`] is a block read ahead; [`Model`] loads the parts from a
-//! checkpoint, dense or quantized; [`Decoder`] holds all of them with a [`Cache`] per block for generation.
+//! checkpoint, dense or quantized; [`Block::weight_gradients`] goes through a block in reverse; [`Decoder`] holds all of them with a [`Cache`] per block for generation.
 
 #![forbid(unsafe_code)]
 
 mod attend;
+mod backward;
 mod block;
 mod cache;
 mod decoder;

@@ -28,7 +28,7 @@ pub use error::SolverError;
 pub use factor::{Factor, MAX_DAMPING, dead_columns, raised};
 pub use gains::Gains;
 pub use grid::{Grid, scale_factors};
-pub use refine::refine;
+pub use refine::{Refined, refine};
 pub use settings::{Real, Settings};
 pub use solve::{Solution, round_to_nearest, solve};
 pub use target::Target;

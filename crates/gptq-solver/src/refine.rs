@@ -19,39 +19,62 @@ const STRIP: usize = 64;
 /// Columns per panel.
 const PANEL: usize = 128;
 
+/// Result of a refinement.
+#[derive(Clone, Debug)]
+pub struct Refined<T: Real> {
+    /// Reduction of the loss.
+    pub gained: f64,
+    /// `[out, in]`: the real numbers that were rounded to the codes in the last pass, within half a step of them;
+    /// without a pass, the codes.
+    pub unrounded: DMatrix<T>,
+}
+
 /// Refines the codes of `solution` for `w [out, in]` in `passes` passes, with the Gram matrix
-/// damped as in `factor`; returns the reduction of the loss.
+/// damped as in `factor`.
 pub fn refine<T: Real>(
     w: &DMatrix<T>,
     gram: &DMatrix<T>,
     factor: &Factor<T>,
     solution: &mut Solution<T>,
     passes: usize,
-) -> f64 {
+) -> Refined<T> {
     if passes == 0 {
-        return 0.0;
+        return Refined {
+            gained: 0.0,
+            unrounded: solution.codes.map(|code| T::of(f64::from(code))),
+        };
     }
     let (n_out, n) = w.shape();
     let order = &factor.order;
     let damped = with_damping(gram, factor.damping);
     let h = DMatrix::from_fn(n, n, |r, c| damped[(order[r], order[c])]);
     let starts: Vec<usize> = (0..n_out).step_by(STRIP).collect();
-    let strips: Vec<(DMatrix<u8>, f64)> = starts
+    let strips: Vec<Strip<T>> = starts
         .par_iter()
         .map(|&start| strip(w, &h, factor, solution, start, passes))
         .collect();
-    let mut gained = 0.0;
-    for (start, (codes, gain)) in starts.into_iter().zip(strips) {
-        gained += gain;
-        solution
-            .codes
-            .rows_mut(start, codes.nrows())
-            .copy_from(&codes);
+    let mut refined = Refined {
+        gained: 0.0,
+        unrounded: DMatrix::zeros(n_out, n),
+    };
+    for (start, strip) in starts.into_iter().zip(strips) {
+        let rows = strip.codes.nrows();
+        refined.gained += strip.gained;
+        let unrounded = &mut refined.unrounded;
+        unrounded.rows_mut(start, rows).copy_from(&strip.unrounded);
+        solution.codes.rows_mut(start, rows).copy_from(&strip.codes);
     }
-    gained
+    refined
 }
 
-/// Returns the new codes of one strip, in original column order, and the reduction of its loss.
+/// New codes of one strip of rows, in original column order.
+struct Strip<T: Real> {
+    codes: DMatrix<u8>,
+    unrounded: DMatrix<T>,
+    gained: f64,
+}
+
+/// Refines one strip.
 fn strip<T: Real>(
     w: &DMatrix<T>,
     h: &DMatrix<T>,
@@ -59,7 +82,7 @@ fn strip<T: Real>(
     solution: &Solution<T>,
     start: usize,
     passes: usize,
-) -> (DMatrix<u8>, f64) {
+) -> Strip<T> {
     let n = w.ncols();
     let rows = STRIP.min(w.nrows() - start);
     let order = &factor.order;
@@ -86,6 +109,7 @@ fn strip<T: Real>(
         false => w[(start + r, order[k])] - q[(r, k)],
     });
     let mut residual = off * h;
+    let mut unrounded = DMatrix::<T>::zeros(rows, n);
     let mut gained = 0.0;
     for _ in 0..passes {
         for first in (0..n).step_by(PANEL) {
@@ -96,7 +120,11 @@ fn strip<T: Real>(
                 let (k, column) = (first + j, order[first + j]);
                 for r in 0..rows {
                     let best = q[(r, k)] + block[(r, j)] / h[(k, k)];
-                    let (code, value) = grid(r, column).round(best);
+                    let grid = grid(r, column);
+                    let (code, value) = grid.round(best);
+                    let half = T::of(0.5);
+                    let exact = best / grid.scale + grid.zero;
+                    unrounded[(r, column)] = exact.max(code - half).min(code + half);
                     codes[(r, column)] = code.exact() as u8;
                     let step = value - q[(r, k)];
                     let twice = block[(r, j)] + block[(r, j)];
@@ -114,7 +142,11 @@ fn strip<T: Real>(
             residual.gemm(-T::one(), &steps, &h.rows(first, width), T::one());
         }
     }
-    (codes, gained)
+    Strip {
+        codes,
+        unrounded,
+        gained,
+    }
 }
 
 #[cfg(test)]
@@ -157,7 +189,12 @@ mod tests {
             let grids = (solution.scales.clone(), solution.zeros.clone());
             let mut losses = vec![loss(&solution)];
             for _ in 0..60 {
-                let gained = refine(&w, &gram, &factor, &mut solution, 1);
+                let refined = refine(&w, &gram, &factor, &mut solution, 1);
+                let gained = refined.gained;
+                // Rounded, the unrounded numbers are the codes.
+                let pairs = refined.unrounded.iter().zip(solution.codes.iter());
+                let mut off = pairs.map(|(exact, &code)| (exact - f64::from(code)).abs());
+                assert!(off.all(|off| off <= 0.5));
                 losses.push(loss(&solution));
                 let lower = losses[losses.len() - 2] - losses[losses.len() - 1];
                 assert!(

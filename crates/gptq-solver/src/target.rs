@@ -149,9 +149,8 @@ mod tests {
         let residual = lost.transpose() * &x;
         let shift = Target::new(&gram, cross, 0.01, 1.0).unwrap();
         let (target, gained) = shift.of(&w, Some(&residual));
-        let distance = |v: &DMatrix<f64>| {
-            (&lost + &dense * w.transpose() - &x * v.transpose()).norm_squared()
-        };
+        let distance =
+            |v: &DMatrix<f64>| (&lost + &dense * w.transpose() - &x * v.transpose()).norm_squared();
         let closer = distance(&w) - distance(&target);
         assert!(closer > 0.0 && (gained / closer - 1.0).abs() < 1e-9);
         let ridge = 0.01 * gram.trace() / n as f64;

@@ -396,6 +396,11 @@ impl BlockSpec {
         register == Register::RESIDUAL || source.is_some_and(|from| self.is_whole(from))
     }
 
+    /// Returns the features of all registers together, the residual stream included.
+    pub fn features(&self) -> usize {
+        self.widths.iter().sum()
+    }
+
     /// Weights of all linears, without biases.
     pub fn weights(&self) -> u128 {
         let linears = self.linears.iter();

@@ -7,32 +7,29 @@
 //! compiled by NVRTC at first use for each head dimension, type and kind: Burn's CubeCL attention was
 //! measured at 18 TFLOP/s where this shape allows several hundred.
 
-use std::{
-    cell::RefCell,
-    collections::HashMap,
-    f32::consts::LOG2_E,
-    ffi::{CStr, CString},
-};
+use std::{cell::RefCell, collections::HashMap, f32::consts::LOG2_E};
 
 use burn::tensor::{DType, Tensor};
-use cudarc::{
-    driver::{
-        DriverError, result as driver,
-        sys::{CUdevice_attribute, CUfunction, CUfunction_attribute},
-    },
-    nvrtc::result as nvrtc,
+use cudarc::driver::{
+    result as driver,
+    sys::{CUdevice_attribute, CUfunction, CUfunction_attribute},
 };
 
 use super::{
     Cuda, buffer,
+    context::refused,
     error::Error,
-    kernel_cache::{attribute, compute_capability, kept},
+    kernel_cache::attribute,
+    nvrtc::{CudaSource, Launch, function, launch},
     stream::on_stream,
 };
 use crate::Scores;
 
-const SOURCE: &str = include_str!("attention.cu");
 const NAME: &str = "causal_attention";
+const SOURCE: CudaSource = CudaSource {
+    name: NAME,
+    text: include_str!("attention.cu"),
+};
 
 /// Parameters that a kernel is compiled for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -129,25 +126,16 @@ pub fn causal_attention(
         parameters.extend(sees.as_mut().map(|it| (&raw mut *it).cast()));
         parameters.extend(cap_log2.as_mut().map(|it| (&raw mut *it).cast()));
         let blocks = seq.div_ceil(kernel.rows) as u32;
+        let size = Launch {
+            blocks: (blocks, heads as u32, windows as u32),
+            threads: kernel.threads,
+            shared: kernel.shared,
+        };
         // SAFETY: the parameters are those of the kernel's signature and outlive the call; the
         // buffers were checked to have the shapes that the sizes say.
-        unsafe {
-            driver::launch_kernel(
-                kernel.function,
-                (blocks, heads as u32, windows as u32),
-                (kernel.threads, 1, 1),
-                kernel.shared,
-                libraries.stream,
-                &mut parameters,
-            )
-        }
-        .map_err(refused("cuLaunchKernel"))
+        unsafe { launch(libraries, kernel.function, size, &mut parameters) }
     })?;
     Ok(buffer::into_float(out))
-}
-
-fn refused(operation: &'static str) -> impl Fn(DriverError) -> Error {
-    move |source| Error::Driver { operation, source }
 }
 
 /// The kernel of a kind, compiled at first use. Runs on the device thread.
@@ -161,7 +149,6 @@ fn kernel(kind: Kind) -> Result<Kernel, Error> {
         dtype,
         ..
     } = kind;
-    let (major, minor) = compute_capability(device)?;
     let limit = attribute(
         device,
         CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
@@ -175,45 +162,29 @@ fn kernel(kind: Kind) -> Result<Kernel, Error> {
         .into_iter()
         .find(|&keys| bytes(keys) <= limit as usize)
         .unwrap_or(16);
-    let options = [
-        format!("--gpu-architecture=compute_{major}{minor}"),
-        format!("-DHEAD_DIM={head_dim}"),
-        format!("-DWARPS={warps}"),
-        format!("-DTILES={tiles}"),
-        format!("-DKEYS={keys}"),
-        format!("-DBF16={}", u8::from(dtype == DType::BF16)),
-        format!("-DWINDOW={}", u8::from(kind.window)),
-        format!("-DSOFTCAP={}", u8::from(kind.softcap)),
-        format!(
-            "--include-path={}",
-            cubecl::cuda::install::include_path().display()
-        ),
+    let macros = [
+        ("HEAD_DIM", head_dim),
+        ("WARPS", warps),
+        ("TILES", tiles),
+        ("KEYS", keys),
+        ("BF16", usize::from(dtype == DType::BF16)),
+        ("WINDOW", usize::from(kind.window)),
+        ("SOFTCAP", usize::from(kind.softcap)),
     ];
     let window = if kind.window { "-window" } else { "" };
     let softcap = if kind.softcap { "-softcap" } else { "" };
     let file = format!("{NAME}-{head_dim}-{}{window}{softcap}.ptx", dtype.name());
-    let ptx = kept(&file, || compile(&options))?;
-    // The driver reads up to the NUL, wherever the bytes came from.
-    let ptx = CStr::from_bytes_until_nul(&ptx).map_err(|_| Error::Compile {
-        kernel: NAME,
-        log: "its PTX does not end".to_owned(),
-    })?;
-    let name = CString::new(NAME).expect("a name without NUL");
+    let function = function(SOURCE.load(device, &file, &macros)?, NAME)?;
     let shared = bytes(keys) as u32;
-    // SAFETY: the PTX ends in a NUL; the module is never unloaded.
-    let function = unsafe {
-        let module =
-            driver::module::load_data(ptx.as_ptr().cast()).map_err(refused("cuModuleLoadData"))?;
-        let function =
-            driver::module::get_function(module, name).map_err(refused("cuModuleGetFunction"))?;
+    // SAFETY: the function's module is never unloaded.
+    unsafe {
         driver::function::set_function_attribute(
             function,
             CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
             shared as i32,
         )
-        .map_err(refused("cuFuncSetAttribute"))?;
-        function
-    };
+    }
+    .map_err(refused("cuFuncSetAttribute"))?;
     let kernel = Kernel {
         function,
         rows,
@@ -222,31 +193,4 @@ fn kernel(kind: Kind) -> Result<Kernel, Error> {
     };
     KERNELS.with_borrow_mut(|all| all.insert(kind, kernel));
     Ok(kernel)
-}
-
-/// The kernel's PTX, NUL-terminated.
-fn compile(options: &[String]) -> Result<Vec<u8>, Error> {
-    let failed = |log: String| Error::Compile { kernel: NAME, log };
-    let source = CString::new(SOURCE).expect("a source without NUL");
-    let program =
-        nvrtc::create_program(&source, None).map_err(|error| failed(format!("{:?}", error.0)))?;
-    // SAFETY: the program was just made and is destroyed once, below.
-    unsafe {
-        let result = match nvrtc::compile_program(program, options) {
-            Ok(()) => nvrtc::get_ptx(program)
-                .map(|ptx| ptx.into_iter().map(|byte| byte as u8).collect())
-                .map_err(|error| failed(format!("{:?}", error.0))),
-            Err(error) => {
-                let log = nvrtc::get_program_log(program).unwrap_or_default();
-                let log: Vec<u8> = log.iter().map(|&byte| byte as u8).collect();
-                Err(failed(format!(
-                    "{:?}: {}",
-                    error.0,
-                    String::from_utf8_lossy(&log).trim_end_matches('\0')
-                )))
-            }
-        };
-        nvrtc::destroy_program(program).map_err(|error| failed(format!("{:?}", error.0)))?;
-        result
-    }
 }

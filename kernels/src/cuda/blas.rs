@@ -1,14 +1,14 @@
-//! Row-major matrix products through `cublasGemmEx`.
+//! Row-major matrix products through `cublasGemmEx` and `cublasGemmStridedBatchedEx`.
 //!
 //! cuBLAS is column-major: a row-major `C = A·B` is its `Cᵀ = Bᵀ·Aᵀ`, so the operands are exchanged
 //! and keep their transposition. f16 and bf16 products accumulate in f32; f32 products are true f32
 //! (`CUBLAS_COMPUTE_32F` in the default math mode uses no TF32), except for [`Element::Tf32`].
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_longlong, c_void};
 
 use burn::tensor::DType;
 use cudarc::cublas::{
-    result::gemm_ex,
+    result::{gemm_ex, gemm_strided_batched_ex},
     sys::{cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType},
 };
 
@@ -140,6 +140,73 @@ pub(crate) unsafe fn product(
     }
     .map_err(|source| Error::Cublas {
         operation: "cublasGemmEx",
+        source,
+    })
+}
+
+/// Row-major matrices of one shape: the first, and how many elements lie from one's first to the next one's.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrices {
+    pub(crate) first: MatrixAt,
+    pub(crate) step: usize,
+}
+
+impl Matrices {
+    /// Returns the transposes of the same memory.
+    pub(crate) fn t(self) -> Self {
+        Self {
+            first: self.first.t(),
+            ..self
+        }
+    }
+}
+
+/// Computes `C[m, n] = alpha · A[m, k] · B[k, n] + beta · C` for each of `count` of a batch, all
+/// row-major.
+///
+/// # Safety
+///
+/// As [`product`], for each of them; no two of `c` may have an element in common.
+pub(crate) unsafe fn products(
+    libraries: &Libraries,
+    count: usize,
+    [m, n, k]: [usize; 3],
+    alpha: f32,
+    [a, b]: [Matrices; 2],
+    beta: f32,
+    c: Matrices,
+) -> Result<(), Error> {
+    // SAFETY: the caller guarantees the matrices; alpha and beta are host memory, which cuBLAS
+    // reads before it returns.
+    unsafe {
+        gemm_strided_batched_ex(
+            libraries.cublas,
+            b.first.operation(),
+            a.first.operation(),
+            dimension(n)?,
+            dimension(m)?,
+            dimension(k)?,
+            (&raw const alpha).cast(),
+            b.first.pointer as *const c_void,
+            b.first.element.cuda(),
+            dimension(b.first.stride)?,
+            b.step as c_longlong,
+            a.first.pointer as *const c_void,
+            a.first.element.cuda(),
+            dimension(a.first.stride)?,
+            a.step as c_longlong,
+            (&raw const beta).cast(),
+            c.first.pointer as *mut c_void,
+            c.first.element.cuda(),
+            dimension(c.first.stride)?,
+            c.step as c_longlong,
+            dimension(count)?,
+            cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+    }
+    .map_err(|source| Error::Cublas {
+        operation: "cublasGemmStridedBatchedEx",
         source,
     })
 }

@@ -13,8 +13,8 @@ use super::{
 };
 use crate::engine::attend_next;
 use crate::{
-    Codes, Engine, HessianOptions, HostBuffer, Incoming, Mismatch, PackedWeight, Request, Scores,
-    Subset, attention, dtype, half_of,
+    Codes, Engine, HessianOptions, HostBuffer, Incoming, Mismatch, NormOptions, PackedWeight,
+    Request, Scores, Subset, Tunable, TuningStep, attention, dtype, half_of,
 };
 
 impl Engine for Cuda {
@@ -107,6 +107,47 @@ impl Engine for Cuda {
         super::geglu(gate, up).unwrap_or_else(|error| fail(error))
     }
 
+    fn matmul_nn(dy: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        super::input_gradient(dy, w).unwrap_or_else(|error| fail(error))
+    }
+
+    fn matmul_tn(dy: Tensor<Self, 2>, x: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        super::weight_gradient(dy, x).unwrap_or_else(|error| fail(error))
+    }
+
+    fn attention_backward(
+        qkv: [Tensor<Self, 4>; 3],
+        d_out: Tensor<Self, 3>,
+        scores: Scores,
+    ) -> [Tensor<Self, 4>; 3] {
+        super::attention_backward(qkv, d_out, scores).unwrap_or_else(|error| fail(error))
+    }
+
+    fn norm_backward(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        dy: Tensor<Self, 2>,
+        norm: NormOptions,
+    ) -> Tensor<Self, 2> {
+        super::norm_backward(x, weight, dy, norm).unwrap_or_else(|error| fail(error))
+    }
+
+    fn swiglu_backward(
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+        dy: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 2>; 2] {
+        super::swiglu_backward(gate, up, dy).unwrap_or_else(|error| fail(error))
+    }
+
+    fn geglu_backward(
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+        dy: Tensor<Self, 2>,
+    ) -> [Tensor<Self, 2>; 2] {
+        super::geglu_backward(gate, up, dy).unwrap_or_else(|error| fail(error))
+    }
+
     fn gram_zeros(shape: [usize; 2], device: &Device) -> Tensor<Self, 2> {
         super::gram_zeros(shape, device).unwrap_or_else(|error| fail(error))
     }
@@ -139,6 +180,23 @@ impl Engine for Cuda {
             }
             error => fail(error),
         })
+    }
+
+    fn tune(
+        tunable: &mut Tunable<Self>,
+        gradient: Tensor<Self, 2>,
+        step: TuningStep,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        super::tune::step(tunable, gradient, step, dtype).unwrap_or_else(|error| fail(error))
+    }
+
+    fn tuned(tunable: &Tunable<Self>) -> Codes<Self> {
+        super::tune::tuned(tunable).unwrap_or_else(|error| fail(error))
+    }
+
+    fn relative_error(gram: Tensor<Self, 2>, w: Tensor<Self, 2>, q: Tensor<Self, 2>) -> f64 {
+        super::relative_error(gram, w, q).unwrap_or_else(|error| fail(error))
     }
 
     fn pack(linear: Codes<Self>) -> Incoming {

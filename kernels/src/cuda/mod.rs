@@ -18,6 +18,7 @@ mod library;
 
 mod blas;
 mod buffer;
+mod nvrtc;
 mod stream;
 mod transfer;
 
@@ -33,6 +34,7 @@ mod relative_error;
 mod solve;
 mod sweep;
 mod target;
+mod tune;
 
 mod engine;
 
@@ -45,12 +47,17 @@ mod packed_rows;
 mod rotary;
 mod swiglu;
 
+mod attention_backward;
+mod backward;
+
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
 pub use attention::causal_attention;
+pub use attention_backward::attention_backward;
+pub use backward::{geglu_backward, norm_backward, swiglu_backward};
 pub use decode_attention::attend_next;
 pub use embedding::embedding;
 pub use error::Error;
@@ -61,7 +68,7 @@ pub use kernel_cache::keep_kernels;
 pub(crate) use kernel_cache::{open as open_kernels, seal as seal_kernels};
 pub use library::MissingLibrary;
 pub(crate) use library::{device_count, missing_library};
-pub use linear::linear;
+pub use linear::{input_gradient, linear, weight_gradient};
 pub use norm::{norm_f32, rms_norm};
 pub(crate) use pack::Fetched;
 pub use pack::dequantize;

@@ -37,11 +37,13 @@ fn refine_kernel(
     codes: &mut Array<u8>,
     back: &mut Array<f32>,
     gained: &mut Array<f32>,
+    unrounded: &mut Array<f32>,
     start: u32,
     width: u32,
     columns: u32,
     rows: u32,
     max_code: f32,
+    keep: u32,
 ) {
     let mut block = SharedMemory::<Vector<f32, Const<4>>>::new(PANEL * PANEL / QUAD);
     let mut inverse = SharedMemory::<f32>::new(PANEL);
@@ -117,7 +119,8 @@ fn refine_kernel(
             for c in 0..HELD {
                 let column = first + c;
                 let best = scale[c] * (code[c] - zero[c]) + r[c] * inverse[column];
-                let new = (divide(best, scale[c], 1.0 / scale[c]).round() + zero[c])
+                let steps_of_zero = divide(best, scale[c], 1.0 / scale[c]);
+                let new = (steps_of_zero.round() + zero[c])
                     .max(f32::new(0.0))
                     .min(max_code);
                 let step = scale[c] * (new - zero[c]) - scale[c] * (code[c] - zero[c]);
@@ -141,6 +144,10 @@ fn refine_kernel(
                 let at = (start + column) * rows + row;
                 codes[at] = u8::cast_from(new);
                 off[at] -= step;
+                // A runtime switch, because this kernel takes long to compile.
+                if keep == 1 {
+                    unrounded[at] = (steps_of_zero + zero[c]).max(new - 0.5).min(new + 0.5);
+                }
             }
             first += HELD;
         }
@@ -149,20 +156,37 @@ fn refine_kernel(
 }
 
 /// Refines the codes in `settings.refine` passes; `h` is the damped Gram matrix in the sweep's
-/// order. Returns the reduction of each row's loss, f32 `[rows]`.
-pub(crate) fn refine(h: &Buffer, swept: &Swept, settings: Settings, failures: &Failures) -> Buffer {
+/// order. Returns the reduction of each row's loss, f32 `[rows]`, and with `keep` the numbers that the last pass
+/// rounded to the codes, f32 `[in, rows]`.
+pub(crate) fn refine(
+    h: &Buffer,
+    swept: &Swept,
+    settings: Settings,
+    keep: bool,
+    failures: &Failures,
+) -> (Buffer, Option<Buffer>) {
     let n = h.meta.shape()[0];
+    let unrounded = keep.then(|| buffer::empty(&swept.weight, [n, swept.rows], DType::F32));
     let residual = buffer::empty(&swept.weight, [n, swept.rows], DType::F32);
     let back = buffer::empty(&swept.weight, [PANEL, swept.rows], DType::F32);
     let gained = buffer::upload(h, &vec![0.0_f32; swept.rows], DType::F32);
     add_product(h, 0..n, &swept.weight, &residual, 0.0, failures);
     for _ in 0..settings.refine {
         for panel in panels(n, PANEL) {
-            launch(h, &residual, swept, [&back, &gained], &panel, settings);
+            let unrounded = unrounded.as_ref();
+            launch(
+                h,
+                &residual,
+                swept,
+                [&back, &gained],
+                unrounded,
+                &panel,
+                settings,
+            );
             add_product(h, panel, &back, &residual, 1.0, failures);
         }
     }
-    gained
+    (gained, unrounded)
 }
 
 fn launch(
@@ -170,12 +194,14 @@ fn launch(
     residual: &Buffer,
     swept: &Swept,
     [back, gained]: [&Buffer; 2],
+    unrounded: Option<&Buffer>,
     panel: &Range<usize>,
     settings: Settings,
 ) {
     let rows = swept.rows as u32;
     // SAFETY: the panel is a multiple of 32 columns (the number of columns is), all of them columns of
-    // every buffer; rows stay below `rows`, shared indices below PANEL² and PANEL * UNITS.
+    // every buffer; rows stay below `rows`, shared indices below PANEL² and PANEL * UNITS. Without a buffer
+    // for unrounded numbers its argument is not written.
     unsafe {
         refine_kernel::launch_unchecked::<CudaRuntime>(
             &h.client,
@@ -190,11 +216,13 @@ fn launch(
             array(&swept.codes),
             array(back),
             array(gained),
+            array(unrounded.unwrap_or(gained)),
             panel.start as u32,
             panel.len() as u32,
             h.meta.shape()[0] as u32,
             rows,
             f32::from(settings.bits.max_code()),
+            u32::from(unrounded.is_some()),
         );
     }
 }

@@ -13,7 +13,7 @@
 
 use std::{ops::Range, time::Instant};
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 use cudarc::cublas::sys as cublas;
 use gptq_solver::{Gains, Settings};
 
@@ -98,8 +98,13 @@ pub fn solve(
             targets.push(target);
         }
         let (swept, g_idx) = sweep_all(&factor, &position, all, settings, &failures);
+        let keep = members.iter().any(|&at| requests[at].keep_unrounded);
         let refined = (h.as_ref().filter(|_| settings.refine > 0))
-            .map(|h| refine(h, &swept, settings, &failures));
+            .map(|h| refine(h, &swept, settings, keep, &failures));
+        let (refined, unrounded) = match refined {
+            Some((gained, unrounded)) => (Some(gained), unrounded),
+            None => (None, None),
+        };
         let mut offset = 0;
         for (at, rounded) in members.into_iter().zip(targets) {
             let rows = weights[at].meta.shape()[0];
@@ -122,7 +127,11 @@ pub fn solve(
                 measurement.columns(refined, span, (at, Sum::Refined));
             }
             let codes = codes(&swept, &position, &g_idx, span, settings.bits);
-            unread.push((codes, [weight, nearest].map(buffer::into_float)));
+            let unrounded = requests[at].keep_unrounded.then(|| match &unrounded {
+                Some(unrounded) => in_own_order(unrounded, &factor.columns.position, span),
+                None => codes.codes.clone().transpose().float().cast(DType::F32),
+            });
+            unread.push((codes, [weight, nearest].map(buffer::into_float), unrounded));
             order.push(at);
             offset += rows;
         }
@@ -130,7 +139,7 @@ pub fn solve(
     let sums = measurement.read()?;
     failures.check()?;
     let mut solved = Vec::with_capacity(requests.len());
-    for (at, (codes, [weight, nearest])) in order.into_iter().zip(unread) {
+    for (at, (codes, [weight, nearest], unrounded)) in order.into_iter().zip(unread) {
         let sums = sums[at];
         let output = sums.of(Sum::Output);
         let rounded = if target.is_some() {
@@ -142,9 +151,10 @@ pub fn solve(
             codes,
             weight,
             nearest,
+            unrounded,
             relative_error: Sums::part(sums.of(Sum::Lost), output),
             rtn_error: Sums::part(sums.of(Sum::Nearest), output),
-            objective: Sums::part(sums.of(rounded), output),
+            objective: Some(Sums::part(sums.of(rounded), output)),
             gains: gains(&requests[at].settings, target.as_ref(), sums),
         };
         solved.push((at, layer));
@@ -173,6 +183,19 @@ fn gains(settings: &Settings, target: Option<&MismatchTarget>, sums: Sums) -> Ga
         }),
         refine: (settings.refine > 0).then(|| part(Sum::Refined)),
     }
+}
+
+/// Returns some rows of `columns`, f32 `[in, rows]` in the sweep's order, as `[out, in]` in the columns' own order:
+/// `span` is the first row and how many.
+fn in_own_order(columns: &Buffer, position: &[u32], span: [usize; 2]) -> Tensor<Cuda, 2> {
+    let columns: Tensor<Cuda, 2> = buffer::into_float(columns.clone());
+    let position: Vec<i32> = position.iter().map(|&at| at as i32).collect();
+    let position = Tensor::<Cuda, 1, Int>::from_data(
+        TensorData::new(position, [columns.dims()[0]]),
+        (&columns.device(), DType::I32),
+    );
+    let rows = columns.narrow(1, span[0], span[1]);
+    rows.select(0, position).transpose()
 }
 
 fn check([n, columns]: [usize; 2], requests: &[Request<Cuda>]) -> Result<(), Error> {

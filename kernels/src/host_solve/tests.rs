@@ -283,6 +283,7 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
         weight: tensor(&w, [out, n]),
         settings,
         residual: None,
+        keep_unrounded: false,
     };
     let hessian = HessianOptions {
         act_order: true,

@@ -104,7 +104,7 @@ impl SlidingWindow {
                 Err("layer_types is missing, which use_sliding_window needs".to_owned())
             }
             SlidingWindow::Pattern { null_is_off, .. }
-                if !on && !(null_is_off && config.nullable::<usize>(window)? == Some(None)) =>
+                if !(on || null_is_off && config.nullable::<usize>(window)? == Some(None)) =>
             {
                 Err(format!(
                     "{} is off, and layer_types does not say that no block slides",

@@ -6,10 +6,12 @@
 
 mod decoding;
 mod golden;
+mod gradients;
 mod model;
 mod ordering;
 mod packed;
 mod products;
 mod solving;
 mod transfers;
+mod tuning;
 mod variants;

@@ -50,6 +50,7 @@ pub(super) fn request<E: Element>(
         weight: tensor(weight, [weight.len() / n, n], device),
         settings,
         residual: None,
+        keep_unrounded: false,
     }
 }
 
@@ -85,7 +86,7 @@ pub(super) fn judge<E: Element>(
             .scale_search
             .then_some(expected.search_gain / energy),
         mismatch_correction: closer,
-        refine: (settings.refine > 0).then_some(refined / energy),
+        refine: (settings.refine > 0).then_some(refined.gained / energy),
     };
     let lost = |q: DMatrix<f64>| output_energy(&(&w - q), gram) / energy;
     let expected_error = lost(expected.dequantize());
@@ -129,9 +130,9 @@ pub(super) fn judge<E: Element>(
     );
     assert!(near(found.rtn_error, rtn_error), "{label}: rtn");
     assert!(
-        near(found.objective, objective),
+        near(found.objective.unwrap(), objective),
         "{label}: objective {} for {objective}",
-        found.objective
+        found.objective.unwrap()
     );
     let nearest = DMatrix::from_row_slice(w.nrows(), n, &values(found.nearest));
     assert!(
