@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use gptq_format::{
     Contents, Dynamic, GroupSize, Half, LinearShape, QuantizeConfig, Support, TensorSpec,
-    client_support,
+    client_support, is_renamed,
 };
 use gptq_solver::Settings;
 use gptq_spec::{Division, ModelConfig, Role};
@@ -196,6 +196,10 @@ impl<'a> BranchFiles<'a> {
             skips: self.branch.overrides.iter().any(|it| it.settings.is_none()),
             listed: false,
             stray: false,
+            renamed: self
+                .possible()
+                .iter()
+                .any(|linear| is_renamed(&linear.module)),
             damp_percent: Some(
                 self.branch
                     .damp_percent

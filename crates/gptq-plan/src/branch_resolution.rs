@@ -201,6 +201,9 @@ fn add_override(
 /// Maximum number of refinement passes in a recipe.
 const MAX_PASSES: usize = 100;
 
+/// Maximum number of steps of tuning in a recipe.
+const MAX_STEPS: usize = 10_000;
+
 /// Applies single options of the branch, or else of the defaults, to `preset`.
 fn method(recipe: &Recipe, branch: &BranchTable, preset: Method) -> Result<Method, RecipeError> {
     let defaults = &recipe.file.defaults;
@@ -216,6 +219,13 @@ fn method(recipe: &Recipe, branch: &BranchTable, preset: Method) -> Result<Metho
                 method.refine
             );
             return Err(recipe.refuse(passes, reason));
+        }
+    }
+    if let Some(steps) = branch.tune.as_ref().or(defaults.tune.as_ref()) {
+        method.tune = *steps.get_ref();
+        if method.tune > MAX_STEPS {
+            let reason = format!("tune = {} is more than {MAX_STEPS} steps", method.tune);
+            return Err(recipe.refuse(steps, reason));
         }
     }
     let own = one_spelling(recipe, &branch.mismatch_correction, &branch.asymmetric)?;

@@ -15,7 +15,7 @@ use serde_json::{Number, Value};
 
 use crate::limits::{MAX_JOURNAL, seconds};
 use crate::{
-    Allocation, BlockReport, Clamped, Fingerprint, LinearReport, PlanError, RecipeOverrides,
+    Allocation, BlockReport, Clamped, Fingerprint, LinearReport, PlanError, RecipeOverrides, Tuning,
 };
 
 /// The journal's name in the output directory.
@@ -82,6 +82,9 @@ pub struct BranchBlock {
     /// Error of the block's output, where it was compared with the dense model's.
     #[serde(default)]
     pub output_error: Option<f64>,
+    /// Tuning of the block, if it was tuned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<Tuning>,
 }
 
 /// A run, as its journal has it.
@@ -142,6 +145,7 @@ impl BranchBlock {
         Some(BlockReport {
             layer,
             output_error,
+            tuning: self.tuning.clone(),
         })
     }
 }

@@ -8,6 +8,7 @@
 
 mod allocate;
 mod allocation;
+mod block_report;
 mod branch_files;
 mod branch_plan;
 mod branch_resolution;
@@ -34,6 +35,7 @@ mod texts;
 mod written_config;
 
 pub use allocation::{AllocatedGroup, Allocation, Budget, Choice};
+pub use block_report::{BlockReport, Tuning};
 pub use branch_files::BranchFiles;
 pub use branch_plan::{BranchPlan, ModuleOverride, PlannedLinear, check_name};
 pub use budget::{OpenGroup, apply_allocation, open_groups, spend_budget};
@@ -43,7 +45,7 @@ pub use error::PlanError;
 pub use fingerprint::Fingerprint;
 pub use inputs::{FetchedInputs, InputSource, calibration_source, model_source};
 pub use journal::{BranchBlock, FinishedBlock, Header, JOURNAL, Origin, RecordedRun, journal_line};
-pub use limits::MAX_JOURNAL;
+pub use limits::{MAX_CURVE, MAX_JOURNAL};
 pub use memory::{Chunking, Memory, Places};
 pub use method::{Method, Preset};
 pub use overrides::{RecipeOverrides, RenderingOverride};
@@ -55,8 +57,8 @@ pub use receipt::{
 };
 pub use recipe::{Recipe, RecipeError};
 pub use report::{
-    BlockReport, BranchReport, Clamped, LinearReport, Measure, ModelFiles, PhaseSeconds, REPORT,
-    SolvedWith, Summary,
+    BranchReport, Clamped, LinearReport, Measure, ModelFiles, PhaseSeconds, REPORT, SolvedWith,
+    Summary,
 };
 pub use share::{SHARE, Share};
 pub use texts::{Look, check_texts};

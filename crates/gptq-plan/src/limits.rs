@@ -20,6 +20,8 @@ pub(crate) const MAX_KINDS: usize = 2048;
 pub(crate) const MAX_SECONDS: f64 = 1e10;
 /// Limit on the entries of short lists.
 pub(crate) const MAX_ENTRIES: usize = 1 << 10;
+/// Limit on the points of a learning curve.
+pub const MAX_CURVE: usize = 64;
 /// Limits on the records of clamped states, and on the values in each.
 pub(crate) const MAX_CLAMPED: usize = 1 << 16;
 pub(crate) const MAX_COUNT: usize = 1 << 47;

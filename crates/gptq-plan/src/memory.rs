@@ -96,6 +96,9 @@ struct Sizes {
     /// Bytes for comparing outputs with the dense model's, for 2- and 4-byte products: the states
     /// of the compared tokens, a window's inputs and outputs, and the rounded weights of one tap.
     compared: [u128; 2],
+    /// Bytes for tuning a block, with 2- and 4-byte activations: parameters and moments of its weights, Gram
+    /// matrices of its taps, activations of a step and their gradients, states before the block.
+    tuned: [u128; 2],
     /// Number of square matrices: Gram matrices and factors, and those for refinement or
     /// activation-mismatch correction.
     squares: u128,
@@ -115,10 +118,12 @@ impl Sizes {
             taps.map(|tap| block.in_features(tap) as u128)
         });
         let widest = inputs.max().unwrap_or(hidden);
-        let corrects = u128::from(plan.corrects_mismatch());
-        let refined = plan.branches.iter().any(|b| b.method.refine > 0);
+        let methods = || plan.branches.iter().map(|branch| branch.method);
+        let corrects = u128::from(methods().any(|it| it.corrects_mismatch()));
+        let refined = methods().any(|it| it.refine > 0);
         let dense = blocks.clone().map(|block| kept(block, hidden)).max();
-        let dense = corrects * dense.unwrap_or_default() / plan.dense_step() as u128;
+        let needed = u128::from(plan.needs_dense());
+        let dense = needed * dense.unwrap_or_default() / plan.dense_step() as u128;
         let share = plan.share();
         let window = share.tokens as u128;
         let branches = plan.branches.len() as u128;
@@ -139,8 +144,14 @@ impl Sizes {
                 + window * widest * (3 * bytes + 3 * 4)
                 + nearest * bytes
         };
+        let tunes = methods().any(|it| it.tune > 0);
+        let tuned = |bytes: u128| match tunes {
+            true => tuned(plan, bytes),
+            false => 0,
+        };
         Sizes {
             compared: [compared(2), compared(4)],
+            tuned: [tuned(2), tuned(4)],
             tokens: plan.tokens() as u128,
             samples: plan.calibration.samples as u128,
             seq_len: plan.calibration.seq_len as u128,
@@ -188,6 +199,7 @@ impl Sizes {
         (2 * self.block + self.table + self.transients(chunking)) * 2
             + self.squares * self.widest * self.widest * 4
             + self.compared[0]
+            + self.tuned[0]
     }
 
     /// Returns the bytes on the host in any run besides hidden states: the blocks being read,
@@ -214,6 +226,7 @@ impl Sizes {
             + lanes * self.transients(Chunking::CPU) * 4
             + self.squares * self.widest * self.widest * 8
             + self.compared[1]
+            + self.tuned[1]
             + self.beside(PROGRAM)
     }
 
@@ -229,6 +242,30 @@ impl Sizes {
     fn least_states(&self, chunking: Chunking) -> u128 {
         self.running(chunking).min(self.all_states(chunking))
     }
+}
+
+/// Returns the bytes for tuning the largest block, with activations of `half` bytes.
+fn tuned(plan: &Plan, half: u128) -> u128 {
+    /// Queries whose scores are computed at once: their matrices are in f32 and in 16 bits, and so are their
+    /// gradients.
+    const QUERIES: u128 = 256;
+    let (tokens, seq_len) = (plan.tokens() as u128, plan.calibration.seq_len as u128);
+    let step = tokens.min(plan.step_windows() as u128 * seq_len);
+    let hidden = plan.config.hidden_size as u128;
+    let block = |block: &BlockSpec| {
+        let taps = block.taps().map(|tap| block.in_features(tap) as u128);
+        let grams: u128 = taps.map(|n| n * n * 4).sum();
+        let heads = block.attention().map_or(0, |attention| attention.heads) as u128;
+        // Unrounded codes, where they began, two moments and the gradient in f32; weights tuned and solved, codes.
+        block.weights() * (5 * 4 + 2 * half + 1)
+            + grams
+            + step * (2 * block.features() as u128 + 6 * hidden) * half
+            + step * hidden * 3 * 4
+            + 12 * heads * QUERIES * seq_len
+            + tokens * hidden * 2
+    };
+    let blocks = plan.config.blocks().iter();
+    blocks.map(|it| block(it)).max().unwrap_or_default()
 }
 
 /// Returns the features per token of the states before every tap of a block and after the last: the

@@ -13,7 +13,12 @@ pub enum Preset {
     /// All options that improve accuracy without gradients.
     #[default]
     Best,
+    /// All of these, then codes and scales tuned block by block.
+    Tuned,
 }
+
+/// Steps of tuning in each block with [`Preset::Tuned`].
+const TUNING_STEPS: usize = 60;
 
 impl Preset {
     /// Returns its name in recipes and reports.
@@ -22,6 +27,7 @@ impl Preset {
             Preset::Autogptq => "autogptq",
             Preset::Standard => "standard",
             Preset::Best => "best",
+            Preset::Tuned => "tuned",
         }
     }
 
@@ -37,6 +43,11 @@ impl Preset {
                 scale_search: true,
                 refine: 1,
                 mismatch_correction: 1.0,
+                ..Method::default()
+            },
+            Preset::Tuned => Method {
+                tune: TUNING_STEPS,
+                ..Preset::Best.method()
             },
         }
     }
@@ -53,11 +64,25 @@ pub struct Method {
     /// where they give the dense model's output on the branch's own inputs.
     #[serde(rename = "asymmetric")]
     pub mismatch_correction: f64,
+    /// Steps of tuning: once a block is solved, its codes and scales follow the gradient of the distance to the
+    /// dense block's output.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub tune: usize,
+}
+
+/// True if there is none, as in files from before there was tuning.
+fn is_zero(steps: &usize) -> bool {
+    *steps == 0
 }
 
 impl Method {
     /// True if the method needs the dense model's activations beside the branch's own.
     pub fn corrects_mismatch(&self) -> bool {
         self.mismatch_correction > 0.0
+    }
+
+    /// True if the dense model is run beside the branch.
+    pub fn needs_dense(&self) -> bool {
+        self.corrects_mismatch() || self.tune > 0
     }
 }

@@ -10,7 +10,7 @@ use toml::Spanned;
 use crate::byte_size::parse_size;
 use crate::inputs::{calibration_settings, looks_like_repo, model_source};
 use crate::recipe_file::{OnOverflow, Propagate};
-use crate::share::dense_step;
+use crate::share::{dense_step, step_windows};
 use crate::written_config::written_config;
 use crate::{
     BranchPlan, FetchedInputs, InputSource, PlanError, Recipe, RecipeError, RecipeOverrides, Share,
@@ -173,9 +173,10 @@ impl Plan {
             Propagate::Dense => Propagation::Dense,
         };
         if propagation == Propagation::Dense {
-            // The inputs are the dense model's, so there is no mismatch to correct.
+            // The inputs are the dense model's, so there is no mismatch to correct. Tuning needs the branch's own.
             for branch in &mut branches {
                 branch.method.mismatch_correction = 0.0;
+                branch.method.tune = 0;
             }
         }
         let source = file.model.source.get_ref();
@@ -228,14 +229,19 @@ impl Plan {
         self.calibration.samples * self.calibration.seq_len
     }
 
-    /// True if any branch corrects the mismatch of its activations, and so needs the dense model beside its own.
-    pub fn corrects_mismatch(&self) -> bool {
-        self.branches.iter().any(|b| b.method.corrects_mismatch())
+    /// True if any branch needs the dense model beside its own.
+    pub fn needs_dense(&self) -> bool {
+        self.branches.iter().any(|b| b.method.needs_dense())
     }
 
     /// Returns the stride of the chunks that also run through the dense model where it does so.
     pub fn dense_step(&self) -> usize {
         dense_step(self.tokens())
+    }
+
+    /// Returns the number of windows in a step of tuning, if there are as many.
+    pub fn step_windows(&self) -> usize {
+        step_windows(self.calibration.seq_len)
     }
 
     /// Returns the calibration tokens used for output errors.

@@ -138,6 +138,7 @@ pub(crate) struct SettingsTable {
     pub preset: Option<Preset>,
     pub scale_search: Option<bool>,
     pub refine: Option<Spanned<usize>>,
+    pub tune: Option<Spanned<usize>>,
     pub mismatch_correction: Option<Spanned<f64>>,
     /// Its old spelling.
     pub asymmetric: Option<Spanned<f64>>,
@@ -161,6 +162,7 @@ pub(crate) struct BranchTable {
     pub preset: Option<Preset>,
     pub scale_search: Option<bool>,
     pub refine: Option<Spanned<usize>>,
+    pub tune: Option<Spanned<usize>>,
     pub mismatch_correction: Option<Spanned<f64>>,
     /// Its old spelling.
     pub asymmetric: Option<Spanned<f64>>,

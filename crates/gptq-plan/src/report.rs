@@ -16,7 +16,7 @@ use crate::limits::{
     MAX_CLAMPED, MAX_COUNT, MAX_ENTRIES, MAX_FEATURES, MAX_KINDS, MAX_LAYERS, MAX_NAME,
     MAX_WEIGHTS, below, group, most, number, seconds,
 };
-use crate::{Allocation, ColumnOrder, Fingerprint, Method, Perplexity, Preset, Share};
+use crate::{Allocation, BlockReport, ColumnOrder, Fingerprint, Method, Perplexity, Preset, Share};
 
 /// The report's name in a branch directory.
 pub const REPORT: &str = "report.json";
@@ -174,28 +174,6 @@ impl Measure {
             Measure::Output => "output error",
             Measure::Weights => "weight error",
         }
-    }
-}
-
-/// Results of one block.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct BlockReport {
-    /// Block index.
-    pub layer: usize,
-    /// Mean over the tokens of [`BranchReport::compared`] of `‖ŷ - y‖² / ‖y‖²`, with the hidden
-    /// states after the block `y` of the dense model and `ŷ` of the branch: the error accumulated
-    /// so far.
-    pub output_error: f64,
-}
-
-impl BlockReport {
-    /// Checks that its numbers are in the range of a run's.
-    ///
-    /// # Errors
-    /// Describes the first field that is out of range.
-    pub(crate) fn check(&self) -> Result<(), String> {
-        below("layer", self.layer, MAX_LAYERS)?;
-        number("output_error", self.output_error)
     }
 }
 

@@ -9,6 +9,8 @@ pub const SHARE: usize = 256;
 /// Calibration tokens that are also run through the dense model where a branch corrects the mismatch of its
 /// activations. More tell little more, and a real model needs as many (`crates/gptq-solver/ACCURACY.md`).
 const DENSE_TOKENS: usize = 1 << 17;
+/// Calibration tokens of a step of tuning, in whole windows.
+const STEP_TOKENS: usize = 8192;
 /// Minimum number of tokens of a window.
 const LEAST: usize = 256;
 /// The tokens taken from a partial window are a multiple of this.
@@ -37,6 +39,11 @@ impl Share {
 /// Returns the stride for which every so-many-th chunk of `tokens` tokens makes at least [`DENSE_TOKENS`].
 pub(crate) fn dense_step(tokens: usize) -> usize {
     (tokens / DENSE_TOKENS).max(1)
+}
+
+/// Returns the windows of `seq_len` tokens in a step of tuning.
+pub(crate) fn step_windows(seq_len: usize) -> usize {
+    (STEP_TOKENS / seq_len).max(1)
 }
 
 #[cfg(test)]

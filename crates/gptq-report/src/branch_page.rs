@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use gptq_plan::{LinearReport, Measure, Share};
+use gptq_plan::{BranchReport, LinearReport, Measure, Share, Tuning};
 use gptq_spec::ModelConfig;
 use minijinja::Value;
 use serde::Serialize;
@@ -27,6 +27,7 @@ pub(crate) struct BranchPage {
     pub blocks: bool,
     /// True if `growth` includes the blocks' errors on fresh text.
     pub fresh: bool,
+    pub tuning: Option<TuningFigure>,
     pub kinds: Vec<LinearKind>,
     /// Options beyond plain GPTQ that any linear layer used, by their recipe names.
     pub options: Vec<&'static str>,
@@ -34,6 +35,18 @@ pub(crate) struct BranchPage {
     pub damp_percent: f64,
     pub stages: Vec<Time>,
     pub phases: Vec<Time>,
+}
+
+/// Learning curves of the blocks that were tuned.
+#[derive(Serialize)]
+pub(crate) struct TuningFigure {
+    /// A line for each block (SVG).
+    pub curves: Value,
+    pub blocks: usize,
+    pub steps: usize,
+    /// Mean distances to the dense blocks' outputs.
+    pub before: String,
+    pub after: String,
 }
 
 /// All linear layers of one name.
@@ -113,6 +126,7 @@ impl BranchPage {
             growth: Value::from_safe_string(growth),
             blocks: !report.blocks.is_empty(),
             fresh: has_fresh,
+            tuning: tuning(report),
             kinds: kinds(&report.linears, measure, &options),
             options,
             unusual: unusual(&report.linears, measure, damp_percent),
@@ -121,6 +135,49 @@ impl BranchPage {
             phases: times(phases.collect()),
         }
     }
+}
+
+/// Draws the learning curves, each relative to where its block began.
+fn tuning(report: &BranchReport) -> Option<TuningFigure> {
+    let blocks = report.blocks.iter();
+    let tuned: Vec<_> = blocks
+        .filter_map(|block| Some((block.layer, block.tuning.as_ref()?)))
+        .collect();
+    let steps = report.method.map_or(0, |method| method.tune);
+    let series = tuned.iter().map(|(layer, tuning)| {
+        let run = steps.div_ceil(tuning.curve.len().max(1));
+        let points = tuning.curve.iter().enumerate();
+        let points = points.filter(|(_, distance)| **distance > 0.0 && tuning.before > 0.0);
+        let points = points.map(|(at, distance)| {
+            let relative = distance / tuning.before;
+            let title = format!("block {layer}, step {}: {relative:.3}", at * run);
+            ((at * run) as f64, relative, title)
+        });
+        Series {
+            class: "tuned",
+            points: points.collect(),
+        }
+    });
+    let series: Vec<Series> = series.collect();
+    let curves = lines(
+        &series,
+        ("step", "distance, 1 at the start"),
+        (
+            |step| format!("{step}"),
+            |distance| format!("{distance:.2}"),
+        ),
+    );
+    let mean = |of: fn(&Tuning) -> f64| {
+        let sum: f64 = tuned.iter().map(|(_, tuning)| of(tuning)).sum();
+        number::error(sum / tuned.len() as f64)
+    };
+    (!tuned.is_empty()).then(|| TuningFigure {
+        curves: Value::from_safe_string(curves),
+        blocks: tuned.len(),
+        steps,
+        before: mean(|tuning| tuning.before),
+        after: mean(|tuning| tuning.after),
+    })
 }
 
 /// Summarizes the settings in one line.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use gptq_format::{
     Contents, FormatError, LinearShape, OutputFormat, Support, branch_dirs, client_support,
-    read_json,
+    is_renamed, read_json,
 };
 use gptq_plan::{BranchReport, Receipt};
 
@@ -215,7 +215,11 @@ impl Branch {
 
     /// Returns which clients can load it.
     pub fn clients(&self) -> Vec<Support> {
-        let contents = Contents::of(&self.report.quantize_config, self.linears());
+        let names = || self.report.linears.iter().map(|linear| &linear.name);
+        let contents = Contents {
+            renamed: names().any(|name| is_renamed(name)),
+            ..Contents::of(&self.report.quantize_config, self.linears())
+        };
         client_support(&contents)
     }
 }

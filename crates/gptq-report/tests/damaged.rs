@@ -165,6 +165,7 @@ fn output_errors_over_one_are_read_and_those_that_nothing_measured_is_are_refuse
         }
         report.blocks.push(BlockReport {
             layer: 0,
+            tuning: None,
             output_error: 17.0,
         });
     })
@@ -183,6 +184,7 @@ fn output_errors_over_one_are_read_and_those_that_nothing_measured_is_are_refuse
             |report| {
                 report.blocks.push(BlockReport {
                     layer: 1 << 20,
+                    tuning: None,
                     output_error: 1.0,
                 });
             },

@@ -45,6 +45,25 @@ pub(crate) trait Strategy<B: Engine> {
         clock: &mut Clock,
     ) -> Result<(), RunError>;
 
+    /// True if the weights of `branch` are tuned together once every tap of a block has them.
+    fn tunes(&self, _branch: usize) -> bool {
+        false
+    }
+
+    /// Tunes the weights of a block that `branch` is through: the second of `blocks` has them, the first the dense ones; `start` is the branch's states before
+    /// the block. [`Strategy::tap`] is then called once more for each tap, without Gram matrices.
+    fn tune(
+        &mut self,
+        _layer: usize,
+        _branch: usize,
+        _blocks: [&Block<B>; 2],
+        _start: &Stream<B>,
+        _dense: &Dense<B>,
+        _clock: &mut Clock,
+    ) -> Result<(), RunError> {
+        Ok(())
+    }
+
     /// Is told that a branch has its weights of `taps`: `dense` is the block without them, `stream` the states
     /// before the taps.
     fn subset_done(
@@ -102,6 +121,9 @@ pub(crate) struct BlockLoop<'a, B: Engine> {
 /// A block that the branches are in.
 struct Entered<'a, B: Engine> {
     layer: usize,
+    block: &'a Block<B>,
+    /// The states of the stream that is in it, as they were before it, if any of its branches is tuned.
+    start: Option<Stream<B>>,
     dense: Option<&'a Dense<B>>,
     compared: Option<&'a mut OutputErrors<B>>,
 }
@@ -151,6 +173,8 @@ impl<B: Engine> BlockLoop<'_, B> {
         }
         let mut entered = Entered {
             layer,
+            block,
+            start: None,
             dense: states.dense.as_ref(),
             compared: states.compared.as_mut(),
         };
@@ -163,6 +187,8 @@ impl<B: Engine> BlockLoop<'_, B> {
             } else {
                 vec![taps]
             };
+            let tuned = stream.branches.iter().any(|&it| strategy.tunes(it));
+            entered.start = tuned.then(|| stream.clone());
             self.taps(&mut entered, stream, block, &subsets, strategy, &mut done)?;
         }
         states.streams = done;
@@ -181,6 +207,12 @@ impl<B: Engine> BlockLoop<'_, B> {
         done: &mut Vec<Stream<B>>,
     ) -> Result<(), RunError> {
         let Some((subset, rest)) = subsets.split_first() else {
+            if let [branch] = stream.branches[..]
+                && strategy.tunes(branch)
+            {
+                drop(stream);
+                stream = self.tune(entered, branch, block, strategy)?;
+            }
             for &branch in &stream.branches {
                 strategy.branch_end(entered.layer, branch, entered.compared.as_deref())?;
             }
@@ -251,6 +283,47 @@ impl<B: Engine> BlockLoop<'_, B> {
         Ok(())
     }
 
+    /// Tunes the block of a branch, which has its weights in `quantized`, and takes the branch through it again.
+    fn tune(
+        &mut self,
+        entered: &mut Entered<'_, B>,
+        branch: usize,
+        quantized: &Block<B>,
+        strategy: &mut dyn Strategy<B>,
+    ) -> Result<Stream<B>, RunError> {
+        let started = Instant::now();
+        let (layer, device) = (entered.layer, self.model.device());
+        let start = entered.start.as_ref().expect("kept for whom tunes");
+        let mut stream = Stream {
+            branches: vec![branch],
+            ..start.clone()
+        };
+        let dense = entered
+            .dense
+            .expect("the dense model runs beside who tunes");
+        let blocks = [entered.block, quantized];
+        strategy.tune(layer, branch, blocks, &stream, dense, self.clock)?;
+        if let Some(compared) = &mut entered.compared {
+            compared.restart(branch);
+        }
+        let mut block = entered.block.clone();
+        for tap in block.spec().taps() {
+            (self.check)()?;
+            let at = At { layer, branch, tap };
+            let compared = entered.compared.as_deref();
+            strategy.tap(at, None, compared, &mut block, self.clock)?;
+            if let Some(compared) = &mut entered.compared {
+                compared.advance(branch, tap, &block, device, self.clock)?;
+            }
+            stream = self.advance(layer, stream, &block, &(tap..tap + 1), strategy)?;
+        }
+        if self.frugal {
+            B::release_memory(device);
+        }
+        strategy.spent(branch, started.elapsed().as_secs_f64());
+        Ok(stream)
+    }
+
     /// Runs `taps` with `block`'s weights.
     fn advance(
         &mut self,
@@ -270,4 +343,4 @@ impl<B: Engine> BlockLoop<'_, B> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

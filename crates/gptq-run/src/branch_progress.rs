@@ -23,6 +23,7 @@ impl BranchProgress {
             linears: linears.cloned().collect(),
             clamped: clamped.cloned().collect(),
             output_error: block.map(|block| block.output_error),
+            tuning: block.and_then(|block| block.tuning.clone()),
         }
     }
 }

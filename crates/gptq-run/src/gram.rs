@@ -60,12 +60,20 @@ impl<B: Engine> Dense<B> {
         Ok(())
     }
 
-    /// Chunk `chunk` of the branches' before `tap`, where there is one.
-    fn chunk(&self, tap: usize, chunk: usize) -> Option<&Chunk<B>> {
-        let at = chunk
-            .is_multiple_of(self.step)
-            .then_some(chunk / self.step)?;
-        self.before(tap).chunks.get(at)
+    /// Returns the place among its own chunks of chunk `chunk` of the branches, where there is one.
+    fn place(&self, chunk: usize) -> Option<usize> {
+        let own = chunk.is_multiple_of(self.step);
+        own.then_some(chunk / self.step)
+    }
+
+    /// Returns chunk `chunk` of the branches' before `tap`, where there is one.
+    pub(crate) fn chunk(&self, tap: usize, chunk: usize) -> Option<&Chunk<B>> {
+        self.before(tap).chunks.get(self.place(chunk)?)
+    }
+
+    /// Returns the same after the block that was entered last.
+    pub(crate) fn end_chunk(&self, chunk: usize) -> Option<&Chunk<B>> {
+        self.end.chunks.get(self.place(chunk)?)
     }
 }
 

@@ -135,6 +135,7 @@ mod tests {
             seconds: 2.0,
             linears: vec![linear],
             clamped: Vec::new(),
+            tuning: None,
             output_error: Some(1e-3 / 3.0),
         };
         FinishedBlock {

@@ -35,6 +35,7 @@ mod solve;
 mod sources;
 mod states;
 mod stream;
+mod tuning;
 mod write_behind;
 
 pub use error::RunError;

@@ -185,6 +185,7 @@ fn probe(plan: &Plan, branch: &BranchPlan, choice: Choice) -> BranchPlan {
         method: Method {
             refine: 0,
             mismatch_correction: 0.0,
+            tune: 0,
             ..branch.method
         },
         budget: None,

@@ -34,6 +34,8 @@ pub(crate) struct OutputErrors<B: Engine> {
     pub(crate) dense: Dense<B>,
     /// Branches in the plan's order.
     pub(crate) own: Vec<Stream<B>>,
+    /// The same before the block that was entered last.
+    begun: Vec<Stream<B>>,
     /// `‖WX‖²` of the block's linear layers, in order.
     energies: Vec<f64>,
 }
@@ -43,6 +45,7 @@ impl<B: Engine> OutputErrors<B> {
     pub(crate) fn new(dense: Stream<B>, own: Vec<Stream<B>>) -> Self {
         OutputErrors {
             dense: Dense::new(dense, 1),
+            begun: own.clone(),
             own,
             energies: Vec::new(),
         }
@@ -73,6 +76,7 @@ impl<B: Engine> OutputErrors<B> {
         clock: &mut Clock,
     ) -> Result<(), FormatError> {
         self.dense.enter(block, device, clock)?;
+        self.begun.clone_from(&self.own);
         self.energies.clear();
         if !solving {
             return Ok(());
@@ -93,6 +97,11 @@ impl<B: Engine> OutputErrors<B> {
         });
         self.energies = energies?;
         Ok(())
+    }
+
+    /// Takes a branch back to the start of the block that was entered last.
+    pub(crate) fn restart(&mut self, branch: usize) {
+        self.own[branch] = self.begun[branch].clone();
     }
 
     /// Returns the errors of some linear layers of `tap`, given the solved and the nearest weights;

@@ -20,6 +20,8 @@ pub enum Phase {
     Factor,
     /// Grids, codes and output errors.
     Sweep,
+    /// Tuning codes and scales.
+    Tune,
     /// Packing, and transferring packed tensors to the host.
     Pack,
     /// Waiting for the writer: its queue, the last bytes, the sync.
@@ -28,13 +30,14 @@ pub enum Phase {
 
 impl Phase {
     /// All phases in order.
-    pub const ALL: [Phase; 8] = [
+    pub const ALL: [Phase; 9] = [
         Phase::Start,
         Phase::Read,
         Phase::Forward,
         Phase::Gram,
         Phase::Factor,
         Phase::Sweep,
+        Phase::Tune,
         Phase::Pack,
         Phase::Write,
     ];
@@ -48,6 +51,7 @@ impl Phase {
             Phase::Gram => "Gram",
             Phase::Factor => "factor",
             Phase::Sweep => "sweep",
+            Phase::Tune => "tune",
             Phase::Pack => "pack",
             Phase::Write => "write",
         }

@@ -1,6 +1,7 @@
 //! One pass over the blocks: the blocks of an interrupted run replayed, the others solved, every branch put in
 //! place.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Receiver;
@@ -107,6 +108,8 @@ impl<B: Engine> Run<'_, '_, B> {
                 last_saved,
                 stop,
                 on_event: self.on_event,
+                waiting: VecDeque::new(),
+                tuning: None,
             };
             pass.run(
                 self.restored.layers..layers,

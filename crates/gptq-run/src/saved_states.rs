@@ -250,7 +250,7 @@ impl SavedStates {
         let of_own = own.iter().flat_map(|it: &Stream<B>| it.branches.clone());
         if !found.into_iter().eq(0..plan.branches.len())
             || !of_own.eq(0..plan.branches.len())
-            || dense.is_some() != plan.corrects_mismatch()
+            || dense.is_some() != plan.needs_dense()
         {
             return Err(damaged());
         }

@@ -1,19 +1,25 @@
 //! Solving: the linears at a tap quantized from the Gram matrix of their input, and written.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use gptq_kernels::{Engine, HessianOptions, Incoming, Mismatch, Request, Subset};
+use burn::tensor::{DType, Tensor};
+use gptq_kernels::{Engine, HessianOptions, Incoming, Mismatch, Request, Subset, Tunable};
 use gptq_model::{Block, Model};
-use gptq_plan::{BlockReport, BranchBlock, Clamped, LinearReport, Plan, PlannedLinear};
+use gptq_plan::{BlockReport, BranchBlock, Clamped, LinearReport, Plan, PlannedLinear, Tuning};
 
 use crate::block_loop::{At, Strategy};
 use crate::branch_progress::BranchProgress;
-use crate::gram::Grams;
+use crate::gram::{Dense, Grams};
+use crate::moved::squares;
+use crate::options::check_stop;
 use crate::output_errors::OutputErrors;
 use crate::profile::{Clock, Phase};
 use crate::states::States;
+use crate::stream::Stream;
+use crate::tuning::{Tuned, TuningSet, tune};
 use crate::{Event, RunError, hidden_range, saved_states};
 use gptq_format::FormatError;
 
@@ -50,6 +56,18 @@ pub(crate) struct Solve<'a, B: Engine> {
     pub(crate) last_saved: Instant,
     pub(crate) stop: &'a AtomicBool,
     pub(crate) on_event: &'a mut dyn FnMut(Event<'_>),
+    /// Taps of the block that a branch is in which are solved, but handed on only once they are tuned.
+    pub(crate) waiting: VecDeque<Waiting<B>>,
+    /// Tuning of the block that a branch is in.
+    pub(crate) tuning: Option<Tuning>,
+}
+
+/// A solved tap of a branch that is tuned.
+pub(crate) struct Waiting<B: Engine> {
+    tap: usize,
+    solved: SolvedTap<B>,
+    /// `XᵀX` of its input, upper triangle.
+    gram: Tensor<B, 2>,
 }
 
 /// The linears at a tap with their solutions.
@@ -58,6 +76,12 @@ pub(crate) struct SolvedTap<B: Engine> {
     pub(crate) subset: Subset<B>,
     /// Time to factor and solve.
     pub(crate) seconds: f64,
+}
+
+/// Returns 1 if a linear layer does anything, 0 if all its weights are zero, `[1, 1]` in f32: a block that adds nothing
+/// to the residual stream is not to make up for others either.
+fn acts<B: Engine>(weight: Tensor<B, 2>) -> Tensor<B, 2> {
+    squares(weight.cast(DType::F32)).sum_dim(0).sign()
 }
 
 /// Solves the linears that a branch quantizes at a tap; `None` where it quantizes none.
@@ -90,13 +114,22 @@ pub(crate) fn solve<B: Engine>(
     let strength = branch.method.mismatch_correction;
     let mismatch = grams.mismatch.filter(|_| strength > 0.0);
     let residual = mismatch.as_ref().and_then(|drift| drift.residual.clone());
-    let request = |linear: &PlannedLinear| Request {
-        weight: block.linear(linear.linear).weight.dense(model.dtype()),
-        settings: linear.settings,
-        residual: spec.added(linear.linear).and_then(|scale| {
-            let residual = residual.clone()?;
-            Some(if scale == 1.0 { residual } else { residual / scale })
-        }),
+    let request = |linear: &PlannedLinear| {
+        let weight = block.linear(linear.linear).weight.dense(model.dtype());
+        let residual = spec.added(linear.linear).and_then(|scale| {
+            let residual = residual.clone()? * acts(weight.clone());
+            Some(if scale == 1.0 {
+                residual
+            } else {
+                residual / scale
+            })
+        });
+        Request {
+            weight,
+            settings: linear.settings,
+            residual,
+            keep_unrounded: branch.method.tune > 0,
+        }
     };
     let requests = linears.iter().map(request).collect();
     let mismatch = mismatch.map(|drift| Mismatch {
@@ -130,23 +163,21 @@ pub(crate) fn solve<B: Engine>(
     }))
 }
 
-impl<B: Engine> Strategy<B> for Solve<'_, B> {
-    fn solves(&self) -> bool {
-        true
+impl<B: Engine> Solve<'_, B> {
+    /// True if a branch's codes and scales are tuned.
+    fn tuned(&self, branch: usize) -> bool {
+        self.plan.branches[branch].method.tune > 0
     }
 
-    fn tap(
+    /// Compares, packs, writes and reports the linears of a tap, and gives `block` their weights.
+    fn hand_on(
         &mut self,
         at: At,
-        grams: Option<Grams<B>>,
+        solved: SolvedTap<B>,
         compared: Option<&OutputErrors<B>>,
         block: &mut Block<B>,
         clock: &mut Clock,
     ) -> Result<(), RunError> {
-        let grams = grams.expect("the loop has Gram matrices for whom solves");
-        let Some(solved) = solve(self.plan, self.model, at, grams, block, clock)? else {
-            return Ok(());
-        };
         let SolvedTap {
             linears,
             subset,
@@ -187,7 +218,7 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
                 },
                 output_error: errors.map(|errors| errors.output),
                 rtn_output_error: errors.map(|errors| errors.nearest),
-                solver_objective: Some(solved.objective),
+                solver_objective: solved.objective,
                 gains: solved.gains,
                 damp_percent: subset.damping,
                 dead_columns: subset.dead_columns,
@@ -200,6 +231,104 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
             });
             self.progress[at.branch].linears.push(report);
         }
+        Ok(())
+    }
+}
+
+impl<B: Engine> Strategy<B> for Solve<'_, B> {
+    fn solves(&self) -> bool {
+        true
+    }
+
+    fn tap(
+        &mut self,
+        at: At,
+        grams: Option<Grams<B>>,
+        compared: Option<&OutputErrors<B>>,
+        block: &mut Block<B>,
+        clock: &mut Clock,
+    ) -> Result<(), RunError> {
+        let Some(grams) = grams else {
+            let waiting = self.waiting.pop_front_if(|it| it.tap == at.tap);
+            let solved = waiting.map(|it| it.solved);
+            return solved.map_or(Ok(()), |it| self.hand_on(at, it, compared, block, clock));
+        };
+        let gram = self.tuned(at.branch).then(|| grams.all.clone());
+        let Some(solved) = solve(self.plan, self.model, at, grams, block, clock)? else {
+            return Ok(());
+        };
+        match gram {
+            None => self.hand_on(at, solved, compared, block, clock),
+            Some(gram) => {
+                for (linear, solved) in solved.linears.iter().zip(&solved.subset.solved) {
+                    block.set_weight(linear.linear, solved.weight.clone());
+                }
+                let tap = at.tap;
+                self.waiting.push_back(Waiting { tap, solved, gram });
+                Ok(())
+            }
+        }
+    }
+
+    fn tunes(&self, branch: usize) -> bool {
+        self.tuned(branch)
+    }
+
+    fn tune(
+        &mut self,
+        layer: usize,
+        branch: usize,
+        [dense_block, quantized]: [&Block<B>; 2],
+        start: &Stream<B>,
+        dense: &Dense<B>,
+        clock: &mut Clock,
+    ) -> Result<(), RunError> {
+        // The block is run again: what was clamped in it so far does not count.
+        let clamped = &mut self.progress[branch].clamped;
+        clamped.retain(|it| it.layer != layer);
+        let started = Instant::now();
+        let device = self.model.device();
+        let linears = self.waiting.iter_mut().flat_map(|it| {
+            let SolvedTap {
+                linears, subset, ..
+            } = &mut it.solved;
+            linears.iter().zip(&mut subset.solved)
+        });
+        let tuned = linears.map(|(linear, solved)| {
+            let unrounded = solved.unrounded.take();
+            let unrounded = unrounded.expect("asked for where a branch is tuned");
+            Tuned {
+                linear: linear.linear,
+                bits: linear.settings.bits,
+                parameters: Tunable::new(solved.codes.clone(), unrounded),
+            }
+        });
+        let mut tuned: Vec<Tuned<B>> = tuned.collect();
+        if tuned.is_empty() {
+            return Ok(());
+        }
+        let windows = TuningSet::new(start, dense, self.plan.step_windows(), device);
+        let steps = self.plan.branches[branch].method.tune;
+        let (stop, layers) = (self.stop, self.plan.config.layers);
+        let check = &mut || check_stop(stop, layers);
+        let mut block = quantized.clone();
+        let (tuning, closer) = tune(&windows, steps, &mut block, &mut tuned, check)?;
+        self.tuning = Some(tuning);
+        let mut tuned = tuned.into_iter();
+        for waiting in self.waiting.iter_mut().filter(|_| closer) {
+            for solved in &mut waiting.solved.subset.solved {
+                let tuned = tuned.next().expect("one for each");
+                let weight =
+                    |block: &Block<B>| block.linear(tuned.linear).weight.dense(self.model.dtype());
+                solved.codes = B::tuned(&tuned.parameters);
+                solved.weight = weight(&block);
+                let gram = waiting.gram.clone();
+                solved.relative_error =
+                    B::relative_error(gram, weight(dense_block), weight(&block));
+                solved.objective = None;
+            }
+        }
+        clock.add(Phase::Tune, started.elapsed().as_secs_f64());
         Ok(())
     }
 
@@ -231,9 +360,10 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         let report = &BlockReport {
             layer,
             output_error,
+            tuning: self.tuning.take(),
         };
         (self.on_event)(Event::Block { branch, report });
-        self.progress[branch].blocks.push(*report);
+        self.progress[branch].blocks.push(report.clone());
         Ok(())
     }
 

@@ -50,7 +50,7 @@ impl<B: Engine> States<B> {
             .map(|device| OutputErrors::begin(&all, plan.share(), branches, device))
             .transpose()?;
         let dense = plan
-            .corrects_mismatch()
+            .needs_dense()
             .then(|| Dense::new(all.every(plan.dense_step()), plan.dense_step()));
         // Branches that solve a block's taps in different groups cannot share a stream.
         let sequential = |&i: &usize| plan.branches[i].true_sequential;

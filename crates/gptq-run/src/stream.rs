@@ -198,10 +198,7 @@ impl<B: Engine> Chunk<B> {
     }
 
     /// Returns the residual stream in compute dtype on `device`.
-    pub(crate) fn residual_stream(
-        &self,
-        device: &B::Device,
-    ) -> Result<Tensor<B, 2>, FormatError> {
+    pub(crate) fn residual_stream(&self, device: &B::Device) -> Result<Tensor<B, 2>, FormatError> {
         let residual = self.register(Register::RESIDUAL, device)?;
         Ok(residual.expect("the residual stream is always kept"))
     }

@@ -140,7 +140,7 @@ fn host_memory_stays_within_its_budget() {
     ]
     .map(|name| format!("[[branch.override]]\nmatch = \"*.{name}\"\nskip = true\n"))
     .concat();
-    let branch = format!("[[branch]]\nname = \"a\"\nbits = 4\n{skip}");
+    let branch = format!("[[branch]]\nname = \"a\"\nbits = 4\npreset = \"standard\"\n{skip}");
     let large = plan(dir.path(), 4, &branch);
     let budget = Memory::of(&large).least_cpu;
     assert!(bytes > 4 * budget, "{bytes} bytes for a budget of {budget}");

@@ -66,6 +66,7 @@ fn packed_tensors_give_back_the_solved_weights_bit_for_bit() {
             weight: noise(128, 128, 2) * noise(128, 128, 3).powi_scalar(9),
             settings: branch.module("model.layers.0.self_attn.q_proj").unwrap(),
             residual: None,
+            keep_unrounded: false,
         };
         let solved = Cpu::solve(gram, None, hessian, vec![request]).unwrap();
         let solved = solved.solved.into_iter().next().unwrap();

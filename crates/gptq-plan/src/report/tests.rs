@@ -104,6 +104,7 @@ fn a_report_and_a_journal_of_128_experts_in_94_blocks_are_read_again() {
             seconds: 1.0,
             linears: block(layer).collect(),
             clamped: Vec::new(),
+            tuning: None,
             output_error: None,
         };
         branch.check(layer).unwrap();

@@ -22,7 +22,7 @@ const LAYERS: usize = 2;
 const TAPS: usize = 4;
 
 /// A Llama of two blocks, 32 wide, with weights that repeat from run to run.
-fn model() -> (TempDir, Model<Cpu>) {
+pub(crate) fn model() -> (TempDir, Model<Cpu>) {
     let dir = tempfile::tempdir().unwrap();
     let config = json!({
         "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS,
@@ -53,7 +53,7 @@ fn model() -> (TempDir, Model<Cpu>) {
     (dir, model)
 }
 
-fn plan(model: &Model<Cpu>, top: &str, branches: &str) -> Plan {
+pub(crate) fn plan(model: &Model<Cpu>, top: &str, branches: &str) -> Plan {
     let text = format!(
         "{top}\n[model]\nsource = \"m\"\n[calibration]\nsource = \"rows.json\"\nsamples = 6\nseq_len = 8\n\
          [output]\ndir = \"out\"\n{branches}"
@@ -62,12 +62,12 @@ fn plan(model: &Model<Cpu>, top: &str, branches: &str) -> Plan {
     Plan::for_config(&recipe, model.config().clone()).unwrap()
 }
 
-fn branch(name: &str, keys: &str) -> String {
+pub(crate) fn branch(name: &str, keys: &str) -> String {
     format!("[[branch]]\nname = \"{name}\"\nbits = 4\ngroup_size = 32\n{keys}\n")
 }
 
 /// Six windows of eight tokens, two in a chunk.
-fn states(model: &Model<Cpu>, plan: &Plan) -> States<Cpu> {
+pub(crate) fn states(model: &Model<Cpu>, plan: &Plan) -> States<Cpu> {
     let window = |w: u32| (0..8).map(|t| (5 * w + 3 * t + t * t) % 16).collect();
     let windows: Vec<Vec<u32>> = (0..6).map(window).collect();
     let flows = model.flows(&windows, 2, dtype(Half::F16)).unwrap();
@@ -88,6 +88,8 @@ fn residuals(states: &States<Cpu>, branch: usize) -> Vec<u16> {
 #[derive(Default)]
 struct Scale {
     solves: bool,
+    /// The branch that is tuned, if any: until then its weights are doubled.
+    tuned: Option<usize>,
     factors: Vec<f32>,
     told: Vec<String>,
     grams: Vec<(At, f32)>,
@@ -108,13 +110,40 @@ impl Strategy<Cpu> for Scale {
     ) -> Result<(), RunError> {
         self.told
             .push(format!("{}{}{}", at.layer, at.branch, at.tap));
+        let factor = match &grams {
+            Some(_) if self.tuned == Some(at.branch) => 2.0,
+            _ => self.factors[at.branch],
+        };
         if let Some(grams) = grams {
             self.grams.push((at, grams.all.sum().into_scalar()));
         }
         for linear in block.spec().clone().linears_of(at.tap) {
             let weight: Tensor<Cpu, 2> = block.linear(linear).weight.dense(dtype(Half::F16));
-            block.set_weight(linear, weight.mul_scalar(self.factors[at.branch]));
+            block.set_weight(linear, weight.mul_scalar(factor));
         }
+        Ok(())
+    }
+
+    fn tunes(&self, branch: usize) -> bool {
+        self.tuned == Some(branch)
+    }
+
+    fn tune(
+        &mut self,
+        layer: usize,
+        branch: usize,
+        [dense, quantized]: [&Block<Cpu>; 2],
+        start: &Stream<Cpu>,
+        _dense: &Dense<Cpu>,
+        _clock: &mut Clock,
+    ) -> Result<(), RunError> {
+        assert_eq!(start.branches, [branch]);
+        let sum = |block: &Block<Cpu>| -> f32 {
+            let weight = block.linear(0).weight.dense(dtype(Half::F16));
+            weight.cast(burn::tensor::DType::F32).sum().into_scalar()
+        };
+        assert!((sum(quantized) / sum(dense) - 2.0).abs() < 1e-2);
+        self.told.push(format!("{layer}{branch} is tuned"));
         Ok(())
     }
 
@@ -130,7 +159,7 @@ impl Strategy<Cpu> for Scale {
 }
 
 /// Takes `states` through all blocks.
-fn run(
+pub(crate) fn run(
     model: &Model<Cpu>,
     plan: &Plan,
     states: &mut States<Cpu>,
@@ -253,6 +282,39 @@ fn without_true_sequential_a_block_is_solved_from_its_dense_inputs() {
 }
 
 #[test]
+fn a_branch_that_is_tuned_goes_through_the_block_again_from_its_start() {
+    let (_dir, model) = model();
+    let both = plan(&model, "", &(branch("a", "tune = 1") + &branch("b", "")));
+    let mut states = states(&model, &both);
+    let mut strategy = Scale {
+        solves: true,
+        tuned: Some(0),
+        factors: vec![0.9, 1.1],
+        ..Scale::default()
+    };
+    run(&model, &both, &mut states, &mut strategy, &mut || Ok(())).unwrap();
+    let expected = [
+        "000",
+        "001",
+        "002",
+        "003",
+        "00 is tuned",
+        "000",
+        "001",
+        "002",
+        "003",
+        "00 ends",
+        "010",
+    ];
+    assert_eq!(strategy.told[..11], expected);
+    // As if it had had its last weights from the start; and the other branch does not notice.
+    let (_, plain) = scaled(&model, &both, &[0.9, 1.1], true);
+    for branch in [0, 1] {
+        assert!(residuals(&states, branch) == residuals(&plain, branch));
+    }
+}
+
+#[test]
 fn a_check_that_fails_ends_the_loop_before_the_next_tap() {
     let (_dir, model) = model();
     let plan = plan(&model, "", &branch("a", ""));
@@ -329,6 +391,8 @@ fn every_linear_is_written_before_the_record_of_its_block() {
         last_saved: Instant::now(),
         stop: &AtomicBool::new(false),
         on_event: &mut |_| events += 1,
+        waiting: Default::default(),
+        tuning: None,
     };
     run(&model, &plan, &mut states, &mut solve, &mut || Ok(())).unwrap();
     let names = ["q", "k", "v", "o", "gate", "up", "down"].map(|it| format!("{it}_proj"));
