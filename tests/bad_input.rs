@@ -150,7 +150,8 @@ fn a_non_finite_activation_names_the_linears_that_met_it() {
             }
         },
     );
-    let recipe = scratch.recipe(&model, ONE);
+    let standard = format!("[defaults]\npreset = \"standard\"\n{ONE}");
+    let recipe = scratch.recipe(&model, &standard);
     expect(
         &scratch,
         &recipe,

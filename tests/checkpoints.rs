@@ -10,7 +10,7 @@ use safetensors::Dtype;
 
 use crate::harness::{Scratch, root, succeed};
 
-const BRANCHES: &str = "[[branch]]\nname = \"four\"\nbits = 4\ngroup_size = 32\n\
+const BRANCHES: &str = "[defaults]\npreset = \"standard\"\n[[branch]]\nname = \"four\"\nbits = 4\ngroup_size = 32\n\
                         [[branch]]\nname = \"eight\"\nbits = 8\ngroup_size = -1\ndesc_act = false\n";
 
 pub(crate) fn families() -> PathBuf {

@@ -121,9 +121,10 @@ fn the_tiny_recipe_writes_six_branches_within_their_perplexity_bounds() {
         let linears = report["linears"].as_array().unwrap();
         assert_eq!(linears.len(), 21);
         for linear in linears {
-            let ratio =
-                linear["relative_error"].as_f64().unwrap() / linear["rtn_error"].as_f64().unwrap();
-            assert!(ratio < 1.0, "worse than round to nearest: {linear}");
+            let number = |key: &str| linear[key].as_f64().unwrap();
+            let against_dense = number("output_error") < number("rtn_output_error");
+            assert!(against_dense, "worse than round to nearest: {linear}");
+            let ratio = number("relative_error") / number("rtn_error");
             // Printed in decimal and read back: the last bit may differ.
             assert!((ratio - linear["ratio"].as_f64().unwrap()).abs() < 1e-12);
         }
@@ -357,7 +358,7 @@ fn hidden_states_kept_on_the_host_or_on_disk_give_the_same_bytes() {
     );
     let weights = |budget: &[&str]| {
         let recipe = recipe.to_str().unwrap();
-        // 32 windows of 256 are two chunks; a budget of 80 MB holds one at a time.
+        // 32 windows of 256 are two chunks; a budget of 110 MB holds one at a time.
         let args = [
             "quantize",
             recipe,
@@ -371,7 +372,7 @@ fn hidden_states_kept_on_the_host_or_on_disk_give_the_same_bytes() {
         ["a", "b"].map(|b| fs::read(scratch.out().join(b).join("model.safetensors")).unwrap())
     };
     let everywhere = weights(&[]);
-    assert!(everywhere == weights(&["--device-memory", "80MB"]));
+    assert!(everywhere == weights(&["--device-memory", "110MB"]));
     // The minimum stated by the plan; the scratch directory is empty afterwards.
     let plan = [
         "plan",

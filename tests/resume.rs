@@ -14,9 +14,9 @@ use crate::harness::{Scratch, command, medi_tiny, refuse, refused, succeed, succ
 pub(crate) const TWO: &str = "[[branch]]\nname = \"a\"\nbits = 4\ngroup_size = 64\n\
                    [[branch]]\nname = \"b\"\nbits = 3\ntrue_sequential = false\n\
                    [[branch.override]]\nmatch = \"*.1.self_attn.o_proj\"\nskip = true\n";
-/// A branch that compares its hidden states with the dense model's, beside one that does not.
-const BEST: &str = "[[branch]]\nname = \"a\"\nbits = 3\npreset = \"best\"\n\
-                    [[branch]]\nname = \"b\"\nbits = 8\n";
+/// A branch that compares its hidden states with the dense model's, and is tuned, beside one that does neither.
+const TUNED: &str = "[[branch]]\nname = \"a\"\nbits = 3\npreset = \"tuned\"\ntune = 2\n\
+                     [[branch]]\nname = \"b\"\nbits = 8\npreset = \"standard\"\n";
 /// Enough branches for hidden states that a small host must leave partly on disk.
 const FOUR: &str = "[[branch]]\nname = \"a\"\nbits = 3\npreset = \"best\"\n[[branch]]\nname = \"b\"\nbits = 8\n\
                     [[branch]]\nname = \"c\"\nbits = 4\n[[branch]]\nname = \"d\"\nbits = 2\n";
@@ -181,10 +181,10 @@ fn a_run_killed_at_twenty_random_moments_gives_the_same_bytes() {
 #[test]
 fn a_run_goes_on_from_hidden_states_that_were_kept_and_goes_over_its_blocks_again_where_they_are_damaged()
  {
-    let (expected, _) = uninterrupted(BEST, &SLOW);
+    let (expected, _) = uninterrupted(TUNED, &SLOW);
     for damaged in [false, true] {
         let scratch = Scratch::new();
-        let (recipe, out) = (scratch.recipe(&medi_tiny(), BEST), scratch.out());
+        let (recipe, out) = (scratch.recipe(&medi_tiny(), TUNED), scratch.out());
         let keep = [&SLOW[..], &["--keep-every", "0s"]].concat();
         killed_after_a_block(&recipe, &out, &keep);
         let done = blocks(&out);
@@ -312,9 +312,9 @@ fn a_finished_branch_is_kept_and_one_added_later_is_made_alone() {
 
 #[test]
 fn an_unfinished_run_goes_on_by_its_directory_alone() {
-    let (expected, _) = uninterrupted(BEST, &SLOW);
+    let (expected, _) = uninterrupted(TUNED, &SLOW);
     let scratch = Scratch::new();
-    let recipe = scratch.recipe(&medi_tiny(), BEST);
+    let recipe = scratch.recipe(&medi_tiny(), TUNED);
     killed_after_a_block(&recipe, &scratch.out(), &SLOW);
     fs::remove_file(&recipe).unwrap();
     let out = scratch.out();
