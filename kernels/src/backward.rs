@@ -26,7 +26,7 @@ pub struct NormOptions {
     pub eps: f64,
     /// Added to the weights.
     pub offset: f64,
-    /// Whether the row's mean is taken off first.
+    /// True if the row's mean is taken off first.
     pub centred: bool,
 }
 

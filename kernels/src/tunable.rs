@@ -21,9 +21,9 @@ pub(crate) const FIRST: f32 = 0.9;
 pub(crate) const SECOND: f32 = 0.98;
 /// Added to the square root of the mean square; gradients are far above it.
 pub(crate) const EPSILON: f32 = 1e-12;
-/// How far an unrounded code may move from where it began.
+/// Largest distance of an unrounded code from where it began.
 pub(crate) const REACH: f32 = 1.0;
-/// How far a scale may move, as a fraction of itself.
+/// Largest change of a scale, as a fraction of itself.
 pub(crate) const STRETCH: f32 = 0.5;
 /// Gradients beyond this, and those that are no numbers, count as 0: 16-bit products may overflow.
 pub(crate) const MOST: f32 = 1e30;

@@ -50,8 +50,9 @@ pub(crate) trait Strategy<B: Engine> {
         false
     }
 
-    /// Tunes the weights of a block that `branch` is through: the second of `blocks` has them, the first the dense ones; `start` is the branch's states before
-    /// the block. [`Strategy::tap`] is then called once more for each tap, without Gram matrices.
+    /// Tunes the weights of a block that `branch` is through: the second of `blocks` has them, the first the dense
+    /// ones; `start` is the branch's states before the block. [`Strategy::tap`] is then called once more for each tap,
+    /// without Gram matrices.
     fn tune(
         &mut self,
         _layer: usize,

@@ -42,7 +42,7 @@ struct Window<'a, B: Engine> {
 /// The windows that a block is tuned on.
 pub(crate) struct TuningSet<'a, B: Engine> {
     windows: Vec<Window<'a, B>>,
-    /// How many make a batch.
+    /// Number of windows in a batch.
     batch: usize,
     device: &'a B::Device,
 }

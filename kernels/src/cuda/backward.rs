@@ -126,7 +126,7 @@ pub fn swiglu_backward(
 ///
 /// # Errors
 ///
-/// As [`swiglu_backward`].
+/// Those of [`swiglu_backward`].
 pub fn geglu_backward(
     gate: Tensor<Cuda, 2>,
     up: Tensor<Cuda, 2>,

@@ -166,7 +166,7 @@ impl Matrices {
 ///
 /// # Safety
 ///
-/// As [`product`], for each of them; no two of `c` may have an element in common.
+/// Those of [`product`], for each of them; no two of `c` may have an element in common.
 pub(crate) unsafe fn products(
     libraries: &Libraries,
     count: usize,

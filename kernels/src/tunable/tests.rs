@@ -1,4 +1,4 @@
-//! What a step does, on linears whose groups lie in order and scattered.
+//! Steps of tuning, on linears whose groups lie in order and scattered.
 
 use super::*;
 use crate::{Cpu, Engine};

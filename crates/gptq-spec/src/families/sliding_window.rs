@@ -20,7 +20,7 @@ pub(super) enum SlidingWindow {
         key: Option<&'static str>,
         /// Value of `n` if the key is missing.
         every: usize,
-        /// Whether a `sliding_window` of `null` switches it off.
+        /// True if a `sliding_window` of `null` switches it off.
         null_is_off: bool,
     },
 }
