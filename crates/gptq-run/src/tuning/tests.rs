@@ -133,6 +133,18 @@ fn a_tuned_block_is_never_further_from_the_dense_one_and_its_reports_are_of_what
 }
 
 #[test]
+fn tuning_comes_closer_to_the_dense_blocks_where_the_solver_left_much_to_gain() {
+    let (_dir, model) = model();
+    // Scales that span their groups, and no correction.
+    let plain = branch("preset = \"autogptq\"\ntune = 100");
+    let (_, progress) = solved(&model, &plan(&model, "", &plain));
+    for block in &progress.blocks {
+        let tuning = block.tuning.as_ref().unwrap();
+        assert!(tuning.after < 0.9 * tuning.before, "{tuning:?}");
+    }
+}
+
+#[test]
 fn every_window_comes_once_before_any_comes_again() {
     let mut batches = Batches::new(10, 4);
     let mut seen = [0; 10];
