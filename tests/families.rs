@@ -47,7 +47,7 @@ fn one_each() -> BTreeMap<String, String> {
 }
 
 /// Makes a copy of the model with its tokenizer.
-fn model(scratch: &Scratch, dir: &str) -> PathBuf {
+pub(crate) fn model(scratch: &Scratch, dir: &str) -> PathBuf {
     let model = without_weights(scratch, dir);
     copy(&families().join(dir), &model, &["model.safetensors"]);
     model

@@ -50,7 +50,7 @@ pub(crate) fn write(file: &Path, tensors: &Tensors) {
 
 /// Makes medi-tiny as written by GPTQModel: the recorded linear layers with medi-tiny's other
 /// tensors.
-fn gptqmodel_branch(scratch: &Scratch) -> PathBuf {
+pub(crate) fn gptqmodel_branch(scratch: &Scratch) -> PathBuf {
     let golden = root().join("tests/golden/gptqmodel_w4g128-act");
     let base = root().join(medi_tiny());
     let mut tensors = read(&golden.join("linears.safetensors"));
@@ -109,7 +109,11 @@ fn a_branch_of_gptqmodel_is_understood_passes_and_speaks() {
         .filter(|c| c["loads"] == false)
         .map(|c| &c["name"])
         .collect();
-    assert_eq!(refusing, ["AutoRound", "vLLM"], "they take no act order");
+    assert_eq!(
+        refusing,
+        ["AutoRound", "vLLM", "OpenVINO", "mlx-lm", "mistral.rs"],
+        "they take no act order, or other formats"
+    );
     let screen = succeed(["inspect", dir.to_str().unwrap()]);
     assert!(
         screen.contains("4 bits, groups of 128, symmetric, act order"),

@@ -27,12 +27,13 @@ const TOP_LEVEL: [&str; 13] = [
 ];
 
 /// Crates from the bottom up: each may use only those before it.
-const ORDER: [(&str, &str); 13] = [
+const ORDER: [(&str, &str); 14] = [
     ("gptq-format", "crates/gptq-format"),
     ("gptq-solver", "crates/gptq-solver"),
     ("gptq-spec", "crates/gptq-spec"),
     ("gptq-calibration", "crates/gptq-calibration"),
     ("gptq-plan", "crates/gptq-plan"),
+    ("gptq-export", "crates/gptq-export"),
     ("gptq-report", "crates/gptq-report"),
     ("gptq-hub", "crates/gptq-hub"),
     ("gptq-kernels", "kernels"),

@@ -1,5 +1,7 @@
 //! Lazy reading of a checkpoint, safetensors or PyTorch files, single or sharded: files are mapped
 //! and their directories checked, but a tensor's bytes are read only on request.
+//!
+//! Longer than most: reading tensors of every kind, and the quantized linear layers made of them, are methods of one type.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,7 +16,7 @@ use crate::quantize_config::{base_names, method_of};
 use crate::weight_files::{Container, Index, WeightFiles, map, some};
 use crate::{
     FloatScan, FormatError, Half, LinearShape, OutputFormat, PackedLinear, QuantizeConfig,
-    StoredTensors, TensorDigests, TensorView, safetensors_file, sha256, torch_file,
+    StoredTensors, TensorDigests, TensorView, layout, safetensors_file, sha256, torch_file,
 };
 
 /// Number of elements of a large tensor that are converted at a time on the way to a device or a
@@ -401,6 +403,18 @@ impl Checkpoint {
         read
     }
 
+    /// Returns the words of a u32 tensor. Errors on a wrong shape or dtype.
+    pub fn u32(&self, name: &str, shape: &[usize]) -> Result<Vec<u32>, FormatError> {
+        let read = self.shaped(name, shape)?.u32();
+        self.give_back(name);
+        read
+    }
+
+    /// Returns the elements of an i64 tensor. Errors on a wrong shape or dtype.
+    pub fn i64(&self, name: &str, shape: &[usize]) -> Result<Vec<i64>, FormatError> {
+        self.shaped(name, shape)?.i64()
+    }
+
     /// Returns the quantized linear layer `module`, or `None` if the checkpoint is dense or the config leaves
     /// this module in full precision.
     ///
@@ -428,6 +442,32 @@ impl Checkpoint {
             }
         }
         Ok(Some(packed))
+    }
+
+    /// Returns true if inputs of a group of the quantized linear `module` are not neighbours, from its `g_idx` alone;
+    /// `None` as for [`Checkpoint::packed`].
+    ///
+    /// # Errors
+    /// A `g_idx` of another shape or dtype.
+    pub fn scattered(
+        &self,
+        module: &str,
+        in_features: usize,
+        out_features: usize,
+    ) -> Result<Option<bool>, FormatError> {
+        let Some((format, linear)) = self.linear(module, in_features, out_features)? else {
+            return Ok(None);
+        };
+        let name = format.tensor_name(module, "g_idx");
+        if !self.contains(&name) {
+            return Ok(Some(false));
+        }
+        let columns = linear.group_size.columns(in_features);
+        let groups = self.i32(&name, &[in_features])?;
+        let mut groups = groups.iter().enumerate();
+        Ok(Some(
+            groups.any(|(i, &g)| usize::try_from(g) != Ok(i / columns)),
+        ))
     }
 
     /// SHA-256 of the tensors of the quantized linear `module` that are there; `None` as for [`Checkpoint::packed`].
@@ -461,7 +501,7 @@ impl Checkpoint {
         module: &str,
         in_features: usize,
         out_features: usize,
-    ) -> Result<Option<(&dyn OutputFormat, LinearShape)>, FormatError> {
+    ) -> Result<Option<(Box<dyn OutputFormat>, LinearShape)>, FormatError> {
         let Some(config) = &self.quantize_config else {
             return Ok(None);
         };
@@ -473,7 +513,7 @@ impl Checkpoint {
                 bits,
                 group_size,
             };
-            (&config.checkpoint_format as &dyn OutputFormat, linear)
+            (layout(config.checkpoint_format, config.sym), linear)
         }))
     }
 }
@@ -487,8 +527,25 @@ impl StoredTensors for Checkpoint {
         Checkpoint::contains(self, name)
     }
 
+    fn matrix(&self, name: &str) -> Result<[usize; 2], FormatError> {
+        let view = self.view(name)?;
+        <[usize; 2]>::try_from(view.shape).map_err(|_| FormatError::Shape {
+            name: name.into(),
+            found: view.shape.into(),
+            expected: vec![0, 0],
+        })
+    }
+
     fn i32(&self, name: &str, shape: &[usize]) -> Result<Vec<i32>, FormatError> {
         Checkpoint::i32(self, name, shape)
+    }
+
+    fn u32(&self, name: &str, shape: &[usize]) -> Result<Vec<u32>, FormatError> {
+        Checkpoint::u32(self, name, shape)
+    }
+
+    fn i64(&self, name: &str, shape: &[usize]) -> Result<Vec<i64>, FormatError> {
+        Checkpoint::i64(self, name, shape)
     }
 
     fn f16(&self, name: &str, shape: &[usize]) -> Result<Vec<f16>, FormatError> {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::Half;
+use crate::{Half, Refusal};
 
 /// Reason why files could not be read or written. Every message names the object and, if there is
 /// one, the remedy.
@@ -122,6 +122,25 @@ pub enum FormatError {
         qweight: [usize; 2],
         qzeros: [usize; 2],
         scales: [usize; 2],
+    },
+    #[error(
+        "{module} is quantized, but config.json does not say how; restore the config.json that belongs to it"
+    )]
+    Undeclared { module: String },
+    #[error(
+        "{module}: a code is too far from its zero point for {kind}, although its settings allow it; check the branch with \
+         gptq verify"
+    )]
+    BlockCode { module: String, kind: &'static str },
+    #[error("{module}: {refusal}")]
+    DoesNotFit { module: String, refusal: Refusal },
+    #[error(
+        "tensor {name} says {found:?}, but the model's linear layer is {expected:?}; the file is damaged"
+    )]
+    DeclaredShape {
+        name: String,
+        found: Vec<i64>,
+        expected: [usize; 2],
     },
     #[error("{name}: g_idx[{row}] = {value}, but there are {groups} groups")]
     GroupIndex {

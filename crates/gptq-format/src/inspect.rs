@@ -1,7 +1,8 @@
 //! Describes a checkpoint from its files alone: a directory or a single file, written by any tool.
 //!
-//! Tensors take precedence: a linear layer with a `qweight` is quantized, its bits are `32 *
-//! columns of qzeros / out`, its groups the rows of `scales`. Configs add what tensors cannot show.
+//! In AutoGPTQ's layout tensors take precedence (`inspect/linears.rs`), and configs add what tensors cannot show.
+
+mod linears;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,14 +14,17 @@ use serde_json::Value;
 
 use crate::mapped_file::MappedFile;
 use crate::{
-    Bits, Checkpoint, CheckpointFormat, Contents, FormatError, GroupSize, LinearShape,
-    OutputFormat, client_support, is_renamed, read_json, sha256, side_files, unpack_across,
+    Bits, Checkpoint, Contents, FormatError, GgufFile, GroupSize, client_support, is_renamed,
+    read_json, sha256, side_files,
 };
+
+pub use linears::LinearInfo;
+use linears::{quantized_linears, stored_format};
 
 /// Description of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Inspection {
-    /// "dense", "gptq" or "gptq_v2".
+    /// "dense", or the name of a format.
     pub format: &'static str,
     /// `model_type` of `config.json`.
     pub model_type: Option<String>,
@@ -66,22 +70,8 @@ pub struct SharedSettings {
     pub sym: bool,
     /// Damping as a fraction, if a config has it.
     pub damp_percent: Option<f64>,
-    /// Number of linear layers without `g_idx`, read as groups in order.
+    /// Number of linear layers without `g_idx` in a format that has it, read as groups in order.
     pub without_g_idx: usize,
-}
-
-/// One quantized linear layer.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-#[allow(missing_docs, reason = "the names say it")]
-pub struct LinearInfo {
-    pub name: String,
-    pub in_features: usize,
-    pub out_features: usize,
-    pub bits: Bits,
-    pub group_size: GroupSize,
-    pub act_order: bool,
-    pub g_idx: bool,
-    pub sym: bool,
 }
 
 /// A client's verdict.
@@ -117,6 +107,9 @@ impl Inspection {
     /// # Errors
     /// Files that cannot be read, or quantized tensors with inconsistent shapes.
     pub fn of(path: &Path) -> Result<Self, FormatError> {
+        if path.extension().is_some_and(|end| end == "gguf") {
+            return Inspection::of_gguf(path);
+        }
         let (dir, checkpoint) = match path.is_dir() {
             true => (path, Checkpoint::open(path)?),
             false => {
@@ -142,7 +135,10 @@ impl Inspection {
             act_order: linears.iter().any(|l| l.act_order),
             sym: own.map_or_else(|| linears.iter().all(|l| l.sym), |c| c.sym),
             damp_percent: own.and_then(|c| c.damp_percent),
-            without_g_idx: linears.iter().filter(|l| !l.g_idx).count(),
+            without_g_idx: match own.is_none_or(|c| c.checkpoint_format.is_autogptq()) {
+                true => linears.iter().filter(|l| !l.g_idx).count(),
+                false => 0,
+            },
         });
         let stray = stray(&checkpoint, &linears)?;
         let tensors: Vec<TensorInfo> = tensors(&checkpoint)?;
@@ -198,6 +194,37 @@ impl Inspection {
     }
 }
 
+impl Inspection {
+    fn of_gguf(path: &Path) -> Result<Self, FormatError> {
+        let file = GgufFile::open(path)?;
+        let mut tensors = Vec::new();
+        for tensor in file.tensors() {
+            let (_, bytes) = file.tensor(&tensor.name)?;
+            tensors.push(TensorInfo {
+                name: tensor.name.clone(),
+                dtype: tensor.kind.name().to_owned(),
+                shape: tensor.shape.clone(),
+                bytes: bytes.len(),
+                sha256: sha256(bytes),
+            });
+            file.give_back(&tensor.name);
+        }
+        let dir = path.parent().unwrap_or(Path::new(""));
+        Ok(Inspection {
+            format: "gguf",
+            model_type: file.text("general.architecture").map(str::to_owned),
+            base_model: file.text("general.name").map(str::to_owned),
+            files: vec![self::file(dir, &name_of(path))?],
+            tensor_bytes: tensors.iter().map(|it| it.bytes).sum(),
+            settings: None,
+            linears: Vec::new(),
+            clients: Vec::new(),
+            tensors,
+            notes: Vec::new(),
+        })
+    }
+}
+
 /// Returns true if a linear layer is dense although the config says that it is quantized, or the
 /// other way round.
 fn stray(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<bool, FormatError> {
@@ -214,9 +241,12 @@ fn stray(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<bool, Format
     let of = |module| (blocks(module), kind(module));
     let kinds: BTreeSet<(&str, &str)> = linears.iter().map(|linear| of(&linear.name)).collect();
     let lists: BTreeSet<&str> = kinds.iter().map(|(blocks, _)| *blocks).collect();
+    // In some formats codes have the name of dense weights.
+    let quantized: BTreeSet<&str> = linears.iter().map(|linear| linear.name.as_str()).collect();
     for module in checkpoint
         .names()
         .filter_map(|name| name.strip_suffix(".weight"))
+        .filter(|module| !quantized.contains(module))
     {
         let (blocks, kind) = of(module);
         // Linear layers of a block, except routers, which are never quantized.
@@ -301,125 +331,10 @@ fn tensors(checkpoint: &Checkpoint) -> Result<Vec<TensorInfo>, FormatError> {
     names.par_iter().map(describe).collect()
 }
 
-fn quantized_linears(checkpoint: &Checkpoint) -> Result<Vec<LinearInfo>, FormatError> {
-    let modules = checkpoint
-        .names()
-        .filter_map(|name| name.strip_suffix(".qweight"));
-    modules.map(|module| linear(checkpoint, module)).collect()
-}
-
-fn linear(checkpoint: &Checkpoint, module: &str) -> Result<LinearInfo, FormatError> {
-    let shape = |suffix: &str| {
-        let name = format!("{module}.{suffix}");
-        let view = checkpoint.view(&name)?;
-        <[usize; 2]>::try_from(view.shape).map_err(|_| FormatError::Shape {
-            name: name.clone(),
-            found: view.shape.into(),
-            expected: vec![0, 0],
-        })
-    };
-    let ([rows, out], [groups, zero_words]) = (shape("qweight")?, shape("qzeros")?);
-    let scales = shape("scales")?;
-    let refuse = || FormatError::PackedShapes {
-        module: module.into(),
-        qweight: [rows, out],
-        qzeros: [groups, zero_words],
-        scales,
-    };
-    let words = |n: usize| n.checked_mul(32).ok_or_else(refuse);
-    let width = words(zero_words)?.checked_div(out).ok_or_else(refuse)?;
-    let bits = Bits::ALL
-        .into_iter()
-        .find(|b| b.get() == width)
-        .ok_or_else(refuse)?;
-    let n_in = words(rows)? / width;
-    if scales != [groups, out] || groups == 0 || groups > n_in || out * width != zero_words * 32 {
-        return Err(refuse());
-    }
-    let configured = match checkpoint.quantize_config() {
-        Some(config) => config.module(module)?.map(|(_, size)| size),
-        None => None,
-    };
-    let group_size = match configured.filter(|size| size.groups(n_in) == groups) {
-        Some(size) => size,
-        None if groups == 1 => GroupSize::Row,
-        None => GroupSize::Columns(n_in.div_ceil(groups)),
-    };
-    let columns = group_size.columns(n_in);
-    let g_idx = format!("{module}.g_idx");
-    let stored = checkpoint.contains(&g_idx);
-    let act_order = stored && {
-        let order = checkpoint.i32(&g_idx, &[n_in])?;
-        let mut rows = order.iter().enumerate();
-        rows.any(|(i, &g)| usize::try_from(g) != Ok(i / columns))
-    };
-    Ok(LinearInfo {
-        name: module.into(),
-        in_features: n_in,
-        out_features: out,
-        bits,
-        group_size,
-        act_order,
-        g_idx: stored,
-        sym: stored_zero(checkpoint, module, groups, out, bits)?.is_some_and(|zero| {
-            let middle = bits.symmetric_zero();
-            zero == middle || zero == middle - 1
-        }),
-    })
-}
-
-/// Returns the zero point if all stored ones are equal, otherwise `None`.
-fn stored_zero(
-    checkpoint: &Checkpoint,
-    module: &str,
-    groups: usize,
-    out: usize,
-    bits: Bits,
-) -> Result<Option<u8>, FormatError> {
-    let shape = [groups, out * bits.get() / 32];
-    let words = checkpoint.i32(&format!("{module}.qzeros"), &shape)?;
-    let words: Vec<u32> = words.into_iter().map(|w| w as u32).collect();
-    let zeros = unpack_across(&words, groups, out, bits);
-    Ok(zeros
-        .first()
-        .copied()
-        .filter(|z| zeros.iter().all(|x| x == z)))
-}
-
-/// Returns the format in the config, or else the one that symmetric zero points indicate: version 1
-/// stores one less.
-fn stored_format(
-    checkpoint: &Checkpoint,
-    linears: &[LinearInfo],
-) -> Result<CheckpointFormat, FormatError> {
-    if let Some(config) = checkpoint.quantize_config() {
-        return Ok(config.checkpoint_format);
-    }
-    for l in linears {
-        let groups = l.group_size.groups(l.in_features);
-        let zero = stored_zero(checkpoint, &l.name, groups, l.out_features, l.bits)?;
-        if zero == Some(l.bits.symmetric_zero()) {
-            return Ok(CheckpointFormat::GptqV2);
-        }
-    }
-    Ok(CheckpointFormat::Gptq)
-}
-
 fn shared<T: PartialEq>(linears: &[LinearInfo], value: impl Fn(&LinearInfo) -> T) -> Option<T> {
     let mut values = linears.iter().map(value);
     let first = values.next()?;
     values.all(|v| v == first).then_some(first)
-}
-
-impl LinearInfo {
-    fn shape(&self) -> LinearShape {
-        LinearShape {
-            in_features: self.in_features,
-            out_features: self.out_features,
-            bits: self.bits,
-            group_size: self.group_size,
-        }
-    }
 }
 
 fn clients(contents: &Contents) -> Vec<ClientInfo> {
@@ -430,7 +345,7 @@ fn clients(contents: &Contents) -> Vec<ClientInfo> {
             loads: support.verdict.is_ok(),
             why: support.verdict.err(),
             note: support.note,
-            tried: support.client.tried(),
+            tried: support.tried,
         })
         .collect()
 }

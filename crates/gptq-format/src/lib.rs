@@ -24,15 +24,20 @@ mod branch_dirs;
 mod checkpoint;
 mod checkpoint_format;
 mod clients;
+mod compressed_settings;
+mod declared;
 mod digests;
 mod dynamic_rules;
 mod error;
 mod float_scan;
+mod format_name;
 mod formats;
+mod gguf;
 mod half_type;
 mod inspect;
 mod linear_shape;
 mod mapped_file;
+mod mlx_settings;
 mod output_lock;
 mod pack;
 mod pickle;
@@ -41,6 +46,7 @@ mod public_json;
 mod python_json;
 mod quantize_config;
 mod quantized;
+mod refusal;
 mod safetensors_file;
 mod sample_digest;
 mod side_files;
@@ -55,12 +61,20 @@ pub use bits::{Bits, GroupSize};
 pub use branch_dirs::branch_dirs;
 pub use checkpoint::{Checkpoint, TABLE_PIECE};
 pub use checkpoint_format::CheckpointFormat;
-pub use clients::{Client, Contents, Support, client_support, is_renamed};
+pub use clients::{Client, Contents, READERS, Reader, Support, client_support, is_renamed};
 pub use digests::{FileDigest, TensorDigests, hexadecimal, sha256, sha256_file};
 pub use dynamic_rules::{Dynamic, DynamicRules};
 pub use error::FormatError;
 pub use float_scan::FloatScan;
-pub use formats::{Encoded, Grids, OutputFormat, PartSpec, Refusal, StoredTensors};
+pub use format_name::FormatName;
+pub use formats::{
+    AutoGptq, CompressedTensors, Encoded, Grids, Mlx, ModuleSettings, OutputFormat, PartSpec,
+    StoredTensors, layout,
+};
+pub use gguf::{
+    GgufFile, GgufRows, GgufTensor, GgufType, GgufValue, GgufWriter, decode_blocks, encode_blocks,
+    q8_0,
+};
 pub use half_type::Half;
 pub use inspect::{
     ClientInfo, FileInfo, Inspection, LinearInfo, SharedSettings, TensorInfo, files,
@@ -72,6 +86,7 @@ pub use pack::{pack_across, pack_down, unpack_across, unpack_down};
 pub use public_json::{TakenOut, make_public, without_directories};
 pub use quantize_config::{OneOrMany, QuantizeConfig};
 pub use quantized::{PackedLinear, QuantizedLinear};
+pub use refusal::Refusal;
 pub use sample_digest::sample_digest;
 pub use side_files::{
     MAX_JSON, MAX_REPORT, copy_side_files, goes_along, read_json, read_json_within, side_file,

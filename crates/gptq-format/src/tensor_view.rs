@@ -241,6 +241,32 @@ impl<'a> TensorView<'a> {
         Ok(values)
     }
 
+    /// Returns a u32 tensor's words.
+    ///
+    /// # Errors
+    /// Another dtype.
+    pub(crate) fn u32(&self) -> Result<Vec<u32>, FormatError> {
+        if self.dtype != Dtype::U32 {
+            return Err(self.wrong_dtype("U32"));
+        }
+        let mut values = vec![0; self.elements()];
+        self.copy(0, &mut values, u32::from_le_bytes);
+        Ok(values)
+    }
+
+    /// Returns an i64 tensor's elements.
+    ///
+    /// # Errors
+    /// Another dtype.
+    pub(crate) fn i64(&self) -> Result<Vec<i64>, FormatError> {
+        if self.dtype != Dtype::I64 {
+            return Err(self.wrong_dtype("I64"));
+        }
+        let mut values = vec![0; self.elements()];
+        self.copy(0, &mut values, i64::from_le_bytes);
+        Ok(values)
+    }
+
     fn wrong_dtype(&self, expected: &'static str) -> FormatError {
         FormatError::Dtype {
             name: self.name.into(),

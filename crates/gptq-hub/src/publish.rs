@@ -210,11 +210,12 @@ fn is_weights(path: &str) -> bool {
     path.ends_with(".safetensors") || path.ends_with(".index.json")
 }
 
-/// Returns true if this program published a revision: beside `quantize_config.json` there is a
-/// `report.json` in its format.
+/// Returns true if this program published a revision: beside the settings, which some formats have in `config.json`
+/// alone, there is a `report.json` in its format.
 async fn is_own(repo: &Repo, commit: &str, tree: &[Entry]) -> Result<bool, HubError> {
     let find = |name: &str| tree.iter().find(|entry| entry.path == name);
-    let (Some(report), Some(_)) = (find("report.json"), find("quantize_config.json")) else {
+    let settings = find("quantize_config.json").or(find("config.json"));
+    let (Some(report), Some(_)) = (find("report.json"), settings) else {
         return Ok(false);
     };
     if report.size > MAX_REPORT {

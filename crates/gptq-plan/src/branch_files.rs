@@ -1,18 +1,13 @@
 //! Contents of a branch's files, and clients that load them, from its plan and the model's shapes.
 
-use std::collections::BTreeMap;
-
 use gptq_format::{
-    Contents, Dynamic, GroupSize, Half, LinearShape, QuantizeConfig, Support, TensorSpec,
+    Contents, GroupSize, Half, LinearShape, ModuleSettings, QuantizeConfig, Support, TensorSpec,
     client_support, is_renamed,
 };
 use gptq_solver::Settings;
 use gptq_spec::{Division, ModelConfig, Role};
 
-use crate::{BranchPlan, Choice, PlannedLinear, budget};
-
-/// Maximum number of blocks in one expression: clients limit its length.
-const LAYERS: usize = 128;
+use crate::{BranchPlan, Choice, PlannedLinear, budget, dynamic};
 
 /// Range of the damping that is declared to clients: GPTQModel 7.7 refuses files with 0 or 1,
 /// although loading does not use it. `report.json` has the requested value.
@@ -33,7 +28,15 @@ impl<'a> BranchFiles<'a> {
 
     /// Returns the settings declared to clients for the model called `model_name`.
     pub fn quantize_config(&self, model_name: &str) -> QuantizeConfig {
-        let dynamic = self.dynamic();
+        let format = self.branch.checkpoint_format();
+        let choice = |module: &str| {
+            let settings = self.branch.module(module)?;
+            Some(Choice {
+                bits: settings.bits,
+                group_size: settings.group_size,
+            })
+        };
+        let dynamic = dynamic(self.config, format, self.own(), choice);
         QuantizeConfig {
             bits: self.branch.bits,
             group_size: self.branch.group_size,
@@ -48,78 +51,39 @@ impl<'a> BranchFiles<'a> {
             true_sequential: self.branch.true_sequential,
             model_name_or_path: Some(model_name.to_owned()),
             model_file_base_name: Some("model".to_owned()),
-            quant_method: "gptq".to_owned(),
-            checkpoint_format: self.branch.checkpoint_format(),
-            dynamic: (!dynamic.is_empty()).then(|| dynamic.into_iter().collect()),
+            quant_method: format.quant_method().to_owned(),
+            checkpoint_format: format,
+            dynamic,
             modules_in_block_to_quantize: None,
         }
     }
 
-    /// Returns the settings of linear layers that differ from the branch's, as regular expressions
-    /// on names. No two match the same name, as clients try them in an order that JSON does not
-    /// preserve. Each names blocks and linear layers, including the names of fused ones, and holds
-    /// for all names with that beginning: no name begins with another.
-    fn dynamic(&self) -> BTreeMap<String, Dynamic> {
-        let own = Some(Choice {
+    /// Returns all linear layers of the blocks with their settings.
+    pub fn modules(&self) -> Vec<ModuleSettings> {
+        let tensors = self.config.tensors().into_iter();
+        let linears = tensors.filter(|tensor| tensor.role == Role::Linear);
+        let settings = |module: &str| {
+            let settings = self.branch.module(module)?;
+            Some((settings.bits, settings.group_size))
+        };
+        linears
+            .map(|tensor| (tensor.module().to_owned(), settings(tensor.module())))
+            .collect()
+    }
+
+    /// Returns the settings of linear layers without settings of their own.
+    fn own(&self) -> Choice {
+        Choice {
             bits: self.branch.bits,
             group_size: self.branch.group_size,
-        });
-        let mut same: BTreeMap<(Vec<&str>, Option<Choice>), Vec<usize>> = BTreeMap::new();
-        for (layer, block) in self.config.blocks().iter().enumerate() {
-            for tap in block.taps() {
-                let mut settings: BTreeMap<Option<Choice>, Vec<usize>> = BTreeMap::new();
-                for linear in block.linears_of(tap) {
-                    let module = block.linears()[linear].module(layer);
-                    let choice = self.branch.module(&module).map(|it| Choice {
-                        bits: it.bits,
-                        group_size: it.group_size,
-                    });
-                    settings.entry(choice).or_default().push(linear);
-                }
-                for (choice, linears) in settings.into_iter().filter(|(it, _)| *it != own) {
-                    let names = linears.iter().map(|&it| &*block.linears()[it].name);
-                    let names = names.chain(block.fused(&linears)).collect();
-                    same.entry((names, choice)).or_default().push(layer);
-                }
-            }
         }
-        // Programs have the blocks under one of these names in memory, whatever files say.
-        let stems: Vec<String> = self
-            .config
-            .stems()
-            .map(|stem| stem.replace('.', "\\."))
-            .collect();
-        let stem = match &*stems {
-            [stem] => stem.clone(),
-            _ => format!("({})", stems.join("|")),
-        };
-        let mut dynamic = BTreeMap::new();
-        for ((names, choice), layers) in same {
-            let names: Vec<String> = names.iter().map(|name| name.replace('.', "\\.")).collect();
-            let names = names.join("|");
-            for some in layers.chunks(LAYERS) {
-                let numbers: Vec<String> = some.iter().map(usize::to_string).collect();
-                let layers = match layers.len() == self.config.layers {
-                    true => "\\d+".to_owned(),
-                    false => format!("({})", numbers.join("|")),
-                };
-                let sign = if choice.is_some() { '+' } else { '-' };
-                let expression = format!("{sign}:{stem}layers\\.{layers}\\.({names})");
-                let settings = Dynamic {
-                    bits: choice.map(|it| it.bits),
-                    group_size: choice.map(|it| it.group_size),
-                };
-                dynamic.insert(expression, settings);
-            }
-        }
-        dynamic
     }
 
     /// Returns every tensor of the branch's files, in model order; unquantized ones are stored in
     /// `half`, and what is not run
     /// as it was.
     pub fn tensors(&self, half: Half) -> Vec<TensorSpec> {
-        let format = self.branch.format();
+        let format = self.branch.layout();
         let tensors = self.config.tensors().into_iter();
         let specs = tensors.flat_map(|tensor| {
             let settings = match tensor.role {
@@ -158,7 +122,7 @@ impl<'a> BranchFiles<'a> {
             Some(budget) if self.branch.is_open() => {
                 let (linears, format) = (
                     self.branch.planned_linears(self.config),
-                    self.branch.format(),
+                    self.branch.layout(),
                 );
                 let packed: u64 = linears
                     .iter()
@@ -178,10 +142,7 @@ impl<'a> BranchFiles<'a> {
 
     /// Returns the properties of files with these linear layers.
     fn contents(&self, linears: Vec<LinearShape>) -> Contents {
-        let own = Choice {
-            bits: self.branch.bits,
-            group_size: self.branch.group_size,
-        };
+        let own = self.own();
         let overridden = self.branch.overrides.iter().any(|it| it.settings.is_some());
         let picked = self.branch.picked.values().any(|it| *it != own);
         let scattered = linears.iter().any(|l| self.branch.grids(l).scattered);

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use gptq_format::{Bits, CheckpointFormat, Grids, GroupSize, LinearShape, OutputFormat};
+use gptq_format::{
+    Bits, CheckpointFormat, FormatName, Grids, GroupSize, LinearShape, OutputFormat, layout,
+};
 use gptq_solver::Settings;
 use gptq_spec::{LinearSpec, ModelConfig};
 use serde::Serialize;
@@ -18,6 +20,9 @@ const MAX_NAME: usize = 96;
 pub struct BranchPlan {
     /// Directory name, and later the Hub revision.
     pub name: String,
+    /// Format of its files; omitted from fingerprints where it is the default.
+    #[serde(skip_serializing_if = "is_default")]
+    pub format: FormatName,
     /// Code width.
     pub bits: Bits,
     /// Columns per group.
@@ -51,6 +56,10 @@ pub struct BranchPlan {
     pub group_note: Option<String>,
     /// Settings of single linears, as the recipe has them.
     pub overrides: Vec<ModuleOverride>,
+}
+
+fn is_default(format: &FormatName) -> bool {
+    *format == FormatName::default()
 }
 
 /// A linear layer that a branch quantizes.
@@ -103,18 +112,14 @@ impl BranchPlan {
         self.budget.is_some() && self.allocation.is_none()
     }
 
-    /// Returns the format of its files.
-    pub fn format(&self) -> Box<dyn OutputFormat> {
-        Box::new(self.checkpoint_format())
+    /// Returns the layout of its quantized linear layers.
+    pub fn layout(&self) -> Box<dyn OutputFormat> {
+        layout(self.checkpoint_format(), self.sym)
     }
 
-    /// Returns the storage of zero points: asymmetric branches may have a zero point of 0, which v1
-    /// cannot hold.
+    /// Returns the format that its files declare.
     pub fn checkpoint_format(&self) -> CheckpointFormat {
-        match self.sym {
-            true => CheckpointFormat::Gptq,
-            false => CheckpointFormat::GptqV2,
-        }
+        self.format.checkpoint_format(self.sym)
     }
 
     /// Returns the kind of grids that a linear layer gets.

@@ -60,6 +60,7 @@ pub(crate) fn resolve(
     );
     let mut plan = BranchPlan {
         name: branch.name.get_ref().clone(),
+        format: branch.format.or(defaults.format).unwrap_or_default(),
         bits,
         group_size: *group_size.get_ref(),
         desc_act: order.desc_act,
@@ -84,7 +85,7 @@ pub(crate) fn resolve(
     for own in &branch.overrides {
         add_override(&mut plan, recipe, own, config)?;
     }
-    let (linears, format) = (plan.planned_linears(config), plan.format());
+    let (linears, format) = (plan.planned_linears(config), plan.layout());
     for linear in &linears {
         let (module, (n_in, n_out)) = (&linear.module, linear.shape);
         let stored = linear.stored();

@@ -97,7 +97,7 @@ pub(crate) fn check(
     (budget, at): (&Budget, &Spanned<f64>),
     config: &ModelConfig,
 ) -> Result<(), RecipeError> {
-    let (groups, format) = (open_groups(branch, config), branch.format());
+    let (groups, format) = (open_groups(branch, config), branch.layout());
     if groups.is_empty() {
         return Err(recipe.refuse(
             at,
@@ -148,7 +148,7 @@ fn weights(branch: &BranchPlan, config: &ModelConfig) -> u64 {
 fn fixed_bits(branch: &BranchPlan, config: &ModelConfig) -> u64 {
     let linears = branch.planned_linears(config).into_iter();
     let fixed = linears.filter(|linear| branch.overriding(&linear.module).is_some());
-    let format = branch.format();
+    let format = branch.layout();
     fixed
         .map(|linear| format.stored_bits(&linear.stored()))
         .sum()
@@ -166,7 +166,7 @@ pub fn spend_budget(
     losses: &[Vec<f64>],
     config: &ModelConfig,
 ) -> Allocation {
-    let (groups, format) = (open_groups(branch, config), branch.format());
+    let (groups, format) = (open_groups(branch, config), branch.layout());
     let costs: Vec<Vec<Option<Cost>>> = (groups.iter().zip(losses))
         .map(|(group, losses)| {
             let sizes = group.sizes(&budget.choices, &*format).into_iter();

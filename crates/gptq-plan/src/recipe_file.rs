@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use gptq_calibration::{OnError, Sampling};
-use gptq_format::{Bits, GroupSize, Half};
+use gptq_format::{Bits, FormatName, GroupSize, Half};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -126,6 +126,7 @@ pub(crate) enum OnOverflow {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct SettingsTable {
+    pub format: Option<FormatName>,
     pub bits: Option<Spanned<Bits>>,
     pub group_size: Option<Spanned<GroupSize>>,
     pub budget_bits: Option<Spanned<f64>>,
@@ -150,6 +151,7 @@ pub(crate) struct SettingsTable {
 #[serde(deny_unknown_fields)]
 pub(crate) struct BranchTable {
     pub name: Spanned<String>,
+    pub format: Option<FormatName>,
     pub bits: Option<Spanned<Bits>>,
     pub group_size: Option<Spanned<GroupSize>>,
     pub budget_bits: Option<Spanned<f64>>,

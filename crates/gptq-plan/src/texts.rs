@@ -2,13 +2,20 @@
 //! evaluation text.
 
 use std::fs::File;
+use std::path::Path;
 
 use gptq_calibration::{
     Calibration, CalibrationError, EvaluationText, Rendering, TextTokenizer, evaluation_tokens,
     first_look,
 };
 
+use gptq_format::read_json_within;
+use serde_json::Value;
+
 use crate::{Plan, PlanError};
+
+/// Most bytes of `tokenizer.json`.
+const MAX_TOKENIZER: u64 = 128 << 20;
 
 /// Depth of the checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +68,13 @@ pub fn check_texts(plan: &Plan, look: Look) -> Result<Vec<String>, PlanError> {
     };
     warnings.extend(tokenizer.end_warning().filter(|_| joins));
     warnings.extend(rows);
+    if lacks_scores(dir) {
+        warnings.push(
+            "the model has no tokenizer.model: llama.cpp's converter then guesses the scores of tokens, and llama.cpp \
+             splits some texts otherwise; gptq export --to gguf takes them from tokenizer.json"
+                .to_owned(),
+        );
+    }
     if let Some((path, window)) = &plan.evaluation {
         let text = match look {
             Look::First => EvaluationText::first_look(path, tokenizer, *window)?,
@@ -69,6 +83,17 @@ pub fn check_texts(plan: &Plan, look: Look) -> Result<Vec<String>, PlanError> {
         warnings.extend(text.warnings());
     }
     Ok(warnings)
+}
+
+/// Returns true if the tokenizer in `dir` is one of SentencePiece whose own file, which has the scores, is missing.
+fn lacks_scores(dir: &Path) -> bool {
+    // What cannot be read is refused elsewhere.
+    let tokenizer: Value = match dir.join("tokenizer.model").exists() {
+        true => return false,
+        false => read_json_within(&dir.join("tokenizer.json"), MAX_TOKENIZER).unwrap_or_default(),
+    };
+    let steps = tokenizer["pre_tokenizer"].to_string();
+    tokenizer["model"]["byte_fallback"] == true && !steps.contains("\"ByteLevel\"")
 }
 
 /// Returns true if the model's directory holds more than its shapes.

@@ -69,6 +69,8 @@ pub struct Facts {
     vllm: Option<String>,
     /// Compute dtype of the branches, from `config.json`.
     dtype: String,
+    /// Format of the first branch's files.
+    format: &'static str,
     /// Names of the clients, in the order of `BranchFacts::loads`.
     clients: Vec<&'static str>,
     /// Tested version of each client, and how it was tested.
@@ -138,12 +140,16 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
         .iter()
         .find_map(|key| first.config[key].as_str());
     let dtype = dtype.unwrap_or("float16");
+    let format = first.report.quantize_config.checkpoint_format;
     let windows = matrix.windows();
     let branches: Vec<BranchFacts> = matrix
         .branches
         .iter()
         .map(|branch| BranchFacts::new(branch, &windows, settings))
         .collect();
+    // Programs that load none of them would fill the table with their reasons.
+    let shown = |at: usize| branches.iter().any(|b| b.loads[at].is_none());
+    let shown: Vec<usize> = (0..Client::ALL.len()).filter(|at| shown(*at)).collect();
     let loads = |client: Client| {
         let at = Client::ALL.iter().position(|c| *c == client)?;
         let branch = branches.iter().find(|b| b.loads[at].is_none())?;
@@ -163,6 +169,12 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
     });
     let measured_on = measured_on.collect();
     let license = license.unwrap_or_else(|| "unknown".to_owned());
+    let (tgi, vllm) = (loads(Client::Tgi), loads(Client::Vllm));
+    let example = branches.get(1).unwrap_or(&branches[0]).name.clone();
+    let mut branches = branches;
+    for branch in &mut branches {
+        branch.loads = shown.iter().map(|at| branch.loads[*at]).collect();
+    }
     Ok(Facts {
         user: user.to_owned(),
         title: title.to_owned(),
@@ -190,12 +202,16 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
             .replace('\\', "\\\\")
             .replace("\"\"\"", "\\\"\\\"\\\""),
         prompt_own: settings.prompt.own,
-        example: branches.get(1).unwrap_or(&branches[0]).name.clone(),
-        tgi: loads(Client::Tgi),
-        vllm: loads(Client::Vllm),
+        example,
+        tgi,
+        vllm,
         dtype: dtype.to_owned(),
-        clients: Client::ALL.map(Client::name).to_vec(),
-        tried: Client::ALL.map(Client::tried).to_vec(),
+        format: format.name(),
+        clients: shown.iter().map(|at| Client::ALL[*at].name()).collect(),
+        tried: shown
+            .iter()
+            .map(|at| Client::ALL[*at].tried(format))
+            .collect(),
         measured_on,
         gptq_version: first.report.gptq_version.clone(),
         base_card: base.map(|b| b.body).filter(|body| !body.is_empty()),

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use gptq_format::{
-    Contents, FormatError, LinearShape, OutputFormat, Support, branch_dirs, client_support,
-    is_renamed, read_json,
+    Contents, FormatError, LinearShape, Support, branch_dirs, client_support, is_renamed, layout,
+    read_json,
 };
 use gptq_plan::{BranchReport, Receipt};
 
@@ -171,7 +171,8 @@ impl Branch {
     /// included; `None` if no layer is quantized.
     pub fn bits_per_weight(&self) -> Option<f64> {
         let linears = self.linears();
-        let format = self.report.quantize_config.checkpoint_format;
+        let config = &self.report.quantize_config;
+        let format = layout(config.checkpoint_format, config.sym);
         let stored: u64 = linears.iter().map(|it| format.stored_bits(it)).sum();
         let weights: u64 = linears.iter().map(LinearShape::weights).sum();
         (weights > 0).then(|| stored as f64 / weights as f64)

@@ -33,13 +33,15 @@ impl BranchWriter {
         let weights = ShardedWriter::create(dir.path(), &specs, plan.shard_size)?;
         let path = dir.path();
         copy_side_files(&plan.model_dir, path)?;
-        let settings = BranchFiles::of(branch, &plan.config).quantize_config(&plan.model_name);
+        let files = BranchFiles::of(branch, &plan.config);
+        let settings = files.quantize_config(&plan.model_name);
         let base = plan.model_dir.join("config.json");
         let (mut config, _) = written_config(read_json(&base)?, plan.half)
             .map_err(|reason| FormatError::Malformed { path: base, reason })?;
         // A recipe's own settings were checked with it; those that a budget led to are known only now.
-        let format = branch.format();
-        format.write_settings(&settings, &mut config, path)?;
+        let format = branch.layout();
+        let modules = files.modules();
+        format.write_settings(&settings, &modules, &mut config, path)?;
         // As the tensors have it, which may not be what the base's config says.
         let tied = ModelConfig::from_json(Value::Object(config.clone()));
         if tied.is_ok_and(|it| it.tied_embeddings) != plan.config.tied_embeddings {
@@ -67,7 +69,7 @@ impl BranchWriter {
         let dir = StagedDir::reopen(&plan.branch_dir(branch))?;
         let specs = BranchFiles::of(branch, &plan.config).tensors(plan.half);
         let mut weights = ShardedWriter::reopen(dir.path(), &specs, plan.shard_size)?;
-        let format = branch.format();
+        let format = branch.layout();
         for linear in linears {
             for spec in format.tensors(&linear.name, &linear.stored()) {
                 weights.keep(&spec.name)?;
@@ -155,7 +157,7 @@ impl BranchWriter {
 
 #[cfg(test)]
 mod tests {
-    use gptq_format::{Bits, CheckpointFormat, GroupSize};
+    use gptq_format::{AutoGptq, Bits, GroupSize};
     use gptq_solver::{Grid, Settings};
 
     use super::*;
@@ -176,7 +178,7 @@ mod tests {
         let mut writer = BranchWriter {
             specs: Vec::new(),
             half: Half::Bf16,
-            format: Box::new(CheckpointFormat::Gptq),
+            format: Box::new(AutoGptq::V1),
             weights: ShardedWriter::create(dir.path(), &[], None).unwrap(),
             digests: HashMap::new(),
             dir,

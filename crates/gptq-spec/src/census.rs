@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use gptq_format::{Checkpoint, FormatError, LinearShape, OutputFormat, QuantizeConfig};
+use gptq_format::{Checkpoint, FormatError, LinearShape, QuantizeConfig, layout};
 use safetensors::Dtype;
 
 use crate::{ModelConfig, ModelTensor, Role, SpecError};
@@ -191,8 +191,15 @@ impl Counting<'_> {
     fn method(&self) -> Result<(), SpecError> {
         let quantized = self.checkpoint.quantized_by();
         let mut names = self.checkpoint.names();
-        let packed = names.find(|name| name.ends_with(".qweight"));
-        match (self.checkpoint.quantize_config(), quantized) {
+        let settings = self.checkpoint.quantize_config();
+        let marker = settings.map_or("qweight", |config| {
+            layout(config.checkpoint_format, config.sym).marker()
+        });
+        let packed = names.find(|name| {
+            name.strip_suffix(marker)
+                .is_some_and(|it| it.ends_with('.'))
+        });
+        match (settings, quantized) {
             (None, Some((method, name))) => Err(self.refuse(match packed {
                 Some(name) => format!(
                     "its weights are already quantized ({name}), and neither quantize_config.json nor \
@@ -206,11 +213,13 @@ impl Counting<'_> {
             })),
             (Some(config), _) if packed.is_none() && self.quantizes_any(config)? => {
                 let file = match self.checkpoint.dir().join("quantize_config.json").exists() {
-                    true => "quantize_config.json says that its linear layers are quantized by gptq",
-                    false => "config.json's quantization_config says that its linear layers are quantized by gptq",
+                    true => "quantize_config.json",
+                    false => "config.json's quantization_config",
                 };
+                let method = &config.quant_method;
                 Err(self.refuse(format!(
-                    "{file}, but no tensor is (no qweight): if the weights are those of the full-precision model, \
+                    "{file} says that its linear layers are quantized by {method}, but no tensor is (no {marker}): \
+                     if the weights are those of the full-precision model, \
                      remove these settings; otherwise download the quantized weights"
                 )))
             }
@@ -270,7 +279,7 @@ impl Counting<'_> {
         }
     }
 
-    /// Checks one tensor of the model, or its four tensors if quantized; returns the errors for
+    /// Checks one tensor of the model, or several if it is quantized; returns the errors for
     /// missing ones.
     fn one(&mut self, tensor: &ModelTensor) -> Result<Vec<FormatError>, SpecError> {
         let settings = match (tensor.role, self.checkpoint.quantize_config()) {
@@ -281,7 +290,7 @@ impl Counting<'_> {
             _ => None,
         };
         let mut missing = Vec::new();
-        let mut look = |name: &str, shape: &[usize], int: bool, optional: bool| {
+        let mut look = |name: &str, shape: &[usize], int: Option<Dtype>, optional: bool| {
             self.known.insert(name.to_owned());
             let view = match self.checkpoint.view(name) {
                 Ok(view) => view,
@@ -299,8 +308,10 @@ impl Counting<'_> {
                 }));
             }
             let (fits, expected) = match int {
-                true => (view.dtype == Dtype::I32, "I32"),
-                false => (
+                Some(Dtype::I64) => (view.dtype == Dtype::I64, "I64"),
+                Some(Dtype::U32) => (view.dtype == Dtype::U32, "U32"),
+                Some(_) => (view.dtype == Dtype::I32, "I32"),
+                None => (
                     matches!(view.dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32),
                     "F16, BF16 or F32",
                 ),
@@ -322,15 +333,15 @@ impl Counting<'_> {
                     bits,
                     group_size,
                 };
-                let format = config.checkpoint_format;
+                let format = layout(config.checkpoint_format, config.sym);
                 for part in format.parts(&linear) {
                     let name = format.tensor_name(tensor.module(), part.suffix);
                     let optional = format.may_lack(part.suffix, config);
-                    let int = part.dtype == Dtype::I32;
+                    let int = Some(part.dtype).filter(|dtype| *dtype != Dtype::F16);
                     look(&name, &part.shape, int, optional)?;
                 }
             }
-            _ => look(&tensor.name, &tensor.shape, false, false)?,
+            _ => look(&tensor.name, &tensor.shape, None, false)?,
         }
         // If the dense tensor exists although the settings say quantized.
         let dense = settings.is_some() && self.checkpoint.contains(&tensor.name);

@@ -17,7 +17,7 @@ use crate::families::{Ends, Family, Naming, family_of, language_model};
 use crate::keys::Keys;
 use crate::rotary::{RotarySettings, max_positions, rotary};
 use crate::shapes::Shapes;
-use crate::{BlockSpec, ModelTensor, Norm, Role, Rope, RopeScaling, SpecError};
+use crate::{BlockSpec, LlamaCpp, ModelTensor, Norm, Role, Rope, RopeScaling, SpecError};
 
 /// Limit on the blocks, above that of any model. Every linear layer of every block is listed in a
 /// plan.
@@ -58,6 +58,8 @@ pub struct ModelConfig {
     pub wide: bool,
     /// Operations before the first block and after the last.
     pub ends: Ends,
+    /// How llama.cpp runs the family, if it does.
+    pub(crate) llama_cpp: Option<LlamaCpp>,
     /// Names of its tensors, of those that the family has.
     pub naming: Naming,
     pub(crate) namings: &'static [Naming],
@@ -138,6 +140,7 @@ impl ModelConfig {
             tied_embeddings: outer.tied(&Keys::new(object))?,
             wide: family.wide,
             ends: Ends::PLAIN,
+            llama_cpp: family.llama_cpp,
             naming: outer.naming[0],
             namings: outer.naming,
             carried_names: outer.carried,

@@ -18,14 +18,17 @@
 
 mod compare;
 mod error;
+mod gguf;
 mod nearest;
 mod range;
 mod recorded;
+mod same_weights;
 mod structure;
 mod tolerance;
 mod verify;
 mod weights;
 
 pub use error::VerifyError;
+pub use gguf::check_gguf;
 pub use tolerance::Asked;
 pub use verify::{Evaluation, RANGE, VerifyOptions, check_tensors, perplexity, verify};

@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use gptq_format::{
-    Checkpoint, Contents, GroupSize, LinearShape, OutputFormat, PackedLinear, QuantizeConfig,
-    TensorDigests, client_support, is_renamed,
+    Checkpoint, Contents, GroupSize, LinearShape, PackedLinear, QuantizeConfig, TensorDigests,
+    client_support, is_renamed, layout,
 };
 use gptq_plan::Check;
 use gptq_spec::{Census, Role};
@@ -40,15 +40,22 @@ pub(crate) fn check(dir: &Path, census: &Census, recorded: &Recorded) -> Vec<Che
             Some(wrong) => (false, wrong),
             None => (true, right.to_owned()),
         };
-        let order = linears.order(quantize_config);
-        checks.push(("g_idx", wrong(order, "consistent with desc_act")));
+        if quantize_config.checkpoint_format.is_autogptq() {
+            let order = linears.order(quantize_config);
+            checks.push(("g_idx", wrong(order, "consistent with desc_act")));
+        }
         checks.push(("zero points", wrong(linears.zeros, "consistent with sym")));
         let digests = match &recorded.digests {
             None => (true, "not recorded".to_owned()),
-            Some(_) => wrong(
-                linears.digests,
-                "qweight, qzeros, scales and g_idx match the recorded digests",
-            ),
+            Some(_) => {
+                let parts = linears.shapes.first().map(|it| {
+                    layout(quantize_config.checkpoint_format, quantize_config.sym).parts(it)
+                });
+                let parts = parts.unwrap_or_default().into_iter().map(|it| it.suffix);
+                let parts: Vec<&str> = parts.collect();
+                let right = format!("{} match the recorded digests", listed(&parts));
+                wrong(linears.digests, &right)
+            }
         };
         checks.push(("digests", digests));
         let scattered = linears.out_of_order.is_some();
@@ -221,7 +228,7 @@ impl Linears {
             let lacks = differs.is_some_and(|suffix| found.get(suffix).is_none());
             if let (true, Some(config), Some(shape)) = (lacks, config, self.shapes.last()) {
                 // Of a tensor that the file may lack, what readers take instead is compared.
-                let format = config.checkpoint_format;
+                let format = layout(config.checkpoint_format, config.sym);
                 let implied = TensorDigests::of(&format.encode(module, packed)?);
                 let digest = |suffix| found.get(suffix).or(implied.get(suffix));
                 let parts = format.parts(shape).into_iter().map(|part| part.suffix);
@@ -252,6 +259,15 @@ impl Linears {
                 all.map(|_| "desc_act is true, but every g_idx is in order".to_owned())
             }),
         }
+    }
+}
+
+/// Formats `a, b and c`.
+fn listed(names: &[&str]) -> String {
+    match names.split_last() {
+        Some((last, [])) => (*last).to_owned(),
+        Some((last, others)) => format!("{} and {last}", others.join(", ")),
+        None => String::new(),
     }
 }
 

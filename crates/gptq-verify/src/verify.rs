@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::compare::measure;
 use crate::recorded::Recorded;
+use crate::same_weights::same_weights;
 use crate::tolerance::{advice, judge};
 use crate::{Asked, VerifyError, range, structure};
 
@@ -35,6 +36,8 @@ pub struct VerifyOptions {
     pub evaluation: Option<Evaluation>,
     /// Run this dense model beside it on the same text.
     pub against: Option<PathBuf>,
+    /// Compare every tensor with this branch, which it was exported from.
+    pub branch: Option<PathBuf>,
     /// Tolerances that override the defaults for its settings.
     pub tolerances: Asked,
 }
@@ -88,6 +91,10 @@ impl Work for Verify<'_> {
         // Both read every byte.
         let (checks, listed) =
             rayon::join(|| structure::check(dir, &census, &recorded), || files(dir));
+        let mut checks = checks;
+        if let Some(branch) = &request.branch {
+            checks.push(same_weights(&census, branch)?);
+        }
         let model = Model::<B>::new(census.config, census.checkpoint, &device);
         let listed = listed?.into_iter().filter(|f| f.name != RECEIPT);
         let digest = |f: gptq_format::FileInfo| {

@@ -11,6 +11,7 @@ use gptq_plan::{Plan, Recipe, RecipeOverrides, RenderingOverride, parse_size};
 use humantime::parse_duration;
 
 use crate::bug;
+use crate::export::ExportArgs;
 use crate::generate::GenerateArgs;
 use crate::inspect::InspectArgs;
 use crate::log;
@@ -61,6 +62,11 @@ pub(crate) enum Command {
         after_help = "Example:\n  gptq verify out/medi-tiny-GPTQ --text eval.json --against models/medi-tiny"
     )]
     Verify(VerifyArgs),
+    /// Write finished branches of any tool in another format, codes and scales as they are
+    #[command(
+        after_help = "Example:\n  gptq export out/medi-tiny-GPTQ/main --to compressed-tensors --output out/main-vllm"
+    )]
+    Export(ExportArgs),
     /// Continue a prompt, or chat
     #[command(
         after_help = "Examples:\n  gptq generate out/medi-tiny-GPTQ/main --prompt \"Asthma is\" --greedy --max-new-tokens 64\n  gptq generate out/medi-tiny-GPTQ/main --chat --system \"You are a careful doctor.\""
@@ -98,6 +104,7 @@ impl Command {
             Command::Publish(args) => ("publish", Some(&args.dir)),
             Command::Report(args) => ("report", Some(&args.dir)),
             Command::Card(args) => ("card", Some(&args.dir)),
+            Command::Export(args) => ("export", Some(&args.dir)),
             Command::Verify(_) => ("verify", None),
             Command::Generate(_) => ("generate", None),
             Command::Inspect(_) => ("inspect", None),

@@ -135,7 +135,7 @@ fn clients(support: Vec<Support>) -> Vec<Value> {
             "loads": support.verdict.is_ok(),
             "why": support.verdict.err(),
             "note": support.note,
-            "tried": support.client.tried(),
+            "tried": support.tried,
         })
     };
     support.into_iter().map(of).collect()

@@ -179,7 +179,9 @@ fn bar(branches: usize) -> ProgressBar {
 /// it.
 fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut branches = branch_dirs(dir)?;
-    branches.retain(|(_, path)| path.join("quantize_config.json").is_file());
+    // AutoGPTQ's layout has the first, branches of every format the second.
+    let marks = ["quantize_config.json", "report.json"];
+    branches.retain(|(_, path)| marks.iter().any(|mark| path.join(mark).is_file()));
     if branches.is_empty() {
         bail!(
             "{}: contains no branch; name the directory that gptq quantize wrote",

@@ -1,4 +1,4 @@
-//! Progress of text through a model: a bar on a terminal, otherwise a line now and then.
+//! Progress of a long task, such as a text through a model: a bar on a terminal, otherwise a line now and then.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -10,9 +10,11 @@ use crate::time_left::rounded;
 /// Minimum time between two lines.
 const EVERY: Duration = Duration::from_secs(10);
 
-/// Progress of one text through one model.
+/// Progress of one task.
 pub(crate) struct TextProgress {
     name: String,
+    /// What is done so far.
+    what: &'static str,
     bar: Option<ProgressBar>,
     /// Time and finished share of the first report; earlier time includes other work.
     began: Option<(Instant, f64)>,
@@ -20,8 +22,13 @@ pub(crate) struct TextProgress {
 }
 
 impl TextProgress {
-    /// Starts the display under the name of the measurement.
+    /// Starts the display under the name of a measurement on a text.
     pub(crate) fn new(name: &str) -> Self {
+        Self::of("of the text measured", name)
+    }
+
+    /// Starts the display under the name of a task, of which a share is `what`.
+    pub(crate) fn of(what: &'static str, name: &str) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{prefix} {bar:30} {pos:>3} % {elapsed}{msg}")
                 .expect("the template is a constant");
@@ -31,6 +38,7 @@ impl TextProgress {
         });
         TextProgress {
             name: name.to_owned(),
+            what,
             bar,
             began: None,
             told: Instant::now(),
@@ -51,7 +59,7 @@ impl TextProgress {
             bar.set_position(percent);
         } else if now - self.told >= EVERY {
             self.told = now;
-            eprintln!("{}: {percent} % of the text measured{left}", self.name);
+            eprintln!("{}: {percent} % {}{left}", self.name, self.what);
         }
     }
 }

@@ -8,15 +8,15 @@ use clap::Args;
 use gptq_calibration::{EvaluationText, TextTokenizer};
 use gptq_format::branch_dirs;
 use gptq_kernels::Device;
-use gptq_plan::{Depth, RECEIPT, Receipt};
-use gptq_verify::{Asked, Evaluation, VerifyOptions, verify};
+use gptq_plan::{Check, Depth, RECEIPT, Receipt};
+use gptq_verify::{Asked, Evaluation, VerifyOptions, check_gguf, verify};
 
 use crate::text_progress::TextProgress;
 use crate::{log, table, terminal};
 
 #[derive(Args)]
 pub(crate) struct VerifyArgs {
-    /// A branch directory, a directory of branches, or a dense checkpoint
+    /// A branch directory, a directory of branches, a GGUF file, or a dense checkpoint
     dir: PathBuf,
     /// Evaluate on this file: plain text, a JSON list of texts, or rows with a column text (.json,
     /// .jsonl, .csv, .parquet, .arrow), also as .gz or .zst; not the calibration data
@@ -28,6 +28,9 @@ pub(crate) struct VerifyArgs {
     /// Run this dense model on the text too, and compare blocks and predictions
     #[arg(long, value_name = "MODEL", requires = "text")]
     against: Option<PathBuf>,
+    /// Check that the weights are to the bit those of this branch, which DIR was exported from
+    #[arg(long, value_name = "BRANCH")]
+    branch: Option<PathBuf>,
     /// Tolerated perplexity increase over the dense model, as a fraction [default of this and the
     /// following: from the loss of round-to-nearest with the branch's settings on the same text]
     #[arg(long, value_name = "X")]
@@ -53,12 +56,16 @@ pub(crate) struct VerifyArgs {
 }
 
 pub(crate) fn run(args: VerifyArgs) -> Result<()> {
+    if args.dir.extension().is_some_and(|end| end == "gguf") {
+        return gguf(&args);
+    }
     let request = VerifyOptions {
         evaluation: args.text.clone().map(|text| Evaluation {
             text,
             window: args.window,
         }),
         against: args.against.clone(),
+        branch: args.branch.clone(),
         tolerances: Asked {
             perplexity_increase: args.max_perplexity_increase,
             kl_divergence: args.max_kl,
@@ -110,6 +117,26 @@ pub(crate) fn run(args: VerifyArgs) -> Result<()> {
         bail!("{}", failed.join("; "));
     }
     Ok(())
+}
+
+/// Verifies a GGUF file: its header, and its weights against a branch.
+fn gguf(args: &VerifyArgs) -> Result<()> {
+    ensure!(
+        args.text.is_none(),
+        "{}: gptq does not run GGUF files; verify the branch it was exported from on the text, and this file with --branch",
+        args.dir.display()
+    );
+    let checks = check_gguf(&args.dir, args.branch.as_deref())?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&checks)?);
+    } else {
+        println!("{}", args.dir.display());
+        show_checks(&checks);
+    }
+    match checks.iter().find(|check| !check.pass) {
+        Some(failed) => bail!("{}: {}: {}", args.dir.display(), failed.name, failed.detail),
+        None => Ok(()),
+    }
 }
 
 /// Warns about the text before it is evaluated. All branches of a matrix have the same tokenizer.
@@ -188,19 +215,7 @@ fn dir_is_quantized(receipt: &Receipt) -> bool {
 
 fn show(name: &str, receipt: &Receipt) {
     println!("{name}: {}", if receipt.pass { "passed" } else { "FAILED" });
-    let rows = receipt.checks.iter().map(|check| {
-        let mark = if check.pass { "ok" } else { "FAILED" };
-        (mark, &check.name, terminal::line(&check.detail))
-    });
-    let width = receipt
-        .checks
-        .iter()
-        .map(|c| c.name.len())
-        .max()
-        .unwrap_or(0);
-    for (mark, name, detail) in rows {
-        println!("  {mark:<6}  {name:<width$}  {detail}");
-    }
+    show_checks(&receipt.checks);
     if let Some(p) = receipt.perplexity.as_ref().filter(|p| p.dense.is_none()) {
         println!("  perplexity {:.4}", p.value);
     }
@@ -218,6 +233,18 @@ fn show(name: &str, receipt: &Receipt) {
     }
     if let Some(advice) = &receipt.advice {
         println!("  {}", terminal::line(advice));
+    }
+}
+
+/// Prints one line for each check.
+fn show_checks(checks: &[Check]) {
+    let rows = checks.iter().map(|check| {
+        let mark = if check.pass { "ok" } else { "FAILED" };
+        (mark, &check.name, terminal::line(&check.detail))
+    });
+    let width = checks.iter().map(|c| c.name.len()).max().unwrap_or(0);
+    for (mark, name, detail) in rows {
+        println!("  {mark:<6}  {name:<width$}  {detail}");
     }
 }
 

@@ -10,36 +10,49 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::{Encoded, Grids, OutputFormat, PartSpec, Refusal, StoredTensors};
-use crate::{
-    CheckpointFormat, FormatError, LinearShape, PackedLinear, QuantizeConfig, le_bytes,
-    pack_across, unpack_across, write_json,
+use super::{
+    Encoded, Grids, ModuleSettings, OutputFormat, PartSpec, StoredTensors, part, refuse, unpacked,
+    whole_words,
 };
+use crate::{
+    Bits, FormatError, LinearShape, PackedLinear, QuantizeConfig, Refusal, le_bytes, pack_across,
+    unpack_across, write_json,
+};
+
+/// AutoGPTQ's layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AutoGptq {
+    /// Number subtracted from a zero point before it is stored.
+    zero_offset: u8,
+}
+
+impl AutoGptq {
+    /// Version 1, which stores `zero - 1`.
+    pub const V1: AutoGptq = AutoGptq { zero_offset: 1 };
+    /// Version 2, which stores the zero point itself.
+    pub const V2: AutoGptq = AutoGptq { zero_offset: 0 };
+}
 
 const QWEIGHT: &str = "qweight";
 const QZEROS: &str = "qzeros";
 const SCALES: &str = "scales";
 const G_IDX: &str = "g_idx";
 
-/// Both dimensions are whole runs of this many: then codes and zero points fill words at every width.
-const RUN: usize = 32;
-
-impl OutputFormat for CheckpointFormat {
+impl OutputFormat for AutoGptq {
     fn name(&self) -> &'static str {
-        match self {
-            CheckpointFormat::Gptq => "gptq",
-            CheckpointFormat::GptqV2 => "gptq_v2",
+        match self.zero_offset {
+            0 => "gptq_v2",
+            _ => "gptq",
         }
+    }
+
+    fn marker(&self) -> &'static str {
+        QWEIGHT
     }
 
     fn parts(&self, linear: &LinearShape) -> Vec<PartSpec> {
         let (n_in, n_out) = (linear.in_features, linear.out_features);
         let (bits, groups) = (linear.bits.get(), linear.groups());
-        let part = |suffix, dtype, shape: &[usize]| PartSpec {
-            suffix,
-            dtype,
-            shape: shape.into(),
-        };
         vec![
             part(QWEIGHT, Dtype::I32, &[n_in * bits / 32, n_out]),
             part(QZEROS, Dtype::I32, &[groups, n_out * bits / 32]),
@@ -48,28 +61,30 @@ impl OutputFormat for CheckpointFormat {
         ]
     }
 
+    fn features(
+        &self,
+        from: &dyn StoredTensors,
+        module: &str,
+        bits: Bits,
+    ) -> Result<[usize; 2], FormatError> {
+        let [rows, out] = from.matrix(&self.tensor_name(module, QWEIGHT))?;
+        Ok([unpacked(rows, bits), out])
+    }
+
     /// Files from before act order have no `g_idx`: groups in order.
     fn may_lack(&self, suffix: &str, settings: &QuantizeConfig) -> bool {
         suffix == G_IDX && !settings.desc_act
     }
 
     fn fits(&self, linear: &LinearShape, grids: Grids) -> Result<(), Refusal> {
-        let refuse = |reason: &str, remedy: &str| {
-            Err(Refusal {
-                reason: reason.to_owned(),
-                remedy: remedy.to_owned(),
-            })
-        };
-        if !whole_words(linear) {
-            return refuse("packing needs multiples of 32", "skip it with an override");
-        }
-        if !grids.sym && self.zero_offset() != 0 {
-            return refuse(
+        whole_words(linear)?;
+        match !grids.sym && self.zero_offset != 0 {
+            true => refuse(
                 "checkpoint_format \"gptq\" cannot store a zero point of 0, which asymmetric codes may have",
                 "write \"gptq_v2\", or set sym = true",
-            );
+            ),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     fn encode<'a>(
@@ -78,7 +93,7 @@ impl OutputFormat for CheckpointFormat {
         linear: &'a PackedLinear,
     ) -> Result<Vec<Encoded<'a>>, FormatError> {
         let zeros = linear.zeros.iter();
-        let zeros = zeros.map(|zero| zero.checked_sub(self.zero_offset()));
+        let zeros = zeros.map(|zero| zero.checked_sub(self.zero_offset));
         let zeros: Option<Vec<u8>> = zeros.collect();
         let zeros = zeros.ok_or_else(|| FormatError::ZeroPointZero {
             name: self.tensor_name(module, QZEROS),
@@ -111,7 +126,7 @@ impl OutputFormat for CheckpointFormat {
             bits,
             group_size,
         } = linear;
-        if !whole_words(linear) {
+        if whole_words(linear).is_err() {
             return Err(FormatError::Unpackable {
                 in_features,
                 out_features,
@@ -126,7 +141,7 @@ impl OutputFormat for CheckpointFormat {
         let codes = words(QWEIGHT, [in_features * bits.get() / 32, out_features])?;
         let zeros = words(QZEROS, [groups, out_features * bits.get() / 32])?;
         let zeros = unpack_across(&zeros, groups, out_features, bits);
-        let (offset, max) = (self.zero_offset(), bits.max_code());
+        let (offset, max) = (self.zero_offset, bits.max_code());
         let lacks = |settings: &QuantizeConfig| self.may_lack(G_IDX, settings);
         let optional = from.settings().is_some_and(lacks);
         Ok(PackedLinear {
@@ -153,6 +168,7 @@ impl OutputFormat for CheckpointFormat {
     fn write_settings(
         &self,
         settings: &QuantizeConfig,
+        _modules: &[ModuleSettings],
         config: &mut Map<String, Value>,
         dir: &Path,
     ) -> Result<(), FormatError> {
@@ -172,16 +188,12 @@ impl OutputFormat for CheckpointFormat {
     }
 }
 
-fn whole_words(linear: &LinearShape) -> bool {
-    linear.in_features.is_multiple_of(RUN) && linear.out_features.is_multiple_of(RUN)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Bits, Checkpoint, GroupSize, QuantizedLinear, ShardedWriter};
+    use crate::{Checkpoint, CheckpointFormat, GroupSize, QuantizedLinear, ShardedWriter};
     use half::f16;
 
     const BOTH: [CheckpointFormat; 2] = [CheckpointFormat::Gptq, CheckpointFormat::GptqV2];
@@ -215,6 +227,8 @@ mod tests {
     fn written(format: CheckpointFormat, linear: &QuantizedLinear) -> PackedLinear {
         let dir = tempfile::tempdir().unwrap();
         let shape = shape(linear);
+        let name = format;
+        let format = super::super::layout(name, true);
         let specs = format.tensors("m", &shape);
         let mut writer = ShardedWriter::create(dir.path(), &specs, None).unwrap();
         let packed = linear.pack();
@@ -229,12 +243,12 @@ mod tests {
         }
         writer.finish().unwrap();
         let settings = serde_json::json!({
-            "bits": linear.bits, "group_size": shape.group_size, "desc_act": true, "checkpoint_format": format,
+            "bits": linear.bits, "group_size": shape.group_size, "desc_act": true, "checkpoint_format": name,
         });
         let settings: QuantizeConfig = serde_json::from_value(settings).unwrap();
         let mut config = Map::new();
         format
-            .write_settings(&settings, &mut config, dir.path())
+            .write_settings(&settings, &[], &mut config, dir.path())
             .unwrap();
         assert_eq!(
             config["quantization_config"],
@@ -261,7 +275,7 @@ mod tests {
     fn version_1_refuses_a_zero_point_of_zero_and_version_2_takes_it() {
         let linear = linear(Bits::Four, 0);
         let packed = linear.pack();
-        let error = CheckpointFormat::Gptq.encode("m", &packed).unwrap_err();
+        let error = AutoGptq::V1.encode("m", &packed).unwrap_err();
         assert!(matches!(&error, FormatError::ZeroPointZero { name } if name == "m.qzeros"));
         assert_eq!(written(CheckpointFormat::GptqV2, &linear).unpack(), linear);
     }
@@ -273,7 +287,7 @@ mod tests {
             sym,
             scattered: true,
         };
-        for format in BOTH {
+        for format in [AutoGptq::V1, AutoGptq::V2] {
             assert_eq!(format.fits(&shape, grids(true)), Ok(()));
             let odd = LinearShape {
                 out_features: 48,
@@ -285,8 +299,8 @@ mod tests {
                 "packing needs multiples of 32; skip it with an override"
             );
         }
-        assert_eq!(CheckpointFormat::GptqV2.fits(&shape, grids(false)), Ok(()));
-        assert!(CheckpointFormat::Gptq.fits(&shape, grids(false)).is_err());
+        assert_eq!(AutoGptq::V2.fits(&shape, grids(false)), Ok(()));
+        assert!(AutoGptq::V1.fits(&shape, grids(false)).is_err());
     }
 
     #[test]
@@ -300,7 +314,7 @@ mod tests {
         let weights = 4096 * 11008;
         let four = linear(Bits::Four, GroupSize::Columns(128));
         let row = linear(Bits::Three, GroupSize::Row);
-        for format in BOTH {
+        for format in [AutoGptq::V1, AutoGptq::V2] {
             assert_eq!(
                 format.stored_bits(&four),
                 4 * weights + 32 * 11008 * (16 + 4) + 4096 * 32

@@ -3,7 +3,11 @@
 //! A solver gives codes, scales, zero points and groups ([`PackedLinear`]) and knows no file; a format says which
 //! tensors hold them, encodes and decodes these, and refuses what it cannot hold before any work is done.
 
+mod compressed_tensors;
 mod gptq;
+mod mlx;
+#[cfg(test)]
+pub(crate) mod random_linear;
 
 use std::borrow::Cow;
 use std::fmt::Debug;
@@ -12,15 +16,24 @@ use std::path::Path;
 use half::f16;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
-use thiserror::Error;
 
-use crate::{FormatError, LinearShape, PackedLinear, QuantizeConfig, TensorSpec};
+pub use compressed_tensors::CompressedTensors;
+pub use gptq::AutoGptq;
+pub use mlx::Mlx;
+
+use crate::{
+    Bits, CheckpointFormat, FormatError, GroupSize, LinearShape, PackedLinear, QuantizeConfig,
+    Refusal, TensorSpec,
+};
 
 /// A layout of quantized linears in files. What holds for a whole branch, such as how zero points are stored, is
 /// part of the value; what may differ between linears is an argument.
 pub trait OutputFormat: Debug + Send + Sync {
     /// Its name in settings and tables.
     fn name(&self) -> &'static str;
+
+    /// Suffix of a tensor that every quantized linear layer of this format has, and no dense one.
+    fn marker(&self) -> &'static str;
 
     /// The tensors of one linear, in the order in which they are listed and compared.
     fn parts(&self, linear: &LinearShape) -> Vec<PartSpec>;
@@ -29,6 +42,17 @@ pub trait OutputFormat: Debug + Send + Sync {
     fn may_lack(&self, _suffix: &str, _settings: &QuantizeConfig) -> bool {
         false
     }
+
+    /// Inputs and outputs of the quantized linear `module` of `bits`, from its tensors' shapes.
+    ///
+    /// # Errors
+    /// A tensor that is missing, or is not a matrix.
+    fn features(
+        &self,
+        from: &dyn StoredTensors,
+        module: &str,
+        bits: Bits,
+    ) -> Result<[usize; 2], FormatError>;
 
     /// The name that a file gives one of a module's tensors.
     fn tensor_name(&self, module: &str, suffix: &str) -> String {
@@ -63,13 +87,14 @@ pub trait OutputFormat: Debug + Send + Sync {
     ) -> Result<PackedLinear, FormatError>;
 
     /// Tells readers how a branch is quantized: in `config`, the contents of `config.json`, and in files of the
-    /// format's own in `dir`.
+    /// format's own in `dir`. `modules` are all linear layers of the blocks.
     ///
     /// # Errors
     /// Settings that readers would not take; a file that cannot be written.
     fn write_settings(
         &self,
         settings: &QuantizeConfig,
+        modules: &[ModuleSettings],
         config: &mut Map<String, Value>,
         dir: &Path,
     ) -> Result<(), FormatError>;
@@ -92,6 +117,19 @@ pub trait OutputFormat: Debug + Send + Sync {
     }
 }
 
+/// Returns the layout of linear layers in `format` with symmetric (`sym`) or asymmetric codes.
+pub fn layout(format: CheckpointFormat, sym: bool) -> Box<dyn OutputFormat> {
+    match format {
+        CheckpointFormat::Gptq => Box::new(AutoGptq::V1),
+        CheckpointFormat::GptqV2 => Box::new(AutoGptq::V2),
+        CheckpointFormat::CompressedTensors => Box::new(CompressedTensors { sym }),
+        CheckpointFormat::Mlx => Box::new(Mlx),
+    }
+}
+
+/// A module's name, and its width and columns per group; `None` where it is left in full precision.
+pub type ModuleSettings = (String, Option<(Bits, GroupSize)>);
+
 /// The tensors of a checkpoint, as far as a format reads them.
 pub trait StoredTensors {
     /// Quantization settings of the checkpoint; `None` if it is dense.
@@ -100,11 +138,29 @@ pub trait StoredTensors {
     /// Returns true if there is a tensor of this name.
     fn contains(&self, name: &str) -> bool;
 
+    /// The dimensions of a tensor that must be a matrix.
+    ///
+    /// # Errors
+    /// No such tensor, or one of other than two dimensions.
+    fn matrix(&self, name: &str) -> Result<[usize; 2], FormatError>;
+
     /// The words of an i32 tensor.
     ///
     /// # Errors
     /// No such tensor, or one of another shape or type.
     fn i32(&self, name: &str, shape: &[usize]) -> Result<Vec<i32>, FormatError>;
+
+    /// The words of a u32 tensor.
+    ///
+    /// # Errors
+    /// No such tensor, or one of another shape or type.
+    fn u32(&self, name: &str, shape: &[usize]) -> Result<Vec<u32>, FormatError>;
+
+    /// The elements of an i64 tensor.
+    ///
+    /// # Errors
+    /// No such tensor, or one of another shape or type.
+    fn i64(&self, name: &str, shape: &[usize]) -> Result<Vec<i64>, FormatError>;
 
     /// A floating-point tensor as f16, row-major.
     ///
@@ -142,12 +198,113 @@ pub struct Grids {
     pub scattered: bool,
 }
 
-/// Reason that a format cannot hold a linear.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("{reason}; {remedy}")]
-pub struct Refusal {
-    /// Rule that fails, if any.
-    pub reason: String,
-    /// Change to a recipe that avoids it.
-    pub remedy: String,
+/// Both dimensions are whole runs of this many: then codes and zero points fill words at every width.
+const RUN: usize = 32;
+
+/// Checks that codes and zero points fill whole words.
+fn whole_words(linear: &LinearShape) -> Result<(), Refusal> {
+    match linear.in_features.is_multiple_of(RUN) && linear.out_features.is_multiple_of(RUN) {
+        true => Ok(()),
+        false => refuse("packing needs multiples of 32", "skip it with an override"),
+    }
+}
+
+/// Checks that the columns of a group are neighbours and all groups are of one size, as the format called `name` needs.
+fn contiguous(name: &str, linear: &LinearShape, grids: Grids) -> Result<(), Refusal> {
+    let GroupSize::Columns(size) = linear.group_size else {
+        return Ok(());
+    };
+    if grids.scattered {
+        return refuse(
+            &format!("{name} cannot hold act order with scattered groups"),
+            "quantize with static_groups = true or desc_act = false",
+        );
+    }
+    match linear.group_size.divides(linear.in_features) {
+        true => Ok(()),
+        false => refuse(
+            &format!("{name} needs whole groups, and {size} does not divide its inputs"),
+            "quantize it with another group_size",
+        ),
+    }
+}
+
+/// Checks that `g_idx` of `linear` is in order, for a format without one.
+fn in_order(
+    format: &dyn OutputFormat,
+    module: &str,
+    linear: &PackedLinear,
+) -> Result<(), FormatError> {
+    let groups = linear.groups();
+    let columns = match groups {
+        0 | 1 => linear.in_features,
+        groups => linear.in_features / groups,
+    };
+    let shape = LinearShape {
+        in_features: linear.in_features,
+        out_features: linear.out_features,
+        bits: linear.bits,
+        group_size: match groups {
+            0 | 1 => GroupSize::Row,
+            _ => GroupSize::Columns(columns),
+        },
+    };
+    let scattered = in_order_groups(linear.in_features, columns) != linear.g_idx;
+    let sym = linear
+        .zeros
+        .iter()
+        .all(|zero| *zero == linear.bits.symmetric_zero());
+    format
+        .fits(&shape, Grids { sym, scattered })
+        .map_err(|refusal| FormatError::DoesNotFit {
+            module: module.into(),
+            refusal,
+        })
+}
+
+/// The group of each input where groups are in order.
+fn in_order_groups(in_features: usize, columns: usize) -> Vec<i32> {
+    (0..in_features)
+        .map(|i| (i / columns.max(1)) as i32)
+        .collect()
+}
+
+/// Number of codes that this many words hold.
+fn unpacked(words: usize, bits: Bits) -> usize {
+    words.saturating_mul(32) / bits.get()
+}
+
+/// Transposes `[rows, cols]`, a square of elements at a time so that both sides stay in the cache.
+pub(crate) fn transposed<T: Copy + Default>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
+    const SQUARE: usize = 32;
+    let mut out = vec![T::default(); values.len()];
+    for top in (0..rows).step_by(SQUARE) {
+        for left in (0..cols).step_by(SQUARE) {
+            let right = (left + SQUARE).min(cols);
+            for row in top..(top + SQUARE).min(rows) {
+                let from = values.get(row * cols + left..row * cols + right);
+                for (col, value) in (left..right).zip(from.unwrap_or_default()) {
+                    if let Some(to) = out.get_mut(col * rows + row) {
+                        *to = *value;
+                    }
+                }
+            }
+        }
+    }
+    out
+}
+
+fn part(suffix: &'static str, dtype: Dtype, shape: &[usize]) -> PartSpec {
+    PartSpec {
+        suffix,
+        dtype,
+        shape: shape.into(),
+    }
+}
+
+fn refuse(reason: &str, remedy: &str) -> Result<(), Refusal> {
+    Err(Refusal {
+        reason: reason.to_owned(),
+        remedy: remedy.to_owned(),
+    })
 }

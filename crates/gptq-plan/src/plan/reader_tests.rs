@@ -122,7 +122,10 @@ fn readers_are_told_a_damping_that_they_all_take() {
             asked.trim_end_matches(".0")
         );
         let support = BranchFiles::of(&plan.branches[0], &plan.config).clients();
-        assert!(support.iter().all(|it| it.verdict.is_ok()), "{support:?}");
+        let refusing = support.iter().filter(|it| it.verdict.is_err());
+        let refusing: Vec<Client> = refusing.map(|it| it.client).collect();
+        // Programs that read other formats only.
+        assert_eq!(refusing, [Client::MlxLm, Client::MistralRs]);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gptq_format::{CheckpointFormat, GroupSize, OutputFormat};
+use gptq_format::{AutoGptq, GroupSize, OutputFormat};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use safetensors::SafeTensors;
@@ -458,7 +458,7 @@ fn packing_gives_autogptqs_words() {
         };
         assert_eq!(linear.groups(), 256 / group);
         let packed = linear.pack();
-        let encoded = CheckpointFormat::Gptq.encode(name, &packed).unwrap();
+        let encoded = AutoGptq::V1.encode(name, &packed).unwrap();
         let words = |m: DMatrix<f64>| {
             m.transpose()
                 .iter()

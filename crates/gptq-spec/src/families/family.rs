@@ -8,7 +8,7 @@ use crate::keys::Keys;
 use crate::rope_scaling::KINDS;
 use crate::shapes::Shapes;
 use crate::spec::STEM;
-use crate::{BlockSpec, NormKind};
+use crate::{BlockSpec, LlamaCpp, NormKind};
 
 /// A `model_type`.
 pub(crate) struct Family {
@@ -34,6 +34,8 @@ pub(crate) struct Family {
     pub(crate) refused: &'static [&'static str],
     /// Object inside the config that holds the model that is run, if it is not the config itself.
     pub(super) inside: Option<Inside>,
+    /// How llama.cpp runs it; `None` for a family that it runs in a way not described here.
+    pub(crate) llama_cpp: Option<LlamaCpp>,
     /// Describes the operations before the first block and after the last. The shapes have been checked.
     /// The error is a sentence.
     pub(crate) ends: fn(&Shapes, &Keys<'_>) -> Result<Ends, String>,
@@ -137,6 +139,7 @@ impl Family {
         carried: &["mtp."],
         refused: &[],
         inside: None,
+        llama_cpp: None,
         ends: |_, _| Ok(Ends::PLAIN),
         block: parts::block,
     };

@@ -4,7 +4,9 @@
 use super::family::{Ends, Family};
 use super::parts;
 use super::sliding_window::SlidingWindow;
+use crate::LlamaCpp;
 use crate::keys::{Keys, flag, number, off, or_none};
+use crate::llama_cpp::SlidingBlocks;
 use crate::shapes::Shapes;
 use crate::{Activation, Attending, BlockBuilder, BlockSpec, NormKind, Register};
 
@@ -24,6 +26,13 @@ pub(super) const FAMILY: Family = Family {
         every: 2,
         null_is_off: false,
     },
+    llama_cpp: Some(LlamaCpp {
+        architecture: "gemma2",
+        windows: SlidingBlocks::AllBut(2),
+        embedding_root: true,
+        wide_scores_at: Some(46),
+        ..LlamaCpp::PLAIN
+    }),
     ends: |config, keys| ends(config, keys, Some(30.0)),
     block: |config, keys, layer| block(config, keys, layer, Some(50.0), false),
     ..Family::PLAIN

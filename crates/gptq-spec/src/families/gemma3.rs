@@ -4,6 +4,8 @@
 use super::family::{Family, Inside, Rotary};
 use super::sliding_window::SlidingWindow;
 use super::{gemma2, mistral3};
+use crate::LlamaCpp;
+use crate::llama_cpp::SlidingBlocks;
 
 pub(super) const TEXT: Family = Family {
     model_type: "gemma3_text",
@@ -25,6 +27,13 @@ pub(super) const TEXT: Family = Family {
     },
     wide: true,
     refused: &["attn_logit_softcapping"],
+    llama_cpp: Some(LlamaCpp {
+        architecture: "gemma3",
+        windows: SlidingBlocks::AllBut(6),
+        embedding_root: true,
+        wide_scores_at: Some(62),
+        ..LlamaCpp::PLAIN
+    }),
     ends: |config, keys| gemma2::ends(config, keys, None),
     block: |config, keys, layer| gemma2::block(config, keys, layer, None, true),
     ..gemma2::FAMILY

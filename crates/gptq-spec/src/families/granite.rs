@@ -3,6 +3,7 @@
 
 use super::family::{Ends, Family};
 use super::parts;
+use crate::LlamaCpp;
 use crate::keys::{Keys, flag, number};
 use crate::shapes::Shapes;
 use crate::{Activation, Attending, BlockBuilder, BlockSpec, Register};
@@ -10,6 +11,12 @@ use crate::{Activation, Attending, BlockBuilder, BlockSpec, Register};
 pub(super) const FAMILY: Family = Family {
     model_type: "granite",
     defaults: &[("max_position_embeddings", 2048)],
+    llama_cpp: Some(LlamaCpp {
+        architecture: "granite",
+        paired: true,
+        factors: true,
+        ..LlamaCpp::PLAIN
+    }),
     ends,
     block,
     ..Family::PLAIN

@@ -3,6 +3,7 @@
 use super::family::Family;
 use super::parts;
 use super::sliding_window::SlidingWindow;
+use crate::LlamaCpp;
 use crate::keys::Keys;
 use crate::shapes::Shapes;
 use crate::{BlockBuilder, BlockSpec};
@@ -15,6 +16,11 @@ pub(super) const FAMILY: Family = Family {
         ("sliding_window", 4096),
     ],
     sliding_window: SlidingWindow::Always,
+    llama_cpp: Some(LlamaCpp {
+        architecture: "llama",
+        paired: true,
+        ..LlamaCpp::PLAIN
+    }),
     block,
     ..Family::PLAIN
 };

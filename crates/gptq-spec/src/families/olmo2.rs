@@ -2,6 +2,7 @@
 
 use super::family::Family;
 use super::parts;
+use crate::LlamaCpp;
 use crate::keys::{Keys, flag};
 use crate::shapes::Shapes;
 use crate::{Activation, BlockBuilder, BlockSpec, NormKind, Register};
@@ -11,6 +12,10 @@ pub(super) const FAMILY: Family = Family {
     defaults: &[("max_position_embeddings", 2048)],
     norm: NormKind::RmsF32,
     eps: ("rms_norm_eps", 1e-5),
+    llama_cpp: Some(LlamaCpp {
+        architecture: "olmo2",
+        ..LlamaCpp::PLAIN
+    }),
     block,
     ..Family::PLAIN
 };

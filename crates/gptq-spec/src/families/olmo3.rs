@@ -17,5 +17,6 @@ pub(super) const FAMILY: Family = Family {
         every: 4,
         null_is_off: false,
     },
+    llama_cpp: None,
     ..olmo2::FAMILY
 };

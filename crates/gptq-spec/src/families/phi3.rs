@@ -4,7 +4,9 @@
 use super::family::{Family, Rotary};
 use super::parts;
 use super::sliding_window::SlidingWindow;
+use crate::LlamaCpp;
 use crate::keys::Keys;
+use crate::llama_cpp::SlidingBlocks;
 use crate::shapes::Shapes;
 use crate::{BlockBuilder, BlockSpec, Register};
 
@@ -23,6 +25,11 @@ pub(super) const FAMILY: Family = Family {
     },
     sliding_window: SlidingWindow::Always,
     refused: &["layer_types"],
+    llama_cpp: Some(LlamaCpp {
+        architecture: "phi3",
+        windows: SlidingBlocks::Told,
+        ..LlamaCpp::PLAIN
+    }),
     block,
     ..Family::PLAIN
 };

@@ -3,6 +3,7 @@
 use super::family::Family;
 use super::parts;
 use super::sliding_window::SlidingWindow;
+use crate::LlamaCpp;
 use crate::keys::Keys;
 use crate::shapes::Shapes;
 use crate::{BlockBuilder, BlockSpec};
@@ -16,6 +17,10 @@ pub(super) const FAMILY: Family = Family {
         ("max_window_layers", 28),
     ],
     sliding_window: SlidingWindow::Switched,
+    llama_cpp: Some(LlamaCpp {
+        architecture: "qwen2",
+        ..LlamaCpp::PLAIN
+    }),
     block,
     ..Family::PLAIN
 };

@@ -4,6 +4,7 @@
 use super::family::Family;
 use super::parts;
 use super::sliding_window::SlidingWindow;
+use crate::LlamaCpp;
 use crate::keys::{Keys, flag};
 use crate::shapes::Shapes;
 use crate::{BlockBuilder, BlockSpec, Register};
@@ -18,6 +19,10 @@ pub(super) const FAMILY: Family = Family {
         ("max_window_layers", 28),
     ],
     sliding_window: SlidingWindow::Switched,
+    llama_cpp: Some(LlamaCpp {
+        architecture: "qwen3",
+        ..LlamaCpp::PLAIN
+    }),
     block,
     ..Family::PLAIN
 };

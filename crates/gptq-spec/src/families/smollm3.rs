@@ -3,6 +3,7 @@
 use super::family::{Family, Rotary};
 use super::parts;
 use super::sliding_window::{SlidingWindow, every_so_many};
+use crate::LlamaCpp;
 use crate::keys::{Keys, flag};
 use crate::shapes::Shapes;
 use crate::{Attending, BlockBuilder, BlockSpec, Register};
@@ -19,6 +20,12 @@ pub(super) const FAMILY: Family = Family {
         ..Rotary::PLAIN
     },
     sliding_window: SlidingWindow::Listed,
+    llama_cpp: Some(LlamaCpp {
+        architecture: "smollm3",
+        paired: true,
+        unrotated: Some(4),
+        ..LlamaCpp::PLAIN
+    }),
     block,
     ..Family::PLAIN
 };

@@ -1,0 +1,180 @@
+//! A branch as a directory of safetensors files in another format.
+//!
+//! Linear layers are read, encoded and written in batches, so that memory does not grow with the model; tensors
+//! that are not quantized are copied as they are.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use gptq_format::{
+    Encoded, FormatError, FormatName, ModuleSettings, PackedLinear, ShardedWriter, StagedDir,
+    TensorDigests, TensorSpec, copy_side_files, read_json, write_json,
+};
+use gptq_plan::{BranchReport, written_config};
+use gptq_spec::{ModelConfig, ModelTensor, Role};
+use rayon::prelude::*;
+use serde_json::Value;
+
+use crate::batches::batches;
+use crate::{ExportError, ExportSource};
+
+/// Bytes copied at a time.
+const PIECE: usize = 4 << 20;
+
+/// Writes the branch into the directory `target`, which appears when it is complete, and returns the bytes of its
+/// weight files. `on_progress` receives the finished share, 0 to 1.
+///
+/// # Errors
+/// What [`ExportSource::check`] refuses; files that cannot be read or written.
+pub fn write_directory(
+    source: &ExportSource,
+    format: FormatName,
+    target: &Path,
+    on_progress: &mut dyn FnMut(f64),
+) -> Result<u64, ExportError> {
+    source.check(format)?;
+    let dir = StagedDir::create(target)?;
+    let path = dir.path();
+    let (settings, layout) = (source.settings_in(format)?, source.layout(format));
+    let tensors = source.config.tensors();
+    let specs = specs(source, &tensors, format)?;
+    let mut weights = ShardedWriter::create(path, &specs, shard_size(source)?)?;
+    copy_side_files(&source.dir, path)?;
+    let base = source.dir.join("config.json");
+    let (mut config, _) = written_config(read_json(&base)?, source.checkpoint.half())
+        .map_err(|reason| FormatError::Malformed { path: base, reason })?;
+    for key in ["quantization_config", "quantization"] {
+        config.remove(key);
+    }
+    // As the tensors have it, which may not be what the config says.
+    let tied = ModelConfig::from_json(Value::Object(config.clone()));
+    if tied.is_ok_and(|it| it.tied_embeddings) != source.config.tied_embeddings {
+        let tied = source.config.tied_embeddings.into();
+        config.insert("tie_word_embeddings".to_owned(), tied);
+    }
+    layout.write_settings(&settings, &modules(source)?, &mut config, path)?;
+    write_json(&path.join("config.json"), &config)?;
+    let mut digests = HashMap::new();
+    let mut done = 0;
+    let recorded = source.dir.join("report.json").is_file();
+    let mut weights_of = HashMap::new();
+    for (tensor, linear) in source.linears()? {
+        weights_of.insert(tensor.name, linear.weights() as usize);
+    }
+    let of = |tensor: &ModelTensor| weights_of.get(&tensor.name).copied().unwrap_or_default();
+    for some in batches(&tensors, of) {
+        let packed: Vec<Option<PackedLinear>> = (some.par_iter())
+            .map(|tensor| packed(source, tensor))
+            .collect::<Result<_, _>>()?;
+        let encoded: Vec<Option<(Vec<Encoded<'_>>, TensorDigests)>> = (some.par_iter())
+            .zip(&packed)
+            .map(|(tensor, packed)| {
+                let Some(packed) = packed else {
+                    return Ok(None);
+                };
+                let parts = layout.encode(tensor.module(), packed)?;
+                let digests = match recorded {
+                    true => TensorDigests::of(&parts),
+                    false => TensorDigests::default(),
+                };
+                Ok::<_, FormatError>(Some((parts, digests)))
+            })
+            .collect::<Result<_, _>>()?;
+        for (tensor, encoded) in some.iter().zip(encoded) {
+            match encoded {
+                Some((parts, found)) => {
+                    for part in &parts {
+                        let name = layout.tensor_name(tensor.module(), part.suffix);
+                        weights.write(&name, &part.bytes)?;
+                    }
+                    digests.insert(tensor.module().to_owned(), found);
+                }
+                None => copy(source, &tensor.name, &mut weights)?,
+            }
+        }
+        done += some.len();
+        on_progress(done as f64 / tensors.len() as f64);
+    }
+    let bytes = weights.finish()?;
+    if recorded {
+        let mut report = BranchReport::read(&source.dir)?;
+        for linear in &mut report.linears {
+            linear.digests = digests.remove(&linear.name);
+        }
+        report.quantize_config = settings;
+        report.bytes = bytes;
+        // These files are no run's.
+        report.fingerprint = None;
+        report.write(path)?;
+    }
+    dir.sync()?;
+    dir.commit()?;
+    Ok(bytes)
+}
+
+fn specs(
+    source: &ExportSource,
+    tensors: &[ModelTensor],
+    format: FormatName,
+) -> Result<Vec<TensorSpec>, ExportError> {
+    let layout = source.layout(format);
+    let mut specs = Vec::new();
+    for tensor in tensors {
+        match source.linear(tensor)? {
+            Some(linear) => specs.extend(layout.tensors(tensor.module(), &linear)),
+            None => specs.push(TensorSpec {
+                name: tensor.name.clone(),
+                dtype: source.checkpoint.view(&tensor.name)?.dtype,
+                shape: tensor.shape.clone(),
+            }),
+        }
+    }
+    Ok(specs)
+}
+
+/// Returns all linear layers of the blocks with their settings.
+fn modules(source: &ExportSource) -> Result<Vec<ModuleSettings>, FormatError> {
+    let tensors = source.config.tensors().into_iter();
+    let linears = tensors.filter(|tensor| tensor.role == Role::Linear);
+    linears
+        .map(|tensor| {
+            let module = tensor.module();
+            Ok((module.to_owned(), source.settings.module(module)?))
+        })
+        .collect()
+}
+
+/// Returns the size of the largest weight file if there are several.
+fn shard_size(source: &ExportSource) -> Result<Option<u64>, FormatError> {
+    let files = source.checkpoint.files();
+    if files.len() < 2 {
+        return Ok(None);
+    }
+    let mut largest = 0;
+    for file in files {
+        let path = source.dir.join(file);
+        let meta = std::fs::metadata(&path).map_err(FormatError::io(&path))?;
+        largest = largest.max(meta.len());
+    }
+    Ok(Some(largest))
+}
+
+fn packed(
+    source: &ExportSource,
+    tensor: &ModelTensor,
+) -> Result<Option<PackedLinear>, ExportError> {
+    Ok(match source.linear(tensor)? {
+        Some(linear) => {
+            let (n_in, n_out) = (linear.in_features, linear.out_features);
+            source.checkpoint.packed(tensor.module(), n_in, n_out)?
+        }
+        None => None,
+    })
+}
+
+fn copy(source: &ExportSource, name: &str, weights: &mut ShardedWriter) -> Result<(), FormatError> {
+    let bytes = source.checkpoint.view(name)?.bytes();
+    weights.write_pieces(name, |put| bytes.chunks(PIECE).try_for_each(put))?;
+    source.checkpoint.give_back(name);
+    Ok(())
+}

@@ -1,0 +1,75 @@
+//! What clients' rules depend on.
+
+use crate::{CheckpointFormat, GroupSize, LinearShape, QuantizeConfig};
+
+/// Properties of a branch's files that clients depend on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Contents {
+    /// Shapes of the quantized linear layers.
+    pub linears: Vec<LinearShape>,
+    /// True for symmetric codes.
+    pub sym: bool,
+    /// Format of the files.
+    pub format: CheckpointFormat,
+    /// `desc_act`, as declared to clients.
+    pub desc_act: bool,
+    /// `static_groups`, as declared to clients.
+    pub static_groups: bool,
+    /// True if any `g_idx` is out of order, so that groups are not contiguous.
+    pub scattered: bool,
+    /// True if some linear layers have settings other than the branch's.
+    pub mixed: bool,
+    /// True if some linear layer of a block is not quantized.
+    pub skips: bool,
+    /// True if a list names the quantized linear layers (`modules_in_block_to_quantize`).
+    pub listed: bool,
+    /// True if settings and tensors disagree on which linear layers are quantized.
+    pub stray: bool,
+    /// True if a quantized linear layer has another name in memory than in the files ([`is_renamed`]).
+    pub renamed: bool,
+    /// `damp_percent`, if declared to clients.
+    pub damp_percent: Option<f64>,
+}
+
+impl Contents {
+    /// Collects the properties of a branch with these settings and linear layers.
+    pub fn of(config: &QuantizeConfig, linears: Vec<LinearShape>) -> Self {
+        let rules = || config.dynamic.iter().flat_map(|rules| rules.iter());
+        let skips = |(pattern, _): (&str, _)| pattern.starts_with("-:");
+        let groups = linears.iter().any(|l| l.group_size != GroupSize::Row);
+        Contents {
+            linears,
+            sym: config.sym,
+            format: config.checkpoint_format,
+            desc_act: config.desc_act,
+            static_groups: config.static_groups,
+            scattered: config.desc_act && !config.static_groups && groups,
+            mixed: rules().any(|rule| !skips(rule)),
+            skips: rules().any(skips),
+            listed: !config.listed().is_empty(),
+            stray: false,
+            renamed: false,
+            damp_percent: config.damp_percent,
+        }
+    }
+
+    pub(super) fn all(
+        &self,
+        rule: impl Fn(&LinearShape) -> bool,
+        why: &'static str,
+    ) -> Result<(), &'static str> {
+        need(self.linears.iter().all(rule), why)
+    }
+
+    /// Returns true if all linear layers have codes of one width.
+    pub(super) fn one_width(&self) -> bool {
+        let mut widths = self.linears.iter().map(|linear| linear.bits);
+        let first = widths.next();
+        widths.all(|bits| Some(bits) == first)
+    }
+}
+
+/// Returns the rule `why` if it fails.
+pub(super) fn need(ok: bool, why: &'static str) -> Result<(), &'static str> {
+    if ok { Ok(()) } else { Err(why) }
+}

@@ -1,0 +1,44 @@
+//! How llama.cpp runs a family: its architecture's name, and what it computes there without being told.
+
+/// How llama.cpp runs a family.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct LlamaCpp {
+    /// Name of the architecture.
+    pub(crate) architecture: &'static str,
+    /// True if it rotates neighbouring features together, so that the rows of queries and keys are paired.
+    pub(crate) paired: bool,
+    /// Blocks that it runs over a sliding window.
+    pub(crate) windows: SlidingBlocks,
+    /// The last of so many blocks does not rotate.
+    pub(crate) unrotated: Option<usize>,
+    /// True if it multiplies the embedding by the root of its width.
+    pub(crate) embedding_root: bool,
+    /// Number of blocks at which its scores' factor is that of `hidden / heads` features.
+    pub(crate) wide_scores_at: Option<usize>,
+    /// True if it reads factors of embedding, scores, what is added, and logits.
+    pub(crate) factors: bool,
+}
+
+/// Blocks of an architecture with a sliding window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SlidingBlocks {
+    /// None.
+    Never,
+    /// All but the last of so many.
+    AllBut(usize),
+    /// A key says it of all blocks.
+    Told,
+}
+
+impl LlamaCpp {
+    /// Values of the architectures that do not set them otherwise.
+    pub(crate) const PLAIN: LlamaCpp = LlamaCpp {
+        architecture: "",
+        paired: false,
+        windows: SlidingBlocks::Never,
+        unrotated: None,
+        embedding_root: false,
+        wide_scores_at: None,
+        factors: false,
+    };
+}
