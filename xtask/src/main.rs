@@ -8,6 +8,7 @@ mod bench;
 mod clients;
 mod dependencies;
 mod design;
+mod exports;
 mod golden;
 mod rust_source;
 mod synth;
@@ -63,6 +64,8 @@ enum Task {
     Ablate(ablate::AblateArgs),
     /// Load a branch of every model family with Transformers and GPTQModel, and write CLIENTS.md
     Clients(clients::ClientsArgs),
+    /// Export branches to every format, compare their weights in the formats' own packages, and write EXPORTS.md
+    Exports(exports::ExportsArgs),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -88,6 +91,7 @@ fn main() -> anyhow::Result<()> {
         Task::Bench(args) => bench::run(&args),
         Task::Ablate(args) => ablate::run(&args),
         Task::Clients(args) => clients::run(&args),
+        Task::Exports(args) => exports::run(&args),
     }
 }
 
