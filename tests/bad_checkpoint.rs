@@ -95,6 +95,6 @@ fn an_unknown_model_type_lists_the_known_ones() {
     quantizing_fails(
         &scratch,
         &model,
-        &["\"mamba\"", "llama, mistral, mistral3, olmo2"],
+        &["\"mamba\"", "llama, mistral, mistral3, mixtral, olmo2"],
     );
 }

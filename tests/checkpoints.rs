@@ -168,7 +168,8 @@ fn every_family_is_quantized_and_verified() {
     }
 }
 
-/// The 8-bit branch has a perplexity within 0.5 % of the model's, on a few texts.
+/// The 8-bit branch has a perplexity within 0.5 % of the model's, on a few texts; within 1 % where a token near a tie
+/// may go to other experts.
 fn eight_bits_are_as_good_as_the_model(scratch: &Scratch, model: &Path, family: &str) {
     let branch = scratch.out().join("eight");
     let all = fs::read(root().join("tests/data/eval_wikidoc_40.json")).unwrap();
@@ -182,5 +183,9 @@ fn eight_bits_are_as_good_as_the_model(scratch: &Scratch, model: &Path, family: 
     let receipt: serde_json::Value = serde_json::from_slice(&receipt).unwrap();
     let perplexity = |key: &str| receipt["perplexity"][key].as_f64().unwrap();
     let ratio = perplexity("value") / perplexity("dense");
-    assert!((ratio - 1.0).abs() < 0.005, "{family}: {ratio}");
+    let most = match ["mixtral", "olmoe"].contains(&family) || family.ends_with("_moe") {
+        true => 0.01,
+        false => 0.005,
+    };
+    assert!((ratio - 1.0).abs() < most, "{family}: {ratio}");
 }

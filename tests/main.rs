@@ -8,6 +8,7 @@ mod census;
 mod changed;
 mod checkpoints;
 mod dtype;
+mod experts;
 mod export;
 mod families;
 mod foreign;

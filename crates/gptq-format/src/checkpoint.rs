@@ -38,6 +38,9 @@ pub struct Checkpoint {
     notes: Vec<String>,
 }
 
+/// Format and shape of a quantized linear layer.
+type StoredLinear = (Box<dyn OutputFormat>, LinearShape);
+
 impl Checkpoint {
     /// Maps the weights in `dir`: the files that Transformers reads, or those of other tools (see
     /// [`Checkpoint::notes`]). The shards' own headers determine the tensors; where an index
@@ -176,13 +179,6 @@ impl Checkpoint {
     /// Returns the files that the index lists but that are missing.
     pub fn absent_files(&self) -> &[String] {
         self.index.as_ref().map_or(&[], |index| &index.absent)
-    }
-
-    /// Makes the tensor `by` available as `name` too.
-    pub fn serve(&mut self, name: &str, by: &str) {
-        if let Some(place) = self.tensors.get(by).cloned() {
-            self.tensors.insert(name.to_owned(), place);
-        }
     }
 
     /// Maps one file and reads the quantization settings beside it.
@@ -501,7 +497,7 @@ impl Checkpoint {
         module: &str,
         in_features: usize,
         out_features: usize,
-    ) -> Result<Option<(Box<dyn OutputFormat>, LinearShape)>, FormatError> {
+    ) -> Result<Option<StoredLinear>, FormatError> {
         let Some(config) = &self.quantize_config else {
             return Ok(None);
         };
@@ -515,6 +511,53 @@ impl Checkpoint {
             };
             (layout(config.checkpoint_format, config.sym), linear)
         }))
+    }
+
+    /// Makes the tensor `by` available as `name` too.
+    pub fn serve(&mut self, name: &str, by: &str) {
+        if let Some(place) = self.tensors.get(by).cloned() {
+            self.tensors.insert(name.to_owned(), place);
+        }
+    }
+
+    /// Replaces the tensor `name`, which must have this shape, by consecutive parts of it, each with its name and shape.
+    ///
+    /// # Errors
+    /// It has another shape, it is a view that skips elements of its storage, or the parts do not make up the whole.
+    pub fn divide(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        parts: Vec<(String, Vec<usize>)>,
+    ) -> Result<(), FormatError> {
+        let view = self.shaped(name, shape)?;
+        let wrong = |found: &[usize]| FormatError::Shape {
+            name: name.into(),
+            found: found.into(),
+            expected: shape.into(),
+        };
+        let elements = |shape: &[usize]| shape.iter().product::<usize>();
+        let all: usize = parts.iter().map(|(_, shape)| elements(shape)).sum();
+        if view.strides.is_some() || all != view.elements() {
+            return Err(wrong(view.shape));
+        }
+        let size = view.dtype.bitsize() / 8;
+        let Some((shard, whole)) = self.tensors.remove(name) else {
+            return Ok(());
+        };
+        let mut start = whole.bytes.start;
+        for (name, shape) in parts {
+            let bytes = start..start + elements(&shape) * size;
+            start = bytes.end;
+            let part = Place {
+                dtype: whole.dtype,
+                shape,
+                strides: None,
+                bytes,
+            };
+            self.tensors.insert(name, (shard, part));
+        }
+        Ok(())
     }
 }
 

@@ -60,6 +60,11 @@ fn verdict(contents: &Contents, client: Client) -> Result<(), &'static str> {
         !contents.stray,
         "config and tensors disagree on which linear layers are quantized",
     )?;
+    // These fuse experts.
+    need(
+        !contents.parted || !matches!(client, Client::Vllm | Client::SgLang),
+        "needs one setting for all experts of a block",
+    )?;
     match contents.format {
         CheckpointFormat::Gptq | CheckpointFormat::GptqV2 => autogptq::verdict(contents, client),
         CheckpointFormat::CompressedTensors => compressed_tensors::verdict(contents, client),

@@ -178,6 +178,7 @@ impl Inspection {
                         scattered,
                         mixed,
                         skips: false,
+                        parted: false,
                         listed: false,
                         stray,
                         renamed,

@@ -29,6 +29,7 @@ mod declared;
 mod digests;
 mod dynamic_rules;
 mod error;
+mod expert_patterns;
 mod float_scan;
 mod format_name;
 mod formats;
@@ -65,6 +66,7 @@ pub use clients::{Client, Contents, READERS, Reader, Support, client_support, is
 pub use digests::{FileDigest, TensorDigests, hexadecimal, sha256, sha256_file};
 pub use dynamic_rules::{Dynamic, DynamicRules};
 pub use error::FormatError;
+pub use expert_patterns::parts_experts;
 pub use float_scan::FloatScan;
 pub use format_name::FormatName;
 pub use formats::{

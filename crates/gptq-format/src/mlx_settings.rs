@@ -41,7 +41,8 @@ pub(crate) fn read(path: &Path, keys: Map<String, Value>) -> Result<Declared, Fo
         Ok((bits.map_err(json)?, size.map_err(json)?))
     };
     let (bits, group_size) = of(&Value::Object(keys.clone()))?;
-    let mut same: Vec<(Option<(Bits, GroupSize)>, Vec<&String>)> = Vec::new();
+    type Setting = Option<(Bits, GroupSize)>;
+    let mut same: Vec<(Setting, Vec<&String>)> = Vec::new();
     for (module, value) in keys.iter().filter(|(key, _)| !KEYS.contains(&key.as_str())) {
         let choice = match value {
             Value::Bool(true) => continue,

@@ -241,6 +241,23 @@ impl<'a> TensorView<'a> {
         Ok(values)
     }
 
+    /// Returns the numbers of a float tensor.
+    ///
+    /// # Errors
+    /// A dtype that is not a float, a value that is not finite.
+    pub fn f32(&self) -> Result<Vec<f32>, FormatError> {
+        let mut values = vec![0f32; self.elements()];
+        self.widen(Float::of(self)?, 0, &mut values);
+        match find(&values, 0, |value| !value.is_finite()) {
+            None => Ok(values),
+            Some((first, count)) => Err(FormatError::NonFinite {
+                name: self.name.to_owned(),
+                first,
+                count,
+            }),
+        }
+    }
+
     /// Returns a u32 tensor's words.
     ///
     /// # Errors

@@ -26,6 +26,7 @@ compile_error!("gptq supports only little-endian machines");
 
 impl LittleEndian for u16 {}
 impl LittleEndian for u32 {}
+impl LittleEndian for f32 {}
 impl LittleEndian for i32 {}
 impl LittleEndian for f16 {}
 

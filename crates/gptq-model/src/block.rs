@@ -10,18 +10,20 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::tensor::Tensor;
-use gptq_kernels::Engine;
-use gptq_spec::{Activation, BlockSpec, Norm, NormKind, Op, Register};
+use burn::tensor::{Tensor, activation::sigmoid};
+use gptq_kernels::{Engine, Routed};
+use gptq_spec::{Activation, BlockSpec, Norm, NormKind, Op, Register, Route};
 
 use crate::attend::attend;
 use crate::backward::{Parts, Tape};
-use crate::{Cache, Flow, Linear, Weight, rope};
+use crate::experts::{BlockMatrix, ExpertLinears, route};
+use crate::{Cache, ExpertInputs, Flow, Linear, Weight, rope};
 
 /// A tensor that comes up inside a block, as [`Block::observed`] shows it.
 #[derive(Clone, Debug)]
 pub enum Seen<B: Engine> {
-    /// The output `[tokens, out_features]` of a linear, with the linear's index in the spec.
+    /// The output `[tokens, out_features]` of a linear, with the linear's index in the spec; an expert's is that of
+    /// the tokens it is chosen for, if there are any.
     Output(usize, Tensor<B, 2>),
     /// Rotated queries `[windows, seq, heads, dim]` and keys `[windows, seq, kv_heads, dim]`.
     Rotated(Tensor<B, 4>, Tensor<B, 4>),
@@ -39,6 +41,8 @@ pub struct Block<B: Engine> {
     pub(crate) linears: Vec<Linear<B>>,
     /// Vectors, in the order of the spec's.
     pub(crate) vectors: Vec<Tensor<B, 1>>,
+    /// Matrices, in the order of the spec's.
+    pub(crate) matrices: Vec<BlockMatrix<B>>,
     pub(crate) rope: rope::Tables<B>,
 }
 
@@ -68,6 +72,19 @@ impl<B: Engine> Block<B> {
     /// Runs the linears of `taps` and what stands between them, up to the next tap.
     pub fn advance(&self, taps: Range<usize>, flow: Flow<B>) -> Flow<B> {
         self.run(self.spec.ops_of(taps), flow, None, &mut |_| ())
+    }
+
+    /// Does the same as [`Block::advance`] with this choice of experts.
+    pub fn advance_by(
+        &self,
+        taps: Range<usize>,
+        mut flow: Flow<B>,
+        routed: Arc<Routed>,
+    ) -> Flow<B> {
+        let mut routes = taps.clone().filter_map(|tap| self.spec.experts_at(tap));
+        let route = routes.next().expect("taps of experts");
+        flow.routed.insert(route.to, routed);
+        self.advance(taps, flow)
     }
 
     /// The whole block.
@@ -113,8 +130,78 @@ impl<B: Engine> Block<B> {
         tape.reverse(block, loss(flow.residual))
     }
 
+    /// The inputs of the experts at `tap`, for states before `start`, which is that tap or an earlier one in the same
+    /// mixture; by the choice `routed`, or else by the block's own.
+    pub fn expert_inputs(
+        &self,
+        start: usize,
+        tap: usize,
+        flow: Flow<B>,
+        routed: Option<Arc<Routed>>,
+    ) -> ExpertInputs<B> {
+        let spec = self.spec();
+        let position = spec.tap(tap);
+        let route = spec.experts_at(tap).expect("a tap of experts");
+        let (routing, experts) = (route.to, route.how.experts);
+        let mut flow = flow;
+        if let Some(routed) = routed {
+            flow.routed.insert(routing, routed);
+        }
+        let ops = spec.tap(start).start..position.at;
+        let flow = self.run(ops, flow, None, &mut |_| ());
+        let states = |register| {
+            let states = flow.register(register);
+            states.expect("an earlier operation wrote it")
+        };
+        let x = states(position.from);
+        let (tokens, slotted) = match &spec.ops()[position.at] {
+            Op::Combine { x, .. } => (states(*x), true),
+            _ => (x.clone(), false),
+        };
+        let routed = flow.routed[&routing].clone();
+        let [rows, width] = x.dims();
+        ExpertInputs {
+            slots: routed.slots(experts),
+            x: match slotted {
+                true => x.reshape([rows * routed.top_k(), width / routed.top_k()]),
+                false => x,
+            },
+            tokens,
+            slotted,
+            routed,
+        }
+    }
+
+    /// The input of an expert's linears at `tap` for tokens `x [rows, hidden]`, whoever they are given to.
+    pub fn expert_input(&self, tap: usize, expert: usize, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let spec = self.spec();
+        let Op::Combine { from, .. } = &spec.ops()[spec.tap(tap).at] else {
+            return x;
+        };
+        let gate = spec.ops().iter().find_map(|op| match op {
+            Op::Gate { act, gate, up, to } if to == from => Some((*act, *gate, *up)),
+            _ => None,
+        });
+        let (act, gate, up) = gate.expect("slots are gated");
+        let linear = |register| {
+            let found = spec.ops().iter().find_map(|op| match op {
+                Op::Dispatch { linears, to, .. } => {
+                    let at = to.iter().position(|it| *it == register)?;
+                    Some(linears.start + expert * to.len() + at)
+                }
+                _ => None,
+            });
+            self.linear(found.expect("gate and up are experts'"))
+        };
+        let (gate, up) = (linear(gate).forward(x.clone()), linear(up).forward(x));
+        match act {
+            Activation::Silu => B::swiglu(gate, up),
+            Activation::GeluTanh => B::geglu(gate, up),
+        }
+    }
+
     /// Runs the operations `ops`.
-    fn run(
+    pub(crate) fn run(
         &self,
         ops: Range<usize>,
         mut flow: Flow<B>,
@@ -170,6 +257,59 @@ impl<B: Engine> Block<B> {
                     observe(Seen::Gated(y.clone()));
                     flow.activations.insert(*to, y);
                 }
+                Op::Route(Route {
+                    router,
+                    from,
+                    to,
+                    how,
+                }) => {
+                    let x = read(*from);
+                    // Where a choice is given, it stays.
+                    flow.routed
+                        .entry(*to)
+                        .or_insert_with(|| Arc::new(route(x, &self.matrices[*router], how)));
+                }
+                Op::Dispatch {
+                    from,
+                    routing,
+                    linears,
+                    to,
+                } => {
+                    let x = read(*from);
+                    let routed = self.routed(&mut flow, *routing, at);
+                    let mut output = |linear, y: &Tensor<B, 2>| {
+                        observe(Seen::Output(linear, y.clone()));
+                    };
+                    let experts = self.experts(linears);
+                    let slots = experts.dispatch(x, &routed, &mut output);
+                    flow.activations.extend(to.iter().copied().zip(slots));
+                }
+                Op::Combine {
+                    from,
+                    x,
+                    routing,
+                    linears,
+                    to,
+                } => {
+                    read(*x);
+                    let x = read(*from);
+                    let routed = self.routed(&mut flow, *routing, at);
+                    let mut output = |linear, y: &Tensor<B, 2>| {
+                        observe(Seen::Output(linear, y.clone()));
+                    };
+                    let y = self.experts(linears).combine(x, &routed, &mut output);
+                    flow.activations.insert(*to, y);
+                }
+                Op::Weigh {
+                    from,
+                    x,
+                    matrix,
+                    to,
+                } => {
+                    let (y, x) = (read(*from), read(*x));
+                    let factor = B::matmul_nt(x, self.matrices[*matrix].weight.clone());
+                    flow.activations.insert(*to, y * sigmoid(factor));
+                }
                 Op::Add { from, scale } => {
                     let y = read(*from);
                     let y = if *scale == 1.0 { y } else { y * *scale };
@@ -189,6 +329,24 @@ impl<B: Engine> Block<B> {
             flow.activations.remove(&register)
         };
         states.expect("an earlier operation wrote it")
+    }
+
+    /// The choice of experts in a register, for operation `at`; the last that reads it takes it out.
+    fn routed(&self, flow: &mut Flow<B>, register: Register, at: usize) -> Arc<Routed> {
+        let routed = match self.spec.is_read(register, at + 1) {
+            true => flow.routed.get(&register).cloned(),
+            false => flow.routed.remove(&register),
+        };
+        routed.expect("an earlier operation chose")
+    }
+
+    /// The linears `linears` of experts.
+    fn experts(&self, linears: &Range<usize>) -> ExpertLinears<'_, B> {
+        ExpertLinears {
+            experts: self.spec.inputs(self.spec.linears()[linears.start].tap),
+            linears: &self.linears[linears.clone()],
+            first: linears.start,
+        }
     }
 
     fn norm(&self, x: Tensor<B, 2>, vector: usize, norm: Norm) -> Tensor<B, 2> {

@@ -1,9 +1,10 @@
 //! Hidden states on their way through a block.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor};
-use gptq_kernels::Engine;
+use gptq_kernels::{Engine, Routed};
 use gptq_spec::Register;
 
 /// Hidden states of some windows before a tap. Cloning shares the tensors.
@@ -15,6 +16,8 @@ pub struct Flow<B: Engine> {
     pub residual: Tensor<B, 2>,
     /// The other registers that are still to be read, `[windows * seq, features]`; none between blocks.
     pub activations: BTreeMap<Register, Tensor<B, 2>>,
+    /// Choices of experts that are still to be read.
+    pub routed: BTreeMap<Register, Arc<Routed>>,
 }
 
 impl<B: Engine> Flow<B> {
@@ -24,6 +27,7 @@ impl<B: Engine> Flow<B> {
             windows,
             residual,
             activations: BTreeMap::new(),
+            routed: BTreeMap::new(),
         }
     }
 
@@ -44,6 +48,7 @@ impl<B: Engine> Flow<B> {
             activations: activations
                 .map(|(r, states)| (r, states.cast(dtype)))
                 .collect(),
+            routed: self.routed,
         }
     }
 }

@@ -8,6 +8,7 @@ use gptq_kernels::{Engine, HostBuffer};
 use gptq_spec::{BlockSpec, LinearSpec};
 use rayon::prelude::*;
 
+use crate::experts::BlockMatrix;
 use crate::{Block, Linear, ModelError, Weight, rope};
 
 /// One block, read and checked, not yet on a device. Its 16-bit tensors are contiguous in memory
@@ -18,6 +19,8 @@ pub struct HostBlock {
     linears: Vec<HostLinear>,
     /// Offsets of the vectors in `values`.
     vectors: Vec<usize>,
+    /// Offsets of the matrices in `values`, and their corrections.
+    matrices: Vec<(usize, Option<Vec<f32>>)>,
 }
 
 struct HostLinear {
@@ -83,6 +86,13 @@ impl HostBlock {
             layout.add(name, vec![vector.len])
         });
         let vectors = vectors.collect();
+        let matrices = spec.matrices().iter().map(|matrix| {
+            let start = layout.add(matrix.weight(layer), matrix.shape.into());
+            let correction = matrix.correction(layer);
+            let read = |name: String| checkpoint.view(&name)?.f32();
+            Ok::<_, FormatError>((start, correction.map(read).transpose()?))
+        });
+        let matrices = matrices.collect::<Result<_, _>>()?;
         let linears = (spec.linears().iter())
             .map(|linear| HostLinear::read(checkpoint, linear, layer, &mut layout))
             .collect::<Result<_, _>>()?;
@@ -102,6 +112,7 @@ impl HostBlock {
             values,
             linears,
             vectors,
+            matrices,
         })
     }
 
@@ -141,7 +152,13 @@ impl HostBlock {
         });
         let vectors = self.spec.vectors().iter().zip(&self.vectors);
         let vectors = vectors.map(|(vector, start)| self.vector(*start, vector.len, device));
+        let matrices = self.spec.matrices().iter().zip(&self.matrices);
+        let matrices = matrices.map(|(matrix, (start, correction))| BlockMatrix {
+            weight: B::upload(&self.values, *start, matrix.shape, device).cast(dtype),
+            correction: correction.clone(),
+        });
         Block {
+            matrices: matrices.collect(),
             linears: linears.collect(),
             vectors: vectors.collect(),
             rope: rope.clone(),

@@ -1,8 +1,8 @@
 //! Contents of a branch's files, and clients that load them, from its plan and the model's shapes.
 
 use gptq_format::{
-    Contents, GroupSize, Half, LinearShape, ModuleSettings, QuantizeConfig, Support, TensorSpec,
-    client_support, is_renamed,
+    Contents, DynamicRules, GroupSize, Half, LinearShape, ModuleSettings, QuantizeConfig, Support,
+    TensorSpec, client_support, is_renamed, parts_experts,
 };
 use gptq_solver::Settings;
 use gptq_spec::{Division, ModelConfig, Role};
@@ -29,14 +29,6 @@ impl<'a> BranchFiles<'a> {
     /// Returns the settings declared to clients for the model called `model_name`.
     pub fn quantize_config(&self, model_name: &str) -> QuantizeConfig {
         let format = self.branch.checkpoint_format();
-        let choice = |module: &str| {
-            let settings = self.branch.module(module)?;
-            Some(Choice {
-                bits: settings.bits,
-                group_size: settings.group_size,
-            })
-        };
-        let dynamic = dynamic(self.config, format, self.own(), choice);
         QuantizeConfig {
             bits: self.branch.bits,
             group_size: self.branch.group_size,
@@ -53,9 +45,22 @@ impl<'a> BranchFiles<'a> {
             model_file_base_name: Some("model".to_owned()),
             quant_method: format.quant_method().to_owned(),
             checkpoint_format: format,
-            dynamic,
+            dynamic: self.dynamic(),
             modules_in_block_to_quantize: None,
         }
+    }
+
+    /// Returns the settings of linear layers that differ from the branch's.
+    fn dynamic(&self) -> Option<DynamicRules> {
+        let choice = |module: &str| {
+            let settings = self.branch.module(module)?;
+            Some(Choice {
+                bits: settings.bits,
+                group_size: settings.group_size,
+            })
+        };
+        let format = self.branch.checkpoint_format();
+        dynamic(self.config, format, self.own(), choice)
     }
 
     /// Returns all linear layers of the blocks with their settings.
@@ -101,10 +106,7 @@ impl<'a> BranchFiles<'a> {
                     format.tensors(tensor.module(), &shape)
                 }
                 _ => vec![TensorSpec {
-                    dtype: match tensor.role {
-                        Role::Carried(dtype) => dtype,
-                        _ => half.dtype(),
-                    },
+                    dtype: tensor.role.dtype(half.dtype()),
                     name: tensor.name,
                     shape: tensor.shape,
                 }],
@@ -155,6 +157,10 @@ impl<'a> BranchFiles<'a> {
             scattered,
             mixed: overridden || picked || self.branch.is_open(),
             skips: self.branch.overrides.iter().any(|it| it.settings.is_none()),
+            parted: (self.dynamic().iter()).any(|rules| {
+                let mut patterns = rules.iter();
+                patterns.any(|(pattern, _)| parts_experts(pattern))
+            }),
             listed: false,
             stray: false,
             renamed: self
@@ -232,7 +238,7 @@ impl<'a> BranchFiles<'a> {
                     "{module}: {all} {side} are not multiples of 32 for every rank"
                 ));
             }
-            if by_inputs && self.contents(vec![whole]).scattered {
+            if by_inputs && self.branch.grids(&whole).scattered {
                 return Err(format!(
                     "{module}: act order scatters its groups over all ranks; static_groups = true keeps them together"
                 ));

@@ -4,9 +4,11 @@
 //! `qzeros`, `scales` and `g_idx`, over the weights they represent. Unquantized layers do not
 //! count. Layers that an override names have its settings, and count.
 //!
-//! Layers that share an input share a setting: clients fuse `q`, `k` and `v`, and `gate` and `up`.
+//! Layers that share an input share a setting: clients fuse `q`, `k` and `v`, and `gate` and `up`. So do all experts of
+//! a block.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use gptq_format::{Bits, GroupSize, OutputFormat};
 use gptq_spec::{LinearSpec, ModelConfig};
@@ -24,8 +26,8 @@ const GROUP_SIZES: [usize; 3] = [32, 64, 128];
 pub struct OpenGroup {
     /// Block index.
     pub layer: usize,
-    /// The tap whose input its linears share.
-    pub tap: usize,
+    /// The taps whose inputs its linears take: one, or those of a block's experts.
+    pub taps: Range<usize>,
     /// Linears that get one choice together.
     pub linears: Vec<LinearSpec>,
 }
@@ -74,14 +76,16 @@ pub(crate) fn read<'a>(
 pub fn open_groups(branch: &BranchPlan, config: &ModelConfig) -> Vec<OpenGroup> {
     let mut open = Vec::new();
     for (layer, block) in config.blocks().iter().enumerate() {
-        for tap in block.taps() {
-            let linears = block.linears()[block.linears_of(tap)].iter();
+        for taps in block.settings_groups() {
+            let linears = taps
+                .clone()
+                .flat_map(|tap| &block.linears()[block.linears_of(tap)]);
             let free = |linear: &&LinearSpec| branch.overriding(&linear.module(layer)).is_none();
             let linears: Vec<LinearSpec> = linears.filter(free).cloned().collect();
             if !linears.is_empty() {
                 open.push(OpenGroup {
                     layer,
-                    tap,
+                    taps,
                     linears,
                 });
             }
@@ -245,10 +249,10 @@ impl OpenGroup {
     /// Returns the bits with each choice; `None` if its groups do not divide the inputs.
     pub(crate) fn sizes(&self, choices: &[Choice], format: &dyn OutputFormat) -> Vec<Option<u64>> {
         let size = |choice: &Choice| {
-            let n_in = self.linears[0].in_features;
-            let linears = self.linears.iter();
-            let bits = linears.map(|linear| choice.stored_bits(linear, format));
-            choice.group_size.divides(n_in).then(|| bits.sum())
+            let linears = || self.linears.iter();
+            let fits = linears().all(|linear| choice.group_size.divides(linear.in_features));
+            let bits = linears().map(|linear| choice.stored_bits(linear, format));
+            fits.then(|| bits.sum())
         };
         choices.iter().map(size).collect()
     }

@@ -1,6 +1,6 @@
 //! Settings of single linear layers, as files declare them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use gptq_format::{CheckpointFormat, Dynamic, DynamicRules};
 use gptq_spec::ModelConfig;
@@ -10,7 +10,18 @@ use crate::Choice;
 /// Maximum number of blocks in one expression: clients limit its length.
 const LAYERS: usize = 128;
 
-/// Returns the settings of linear layers that differ from `own`, as regular expressions on names; `choice` gives those
+/// Returns the names without those that lie within another, as experts do: an expression holds for these too.
+fn shortest<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Vec<&'a str> {
+    let all: BTreeSet<&str> = names.clone().collect();
+    let within = |name: &&str| {
+        let ends = name.match_indices('.').map(|(at, _)| &name[..at]);
+        ends.clone().any(|path| all.contains(path))
+    };
+    names.filter(|name| !within(name)).collect()
+}
+
+/// Returns the settings of linear layers that differ from `own`, and those of matrices that are never quantized, as
+/// regular expressions on names; `choice` gives those
 /// of a module, or `None` where it is left in full precision. No two match the same name, as clients try them in an
 /// order that JSON does not preserve. Each names blocks and linear layers, including the names of fused ones, and holds
 /// for all names with that beginning: no name begins with another.
@@ -26,17 +37,24 @@ pub fn dynamic(
     let own = Some(own);
     let mut same: BTreeMap<(Vec<&str>, Option<Choice>), Vec<usize>> = BTreeMap::new();
     for (layer, block) in config.blocks().iter().enumerate() {
-        for tap in block.taps() {
+        for taps in block.settings_groups() {
             let mut settings: BTreeMap<Option<Choice>, Vec<usize>> = BTreeMap::new();
-            for linear in block.linears_of(tap) {
+            for linear in taps.flat_map(|tap| block.linears_of(tap)) {
                 let module = block.linears()[linear].module(layer);
                 settings.entry(choice(&module)).or_default().push(linear);
             }
             for (choice, linears) in settings.into_iter().filter(|(it, _)| *it != own) {
                 let names = linears.iter().map(|&it| &*block.linears()[it].name);
-                let names = names.chain(block.fused(&linears)).collect();
-                same.entry((names, choice)).or_default().push(layer);
+                let names = names.chain(block.fused(&linears));
+                same.entry((shortest(names), choice))
+                    .or_default()
+                    .push(layer);
             }
+        }
+        // A router, and the gate of a shared expert.
+        let names: Vec<&str> = block.matrices().iter().map(|it| &*it.name).collect();
+        if !names.is_empty() {
+            same.entry((names, None)).or_default().push(layer);
         }
     }
     // Programs have the blocks under one of these names in memory, whatever files say.

@@ -85,6 +85,9 @@ pub struct BranchBlock {
     /// Tuning of the block, if it was tuned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuning: Option<Tuning>,
+    /// Calibration tokens of each expert, if the block has experts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub expert_tokens: Vec<usize>,
 }
 
 /// A run, as its journal has it.
@@ -146,6 +149,7 @@ impl BranchBlock {
             layer,
             output_error,
             tuning: self.tuning.clone(),
+            expert_tokens: self.expert_tokens.clone(),
         })
     }
 }

@@ -7,7 +7,7 @@ use gptq_format::{Bits, FormatName, GroupSize, Half};
 use serde::Deserialize;
 use toml::Spanned;
 
-use crate::{Choice, Preset};
+use crate::{Choice, ExpertTokens, Preset};
 
 /// Reads the whole file as one document.
 #[derive(Clone, Debug, Deserialize)]
@@ -141,6 +141,7 @@ pub(crate) struct SettingsTable {
     pub refine: Option<Spanned<usize>>,
     pub tune: Option<Spanned<usize>>,
     pub mismatch_correction: Option<Spanned<f64>>,
+    pub experts: Option<ExpertTokens>,
     /// Its old spelling.
     pub asymmetric: Option<Spanned<f64>>,
 }
@@ -166,6 +167,7 @@ pub(crate) struct BranchTable {
     pub refine: Option<Spanned<usize>>,
     pub tune: Option<Spanned<usize>>,
     pub mismatch_correction: Option<Spanned<f64>>,
+    pub experts: Option<ExpertTokens>,
     /// Its old spelling.
     pub asymmetric: Option<Spanned<f64>>,
     #[serde(default, rename = "override")]

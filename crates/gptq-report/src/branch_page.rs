@@ -1,14 +1,17 @@
 //! Contents of the page about one branch.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
-use gptq_plan::{BranchReport, LinearReport, Measure, Share, Tuning};
+use gptq_format::Contents;
+use gptq_plan::{BranchReport, LinearReport, Measure, Share, Tuning, TuningLoss};
 use gptq_spec::ModelConfig;
 use minijinja::Value;
 use serde::Serialize;
 
 use crate::Branch;
-use crate::heat_map::{HeatMap, label, within_block};
+use crate::expert_map::{ExpertMap, expert_map};
+use crate::heat_map::{HeatMap, kind, kind_of, label};
 use crate::number;
 use crate::plot::{Series, lines};
 
@@ -28,6 +31,7 @@ pub(crate) struct BranchPage {
     /// True if `growth` includes the blocks' errors on fresh text.
     pub fresh: bool,
     pub tuning: Option<TuningFigure>,
+    pub experts: Option<ExpertMap>,
     pub kinds: Vec<LinearKind>,
     /// Options beyond plain GPTQ that any linear layer used, by their recipe names.
     pub options: Vec<&'static str>,
@@ -44,9 +48,10 @@ pub(crate) struct TuningFigure {
     pub curves: Value,
     pub blocks: usize,
     pub steps: usize,
-    /// Mean distances to the dense blocks' outputs.
-    pub before: String,
-    pub after: String,
+    /// Mean distances to the dense blocks' outputs, before and after.
+    pub output: Option<[String; 2]>,
+    /// Divergence of the predictions, before and after.
+    pub predictions: Option<[String; 2]>,
 }
 
 /// All linear layers of one name.
@@ -127,6 +132,7 @@ impl BranchPage {
             blocks: !report.blocks.is_empty(),
             fresh: has_fresh,
             tuning: tuning(report),
+            experts: expert_map(&report.blocks),
             kinds: kinds(&report.linears, measure, &options),
             options,
             unusual: unusual(&report.linears, measure, damp_percent),
@@ -167,16 +173,20 @@ fn tuning(report: &BranchReport) -> Option<TuningFigure> {
             |distance| format!("{distance:.2}"),
         ),
     );
-    let mean = |of: fn(&Tuning) -> f64| {
-        let sum: f64 = tuned.iter().map(|(_, tuning)| of(tuning)).sum();
-        number::error(sum / tuned.len() as f64)
+    let mean = |loss: TuningLoss, of: fn(&Tuning) -> f64| {
+        let all: Vec<f64> = (tuned.iter())
+            .filter(|(_, tuning)| tuning.loss == loss)
+            .map(|(_, tuning)| of(tuning))
+            .collect();
+        (!all.is_empty()).then(|| number::error(all.iter().sum::<f64>() / all.len() as f64))
     };
+    let span = |loss| Some([mean(loss, |it| it.before)?, mean(loss, |it| it.after)?]);
     (!tuned.is_empty()).then(|| TuningFigure {
         curves: Value::from_safe_string(curves),
         blocks: tuned.len(),
         steps,
-        before: mean(|tuning| tuning.before),
-        after: mean(|tuning| tuning.after),
+        output: span(TuningLoss::Output),
+        predictions: span(TuningLoss::Predictions),
     })
 }
 
@@ -184,6 +194,7 @@ fn tuning(report: &BranchReport) -> Option<TuningFigure> {
 fn settings(branch: &Branch) -> String {
     let report = &branch.report;
     let config = &report.quantize_config;
+    let contents = Contents::of(config, Vec::new());
     let yes = |on: bool, what: &'static str| on.then_some(what);
     let groups = match i64::from(config.group_size) {
         -1 => "one group per row".to_owned(),
@@ -209,7 +220,7 @@ fn settings(branch: &Branch) -> String {
     let more = [
         yes(!config.true_sequential, "whole blocks at once"),
         yes(
-            config.dynamic.is_some(),
+            contents.mixed || contents.skips,
             "separate settings for some linear layers",
         ),
         yes(
@@ -250,13 +261,13 @@ fn mean(values: &[f64]) -> f64 {
 /// Groups linear layers by `key`, in the order of first appearance.
 fn grouped<'a>(
     linears: &'a [LinearReport],
-    key: impl Fn(&'a LinearReport) -> &'a str,
-) -> Vec<(&'a str, Vec<&'a LinearReport>)> {
-    let mut groups: Vec<(&str, Vec<&LinearReport>)> = Vec::new();
+    key: impl Fn(&'a LinearReport) -> Cow<'a, str>,
+) -> Vec<(Cow<'a, str>, Vec<&'a LinearReport>)> {
+    let mut groups: Vec<(Cow<'_, str>, Vec<&LinearReport>)> = Vec::new();
     let mut places = BTreeMap::new();
     for linear in linears {
         let key = key(linear);
-        let at = *places.entry(key).or_insert(groups.len());
+        let at = *places.entry(key.clone()).or_insert(groups.len());
         if at == groups.len() {
             groups.push((key, Vec::new()));
         }
@@ -277,7 +288,7 @@ fn options(linears: &[LinearReport]) -> Vec<&'static str> {
 }
 
 fn kinds(linears: &[LinearReport], measure: Measure, options: &[&str]) -> Vec<LinearKind> {
-    let kinds = grouped(linears, within_block).into_iter();
+    let kinds = grouped(linears, kind).into_iter();
     kinds
         .map(|(name, group)| {
             let of = |value: &dyn Fn(&LinearReport) -> f64| {
@@ -293,7 +304,7 @@ fn kinds(linears: &[LinearReport], measure: Measure, options: &[&str]) -> Vec<Li
                 }
             };
             LinearKind {
-                label: label(name).to_owned(),
+                label: label(&name).to_owned(),
                 error: number::error(of(&|l| l.errors(measure)[0])),
                 rtn: number::error(of(&|l| l.errors(measure)[1])),
                 ratio: format!("{ratio:.3}"),
@@ -318,14 +329,20 @@ fn unusual(linears: &[LinearReport], measure: Measure, asked: f64) -> Vec<Unusua
 }
 
 /// Returns the seconds of solving by group of linear layers that share an input and a factor.
-fn solving(linears: &[LinearReport], taps: &BTreeMap<String, String>) -> Vec<(String, f64)> {
+fn solving<'a>(
+    linears: &'a [LinearReport],
+    taps: &'a BTreeMap<String, String>,
+) -> Vec<(String, f64)> {
     let tap = |l| {
-        let name = within_block(l);
-        taps.get(name).map_or(label(name), String::as_str)
+        let name = kind(l);
+        match taps.get(&*name) {
+            Some(tap) => Cow::Borrowed(tap.as_str()),
+            None => Cow::Owned(label(&name).to_owned()),
+        }
     };
     let groups = grouped(linears, tap).into_iter();
     groups
-        .map(|(name, group)| (name.to_owned(), group.iter().map(|l| l.seconds).sum()))
+        .map(|(name, group)| (name.into_owned(), group.iter().map(|l| l.seconds).sum()))
         .collect()
 }
 
@@ -346,7 +363,13 @@ fn taps(config: &serde_json::Value) -> BTreeMap<String, String> {
             let mut seen = BTreeSet::new();
             labels.retain(|label| seen.insert(*label));
             let labels = labels.join(", ");
-            taps.extend(names.map(|name| (name.clone(), labels.clone())));
+            match block.experts_at(tap) {
+                None => taps.extend(names.map(|name| (name.clone(), labels.clone()))),
+                Some(_) => {
+                    let kinds = names.map(|name| kind_of(name).into_owned());
+                    taps.extend(kinds.map(|kind| (kind, format!("experts' {labels}"))));
+                }
+            }
         }
     }
     taps

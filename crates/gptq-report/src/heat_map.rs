@@ -1,5 +1,7 @@
-//! A branch's errors as a map of layers and linear layers, coloured by the logarithm of the error.
+//! A branch's errors as a map of layers and linear layers, coloured by the logarithm of the error. The experts of a block
+//! share a cell.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use gptq_plan::{LinearReport, Measure};
@@ -43,17 +45,21 @@ pub(crate) struct Cell {
 
 impl HeatMap {
     pub(crate) fn new(linears: &[LinearReport], measure: Measure) -> HeatMap {
-        let mut names: Vec<&str> = Vec::new();
+        let mut names: Vec<Cow<'_, str>> = Vec::new();
         let mut seen = BTreeSet::new();
-        let mut layers: BTreeMap<usize, BTreeMap<&str, &LinearReport>> = BTreeMap::new();
+        type Row<'a> = BTreeMap<Cow<'a, str>, Vec<&'a LinearReport>>;
+        let mut layers: BTreeMap<usize, Row<'_>> = BTreeMap::new();
         for linear in linears {
-            let name = within_block(linear);
-            if seen.insert(name) {
-                names.push(name);
+            let name = kind(linear);
+            if seen.insert(name.clone()) {
+                names.push(name.clone());
             }
-            layers.entry(linear.layer).or_default().insert(name, linear);
+            let row = layers.entry(linear.layer).or_default();
+            row.entry(name).or_default().push(linear);
         }
-        let errors = || linears.iter().map(|l| l.errors(measure)[0]);
+        let cells = layers.values().flat_map(BTreeMap::values);
+        let errors: Vec<f64> = cells.map(|cell| mean_error(cell, measure)).collect();
+        let errors = || errors.iter().copied();
         let low = errors().filter(|&e| e > 0.0).fold(f64::INFINITY, f64::min);
         let high = errors().fold(0.0, f64::max);
         let heat = |error: f64| {
@@ -70,9 +76,12 @@ impl HeatMap {
             cells: names
                 .iter()
                 .map(|name| {
-                    let linear = row.get(name)?;
-                    let heat = heat(linear.errors(measure)[0]);
-                    Some(Cell::new(linear, measure, heat))
+                    let linears = row.get(name)?;
+                    let heat = heat(mean_error(linears, measure));
+                    Some(match linears[..] {
+                        [linear] => Cell::new(linear, measure, heat),
+                        _ => Cell::of_experts(name, linears, measure, heat),
+                    })
                 })
                 .collect(),
         });
@@ -88,14 +97,47 @@ impl HeatMap {
                 .iter()
                 .map(|name| Column {
                     label: label(name).to_owned(),
-                    name: (*name).to_owned(),
+                    name: name.clone().into_owned(),
                 })
                 .collect(),
         }
     }
 }
 
+/// Returns the mean error of some linear layers.
+fn mean_error(linears: &[&LinearReport], measure: Measure) -> f64 {
+    let errors = linears.iter().map(|linear| linear.errors(measure)[0]);
+    errors.sum::<f64>() / linears.len() as f64
+}
+
 impl Cell {
+    /// The linear layers `name` of a block's experts.
+    fn of_experts(name: &str, linears: &[&LinearReport], measure: Measure, heat: u32) -> Cell {
+        let mean = mean_error(linears, measure);
+        let error = |linear: &LinearReport| linear.errors(measure)[0];
+        let worst = linears.iter().max_by(|a, b| error(a).total_cmp(&error(b)));
+        let worst = worst.map_or_else(String::new, |linear| {
+            format!(
+                "\nworst {} of {}",
+                number::error(error(linear)),
+                linear.name
+            )
+        });
+        let mut ratios = 0.0;
+        linears.iter().for_each(|it| ratios += it.of_rtn(measure));
+        Cell {
+            text: number::short_error(mean),
+            title: format!(
+                "{name} of {} experts\nmean {} {}, ratio to round-to-nearest {:.3}{worst}",
+                linears.len(),
+                measure.name(),
+                number::error(mean),
+                ratios / linears.len() as f64
+            ),
+            heat,
+        }
+    }
+
     fn new(linear: &LinearReport, measure: Measure, heat: u32) -> Cell {
         let [n_out, n_in] = linear.shape;
         let [error, _] = linear.errors(measure);
@@ -144,6 +186,22 @@ pub(crate) fn within_block(linear: &LinearReport) -> &str {
         Some((_, name)) => name,
         None => &linear.name,
     }
+}
+
+/// Returns the name that a linear layer has in common with those of other experts, `mlp.experts.*.up_proj`; of other
+/// linear layers the name itself.
+pub(crate) fn kind(linear: &LinearReport) -> Cow<'_, str> {
+    kind_of(within_block(linear))
+}
+
+/// Returns the same for a name within a block.
+pub(crate) fn kind_of(name: &str) -> Cow<'_, str> {
+    let expert = name.split_once(".experts.").and_then(|(path, rest)| {
+        let (number, name) = rest.split_once('.')?;
+        let is_number = !number.is_empty() && number.bytes().all(|c| c.is_ascii_digit());
+        is_number.then(|| format!("{path}.experts.*.{name}"))
+    });
+    expert.map_or(Cow::Borrowed(name), Cow::Owned)
 }
 
 /// Returns the short name in common use: `q`.
@@ -197,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_of_94_blocks_of_128_experts_is_made_in_no_time() {
+    fn experts_share_a_cell_and_94_blocks_of_128_are_drawn_in_no_time() {
         let experts = (0..128).flat_map(|expert| {
             let parts = ["gate", "up", "down"];
             parts.map(|part| format!("mlp.experts.{expert}.{part}_proj"))
@@ -209,8 +267,11 @@ mod tests {
             .collect();
         let started = std::time::Instant::now();
         let map = HeatMap::new(&linears, Measure::Weights);
-        assert_eq!((map.rows.len(), map.columns.len()), (94, 388));
-        // Formatting the cells takes most of it.
+        assert_eq!((map.rows.len(), map.columns.len()), (94, 7));
+        let names: Vec<&str> = map.columns.iter().map(|it| it.name.as_str()).collect();
+        assert_eq!(names[3..5], ["self_attn.o_proj", "mlp.experts.*.gate_proj"]);
+        let cell = map.rows[1].cells[6].as_ref().unwrap();
+        assert!(cell.title.contains("of 128 experts"), "{}", cell.title);
         assert!(started.elapsed().as_secs() < 5);
     }
 

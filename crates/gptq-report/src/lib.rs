@@ -12,6 +12,7 @@ mod branch_page;
 mod card;
 mod description;
 mod error;
+mod expert_map;
 mod heat_map;
 mod html;
 mod matrix;

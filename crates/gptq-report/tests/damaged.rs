@@ -166,6 +166,7 @@ fn output_errors_over_one_are_read_and_those_that_nothing_measured_is_are_refuse
         report.blocks.push(BlockReport {
             layer: 0,
             tuning: None,
+            expert_tokens: Vec::new(),
             output_error: 17.0,
         });
     })
@@ -185,6 +186,7 @@ fn output_errors_over_one_are_read_and_those_that_nothing_measured_is_are_refuse
                 report.blocks.push(BlockReport {
                     layer: 1 << 20,
                     tuning: None,
+                    expert_tokens: Vec::new(),
                     output_error: 1.0,
                 });
             },

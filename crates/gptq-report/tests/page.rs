@@ -1,6 +1,6 @@
 //! The page shows the numbers of the reports.
 
-use gptq_plan::{BlockReport, Measure, Share, Tuning};
+use gptq_plan::{BlockReport, Measure, Share, Tuning, TuningLoss};
 use gptq_report::{csv, html, rows};
 
 use crate::fixture::matrix_with;
@@ -99,16 +99,21 @@ fn compared(report: &mut gptq_plan::BranchReport) {
         linear.rtn_output_error = Some(6e-3 * (i + 1) as f64);
         linear.solver_objective = Some(7.5e-4);
     }
-    report.method = Some(gptq_plan::Preset::Tuned.method());
+    report.method = Some(gptq_plan::Preset::Tuned.method(gptq_format::Bits::Four));
     report.blocks = (0..3)
         .map(|layer| BlockReport {
             layer,
             tuning: Some(Tuning {
+                loss: match layer {
+                    2 => TuningLoss::Predictions,
+                    _ => TuningLoss::Output,
+                },
                 before: 2e-2,
                 after: 1.5e-2,
                 curve: vec![2e-2, 1.8e-2, 1.6e-2],
             }),
             output_error: 1e-2 * (layer + 1) as f64,
+            expert_tokens: Vec::new(),
         })
         .collect();
 }
@@ -130,7 +135,9 @@ fn a_page_goes_by_the_dense_models_output_where_every_report_has_it() {
         main.contains("Tuning of 3 blocks in 60 steps each"),
         "{main}"
     );
-    assert!(main.contains("fell from 2.000e-2 to 1.500e-2"), "{main}");
+    let fell = "fell from 2.000e-2 to 1.500e-2 of what the dense block adds";
+    assert!(main.contains(fell), "{main}");
+    assert!(main.contains("fell from 2.000e-2 to 1.500e-2 nats a token"));
     assert!(main.contains("<title>block 1, step 20: 0.900</title>"));
     // Weights that were changed on purpose are not flagged.
     assert!(!main.contains("<strong>0.250</strong>") && main.contains("<td>0.250</td>"));

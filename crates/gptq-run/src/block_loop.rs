@@ -11,10 +11,11 @@ use std::time::Instant;
 
 use gptq_kernels::Engine;
 use gptq_model::{Block, Model};
-use gptq_plan::{Plan, Propagation};
+use gptq_plan::{ExpertTokens, Plan, Propagation};
 
 use crate::RunError;
-use crate::gram::{Dense, Grams, grams};
+use crate::expert_grams::ExpertTap;
+use crate::gram::{Dense, TapGrams, grams};
 use crate::output_errors::OutputErrors;
 use crate::profile::{Clock, Phase};
 use crate::read_ahead::Ahead;
@@ -34,12 +35,12 @@ pub(crate) trait Strategy<B: Engine> {
     /// True if weights are found from Gram matrices of the taps' inputs, false if they are known.
     fn solves(&self) -> bool;
 
-    /// Gives `block` the quantized weights of the linears at a tap. `grams` are there if the strategy solves,
-    /// and `compared` where outputs are compared with the dense model's.
+    /// Gives `block` the quantized weights of the linears at a tap, of experts those whose `grams` are given. They are
+    /// there if the strategy solves, and `compared` where outputs are compared with the dense model's.
     fn tap(
         &mut self,
         at: At,
-        grams: Option<Grams<B>>,
+        grams: Option<TapGrams<B>>,
         compared: Option<&OutputErrors<B>>,
         block: &mut Block<B>,
         clock: &mut Clock,
@@ -115,9 +116,14 @@ pub(crate) struct BlockLoop<'a, B: Engine> {
     /// True if device memory is to be given back as soon as it is unused: CubeCL's pools keep what was once
     /// needed, a pool for each range of sizes.
     pub(crate) frugal: bool,
+    /// Limit on the bytes of experts' Gram matrices that are alive together.
+    pub(crate) gram_bytes: u64,
     /// Ends the run where it returns an error, which is asked between taps.
     pub(crate) check: &'a mut dyn FnMut() -> Result<(), RunError>,
 }
+
+/// Gram matrices of a subset's taps, where they are summed before its linears are solved.
+type SubsetGrams<B> = Vec<Option<TapGrams<B>>>;
 
 /// A block that the branches are in.
 struct Entered<'a, B: Engine> {
@@ -193,6 +199,9 @@ impl<B: Engine> BlockLoop<'_, B> {
             self.taps(&mut entered, stream, block, &subsets, strategy, &mut done)?;
         }
         states.streams = done;
+        if let Some(compared) = &mut states.compared {
+            compared.leave();
+        }
         Ok(())
     }
 
@@ -235,25 +244,32 @@ impl<B: Engine> BlockLoop<'_, B> {
             .then(|| grams(&stream, block, subset.clone(), dense, device, self.clock))
             .transpose()?;
         let branches = std::mem::take(&mut stream.branches);
+        let spec = block.spec();
+        let mixed = subset.clone().any(|tap| spec.experts_at(tap).is_some());
+        let mut experts = match mixed {
+            true => {
+                let grams = grams.as_ref();
+                self.experts(
+                    entered,
+                    (&stream, &branches),
+                    block,
+                    (subset, grams),
+                    strategy,
+                )?
+            }
+            false => Vec::new(),
+        }
+        .into_iter();
         let shared = started.elapsed().as_secs_f64() / branches.len() as f64;
         let splits = self.plan.propagation == Propagation::Quantized;
         let mut parent = Some(stream);
         for (i, &branch) in branches.iter().enumerate() {
             let started = Instant::now();
-            let mut quantized = block.clone();
             let states = parent.as_ref().expect("taken only by the last branch");
-            for (nth, tap) in subset.clone().enumerate() {
-                (self.check)()?;
-                let at = At { layer, branch, tap };
-                let grams = grams.as_ref().map(|grams| grams[nth].clone());
-                let compared = entered.compared.as_deref();
-                strategy
-                    .tap(at, grams, compared, &mut quantized, self.clock)
-                    .map_err(|error| explained(error, states, device))?;
-                if let Some(compared) = &mut entered.compared {
-                    compared.advance(branch, tap, &quantized, device, self.clock)?;
-                }
-            }
+            let quantized = match experts.next() {
+                Some(quantized) => quantized,
+                None => self.plain(entered, (states, branch), block, (subset, &grams), strategy)?,
+            };
             let tap = subset.start;
             let at = At { layer, branch, tap };
             strategy.subset_done(at, block, &quantized, states, self.clock)?;
@@ -282,6 +298,100 @@ impl<B: Engine> BlockLoop<'_, B> {
             self.taps(entered, stream, block, rest, strategy, done)?;
         }
         Ok(())
+    }
+
+    /// Returns the block with a branch's weights of a subset without experts.
+    fn plain(
+        &mut self,
+        entered: &mut Entered<'_, B>,
+        (states, branch): (&Stream<B>, usize),
+        block: &Block<B>,
+        (subset, grams): (&Range<usize>, &Option<SubsetGrams<B>>),
+        strategy: &mut dyn Strategy<B>,
+    ) -> Result<Block<B>, RunError> {
+        let (layer, device) = (entered.layer, self.model.device());
+        let mut quantized = block.clone();
+        for (nth, tap) in subset.clone().enumerate() {
+            (self.check)()?;
+            let at = At { layer, branch, tap };
+            let grams = grams.as_ref().and_then(|grams| grams[nth].clone());
+            let compared = entered.compared.as_deref();
+            strategy
+                .tap(at, grams, compared, &mut quantized, self.clock)
+                .map_err(|error| explained(error, states, device))?;
+            if let Some(compared) = &mut entered.compared {
+                compared.advance(branch, tap, &quantized, device, self.clock)?;
+            }
+        }
+        Ok(quantized)
+    }
+
+    /// Returns the block with each branch's weights of a subset with experts, which are taken in slices.
+    fn experts(
+        &mut self,
+        entered: &mut Entered<'_, B>,
+        (stream, branches): (&Stream<B>, &[usize]),
+        block: &Block<B>,
+        (subset, grams): (&Range<usize>, Option<&SubsetGrams<B>>),
+        strategy: &mut dyn Strategy<B>,
+    ) -> Result<Vec<Block<B>>, RunError> {
+        let (layer, device, plan) = (entered.layer, self.model.device(), self.plan);
+        let mut blocks = vec![block.clone(); branches.len()];
+        for (nth, tap) in subset.clone().enumerate() {
+            let experts = block.spec().inputs(tap);
+            let slice = match grams.is_some() {
+                true => plan.expert_slice(block.spec(), tap, B::LANES, self.gram_bytes),
+                false => experts,
+            };
+            for first in (0..experts).step_by(slice) {
+                let part = first..(first + slice).min(experts);
+                for tokens in [ExpertTokens::Routed, ExpertTokens::All] {
+                    let method = |branch: usize| plan.branches[branch].method;
+                    let members = branches.iter().zip(&mut blocks);
+                    let mut members =
+                        members.filter(|(branch, _)| method(**branch).experts == tokens);
+                    let Some(leading) = members.next() else {
+                        continue;
+                    };
+                    let members: Vec<_> = std::iter::once(leading).chain(members).collect();
+                    let corrects = members
+                        .iter()
+                        .any(|(it, _)| method(**it).corrects_mismatch());
+                    let own = match grams {
+                        Some(grams) if experts == 1 => grams[nth].clone(),
+                        Some(_) => {
+                            let sums = ExpertTap {
+                                block,
+                                dense_block: entered.block,
+                                tap,
+                                subset: subset.clone(),
+                                dense: entered.dense.filter(|_| corrects),
+                                tokens,
+                                device,
+                            };
+                            let of = || sums.grams(stream, part.clone());
+                            let of = self.clock.measure::<B, _>(Phase::Gram, device, of)?;
+                            Some(TapGrams { first, of })
+                        }
+                        None => None,
+                    };
+                    for (&branch, quantized) in members {
+                        (self.check)()?;
+                        let at = At { layer, branch, tap };
+                        let compared = entered.compared.as_deref();
+                        strategy
+                            .tap(at, own.clone(), compared, quantized, self.clock)
+                            .map_err(|error| explained(error, stream, device))?;
+                    }
+                }
+            }
+            if let Some(compared) = &mut entered.compared {
+                for (&branch, quantized) in branches.iter().zip(&blocks) {
+                    compared.advance(branch, tap, quantized, device, self.clock)?;
+                }
+            }
+        }
+        Ok(blocks)
     }
 
     /// Tunes the block of a branch, which has its weights in `quantized`, and takes the branch through it again.

@@ -8,6 +8,8 @@ pub(crate) struct BranchProgress {
     pub(crate) linears: Vec<LinearReport>,
     pub(crate) clamped: Vec<Clamped>,
     pub(crate) blocks: Vec<BlockReport>,
+    /// Tokens of each expert of the block that the branch is in, as far as they are counted.
+    pub(crate) expert_tokens: Vec<usize>,
     /// Spent on the branch, by this run and the interrupted ones before it.
     pub(crate) seconds: f64,
 }
@@ -24,6 +26,7 @@ impl BranchProgress {
             clamped: clamped.cloned().collect(),
             output_error: block.map(|block| block.output_error),
             tuning: block.and_then(|block| block.tuning.clone()),
+            expert_tokens: block.map_or_else(Vec::new, |block| block.expert_tokens.clone()),
         }
     }
 }

@@ -97,8 +97,12 @@ impl BranchWriter {
         for spec in self.specs.iter().filter(shared) {
             let (half, name, shape) = (self.half, &spec.name, &spec.shape);
             if spec.dtype != half.dtype() {
-                // Of no part that is run: as it was.
-                self.weights.write(name, &checkpoint.view(name)?.bytes())?;
+                let view = checkpoint.view(name)?;
+                match view.dtype == spec.dtype {
+                    // Of no part that is run, or wide already: as it was.
+                    true => self.weights.write(name, &view.bytes())?,
+                    false => self.weights.write(name, le_bytes(&view.f32()?))?,
+                }
                 checkpoint.give_back(name);
                 continue;
             }

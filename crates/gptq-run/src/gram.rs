@@ -10,6 +10,7 @@ use burn::tensor::Tensor;
 use gptq_format::FormatError;
 use gptq_kernels::{Engine, map_lanes};
 use gptq_model::Block;
+use gptq_spec::BlockSpec;
 
 use crate::profile::{Clock, Phase, timed};
 use crate::stream::{Chunk, Stream};
@@ -71,18 +72,37 @@ impl<B: Engine> Dense<B> {
         self.before(tap).chunks.get(self.place(chunk)?)
     }
 
+    /// Returns chunk `chunk` of the branches' after `tap`, where there is one.
+    pub(crate) fn chunk_after(&self, tap: usize, chunk: usize) -> Option<&Chunk<B>> {
+        match tap + 1 < self.before.len() {
+            true => self.chunk(tap + 1, chunk),
+            false => self.end_chunk(chunk),
+        }
+    }
+
     /// Returns the same after the block that was entered last.
     pub(crate) fn end_chunk(&self, chunk: usize) -> Option<&Chunk<B>> {
         self.end.chunks.get(self.place(chunk)?)
     }
 }
 
-/// Gram matrices of a tap's input, f32 `[in, in]` each.
+/// Gram matrices of consecutive inputs of a tap: of its one input, or of some experts'.
+#[derive(Clone)]
+pub(crate) struct TapGrams<B: Engine> {
+    /// The first of the inputs.
+    pub(crate) first: usize,
+    /// Those of each.
+    pub(crate) of: Vec<Grams<B>>,
+}
+
+/// Gram matrices of an input, f32 `[in, in]` each.
 #[derive(Clone)]
 pub(crate) struct Grams<B: Engine> {
     /// `XᵀX` of all tokens, upper triangle.
     pub(crate) all: Tensor<B, 2>,
     pub(crate) mismatch: Option<Drift<B>>,
+    /// Number of rows that were summed.
+    pub(crate) tokens: usize,
 }
 
 /// Sums over the tokens that the dense model was given too, f32.
@@ -108,8 +128,14 @@ impl<B: Engine> std::ops::Add for Drift<B> {
     }
 }
 
+/// The tap of those that are solved together whose outputs make up for what the residual stream has lost: the first
+/// whose outputs are added to it, because those after it are not given what that one makes up for.
+pub(crate) fn makes_up(spec: &BlockSpec, mut taps: Range<usize>) -> Option<usize> {
+    taps.find(|&tap| spec.linears_of(tap).any(|it| spec.added(it).is_some()))
+}
+
 /// The Gram matrices of the input of each of `taps`, with `block`'s weights in between; the stream stays
-/// where it is.
+/// where it is. Those of experts are left out.
 pub(crate) fn grams<B: Engine>(
     stream: &Stream<B>,
     block: &Block<B>,
@@ -117,14 +143,13 @@ pub(crate) fn grams<B: Engine>(
     dense: Option<&Dense<B>>,
     device: &B::Device,
     clock: &mut Clock,
-) -> Result<Vec<Grams<B>>, FormatError> {
+) -> Result<Vec<Option<TapGrams<B>>>, FormatError> {
     let started = Instant::now();
     let chunks: Vec<_> = stream.chunks.iter().enumerate().collect();
     let spec = block.spec();
-    let added = |&tap: &usize| spec.linears_of(tap).any(|it| spec.added(it).is_some());
     let tap = TapReader {
         block,
-        makes_up: taps.clone().find(added),
+        makes_up: makes_up(spec, taps.clone()),
         taps,
         dense,
         device,
@@ -141,7 +166,11 @@ pub(crate) fn grams<B: Engine>(
         .map(|lane| lane.sums)
         .reduce(|sums, lane| sums.into_iter().zip(lane).map(|(a, b)| a + b).collect())
         .expect("a stream has at least one chunk");
-    let grams = sums.into_iter().map(GramSums::finish).collect();
+    let grams = sums.into_iter().map(|sums| {
+        let of = vec![sums.finish()?];
+        Some(TapGrams { first: 0, of })
+    });
+    let grams = grams.collect();
     // Lanes run at the same time: their shares of it, not their sums.
     let seconds = started.elapsed().as_secs_f64();
     let share = forward / (forward + gram).max(f64::MIN_POSITIVE);
@@ -149,25 +178,59 @@ pub(crate) fn grams<B: Engine>(
     clock.add(Phase::Gram, seconds * (1.0 - share));
     Ok(grams)
 }
-/// Sums over chunks of one tap's input. Tokens that the dense model was given too are summed apart.
-struct GramSums<B: Engine> {
+
+/// Sums over chunks of one input. Tokens that the dense model was given too are summed apart.
+pub(crate) struct GramSums<B: Engine> {
     apart: Option<Drift<B>>,
     rest: Option<Tensor<B, 2>>,
+    /// Number of rows.
+    pub(crate) tokens: usize,
+}
+
+impl<B: Engine> Default for GramSums<B> {
+    fn default() -> Self {
+        GramSums {
+            apart: None,
+            rest: None,
+            tokens: 0,
+        }
+    }
 }
 
 /// States of the dense model, for the tokens of a chunk.
-struct DenseStates<B: Engine> {
+pub(crate) struct DenseStates<B: Engine> {
     /// Input of the tap.
-    x: Tensor<B, 2>,
+    pub(crate) x: Tensor<B, 2>,
     /// Its residual stream and the branch's, if the tap's outputs are to make up for the difference.
-    residuals: Option<[Tensor<B, 2>; 2]>,
+    pub(crate) residuals: Option<[Tensor<B, 2>; 2]>,
+}
+
+/// Weights of rows in the sums, `[rows, 1]` in compute dtype.
+pub(crate) struct RowWeights<B: Engine> {
+    /// Square root of the weight.
+    pub(crate) root: Tensor<B, 2>,
+    /// Weight.
+    pub(crate) whole: Tensor<B, 2>,
+    /// Weight in the sum with the residual streams.
+    pub(crate) residual: Tensor<B, 2>,
 }
 
 impl<B: Engine> GramSums<B> {
-    /// Adds a chunk's input, and the dense model's states for the same tokens.
-    fn add(&mut self, x: Tensor<B, 2>, dense: Option<DenseStates<B>>) {
-        let n = x.dims()[1];
+    /// Adds a chunk's input, with its rows' weights where these are not 1, and the dense model's states for the same
+    /// tokens.
+    pub(crate) fn add(
+        &mut self,
+        x: Tensor<B, 2>,
+        weights: Option<RowWeights<B>>,
+        dense: Option<DenseStates<B>>,
+    ) {
+        let [rows, n] = x.dims();
         let zeros = |rows| B::gram_zeros([rows, n], &x.device());
+        self.tokens += rows;
+        let [root, whole, shares] = match weights {
+            None => [x.clone(), x.clone(), x.clone()],
+            Some(it) => [it.root, it.whole, it.residual].map(|weights| x.clone() * weights),
+        };
         // Taken out, so that the engine owns a sum alone and can add in place.
         match dense {
             Some(dense) => {
@@ -179,27 +242,29 @@ impl<B: Engine> GramSums<B> {
                 let residual = dense.residuals.map(|residuals| {
                     let hidden = residuals[0].dims()[1];
                     let sum = sums.residual.unwrap_or_else(|| zeros(hidden));
-                    B::cross_add(sum, residuals, x.clone())
+                    B::cross_add(sum, residuals, shares)
                 });
                 self.apart = Some(Drift {
-                    gram: B::gram_add(sums.gram, x.clone()),
-                    cross: B::cross_add(sums.cross, [dense.x, x.clone()], x),
+                    gram: B::gram_add(sums.gram, root),
+                    cross: B::cross_add(sums.cross, [dense.x, x], whole),
                     residual,
                 });
             }
             None => {
                 let rest = self.rest.take().unwrap_or_else(|| zeros(n));
-                self.rest = Some(B::gram_add(rest, x));
+                self.rest = Some(B::gram_add(rest, root));
             }
         }
     }
 
-    fn finish(self) -> Grams<B> {
+    /// Returns the sums; `None` if nothing was added.
+    pub(crate) fn finish(self) -> Option<Grams<B>> {
         let of_dense = self.apart.as_ref().map(|sums| sums.gram.clone());
-        Grams {
-            all: sum(of_dense, self.rest).expect("a lane has at least one chunk"),
+        Some(Grams {
+            all: sum(of_dense, self.rest)?,
             mismatch: self.apart,
-        }
+            tokens: self.tokens,
+        })
     }
 }
 
@@ -210,6 +275,7 @@ impl<B: Engine> std::ops::Add for GramSums<B> {
         GramSums {
             apart: sum(self.apart, other.apart),
             rest: sum(self.rest, other.rest),
+            tokens: self.tokens + other.tokens,
         }
     }
 }
@@ -232,8 +298,7 @@ struct Lane<B: Engine> {
 struct TapReader<'a, B: Engine> {
     block: &'a Block<B>,
     taps: Range<usize>,
-    /// The tap whose outputs make up for what the residual stream has lost: the first whose outputs are added to
-    /// it, because those after it are not given what that one makes up for.
+    /// See [`makes_up`].
     makes_up: Option<usize>,
     dense: Option<&'a Dense<B>>,
     device: &'a B::Device,
@@ -243,12 +308,16 @@ struct TapReader<'a, B: Engine> {
 impl<B: Engine> TapReader<'_, B> {
     /// [`grams`] over some of the chunks.
     fn lane(&self, chunks: &[(usize, &Chunk<B>)]) -> Result<Lane<B>, FormatError> {
-        let empty = || GramSums {
-            apart: None,
-            rest: None,
-        };
         let taps = || self.taps.clone();
-        let mut sums: Vec<GramSums<B>> = taps().map(|_| empty()).collect();
+        let spec = self.block.spec();
+        let mut sums: Vec<GramSums<B>> = taps().map(|_| GramSums::default()).collect();
+        if taps().all(|tap| spec.experts_at(tap).is_some()) {
+            return Ok(Lane {
+                sums,
+                forward: 0.0,
+                gram: 0.0,
+            });
+        }
         let (mut forward, mut gram) = (0.0, 0.0);
         for &(at, chunk) in chunks {
             let (input, seconds) = self.timed(|| chunk.kept_input(self.block, taps(), self.device));
@@ -258,22 +327,24 @@ impl<B: Engine> TapReader<'_, B> {
                 let (dense, seconds) = self.timed(|| self.dense_states(self.taps.start, at, own));
                 forward += seconds;
                 let dense = dense?;
-                gram += self.timed(|| sums[0].add(input, dense)).1;
+                gram += self.timed(|| sums[0].add(input, None, dense)).1;
                 continue;
             }
             let (flow, seconds) = self.timed(|| chunk.flow(self.device));
             forward += seconds;
             let mut flow = flow?;
             for (sums, tap) in sums.iter_mut().zip(taps()) {
-                let own = || Ok(flow.residual.clone());
-                let inputs = || {
-                    let x = self.block.input(tap, &flow);
-                    (x, self.dense_states(tap, at, own))
-                };
-                let ((input, dense), seconds) = self.timed(inputs);
-                forward += seconds;
-                let dense = dense?;
-                gram += self.timed(|| sums.add(input, dense)).1;
+                if spec.experts_at(tap).is_none() {
+                    let own = || Ok(flow.residual.clone());
+                    let inputs = || {
+                        let x = self.block.input(tap, &flow);
+                        (x, self.dense_states(tap, at, own))
+                    };
+                    let ((input, dense), seconds) = self.timed(inputs);
+                    forward += seconds;
+                    let dense = dense?;
+                    gram += self.timed(|| sums.add(input, None, dense)).1;
+                }
                 if tap + 1 < self.taps.end {
                     let (next, seconds) = self.timed(|| self.block.advance(tap..tap + 1, flow));
                     forward += seconds;

@@ -136,6 +136,7 @@ mod tests {
             linears: vec![linear],
             clamped: Vec::new(),
             tuning: None,
+            expert_tokens: Vec::new(),
             output_error: Some(1e-3 / 3.0),
         };
         FinishedBlock {

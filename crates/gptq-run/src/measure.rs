@@ -74,6 +74,7 @@ impl<B: Engine> Measuring<'_, B> {
                 model,
                 clock: self.clock,
                 frugal: self.frugal,
+                gram_bytes: places.gram_bytes,
                 check: self.check,
             };
             pass.run(0..plan.config.layers, &mut states, &blocks, &mut probe)
@@ -130,8 +131,12 @@ fn spend(
     let measured: Vec<&BTreeMap<(usize, usize), f64>> = budget.choices.iter().map(own).collect();
     let open = open_groups(branch, &plan.config);
     let losses = open.iter().map(|group| {
-        let at = (group.layer, group.tap);
-        measured.iter().map(|moved| moved[&at]).collect()
+        // Of several taps, as if what one does were nothing to the others.
+        let of = |moved: &&BTreeMap<(usize, usize), f64>| {
+            let taps = group.taps.clone();
+            taps.map(|tap| moved[&(group.layer, tap)]).sum()
+        };
+        measured.iter().map(of).collect()
     });
     let losses: Vec<Vec<f64>> = losses.collect();
     let allocation = spend_budget(branch, budget, &losses, &plan.config);

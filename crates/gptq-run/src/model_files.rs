@@ -55,7 +55,7 @@ impl ModelHash {
     /// Prepares the files of a model whose weights are converted to `half`; nothing is read yet.
     pub(crate) fn new(checkpoint: &Checkpoint, config: &ModelConfig, half: Half) -> Self {
         let tensors = config.tensors().into_iter();
-        let run = tensors.filter(|it| !matches!(it.role, Role::Carried(_)));
+        let run = tensors.filter(|it| !matches!(it.role, Role::Carried(_) | Role::Wide));
         let needed: BTreeSet<String> = run.map(|it| it.name).collect();
         let file = |name: &String| WeightFile {
             name: name.clone(),

@@ -16,18 +16,12 @@ use gptq_kernels::Engine;
 use gptq_model::Block;
 use gptq_plan::{SHARE, Share};
 
+use crate::expert_errors::{ExpertErrors, SolvedLinear};
 use crate::gram::Dense;
-use crate::moved::{LOST, squares};
+use crate::linear_errors::{LinearErrors, bounded, part};
+use crate::moved::squares;
 use crate::profile::{Clock, Phase};
 use crate::stream::{Chunk, Stream};
-
-/// Errors of a linear layer against the dense model's output.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct LinearErrors {
-    pub(crate) output: f64,
-    /// Error with weights rounded to nearest.
-    pub(crate) nearest: f64,
-}
 
 /// Streams of the dense model and every branch on the compared tokens.
 pub(crate) struct OutputErrors<B: Engine> {
@@ -36,8 +30,10 @@ pub(crate) struct OutputErrors<B: Engine> {
     pub(crate) own: Vec<Stream<B>>,
     /// The same before the block that was entered last.
     begun: Vec<Stream<B>>,
-    /// `‖WX‖²` of the block's linear layers, in order.
+    /// `‖WX‖²` of the block's linear layers, in order; 0 for experts, whose inputs depend on the branch.
     energies: Vec<f64>,
+    /// The block that was entered last.
+    block: Option<Block<B>>,
 }
 
 impl<B: Engine> OutputErrors<B> {
@@ -48,6 +44,7 @@ impl<B: Engine> OutputErrors<B> {
             begun: own.clone(),
             own,
             energies: Vec::new(),
+            block: None,
         }
     }
 
@@ -78,16 +75,19 @@ impl<B: Engine> OutputErrors<B> {
         self.dense.enter(block, device, clock)?;
         self.begun.clone_from(&self.own);
         self.energies.clear();
+        self.block = solving.then(|| block.clone());
         if !solving {
             return Ok(());
         }
+        let spec = block.spec();
+        let plain = || spec.taps().filter(|&tap| spec.experts_at(tap).is_none());
         let energies = clock.measure::<B, _>(Phase::Sweep, device, || {
             // All are brought over at once: each time the host waits, the device runs dry.
             let mut squared = vec![Vec::new(); self.dense.before(0).chunks.len()];
-            for tap in block.spec().taps() {
+            for tap in plain() {
                 for (chunk, squared) in self.dense.before(tap).chunks.iter().zip(&mut squared) {
                     let x = input(block, tap, chunk, device)?;
-                    squared.extend(block.spec().linears_of(tap).map(|linear| {
+                    squared.extend(spec.linears_of(tap).map(|linear| {
                         let weight = block.linear(linear).weight.dense(x.dtype());
                         squares(B::matmul_nt(x.clone(), weight).cast(DType::F32))
                     }));
@@ -95,8 +95,17 @@ impl<B: Engine> OutputErrors<B> {
             }
             Ok::<_, FormatError>(sums(squared))
         });
-        self.energies = energies?;
+        self.energies = vec![0.0; spec.linears().len()];
+        let linears = plain().flat_map(|tap| spec.linears_of(tap));
+        for (linear, energy) in linears.zip(energies?) {
+            self.energies[linear] = energy;
+        }
         Ok(())
+    }
+
+    /// Drops what was kept of the block that was entered last.
+    pub(crate) fn leave(&mut self) {
+        self.block = None;
     }
 
     /// Takes a branch back to the start of the block that was entered last.
@@ -111,10 +120,27 @@ impl<B: Engine> OutputErrors<B> {
         branch: usize,
         tap: usize,
         block: &Block<B>,
-        solved: &[(usize, [&Tensor<B, 2>; 2])],
+        solved: &[SolvedLinear<'_, B>],
         device: &B::Device,
         clock: &mut Clock,
     ) -> Result<Vec<LinearErrors>, FormatError> {
+        if solved.is_empty() {
+            return Ok(Vec::new());
+        }
+        if block.spec().experts_at(tap).is_some() {
+            let dense = self
+                .block
+                .as_ref()
+                .expect("a block was entered to solve it");
+            let errors = ExpertErrors {
+                blocks: [block, dense],
+                tap,
+                dense: &self.dense,
+                own: &self.own[branch],
+                device,
+            };
+            return clock.measure::<B, _>(Phase::Sweep, device, || errors.of(solved));
+        }
         let lost = clock.measure::<B, _>(Phase::Sweep, device, || {
             let pairs = self.dense.before(tap).chunks.iter();
             let squared = pairs.zip(&self.own[branch].chunks).map(|(dense, own)| {
@@ -204,22 +230,6 @@ fn sums<B: Engine>(columns: Vec<Vec<Tensor<B, 2>>>) -> Vec<f64> {
         }
     }
     sums
-}
-
-/// Relative error of a layer; with zero dense output, any output at all is an error.
-fn part(lost: f64, energy: f64) -> f64 {
-    match lost {
-        0.0 => 0.0,
-        lost => bounded(lost / energy),
-    }
-}
-
-/// Replaces a number that is not finite by that of an output a thousand times its original length.
-fn bounded(error: f64) -> f64 {
-    match error < LOST {
-        true => error,
-        false => LOST,
-    }
 }
 
 #[cfg(test)]

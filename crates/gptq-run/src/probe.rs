@@ -7,7 +7,7 @@ use gptq_model::{Block, Model};
 use gptq_plan::Plan;
 
 use crate::block_loop::{At, Strategy};
-use crate::gram::Grams;
+use crate::gram::TapGrams;
 use crate::moved::moved;
 use crate::output_errors::OutputErrors;
 use crate::profile::Clock;
@@ -33,16 +33,16 @@ impl<B: Engine> Strategy<B> for Probe<'_, B> {
     fn tap(
         &mut self,
         at: At,
-        grams: Option<Grams<B>>,
+        grams: Option<TapGrams<B>>,
         _compared: Option<&OutputErrors<B>>,
         block: &mut Block<B>,
         clock: &mut Clock,
     ) -> Result<(), RunError> {
         let grams = grams.expect("the loop has Gram matrices for whom solves");
         let solved = solve(self.plan, self.model, at, grams, block, clock)?;
-        if let Some(SolvedTap {
+        for SolvedTap {
             linears, subset, ..
-        }) = solved
+        } in solved
         {
             for (linear, solved) in linears.into_iter().zip(subset.solved) {
                 block.set_weight(linear.linear, solved.weight);

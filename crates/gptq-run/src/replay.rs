@@ -9,7 +9,7 @@ use gptq_plan::Plan;
 
 use crate::block_loop::{At, Strategy};
 use crate::branch_progress::BranchProgress;
-use crate::gram::Grams;
+use crate::gram::TapGrams;
 use crate::options::check_stop;
 use crate::output_errors::OutputErrors;
 use crate::profile::Clock;
@@ -74,7 +74,7 @@ impl<B: Engine> Strategy<B> for Replay<'_, B> {
     fn tap(
         &mut self,
         at: At,
-        _grams: Option<Grams<B>>,
+        _grams: Option<TapGrams<B>>,
         _compared: Option<&OutputErrors<B>>,
         block: &mut Block<B>,
         _clock: &mut Clock,

@@ -88,6 +88,7 @@ impl<B: Engine> Run<'_, '_, B> {
                 model,
                 clock: self.clock,
                 frugal: self.frugal,
+                gram_bytes: places.gram_bytes,
                 check: &mut || {
                     check_stop(stop, layers)?;
                     model_hash.check()

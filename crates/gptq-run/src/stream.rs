@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use gptq_format::{FormatError, Half, le_bytes};
-use gptq_kernels::{Engine, HostBuffer, dtype, half_of, map_lanes};
+use gptq_kernels::{Engine, HostBuffer, Routed, dtype, half_of, map_lanes};
 use gptq_model::{Block, Flow};
 use gptq_plan::Places;
 use gptq_solver::SolverError;
@@ -49,6 +49,8 @@ pub(crate) enum Chunk<B: Engine> {
         windows: usize,
         /// The residual stream and the other registers that are still to be read.
         states: BTreeMap<Register, HostStates>,
+        /// Choices of experts that are still to be read.
+        routed: BTreeMap<Register, Arc<Routed>>,
         /// Scratch file for the states; `None` if they are kept in memory.
         scratch: Option<Arc<Scratch>>,
     },
@@ -160,6 +162,7 @@ impl<B: Engine> Chunk<B> {
         Ok(Chunk::Host {
             windows: flow.windows,
             states: states.map(keep).collect::<Result<_, FormatError>>()?,
+            routed: flow.routed,
             scratch,
         })
     }
@@ -208,9 +211,13 @@ impl<B: Engine> Chunk<B> {
         match self {
             Chunk::Device(flow) => Ok(computed(flow.clone())),
             Chunk::Host {
-                windows, states, ..
+                windows,
+                states,
+                routed,
+                ..
             } => {
                 let mut flow = Flow::new(*windows, states[&Register::RESIDUAL].upload(device)?);
+                flow.routed.clone_from(routed);
                 for (&register, states) in states {
                     if register != Register::RESIDUAL {
                         flow.activations.insert(register, states.upload(device)?);

@@ -5,6 +5,8 @@
 //! used whatever `tie_word_embeddings` is, and either of a tied pair may be missing. Transformers
 //! drops unknown tensors; here those that would change the model's output are refused, as they were
 //! published on purpose.
+//!
+//! Longer than most: the kinds of tensors that are compared share one list and its reasons.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -12,7 +14,7 @@ use std::path::Path;
 use gptq_format::{Checkpoint, FormatError, LinearShape, QuantizeConfig, layout};
 use safetensors::Dtype;
 
-use crate::{ModelConfig, ModelTensor, Role, SpecError};
+use crate::{LinearSpec, ModelConfig, ModelTensor, Role, SpecError};
 
 /// Maximum number of names in a message; the others are counted.
 const NAMED: usize = 3;
@@ -72,7 +74,9 @@ impl Census {
             fault: None,
         };
         census.settle_names();
-        let counted = census.settle_head().and_then(|()| census.count());
+        let counted = census.settle_head();
+        let counted = counted.and_then(|()| census.settle_experts());
+        let counted = counted.and_then(|()| census.count());
         census.fault = counted.err();
         census
     }
@@ -138,6 +142,40 @@ impl Census {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// Takes tensors apart that have the weights of a block's experts stacked: `gate_up_proj [experts, 2 width,
+    /// features]`, the gate's rows first, and `down_proj [experts, features, width]`.
+    fn settle_experts(&mut self) -> Result<(), SpecError> {
+        for layer in 0..self.config.layers {
+            let block = self.config.block(layer).clone();
+            for tap in block.taps().filter(|&tap| block.inputs(tap) > 1) {
+                let linears = &block.linears()[block.linears_of(tap)];
+                let first = &linears[0];
+                let path = first.fused_as.as_deref().unwrap_or(&first.name);
+                let kind = if block.dispatches(tap) {
+                    "gate_up_proj"
+                } else {
+                    "down_proj"
+                };
+                let module = first.module(layer);
+                let stem = module.strip_suffix(&first.name).unwrap_or_default();
+                let stacked = format!("{stem}{path}.{kind}");
+                if !self.checkpoint.contains(&stacked) {
+                    continue;
+                }
+                let experts = block.inputs(tap);
+                let rows = linears.len() / experts * first.out_features;
+                let shape = [experts, rows, first.in_features];
+                let part = |linear: &LinearSpec| {
+                    let shape = vec![linear.out_features, linear.in_features];
+                    (format!("{}.weight", linear.module(layer)), shape)
+                };
+                let parts = linears.iter().map(part).collect();
+                self.checkpoint.divide(&stacked, &shape, parts)?;
+            }
+        }
+        Ok(())
     }
 
     fn missing(&self, name: &str, hint: &str) -> SpecError {
@@ -383,8 +421,12 @@ impl Counting<'_> {
                 self.checkpoint.give_back(name);
             } else if CACHE_SCALES.iter().any(|end| name.ends_with(end)) {
                 outside.push(name);
-            } else if block(name).is_some_and(|layer| layer >= self.config.layers) {
-                further.push(name);
+            } else if let Some(past) = block(name).and_then(|it| it.checked_sub(self.config.layers))
+            {
+                match past < self.config.further {
+                    true => carried.push(name),
+                    false => further.push(name),
+                }
             } else if name.starts_with(head) || own.iter().any(|part| name.starts_with(part)) {
                 inside.push(name);
             } else if (self.config.carried_names.iter()).any(|part| name.starts_with(part)) {

@@ -27,6 +27,9 @@ const MAX_LAYERS: usize = 1 << 12;
 /// bits.
 const MAX_PARAMETERS: u128 = 1 << 48;
 
+/// Name of the blocks after those that are run, among the parts whose tensors are kept.
+const FURTHER: &str = "further blocks";
+
 /// Shapes and constants of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
@@ -65,6 +68,8 @@ pub struct ModelConfig {
     pub(crate) namings: &'static [Naming],
     /// Prefixes of the names of tensors that are kept as they are.
     pub(crate) carried_names: &'static [&'static str],
+    /// Number of blocks after those that are run; their tensors are kept as they are too.
+    pub(crate) further: usize,
     /// Such tensors, as a census found them.
     pub carried: Vec<ModelTensor>,
     /// Descriptions of the blocks, by layer.
@@ -144,6 +149,7 @@ impl ModelConfig {
             naming: outer.naming[0],
             namings: outer.naming,
             carried_names: outer.carried,
+            further: family.further(&config)?,
             carried: Vec::new(),
             blocks: Vec::new(),
         };
@@ -201,7 +207,7 @@ impl ModelConfig {
             let mut names = self.carried_names.iter();
             let part = names.find(|part| tensor.name.starts_with(**part));
             *parts
-                .entry(part.unwrap_or(&"").trim_end_matches('.'))
+                .entry(part.unwrap_or(&FURTHER).trim_end_matches('.'))
                 .or_default() += 1;
         }
         parts
@@ -249,7 +255,14 @@ impl ModelConfig {
             let bias = || ModelTensor::new(format!("{module}.bias"), &[n_out], Role::Vector);
             [Some(weight), linear.bias.then(bias)].into_iter().flatten()
         });
-        vectors.chain(linears).collect()
+        let matrices = block.matrices().iter().flat_map(|matrix| {
+            let weight = ModelTensor::new(matrix.weight(layer), &matrix.shape, Role::Matrix);
+            let correction = matrix.correction(layer);
+            let correction =
+                correction.map(|name| ModelTensor::new(name, &matrix.shape[..1], Role::Wide));
+            [Some(weight), correction].into_iter().flatten()
+        });
+        vectors.chain(matrices).chain(linears).collect()
     }
 
     fn check(&self, eps: &str) -> Result<(), String> {

@@ -9,7 +9,7 @@ use std::f64::consts::PI;
 use gptq_format::{GgufRows, GgufValue};
 
 use crate::llama_cpp::SlidingBlocks;
-use crate::spec::{Attending, Op};
+use crate::{Attending, Op};
 use crate::{LlamaCpp, ModelConfig, ModelTensor, NormKind, Role, RopeScaling};
 
 /// A key of the metadata, and its value.

@@ -25,8 +25,23 @@ pub enum Role {
     Linear,
     /// A norm's weights, a bias.
     Vector,
+    /// Weights that stay in 16 bits: a router, the gate of a shared expert.
+    Matrix,
+    /// Numbers that stay in f32: the correction of a router's scores.
+    Wide,
     /// A tensor of a part that is not run, with its dtype; a branch keeps it as it is.
     Carried(Dtype),
+}
+
+impl Role {
+    /// Returns the dtype of such a tensor in files that have `half` where nothing else is asked for.
+    pub fn dtype(self, half: Dtype) -> Dtype {
+        match self {
+            Role::Carried(dtype) => dtype,
+            Role::Wide => Dtype::F32,
+            _ => half,
+        }
+    }
 }
 
 impl ModelTensor {

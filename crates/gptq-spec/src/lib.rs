@@ -10,11 +10,14 @@ mod block_builder;
 mod census;
 mod config;
 mod error;
+mod experts;
 mod families;
 mod gguf_model;
 mod inventory;
 mod keys;
 mod llama_cpp;
+mod ops;
+mod register;
 mod rope_scaling;
 mod rotary;
 mod shapes;
@@ -24,13 +27,13 @@ pub use block_builder::BlockBuilder;
 pub use census::Census;
 pub use config::ModelConfig;
 pub use error::SpecError;
+pub use experts::{MatrixSpec, Route, Routing, Scoring};
 pub use families::{Ends, Naming, model_types};
 pub use gguf_model::{GgufEntry, GgufModel};
 pub use inventory::{ModelTensor, Role};
 pub(crate) use llama_cpp::LlamaCpp;
+pub use ops::{Activation, Attending, Attention, Norm, NormKind, Op, Rope};
+pub use register::Register;
 pub use rope_scaling::RopeScaling;
 pub use rotary::spell_out_rotary;
-pub use spec::{
-    Activation, Attending, Attention, BlockSpec, Division, LinearSpec, Norm, NormKind, Op,
-    Register, Rope, Tap, VectorSpec,
-};
+pub use spec::{BlockSpec, Division, LinearSpec, Tap, VectorSpec};

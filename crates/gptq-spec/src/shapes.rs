@@ -1,6 +1,6 @@
 //! Shapes and constants from which a family describes the blocks of a model.
 
-use crate::spec::{Attending, Norm, Rope};
+use crate::ops::{Attending, Norm, Rope};
 
 /// Shapes and constants that the blocks of a model have in common.
 pub(crate) struct Shapes {

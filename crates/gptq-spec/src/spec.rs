@@ -12,141 +12,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use crate::RopeScaling;
-
-/// A tensor `[tokens, features]` while a block runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Register(pub(crate) usize);
-
-impl Register {
-    /// The residual stream.
-    pub const RESIDUAL: Register = Register(0);
-}
-
-/// An operation of a block. Vectors and linears are indices into the block's lists.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Op {
-    /// A norm over each run of as many features as the vector has: all of them, or those of one head.
-    Norm {
-        /// Weights.
-        vector: usize,
-        /// Formula and constants.
-        norm: Norm,
-        /// Input.
-        from: Register,
-        /// Output.
-        to: Register,
-    },
-    /// The linears of one tap on its input.
-    Linears {
-        /// Input.
-        from: Register,
-        /// Each linear and its output.
-        outputs: Vec<(usize, Register)>,
-    },
-    /// Consecutive features of a register, each part as wide as the register that it goes to.
-    Split {
-        /// Input.
-        from: Register,
-        /// Outputs.
-        to: Vec<Register>,
-    },
-    /// Causal attention.
-    Attend(Attention),
-    /// `to = act(gate) * up`.
-    Gate {
-        /// Activation.
-        act: Activation,
-        /// Gate.
-        gate: Register,
-        /// Features that the gate multiplies.
-        up: Register,
-        /// Output.
-        to: Register,
-    },
-    /// Adds to the residual stream.
-    Add {
-        /// Summand.
-        from: Register,
-        /// Its factor.
-        scale: f64,
-    },
-}
-
-/// A norm of a row `x` with weights `w`, but for these. Its mean and its square root are taken in f32.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Norm {
-    /// The formula.
-    pub kind: NormKind,
-    /// Added to the mean square.
-    pub eps: f64,
-}
-
-/// Formulas of norms, with `n(x) = x / sqrt(mean(x²) + eps)` and `round` to the compute type.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NormKind {
-    /// `w round(n(x))`.
-    Rms,
-    /// `round(w n(x))`.
-    RmsF32,
-    /// `round((1 + w) n(x))`.
-    RmsPlusOne,
-    /// `round(w n(x - mean(x)))`.
-    Layer,
-}
-
-/// Activations of a gate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x sigmoid(x)`.
-    Silu,
-    /// GELU, approximated by a hyperbolic tangent.
-    GeluTanh,
-}
-
-/// Causal attention of rotated queries over rotated keys. The rotation is part of it because an engine may
-/// rotate a token as it joins the cache.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Attention {
-    /// Queries, keys and values, not rotated.
-    pub qkv: [Register; 3],
-    /// Output, as wide as the queries.
-    pub to: Register,
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads; divides `heads`.
-    pub kv_heads: usize,
-    /// Parameters of the attention.
-    pub how: Attending,
-}
-
-/// Attention of one head.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Attending {
-    /// Features per head.
-    pub head_dim: usize,
-    /// Rotary embedding, if there is one.
-    pub rope: Option<Rope>,
-    /// Factor of the products of queries and keys; `1 / sqrt(head_dim)` where none is given.
-    pub scale: Option<f64>,
-    /// Bound `c` of the scores, which become `c tanh(score / c)`.
-    pub softcap: Option<f64>,
-    /// Tokens that one sees, itself included, where that is not all before it.
-    pub window: Option<usize>,
-}
-
-/// A rotary embedding.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// Features of a head that are rotated: the first.
-    pub dim: usize,
-    /// Base of the frequencies.
-    pub theta: f64,
-    /// Scaling of the frequencies for long contexts.
-    pub scaling: RopeScaling,
-    /// True if neighbouring features are rotated together, in place of one of either half.
-    pub interleaved: bool,
-}
+use crate::experts::{MatrixSpec, Route};
+use crate::ops::{Attention, Op};
+use crate::register::Register;
 
 /// Prefix of the names of a model's parts, if the language model is the whole model.
 pub(crate) const STEM: &str = "model.";
@@ -219,7 +87,7 @@ fn module(stem: &str, layer: usize, name: &str) -> String {
 pub struct Tap {
     /// First operation since the cut before it.
     pub start: usize,
-    /// The [`Op::Linears`] that takes its input.
+    /// The operation that takes its input: [`Op::Linears`], [`Op::Dispatch`] or [`Op::Combine`].
     pub at: usize,
     /// Input.
     pub from: Register,
@@ -233,6 +101,7 @@ pub struct BlockSpec {
     pub(crate) ops: Vec<Op>,
     pub(crate) linears: Vec<LinearSpec>,
     pub(crate) vectors: Vec<VectorSpec>,
+    pub(crate) matrices: Vec<MatrixSpec>,
     pub(crate) taps: Vec<Tap>,
     /// Features by register.
     pub(crate) widths: Vec<usize>,
@@ -243,6 +112,7 @@ impl BlockSpec {
     pub(crate) fn under(mut self, stem: &'static str) -> Self {
         self.linears.iter_mut().for_each(|it| it.stem = stem);
         self.vectors.iter_mut().for_each(|it| it.stem = stem);
+        self.matrices.iter_mut().for_each(|it| it.stem = stem);
         self
     }
 
@@ -287,9 +157,9 @@ impl BlockSpec {
         self.taps[tap].linears.clone()
     }
 
-    /// Features of a tap's input.
+    /// Features of a tap's input; of experts, of one's.
     pub fn in_features(&self, tap: usize) -> usize {
-        self.widths[self.taps[tap].from.0]
+        self.linears[self.taps[tap].linears.start].in_features
     }
 
     /// The register that is the input of `tap` as it is kept, where nothing need be computed for it.
@@ -309,10 +179,11 @@ impl BlockSpec {
     /// tap; `None` if the output goes elsewhere, or if something else is added before.
     pub fn added(&self, linear: usize) -> Option<f64> {
         let tap = &self.taps[self.linears[linear].tap];
-        let Op::Linears { outputs, .. } = &self.ops[tap.at] else {
-            unreachable!("a tap stands at its linears");
+        let output = match &self.ops[tap.at] {
+            Op::Linears { outputs, .. } => &outputs.iter().find(|(at, _)| *at == linear)?.1,
+            Op::Combine { to, .. } => to,
+            _ => return None,
         };
-        let (_, output) = outputs.iter().find(|(at, _)| *at == linear)?;
         let later = self.ops[tap.at + 1..].iter();
         let mut later = later.filter(|op| op.reads(*output) || matches!(op, Op::Add { .. }));
         match later.next()? {
@@ -336,8 +207,13 @@ impl BlockSpec {
     }
 
     /// The taps' linears in a word: the name they are fused under or else the first one's, without what
-    /// all have in common ("qkv", "o", "gate_up", "down").
+    /// all have in common ("qkv", "o", "gate_up", "down"), or those of experts ("experts.gate_up", "experts.down").
     pub fn tap_name(&self, tap: usize) -> &str {
+        match &self.ops[self.taps[tap].at] {
+            Op::Dispatch { .. } => return "experts.gate_up",
+            Op::Combine { .. } => return "experts.down",
+            _ => {}
+        }
         let first = &self.linears[self.taps[tap].linears.start];
         let name = first.fused_as.as_ref().unwrap_or(&first.name);
         let name = name.rsplit('.').next().unwrap_or(name);
@@ -414,7 +290,12 @@ impl BlockSpec {
         let biases = self.linears.iter().filter(|linear| linear.bias);
         let biases: u128 = biases.map(|linear| linear.out_features as u128).sum();
         let vectors: u128 = self.vectors.iter().map(|vector| vector.len as u128).sum();
-        self.weights() + biases + vectors
+        let matrix = |it: &MatrixSpec| {
+            let [n_out, n_in] = it.shape.map(|n| n as u128);
+            n_out * (n_in + u128::from(it.correction))
+        };
+        let matrices: u128 = self.matrices.iter().map(matrix).sum();
+        self.weights() + biases + vectors + matrices
     }
 
     /// The attention of the block.
@@ -435,28 +316,75 @@ impl BlockSpec {
     pub fn is_read(&self, register: Register, start: usize) -> bool {
         self.ops[start..].iter().any(|op| op.reads(register))
     }
-}
 
-impl Op {
-    fn reads(&self, register: Register) -> bool {
-        match self {
-            Op::Norm { from, .. }
-            | Op::Linears { from, .. }
-            | Op::Split { from, .. }
-            | Op::Add { from, .. } => *from == register,
-            Op::Attend(attention) => attention.qkv.contains(&register),
-            Op::Gate { gate, up, .. } => [gate, up].contains(&&register),
+    /// Matrices that are not quantized, in the order in which they are used.
+    pub fn matrices(&self) -> &[MatrixSpec] {
+        &self.matrices
+    }
+
+    /// Inputs of the linears of `tap`: one, or one for each expert.
+    pub fn inputs(&self, tap: usize) -> usize {
+        match self.experts_at(tap) {
+            Some(route) => route.how.experts,
+            None => 1,
         }
     }
 
-    fn writes(&self, register: Register) -> bool {
-        match self {
-            Op::Norm { to, .. } | Op::Gate { to, .. } => *to == register,
-            Op::Attend(attention) => attention.to == register,
-            Op::Split { to, .. } => to.contains(&register),
-            Op::Linears { outputs, .. } => outputs.iter().any(|(_, to)| *to == register),
-            Op::Add { .. } => register == Register::RESIDUAL,
+    /// The indices of the linears that take input `input` of `tap`.
+    pub fn linears_at(&self, tap: usize, input: usize) -> Range<usize> {
+        let all = self.linears_of(tap);
+        let each = all.len() / self.inputs(tap);
+        let first = all.start + input * each;
+        first..first + each
+    }
+
+    /// Returns the choice of experts that `tap` goes by, if its linears are experts'.
+    pub fn experts_at(&self, tap: usize) -> Option<&Route> {
+        match &self.ops()[self.tap(tap).at] {
+            Op::Dispatch { routing, .. } | Op::Combine { routing, .. } => self.route(*routing),
+            _ => None,
         }
+    }
+
+    /// Returns the operation that writes a choice of experts.
+    pub fn route(&self, routing: Register) -> Option<&Route> {
+        self.ops().iter().find_map(|op| match op {
+            Op::Route(route) if route.to == routing => Some(route),
+            _ => None,
+        })
+    }
+
+    /// Returns true if the input of `tap` is given to experts, false if it is what they made of it.
+    pub fn dispatches(&self, tap: usize) -> bool {
+        matches!(self.ops()[self.tap(tap).at], Op::Dispatch { .. })
+    }
+
+    /// Returns the first tap of the mixture that the experts at `tap` belong to.
+    pub fn first_of_mixture(&self, tap: usize) -> usize {
+        let mut groups = self.settings_groups().into_iter();
+        let group = groups.find(|group| group.contains(&tap));
+        group.map_or(tap, |group| group.start)
+    }
+
+    /// Returns true if a token goes through some of the block's linears only.
+    pub fn has_experts(&self) -> bool {
+        self.taps().any(|tap| self.experts_at(tap).is_some())
+    }
+
+    /// Returns consecutive taps whose linears get their settings together: those of experts, which readers fuse, and
+    /// every other by itself.
+    pub fn settings_groups(&self) -> Vec<Range<usize>> {
+        let mut groups: Vec<Range<usize>> = Vec::new();
+        for tap in self.taps() {
+            let routing = |tap: usize| self.experts_at(tap).map(|route| route.to);
+            match groups.last_mut() {
+                Some(last) if routing(tap).is_some() && routing(tap) == routing(last.start) => {
+                    last.end = tap + 1;
+                }
+                _ => groups.push(tap..tap + 1),
+            }
+        }
+        groups
     }
 }
 

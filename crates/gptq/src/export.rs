@@ -58,10 +58,11 @@ impl ExportTarget {
     }
 
     fn check(self, source: &ExportSource) -> Result<()> {
-        Ok(match self {
+        match self {
             ExportTarget::Directory(format) => source.check(format)?,
             ExportTarget::Gguf => check_gguf(source)?,
-        })
+        }
+        Ok(())
     }
 }
 

@@ -12,7 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Result, anyhow};
 use gptq_calibration::Manifest;
 use gptq_plan::{
-    Allocation, BranchReport, Choice, LinearReport, Measure, Perplexity, Plan, Propagation,
+    Allocation, BranchReport, Choice, ExpertSpread, LinearReport, Measure, Perplexity, Plan,
+    Propagation,
 };
 use gptq_run::{Event, RunOptions};
 use tracing::{info, warn};
@@ -133,13 +134,24 @@ pub(crate) fn event(plan: &Plan, event: &Event<'_>) {
             let branch = &plan.branches[*branch];
             linear(&branch.name, branch.damp_percent, report);
         }
-        Event::Block { branch, report } => info!(
-            branch = plan.branches[*branch].name,
-            layer = report.layer,
-            output_error = report.output_error,
-            "block"
-        ),
-        Event::Finished { report, .. } => branch(report),
+        Event::Block { branch, report } => {
+            let spread = ExpertSpread::of([*report]);
+            info!(
+                branch = plan.branches[*branch].name,
+                layer = report.layer,
+                output_error = report.output_error,
+                least_expert_tokens = spread.map(|it| it.least.2),
+                experts_with_few_tokens = spread.map(|it| it.few),
+                "block"
+            );
+        }
+        Event::Finished { report, .. } => {
+            branch(report);
+            let spread = ExpertSpread::of(&report.blocks);
+            if let Some(line) = spread.and_then(|it| it.warning()) {
+                warning(&format!("{}: {line}", report.branch));
+            }
+        }
         Event::AlreadyFinished { report, .. } => {
             info!(branch = report.branch, "finished by an earlier run")
         }

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use gptq_format::Support;
-use gptq_plan::{BranchFiles, Look, Memory, Plan, Weights, check_texts};
+use gptq_plan::{BranchFiles, Look, Memory, Plan, Weights, check_texts, tokenizer_note};
 use gptq_spec::ModelConfig;
 use serde_json::{Value, json};
 
@@ -61,7 +61,12 @@ fn print_split(plan: &Plan, ranks: usize) {
 pub(crate) fn show(plan: &Plan, ranks: Option<usize>, as_json: bool) -> Result<()> {
     match as_json {
         true => println!("{}", serde_json::to_string_pretty(&record(plan, ranks))?),
-        false => print(plan, ranks),
+        false => {
+            print(plan, ranks);
+            tokenizer_note(plan)
+                .iter()
+                .for_each(|note| println!("{note}"));
+        }
     }
     Ok(())
 }
@@ -110,6 +115,7 @@ fn record(plan: &Plan, ranks: Option<usize>) -> Value {
             "least_cpu": memory.least_cpu,
         },
         "branches": branches.collect::<Vec<_>>(),
+        "tokenizer": tokenizer_note(plan),
         "warnings": plan.warnings,
     })
 }

@@ -1,5 +1,6 @@
 //! What clients' rules depend on.
 
+use crate::expert_patterns::{names_gates, parts_experts};
 use crate::{CheckpointFormat, GroupSize, LinearShape, QuantizeConfig};
 
 /// Properties of a branch's files that clients depend on.
@@ -21,11 +22,13 @@ pub struct Contents {
     pub mixed: bool,
     /// True if some linear layer of a block is not quantized.
     pub skips: bool,
+    /// True if experts of one block have different settings.
+    pub parted: bool,
     /// True if a list names the quantized linear layers (`modules_in_block_to_quantize`).
     pub listed: bool,
     /// True if settings and tensors disagree on which linear layers are quantized.
     pub stray: bool,
-    /// True if a quantized linear layer has another name in memory than in the files ([`is_renamed`]).
+    /// True if a quantized linear layer has another name in memory than in the files (`is_renamed`).
     pub renamed: bool,
     /// `damp_percent`, if declared to clients.
     pub damp_percent: Option<f64>,
@@ -35,7 +38,7 @@ impl Contents {
     /// Collects the properties of a branch with these settings and linear layers.
     pub fn of(config: &QuantizeConfig, linears: Vec<LinearShape>) -> Self {
         let rules = || config.dynamic.iter().flat_map(|rules| rules.iter());
-        let skips = |(pattern, _): (&str, _)| pattern.starts_with("-:");
+        let skips = |(pattern, _): (&str, _)| pattern.starts_with("-:") && !names_gates(pattern);
         let groups = linears.iter().any(|l| l.group_size != GroupSize::Row);
         Contents {
             linears,
@@ -44,8 +47,9 @@ impl Contents {
             desc_act: config.desc_act,
             static_groups: config.static_groups,
             scattered: config.desc_act && !config.static_groups && groups,
-            mixed: rules().any(|rule| !skips(rule)),
+            mixed: rules().any(|(pattern, _)| !pattern.starts_with("-:")),
             skips: rules().any(skips),
+            parted: rules().any(|(pattern, _)| parts_experts(pattern)),
             listed: !config.listed().is_empty(),
             stray: false,
             renamed: false,

@@ -22,6 +22,7 @@ fn contents(bits: Bits, group_size: i64) -> Contents {
         mixed: false,
         skips: false,
         listed: false,
+        parted: false,
         stray: false,
         renamed: false,
         damp_percent: Some(0.1),

@@ -23,6 +23,7 @@ fn a_norm_shorter_than_the_states_takes_them_run_by_run() {
     let block = Block::<Cpu> {
         spec: spec.into(),
         linears: Vec::new(),
+        matrices: Vec::new(),
         vectors: vec![tensor(vec![1.0, 2.0], [1, 2]).reshape([2])],
         rope: Default::default(),
     };

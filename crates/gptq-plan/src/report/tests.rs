@@ -105,6 +105,7 @@ fn a_report_and_a_journal_of_128_experts_in_94_blocks_are_read_again() {
             linears: block(layer).collect(),
             clamped: Vec::new(),
             tuning: None,
+            expert_tokens: Vec::new(),
             output_error: None,
         };
         branch.check(layer).unwrap();

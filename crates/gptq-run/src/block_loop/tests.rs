@@ -103,7 +103,7 @@ impl Strategy<Cpu> for Scale {
     fn tap(
         &mut self,
         at: At,
-        grams: Option<Grams<Cpu>>,
+        grams: Option<TapGrams<Cpu>>,
         _compared: Option<&OutputErrors<Cpu>>,
         block: &mut Block<Cpu>,
         _clock: &mut Clock,
@@ -115,7 +115,8 @@ impl Strategy<Cpu> for Scale {
             _ => self.factors[at.branch],
         };
         if let Some(grams) = grams {
-            self.grams.push((at, grams.all.sum().into_scalar()));
+            self.grams
+                .push((at, grams.of[0].all.clone().sum().into_scalar()));
         }
         for linear in block.spec().clone().linears_of(at.tap) {
             let weight: Tensor<Cpu, 2> = block.linear(linear).weight.dense(dtype(Half::F16));
@@ -172,6 +173,7 @@ pub(crate) fn run(
         model,
         clock: &mut clock,
         frugal: false,
+        gram_bytes: u64::MAX,
         check,
     };
     for layer in 0..LAYERS {
@@ -436,7 +438,7 @@ impl Strategy<Cpu> for Clamps {
     fn tap(
         &mut self,
         at: At,
-        _grams: Option<Grams<Cpu>>,
+        _grams: Option<TapGrams<Cpu>>,
         _compared: Option<&OutputErrors<Cpu>>,
         block: &mut Block<Cpu>,
         _clock: &mut Clock,

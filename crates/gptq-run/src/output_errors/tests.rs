@@ -8,6 +8,7 @@ use gptq_model::Model;
 use gptq_plan::Places;
 
 use super::*;
+use crate::moved::LOST;
 use crate::stream::StateStorage;
 
 const TOKENS: usize = 80;

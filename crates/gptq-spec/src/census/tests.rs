@@ -127,3 +127,64 @@ fn what_is_not_asked_for_is_refused_where_the_model_has_a_place_for_it() {
         assert_eq!(with(name), (String::new(), String::new()), "{name}");
     }
 }
+
+/// The config of a model with 4 experts, and the names of the tensors of one block's.
+fn mixture() -> Value {
+    let mut config = config("qwen3_moe", false);
+    config["num_experts"] = json!(4);
+    config["num_experts_per_tok"] = json!(2);
+    config["moe_intermediate_size"] = json!(32);
+    config
+}
+
+/// Replaces the experts of block 1 by tensors with all of them.
+fn stack(specs: &mut Vec<TensorSpec>, shapes: [[usize; 3]; 2]) {
+    let experts = "model.layers.1.mlp.experts.";
+    specs.retain(|spec| !spec.name.starts_with(experts));
+    for (kind, shape) in ["gate_up_proj", "down_proj"].into_iter().zip(shapes) {
+        specs.push(TensorSpec {
+            name: format!("{experts}{kind}"),
+            dtype: Dtype::F16,
+            shape: shape.into(),
+        });
+    }
+}
+
+#[test]
+fn stacked_experts_are_taken_apart() {
+    let whole = census(&mixture(), |specs| stack(specs, [[4, 64, 64], [4, 64, 32]]));
+    assert!(whole.warnings.is_empty(), "{:?}", whole.warnings);
+    let checkpoint = &whole.checkpoint;
+    for (name, shape) in [
+        ("3.gate_proj", [32, 64]),
+        ("0.up_proj", [32, 64]),
+        ("2.down_proj", [64, 32]),
+    ] {
+        let name = format!("model.layers.1.mlp.experts.{name}.weight");
+        assert_eq!(checkpoint.view(&name).unwrap().shape, shape, "{name}");
+    }
+    assert!(!checkpoint.contains("model.layers.1.mlp.experts.down_proj"));
+    assert_eq!(fault(whole), "");
+}
+
+#[test]
+fn experts_that_are_missing_or_stacked_in_another_shape_are_refused_by_name() {
+    let other = census(&mixture(), |specs| stack(specs, [[4, 64, 64], [4, 32, 64]]));
+    let line = fault(other);
+    let words = "mlp.experts.down_proj has shape [4, 32, 64], expected [4, 64, 32]";
+    assert!(line.contains(words), "{line}");
+    let gone = census(&mixture(), |specs| {
+        specs.retain(|spec| !spec.name.contains("layers.0.mlp.experts.3."));
+    });
+    let line = fault(gone);
+    let words = "model.layers.0.mlp.experts.3.gate_proj.weight is missing and 2 more are";
+    assert!(line.contains(words), "{line}");
+    let gone = census(&mixture(), |specs| {
+        specs.retain(|spec| !spec.name.contains("mlp.gate."))
+    });
+    let line = fault(gone);
+    assert!(
+        line.contains("model.layers.0.mlp.gate.weight is missing"),
+        "{line}"
+    );
+}

@@ -29,7 +29,7 @@ fn what_cannot_be_run_is_refused_by_name() {
         (
             "model_type",
             json!("gpt2"),
-            "known are: cohere2, exaone4, gemma2, gemma3, gemma3_text, glm4, granite, llama,",
+            "known are: cohere2, exaone4, gemma2, gemma3, gemma3_text, glm4, glm4_moe, granite, llama,",
         ),
         ("hidden_act", json!("gelu"), "gelu"),
         (

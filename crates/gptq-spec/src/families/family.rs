@@ -30,6 +30,9 @@ pub(crate) struct Family {
     pub(crate) naming: &'static [Naming],
     /// Prefixes of the names of tensors that are not run; branches keep these tensors as they are.
     pub(crate) carried: &'static [&'static str],
+    /// Key of the number of blocks after those that are run, which a checkpoint may have; branches keep their tensors
+    /// as they are.
+    pub(super) further: Option<&'static str>,
     /// Keys of the language model's config that must be left out or `null`: Transformers passes over them.
     pub(crate) refused: &'static [&'static str],
     /// Object inside the config that holds the model that is run, if it is not the config itself.
@@ -137,6 +140,7 @@ impl Family {
             head: "lm_head.weight",
         }],
         carried: &["mtp."],
+        further: None,
         refused: &[],
         inside: None,
         llama_cpp: None,
@@ -159,6 +163,12 @@ impl Family {
     pub(crate) fn default(&self, key: &str) -> Option<usize> {
         let mut defaults = self.defaults.iter();
         defaults.find(|(name, _)| *name == key).map(|&(_, it)| it)
+    }
+
+    /// Returns the number of blocks that a checkpoint may have after those that are run.
+    pub(crate) fn further(&self, config: &Keys<'_>) -> Result<usize, String> {
+        let found = self.further.map(|key| config.nullable(key)).transpose()?;
+        Ok(found.flatten().flatten().unwrap_or_default())
     }
 
     /// Returns the norm that all norms of a model are.

@@ -9,16 +9,22 @@ mod family;
 mod gemma2;
 mod gemma3;
 mod glm4;
+mod glm4_moe;
 mod granite;
 mod llama;
 mod mistral;
 mod mistral3;
+mod mixtral;
+mod mixture;
 mod olmo2;
 mod olmo3;
+mod olmoe;
 mod parts;
 mod phi3;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
+mod qwen3_moe;
 mod seed_oss;
 mod sliding_window;
 mod smollm3;
@@ -37,15 +43,20 @@ pub(crate) const FAMILIES: &[Family] = &[
     gemma3::FAMILY,
     gemma3::TEXT,
     glm4::FAMILY,
+    glm4_moe::FAMILY,
     granite::FAMILY,
     llama::FAMILY,
     mistral::FAMILY,
     mistral3::FAMILY,
+    mixtral::FAMILY,
     olmo2::FAMILY,
     olmo3::FAMILY,
+    olmoe::FAMILY,
     phi3::FAMILY,
     qwen2::FAMILY,
+    qwen2_moe::FAMILY,
     qwen3::FAMILY,
+    qwen3_moe::FAMILY,
     seed_oss::FAMILY,
     smollm3::FAMILY,
 ];

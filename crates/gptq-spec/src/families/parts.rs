@@ -101,6 +101,23 @@ pub(super) fn gated(
     down
 }
 
+/// `down(silu(gate(x)) * up(x))` of the expert `path`, of `width`, to which every token goes.
+pub(super) fn shared_expert(
+    block: &mut BlockBuilder,
+    config: &Shapes,
+    x: Register,
+    path: &str,
+    width: usize,
+) -> Register {
+    let [gate, up, both, down] =
+        ["gate_proj", "up_proj", "gate_up_proj", "down_proj"].map(|name| format!("{path}.{name}"));
+    let linears = [(&*gate, width, false), (&*up, width, false)];
+    let [gate, up] = block.linears(x, Some(&both), linears);
+    let gated = block.gate(Activation::Silu, gate, up);
+    let [down] = block.linears(gated, None, [(&*down, config.hidden_size, false)]);
+    down
+}
+
 /// The same where gate and up are one linear, rows of the gate first.
 pub(super) fn gated_fused(block: &mut BlockBuilder, config: &Shapes, x: Register) -> Register {
     let (hidden, wide) = (config.hidden_size, config.intermediate_size);

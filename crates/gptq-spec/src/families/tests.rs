@@ -352,6 +352,46 @@ fn what_transformers_passes_over_or_fails_on_is_refused_rather_than_guessed() {
             "layer_types is missing, which use_sliding_window needs",
         ),
         (
+            "mixtral",
+            json!({"num_experts_per_tok": 9}),
+            "num_experts_per_tok = 9 is not between 1 and num_local_experts = 8",
+        ),
+        (
+            "qwen3_moe",
+            json!({"num_experts": 8, "num_local_experts": 16}),
+            "num_experts = 8 and num_local_experts = 16 disagree",
+        ),
+        (
+            "olmoe",
+            json!({"num_experts": 0}),
+            "num_experts = 0 is not between 1",
+        ),
+        (
+            "olmoe",
+            json!({"clip_qkv": 8.0}),
+            "clip_qkv is not supported",
+        ),
+        (
+            "qwen3_moe",
+            json!({"use_sliding_window": true}),
+            "use_sliding_window = true is not supported",
+        ),
+        (
+            "qwen2_moe",
+            json!({"decoder_sparse_step": 0}),
+            "decoder_sparse_step = 0 is not positive",
+        ),
+        (
+            "qwen2_moe",
+            json!({"moe_intermediate_size": 0}),
+            "moe_intermediate_size = 0",
+        ),
+        (
+            "glm4_moe",
+            json!({"n_group": 8}),
+            "n_group = 8 is not supported, only 1",
+        ),
+        (
             "granite",
             json!({"residual_multiplier": 0}),
             "residual_multiplier = 0 is not positive",
@@ -390,5 +430,51 @@ fn model_types_that_are_not_known_are_refused_with_those_that_are() {
             line,
             format!("{key} {model_type:?} is not supported; known are: {known}")
         );
+    }
+}
+
+#[test]
+fn blocks_have_experts_by_their_families_keys() {
+    let of = |family: &str, keys: Value| {
+        let mut config = llama();
+        config["model_type"] = json!(family);
+        config["num_hidden_layers"] = json!(4);
+        for (key, value) in keys.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        let config = ModelConfig::from_json(config).unwrap();
+        let blocks = config.blocks().iter();
+        blocks
+            .map(|block| match block.has_experts() {
+                true => block.inputs(block.taps().end - 1),
+                false => 0,
+            })
+            .collect::<Vec<_>>()
+    };
+    for (family, keys, expected) in [
+        ("mixtral", json!({}), [8; 4]),
+        ("mixtral", json!({"num_local_experts": 4}), [4; 4]),
+        ("qwen3_moe", json!({}), [128; 4]),
+        ("qwen3_moe", json!({"num_local_experts": 16}), [16; 4]),
+        (
+            "qwen3_moe",
+            json!({"num_experts": 16, "mlp_only_layers": [1]}),
+            [16, 0, 16, 16],
+        ),
+        (
+            "qwen3_moe",
+            json!({"num_experts": 16, "decoder_sparse_step": 2}),
+            [0, 16, 0, 16],
+        ),
+        ("qwen2_moe", json!({"mlp_only_layers": null}), [60; 4]),
+        ("olmoe", json!({}), [64; 4]),
+        ("glm4_moe", json!({}), [0, 128, 128, 128]),
+        (
+            "glm4_moe",
+            json!({"first_k_dense_replace": 3, "n_routed_experts": 16}),
+            [0, 0, 0, 16],
+        ),
+    ] {
+        assert_eq!(of(family, keys.clone()), expected, "{family} {keys}");
     }
 }

@@ -164,3 +164,78 @@ fn what_two_taps_take_is_kept_between_them() {
         assert_eq!(divisions, expected, "{family}");
     }
 }
+
+/// A block of 4 experts, 2 a token, 32 wide.
+fn mixture(model_type: &str) -> BlockSpec {
+    let config = serde_json::json!({
+        "model_type": model_type, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 100, "num_experts_per_tok": 2,
+        "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 96, "qkv_bias": false,
+    });
+    (**ModelConfig::from_json(config).unwrap().block(1)).clone()
+}
+
+#[test]
+fn experts_are_two_taps_with_an_input_for_each() {
+    for (family, path, [gate, up, down]) in [
+        ("qwen3_moe", "mlp", ["gate_proj", "up_proj", "down_proj"]),
+        ("mixtral", "block_sparse_moe", ["w1", "w3", "w2"]),
+        ("olmoe", "mlp", ["gate_proj", "up_proj", "down_proj"]),
+    ] {
+        let block = mixture(family);
+        let names: Vec<&str> = block.taps().map(|tap| block.tap_name(tap)).collect();
+        assert_eq!(
+            names,
+            ["qkv", "o", "experts.gate_up", "experts.down"],
+            "{family}"
+        );
+        let inputs: Vec<usize> = block.taps().map(|tap| block.inputs(tap)).collect();
+        assert_eq!(inputs, [1, 1, 4, 4], "{family}");
+        assert_eq!(
+            [2, 3].map(|tap| block.in_features(tap)),
+            [64, 32],
+            "{family}"
+        );
+        assert_eq!(block.settings_groups(), [0..1, 1..2, 2..4], "{family}");
+        let named = |tap, expert| {
+            let linears = block.linears_at(tap, expert);
+            linears
+                .map(|at| block.linears()[at].name.clone())
+                .collect::<Vec<_>>()
+        };
+        let name = |expert: usize, part: &str| format!("{path}.experts.{expert}.{part}");
+        assert_eq!(named(2, 1), [name(1, gate), name(1, up)]);
+        assert_eq!(named(3, 2), [name(2, down)]);
+        // Two slots of 32, and the choice: 2 x 2 numbers of 32 bits. What experts are given is computed again.
+        assert_eq!(block.kept_features(3), 2 * 32 + 8, "{family}");
+        let last = block.linears().len() - 1;
+        assert_eq!(
+            (block.added(last), block.added(4)),
+            (Some(1.0), None),
+            "{family}"
+        );
+        assert_eq!(block.division(4), Division::Outputs, "{family}");
+        assert_eq!(block.division(last), Division::Inputs, "{family}");
+        let all: Vec<usize> = (4..=last).collect();
+        assert_eq!(block.fused(&all), [format!("{path}.experts")], "{family}");
+        assert_eq!(
+            block.matrices()[0].weight(1),
+            format!("model.layers.1.{path}.gate.weight")
+        );
+    }
+}
+
+#[test]
+fn a_shared_expert_makes_up_for_the_residual_stream_first_and_its_input_is_kept() {
+    let block = mixture("qwen2_moe");
+    let names: Vec<&str> = block.taps().map(|tap| block.tap_name(tap)).collect();
+    let shared = ["gate_up", "down"];
+    let experts = ["experts.gate_up", "experts.down"];
+    assert_eq!(names[2..], [shared, experts].concat());
+    assert_eq!(block.linears()[4].shape(), (64, 96));
+    // Its output is weighed before it is added.
+    assert_eq!(block.added(6), None);
+    let kept: Vec<usize> = block.taps().map(|tap| block.kept_features(tap)).collect();
+    assert_eq!(kept[3..], [96 + 64, 64, 64 + 2 * 32 + 8]);
+    assert_eq!(block.matrices()[0].shape, [1, 64]);
+}
