@@ -8,7 +8,8 @@ use gptq_format::Half;
 use thiserror::Error;
 
 use crate::cuda::{
-    Error, MissingLibrary, device_count, missing_library, open_kernels, run_guarded, seal_kernels,
+    Error, MissingLibrary, device_count, fail, missing_library, open_kernels, run_guarded,
+    seal_kernels, settle,
 };
 use crate::{Cpu, Cuda, Engine};
 
@@ -112,7 +113,11 @@ impl Device {
             Device::Auto | Device::Cpu => Ok(work.run::<Cpu>(Default::default())),
             Device::Cuda(index) => {
                 open_kernels();
-                let work = || work.run::<Cuda>(burn_cuda::CudaDevice::new(index));
+                let work = || {
+                    let done = work.run::<Cuda>(burn_cuda::CudaDevice::new(index));
+                    settle(index).unwrap_or_else(|error| fail(error));
+                    done
+                };
                 let done =
                     run_guarded(index, work).map_err(|error| DeviceError::of(self, error))?;
                 seal_kernels();

@@ -8,7 +8,8 @@ use rayon::prelude::*;
 
 use crate::{
     Codes, HessianOptions, HostBuffer, Incoming, Mismatch, NormOptions, NotFinite, PackedWeight,
-    Request, Scores, Subset, Tunable, TuningStep, attention, backward, finite, host_solve,
+    Request, Scores, Subset, Tunable, TuningStep, attention, backward, divergence, finite,
+    host_solve,
 };
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
@@ -265,6 +266,29 @@ pub trait Engine: Backend {
         dy: Tensor<Self, 2>,
     ) -> [Tensor<Self, 2>; 2] {
         backward::geglu_backward(gate, up, dy)
+    }
+
+    /// Compares predictions with a reference's: for each row of `logits` and `reference`, f32 `[tokens, vocabulary]`,
+    /// gives four numbers, f32 `[tokens, 4]`: `-ln q` and `-ln p` of the token `targets`, `Σ p (ln p - ln q)`, and 1 if
+    /// the likeliest token is the same, else 0; `q = softmax(logits)`, `p = softmax(reference)`. Of equally likely
+    /// tokens the first counts.
+    fn compare_logits(
+        logits: Tensor<Self, 2>,
+        reference: Tensor<Self, 2>,
+        targets: Tensor<Self, 1, Int>,
+    ) -> Tensor<Self, 2> {
+        divergence::compare_logits(logits, reference, targets)
+    }
+
+    /// For each row of `logits` and `reference`, f32 `[tokens, vocabulary]`, gives `KL = Σ p (ln p - ln q)`, f32 `[tokens,
+    /// 1]`, and `scale` times its gradient with respect to `logits`, `q - p`, in `dtype`.
+    fn divergence_gradient(
+        logits: Tensor<Self, 2>,
+        reference: Tensor<Self, 2>,
+        scale: f32,
+        dtype: DType,
+    ) -> [Tensor<Self, 2>; 2] {
+        divergence::divergence_gradient(logits, reference, scale, dtype)
     }
 
     /// A matrix of zeros, f32, for [`Engine::gram_add`] (`[in, in]`) or [`Engine::cross_add`].

@@ -10,7 +10,9 @@ mod backward;
 mod codes;
 pub mod cuda;
 mod device;
+mod divergence;
 mod engine;
+mod experts;
 mod finite;
 mod half_dtype;
 #[cfg(test)]
@@ -29,6 +31,7 @@ pub use codes::Codes;
 pub use cuda::{install_panic_hook, keep_kernels};
 pub use device::{Device, DeviceError, Work};
 pub use engine::{Engine, map_lanes};
+pub use experts::{Routed, RoutingOptions, Slots};
 pub use finite::NotFinite;
 pub use half_dtype::{dtype, half_of};
 pub use host_buffer::HostBuffer;

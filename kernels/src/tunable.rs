@@ -58,8 +58,9 @@ pub struct Tunable<B: Backend> {
     pub(crate) g_idx: Vec<i32>,
     /// u8 `[groups, out]`, as in [`Codes`].
     pub(crate) zero_codes: Tensor<B, 2, Int>,
-    /// Columns in the order of their groups.
+    /// Columns in the order of their groups, on the host and the device.
     pub(crate) order: Vec<u32>,
+    pub(crate) columns: Tensor<B, 1, Int>,
     /// `u`, where it began, and its moments.
     pub(crate) unrounded: Tensor<B, 2>,
     pub(crate) start: Tensor<B, 2>,
@@ -87,9 +88,10 @@ impl<B: Backend> Tunable<B> {
         let whole =
             |(at, &column): (usize, &u32)| codes.g_idx[column as usize] as usize == at / size;
         assert!(order.iter().enumerate().all(whole), "groups of one size");
+        let columns = indices(&order, &device);
         let unrounded = match in_order(&order) {
             true => unrounded,
-            false => unrounded.select(1, indices(&order, &device)),
+            false => unrounded.select(1, columns.clone()),
         };
         let weights = || Tensor::zeros([n_out, n_in], (&device, DType::F32));
         let by_group = || Tensor::zeros([n_out, groups], (&device, DType::F32));
@@ -99,6 +101,7 @@ impl<B: Backend> Tunable<B> {
             g_idx: codes.g_idx,
             zero_codes: codes.zeros,
             order,
+            columns,
             // A copy of its own, because an engine may write in place.
             start: unrounded.clone(),
             unrounded: unrounded + weights(),
@@ -142,7 +145,7 @@ impl<B: Backend> Tunable<B> {
         let gradient = gradient.zeros_like().mask_where(finite, gradient);
         let gradient = match own {
             true => gradient,
-            false => gradient.select(1, indices(&self.order, &device)),
+            false => gradient.select(1, self.columns.clone()),
         };
         let apart = |x: Tensor<B, 2>| x.reshape([n_out * groups, size]);
         let each = |x: Tensor<B, 2>| x.reshape([n_out * groups, 1]);

@@ -21,7 +21,7 @@ use super::{
     error::Error,
     kernel_cache::attribute,
     nvrtc::{CudaSource, Launch, function, launch},
-    stream::on_stream,
+    stream::on_stream_later,
 };
 use crate::Scores;
 
@@ -101,7 +101,7 @@ pub fn causal_attention(
     if windows == 0 || seq == 0 {
         return Ok(buffer::into_float(out));
     }
-    on_stream(&[&q, &k, &v, &out], |libraries, pointers| {
+    on_stream_later(&[&q, &k, &v, &out], move |libraries, pointers| {
         // A window that hides nothing is none.
         let window = scores.window.filter(|&window| window < seq);
         let kernel = kernel(Kind {

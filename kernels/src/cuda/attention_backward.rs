@@ -8,10 +8,12 @@
 //! dS = P (dP - Σ P dP) score'    dQ = scale dS K    dK += scale dSᵀ Q
 //! ```
 //!
-//! The products are cuBLAS's, for all key heads of a window in one call: the query heads that share a key head are
+//! The products are cuBLAS's, for all key heads of some windows in one call: the query heads that share a key head are
 //! rows of one matrix, `[seq * shared, dim]`, so that its sums are over them too. Between them `score_gradients` of
 //! `backward.cu` makes P and dS of the f32 products; both are rounded to f16 or bf16. dK and dV are summed over the
 //! blocks in f32, in the order of the queries. Softmax, mask and softcap are those of [`Scores`].
+
+use std::ops::Range;
 
 use burn::tensor::{DType, Tensor};
 use cudarc::driver::{result::memset_d8_async, sys::CUfunction};
@@ -24,15 +26,17 @@ use super::{
     context::refused,
     error::Error,
     nvrtc::{Launch, launch},
-    stream::{Libraries, on_stream},
+    stream::{Libraries, on_stream_later},
 };
 use crate::Scores;
 
 const NAME: &str = "attention_backward";
-/// Queries per block. The four score matrices take `12 * heads * BLOCK * seq` bytes.
+/// Queries per block. The four score matrices of a window take `12 * heads * BLOCK * seq` bytes.
 const BLOCK: usize = 256;
+/// Bytes of the score matrices of windows that are taken together; one may take more.
+const SCRATCH: usize = 256 << 20;
 
-/// AttentionSizes of an attention.
+/// Sizes of an attention.
 #[derive(Clone, Copy)]
 struct AttentionSizes {
     seq: usize,
@@ -84,12 +88,16 @@ pub fn attention_backward(
     let q = buffer::half(NAME, "q", by_head(q.reshape(grouped)))?;
     let dtype = q.dtype;
     let d_out = buffer::float(NAME, "d_out", by_head(d_out.reshape(grouped)), dtype)?;
-    let k = buffer::float(NAME, "k", k, dtype)?;
-    let v = buffer::float(NAME, "v", v, dtype)?;
+    let k = buffer::float(NAME, "k", by_head(k), dtype)?;
+    let v = buffer::float(NAME, "v", by_head(v), dtype)?;
     let d_q = buffer::empty(&q, [windows, kv_heads, seq, shared * dim], dtype);
-    let sums = [(); 2].map(|()| buffer::empty(&q, [windows, seq, kv_heads, dim], DType::F32));
+    let sums = [(); 2].map(|()| buffer::empty(&q, [windows, kv_heads, seq, dim], DType::F32));
     let rows = BLOCK.min(seq) * shared;
-    let scratch = |dtype| buffer::empty(&q, [kv_heads, rows, pitch(seq)], dtype);
+    let scores_of_one = 12 * kv_heads * rows * pitch(seq);
+    let together = (SCRATCH / scores_of_one.max(1)).clamp(1, windows.max(1));
+    // A grid's second dimension.
+    let together = together.min(65_535 / kv_heads);
+    let scratch = |dtype| buffer::empty(&q, [together * kv_heads, rows, pitch(seq)], dtype);
     let wide = [(); 2].map(|()| scratch(DType::F32));
     let narrow = [(); 2].map(|()| scratch(dtype));
     let sizes = AttentionSizes {
@@ -104,7 +112,7 @@ pub fn attention_backward(
             &q, &k, &v, &d_out, &d_q, &sums[0], &sums[1], &wide[0], &wide[1], &narrow[0],
             &narrow[1],
         ];
-        on_stream(&buffers, |libraries, pointers| {
+        on_stream_later(&buffers, move |libraries, pointers| {
             let kernel = kernel(libraries.device, dtype, "score_gradients")?;
             for &sum in &pointers[5..7] {
                 let bytes = windows * seq * kv_heads * dim * size_of::<f32>();
@@ -112,21 +120,29 @@ pub fn attention_backward(
                 unsafe { memset_d8_async(sum, 0, bytes, libraries.stream) }
                     .map_err(refused("cuMemsetD8Async"))?;
             }
-            for window in 0..windows {
+            for first in (0..windows).step_by(together) {
+                let own = first..windows.min(first + together);
                 for start in (0..seq).step_by(BLOCK) {
                     // SAFETY: the buffers have the shapes above, and those that are written are new.
                     unsafe {
-                        block(libraries, kernel, pointers, sizes, scores, [window, start])?;
+                        block(
+                            libraries,
+                            kernel,
+                            pointers,
+                            sizes,
+                            scores,
+                            own.clone(),
+                            start,
+                        )?;
                     }
                 }
             }
             Ok(())
         })?;
     }
-    let d_q = buffer::into_float::<4>(d_q)
-        .swap_dims(1, 2)
-        .reshape([windows, seq, heads, dim]);
-    let [d_k, d_v] = sums.map(|sum| buffer::into_float::<4>(sum).cast(dtype));
+    let d_q = buffer::into_float::<4>(d_q);
+    let d_q = by_head(d_q).reshape([windows, seq, heads, dim]);
+    let [d_k, d_v] = sums.map(|sum| by_head(buffer::into_float::<4>(sum)).cast(dtype));
     Ok([d_q, d_k, d_v])
 }
 
@@ -135,7 +151,7 @@ fn pitch(keys: usize) -> usize {
     keys.next_multiple_of(8)
 }
 
-/// One block of queries of one window.
+/// One block of queries, of the windows `windows`.
 ///
 /// # Safety
 ///
@@ -147,7 +163,8 @@ unsafe fn block(
     pointers: &[u64],
     sizes: AttentionSizes,
     scores: Scores,
-    [window, start]: [usize; 2],
+    windows: Range<usize>,
+    start: usize,
 ) -> Result<(), Error> {
     let AttentionSizes {
         seq,
@@ -159,24 +176,20 @@ unsafe fn block(
     let end = (start + BLOCK).min(seq);
     let first = scores.first_key(start);
     let (rows, keys) = ((end - start) * shared, end - first);
+    let (head, count) = (windows.start * kv_heads, windows.len() * kv_heads);
     let stride = pitch(keys);
     let queries = |at: usize| Matrices {
         first: MatrixAt::at(
             pointers[at],
-            (window * kv_heads * seq + start) * shared * dim,
+            (head * seq + start) * shared * dim,
             dim,
             element,
         ),
         step: seq * shared * dim,
     };
     let seen = |at: usize, element| Matrices {
-        first: MatrixAt::at(
-            pointers[at],
-            (window * seq + first) * kv_heads * dim,
-            kv_heads * dim,
-            element,
-        ),
-        step: dim,
+        first: MatrixAt::at(pointers[at], (head * seq + first) * dim, dim, element),
+        step: seq * dim,
     };
     let matrix = |at: usize, element| Matrices {
         first: MatrixAt::at(pointers[at], 0, stride, element),
@@ -190,8 +203,8 @@ unsafe fn block(
     let scale = scores.scale(dim) as f32;
     let multiply = |sizes, alpha, factors, beta, to| {
         // SAFETY: rows `start..end` of queries, `first..end` of keys and the first `rows` by `stride` of each score
-        // matrix lie inside their buffers; heads' features alternate in a row of keys and do not overlap.
-        unsafe { products(libraries, kv_heads, sizes, alpha, factors, beta, to) }
+        // matrix lie inside their buffers.
+        unsafe { products(libraries, count, sizes, alpha, factors, beta, to) }
     };
     multiply([rows, keys, dim], 1.0, [q, k.t()], 0.0, product)?;
     multiply([rows, keys, dim], 1.0, [d_out, v.t()], 0.0, d_weights)?;
@@ -204,7 +217,7 @@ unsafe fn block(
     parameters.extend(integers.iter_mut().map(|it| (&raw mut *it).cast()));
     parameters.extend(floats.iter_mut().map(|it| (&raw mut *it).cast()));
     let size = Launch {
-        blocks: (rows as u32, kv_heads as u32, 1),
+        blocks: (rows as u32, count as u32, 1),
         threads: threads(keys),
         shared: 0,
     };

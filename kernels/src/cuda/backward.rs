@@ -14,7 +14,7 @@ use super::{
     buffer::{self, Buffer},
     error::Error,
     nvrtc::{CudaSource, Launch, function, launch},
-    stream::on_stream,
+    stream::on_stream_later,
 };
 use crate::NormOptions;
 
@@ -84,7 +84,7 @@ pub fn norm_backward(
         return Ok(buffer::into_float(dx));
     }
     let dtype = x.dtype;
-    on_stream(&[&x, &weight, &dy, &dx], |libraries, pointers| {
+    on_stream_later(&[&x, &weight, &dy, &dx], move |libraries, pointers| {
         let kernel = kernel(libraries.device, dtype, NAME)?;
         let mut pointers = [pointers[0], pointers[1], pointers[2], pointers[3]];
         let (mut len, threads) = (len as i32, threads(len));
@@ -156,7 +156,7 @@ fn gate_backward(
     let elements = shape[0] * shape[1];
     if elements > 0 {
         let buffers: [&Buffer; 5] = [&gate, &up, &dy, &gradients[0], &gradients[1]];
-        on_stream(&buffers, |libraries, pointers| {
+        on_stream_later(&buffers, move |libraries, pointers| {
             let kernel = kernel(libraries.device, dtype, name)?;
             let mut aligned = i32::from(pointers.iter().all(|at| at.is_multiple_of(16)));
             let mut pointers = pointers.to_vec();

@@ -12,7 +12,7 @@ use cubecl::{
     prelude::*,
 };
 
-use super::{Cuda, error::Error};
+use super::{Cuda, error::Error, failures};
 use crate::{dtype, half_of};
 
 /// A tensor on the device, as stored by Burn.
@@ -123,12 +123,17 @@ pub(crate) fn upload<T: CubeElement>(like: &Buffer, values: &[T], dtype: DType) 
 }
 
 /// Reads the buffer's values back; waits for the device.
+///
+/// # Errors
+///
+/// That of the read, or of a call that nobody waited for.
 pub(crate) fn download<T: CubeElement>(buffer: &Buffer) -> Result<Vec<T>, Error> {
     let elements = buffer.meta.shape().num_elements();
     let bytes = buffer
         .client
         .read_one(buffer.handle.clone())
         .map_err(|error| Error::runtime(&error.to_string()))?;
+    failures::check(buffer.device.index)?;
     Ok(T::from_bytes(&bytes[..elements * size_of::<T>()]).to_vec())
 }
 

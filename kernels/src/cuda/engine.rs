@@ -148,6 +148,24 @@ impl Engine for Cuda {
         super::geglu_backward(gate, up, dy).unwrap_or_else(|error| fail(error))
     }
 
+    fn compare_logits(
+        logits: Tensor<Self, 2>,
+        reference: Tensor<Self, 2>,
+        targets: Tensor<Self, 1, Int>,
+    ) -> Tensor<Self, 2> {
+        super::compare_logits(logits, reference, targets).unwrap_or_else(|error| fail(error))
+    }
+
+    fn divergence_gradient(
+        logits: Tensor<Self, 2>,
+        reference: Tensor<Self, 2>,
+        scale: f32,
+        dtype: DType,
+    ) -> [Tensor<Self, 2>; 2] {
+        super::divergence_gradient(logits, reference, scale, dtype)
+            .unwrap_or_else(|error| fail(error))
+    }
+
     fn gram_zeros(shape: [usize; 2], device: &Device) -> Tensor<Self, 2> {
         super::gram_zeros(shape, device).unwrap_or_else(|error| fail(error))
     }

@@ -14,15 +14,16 @@ use cudarc::driver::result::memset_d8_async;
 use super::{
     Cuda, Device,
     blas::{Element, MatrixAt, product},
-    buffer,
+    buffer::{self, Buffer, array},
     error::Error,
-    stream::on_stream,
+    stream::on_stream_later,
 };
 
 /// Columns per panel: wide enough for cuBLAS's large tiles.
 const PANEL: usize = 1024;
 /// Tokens per product: each reads and writes G once.
 const CHUNK: usize = 16_384;
+const UNITS: u32 = 256;
 
 /// Makes a matrix of zeros, f32, which [`gram_add`] and [`cross_add`] update in place.
 ///
@@ -33,7 +34,7 @@ pub fn gram_zeros(shape: [usize; 2], device: &Device) -> Result<Tensor<Cuda, 2>,
     let client = CudaRuntime::client(device);
     let gram = buffer::empty_on(&client, device, shape, DType::F32);
     let bytes = shape[0] * shape[1] * 4;
-    on_stream(&[&gram], |libraries, pointers| {
+    on_stream_later(&[&gram], move |libraries, pointers| {
         // SAFETY: the buffer was made with this many bytes.
         unsafe { memset_d8_async(pointers[0], 0, bytes, libraries.stream) }.map_err(|source| {
             Error::Driver {
@@ -66,7 +67,7 @@ pub fn gram_add(gram: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor<Cuda
     let gram = if gram.can_mut() { gram } else { gram.copy() };
     let x = buffer::half("gram_add", "x", x)?;
     let element = Element::of(x.dtype);
-    on_stream(&[&gram, &x], |libraries, pointers| {
+    on_stream_later(&[&gram, &x], move |libraries, pointers| {
         for first in (0..tokens).step_by(CHUNK) {
             let length = CHUNK.min(tokens - first);
             for start in (0..in_features).step_by(PANEL) {
@@ -89,6 +90,61 @@ pub fn gram_add(gram: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor<Cuda
         Ok(())
     })?;
     Ok(buffer::into_float(gram))
+}
+
+/// `out = a - b`, in f32, within `largest` of zero, rounded once. NaN stays.
+#[cube(launch_unchecked)]
+fn difference_kernel<F: Float, N: Size>(
+    a: &Array<Vector<F, N>>,
+    b: &Array<Vector<F, N>>,
+    out: &mut Array<Vector<F, N>>,
+    vectors: u32,
+    largest: f32,
+    #[define(F)] _dtype: StorageType,
+) {
+    let at = ABSOLUTE_POS;
+    if at < vectors as usize {
+        let mut off = Vector::<f32, N>::cast_from(a[at]) - Vector::<f32, N>::cast_from(b[at]);
+        #[unroll]
+        for lane in 0..off.vector_size() {
+            let own = off[lane];
+            let own = select(own > largest, largest, own);
+            off[lane] = select(own < -largest, -largest, own);
+        }
+        out[at] = Vector::<F, N>::cast_from(off);
+    }
+}
+
+/// Returns `a - b` of two f16 or bf16 buffers of one shape, rounded to their type, or to its largest value: in a
+/// residual stream the difference of two large values may lie beyond it.
+fn difference(a: &Buffer, b: &Buffer) -> Buffer {
+    let shape = a.meta.shape();
+    let out = buffer::empty(a, [shape[0], shape[1]], a.dtype);
+    let elements = shape.num_elements();
+    let lanes = buffer::vector_size(elements, a.dtype);
+    let largest = match a.dtype {
+        DType::F16 => f32::from(half::f16::MAX),
+        _ => f32::from(half::bf16::MAX),
+    };
+    if elements > 0 {
+        let vectors = (elements / lanes) as u32;
+        // SAFETY: indices stay below the number of vectors in all three.
+        unsafe {
+            difference_kernel::launch_unchecked::<CudaRuntime>(
+                &out.client,
+                CubeCount::new_1d(vectors.div_ceil(UNITS)),
+                CubeDim::new_1d(UNITS),
+                lanes,
+                array(a),
+                array(b),
+                array(&out),
+                vectors,
+                largest,
+                a.dtype.into(),
+            );
+        }
+    }
+    out
 }
 
 /// Computes `C += (A_d - A)ᵀX` for `cross` f32 `[features, in]`, `dense` and `own` `[tokens, features]` and `x`
@@ -125,16 +181,9 @@ pub fn cross_add(
     let x = buffer::half("cross_add", "x", x)?;
     let dense = buffer::float("cross_add", "dense", dense, x.dtype)?;
     let own = buffer::float("cross_add", "own", own, x.dtype)?;
-    let [dense, own] = [dense, own].map(|it| buffer::into_float::<2>(it).cast(DType::F32));
     let element = Element::of(x.dtype);
-    // In a residual stream the difference of two large values may lie beyond the type.
-    let largest = match x.dtype {
-        DType::F16 => f32::from(half::f16::MAX),
-        _ => f32::from(half::bf16::MAX),
-    };
-    let mismatch = (dense - own).clamp(-largest, largest);
-    let mismatch = buffer::float("cross_add", "mismatch", mismatch.cast(x.dtype), x.dtype)?;
-    on_stream(&[&cross, &mismatch, &x], |libraries, pointers| {
+    let mismatch = difference(&dense, &own);
+    on_stream_later(&[&cross, &mismatch, &x], move |libraries, pointers| {
         for first in (0..tokens).step_by(CHUNK) {
             let length = CHUNK.min(tokens - first);
             let part = |pointer, width| MatrixAt::at(pointer, first * width, width, element);

@@ -8,7 +8,7 @@ use super::{
     blas::{Element, MatrixAt, product},
     buffer,
     error::Error,
-    stream::on_stream,
+    stream::on_stream_later,
 };
 
 /// Tokens per product of a weight's gradient, as for a Gram matrix: a tensor core's running sum stays short.
@@ -33,7 +33,7 @@ pub fn linear(x: Tensor<Cuda, 2>, w: Tensor<Cuda, 2>) -> Result<Tensor<Cuda, 2>,
     let w = buffer::float("linear", "w", w, x.dtype)?;
     let y = buffer::empty(&x, [tokens, out_features], x.dtype);
     let element = Element::of(x.dtype);
-    on_stream(&[&x, &w, &y], |libraries, pointers| {
+    on_stream_later(&[&x, &w, &y], move |libraries, pointers| {
         let x = MatrixAt::at(pointers[0], 0, in_features, element);
         let w = MatrixAt::at(pointers[1], 0, in_features, element);
         let y = MatrixAt::at(pointers[2], 0, out_features, element);
@@ -63,7 +63,7 @@ pub fn input_gradient(dy: Tensor<Cuda, 2>, w: Tensor<Cuda, 2>) -> Result<Tensor<
     let w = buffer::float("input_gradient", "w", w, dy.dtype)?;
     let dx = buffer::empty(&dy, [tokens, in_features], dy.dtype);
     let element = Element::of(dy.dtype);
-    on_stream(&[&dy, &w, &dx], |libraries, pointers| {
+    on_stream_later(&[&dy, &w, &dx], move |libraries, pointers| {
         let dy = MatrixAt::at(pointers[0], 0, out_features, element);
         let w = MatrixAt::at(pointers[1], 0, in_features, element);
         let dx = MatrixAt::at(pointers[2], 0, in_features, element);
@@ -94,7 +94,7 @@ pub fn weight_gradient(dy: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor
     let x = buffer::float("weight_gradient", "x", x, dy.dtype)?;
     let dw = buffer::empty(&dy, [out_features, in_features], DType::F32);
     let element = Element::of(dy.dtype);
-    on_stream(&[&dy, &x, &dw], |libraries, pointers| {
+    on_stream_later(&[&dy, &x, &dw], move |libraries, pointers| {
         let dw = MatrixAt::at(pointers[2], 0, in_features, Element::F32);
         for first in (0..tokens).step_by(CHUNK) {
             let length = CHUNK.min(tokens - first);

@@ -12,6 +12,7 @@
 
 mod context;
 mod error;
+mod failures;
 mod kernel_cache;
 mod kernel_store;
 mod library;
@@ -49,6 +50,7 @@ mod swiglu;
 
 mod attention_backward;
 mod backward;
+mod divergence;
 
 #[cfg(test)]
 pub(crate) mod testing;
@@ -59,10 +61,11 @@ pub use attention::causal_attention;
 pub use attention_backward::attention_backward;
 pub use backward::{geglu_backward, norm_backward, swiglu_backward};
 pub use decode_attention::attend_next;
+pub use divergence::{compare_logits, divergence_gradient};
 pub use embedding::embedding;
 pub use error::Error;
 pub use error::install_panic_hook;
-pub(crate) use error::run_guarded;
+pub(crate) use error::{fail, run_guarded};
 pub use gram::{cross_add, gram_add, gram_zeros};
 pub use kernel_cache::keep_kernels;
 pub(crate) use kernel_cache::{open as open_kernels, seal as seal_kernels};
@@ -77,6 +80,7 @@ pub use packed_rows::resident;
 pub use relative_error::relative_error;
 pub use rotary::{partial_rotary, rotary};
 pub use solve::solve;
+pub(crate) use stream::settle;
 pub use swiglu::{geglu, swiglu};
 pub(crate) use transfer::Pinned;
 

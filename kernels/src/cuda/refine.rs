@@ -14,8 +14,9 @@ use gptq_solver::Settings;
 use super::{
     blas::{Element, MatrixAt, product},
     buffer::{self, Buffer, array},
+    error::Error,
     factor::{PANEL, panels},
-    stream::{Failures, on_stream_later},
+    stream::on_stream_later,
     sweep::{Swept, divide},
 };
 
@@ -163,14 +164,13 @@ pub(crate) fn refine(
     swept: &Swept,
     settings: Settings,
     keep: bool,
-    failures: &Failures,
-) -> (Buffer, Option<Buffer>) {
+) -> Result<(Buffer, Option<Buffer>), Error> {
     let n = h.meta.shape()[0];
     let unrounded = keep.then(|| buffer::empty(&swept.weight, [n, swept.rows], DType::F32));
     let residual = buffer::empty(&swept.weight, [n, swept.rows], DType::F32);
     let back = buffer::empty(&swept.weight, [PANEL, swept.rows], DType::F32);
     let gained = buffer::upload(h, &vec![0.0_f32; swept.rows], DType::F32);
-    add_product(h, 0..n, &swept.weight, &residual, 0.0, failures);
+    add_product(h, 0..n, &swept.weight, &residual, 0.0)?;
     for _ in 0..settings.refine {
         for panel in panels(n, PANEL) {
             let unrounded = unrounded.as_ref();
@@ -183,10 +183,10 @@ pub(crate) fn refine(
                 &panel,
                 settings,
             );
-            add_product(h, panel, &back, &residual, 1.0, failures);
+            add_product(h, panel, &back, &residual, 1.0)?;
         }
     }
-    (gained, unrounded)
+    Ok((gained, unrounded))
 }
 
 fn launch(
@@ -234,13 +234,12 @@ fn add_product(
     x: &Buffer,
     out: &Buffer,
     beta: f32,
-    failures: &Failures,
-) {
+) -> Result<(), Error> {
     let [n, rows] = [out.meta.shape()[0], out.meta.shape()[1]];
-    on_stream_later(&[h, x, out], failures, move |libraries, pointers| {
+    on_stream_later(&[h, x, out], move |libraries, pointers| {
         let h = MatrixAt::at(pointers[0], columns.start, n, Element::F32);
         let [x, out] = [1, 2].map(|at| MatrixAt::at(pointers[at], 0, rows, Element::F32));
         // SAFETY: the columns lie inside H, x has as many rows, and out is `[n, rows]`.
         unsafe { product(libraries, [n, rows, columns.len()], h, x, beta, out) }
-    });
+    })
 }

@@ -16,7 +16,7 @@ use super::{
     blas::{Element, MatrixAt, product},
     buffer::{self, Buffer, array, rows_by},
     error::Error,
-    stream::{Failures, on_stream_later},
+    stream::on_stream_later,
 };
 
 const UNITS: usize = 256;
@@ -208,7 +208,6 @@ impl Sums {
 /// Sums over several layers, computed on the device and read back together.
 pub(crate) struct Measurement {
     sums: Buffer,
-    failures: Failures,
 }
 
 impl Measurement {
@@ -216,18 +215,27 @@ impl Measurement {
     pub(crate) fn new(like: &Buffer, count: usize) -> Self {
         Self {
             sums: buffer::upload(like, &vec![0.0_f32; count * SUMS * CUBES], DType::F32),
-            failures: Failures::default(),
         }
     }
 
     /// Enqueues `tr(W H Wᵀ)`, f16 or bf16 `[rows, n]`, of the layer `at`.
-    pub(crate) fn energy(&self, correlation: &Correlation, weight: &Buffer, into: (usize, Sum)) {
-        self.difference(correlation, weight, None, into);
+    pub(crate) fn energy(
+        &self,
+        correlation: &Correlation,
+        weight: &Buffer,
+        into: (usize, Sum),
+    ) -> Result<(), Error> {
+        self.difference(correlation, weight, None, into)
     }
 
     /// Enqueues `tr(D H Dᵀ)` for `D = a - b`, `[rows, n]` of one dtype.
-    pub(crate) fn loss(&self, correlation: &Correlation, [a, b]: [&Buffer; 2], into: (usize, Sum)) {
-        self.difference(correlation, a, Some(b), into);
+    pub(crate) fn loss(
+        &self,
+        correlation: &Correlation,
+        [a, b]: [&Buffer; 2],
+        into: (usize, Sum),
+    ) -> Result<(), Error> {
+        self.difference(correlation, a, Some(b), into)
     }
 
     fn difference(
@@ -236,7 +244,7 @@ impl Measurement {
         a: &Buffer,
         b: Option<&Buffer>,
         into: (usize, Sum),
-    ) {
+    ) -> Result<(), Error> {
         let [rows, n] = [a.meta.shape()[0], a.meta.shape()[1]];
         let scaled = buffer::empty(a, [rows, n], DType::BF16);
         let image = buffer::empty(a, [rows, n], DType::F32);
@@ -258,14 +266,15 @@ impl Measurement {
             );
         }
         let buffers = [&scaled, &correlation.matrix, &image];
-        on_stream_later(&buffers, &self.failures, move |libraries, pointers| {
+        on_stream_later(&buffers, move |libraries, pointers| {
             let scaled = MatrixAt::at(pointers[0], 0, n, Element::Bf16);
             let matrix = MatrixAt::at(pointers[1], 0, n, Element::Bf16);
             let image = MatrixAt::at(pointers[2], 0, n, Element::F32);
             // SAFETY: three distinct contiguous buffers of these shapes.
             unsafe { product(libraries, [rows, n, n], scaled, matrix, 0.0, image) }
-        });
+        })?;
         self.dot([&scaled, &image], into);
+        Ok(())
     }
 
     /// Enqueues `Σ a b` for two buffers of one shape, `b` f32.
@@ -317,7 +326,6 @@ impl Measurement {
     /// Returns the sums of each layer; waits for the device.
     pub(crate) fn read(self) -> Result<Vec<Sums>, Error> {
         let sums: Vec<f32> = buffer::download(&self.sums)?;
-        self.failures.check()?;
         let sum = |values: &[f32]| values.iter().copied().map(f64::from).sum::<f64>();
         let layers = sums.chunks_exact(SUMS * CUBES);
         Ok(layers
@@ -362,8 +370,8 @@ pub fn relative_error(
     let diagonal = super::factor::diagonal(&gram)?;
     let correlation = Correlation::new(&gram, &diagonal);
     let measurement = Measurement::new(&gram, 1);
-    measurement.energy(&correlation, &weight, (0, Sum::Output));
-    measurement.loss(&correlation, [&weight, &approximation], (0, Sum::Lost));
+    measurement.energy(&correlation, &weight, (0, Sum::Output))?;
+    measurement.loss(&correlation, [&weight, &approximation], (0, Sum::Lost))?;
     let sums = measurement.read()?[0];
     Ok(Sums::part(sums.of(Sum::Lost), sums.of(Sum::Output)))
 }

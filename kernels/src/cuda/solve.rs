@@ -27,7 +27,7 @@ use super::{
     groups::{Search, WeightSource, parameters, round_to_nearest},
     refine::refine,
     relative_error::{Correlation, Measurement, Sum, Sums},
-    stream::{Failures, on_stream_later},
+    stream::on_stream_later,
     sweep::{Swept, sweep},
     target::MismatchTarget,
 };
@@ -72,7 +72,6 @@ pub fn solve(
     let correlation = Correlation::new(&gram, &factor.columns.diagonal);
     drop(gram);
 
-    let failures = Failures::default();
     let measurement = Measurement::new(&position, requests.len());
     let mut order = Vec::with_capacity(requests.len());
     let mut unread = Vec::with_capacity(requests.len());
@@ -97,10 +96,11 @@ pub fn solve(
             offset += weights[at].meta.shape()[0];
             targets.push(target);
         }
-        let (swept, g_idx) = sweep_all(&factor, &position, all, settings, &failures);
+        let (swept, g_idx) = sweep_all(&factor, &position, all, settings)?;
         let keep = members.iter().any(|&at| requests[at].keep_unrounded);
         let refined = (h.as_ref().filter(|_| settings.refine > 0))
-            .map(|h| refine(h, &swept, settings, keep, &failures));
+            .map(|h| refine(h, &swept, settings, keep))
+            .transpose()?;
         let (refined, unrounded) = match refined {
             Some((gained, unrounded)) => (Some(gained), unrounded),
             None => (None, None),
@@ -112,13 +112,13 @@ pub fn solve(
             let weight = dequantize(&swept, &position, span, weights[at].dtype);
             let nearest = round_to_nearest(&weights[at], settings);
             let own = &weights[at];
-            measurement.energy(&correlation, own, (at, Sum::Output));
-            measurement.loss(&correlation, [own, &weight], (at, Sum::Lost));
-            measurement.loss(&correlation, [own, &nearest], (at, Sum::Nearest));
+            measurement.energy(&correlation, own, (at, Sum::Output))?;
+            measurement.loss(&correlation, [own, &weight], (at, Sum::Lost))?;
+            measurement.loss(&correlation, [own, &nearest], (at, Sum::Nearest))?;
             if let Some(rounded) = rounded {
                 let found: Tensor<Cuda, 2> = buffer::into_float(weight.clone());
                 let found = buffer::float("solve", "weight", found.cast(DType::F32), DType::F32)?;
-                measurement.loss(&correlation, [&rounded, &found], (at, Sum::Objective));
+                measurement.loss(&correlation, [&rounded, &found], (at, Sum::Objective))?;
             }
             if settings.scale_search {
                 measurement.columns(&swept.gained, span, (at, Sum::Searched));
@@ -137,7 +137,6 @@ pub fn solve(
         }
     }
     let sums = measurement.read()?;
-    failures.check()?;
     let mut solved = Vec::with_capacity(requests.len());
     for (at, (codes, [weight, nearest], unrounded)) in order.into_iter().zip(unread) {
         let sums = sums[at];
@@ -234,8 +233,7 @@ fn sweep_all(
     position: &Buffer,
     weight: Buffer,
     settings: Settings,
-    failures: &Failures,
-) -> (Swept, Vec<i32>) {
+) -> Result<(Swept, Vec<i32>), Error> {
     let [n, rows] = [weight.meta.shape()[0], weight.meta.shape()[1]];
     let group = settings.group_size.columns(n).min(n);
     let groups = settings.group_size.groups(n);
@@ -289,11 +287,11 @@ fn sweep_all(
             stretch = panel.start..end;
             let before = 0..stretch.start;
             let into = (&raw, 0);
-            carry(factor, &swept, before, stretch.clone(), into, 0.0, failures);
+            carry(factor, &swept, before, stretch.clone(), into, 0.0)?;
         }
         if !by_original && group > PANEL && panel.start.is_multiple_of(group) {
             let whole = panel.start..n.min(panel.start + group);
-            wide_group(factor, &swept, whole, settings, search, failures);
+            wide_group(factor, &swept, whole, settings, search)?;
         }
         let update = (panel.start > 0).then_some(&update);
         if let Some(update) = update {
@@ -302,8 +300,8 @@ fn sweep_all(
             // Nothing lies before the first stretch, so nothing was written for it.
             let beta = if stretch.start == 0 { 0.0 } else { 1.0 };
             let into = (&raw, at);
-            carry(factor, &swept, inside, panel.clone(), into, beta, failures);
-            apply_inverse(&inverses, block, into, panel.len(), update, failures);
+            carry(factor, &swept, inside, panel.clone(), into, beta)?;
+            apply_inverse(&inverses, block, into, panel.len(), update)?;
         }
         if !by_original && group <= PANEL {
             let source = WeightSource::Positions(update);
@@ -311,7 +309,7 @@ fn sweep_all(
         }
         sweep(&swept, update, &inverses, block, panel, settings);
     }
-    (swept, g_idx)
+    Ok((swept, g_idx))
 }
 
 /// `into[at..] = M[from, columns]ᵀ · D[from] + beta · into[at..]`, f32 `[columns, rows]`.
@@ -322,15 +320,14 @@ fn carry(
     columns: Range<usize>,
     (into, at): (&Buffer, usize),
     beta: f32,
-    failures: &Failures,
-) {
+) -> Result<(), Error> {
     if from.is_empty() {
-        return;
+        return Ok(());
     }
     let n = factor.columns.order.len();
     let rows = swept.rows;
     let buffers = [&factor.m, &swept.weight, into];
-    on_stream_later(&buffers, failures, move |libraries, pointers| {
+    on_stream_later(&buffers, move |libraries, pointers| {
         let m = MatrixAt::at(pointers[0], columns.start * n + from.start, n, Element::F32);
         let d = MatrixAt::at(pointers[1], from.start * rows, rows, Element::F32);
         let out = MatrixAt::at(pointers[2], at * rows, rows, Element::F32);
@@ -338,7 +335,7 @@ fn carry(
         // SAFETY: `from` and `columns` lie inside M and D, and `at + columns.len()` rows
         // inside `into`.
         unsafe { product(libraries, dimensions, m, d, beta, out) }
-    });
+    })
 }
 
 /// `update = inv(M_bb)ᵀ · raw[at..at + width]`, f32 `[width, rows]`.
@@ -348,17 +345,16 @@ fn apply_inverse(
     (raw, at): (&Buffer, usize),
     width: usize,
     update: &Buffer,
-    failures: &Failures,
-) {
+) -> Result<(), Error> {
     let rows = raw.meta.shape()[1];
     let buffers = [inverses, raw, update];
-    on_stream_later(&buffers, failures, move |libraries, pointers| {
+    on_stream_later(&buffers, move |libraries, pointers| {
         let inverse = MatrixAt::at(pointers[0], block * PANEL * PANEL, PANEL, Element::F32);
         let raw = MatrixAt::at(pointers[1], at * rows, rows, Element::F32);
         let out = MatrixAt::at(pointers[2], 0, rows, Element::F32);
         // SAFETY: the block's leading `width` square, `width` rows of raw and of update.
         unsafe { product(libraries, [width, rows, width], inverse.t(), raw, 0.0, out) }
-    });
+    })
 }
 
 /// The parameters of one group wider than a panel.
@@ -368,59 +364,47 @@ fn wide_group(
     group: Range<usize>,
     settings: Settings,
     search: Option<&Search>,
-    failures: &Failures,
-) {
+) -> Result<(), Error> {
     let n = factor.columns.order.len();
     let columns = settings.group_size.columns(n).min(n);
     if group.start == 0 {
         let source = WeightSource::Positions(None);
         parameters(swept, source, group, columns, settings, search);
-        return;
+        return Ok(());
     }
     let rows = swept.rows;
     let update = buffer::empty(&swept.weight, [group.len(), rows], DType::F32);
     let from = 0..group.start;
-    carry(
-        factor,
-        swept,
-        from,
-        group.clone(),
-        (&update, 0),
-        0.0,
-        failures,
-    );
+    carry(factor, swept, from, group.clone(), (&update, 0), 0.0)?;
     let (start, width) = (group.start, group.len());
-    on_stream_later(
-        &[&factor.m, &update],
-        failures,
-        move |libraries, pointers| {
-            let m = MatrixAt::at(pointers[0], start * (n + 1), n, Element::F32);
-            let one = 1.0_f32;
-            // X · M_gg = T: column-major, T is the update's `[rows, group]`, and M is stored so.
-            // SAFETY: the group's square lies inside M, and the update is `[group, rows]`.
-            unsafe {
-                cublas::cublasStrsm_v2(
-                    libraries.cublas,
-                    cublas::cublasSideMode_t::CUBLAS_SIDE_RIGHT,
-                    cublas::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER,
-                    cublas::cublasOperation_t::CUBLAS_OP_N,
-                    cublas::cublasDiagType_t::CUBLAS_DIAG_NON_UNIT,
-                    rows as i32,
-                    width as i32,
-                    &raw const one,
-                    m.pointer as *const f32,
-                    n as i32,
-                    pointers[1] as *mut f32,
-                    rows as i32,
-                )
-            }
-            .result()
-            .map_err(|source| Error::Cublas {
-                operation: "cublasStrsm",
-                source,
-            })
-        },
-    );
+    on_stream_later(&[&factor.m, &update], move |libraries, pointers| {
+        let m = MatrixAt::at(pointers[0], start * (n + 1), n, Element::F32);
+        let one = 1.0_f32;
+        // X · M_gg = T: column-major, T is the update's `[rows, group]`, and M is stored so.
+        // SAFETY: the group's square lies inside M, and the update is `[group, rows]`.
+        unsafe {
+            cublas::cublasStrsm_v2(
+                libraries.cublas,
+                cublas::cublasSideMode_t::CUBLAS_SIDE_RIGHT,
+                cublas::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER,
+                cublas::cublasOperation_t::CUBLAS_OP_N,
+                cublas::cublasDiagType_t::CUBLAS_DIAG_NON_UNIT,
+                rows as i32,
+                width as i32,
+                &raw const one,
+                m.pointer as *const f32,
+                n as i32,
+                pointers[1] as *mut f32,
+                rows as i32,
+            )
+        }
+        .result()
+        .map_err(|source| Error::Cublas {
+            operation: "cublasStrsm",
+            source,
+        })
+    })?;
     let source = WeightSource::Positions(Some(&update));
     parameters(swept, source, group, columns, settings, search);
+    Ok(())
 }

@@ -7,19 +7,17 @@
 //! So the library's work is ordered with all other commands of the stream, with no event and no
 //! host synchronization, and a buffer freed afterwards is reused in stream order.
 //!
+//! Waiting for that thread takes 10 to 200 µs, more than most kernels. So what has no result for the host is
+//! submitted by [`on_stream_later`], whose errors come up at the thread's next call; whoever brings results to
+//! the host waits by [`on_stream`] or ends with [`settle`].
+//!
 //! CubeCL 0.10 does not expose the stream: neither its server nor what the server returns has an
 //! accessor. Its address is parsed from the server's `Debug` output, once per stream, and only if
 //! that has exactly the format of version 0.10.0, which `Cargo.toml` pins. Before use the driver
 //! must confirm it as a live stream of the device's context, and a test checks the ordering by a
 //! race.
 
-use std::{
-    cell::RefCell,
-    collections::HashMap,
-    ptr,
-    rc::Rc,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{cell::RefCell, collections::HashMap, ptr, rc::Rc};
 
 use cubecl::{
     config::{CubeClRuntimeConfig, RuntimeConfig},
@@ -38,7 +36,13 @@ use cudarc::{
     },
 };
 
-use super::{buffer::Buffer, context::bind, error::Error, library::missing_library};
+use super::{
+    buffer::Buffer,
+    context::bind,
+    error::Error,
+    failures::{StreamPlace, check, keep, take_failure},
+    library::missing_library,
+};
 
 type Server = <cubecl::cuda::CudaRuntime as Runtime>::Server;
 
@@ -60,7 +64,7 @@ thread_local! {
 }
 
 /// Runs `call` on the device's thread with the buffers' device pointers, ordered on the calling
-/// thread's stream, and returns its result.
+/// thread's stream, and returns its result, or the error of an earlier [`on_stream_later`].
 ///
 /// `call` must enqueue its work on [`Libraries::stream`]. All buffers must be on the device of the
 /// first, and there must be at least one.
@@ -69,41 +73,46 @@ pub(crate) fn on_stream<T: Send>(
     call: impl FnOnce(&Libraries, &[u64]) -> Result<T, Error> + Send,
 ) -> Result<T, Error> {
     let target = StreamTarget::new(buffers);
-    DeviceHandle::<Server>::new(target.device.to_id())
+    let place = target.place();
+    let done = DeviceHandle::<Server>::new(target.device.to_id())
         .submit_blocking(move |server| target.run(server, call))
-        .map_err(|_| Error::runtime("the device's thread has ended"))?
-}
-
-/// First error of calls that were submitted without waiting.
-#[derive(Clone, Default)]
-pub(crate) struct Failures(Arc<Mutex<Option<Error>>>);
-
-impl Failures {
-    /// Returns the first error so far. Complete after waiting for the device thread, by
-    /// [`on_stream`] or by reading a buffer back.
-    pub(crate) fn check(&self) -> Result<(), Error> {
-        match self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(error) => Err(error),
-            None => Ok(()),
-        }
-    }
+        .map_err(|_| Error::runtime("the device's thread has ended"));
+    take_failure(place)?;
+    done?
 }
 
 /// Runs `call` like [`on_stream`], in the same order, but without waiting for the device thread: a
-/// round trip takes longer than a small product. An error is stored in `failures`.
+/// round trip takes longer than a small product. Its error is that of the next call that this thread
+/// makes, of whichever kind, or of [`settle`].
+///
+/// # Errors
+///
+/// That of an earlier call.
 pub(crate) fn on_stream_later(
     buffers: &[&Buffer],
-    failures: &Failures,
     call: impl FnOnce(&Libraries, &[u64]) -> Result<(), Error> + Send + 'static,
-) {
+) -> Result<(), Error> {
     let target = StreamTarget::new(buffers);
-    let failures = failures.clone();
+    let place = target.place();
+    take_failure(place)?;
     DeviceHandle::<Server>::new(target.device.to_id()).submit(move |server| {
         if let Err(error) = target.run(server, call) {
-            let mut first = failures.0.lock().unwrap_or_else(PoisonError::into_inner);
-            first.get_or_insert(error);
+            keep(place, error);
         }
     });
+    Ok(())
+}
+
+/// Waits until the device thread has taken all calls of this thread.
+///
+/// # Errors
+///
+/// That of a call that nobody waited for.
+pub(crate) fn settle(device: usize) -> Result<(), Error> {
+    let id = CudaDevice::new(device).to_id();
+    let waited = DeviceHandle::<Server>::new(id).submit_blocking(|_| ());
+    check(device)?;
+    waited.map_err(|_| Error::runtime("the device's thread has ended"))
 }
 
 /// Buffers of a call, and its stream.
@@ -123,6 +132,10 @@ impl StreamTarget {
                 .map(|buffer| buffer.handle.clone().binding())
                 .collect(),
         }
+    }
+
+    fn place(&self) -> StreamPlace {
+        (self.device.index, self.stream.value)
     }
 
     /// Runs on the device thread.

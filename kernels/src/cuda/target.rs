@@ -12,7 +12,7 @@ use super::{
     error::Error,
     factor::{diagonal, solve_right, unordered},
     relative_error::{Correlation, Measurement, Sum},
-    stream::on_stream,
+    stream::on_stream_later,
 };
 use crate::Mismatch;
 
@@ -21,7 +21,7 @@ fn copied(buffer: &Buffer) -> Result<Buffer, Error> {
     let [rows, columns] = [buffer.meta.shape()[0], buffer.meta.shape()[1]];
     let copy = buffer::empty(buffer, [rows, columns], buffer.dtype);
     let bytes = rows * columns * buffer.dtype.size();
-    on_stream(&[buffer, &copy], |libraries, pointers| {
+    on_stream_later(&[buffer, &copy], move |libraries, pointers| {
         // SAFETY: both buffers have this many bytes, and they are not the same.
         unsafe {
             driver::result::memcpy_dtod_async(pointers[1], pointers[0], bytes, libraries.stream)
@@ -96,12 +96,12 @@ impl MismatchTarget {
                 reason: format!("a residual that is not [{rows}, {n}], as the weight is"),
             });
         }
-        measurement.energy(&self.correlation, weight, (at, Sum::Drifted));
+        measurement.energy(&self.correlation, weight, (at, Sum::Drifted))?;
         let weight: Tensor<Cuda, 2> = buffer::into_float(weight.clone());
         let weight = weight.cast(DType::F32);
         let wide = buffer::float("target", "weight", weight.clone(), DType::F32)?;
         let shift = buffer::empty(&wide, [rows, n], DType::F32);
-        on_stream(&[&wide, &self.cross, &shift], |libraries, pointers| {
+        on_stream_later(&[&wide, &self.cross, &shift], move |libraries, pointers| {
             let [w, c, out] = [0, 1, 2].map(|at| MatrixAt::at(pointers[at], 0, n, Element::Tf32));
             // SAFETY: `[rows, n]`, `[n, n]` and `[rows, n]`, each of its own buffer.
             unsafe { product(libraries, [rows, n, n], w, c, 0.0, out) }

@@ -36,7 +36,7 @@ fn direction(first: f32, second: f32, of_first: f32, of_second: f32) -> f32 {
 #[allow(clippy::too_many_arguments)]
 fn step_kernel<F: Float>(
     gradient: &Array<f32>,
-    order: &Array<u32>,
+    order: &Array<i32>,
     start: &Array<f32>,
     scales: &Array<f32>,
     zeros: &Array<f32>,
@@ -165,7 +165,7 @@ pub(crate) fn step(
     let stretch = float("stretch", &tunable.stretch)?;
     let moments = pair(&tunable.moments)?;
     let stretch_moments = pair(&tunable.stretch_moments)?;
-    let order = buffer::upload(&gradient, &tunable.order, DType::U32);
+    let order = buffer::int("tune", "columns", tunable.columns.clone(), DType::I32)?;
     let weight = buffer::empty(&gradient, [rows, columns], dtype);
     let total = (rows * groups) as u32;
     let [of_first, of_second] = step.corrections();

@@ -5,6 +5,7 @@
 //! CUDA device each test prints that it was skipped and passes.
 
 mod decoding;
+mod divergence;
 mod golden;
 mod gradients;
 mod model;

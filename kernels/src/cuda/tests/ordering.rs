@@ -9,8 +9,10 @@ use cudarc::{
 use crate::cuda::{
     Cuda,
     blas::{Element, MatrixAt, product},
-    buffer, linear,
-    stream::{Libraries, on_stream},
+    buffer,
+    error::Error,
+    linear,
+    stream::{Libraries, on_stream, on_stream_later, settle},
     swiglu,
     testing::{Random, device, poison, tensor},
 };
@@ -147,4 +149,29 @@ fn a_buffer_made_on_another_thread_is_waited_for() {
             .unwrap();
         assert!(linear(y, w.clone()).unwrap().into_data() == expected);
     }
+}
+
+#[test]
+fn an_error_that_nobody_waited_for_comes_up_at_the_threads_next_call_and_once() {
+    let Some(device) = device() else { return };
+    let x = tensor::<half::f16, 2>(&[half::f16::ONE; 16], [4, 4], &device);
+    let x = buffer::float("test", "x", x, DType::F16).unwrap();
+    let late = || {
+        let failed = |_: &Libraries, _: &[u64]| {
+            Err(Error::Shape {
+                operation: "late",
+                reason: "a shape".to_owned(),
+            })
+        };
+        on_stream_later(&[&x], failed).unwrap();
+    };
+    let is_late = |found: Result<(), Error>| found.unwrap_err().to_string() == "late: a shape";
+    late();
+    assert!(is_late(on_stream(&[&x], |_, _| Ok(()))));
+    late();
+    assert!(is_late(settle(device.index)));
+    late();
+    assert!(is_late(buffer::download::<half::f16>(&x).map(|_| ())));
+    assert_eq!(buffer::download::<half::f16>(&x).unwrap().len(), 16);
+    settle(device.index).unwrap();
 }
