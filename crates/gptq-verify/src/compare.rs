@@ -4,7 +4,7 @@
 //! window. With a dense model, the dense model rounded to nearest with the branch's settings also
 //! runs on a share of the windows, as a baseline: the loss at these settings without any method.
 
-use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 use gptq_kernels::{Engine, map_lanes};
 use gptq_model::{Block, Flow, Head, HostBlock, Model};
 use gptq_plan::{BlockError, F16Range};
@@ -340,30 +340,29 @@ struct TokenSums {
 }
 
 impl TokenSums {
-    /// Adds the log-probabilities `found`, and the dense model's for comparison.
-    fn add<B: Engine>(&mut self, found: Tensor<B, 2>, right: Option<&Right<B>>, targets: &[u32]) {
-        self.tokens += targets.len();
-        self.loss += loss(found.clone(), targets);
-        let Some(right) = right else { return };
-        self.dense_loss += right.loss;
-        let divergence = right.p.clone() * (right.log_p.clone() - found.clone());
-        self.divergence += floats(divergence.sum_dim(1)).sum::<f64>();
-        let agreed = right.likeliest.clone().equal(found.argmax(1)).int().sum();
-        self.agreed += agreed.into_data().iter::<i64>().sum::<i64>() as usize;
+    /// Adds the comparison of `logits` with the dense model's, `[targets, vocabulary]` each.
+    fn add<B: Engine>(&mut self, logits: Tensor<B, 2>, right: Tensor<B, 2>, targets: &[u32]) {
+        let ids: Vec<i32> = targets.iter().map(|&t| t as i32).collect();
+        let data = TensorData::new(ids, [targets.len()]);
+        let targets = Tensor::<B, 1, Int>::from_data(data, (&logits.device(), DType::I32));
+        self.tokens += targets.dims()[0];
+        let compared = B::compare_logits(logits, right, targets).into_data();
+        let values: Vec<f64> = compared.iter().collect();
+        for row in values.chunks_exact(4) {
+            let &[loss, dense_loss, divergence, agreed] = row else {
+                continue;
+            };
+            self.loss += loss;
+            self.dense_loss += dense_loss;
+            self.divergence += divergence;
+            self.agreed += agreed as usize;
+        }
     }
 
     /// Returns the mean per token.
     fn mean(&self, sum: f64) -> f64 {
         sum / self.tokens as f64
     }
-}
-
-/// Predictions of the dense model.
-struct Right<B: Engine> {
-    log_p: Tensor<B, 2>,
-    p: Tensor<B, 2>,
-    likeliest: Tensor<B, 2, Int>,
-    loss: f64,
 }
 
 /// Sums for the verified model and for the round-to-nearest baseline.
@@ -394,22 +393,17 @@ impl ModelSums {
                 };
                 let own = logits(head, flow);
                 magnitudes.read("logits", own.clone());
-                let right = others.as_ref().and_then(|others| {
-                    let log_p = log_softmax(logits(others.head, others.dense?), 1);
-                    Some(Right {
-                        p: log_p.clone().exp(),
-                        likeliest: log_p.clone().argmax(1),
-                        loss: loss(log_p.clone(), targets),
-                        log_p,
-                    })
-                });
-                self.own.add(log_softmax(own, 1), right.as_ref(), targets);
-                let rounded = others.as_ref().and_then(|others| {
-                    let flow = others.rounded.filter(|flow| i < flow.windows)?;
-                    Some(log_softmax(logits(others.head, flow), 1))
-                });
-                if let Some(rounded) = rounded {
-                    self.nearest.add(rounded, right.as_ref(), targets);
+                let right = others.as_ref().and_then(|it| Some((it.head, it.dense?)));
+                let Some((dense_head, dense)) = right else {
+                    // Its own reference: only its loss is asked for.
+                    self.own.add(own.clone(), own, targets);
+                    continue;
+                };
+                let right = logits(dense_head, dense);
+                self.own.add(own, right.clone(), targets);
+                let rounded = others.as_ref().and_then(|others| others.rounded);
+                if let Some(flow) = rounded.filter(|flow| i < flow.windows) {
+                    self.nearest.add(logits(dense_head, flow), right, targets);
                 }
             }
         }
@@ -436,19 +430,4 @@ impl ModelSums {
             }),
         }
     }
-}
-
-/// Returns the sum of the targets' negative log-likelihoods, given `[targets, vocabulary]`.
-fn loss<B: Engine>(log_p: Tensor<B, 2>, targets: &[u32]) -> f64 {
-    let ids: Vec<i32> = targets.iter().map(|&t| t as i32).collect();
-    let ids = Tensor::<B, 2, Int>::from_data(
-        TensorData::new(ids, [targets.len(), 1]),
-        (&log_p.device(), DType::I32),
-    );
-    -floats(log_p.gather(1, ids)).sum::<f64>()
-}
-
-fn floats<B: Engine>(x: Tensor<B, 2>) -> impl Iterator<Item = f64> {
-    let values: Vec<f64> = x.into_data().iter().collect();
-    values.into_iter()
 }
