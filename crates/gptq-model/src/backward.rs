@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::Tensor;
 use gptq_kernels::{Engine, NormOptions};
-use gptq_spec::{Activation, BlockSpec, Norm, NormKind, Op, Register};
+use gptq_spec::{Activation, BlockSpec, Norm, NormKind, Op, Register, Route};
 
 use crate::rope::Tables;
 use crate::{Flow, Linear, attend};
@@ -90,6 +90,9 @@ impl<B: Engine> Tape<B> {
             Op::Gate { gate, up, .. } => Kept::Gate([*gate, *up].map(read)),
             Op::Attend(attention) => Kept::Values(read(attention.qkv[2])),
             Op::Split { .. } | Op::Add { .. } => Kept::Nothing,
+            Op::Route(_) | Op::Dispatch { .. } | Op::Combine { .. } | Op::Weigh { .. } => {
+                unreachable!("blocks with experts are not tuned")
+            }
         };
         let (from, to) = registers(op);
         let depends = from.iter().any(|register| self.moved.contains(register));
@@ -180,15 +183,13 @@ impl<B: Engine> Parts<'_, B> {
                 let dy = if *scale == 1.0 { dy } else { dy * *scale };
                 gradients.add(*from, dy);
             }
-            (Op::Norm { .. } | Op::Attend(_) | Op::Gate { .. } | Op::Linears { .. }, _) => {
-                unreachable!("each keeps its own, and linears are not run in reverse here")
-            }
+            _ => unreachable!("each keeps its own, and linears are not run in reverse here"),
         }
     }
 }
 
 /// The gradient of a norm over runs of a row as long as its weights, with respect to `x`.
-fn norm_gradient<B: Engine>(
+pub(crate) fn norm_gradient<B: Engine>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 1>,
     norm: Norm,
@@ -219,6 +220,9 @@ fn registers(op: &Op) -> (Vec<Register>, Vec<Register>) {
         Op::Attend(attention) => (attention.qkv.to_vec(), vec![attention.to]),
         Op::Gate { gate, up, to, .. } => (vec![*gate, *up], vec![*to]),
         Op::Add { from, .. } => (vec![*from], vec![Register::RESIDUAL]),
+        Op::Route(Route { from, to, .. }) => (vec![*from], vec![*to]),
+        Op::Dispatch { from, to, .. } => (vec![*from], to.clone()),
+        Op::Combine { from, to, .. } | Op::Weigh { from, to, .. } => (vec![*from], vec![*to]),
     }
 }
 

@@ -2,15 +2,14 @@
 
 use std::path::Path;
 
-use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 use gptq_format::{Checkpoint, Half, TABLE_PIECE};
 use gptq_kernels::Engine;
-use gptq_spec::{Census, Ends, ModelConfig, Norm};
+use gptq_spec::{Census, ModelConfig};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 
-use crate::block::normalized;
-use crate::{Block, Flow, HostBlock, ModelError, rope};
+use crate::{Block, Flow, Head, HostBlock, ModelError, rope};
 
 /// A checkpoint and its config, from which parts are loaded. Quantized linear layers are
 /// dequantized on loading.
@@ -27,14 +26,6 @@ pub(crate) struct Embedding<B: Engine> {
     table: Tensor<B, 2>,
     /// Factor of its rows.
     scale: f64,
-}
-
-/// The final norm and the output projection.
-pub struct Head<B: Engine> {
-    weights: Tensor<B, 1>,
-    norm: Norm,
-    weight: Tensor<B, 2>,
-    ends: Ends,
 }
 
 impl<B: Engine> Model<B> {
@@ -262,39 +253,6 @@ fn check_tokens<'a>(
     match ids.find(|&&id| id as usize >= vocabulary) {
         Some(&id) => Err(ModelError::TokenOutOfRange { id, vocabulary }),
         None => Ok(()),
-    }
-}
-
-impl<B: Engine> Head<B> {
-    /// Returns logits `[tokens, vocabulary]` in f32 for hidden states `[tokens, hidden]` after the
-    /// last block.
-    pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
-        let hidden = hidden.cast(self.weights.dtype());
-        let x = normalized(hidden, self.weights.clone(), self.norm);
-        let logits = B::matmul_nt(x, self.weight.clone()).cast(DType::F32);
-        let logits = match self.ends.logits {
-            1.0 => logits,
-            scale => logits * scale,
-        };
-        match self.ends.softcap {
-            None => logits,
-            Some(cap) => (logits / cap).tanh() * cap,
-        }
-    }
-
-    /// Returns `-ln p(targets[i] | hidden[i])` for hidden states `[tokens, hidden]`, one per
-    /// target.
-    pub fn negative_log_likelihoods(&self, hidden: Tensor<B, 2>, targets: &[u32]) -> Vec<f32> {
-        let ids: Vec<i32> = targets.iter().map(|&t| t as i32).collect();
-        let ids = Tensor::<B, 2, Int>::from_data(
-            TensorData::new(ids, [targets.len(), 1]),
-            (&hidden.device(), DType::I32),
-        );
-        let picked = log_softmax(self.logits(hidden), 1).gather(1, ids).neg();
-        picked
-            .into_data()
-            .to_vec::<f32>()
-            .expect("the logits are f32")
     }
 }
 

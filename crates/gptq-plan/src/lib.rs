@@ -36,7 +36,7 @@ mod texts;
 mod written_config;
 
 pub use allocation::{AllocatedGroup, Allocation, Budget, Choice};
-pub use block_report::{BlockReport, Tuning};
+pub use block_report::{BlockReport, ExpertSpread, FEW_TOKENS, Tuning, TuningLoss};
 pub use branch_files::BranchFiles;
 pub use branch_plan::{BranchPlan, ModuleOverride, PlannedLinear, check_name};
 pub use budget::{OpenGroup, apply_allocation, open_groups, spend_budget};
@@ -49,7 +49,7 @@ pub use inputs::{FetchedInputs, InputSource, calibration_source, model_source};
 pub use journal::{BranchBlock, FinishedBlock, Header, JOURNAL, Origin, RecordedRun, journal_line};
 pub use limits::{MAX_CURVE, MAX_JOURNAL};
 pub use memory::{Chunking, Memory, Places};
-pub use method::{Method, Preset};
+pub use method::{ExpertTokens, Method, Preset};
 pub use overrides::{RecipeOverrides, RenderingOverride};
 pub use perplexity::Perplexity;
 pub use plan::{Numerics, Plan, Propagation, Weights};
@@ -63,5 +63,5 @@ pub use report::{
     Summary,
 };
 pub use share::{SHARE, Share};
-pub use texts::{Look, check_texts};
+pub use texts::{Look, check_texts, tokenizer_note};
 pub use written_config::written_config;

@@ -60,6 +60,8 @@ pub struct Places {
     pub host: usize,
     /// Size of those on disk.
     pub disk_bytes: u64,
+    /// Limit on the bytes of experts' Gram matrices that are alive together.
+    pub gram_bytes: u64,
 }
 
 impl Places {
@@ -68,8 +70,12 @@ impl Places {
         device: usize::MAX,
         host: 0,
         disk_bytes: 0,
+        gram_bytes: GRAM_BYTES,
     };
 }
+
+/// Bytes of experts' Gram matrices that are alive together, if memory is not short: experts are taken in slices.
+const GRAM_BYTES: u64 = 8 << 30;
 
 /// Maximum host memory of packed tensors waiting to be written; see `write_behind`.
 const QUEUE: u128 = 1 << 30;
@@ -91,8 +97,15 @@ struct Sizes {
     /// All linear layers of the largest block.
     block: u128,
     table: u128,
+    /// Features of the widest input of linears, and of the widest that is kept: of experts, the slots of a token.
     widest: u128,
+    kept: u128,
     hidden: u128,
+    /// Elements of a token's slots in a mixture while it runs: inputs, gate, up, and outputs, in the order of experts
+    /// and of slots.
+    slots: u128,
+    /// Bytes of the Gram matrices of one expert, in one lane, and those of all of a block's.
+    expert: [u128; 2],
     /// Bytes for comparing outputs with the dense model's, for 2- and 4-byte products: the states
     /// of the compared tokens, a window's inputs and outputs, and the rounded weights of one tap.
     compared: [u128; 2],
@@ -118,6 +131,28 @@ impl Sizes {
             taps.map(|tap| block.in_features(tap) as u128)
         });
         let widest = inputs.max().unwrap_or(hidden);
+        let registers = blocks.clone().flat_map(|block| {
+            let taps = block.taps();
+            taps.map(|tap| block.width(block.tap(tap).from) as u128)
+        });
+        let activation = registers.max().unwrap_or(hidden);
+        let expert_taps = || {
+            let blocks = config.blocks().iter();
+            blocks.flat_map(|block| {
+                let taps = block.taps().map(move |tap| (block, tap));
+                taps.filter_map(|(block, tap)| Some((block, tap, block.experts_at(tap)?.how)))
+            })
+        };
+        let slots = expert_taps().map(|(block, tap, how)| {
+            let (n_in, n_out) = block.linears()[block.linears_of(tap).start].shape();
+            how.top_k as u128 * (2 * n_in + 4 * n_out) as u128
+        });
+        let slots = slots.max().unwrap_or_default();
+        let expert = expert_taps().map(|(block, tap, how)| {
+            let own = plan.expert_gram_bytes(block, tap);
+            [own, own * how.experts as u128]
+        });
+        let expert = expert.max_by_key(|own| own[1]).unwrap_or_default();
         let methods = || plan.branches.iter().map(|branch| branch.method);
         let corrects = u128::from(methods().any(|it| it.corrects_mismatch()));
         let refined = methods().any(|it| it.refine > 0);
@@ -127,7 +162,7 @@ impl Sizes {
         let share = plan.share();
         let window = share.tokens as u128;
         let branches = plan.branches.len() as u128;
-        let states = (5 + branches) * hidden + 2 * widest;
+        let states = (5 + branches) * hidden + 2 * activation;
         let nearest = blocks.clone().flat_map(|block| {
             block.taps().map(|tap| {
                 let linears = &block.linears()[block.linears_of(tap)];
@@ -141,7 +176,7 @@ impl Sizes {
         let nearest = nearest.max().unwrap_or_default();
         let compared = |bytes: u128| {
             share.windows as u128 * window * states * 2
-                + window * widest * (3 * bytes + 3 * 4)
+                + window * (activation + slots) * (3 * bytes + 3 * 4)
                 + nearest * bytes
         };
         let tunes = methods().any(|it| it.tune > 0);
@@ -155,14 +190,17 @@ impl Sizes {
             tokens: plan.tokens() as u128,
             samples: plan.calibration.samples as u128,
             seq_len: plan.calibration.seq_len as u128,
-            states: streams * hidden + widest + dense,
+            states: streams * hidden + activation + dense,
             block: blocks
                 .map(|block| block.weights())
                 .max()
                 .unwrap_or_default(),
             table: config.vocabulary as u128 * hidden,
             widest,
+            kept: activation,
             hidden,
+            slots,
+            expert,
             squares: 4 + 4 * corrects + u128::from(refined),
         }
     }
@@ -185,7 +223,7 @@ impl Sizes {
 
     /// Returns the elements of one chunk's transient activations.
     fn transients(&self, chunking: Chunking) -> u128 {
-        self.chunk(chunking) * (self.hidden * 6 + self.widest * 4)
+        self.chunk(chunking) * (self.hidden * 6 + self.kept.max(self.widest) * 4 + self.slots)
     }
 
     /// Returns the bytes of all chunks' hidden states.
@@ -193,10 +231,17 @@ impl Sizes {
         self.chunks(chunking) * self.chunk_states(chunking)
     }
 
+    /// Returns the bytes of experts' Gram matrices with a limit on them; one expert's are alive in any case.
+    fn expert_grams(&self, chunking: Chunking, limit: u64) -> u128 {
+        let [one, all] = self.expert.map(|bytes| bytes * chunking.lanes as u128);
+        all.min(u128::from(limit)).max(one)
+    }
+
     /// Returns the bytes on a device besides hidden states: a block dense and quantized, the
-    /// embedding, a chunk's transients, the largest Gram matrix with its factors.
-    fn fixed(&self, chunking: Chunking) -> u128 {
-        (2 * self.block + self.table + self.transients(chunking)) * 2
+    /// embedding, a chunk's transients, the largest Gram matrix with its factors, those of experts.
+    fn fixed(&self, chunking: Chunking, gram_bytes: u64) -> u128 {
+        self.expert_grams(chunking, gram_bytes)
+            + (2 * self.block + self.table + self.transients(chunking)) * 2
             + self.squares * self.widest * self.widest * 4
             + self.compared[0]
             + self.tuned[0]
@@ -220,9 +265,10 @@ impl Sizes {
 
     /// Returns the bytes on the host of a CPU run besides hidden states. It computes in f32 and
     /// factors in f64.
-    fn fixed_cpu(&self) -> u128 {
+    fn fixed_cpu(&self, gram_bytes: u64) -> u128 {
         let lanes = (Chunking::CPU.lanes as u128).min(self.chunks(Chunking::CPU));
-        (2 * self.block).max(self.table) * 4
+        self.expert_grams(Chunking::CPU, gram_bytes)
+            + (2 * self.block).max(self.table) * 4
             + lanes * self.transients(Chunking::CPU) * 4
             + self.squares * self.widest * self.widest * 8
             + self.compared[1]
@@ -234,7 +280,7 @@ impl Sizes {
     /// stored.
     fn running(&self, chunking: Chunking) -> u128 {
         let lanes = (chunking.lanes as u128).min(self.chunks(chunking));
-        2 * lanes * self.chunk(chunking) * (self.hidden + self.widest) * 2
+        2 * lanes * self.chunk(chunking) * (self.hidden + self.kept) * 2
     }
 
     /// Returns the minimum memory for hidden states if most of them are on disk: that of the
@@ -249,6 +295,10 @@ fn tuned(plan: &Plan, half: u128) -> u128 {
     /// Queries whose scores are computed at once: their matrices are in f32 and in 16 bits, and so are their
     /// gradients.
     const QUERIES: u128 = 256;
+    /// Bytes of these matrices up to which a device takes windows together.
+    const TOGETHER: u128 = 256 << 20;
+    /// Logits that are computed at once.
+    const LOGITS: u128 = 1 << 26;
     let (tokens, seq_len) = (plan.tokens() as u128, plan.calibration.seq_len as u128);
     let step = tokens.min(plan.step_windows() as u128 * seq_len);
     let hidden = plan.config.hidden_size as u128;
@@ -256,16 +306,22 @@ fn tuned(plan: &Plan, half: u128) -> u128 {
         let taps = block.taps().map(|tap| block.in_features(tap) as u128);
         let grams: u128 = taps.map(|n| n * n * 4).sum();
         let heads = block.attention().map_or(0, |attention| attention.heads) as u128;
+        let scores = 12 * heads * QUERIES.min(seq_len) * seq_len;
+        let together = (step / seq_len.max(1) * scores).min(TOGETHER);
         // Unrounded codes, where they began, two moments and the gradient in f32; weights tuned and solved, codes.
         block.weights() * (5 * 4 + 2 * half + 1)
             + grams
             + step * (2 * block.features() as u128 + 6 * hidden) * half
             + step * hidden * 3 * 4
-            + 12 * heads * QUERIES * seq_len
+            + scores.max(together)
             + tokens * hidden * 2
     };
     let blocks = plan.config.blocks().iter();
-    blocks.map(|it| block(it)).max().unwrap_or_default()
+    let block = blocks.map(|it| block(it)).max().unwrap_or_default();
+    // The last block's goes through the head: its table, and both models' logits and their gradient.
+    let vocabulary = plan.config.vocabulary as u128;
+    let logits = (step * vocabulary).min(LOGITS.max(vocabulary));
+    block + vocabulary * hidden * half + logits * (3 * 4 + 2 * half)
 }
 
 /// Returns the features per token of the states before every tap of a block and after the last: the
@@ -282,14 +338,16 @@ impl Memory {
     pub fn of(plan: &Plan) -> Memory {
         let sizes = Sizes::of(plan);
         Memory {
-            device: with_slack(sizes.all_states(Chunking::CUDA) + sizes.fixed(Chunking::CUDA)),
+            device: with_slack(
+                sizes.all_states(Chunking::CUDA) + sizes.fixed(Chunking::CUDA, GRAM_BYTES),
+            ),
             host: with_slack(sizes.beside(PROGRAM_WITH_CUDA)),
-            cpu: with_slack(sizes.all_states(Chunking::CPU) + sizes.fixed_cpu()),
+            cpu: with_slack(sizes.all_states(Chunking::CPU) + sizes.fixed_cpu(GRAM_BYTES)),
             states: most(sizes.tokens * sizes.states * 2),
             least_host: with_slack(
                 sizes.beside(PROGRAM_WITH_CUDA) + sizes.least_states(Chunking::CUDA),
             ),
-            least_cpu: with_slack(sizes.fixed_cpu() + sizes.least_states(Chunking::CPU)),
+            least_cpu: with_slack(sizes.fixed_cpu(0) + sizes.least_states(Chunking::CPU)),
         }
     }
 }
@@ -325,14 +383,15 @@ impl Places {
         let sizes = Sizes::of(plan);
         let chunks = sizes.chunks(chunking);
         let chunk = sizes.chunk_states(chunking).max(1);
+        let gram_bytes = gram_bytes(&sizes, chunking, if shared { host } else { device }, shared);
         let mut on_device = match device {
-            Some(budget) => resident_chunks(&sizes, chunking, budget)?,
+            Some(budget) => resident_chunks(&sizes, chunking, budget, gram_bytes)?,
             None => chunks,
         };
         let mut on_host = chunks - on_device;
         if let Some(budget) = host {
             let (fixed, least) = match shared {
-                true => (sizes.fixed_cpu(), Memory::of(plan).least_cpu),
+                true => (sizes.fixed_cpu(gram_bytes), Memory::of(plan).least_cpu),
                 false => {
                     let beside = sizes.beside(PROGRAM_WITH_CUDA);
                     // A device that can hold all states leaves none to the host.
@@ -364,16 +423,37 @@ impl Places {
             device: on_device as usize,
             host: on_host as usize,
             disk_bytes: most((chunks - on_device - on_host) * chunk),
+            gram_bytes,
         })
     }
 }
 
+/// Returns the limit on experts' Gram matrices: less than usual if a budget leaves too little for that.
+fn gram_bytes(sizes: &Sizes, chunking: Chunking, budget: Option<u64>, shared: bool) -> u64 {
+    let Some(budget) = budget else {
+        return GRAM_BYTES;
+    };
+    let chunk = sizes.chunk_states(chunking);
+    let rest = match shared {
+        true => sizes.fixed_cpu(0) + sizes.least_states(chunking),
+        false => sizes.fixed(chunking, 0) + chunk,
+    };
+    let one = sizes.expert_grams(chunking, 0);
+    let left = (usable(budget) + one).saturating_sub(rest);
+    most(left).min(GRAM_BYTES)
+}
+
 /// Returns the number of chunks whose hidden states stay on a device with `budget` bytes; the
 /// others are transferred when they run.
-fn resident_chunks(sizes: &Sizes, chunking: Chunking, budget: u64) -> Result<u128, PlanError> {
+fn resident_chunks(
+    sizes: &Sizes,
+    chunking: Chunking,
+    budget: u64,
+    gram_bytes: u64,
+) -> Result<u128, PlanError> {
     let chunks = sizes.chunks(chunking);
     let chunk = sizes.chunk_states(chunking);
-    let fixed = sizes.fixed(chunking);
+    let fixed = sizes.fixed(chunking, gram_bytes);
     // The states of a running chunk are on the device, wherever they are stored.
     let needed = fixed + chunk;
     if usable(budget) < needed {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use gptq_calibration::CalibrationSettings;
 use gptq_format::{Checkpoint, FormatError, Half, QuantizeConfig, read_json};
-use gptq_spec::{Census, ModelConfig};
+use gptq_spec::{BlockSpec, Census, ModelConfig};
 use toml::Spanned;
 
 use crate::byte_size::parse_size;
@@ -13,8 +13,8 @@ use crate::recipe_file::{OnOverflow, Propagate};
 use crate::share::{dense_step, step_windows};
 use crate::written_config::written_config;
 use crate::{
-    BranchPlan, FetchedInputs, InputSource, PlanError, Recipe, RecipeError, RecipeOverrides, Share,
-    branch_resolution, limits,
+    BranchPlan, ExpertTokens, FetchedInputs, InputSource, PlanError, Recipe, RecipeError,
+    RecipeOverrides, Share, branch_resolution, limits,
 };
 
 /// Source of the hidden states for a branch's Hessians.
@@ -168,6 +168,7 @@ impl Plan {
                 calibration.seq_len, config.max_positions
             ));
         }
+        warnings.extend(experts_note(&config, &branches));
         let propagation = match file.propagate {
             Propagate::Quantized => Propagation::Quantized,
             Propagate::Dense => Propagation::Dense,
@@ -241,13 +242,54 @@ impl Plan {
 
     /// Returns the number of windows in a step of tuning, if there are as many.
     pub fn step_windows(&self) -> usize {
-        step_windows(self.calibration.seq_len)
+        let tokens = self.tokens() / self.dense_step();
+        step_windows(tokens, self.calibration.seq_len)
+    }
+
+    /// Returns the bytes of an expert's Gram matrices at `tap`, in one lane: of all tokens, and for mismatch correction
+    /// those of the dense model's tokens, with its inputs and with its residual stream.
+    pub(crate) fn expert_gram_bytes(&self, block: &BlockSpec, tap: usize) -> u128 {
+        let n = block.in_features(tap) as u128;
+        let (hidden, down) = (self.config.hidden_size as u128, !block.dispatches(tap));
+        let corrects = self.branches.iter().any(|it| it.method.corrects_mismatch());
+        let rows = match corrects {
+            true => 4 * n + if down { hidden } else { 0 },
+            false => 2 * n,
+        };
+        rows * n * 4
+    }
+
+    /// Returns the number of experts at `tap` whose Gram matrices are taken together, in `lanes`, with a limit on their
+    /// bytes.
+    pub fn expert_slice(&self, block: &BlockSpec, tap: usize, lanes: usize, limit: u64) -> usize {
+        let one = self.expert_gram_bytes(block, tap) * lanes as u128;
+        let slice = u128::from(limit) / one.max(1);
+        (slice as usize).clamp(1, block.inputs(tap))
     }
 
     /// Returns the calibration tokens used for output errors.
     pub fn share(&self) -> Share {
         Share::of(self.calibration.samples, self.calibration.seq_len)
     }
+}
+
+/// States what it costs to give every token to every expert, if a branch asks for that.
+fn experts_note(config: &ModelConfig, branches: &[BranchPlan]) -> Option<String> {
+    let mut routes = config.blocks().iter().flat_map(|block| {
+        let taps = block.taps().filter_map(|tap| block.experts_at(tap));
+        taps.map(|route| route.how)
+    });
+    let how = routes.next()?;
+    let mut branches = branches.iter();
+    let branch = branches.find(|it| it.method.experts == ExpertTokens::All)?;
+    Some(format!(
+        "branch {}: experts = \"all\" gives every token to all {} experts to calibrate them, where the router gives it to \
+         {}: {:.0} times the products and Gram sums",
+        branch.name,
+        how.experts,
+        how.top_k,
+        how.experts as f64 / how.top_k as f64
+    ))
 }
 
 /// Reads the config of the model in `dir` and, if present, its weights' headers; also returns

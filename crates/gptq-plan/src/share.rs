@@ -9,8 +9,11 @@ pub const SHARE: usize = 256;
 /// Calibration tokens that are also run through the dense model where a branch corrects the mismatch of its
 /// activations. More tell little more, and a real model needs as many (`crates/gptq-solver/ACCURACY.md`).
 const DENSE_TOKENS: usize = 1 << 17;
-/// Calibration tokens of a step of tuning, in whole windows.
+/// Calibration tokens of a step of tuning, in whole windows, at most.
 const STEP_TOKENS: usize = 8192;
+/// Minimum number of steps that take each token once: the steps of fewer tokens are smaller, so that they are not
+/// learned by heart, nor gone through for nothing.
+const STEPS_OF_ALL: usize = 16;
 /// Minimum number of tokens of a window.
 const LEAST: usize = 256;
 /// The tokens taken from a partial window are a multiple of this.
@@ -41,9 +44,11 @@ pub(crate) fn dense_step(tokens: usize) -> usize {
     (tokens / DENSE_TOKENS).max(1)
 }
 
-/// Returns the windows of `seq_len` tokens in a step of tuning.
-pub(crate) fn step_windows(seq_len: usize) -> usize {
-    (STEP_TOKENS / seq_len).max(1)
+/// Returns the windows of `seq_len` tokens in a step of tuning on `tokens`.
+pub(crate) fn step_windows(tokens: usize, seq_len: usize) -> usize {
+    let windows = tokens / seq_len;
+    let share = windows.div_ceil(STEPS_OF_ALL);
+    (STEP_TOKENS / seq_len).min(share).max(1)
 }
 
 #[cfg(test)]
@@ -54,6 +59,20 @@ mod tests {
     fn the_dense_model_runs_on_all_tokens_up_to_a_number_and_on_a_share_beyond() {
         for (tokens, step) in [(4096, 1), (127 * 1024, 1), (256 * 1024, 2), (128 * 4096, 4)] {
             assert_eq!(dense_step(tokens), step);
+        }
+    }
+
+    #[test]
+    fn a_step_of_tuning_takes_a_sixteenth_of_the_tokens_up_to_a_number() {
+        for (tokens, seq_len, windows) in [
+            (131_072, 4096, 2),
+            (127 * 1024, 1024, 8),
+            (131_072, 1024, 8),
+            (32 * 512, 512, 2),
+            (4 * 512, 512, 1),
+            (131_072, 16_384, 1),
+        ] {
+            assert_eq!(step_windows(tokens, seq_len), windows, "{tokens}");
         }
     }
 

@@ -50,10 +50,16 @@ impl std::fmt::Display for Overflow {
         )?;
         match self.nan {
             true => write!(f, "; check the checkpoint's weights"),
-            false => write!(
-                f,
-                "; [numerics] overflow = \"clamp\" continues with {largest} instead"
-            ),
+            false => {
+                let wider = match self.half {
+                    Half::F16 => "on CUDA, dtype = \"bf16\" holds them; ",
+                    Half::Bf16 => "",
+                };
+                write!(
+                    f,
+                    "; {wider}[numerics] overflow = \"clamp\" continues with {largest} instead"
+                )
+            }
         }
     }
 }
@@ -78,6 +84,7 @@ pub(crate) fn clamp<B: Engine>(flow: Flow<B>, half: Half) -> (Flow<B>, usize) {
         windows: flow.windows,
         residual,
         activations: activations.collect(),
+        routed: flow.routed,
     };
     (flow, count)
 }
@@ -139,12 +146,11 @@ mod tests {
         };
         let [register] = BlockBuilder::new(2).split(Register::RESIDUAL, [2]);
         Flow {
-            windows: 2,
-            residual: tensor(residual),
             activations: activation
                 .map(|it| (register, tensor(it)))
                 .into_iter()
                 .collect(),
+            ..Flow::new(2, tensor(residual))
         }
     }
 

@@ -6,13 +6,16 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Tensor};
-use gptq_kernels::{Engine, HessianOptions, Incoming, Mismatch, Request, Subset, Tunable};
+use gptq_kernels::{
+    Engine, HessianOptions, Incoming, Mismatch, Request, Subset, Tunable, map_lanes,
+};
 use gptq_model::{Block, Model};
 use gptq_plan::{BlockReport, BranchBlock, Clamped, LinearReport, Plan, PlannedLinear, Tuning};
 
 use crate::block_loop::{At, Strategy};
 use crate::branch_progress::BranchProgress;
-use crate::gram::{Dense, Grams};
+use crate::gram::{Dense, Grams, TapGrams};
+use crate::linear_errors::LinearErrors;
 use crate::moved::squares;
 use crate::options::check_stop;
 use crate::output_errors::OutputErrors;
@@ -20,6 +23,7 @@ use crate::profile::{Clock, Phase};
 use crate::states::States;
 use crate::stream::Stream;
 use crate::tuning::{Tuned, TuningSet, tune};
+use crate::tuning_loss::BlockLoss;
 use crate::{Event, RunError, hidden_range, saved_states};
 use gptq_format::FormatError;
 
@@ -78,13 +82,24 @@ pub(crate) struct SolvedTap<B: Engine> {
     pub(crate) seconds: f64,
 }
 
+/// Returns for each linear layer whether it does anything; waits for the device.
+fn acting<B: Engine>(block: &Block<B>, linears: &[usize], dtype: DType) -> Vec<bool> {
+    if linears.is_empty() {
+        return Vec::new();
+    }
+    let all = linears.iter();
+    let all = all.map(|&linear| acts(block.linear(linear).weight.dense(dtype)));
+    let values = Tensor::cat(all.collect(), 0).into_data();
+    values.iter::<f32>().map(|value| value != 0.0).collect()
+}
+
 /// Returns 1 if a linear layer does anything, 0 if all its weights are zero, `[1, 1]` in f32: a block that adds nothing
 /// to the residual stream is not to make up for others either.
 fn acts<B: Engine>(weight: Tensor<B, 2>) -> Tensor<B, 2> {
     squares(weight.cast(DType::F32)).sum_dim(0).sign()
 }
 
-/// Solves the linears that a branch quantizes at a tap; `None` where it quantizes none.
+/// Solves the linears that a branch quantizes at a tap, input by input, but for inputs of which it quantizes none.
 ///
 /// # Errors
 /// A Gram matrix that cannot be factored, or only with more damping than the plan allows.
@@ -92,14 +107,38 @@ pub(crate) fn solve<B: Engine>(
     plan: &Plan,
     model: &Model<B>,
     at: At,
-    grams: Grams<B>,
+    grams: TapGrams<B>,
     block: &Block<B>,
     clock: &mut Clock,
+) -> Result<Vec<SolvedTap<B>>, RunError> {
+    let started = Instant::now();
+    let inputs: Vec<_> = (grams.first..).zip(grams.of).collect();
+    let one = |(input, grams)| solve_input(plan, model.dtype(), (at, input), grams, block);
+    let solved = map_lanes::<B, _, _>(inputs, one).into_iter();
+    let solved: Vec<_> = solved
+        .filter_map(Result::transpose)
+        .collect::<Result<_, _>>()?;
+    // Several at the same time: their shares of it, not their sums.
+    let sum = |of: &dyn Fn(&SolvedTap<B>) -> f64| solved.iter().map(of).sum::<f64>();
+    let share = sum(&|it| it.subset.times.factor) / sum(&|it| it.seconds).max(f64::MIN_POSITIVE);
+    let seconds = started.elapsed().as_secs_f64();
+    clock.add(Phase::Factor, seconds * share);
+    clock.add(Phase::Sweep, seconds * (1.0 - share));
+    Ok(solved)
+}
+
+/// Solves the linears that take one input of a tap.
+fn solve_input<B: Engine>(
+    plan: &Plan,
+    dtype: DType,
+    (at, input): (At, usize),
+    grams: Grams<B>,
+    block: &Block<B>,
 ) -> Result<Option<SolvedTap<B>>, RunError> {
     let branch = &plan.branches[at.branch];
     let spec = block.spec();
     let planned = |linear| branch.planned(at.layer, linear, &spec.linears()[linear]);
-    let linears: Vec<_> = spec.linears_of(at.tap).filter_map(planned).collect();
+    let linears: Vec<_> = spec.linears_at(at.tap, input).filter_map(planned).collect();
     if linears.is_empty() {
         return Ok(None);
     }
@@ -115,7 +154,7 @@ pub(crate) fn solve<B: Engine>(
     let mismatch = grams.mismatch.filter(|_| strength > 0.0);
     let residual = mismatch.as_ref().and_then(|drift| drift.residual.clone());
     let request = |linear: &PlannedLinear| {
-        let weight = block.linear(linear.linear).weight.dense(model.dtype());
+        let weight = block.linear(linear.linear).weight.dense(dtype);
         let residual = spec.added(linear.linear).and_then(|scale| {
             let residual = residual.clone()? * acts(weight.clone());
             Some(if scale == 1.0 {
@@ -153,13 +192,10 @@ pub(crate) fn solve<B: Engine>(
             most,
         });
     }
-    let seconds = started.elapsed().as_secs_f64();
-    clock.add(Phase::Factor, subset.times.factor);
-    clock.add(Phase::Sweep, seconds - subset.times.factor);
     Ok(Some(SolvedTap {
         linears,
         subset,
-        seconds,
+        seconds: started.elapsed().as_secs_f64(),
     }))
 }
 
@@ -173,8 +209,38 @@ impl<B: Engine> Solve<'_, B> {
     fn hand_on(
         &mut self,
         at: At,
-        solved: SolvedTap<B>,
+        solved: Vec<SolvedTap<B>>,
         compared: Option<&OutputErrors<B>>,
+        block: &mut Block<B>,
+        clock: &mut Clock,
+    ) -> Result<(), RunError> {
+        let errors = match compared {
+            Some(compared) => {
+                let linears = solved.iter().flat_map(|it| {
+                    let weights = it.subset.solved.iter();
+                    let weights = weights.map(|it| [&it.weight, &it.nearest]);
+                    it.linears.iter().map(|it| it.linear).zip(weights)
+                });
+                let linears: Vec<_> = linears.collect();
+                let device = self.model.device();
+                compared.linears(at.branch, at.tap, block, &linears, device, clock)?
+            }
+            None => Vec::new(),
+        };
+        let mut errors = errors.into_iter();
+        for solved in solved {
+            let errors = errors.by_ref().take(solved.linears.len()).collect();
+            self.hand_on_input(at, solved, errors, block, clock)?;
+        }
+        Ok(())
+    }
+
+    /// Packs, writes and reports linears that share an input, and gives `block` their weights.
+    fn hand_on_input(
+        &mut self,
+        at: At,
+        solved: SolvedTap<B>,
+        errors: Vec<LinearErrors>,
         block: &mut Block<B>,
         clock: &mut Clock,
     ) -> Result<(), RunError> {
@@ -184,15 +250,6 @@ impl<B: Engine> Solve<'_, B> {
             seconds,
         } = solved;
         let seconds = seconds / linears.len() as f64;
-        let errors = match compared {
-            Some(compared) => {
-                let weights = subset.solved.iter().map(|it| [&it.weight, &it.nearest]);
-                let solved: Vec<_> = linears.iter().map(|it| it.linear).zip(weights).collect();
-                let device = self.model.device();
-                compared.linears(at.branch, at.tap, block, &solved, device, clock)?
-            }
-            None => Vec::new(),
-        };
         let mut errors = errors.into_iter();
         for (linear, solved) in linears.into_iter().zip(subset.solved) {
             let errors = errors.next();
@@ -243,31 +300,34 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
     fn tap(
         &mut self,
         at: At,
-        grams: Option<Grams<B>>,
+        grams: Option<TapGrams<B>>,
         compared: Option<&OutputErrors<B>>,
         block: &mut Block<B>,
         clock: &mut Clock,
     ) -> Result<(), RunError> {
         let Some(grams) = grams else {
             let waiting = self.waiting.pop_front_if(|it| it.tap == at.tap);
-            let solved = waiting.map(|it| it.solved);
+            let solved = waiting.map(|it| vec![it.solved]);
             return solved.map_or(Ok(()), |it| self.hand_on(at, it, compared, block, clock));
         };
-        let gram = self.tuned(at.branch).then(|| grams.all.clone());
-        let Some(solved) = solve(self.plan, self.model, at, grams, block, clock)? else {
-            return Ok(());
-        };
-        match gram {
-            None => self.hand_on(at, solved, compared, block, clock),
-            Some(gram) => {
-                for (linear, solved) in solved.linears.iter().zip(&solved.subset.solved) {
-                    block.set_weight(linear.linear, solved.weight.clone());
-                }
-                let tap = at.tap;
-                self.waiting.push_back(Waiting { tap, solved, gram });
-                Ok(())
-            }
+        if block.spec().dispatches(at.tap) {
+            let tokens = grams.of.iter().map(|grams| grams.tokens);
+            self.progress[at.branch].expert_tokens.extend(tokens);
         }
+        // A branch with experts is not tuned, so that there is one input.
+        let gram = self.tuned(at.branch).then(|| grams.of[0].all.clone());
+        let solved = solve(self.plan, self.model, at, grams, block, clock)?;
+        let Some(gram) = gram else {
+            return self.hand_on(at, solved, compared, block, clock);
+        };
+        for solved in solved {
+            for (linear, solved) in solved.linears.iter().zip(&solved.subset.solved) {
+                block.set_weight(linear.linear, solved.weight.clone());
+            }
+            let (tap, gram) = (at.tap, gram.clone());
+            self.waiting.push_back(Waiting { tap, solved, gram });
+        }
+        Ok(())
     }
 
     fn tunes(&self, branch: usize) -> bool {
@@ -288,36 +348,56 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         clamped.retain(|it| it.layer != layer);
         let started = Instant::now();
         let device = self.model.device();
-        let linears = self.waiting.iter_mut().flat_map(|it| {
+        let waiting = self.waiting.iter().flat_map(|it| &it.solved.linears);
+        let linears: Vec<usize> = waiting.map(|it| it.linear).collect();
+        // A linear of zeros stays one: its block is not to make up for others.
+        let mut acting = acting(dense_block, &linears, self.model.dtype()).into_iter();
+        let mut tuned: Vec<Tuned<B>> = Vec::new();
+        for waiting in &mut self.waiting {
             let SolvedTap {
                 linears, subset, ..
-            } = &mut it.solved;
-            linears.iter().zip(&mut subset.solved)
-        });
-        let tuned = linears.map(|(linear, solved)| {
-            let unrounded = solved.unrounded.take();
-            let unrounded = unrounded.expect("asked for where a branch is tuned");
-            Tuned {
-                linear: linear.linear,
-                bits: linear.settings.bits,
-                parameters: Tunable::new(solved.codes.clone(), unrounded),
+            } = &mut waiting.solved;
+            for (linear, solved) in linears.iter().zip(&mut subset.solved) {
+                let unrounded = solved.unrounded.take();
+                let unrounded = unrounded.expect("asked for where a branch is tuned");
+                if acting.next() == Some(true) {
+                    tuned.push(Tuned {
+                        linear: linear.linear,
+                        bits: linear.settings.bits,
+                        parameters: Tunable::new(solved.codes.clone(), unrounded),
+                    });
+                }
             }
-        });
-        let mut tuned: Vec<Tuned<B>> = tuned.collect();
+        }
         if tuned.is_empty() {
             return Ok(());
         }
-        let windows = TuningSet::new(start, dense, self.plan.step_windows(), device);
+        let windows = TuningSet::new(
+            start,
+            dense,
+            self.plan.step_windows(),
+            self.model.dtype(),
+            device,
+        );
         let steps = self.plan.branches[branch].method.tune;
         let (stop, layers) = (self.stop, self.plan.config.layers);
         let check = &mut || check_stop(stop, layers);
         let mut block = quantized.clone();
-        let (tuning, closer) = tune(&windows, steps, &mut block, &mut tuned, check)?;
+        let loss = match layer + 1 == layers {
+            true => BlockLoss::Predictions(self.model.head()?),
+            false => BlockLoss::Output,
+        };
+        let (tuning, closer) = tune(&windows, &loss, steps, &mut block, &mut tuned, check)?;
         self.tuning = Some(tuning);
-        let mut tuned = tuned.into_iter();
+        let mut tuned = tuned.into_iter().peekable();
         for waiting in self.waiting.iter_mut().filter(|_| closer) {
-            for solved in &mut waiting.solved.subset.solved {
-                let tuned = tuned.next().expect("one for each");
+            let SolvedTap {
+                linears, subset, ..
+            } = &mut waiting.solved;
+            for (linear, solved) in linears.iter().zip(&mut subset.solved) {
+                let Some(tuned) = tuned.next_if(|it| it.linear == linear.linear) else {
+                    continue;
+                };
                 let weight =
                     |block: &Block<B>| block.linear(tuned.linear).weight.dense(self.model.dtype());
                 solved.codes = B::tuned(&tuned.parameters);
@@ -353,6 +433,7 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         branch: usize,
         compared: Option<&OutputErrors<B>>,
     ) -> Result<(), RunError> {
+        let expert_tokens = std::mem::take(&mut self.progress[branch].expert_tokens);
         let Some(compared) = compared else {
             return Ok(());
         };
@@ -361,6 +442,7 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
             layer,
             output_error,
             tuning: self.tuning.take(),
+            expert_tokens,
         };
         (self.on_event)(Event::Block { branch, report });
         self.progress[branch].blocks.push(report.clone());

@@ -1,26 +1,21 @@
-//! Tuning of a block: its codes and scales follow the gradient of the distance to the dense block's output.
+//! Tuning of a block: its codes and scales follow the gradient of the distance to the dense model.
 //!
-//! With the branch's states `x` before the block and the dense model's `y` after it, `L = Σ ‖block(x) - y‖²` over the
-//! tokens that both ran on, a batch of windows at each step. So a block makes up not for its own rounding alone, but
-//! for what the blocks before it have lost. Codes start as the solver left them, just before rounding
+//! With the branch's states `x` before the block and the dense model's `y` after it, a [`BlockLoss`] of `block(x)` and `y`
+//! over the tokens that both ran on, a batch of windows at each step. So a block makes up not for its own rounding
+//! alone, but for what the blocks before it have lost. Codes start as the solver left them, just before rounding
 //! ([`Tunable`]); learning rates rise over the first tenth of the steps and fall to zero. What comes of it is
-//! kept if it is closer to `y` over all windows than what the solver gave.
+//! kept if it is closer over all windows than what the solver gave.
 
 use burn::tensor::{DType, Tensor};
 use gptq_format::{Bits, FormatError};
-use gptq_kernels::{Engine, Tunable, TuningStep};
+use gptq_kernels::{Engine, Tunable, TuningStep, map_lanes};
 use gptq_model::{Block, Flow};
 use gptq_plan::{MAX_CURVE, Tuning};
 
 use crate::RunError;
 use crate::gram::Dense;
-use crate::moved::squares;
 use crate::stream::{Chunk, Stream};
-
-/// Root mean square of the loss's gradient as it enters the block: in the middle of f16's range.
-const SCALE: f64 = 0.1;
-/// Largest magnitude of it.
-const BOUND: f32 = 1e4;
+use crate::tuning_loss::BlockLoss;
 
 /// A linear whose codes and scales are tuned.
 pub(crate) struct Tuned<B: Engine> {
@@ -39,11 +34,33 @@ struct Window<'a, B: Engine> {
     tokens: usize,
 }
 
+/// Sums over some windows.
+struct BatchSums<B: Engine> {
+    /// The loss, and what it is told as a part of, `[1, 1]`.
+    lost: Tensor<B, 2>,
+    whole: Tensor<B, 2>,
+    /// The loss's gradients with respect to the linears' weights.
+    weights: Vec<Tensor<B, 2>>,
+}
+
+impl<B: Engine> BatchSums<B> {
+    fn and(self, other: Self) -> Self {
+        let weights = self.weights.into_iter().zip(other.weights);
+        BatchSums {
+            lost: self.lost + other.lost,
+            whole: self.whole + other.whole,
+            weights: weights.map(|(a, b)| a + b).collect(),
+        }
+    }
+}
+
 /// The windows that a block is tuned on.
 pub(crate) struct TuningSet<'a, B: Engine> {
     windows: Vec<Window<'a, B>>,
     /// Number of windows in a batch.
     batch: usize,
+    /// Compute dtype.
+    dtype: DType,
     device: &'a B::Device,
 }
 
@@ -67,11 +84,12 @@ fn schedule(at: usize, steps: usize) -> f32 {
 
 impl<'a, B: Engine> TuningSet<'a, B> {
     /// Takes the windows of `start`, a branch's states before the block, that `dense` ran on too, in batches of
-    /// `batch`, or all of them if these are fewer.
+    /// `batch`, or all of them if these are fewer; `dtype` is the compute dtype.
     pub(crate) fn new(
         start: &'a Stream<B>,
         dense: &'a Dense<B>,
         batch: usize,
+        dtype: DType,
         device: &'a B::Device,
     ) -> Self {
         let mut windows = Vec::new();
@@ -90,74 +108,125 @@ impl<'a, B: Engine> TuningSet<'a, B> {
         TuningSet {
             batch: batch.min(windows.len()),
             windows,
+            dtype,
             device,
         }
     }
 
-    /// Returns one of a window's three states for some of the windows, `[tokens, hidden]` in compute dtype.
-    fn states(&self, which: usize, windows: &[usize]) -> Result<Tensor<B, 2>, FormatError> {
-        let states = windows.iter().map(|&window| {
-            let Window { chunks, at, tokens } = &self.windows[window];
-            let all = chunks[which].residual_stream(self.device)?;
-            Ok(all.narrow(0, at * tokens, *tokens))
-        });
-        Ok(Tensor::cat(states.collect::<Result<_, FormatError>>()?, 0))
+    /// Returns the windows of a batch that are taken together, where the parts of one are worth taking side by side.
+    fn lane(&self) -> usize {
+        self.batch.div_ceil(B::LANES)
     }
 
-    /// Returns the sums over all windows of `‖block(x) - y‖²` and of what the dense block adds, squared.
-    fn distance(&self, block: &Block<B>) -> Result<[f64; 2], FormatError> {
-        let all: Vec<usize> = (0..self.windows.len()).collect();
-        let mut sums = Vec::new();
-        for windows in all.chunks(self.batch) {
-            let [x, before, y] = [0, 1, 2].map(|which| self.states(which, windows));
-            let (before, y) = (before?.cast(DType::F32), y?.cast(DType::F32));
-            let own = block.forward(Flow::new(windows.len(), x?)).residual;
-            sums.push(total(own.cast(DType::F32) - y.clone()));
-            sums.push(total(y - before));
+    /// Takes `block` through `windows` and back.
+    fn gradients(
+        &self,
+        windows: &[usize],
+        block: &Block<B>,
+        loss: &BlockLoss<B>,
+        size: &Tensor<B, 2>,
+    ) -> Result<BatchSums<B>, FormatError> {
+        let [x, before, y] = [0, 1, 2].map(|which| self.states(which, windows));
+        let (before, y) = (before?, y?);
+        let whole = loss.whole(before, y.clone());
+        let mut lost = None;
+        let weights = block.weight_gradients(Flow::new(windows.len(), x?), |end| {
+            let (sum, gradient) = loss.gradient(end, y, size);
+            lost = Some(sum);
+            gradient
+        });
+        Ok(BatchSums {
+            lost: lost.expect("every block has an end"),
+            whole,
+            weights,
+        })
+    }
+
+    /// Returns the size of the loss's gradient on the first window.
+    fn size(&self, block: &Block<B>, loss: &BlockLoss<B>) -> Result<Tensor<B, 2>, FormatError> {
+        let [x, y] = [0, 2].map(|which| self.states(which, &[0]));
+        let end = block.forward(Flow::new(1, x?)).residual;
+        Ok(loss.size(end, y?))
+    }
+
+    /// Returns one of a window's three states for some of the windows, `[tokens, hidden]` in compute dtype.
+    fn states(&self, which: usize, windows: &[usize]) -> Result<Tensor<B, 2>, FormatError> {
+        let mut states = Vec::new();
+        // Neighbours in one chunk are taken together.
+        let together = |&a: &usize, &b: &usize| {
+            let [a, b] = [a, b].map(|window| &self.windows[window]);
+            std::ptr::eq(a.chunks[which], b.chunks[which]) && b.at == a.at + 1
+        };
+        for windows in windows.chunk_by(together) {
+            let Window { chunks, at, tokens } = &self.windows[windows[0]];
+            let all = chunks[which].residual_stream(self.device)?;
+            let (first, length) = (at * tokens, windows.len() * tokens);
+            states.push(match all.dims()[0] == length {
+                true => all,
+                false => all.narrow(0, first, length),
+            });
         }
-        let values = read(sums);
+        Ok(match states.len() {
+            1 => states.remove(0),
+            _ => Tensor::cat(states, 0),
+        })
+    }
+
+    /// Returns `loss` over all windows, and what it is told as a part of.
+    fn distance(&self, block: &Block<B>, loss: &BlockLoss<B>) -> Result<[f64; 2], FormatError> {
+        let all: Vec<usize> = (0..self.windows.len()).collect();
+        let parts = all.chunks(self.lane()).collect();
+        let sums = map_lanes::<B, _, _>(parts, |windows: &[usize]| {
+            let [x, before, y] = [0, 1, 2].map(|which| self.states(which, windows));
+            let (before, y) = (before?, y?);
+            let own = block.forward(Flow::new(windows.len(), x?)).residual;
+            Ok([loss.of(own, y.clone()), loss.whole(before, y)])
+        });
+        let sums = sums.into_iter().collect::<Result<Vec<_>, FormatError>>()?;
+        let values = read(sums.into_iter().flatten().collect());
         let sum = |first: usize| values.iter().skip(first).step_by(2).sum::<f64>();
         Ok([sum(0), sum(1)])
     }
 }
 
-/// Takes `steps` steps; afterwards `block` and `linears` have what they end at, or, if that is no closer to the dense
-/// block's output, `None` is returned in place of the tuning, and `block` and `linears` are to be thrown away.
+/// Takes `steps` steps; afterwards `block` and `linears` have what they end at. Returns whether that is closer to the
+/// dense model by `loss`; otherwise `block` and `linears` are to be thrown away.
 ///
 /// # Errors
 /// Those of the storage of states, and of `check`, which is asked before each step.
 pub(crate) fn tune<B: Engine>(
     windows: &TuningSet<'_, B>,
+    loss: &BlockLoss<B>,
     steps: usize,
     block: &mut Block<B>,
     linears: &mut [Tuned<B>],
     check: &mut dyn FnMut() -> Result<(), RunError>,
 ) -> Result<(Tuning, bool), RunError> {
-    let [before, energy] = windows.distance(block)?;
-    let relative = |distance: f64| match energy {
+    let [before, whole] = windows.distance(block, loss)?;
+    let relative = |distance: f64| match whole {
         0.0 => 0.0,
-        energy => distance / energy,
+        whole => distance / whole,
     };
     let mut batches = Batches::new(windows.windows.len(), windows.batch);
-    let tokens = windows.windows.len() * windows.windows[0].tokens;
     let mut losses = Vec::with_capacity(steps);
-    let mut energies = Vec::with_capacity(steps);
+    let mut wholes = Vec::with_capacity(steps);
+    let size = windows.size(block, loss)?;
     for step in 0..steps {
         check()?;
         let batch = batches.next();
-        let [x, dense, y] = [0, 1, 2].map(|which| windows.states(which, &batch));
-        let (x, dense, y) = (x?, dense?.cast(DType::F32), y?.cast(DType::F32));
-        energies.push(total(y.clone() - dense));
-        let dtype = x.dtype();
-        let values = (tokens * x.dims()[1]) as f64;
-        let scale = SCALE / (before / values).sqrt().max(f64::MIN_POSITIVE);
-        let gradients = block.weight_gradients(Flow::new(batch.len(), x), |end| {
-            let off = end.cast(DType::F32) - y;
-            losses.push(total(off.clone()));
-            off.mul_scalar(scale).clamp(-BOUND, BOUND).cast(dtype)
+        let parts = batch.chunks(windows.lane()).collect();
+        let parts = map_lanes::<B, _, _>(parts, |part| windows.gradients(part, block, loss, &size));
+        let parts = parts.into_iter().collect::<Result<Vec<_>, FormatError>>()?;
+        let all = parts.into_iter().reduce(BatchSums::and);
+        let all = all.expect("a batch has a window");
+        losses.push(all.lost);
+        wholes.push(all.whole);
+        let mut gradients: Vec<_> = all.weights.into_iter().map(Some).collect();
+        let tuned = linears.iter_mut().map(|tuned| {
+            let gradient = gradients[tuned.linear].take();
+            (tuned, gradient.expect("a gradient for each linear"))
         });
-        let mut gradients: Vec<_> = gradients.into_iter().map(Some).collect();
-        for tuned in linears.iter_mut() {
+        let weights = map_lanes::<B, _, _>(tuned.collect(), |(tuned, gradient)| {
             let [codes, scales] = rates(tuned.bits);
             let factor = schedule(step, steps);
             let step = TuningStep {
@@ -165,23 +234,25 @@ pub(crate) fn tune<B: Engine>(
                 code_rate: codes * factor,
                 scale_rate: scales * factor,
             };
-            let gradient = gradients[tuned.linear].take();
-            let gradient = gradient.expect("a gradient for each linear");
-            let weight = B::tune(&mut tuned.parameters, gradient, step, dtype);
-            block.set_weight(tuned.linear, weight);
+            let weight = B::tune(&mut tuned.parameters, gradient, step, windows.dtype);
+            (tuned.linear, weight)
+        });
+        for (linear, weight) in weights {
+            block.set_weight(linear, weight);
         }
     }
-    let [after, _] = windows.distance(block)?;
+    let [after, _] = windows.distance(block, loss)?;
     let closer = after < before;
     let losses = read(losses);
-    let energies = read(energies);
+    let wholes = read(wholes);
     let run = steps.div_ceil(MAX_CURVE).max(1);
-    let curve = losses.chunks(run).zip(energies.chunks(run));
+    let curve = losses.chunks(run).zip(wholes.chunks(run));
     let curve = curve.map(|(lost, of)| match of.iter().sum::<f64>() {
         0.0 => 0.0,
         of => lost.iter().sum::<f64>() / of,
     });
     let tuning = Tuning {
+        loss: loss.kind(),
         before: relative(before),
         after: relative(if closer { after } else { before }),
         curve: curve.collect(),
@@ -210,11 +281,6 @@ impl Batches {
         self.next += self.size;
         (first..self.next).map(|at| at % self.windows).collect()
     }
-}
-
-/// Returns the squared length of all of `x`, `[1, 1]`.
-fn total<B: Engine>(x: Tensor<B, 2>) -> Tensor<B, 2> {
-    squares(x).sum_dim(0)
 }
 
 /// Brings numbers to the host, in one transfer.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use gptq_format::{Half, PackedLinear};
 use gptq_kernels::{Cpu, Incoming, dtype};
 use gptq_model::Model;
-use gptq_plan::{BranchBlock, Places, Plan};
+use gptq_plan::{BranchBlock, Places, Plan, TuningLoss};
 
 use super::*;
 use crate::block_loop::tests::{model, plan, run};
@@ -114,6 +114,8 @@ fn a_tuned_block_is_never_further_from_the_dense_one_and_its_reports_are_of_what
         assert!(tuning.after <= tuning.before, "{tuning:?}");
         // At most 64 points.
         assert_eq!(tuning.curve.len(), 50);
+        let last = block.layer == 1;
+        assert_eq!(tuning.loss == TuningLoss::Predictions, last);
     }
     // The solver's objective is that of linears as they were solved.
     for linear in &progress.linears {
