@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gptq_format::GroupSize;
+use gptq_format::{Bits, GroupSize};
 use gptq_spec::ModelConfig;
 use toml::Spanned;
 
@@ -72,7 +72,15 @@ pub(crate) fn resolve(
             .or(defaults.true_sequential)
             .unwrap_or(true),
         preset,
-        method: method(recipe, branch, preset.method())?,
+        // With a budget, some linear layers may have few bits.
+        method: method(
+            recipe,
+            branch,
+            preset.method(match budget {
+                Some(_) => Bits::Three,
+                None => bits,
+            }),
+        )?,
         budget: budget.as_ref().map(|(budget, _)| budget.clone()),
         allocation: None,
         picked: BTreeMap::new(),
@@ -98,6 +106,13 @@ pub(crate) fn resolve(
         if budget.is_none() && !size.divides(n_in) {
             return Err(recipe.refuse(group_size, group_reason(size, module, n_in)));
         }
+    }
+    if plan.method.tune > 0 && config.blocks().iter().any(|block| block.has_experts()) {
+        let reason = "mixtures of experts are not tuned; use preset = \"best\", or tune = 0";
+        return Err(match branch.tune.as_ref().or(defaults.tune.as_ref()) {
+            Some(steps) => recipe.refuse(steps, reason),
+            None => recipe.refuse(place, reason),
+        });
     }
     if linears.is_empty() {
         return Err(recipe.refuse(
@@ -228,6 +243,9 @@ fn method(recipe: &Recipe, branch: &BranchTable, preset: Method) -> Result<Metho
             let reason = format!("tune = {} is more than {MAX_STEPS} steps", method.tune);
             return Err(recipe.refuse(steps, reason));
         }
+    }
+    if let Some(experts) = branch.experts.or(defaults.experts) {
+        method.experts = experts;
     }
     let own = one_spelling(recipe, &branch.mismatch_correction, &branch.asymmetric)?;
     let default = one_spelling(recipe, &defaults.mismatch_correction, &defaults.asymmetric)?;

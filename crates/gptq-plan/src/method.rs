@@ -1,5 +1,6 @@
 //! Options for finding codes and scales. They do not affect the file format.
 
+use gptq_format::Bits;
 use serde::{Deserialize, Serialize};
 
 /// A named set of options.
@@ -31,8 +32,8 @@ impl Preset {
         }
     }
 
-    /// Returns its options.
-    pub fn method(self) -> Method {
+    /// Returns its options at a code width.
+    pub fn method(self, bits: Bits) -> Method {
         match self {
             Preset::Autogptq => Method::default(),
             Preset::Standard => Method {
@@ -41,13 +42,15 @@ impl Preset {
             },
             Preset::Best => Method {
                 scale_search: true,
-                refine: 1,
+                // At 4 bits and more it gains next to nothing (`crates/gptq-solver/ACCURACY.md`).
+                refine: usize::from(matches!(bits, Bits::Two | Bits::Three)),
                 mismatch_correction: 1.0,
                 ..Method::default()
             },
             Preset::Tuned => Method {
+                refine: 1,
                 tune: TUNING_STEPS,
-                ..Preset::Best.method()
+                ..Preset::Best.method(bits)
             },
         }
     }
@@ -68,6 +71,27 @@ pub struct Method {
     /// dense block's output.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub tune: usize,
+    /// The tokens that experts are calibrated on.
+    #[serde(default, skip_serializing_if = "ExpertTokens::are_routed")]
+    pub experts: ExpertTokens,
+}
+
+/// Tokens that the experts of a mixture are calibrated on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExpertTokens {
+    /// Those that the router gives each, and a sample of all where these are few.
+    #[default]
+    Routed,
+    /// All of them, for every expert.
+    All,
+}
+
+impl ExpertTokens {
+    /// True for the default, as in files from before there was another.
+    fn are_routed(&self) -> bool {
+        *self == ExpertTokens::Routed
+    }
 }
 
 /// True if there is none, as in files from before there was tuning.

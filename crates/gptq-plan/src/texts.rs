@@ -68,13 +68,6 @@ pub fn check_texts(plan: &Plan, look: Look) -> Result<Vec<String>, PlanError> {
     };
     warnings.extend(tokenizer.end_warning().filter(|_| joins));
     warnings.extend(rows);
-    if lacks_scores(dir) {
-        warnings.push(
-            "the model has no tokenizer.model: llama.cpp's converter then guesses the scores of tokens, and llama.cpp \
-             splits some texts otherwise; gptq export --to gguf takes them from tokenizer.json"
-                .to_owned(),
-        );
-    }
     if let Some((path, window)) = &plan.evaluation {
         let text = match look {
             Look::First => EvaluationText::first_look(path, tokenizer, *window)?,
@@ -83,6 +76,14 @@ pub fn check_texts(plan: &Plan, look: Look) -> Result<Vec<String>, PlanError> {
         warnings.extend(text.warnings());
     }
     Ok(warnings)
+}
+
+/// Returns what a reader makes of the model's tokenizer that others do not, for the plan; `None` where all agree.
+pub fn tokenizer_note(plan: &Plan) -> Option<&'static str> {
+    lacks_scores(&plan.model_dir).then_some(
+        "llama.cpp: the model has no tokenizer.model; its converter then guesses the scores of tokens, and some texts \
+         are split otherwise; gptq export --to gguf takes them from tokenizer.json",
+    )
 }
 
 /// Returns true if the tokenizer in `dir` is one of SentencePiece whose own file, which has the scores, is missing.

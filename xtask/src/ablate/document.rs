@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use super::models::{MODELS, Model};
 use super::results::{ModelResults, Results, Text};
-use super::rows::{BEST, OPTIONS, ORDERS, SIZES};
+use super::rows::{OPTIONS, ORDERS, REFINED, SIZES};
 use super::table::{Table, both, kl_divergence, measured, perplexity, seconds};
 
 const HEAD: &str = "\
@@ -24,10 +24,10 @@ and all are joined.
   tokens (`src/target.rs`).
 - **refined** (`refine`): passes of coordinate descent over the codes after the sweep (`src/refine.rs`).
 - **tuned** (`tune`): once a block is solved, its codes and scales follow the gradient of the squared distance to the dense block's
-  output for so many steps (`gptq-run/src/tuning.rs`).
+  output, in the last block of the divergence of the predictions, for so many steps (`gptq-run/src/tuning.rs`).
 
 `preset = \"autogptq\"` is plain GPTQ, `\"standard\"` is searched, and `\"best\"` (the default) is searched, with mismatch correction,
-and refined once; `\"tuned\"` is `best`, then tuned in 60 steps a block.
+and refined once at 2 and 3 bits; `\"tuned\"` is `best`, refined at every width, then tuned in 60 steps a block.
 
 Perplexity, and the mean KL divergence of the next token's probabilities from the dense model's, are measured on full windows of 1024
 tokens, the first token of a window not scored, by `gptq verify --against`. Options are chosen by the first text, and by the second
@@ -125,7 +125,7 @@ fn orders(model: &Model, found: &ModelResults) -> String {
     if rows.is_empty() {
         return String::new();
     }
-    if let Some(best) = found.rows.get(BEST) {
+    if let Some(best) = found.rows.get(REFINED) {
         rows.insert(1, ("static act order (the default)", best));
     }
     let table = Table {
@@ -135,7 +135,7 @@ fn orders(model: &Model, found: &ModelResults) -> String {
     let mut text = String::new();
     heading(
         &mut text,
-        "Order of columns, `best`: perplexity on the WikiDoc texts (KL divergence)",
+        "Order of columns, `best` refined at every width: perplexity on the WikiDoc texts (KL divergence)",
     );
     text + &table.lines(|it| both(it.texts[0]), None)
 }
@@ -235,7 +235,8 @@ mod tests {
 
     #[test]
     fn the_default_order_stands_between_the_two_others() {
-        let rows = ["best-act-order", "best", "best-stored-order"].map(|key| (key, "4-bit g32"));
+        let rows =
+            ["best-act-order", "best-refined", "best-stored-order"].map(|key| (key, "4-bit g32"));
         let text = results(&MEDI, &rows);
         let table = text.split("### Order of columns").nth(1).unwrap();
         let at = |what: &str| table.find(what).expect(what);

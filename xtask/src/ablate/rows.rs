@@ -27,7 +27,7 @@ pub(super) enum Columns {
 }
 
 /// Rows by which options are compared, in the columns' default order.
-pub(super) const OPTIONS: [Row; 7] = [
+pub(super) const OPTIONS: [Row; 8] = [
     row(
         "autogptq",
         "`autogptq`: plain GPTQ",
@@ -49,24 +49,29 @@ pub(super) const OPTIONS: [Row; 7] = [
         "`best` without refinement",
         "preset = \"best\"\nrefine = 0",
     ),
-    row(BEST, "`best`", "preset = \"best\""),
+    row(
+        REFINED,
+        "`best`, refined at every width",
+        "preset = \"best\"\nrefine = 1",
+    ),
+    row("best", "`best`", "preset = \"best\""),
     row("tuned", "`tuned`", "preset = \"tuned\""),
 ];
 
 /// The row of [`OPTIONS`] that orders of columns are compared by: its columns have static act order.
-pub(super) const BEST: &str = "best";
+pub(super) const REFINED: &str = "best-refined";
 
 /// Rows with another order of columns than the default.
 pub(super) const ORDERS: [Row; 2] = [
     row(
         "best-act-order",
         "act order, scattered groups (`desc_act = true`)",
-        "preset = \"best\"\ndesc_act = true",
+        "preset = \"best\"\nrefine = 1\ndesc_act = true",
     ),
     row(
         "best-stored-order",
         "stored order (`desc_act = false`)",
-        "preset = \"best\"\ndesc_act = false",
+        "preset = \"best\"\nrefine = 1\ndesc_act = false",
     ),
 ];
 
