@@ -1,4 +1,4 @@
-//! How far predictions are from a reference's, from Burn's operations, in f32.
+//! Distances of predictions from a reference's, from Burn's operations, in f32.
 //!
 //! With `p = softmax(reference)` and `q = softmax(logits)` of a row, the Kullback-Leibler divergence is
 //! `KL(p ‖ q) = Σ p (ln p - ln q)`, and its gradient with respect to `logits` is `q - p`.

@@ -32,7 +32,7 @@ pub struct Routed {
 pub struct Slots {
     /// Slot numbers.
     pub order: Vec<u32>,
-    /// Where an expert's slots begin; in the end their number.
+    /// The first of each expert's slots; in the end their number.
     pub starts: Vec<usize>,
 }
 

@@ -25,7 +25,7 @@ const PIECE: usize = 4 << 20;
 /// weight files. `on_progress` receives the finished share, 0 to 1.
 ///
 /// # Errors
-/// What [`ExportSource::check`] refuses; files that cannot be read or written.
+/// Those of [`ExportSource::check`]; files that cannot be read or written.
 pub fn write_directory(
     source: &ExportSource,
     format: FormatName,

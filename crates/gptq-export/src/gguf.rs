@@ -40,7 +40,7 @@ struct Planned {
 /// Checks from headers, `g_idx` and the tokenizer that a GGUF file can hold the branch.
 ///
 /// # Errors
-/// What it cannot hold, with the remedy.
+/// A branch that the file cannot hold, with the remedy.
 pub fn check_gguf(source: &ExportSource) -> Result<(), ExportError> {
     GgufExport::of(source)?.planned(TableType::Half)?;
     entries(&source.dir, source.config.vocabulary)?;
@@ -51,7 +51,7 @@ pub fn check_gguf(source: &ExportSource) -> Result<(), ExportError> {
 /// `on_progress` receives the finished share, 0 to 1.
 ///
 /// # Errors
-/// What [`check_gguf`] refuses; a file that exists, or cannot be written.
+/// Those of [`check_gguf`]; a file that exists, or cannot be written.
 pub fn write_gguf(
     source: &ExportSource,
     tables: TableType,

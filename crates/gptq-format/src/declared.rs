@@ -3,7 +3,7 @@
 use crate::dynamic_rules::{Dynamic, DynamicRules, MAX_PATTERN};
 use crate::{Bits, GroupSize};
 
-/// What a config declares of a branch.
+/// Declarations of a config about a branch.
 #[derive(Debug)]
 pub(crate) struct Declared {
     /// Width and columns per group of most linear layers.

@@ -1,4 +1,4 @@
-//! What patterns of a `quantize_config.json` say of a mixture's experts and routers, by their text alone.
+//! Meaning of a `quantize_config.json`'s patterns for a mixture's experts and routers, by their text alone.
 
 /// Returns true if an exclusion names routers and gates of shared experts, which no program quantizes.
 pub(crate) fn names_gates(pattern: &str) -> bool {

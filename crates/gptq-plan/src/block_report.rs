@@ -87,7 +87,7 @@ impl BlockReport {
 /// Tokens below which an expert is said to have few.
 pub const FEW_TOKENS: usize = 64;
 
-/// How evenly a router spread the calibration tokens over the experts.
+/// Spread of the calibration tokens over the experts by a router.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertSpread {
     /// Number of experts, of all blocks together.

@@ -1,6 +1,6 @@
 //! Errors of experts' outputs relative to the dense model's, on the compared tokens.
 //!
-//! As in `output_errors.rs`, with the tokens that the branch's router gives the expert, for both models; with all of
+//! Measured as in `output_errors.rs`, with the tokens that the branch's router gives the expert, for both models; with all of
 //! the compared ones if it is given none.
 
 use std::ops::Range;

@@ -18,9 +18,9 @@ const BOUND: f32 = 1e4;
 
 /// A distance.
 pub(crate) enum BlockLoss<B: Engine> {
-    /// Of the residual streams.
+    /// Squared distance of the residual streams.
     Output,
-    /// Of the predictions.
+    /// Divergence of the predictions.
     Predictions(Head<B>),
 }
 

@@ -61,7 +61,7 @@ pub struct ModelConfig {
     pub wide: bool,
     /// Operations before the first block and after the last.
     pub ends: Ends,
-    /// How llama.cpp runs the family, if it does.
+    /// The family in llama.cpp, if it is there.
     pub(crate) llama_cpp: Option<LlamaCpp>,
     /// Names of its tensors, of those that the family has.
     pub naming: Naming,

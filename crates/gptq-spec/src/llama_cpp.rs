@@ -1,6 +1,6 @@
-//! How llama.cpp runs a family: its architecture's name, and what it computes there without being told.
+//! A family in llama.cpp: its architecture's name, and properties that llama.cpp takes for granted.
 
-/// How llama.cpp runs a family.
+/// A family in llama.cpp.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct LlamaCpp {
     /// Name of the architecture.

@@ -64,7 +64,7 @@ pub enum Op {
     Combine {
         /// Slots.
         from: Register,
-        /// What the experts' first linears were given: for experts that are given too few tokens to calibrate on.
+        /// Input of the experts' first linears: for experts that are given too few tokens to calibrate on.
         x: Register,
         /// The choice.
         routing: Register,

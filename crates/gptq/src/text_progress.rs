@@ -13,7 +13,7 @@ const EVERY: Duration = Duration::from_secs(10);
 /// Progress of one task.
 pub(crate) struct TextProgress {
     name: String,
-    /// What is done so far.
+    /// Name of the share that is done, such as "of the text measured".
     what: &'static str,
     bar: Option<ProgressBar>,
     /// Time and finished share of the first report; earlier time includes other work.

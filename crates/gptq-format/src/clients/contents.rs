@@ -1,4 +1,4 @@
-//! What clients' rules depend on.
+//! Properties of a branch's files that clients' rules depend on.
 
 use crate::expert_patterns::{names_gates, parts_experts};
 use crate::{CheckpointFormat, GroupSize, LinearShape, QuantizeConfig};

@@ -13,7 +13,7 @@ use crate::{Bits, FormatError, PackedLinear, QuantizedLinear, unpack_across};
 /// Order of a matrix's rows in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GgufRows {
-    /// As in the checkpoint.
+    /// The order of the checkpoint.
     Same,
     /// llama.cpp rotates neighbouring rows of a head, checkpoints one of either half of it: row `2 i + j` of a head is
     /// row `j * half + i` of the checkpoint's. The number is that of heads.

@@ -26,7 +26,7 @@ pub struct GgufFile {
     tensors: BTreeMap<String, (GgufTensor, usize)>,
 }
 
-/// What is left of the header.
+/// The rest of the header.
 struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,

@@ -1,4 +1,4 @@
-//! What is written is read back, by this crate and by a reader of blocks written from their description; damaged files end
+//! Files that are written are read back, by this crate and by a reader of blocks written from their description; damaged files end
 //! in one line.
 
 use half::f16;

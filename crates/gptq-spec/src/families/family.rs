@@ -37,7 +37,7 @@ pub(crate) struct Family {
     pub(crate) refused: &'static [&'static str],
     /// Object inside the config that holds the model that is run, if it is not the config itself.
     pub(super) inside: Option<Inside>,
-    /// How llama.cpp runs it; `None` for a family that it runs in a way not described here.
+    /// The family in llama.cpp; `None` if it runs there in a way not described here.
     pub(crate) llama_cpp: Option<LlamaCpp>,
     /// Describes the operations before the first block and after the last. The shapes have been checked.
     /// The error is a sentence.

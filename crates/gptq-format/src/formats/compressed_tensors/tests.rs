@@ -1,4 +1,4 @@
-//! What is written is read back to the bit, by this crate and by a reader written from the description of the format
+//! Branches that are written are read back to the bit, by this crate and by a reader written from the description of the format
 //! alone.
 
 use std::path::Path;

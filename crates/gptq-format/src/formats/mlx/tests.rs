@@ -1,4 +1,4 @@
-//! What is written is read back to the bit, by this crate and by a reader written from MLX's description of affine
+//! Branches that are written are read back to the bit, by this crate and by a reader written from MLX's description of affine
 //! quantization; settings by name.
 
 use proptest::prelude::*;
