@@ -64,7 +64,7 @@ pub(crate) enum Command {
     Verify(VerifyArgs),
     /// Write finished branches of any tool in another format, codes and scales as they are
     #[command(
-        after_help = "Example:\n  gptq export out/medi-tiny-GPTQ/main --to compressed-tensors --output out/main-vllm"
+        after_help = "Example:\n  gptq export out/medi-tiny-GPTQ/gptq-8bit--1g-actorder_True --to compressed-tensors --output out/for-vllm"
     )]
     Export(ExportArgs),
     /// Continue a prompt, or chat
