@@ -14,7 +14,7 @@ use gptq_kernels::cuda::{
     Cuda, Device, attend_next, causal_attention, embedding, gram_add, gram_zeros, linear,
     packed_linear, resident, rms_norm, rotary, solve, swiglu,
 };
-use gptq_kernels::{HessianOptions, Request, Scores};
+use gptq_kernels::{HessianOptions, Problem, Request, Scores};
 use gptq_solver::Settings;
 use half::f16;
 
@@ -393,7 +393,12 @@ fn solving(device: &Device) -> f64 {
         };
         let mut errors = [0.0; 2];
         let time = seconds(device, 3, || {
-            let subset = solve(gram.clone(), None, hessian, &layers).unwrap();
+            let problem = Problem {
+                gram: gram.clone(),
+                mismatch: None,
+                requests: layers.clone(),
+            };
+            let subset = solve(vec![problem], hessian).unwrap().remove(0);
             errors = [subset.solved[0].relative_error, subset.solved[0].rtn_error];
         });
         println!(

@@ -7,9 +7,9 @@ use gptq_solver::SolverError;
 use rayon::prelude::*;
 
 use crate::{
-    Codes, HessianOptions, HostBuffer, Incoming, Mismatch, NormOptions, NotFinite, PackedWeight,
-    Request, Scores, Subset, Tunable, TuningStep, attention, backward, divergence, finite,
-    host_solve,
+    Codes, HessianOptions, HostBuffer, Incoming, NormOptions, NotFinite, PackedWeight, Problem,
+    Routed, RoutingOptions, Scores, Subset, Tunable, TuningStep, attention, backward, divergence,
+    finite, grouped, host_solve,
 };
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
@@ -323,18 +323,73 @@ pub trait Engine: Backend {
         cross + (dense - own).transpose().matmul(x)
     }
 
+    /// Chooses experts for tokens by their routers' `logits [tokens, experts]`, of which `correction` is a summand for
+    /// the choice alone. Waits for the device.
+    fn route(logits: Tensor<Self, 2>, correction: Option<&[f32]>, how: RoutingOptions) -> Routed {
+        let experts = logits.dims()[1];
+        let logits = logits.cast(DType::F32).into_data();
+        let logits = logits.as_slice::<f32>().expect("the logits are f32");
+        Routed::of(logits, experts, correction, how)
+    }
+
+    /// [`Engine::matmul_nt`] of each run of rows of `x [rows, in]` with a weight of its own, `[out, in]`, giving `[rows,
+    /// out]`. Run `i` is the rows `starts[i]..starts[i + 1]`; all of them are `x`, which has at least one.
+    fn matmul_nt_each(
+        x: Tensor<Self, 2>,
+        starts: &[usize],
+        weights: Vec<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        grouped::matmul_nt_each(x, starts, weights)
+    }
+
+    /// [`Engine::gram_add`] of each run of rows of `x`, which `starts` gives as in [`Engine::matmul_nt_each`].
+    fn gram_add_each(
+        grams: Vec<Tensor<Self, 2>>,
+        x: Tensor<Self, 2>,
+        starts: &[usize],
+    ) -> Vec<Tensor<Self, 2>> {
+        grouped::gram_add_each(grams, x, starts)
+    }
+
+    /// [`Engine::cross_add`] of each run of rows, which `starts` gives as in [`Engine::matmul_nt_each`].
+    fn cross_add_each(
+        crosses: Vec<Tensor<Self, 2>>,
+        pair: [Tensor<Self, 2>; 2],
+        x: Tensor<Self, 2>,
+        starts: &[usize],
+    ) -> Vec<Tensor<Self, 2>> {
+        grouped::cross_add_each(crosses, pair, x, starts)
+    }
+
+    /// The sum over each token's experts of their outputs, with the weights of the choice, in f32 and rounded once: `y
+    /// [slots, out]`, one expert after the other, gives `[tokens, out]`.
+    fn combine(y: Tensor<Self, 2>, routed: &Routed) -> Tensor<Self, 2> {
+        grouped::combine(y, routed)
+    }
+
     /// Solves every linear that shares one input: orders, damps and factors its Gram matrix once,
-    /// then quantizes each weight of `requests`, or what `mismatch` makes of it.
+    /// then quantizes each weight of the requests, or what the mismatch makes of it.
     ///
     /// # Errors
     /// A Gram matrix that is not finite or cannot be factored.
-    fn solve(
-        gram: Tensor<Self, 2>,
-        mismatch: Option<Mismatch<Self>>,
+    fn solve(problem: Problem<Self>, hessian: HessianOptions) -> Result<Subset<Self>, SolverError> {
+        let subsets = Self::solve_each(vec![problem], hessian).map_err(|(_, error)| error)?;
+        Ok(subsets.into_iter().next().expect("one for each problem"))
+    }
+
+    /// [`Engine::solve`] for each of some inputs, in any order or together.
+    ///
+    /// # Errors
+    /// The first input that has one, and its error.
+    fn solve_each(
+        problems: Vec<Problem<Self>>,
         hessian: HessianOptions,
-        requests: Vec<Request<Self>>,
-    ) -> Result<Subset<Self>, SolverError> {
-        host_solve::solve(gram, mismatch, hessian, requests)
+    ) -> Result<Vec<Subset<Self>>, (usize, SolverError)> {
+        let problems = problems.into_iter().enumerate().collect();
+        let solved = map_lanes::<Self, _, _>(problems, |(at, problem)| {
+            host_solve::solve(problem, hessian).map_err(|error| (at, error))
+        });
+        solved.into_iter().collect()
     }
 
     /// Takes a step of `tunable` along `gradient`, f32 `[out, in]`; returns the weights after it in `dtype`, which

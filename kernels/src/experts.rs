@@ -25,6 +25,7 @@ pub struct Routed {
     experts: Vec<u32>,
     /// Weight by slot.
     weights: Vec<f32>,
+    slots: Slots,
 }
 
 /// The slots of each expert, ascending, one expert after the other.
@@ -37,7 +38,7 @@ pub struct Slots {
 }
 
 /// Keeps a sum of weights from being zero, as in Transformers.
-const LEAST: f32 = 1e-20;
+pub(crate) const LEAST: f32 = 1e-20;
 
 impl Routed {
     /// Chooses from `logits`, one row of `experts` for each token, the `top_k` of the best scores, of which
@@ -62,9 +63,15 @@ impl Routed {
             .for_each(|((logits, chosen), weights)| {
                 choose(logits, correction, how, chosen, weights)
             });
+        Routed::new(how.top_k, chosen, weights, experts)
+    }
+
+    /// A choice of the expert, of `count`, and the weight of each slot.
+    pub(crate) fn new(top_k: usize, experts: Vec<u32>, weights: Vec<f32>, count: usize) -> Routed {
         Routed {
-            top_k: how.top_k,
-            experts: chosen,
+            top_k,
+            slots: Slots::new(&experts, count),
+            experts,
             weights,
         }
     }
@@ -89,27 +96,32 @@ impl Routed {
         &self.weights
     }
 
-    /// Returns the slots by the expert, of `experts`, that they belong to.
-    pub fn slots(&self, experts: usize) -> Slots {
-        let mut starts = vec![0; experts + 1];
-        for &expert in &self.experts {
+    /// Returns the slots by the expert that they belong to.
+    pub fn slots(&self) -> &Slots {
+        &self.slots
+    }
+}
+
+impl Slots {
+    /// Sorts the slots whose experts, of `count`, are given.
+    fn new(experts: &[u32], count: usize) -> Slots {
+        let mut starts = vec![0; count + 1];
+        for &expert in experts {
             starts[expert as usize + 1] += 1;
         }
-        for expert in 0..experts {
+        for expert in 0..count {
             starts[expert + 1] += starts[expert];
         }
         let mut next = starts.clone();
-        let mut order = vec![0; self.experts.len()];
-        for (slot, &expert) in self.experts.iter().enumerate() {
+        let mut order = vec![0; experts.len()];
+        for (slot, &expert) in experts.iter().enumerate() {
             let place = &mut next[expert as usize];
             order[*place] = slot as u32;
             *place += 1;
         }
         Slots { order, starts }
     }
-}
 
-impl Slots {
     /// Returns the slots of an expert.
     pub fn of(&self, expert: usize) -> &[u32] {
         &self.order[self.starts[expert]..self.starts[expert + 1]]
@@ -251,7 +263,7 @@ mod tests {
         let logits = [0.0, 2.0, 1.0, 1.0, 0.0, 2.0, 2.0, 1.0, 0.0];
         let routed = Routed::of(&logits, 3, None, SOFTMAX);
         assert_eq!(routed.experts(), [1, 2, 2, 0, 0, 1]);
-        let slots = routed.slots(3);
+        let slots = routed.slots();
         assert_eq!(slots.order, [3, 4, 0, 5, 1, 2]);
         assert_eq!(
             [slots.of(0), slots.of(1), slots.of(2)],

@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::cuda::testing;
-use crate::{Cpu, Cuda, Engine, HessianOptions, Request, Subset};
+use crate::{Cpu, Cuda, Engine, HessianOptions, Problem, Request, Subset};
 
 const TOKENS: usize = 256;
 const IN: usize = 64;
@@ -88,7 +88,12 @@ impl<B: Engine> On<B> {
             damping,
         };
         let gram = B::gram_add(gram, tensor(x, TOKENS));
-        B::solve(gram, None, hessian, vec![request])
+        let problem = Problem {
+            gram,
+            mismatch: None,
+            requests: vec![request],
+        };
+        B::solve(problem, hessian)
     }
 
     /// Returns the single linear layer, after checking that all its values are finite and no worse

@@ -11,15 +11,18 @@ use gptq_solver::{
 };
 use nalgebra::DMatrix;
 
-use crate::{Codes, HessianOptions, Mismatch, Request, SolveTimes, Solved, Subset};
+use crate::{Codes, HessianOptions, Problem, Request, SolveTimes, Solved, Subset};
 
 pub(crate) fn solve<B: Backend>(
-    gram: Tensor<B, 2>,
-    mismatch: Option<Mismatch<B>>,
+    problem: Problem<B>,
     hessian: HessianOptions,
-    requests: Vec<Request<B>>,
 ) -> Result<Subset<B>, SolverError> {
     let started = Instant::now();
+    let Problem {
+        gram,
+        mismatch,
+        requests,
+    } = problem;
     let gram = symmetric(gram);
     let factor = Factor::new(&gram, hessian.act_order, hessian.damping)?;
     let mismatch = match mismatch {

@@ -14,6 +14,7 @@ mod divergence;
 mod engine;
 mod experts;
 mod finite;
+mod grouped;
 mod half_dtype;
 #[cfg(test)]
 mod hard_inputs;
@@ -37,5 +38,7 @@ pub use half_dtype::{dtype, half_of};
 pub use host_buffer::HostBuffer;
 pub use packed_weight::{PackedLayout, PackedWeight};
 pub use scores::Scores;
-pub use solve_types::{HessianOptions, Incoming, Mismatch, Request, SolveTimes, Solved, Subset};
+pub use solve_types::{
+    HessianOptions, Incoming, Mismatch, Problem, Request, SolveTimes, Solved, Subset,
+};
 pub use tunable::{Tunable, TuningStep};

@@ -42,6 +42,32 @@ pub struct Request<B: Backend> {
     pub keep_unrounded: bool,
 }
 
+/// The linears that share one input, and what is known of that.
+#[derive(Clone, Debug)]
+pub struct Problem<B: Backend> {
+    /// `XᵀX` of the input, f32 `[in, in]`, upper triangle.
+    pub gram: Tensor<B, 2>,
+    /// Its drift, to be made up for.
+    pub mismatch: Option<Mismatch<B>>,
+    /// The linears.
+    pub requests: Vec<Request<B>>,
+}
+
+impl<B: Backend> Problem<B> {
+    /// True if both have the same shapes and settings, so that they may be solved in the same launches.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let strength = |problem: &Self| problem.mismatch.as_ref().map(|it| it.strength);
+        let requests = |problem: &Self| -> Vec<_> {
+            let requests = problem.requests.iter();
+            let requests = requests.map(|it| (it.weight.dims(), it.settings, it.keep_unrounded));
+            requests.collect()
+        };
+        self.gram.dims() == other.gram.dims()
+            && strength(self) == strength(other)
+            && requests(self) == requests(other)
+    }
+}
+
 /// A packed linear that may still be on its way to the host.
 #[derive(Debug)]
 pub struct Incoming(Arrival);

@@ -30,8 +30,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 PACKAGES = ["transformers", "gptqmodel", "optimum", "torch"]
-# Names of a model around a language model: as published, and as Transformers 5 has them in memory.
+# Parts of names: as published, and as Transformers 5 has them in memory. Of a model around a language model, and of Mixtral.
 IN_MEMORY = {
+    ".block_sparse_moe.": ".mlp.",
+    ".w1.": ".gate_proj.",
+    ".w2.": ".down_proj.",
+    ".w3.": ".up_proj.",
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
     "vision_tower.": "model.vision_tower.",
@@ -110,9 +114,8 @@ def adapt(branch, to):
     adapted = {}
     for name, tensor in load_file(branch / "model.safetensors").items():
         for published, in_memory in IN_MEMORY.items():
-            if name.startswith(published):
-                name = in_memory + name.removeprefix(published)
-                break
+            if published.startswith(".") or name.startswith(published):
+                name = name.replace(published, in_memory, 1)
         if ".gate_up_proj." not in name:
             adapted[name] = tensor
             continue
@@ -131,10 +134,8 @@ def compare(load, branch, tokens, expected):
     return {"modules": len(modules), "kernels": kernels, "difference": difference}
 
 
-def result(reader, golden, branch):
-    wanted = load_file(golden / branch.parent.name / "logits.safetensors")
+def result(reader, branch, wanted, expected, modules):
     tokens = wanted["input_ids"].long()
-    expected, modules = reference(branch, tokens)
     moved = (expected[:, wanted["positions"].long()] - wanted["logits"]).abs().max().item()
     line = {"branch": "/".join(branch.parts[-2:]), "quantized": modules, "moved": moved}
     load = {"transformers": by_transformers, "gptqmodel": by_gptqmodel}[reader]
@@ -162,10 +163,14 @@ def message(error):
 def main(reader, golden, results, branches):
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions |= {"python": platform.python_version(), "date": str(datetime.date.today())}
+    wanted = {branch: load_file(golden / branch.parent.name / "logits.safetensors") for branch in branches}
     with open(results, "w") as out, contextlib.redirect_stdout(sys.stderr):
         print(json.dumps({"versions": versions}), file=out, flush=True)
+        # All references first: GPTQModel, once imported, changes how Transformers keeps experts.
+        references = {branch: reference(branch, wanted[branch]["input_ids"].long()) for branch in branches}
         for branch in branches:
-            print(json.dumps(result(reader, golden, branch)), file=out, flush=True)
+            line = result(reader, branch, wanted[branch], *references[branch])
+            print(json.dumps(line), file=out, flush=True)
 
 
 if __name__ == "__main__":

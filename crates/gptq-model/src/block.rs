@@ -16,15 +16,16 @@ use gptq_spec::{Activation, BlockSpec, Norm, NormKind, Op, Register, Route};
 
 use crate::attend::attend;
 use crate::backward::{Parts, Tape};
-use crate::experts::{BlockMatrix, ExpertLinears, route};
+use crate::experts::{BlockMatrix, ExpertLinears, ExpertOutputs, route};
 use crate::{Cache, ExpertInputs, Flow, Linear, Weight, rope};
 
 /// A tensor that comes up inside a block, as [`Block::observed`] shows it.
 #[derive(Clone, Debug)]
 pub enum Seen<B: Engine> {
-    /// The output `[tokens, out_features]` of a linear, with the linear's index in the spec; an expert's is that of
-    /// the tokens it is chosen for, if there are any.
+    /// The output `[tokens, out_features]` of a linear, with the linear's index in the spec.
     Output(usize, Tensor<B, 2>),
+    /// The outputs of a linear of every expert, for the tokens it is chosen for.
+    Experts(ExpertOutputs<B>),
     /// Rotated queries `[windows, seq, heads, dim]` and keys `[windows, seq, kv_heads, dim]`.
     Rotated(Tensor<B, 4>, Tensor<B, 4>),
     /// The gated activation: `[tokens, features]`.
@@ -142,7 +143,7 @@ impl<B: Engine> Block<B> {
         let spec = self.spec();
         let position = spec.tap(tap);
         let route = spec.experts_at(tap).expect("a tap of experts");
-        let (routing, experts) = (route.to, route.how.experts);
+        let routing = route.to;
         let mut flow = flow;
         if let Some(routed) = routed {
             flow.routed.insert(routing, routed);
@@ -161,7 +162,6 @@ impl<B: Engine> Block<B> {
         let routed = flow.routed[&routing].clone();
         let [rows, width] = x.dims();
         ExpertInputs {
-            slots: routed.slots(experts),
             x: match slotted {
                 true => x.reshape([rows * routed.top_k(), width / routed.top_k()]),
                 false => x,
@@ -277,11 +277,8 @@ impl<B: Engine> Block<B> {
                 } => {
                     let x = read(*from);
                     let routed = self.routed(&mut flow, *routing, at);
-                    let mut output = |linear, y: &Tensor<B, 2>| {
-                        observe(Seen::Output(linear, y.clone()));
-                    };
                     let experts = self.experts(linears);
-                    let slots = experts.dispatch(x, &routed, &mut output);
+                    let slots = experts.dispatch(x, &routed, &mut |it| observe(Seen::Experts(it)));
                     flow.activations.extend(to.iter().copied().zip(slots));
                 }
                 Op::Combine {
@@ -294,10 +291,8 @@ impl<B: Engine> Block<B> {
                     read(*x);
                     let x = read(*from);
                     let routed = self.routed(&mut flow, *routing, at);
-                    let mut output = |linear, y: &Tensor<B, 2>| {
-                        observe(Seen::Output(linear, y.clone()));
-                    };
-                    let y = self.experts(linears).combine(x, &routed, &mut output);
+                    let experts = self.experts(linears);
+                    let y = experts.combine(x, &routed, &mut |it| observe(Seen::Experts(it)));
                     flow.activations.insert(*to, y);
                 }
                 Op::Weigh {

@@ -4,14 +4,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use gptq_kernels::{Engine, Routed, Slots};
+use gptq_kernels::{Engine, Routed};
 
 use crate::experts::indices;
 
 /// Inputs of the linears of all experts, for some tokens.
 pub struct ExpertInputs<B: Engine> {
     pub(crate) routed: Arc<Routed>,
-    pub(crate) slots: Slots,
     /// `[tokens, in]` where experts are given tokens, `[slots, in]` where they are given what they made of them.
     pub(crate) x: Tensor<B, 2>,
     /// `[tokens, hidden]`, what the first linears of any expert would be given.
@@ -28,19 +27,39 @@ impl<B: Engine> ExpertInputs<B> {
 
     /// Returns the slots of an expert, in the order of its rows.
     pub fn slots(&self, expert: usize) -> &[u32] {
-        self.slots.of(expert)
+        self.routed.slots().of(expert)
+    }
+
+    /// Returns the first row of each of some experts among those of [`ExpertInputs::of`], and in the end their number.
+    pub fn starts(&self, experts: Range<usize>) -> Vec<usize> {
+        let starts = &self.routed.slots().starts[experts.start..=experts.end];
+        starts.iter().map(|start| start - starts[0]).collect()
     }
 
     /// Returns the rows of some experts, `[slots, in]`, one expert after the other.
     pub fn of(&self, experts: Range<usize>) -> Tensor<B, 2> {
-        let slots = self.slots.starts[experts.start]..self.slots.starts[experts.end];
-        let rows = self.slots.order[slots]
+        let top_k = self.routed.top_k() as u32;
+        let rows = self
+            .slots_of(experts)
             .iter()
             .map(|&slot| match self.slotted {
                 true => slot,
-                false => slot / self.routed.top_k() as u32,
+                false => slot / top_k,
             });
         B::embed(indices(rows, &self.x.device()), self.x.clone())
+    }
+
+    /// Returns the slots of some experts, one expert after the other.
+    pub fn slots_of(&self, experts: Range<usize>) -> &[u32] {
+        let slots = self.routed.slots();
+        &slots.order[slots.starts[experts.start]..slots.starts[experts.end]]
+    }
+
+    /// Returns the rows of `states [tokens, features]` of some experts' tokens, one expert after the other.
+    pub fn of_tokens(&self, states: &Tensor<B, 2>, experts: Range<usize>) -> Tensor<B, 2> {
+        let top_k = self.routed.top_k() as u32;
+        let rows = self.slots_of(experts).iter().map(|&slot| slot / top_k);
+        B::embed(indices(rows, &states.device()), states.clone())
     }
 
     /// Returns every `step`-th token from `first` on, as the first linears of any expert would be given it; `None` if

@@ -2,11 +2,13 @@
 //!
 //! Tokens are gathered expert by expert, multiplied, and put back in the order of their slots.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Int, Tensor, TensorData};
-use gptq_kernels::{Engine, Routed, RoutingOptions, Slots};
+use gptq_kernels::{Engine, Routed, RoutingOptions};
 use gptq_spec::{Routing, Scoring};
 
-use crate::Linear;
+use crate::linear::{Linear, forward_each};
 
 /// A matrix of a block that is not quantized.
 #[derive(Clone, Debug)]
@@ -19,16 +21,14 @@ pub(crate) struct BlockMatrix<B: Engine> {
 
 /// Chooses experts for the rows of `x [tokens, features]`.
 pub(crate) fn route<B: Engine>(x: Tensor<B, 2>, router: &BlockMatrix<B>, how: &Routing) -> Routed {
-    let logits = B::matmul_nt(x, router.weight.clone()).cast(DType::F32);
-    let logits = logits.into_data();
-    let logits = logits.as_slice::<f32>().expect("the logits are f32");
+    let logits = B::matmul_nt(x, router.weight.clone());
     let options = RoutingOptions {
         top_k: how.top_k,
         sigmoid: how.scoring == Scoring::Sigmoid,
         renormalize: how.renormalize,
         scale: how.scale,
     };
-    Routed::of(logits, how.experts, router.correction.as_deref(), options)
+    B::route(logits, router.correction.as_deref(), options)
 }
 
 /// Indices on a device.
@@ -41,6 +41,15 @@ pub(crate) fn indices<B: Engine>(
     Tensor::from_data(TensorData::new(indices, [n]), (device, DType::I32))
 }
 
+/// The outputs `[slots, out]` of a linear of every expert, one expert after the other.
+#[derive(Clone, Debug)]
+pub struct ExpertOutputs<B: Engine> {
+    /// The outputs.
+    pub outputs: Tensor<B, 2>,
+    /// Each expert's linear, by its index in the block, and its rows; none for an expert without tokens.
+    pub runs: Vec<(usize, Range<usize>)>,
+}
+
 /// The linears of a tap of experts, as many of each as one takes an input, and the index of the first.
 pub(crate) struct ExpertLinears<'a, B: Engine> {
     pub(crate) linears: &'a [Linear<B>],
@@ -49,21 +58,21 @@ pub(crate) struct ExpertLinears<'a, B: Engine> {
 }
 
 impl<B: Engine> ExpertLinears<'_, B> {
-    /// The outputs `[tokens, top_k * out]` of each expert's linears, for `x [tokens, in]`. `observe` is shown each
-    /// linear's index and output.
+    /// The outputs `[tokens, top_k * out]` of each expert's linears, for `x [tokens, in]`, which `observe` is shown
+    /// as they come.
     pub(crate) fn dispatch(
         &self,
         x: Tensor<B, 2>,
         routed: &Routed,
-        observe: &mut dyn FnMut(usize, &Tensor<B, 2>),
+        observe: &mut dyn FnMut(ExpertOutputs<B>),
     ) -> Vec<Tensor<B, 2>> {
         let (device, top_k) = (x.device(), routed.top_k());
         let tokens = x.dims()[0];
-        let slots = routed.slots(self.experts);
+        let slots = routed.slots();
         let of_slots = slots.order.iter().map(|&slot| slot / top_k as u32);
         let x = B::embed(indices(of_slots, &device), x);
         let places = indices(slots.places().into_iter(), &device);
-        let outputs = self.products(x, &slots, observe).into_iter();
+        let outputs = self.products(x, routed, observe).into_iter();
         let in_slots = outputs.map(|y| {
             let width = y.dims()[1];
             B::embed(places.clone(), y).reshape([tokens, top_k * width])
@@ -77,53 +86,45 @@ impl<B: Engine> ExpertLinears<'_, B> {
         &self,
         x: Tensor<B, 2>,
         routed: &Routed,
-        observe: &mut dyn FnMut(usize, &Tensor<B, 2>),
+        observe: &mut dyn FnMut(ExpertOutputs<B>),
     ) -> Tensor<B, 2> {
-        let (device, dtype, top_k) = (x.device(), x.dtype(), routed.top_k());
+        let (device, top_k) = (x.device(), routed.top_k());
         let [tokens, width] = x.dims();
-        let slots = routed.slots(self.experts);
         let x = x.reshape([tokens * top_k, width / top_k]);
-        let x = B::embed(indices(slots.order.iter().copied(), &device), x);
-        let y = self.products(x, &slots, observe).remove(0);
-        let places = slots.places();
-        let of_slot = |slot: usize| {
-            let nth = |values: &[u32]| -> Vec<u32> {
-                values.iter().skip(slot).step_by(top_k).copied().collect()
-            };
-            let rows = B::embed(indices(nth(&places).into_iter(), &device), y.clone());
-            let weights: Vec<f32> = (routed.weights().iter().skip(slot).step_by(top_k))
-                .copied()
-                .collect();
-            let weights = TensorData::new(weights, [tokens, 1]);
-            let weights = Tensor::<B, 2>::from_data(weights, (&device, DType::F32));
-            rows.cast(DType::F32) * weights
-        };
-        let sum = (1..top_k).fold(of_slot(0), |sum, slot| sum + of_slot(slot));
-        sum.cast(dtype)
+        let x = B::embed(indices(routed.slots().order.iter().copied(), &device), x);
+        let y = self.products(x, routed, observe).remove(0);
+        B::combine(y, routed)
     }
 
-    /// The outputs `[slots, out]` of each expert's linears, for `x [slots, in]` in the order of `slots`.
+    /// The outputs `[slots, out]` of each expert's linears, for `x [slots, in]` in the order of experts.
     fn products(
         &self,
         x: Tensor<B, 2>,
-        slots: &Slots,
-        observe: &mut dyn FnMut(usize, &Tensor<B, 2>),
+        routed: &Routed,
+        observe: &mut dyn FnMut(ExpertOutputs<B>),
     ) -> Vec<Tensor<B, 2>> {
         let each = self.linears.len() / self.experts;
-        let mut outputs = vec![Vec::new(); each];
-        for (expert, linears) in self.linears.chunks_exact(each).enumerate() {
-            let n = slots.of(expert).len();
-            if n == 0 {
-                continue;
-            }
-            let own = x.clone().narrow(0, slots.starts[expert], n);
-            for (at, (linear, outputs)) in linears.iter().zip(&mut outputs).enumerate() {
-                let y = linear.forward(own.clone());
-                observe(self.first + expert * each + at, &y);
-                outputs.push(y);
-            }
-        }
-        let outputs = outputs.into_iter();
-        outputs.map(|outputs| Tensor::cat(outputs, 0)).collect()
+        let starts = &routed.slots().starts;
+        let outputs = (0..each).map(|at| {
+            let given = (0..self.experts).filter(|&it| starts[it] < starts[it + 1]);
+            let runs = given.map(|expert| {
+                let linear = expert * each + at;
+                (linear, starts[expert]..starts[expert + 1])
+            });
+            let runs: Vec<_> = runs.collect();
+            let linears = runs
+                .iter()
+                .map(|(linear, rows)| (&self.linears[*linear], rows.clone()));
+            let outputs = forward_each(&linears.collect::<Vec<_>>(), x.clone());
+            let runs = runs
+                .into_iter()
+                .map(|(linear, rows)| (self.first + linear, rows));
+            observe(ExpertOutputs {
+                outputs: outputs.clone(),
+                runs: runs.collect(),
+            });
+            outputs
+        });
+        outputs.collect()
     }
 }

@@ -27,6 +27,7 @@ pub use cache::Cache;
 pub use decoder::Decoder;
 pub use error::ModelError;
 pub use expert_inputs::ExpertInputs;
+pub use experts::ExpertOutputs;
 pub use flow::Flow;
 pub use head::Head;
 pub use host_block::HostBlock;

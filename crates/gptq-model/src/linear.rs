@@ -1,5 +1,7 @@
 //! Linear layers on a device, dense or quantized.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Tensor};
 use gptq_kernels::{Engine, PackedWeight};
 
@@ -44,4 +46,29 @@ impl<B: Engine> Linear<B> {
             None => y,
         }
     }
+}
+
+/// The outputs of linears of one shape, each for its own rows of `x`: consecutive ones, none of them empty, all of `x`
+/// together.
+pub(crate) fn forward_each<B: Engine>(
+    linears: &[(&Linear<B>, Range<usize>)],
+    x: Tensor<B, 2>,
+) -> Tensor<B, 2> {
+    let plain = linears.iter().map(|(linear, _)| match linear {
+        Linear {
+            weight: Weight::Dense(weight),
+            bias: None,
+        } => Some(weight.clone()),
+        _ => None,
+    });
+    let plain: Option<Vec<_>> = plain.collect();
+    if let Some(weights) = plain {
+        let mut starts = vec![0];
+        starts.extend(linears.iter().map(|(_, rows)| rows.end));
+        return B::matmul_nt_each(x, &starts, weights);
+    }
+    let outputs = linears
+        .iter()
+        .map(|(linear, rows)| linear.forward(x.clone().narrow(0, rows.start, rows.len())));
+    Tensor::cat(outputs.collect(), 0)
 }

@@ -23,8 +23,9 @@ use gptq_format::FormatError;
 use gptq_kernels::{Engine, map_lanes};
 use gptq_model::{Block, ExpertInputs, Flow};
 use gptq_plan::ExpertTokens;
+use rayon::prelude::*;
 
-use crate::gram::{Dense, DenseStates, GramSums, Grams, RowWeights, makes_up};
+use crate::gram::{Dense, DenseStates, GramSums, Grams, RowWeights, add_each, makes_up};
 use crate::stream::{Chunk, Stream};
 
 /// Number of tokens that are borrowed, about.
@@ -126,35 +127,21 @@ impl<B: Engine> ExpertTap<'_, B> {
             let flow = self.flow(chunk)?;
             let own = flow.residual.clone();
             let inputs = self.block.expert_inputs(self.tap, self.tap, flow, None);
-            if experts
-                .clone()
-                .all(|expert| inputs.slots(expert).is_empty())
-            {
+            if inputs.slots_of(experts.clone()).is_empty() {
                 continue;
             }
             let dense = self.dense_inputs(at, &inputs)?;
             let x = inputs.of(experts.clone());
-            let pair = dense.as_ref().map(|it| it.inputs.of(experts.clone()));
-            let mut start = 0;
-            for (expert, sums) in experts.clone().zip(&mut sums) {
-                let n = inputs.slots(expert).len();
-                if n == 0 {
-                    continue;
-                }
-                let rows = |x: &Tensor<B, 2>| x.clone().narrow(0, start, n);
-                let states = pair.as_ref().zip(dense.as_ref()).map(|(x_d, dense)| {
-                    let residuals = dense.end.as_ref().map(|end| {
-                        [end, &own].map(|states| self.of_tokens(states, &inputs, expert))
-                    });
-                    DenseStates {
-                        x: rows(x_d),
-                        residuals,
-                    }
-                });
-                let weights = self.weights(&inputs, expert, x.dtype());
-                sums.add(rows(&x), Some(weights), states);
-                start += n;
-            }
+            let states = dense.map(|dense| DenseStates {
+                x: dense.inputs.of(experts.clone()),
+                residuals: dense
+                    .end
+                    .as_ref()
+                    .map(|end| [end, &own].map(|states| inputs.of_tokens(states, experts.clone()))),
+            });
+            let weights = self.weights(&inputs, experts.clone(), x.dtype(), states.is_some());
+            let starts = inputs.starts(experts.clone());
+            add_each(&mut sums, &starts, x, Some(weights), states);
         }
         Ok(sums)
     }
@@ -179,11 +166,8 @@ impl<B: Engine> ExpertTap<'_, B> {
                 continue;
             };
             for (&expert, sums) in experts.iter().zip(&mut sums) {
-                sums.add(
-                    self.block.expert_input(self.tap, expert, x.clone()),
-                    None,
-                    None,
-                );
+                let x = self.block.expert_input(self.tap, expert, x.clone());
+                sums.add(x, None);
             }
         }
         Ok(sums)
@@ -220,51 +204,39 @@ impl<B: Engine> ExpertTap<'_, B> {
         Ok(Some(DenseExperts { inputs, end }))
     }
 
-    /// The rows of `states [tokens, features]` for the slots of an expert.
-    fn of_tokens(
+    /// Weights of the rows of some experts; those of the mismatch with `drift`.
+    fn weights(
         &self,
-        states: &Tensor<B, 2>,
         inputs: &ExpertInputs<B>,
-        expert: usize,
-    ) -> Tensor<B, 2> {
-        let top_k = inputs.routed().top_k() as u32;
-        let tokens = inputs
-            .slots(expert)
-            .iter()
-            .map(|&slot| (slot / top_k) as i32);
-        let tokens: Vec<i32> = tokens.collect();
-        let n = tokens.len();
-        let tokens = TensorData::new(tokens, [n]);
-        let tokens = Tensor::<B, 1, Int>::from_data(tokens, (self.device, DType::I32));
-        B::embed(tokens, states.clone())
-    }
-
-    /// Weights of the rows of an expert.
-    fn weights(&self, inputs: &ExpertInputs<B>, expert: usize, dtype: DType) -> RowWeights<B> {
+        experts: Range<usize>,
+        dtype: DType,
+        drift: bool,
+    ) -> RowWeights<B> {
         let (routed, squared) = (inputs.routed(), !self.block.spec().dispatches(self.tap));
-        let top_k = routed.top_k();
-        let of = |weight: &dyn Fn(f32, f32) -> f32| {
-            let weights = inputs.slots(expert).iter().map(|&slot| {
+        let (slots, top_k) = (inputs.slots_of(experts), routed.top_k());
+        let of = |weight: &(dyn Fn(usize, f32) -> f32 + Sync)| {
+            let weights = slots.par_iter().with_min_len(4096).map(|&slot| {
                 let slot = slot as usize;
-                let token = slot / top_k * top_k;
-                let sum: f32 = routed.weights()[token..token + top_k].iter().sum();
-                weight(routed.weights()[slot], sum)
+                weight(slot, routed.weights()[slot])
             });
             let weights: Vec<f32> = weights.collect();
             let n = weights.len();
             let weights = TensorData::new(weights, [n, 1]);
             Tensor::<B, 2>::from_data(weights, (self.device, DType::F32)).cast(dtype)
         };
+        let share = |slot: usize, c: f32| {
+            let token = slot / top_k * top_k;
+            let sum: f32 = routed.weights()[token..token + top_k].iter().sum();
+            if sum > 0.0 { c * c / sum } else { 0.0 }
+        };
         match squared {
             true => RowWeights {
-                root: of(&|c, _| c),
-                whole: of(&|c, _| c * c),
-                residual: of(&|c, sum| if sum > 0.0 { c * c / sum } else { 0.0 }),
+                root: of(&|_, c| c),
+                drift: drift.then(|| [of(&|_, c| c * c), of(&share)]),
             },
             false => RowWeights {
-                root: of(&|c, _| c.sqrt()),
-                whole: of(&|c, _| c),
-                residual: of(&|c, _| c),
+                root: of(&|_, c| c.sqrt()),
+                drift: drift.then(|| [of(&|_, c| c), of(&|_, c| c)]),
             },
         }
     }

@@ -209,52 +209,87 @@ pub(crate) struct DenseStates<B: Engine> {
 pub(crate) struct RowWeights<B: Engine> {
     /// Square root of the weight.
     pub(crate) root: Tensor<B, 2>,
-    /// Weight.
-    pub(crate) whole: Tensor<B, 2>,
-    /// Weight in the sum with the residual streams.
-    pub(crate) residual: Tensor<B, 2>,
+    /// The weight, and that in the sum with the residual streams; where the dense model was given the rows too.
+    pub(crate) drift: Option<[Tensor<B, 2>; 2]>,
+}
+
+/// Adds a chunk's inputs to the sums of each of some inputs: rows `starts[i]..starts[i + 1]` of `x` to the `i`-th, with
+/// their weights where these are not 1, and the dense model's states for the same rows.
+pub(crate) fn add_each<B: Engine>(
+    sums: &mut [GramSums<B>],
+    starts: &[usize],
+    x: Tensor<B, 2>,
+    weights: Option<RowWeights<B>>,
+    dense: Option<DenseStates<B>>,
+) {
+    let n = x.dims()[1];
+    let zeros = |rows| B::gram_zeros([rows, n], &x.device());
+    let runs = sums.iter_mut().zip(starts.windows(2));
+    let mut given: Vec<_> = (runs.filter(|(_, run)| run[0] < run[1]))
+        .map(|(sums, run)| {
+            sums.tokens += run[1] - run[0];
+            sums
+        })
+        .collect();
+    let mut starts = starts.to_vec();
+    starts.dedup();
+    let weighted = |weights: Option<&Tensor<B, 2>>| match weights {
+        Some(weights) => x.clone() * weights.clone(),
+        None => x.clone(),
+    };
+    let root = weighted(weights.as_ref().map(|it| &it.root));
+    // Sums are taken out, so that the engine owns them alone and can add in place.
+    let Some(dense) = dense else {
+        let rest = given.iter_mut().map(|it| it.rest.take());
+        let rest = rest.map(|rest| rest.unwrap_or_else(|| zeros(n)));
+        let rest = B::gram_add_each(rest.collect(), root, &starts);
+        for (sums, rest) in given.iter_mut().zip(rest) {
+            sums.rest = Some(rest);
+        }
+        return;
+    };
+    let [whole, shares] = [0, 1].map(|at| {
+        let drift = weights.as_ref().and_then(|it| it.drift.as_ref());
+        weighted(drift.map(|drift| &drift[at]))
+    });
+    let (mut grams, mut crosses, mut residuals) = (Vec::new(), Vec::new(), Vec::new());
+    for sums in &mut given {
+        let apart = sums.apart.take();
+        let (gram, cross, residual) = match apart {
+            Some(drift) => (drift.gram, drift.cross, drift.residual),
+            None => (zeros(n), zeros(n), None),
+        };
+        grams.push(gram);
+        crosses.push(cross);
+        residuals.push(residual);
+    }
+    let residuals: Vec<_> = match dense.residuals {
+        None => residuals,
+        Some(pair) => {
+            let hidden = pair[0].dims()[1];
+            let sums = residuals.into_iter();
+            let sums = sums.map(|sum| sum.unwrap_or_else(|| zeros(hidden)));
+            let sums = B::cross_add_each(sums.collect(), pair, shares, &starts);
+            sums.into_iter().map(Some).collect()
+        }
+    };
+    let grams = B::gram_add_each(grams, root, &starts);
+    let crosses = B::cross_add_each(crosses, [dense.x, x], whole, &starts);
+    let drifts = grams.into_iter().zip(crosses).zip(residuals);
+    for (sums, ((gram, cross), residual)) in given.iter_mut().zip(drifts) {
+        sums.apart = Some(Drift {
+            gram,
+            cross,
+            residual,
+        });
+    }
 }
 
 impl<B: Engine> GramSums<B> {
-    /// Adds a chunk's input, with its rows' weights where these are not 1, and the dense model's states for the same
-    /// tokens.
-    pub(crate) fn add(
-        &mut self,
-        x: Tensor<B, 2>,
-        weights: Option<RowWeights<B>>,
-        dense: Option<DenseStates<B>>,
-    ) {
-        let [rows, n] = x.dims();
-        let zeros = |rows| B::gram_zeros([rows, n], &x.device());
-        self.tokens += rows;
-        let [root, whole, shares] = match weights {
-            None => [x.clone(), x.clone(), x.clone()],
-            Some(it) => [it.root, it.whole, it.residual].map(|weights| x.clone() * weights),
-        };
-        // Taken out, so that the engine owns a sum alone and can add in place.
-        match dense {
-            Some(dense) => {
-                let sums = self.apart.take().unwrap_or_else(|| Drift {
-                    gram: zeros(n),
-                    cross: zeros(n),
-                    residual: None,
-                });
-                let residual = dense.residuals.map(|residuals| {
-                    let hidden = residuals[0].dims()[1];
-                    let sum = sums.residual.unwrap_or_else(|| zeros(hidden));
-                    B::cross_add(sum, residuals, shares)
-                });
-                self.apart = Some(Drift {
-                    gram: B::gram_add(sums.gram, root),
-                    cross: B::cross_add(sums.cross, [dense.x, x], whole),
-                    residual,
-                });
-            }
-            None => {
-                let rest = self.rest.take().unwrap_or_else(|| zeros(n));
-                self.rest = Some(B::gram_add(rest, root));
-            }
-        }
+    /// Adds a chunk's input, and the dense model's states for the same tokens.
+    pub(crate) fn add(&mut self, x: Tensor<B, 2>, dense: Option<DenseStates<B>>) {
+        let starts = [0, x.dims()[0]];
+        add_each(std::slice::from_mut(self), &starts, x, None, dense);
     }
 
     /// Returns the sums; `None` if nothing was added.
@@ -327,7 +362,7 @@ impl<B: Engine> TapReader<'_, B> {
                 let (dense, seconds) = self.timed(|| self.dense_states(self.taps.start, at, own));
                 forward += seconds;
                 let dense = dense?;
-                gram += self.timed(|| sums[0].add(input, None, dense)).1;
+                gram += self.timed(|| sums[0].add(input, dense)).1;
                 continue;
             }
             let (flow, seconds) = self.timed(|| chunk.flow(self.device));
@@ -343,7 +378,7 @@ impl<B: Engine> TapReader<'_, B> {
                     let ((input, dense), seconds) = self.timed(inputs);
                     forward += seconds;
                     let dense = dense?;
-                    gram += self.timed(|| sums.add(input, None, dense)).1;
+                    gram += self.timed(|| sums.add(input, dense)).1;
                 }
                 if tap + 1 < self.taps.end {
                     let (next, seconds) = self.timed(|| self.block.advance(tap..tap + 1, flow));

@@ -6,11 +6,11 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Tensor};
-use gptq_kernels::{
-    Engine, HessianOptions, Incoming, Mismatch, Request, Subset, Tunable, map_lanes,
-};
+use gptq_kernels::{Engine, HessianOptions, Incoming, Mismatch, Problem, Request, Subset, Tunable};
 use gptq_model::{Block, Model};
-use gptq_plan::{BlockReport, BranchBlock, Clamped, LinearReport, Plan, PlannedLinear, Tuning};
+use gptq_plan::{
+    BlockReport, BranchBlock, BranchPlan, Clamped, LinearReport, Plan, PlannedLinear, Tuning,
+};
 
 use crate::block_loop::{At, Strategy};
 use crate::branch_progress::BranchProgress;
@@ -112,50 +112,71 @@ pub(crate) fn solve<B: Engine>(
     clock: &mut Clock,
 ) -> Result<Vec<SolvedTap<B>>, RunError> {
     let started = Instant::now();
-    let inputs: Vec<_> = (grams.first..).zip(grams.of).collect();
-    let one = |(input, grams)| solve_input(plan, model.dtype(), (at, input), grams, block);
-    let solved = map_lanes::<B, _, _>(inputs, one).into_iter();
-    let solved: Vec<_> = solved
-        .filter_map(Result::transpose)
-        .collect::<Result<_, _>>()?;
-    // Several at the same time: their shares of it, not their sums.
-    let sum = |of: &dyn Fn(&SolvedTap<B>) -> f64| solved.iter().map(of).sum::<f64>();
-    let share = sum(&|it| it.subset.times.factor) / sum(&|it| it.seconds).max(f64::MIN_POSITIVE);
-    let seconds = started.elapsed().as_secs_f64();
-    clock.add(Phase::Factor, seconds * share);
-    clock.add(Phase::Sweep, seconds * (1.0 - share));
-    Ok(solved)
-}
-
-/// Solves the linears that take one input of a tap.
-fn solve_input<B: Engine>(
-    plan: &Plan,
-    dtype: DType,
-    (at, input): (At, usize),
-    grams: Grams<B>,
-    block: &Block<B>,
-) -> Result<Option<SolvedTap<B>>, RunError> {
     let branch = &plan.branches[at.branch];
-    let spec = block.spec();
-    let planned = |linear| branch.planned(at.layer, linear, &spec.linears()[linear]);
-    let linears: Vec<_> = spec.linears_at(at.tap, input).filter_map(planned).collect();
-    if linears.is_empty() {
-        return Ok(None);
-    }
-    let modules = || {
-        let modules = linears.iter().map(|linear| linear.module.as_str());
-        modules.collect::<Vec<_>>().join(", ")
-    };
     let hessian = HessianOptions {
         act_order: branch.desc_act,
         damping: branch.damp_percent,
     };
+    let (mut linears, mut problems) = (Vec::new(), Vec::new());
+    for (input, grams) in (grams.first..).zip(grams.of) {
+        let spec = block.spec();
+        let planned = |linear| branch.planned(at.layer, linear, &spec.linears()[linear]);
+        let of: Vec<_> = spec.linears_at(at.tap, input).filter_map(planned).collect();
+        if !of.is_empty() {
+            problems.push(problem(branch, model.dtype(), grams, &of, block));
+            linears.push(of);
+        }
+    }
+    let modules = |of: &[PlannedLinear]| {
+        let modules = of.iter().map(|linear| linear.module.as_str());
+        modules.collect::<Vec<_>>().join(", ")
+    };
+    let count = problems.len() as f64;
+    let subsets = B::solve_each(problems, hessian).map_err(|(at, source)| RunError::Solver {
+        branch: branch.name.clone(),
+        modules: modules(&linears[at]),
+        source: Box::new(source),
+    })?;
+    let seconds = started.elapsed().as_secs_f64();
+    // Several at the same time: their shares of it, not their sums.
+    let sum = |of: &dyn Fn(&Subset<B>) -> f64| subsets.iter().map(of).sum::<f64>();
+    let factor = sum(&|it| it.times.factor);
+    let share = factor / (factor + sum(&|it| it.times.sweep)).max(f64::MIN_POSITIVE);
+    clock.add(Phase::Factor, seconds * share);
+    clock.add(Phase::Sweep, seconds * (1.0 - share));
+    let most = plan.numerics.max_damping;
+    let solved = linears.into_iter().zip(subsets).map(|(linears, subset)| {
+        if subset.damping > most {
+            return Err(RunError::Damping {
+                branch: branch.name.clone(),
+                modules: modules(&linears),
+                needed: subset.damping,
+                most,
+            });
+        }
+        Ok(SolvedTap {
+            linears,
+            subset,
+            seconds: seconds / count,
+        })
+    });
+    solved.collect()
+}
+
+/// Returns the linears `linears`, which share an input, as the engine takes them.
+fn problem<B: Engine>(
+    branch: &BranchPlan,
+    dtype: DType,
+    grams: Grams<B>,
+    linears: &[PlannedLinear],
+    block: &Block<B>,
+) -> Problem<B> {
     let strength = branch.method.mismatch_correction;
     let mismatch = grams.mismatch.filter(|_| strength > 0.0);
     let residual = mismatch.as_ref().and_then(|drift| drift.residual.clone());
     let request = |linear: &PlannedLinear| {
         let weight = block.linear(linear.linear).weight.dense(dtype);
-        let residual = spec.added(linear.linear).and_then(|scale| {
+        let residual = block.spec().added(linear.linear).and_then(|scale| {
             let residual = residual.clone()? * acts(weight.clone());
             Some(if scale == 1.0 {
                 residual
@@ -170,33 +191,15 @@ fn solve_input<B: Engine>(
             keep_unrounded: branch.method.tune > 0,
         }
     };
-    let requests = linears.iter().map(request).collect();
-    let mismatch = mismatch.map(|drift| Mismatch {
-        gram: drift.gram,
-        cross: drift.cross,
-        strength,
-    });
-    let started = Instant::now();
-    let subset =
-        B::solve(grams.all, mismatch, hessian, requests).map_err(|source| RunError::Solver {
-            branch: branch.name.clone(),
-            modules: modules(),
-            source: Box::new(source),
-        })?;
-    let most = plan.numerics.max_damping;
-    if subset.damping > most {
-        return Err(RunError::Damping {
-            branch: branch.name.clone(),
-            modules: modules(),
-            needed: subset.damping,
-            most,
-        });
+    Problem {
+        requests: linears.iter().map(request).collect(),
+        mismatch: mismatch.map(|drift| Mismatch {
+            gram: drift.gram,
+            cross: drift.cross,
+            strength,
+        }),
+        gram: grams.all,
     }
-    Ok(Some(SolvedTap {
-        linears,
-        subset,
-        seconds: started.elapsed().as_secs_f64(),
-    }))
 }
 
 impl<B: Engine> Solve<'_, B> {

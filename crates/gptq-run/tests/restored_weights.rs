@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use burn::tensor::{DType, Tensor, TensorData};
-use gptq_kernels::{Cpu, Engine, HessianOptions, Request};
+use gptq_kernels::{Cpu, Engine, HessianOptions, Problem, Request};
 use gptq_plan::{Plan, Recipe};
 use gptq_spec::ModelConfig;
 use serde_json::json;
@@ -68,7 +68,12 @@ fn packed_tensors_give_back_the_solved_weights_bit_for_bit() {
             residual: None,
             keep_unrounded: false,
         };
-        let solved = Cpu::solve(gram, None, hessian, vec![request]).unwrap();
+        let problem = Problem {
+            gram,
+            mismatch: None,
+            requests: vec![request],
+        };
+        let solved = Cpu::solve(problem, hessian).unwrap();
         let solved = solved.solved.into_iter().next().unwrap();
         let again = Cpu::dequantize_packed(
             &Cpu::pack(solved.codes).wait(),

@@ -44,10 +44,17 @@ impl Magnitudes {
     }
 
     fn see<B: Engine>(&mut self, block: &Block<B>, seen: Seen<B>) {
+        let name = |linear: usize| {
+            let linear = block.spec().linears().get(linear);
+            output(linear.map_or("", |linear| &linear.name))
+        };
         match seen {
-            Seen::Output(linear, y) => {
-                let linear = block.spec().linears().get(linear);
-                self.read(&output(linear.map_or("", |linear| &linear.name)), y);
+            Seen::Output(linear, y) => self.read(&name(linear), y),
+            Seen::Experts(experts) => {
+                for (linear, rows) in experts.runs {
+                    let y = experts.outputs.clone();
+                    self.read(&name(linear), y.narrow(0, rows.start, rows.len()));
+                }
             }
             Seen::Gated(y) => self.read("gated activations", y),
             Seen::Residual(y) => self.read("hidden states", y),

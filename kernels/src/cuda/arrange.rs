@@ -190,10 +190,10 @@ pub(crate) fn into_columns(
 }
 
 /// Returns the dequantized weights of the layer in rows `offset..offset + rows`: `[rows, in]` of
-/// this dtype in the original column order.
+/// this dtype in the original column order. `position` and `group_of` are those of the layer's problem.
 pub(crate) fn dequantize(
     swept: &Swept,
-    position: &Buffer,
+    [position, group_of]: [&Buffer; 2],
     [offset, rows]: [usize; 2],
     dtype: DType,
 ) -> Buffer {
@@ -209,7 +209,7 @@ pub(crate) fn dequantize(
             array(&swept.codes),
             array(&swept.scales),
             array(&swept.zeros),
-            array(&swept.group_of),
+            array(group_of),
             array(position),
             array(&out),
             rows as u32,

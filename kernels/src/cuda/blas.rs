@@ -211,6 +211,29 @@ pub(crate) unsafe fn products(
     })
 }
 
+/// Computes `C[m, n] = A[m, k] · B[k, n] + beta · C` for each of `count`, all row-major: one by itself as [`product`]
+/// does, so that its bits do not depend on there being a batch.
+///
+/// # Safety
+///
+/// Those of [`products`].
+pub(crate) unsafe fn product_of_each(
+    libraries: &Libraries,
+    count: usize,
+    dimensions: [usize; 3],
+    [a, b]: [Matrices; 2],
+    beta: f32,
+    c: Matrices,
+) -> Result<(), Error> {
+    // SAFETY: the caller guarantees the matrices.
+    unsafe {
+        match count {
+            1 => product(libraries, dimensions, a.first, b.first, beta, c.first),
+            _ => products(libraries, count, dimensions, 1.0, [a, b], beta, c),
+        }
+    }
+}
+
 fn dimension(value: usize) -> Result<c_int, Error> {
     c_int::try_from(value).map_err(|_| Error::Shape {
         operation: "cublasGemmEx",

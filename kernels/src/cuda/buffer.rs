@@ -110,6 +110,25 @@ pub(crate) fn empty_on<const D: usize>(
     buffer
 }
 
+/// Returns the elements from `start` on, of a contiguous buffer, as one of this shape that shares its memory.
+pub(crate) fn part<const D: usize>(of: &Buffer, start: usize, shape: [usize; D]) -> Buffer {
+    let (elements, all) = (
+        shape.iter().product::<usize>(),
+        of.meta.shape().num_elements(),
+    );
+    debug_assert!(start + elements <= all);
+    let bytes = |elements: usize| (elements * of.dtype.size()) as u64;
+    let after = of.handle.size_in_used() - bytes(start + elements);
+    let handle = of.handle.clone().offset_start(bytes(start));
+    CubeTensor::new_contiguous(
+        of.client.clone(),
+        of.device.clone(),
+        Shape::from(shape),
+        handle.offset_end(after),
+        of.dtype,
+    )
+}
+
 /// Makes a contiguous buffer with these values.
 pub(crate) fn upload<T: CubeElement>(like: &Buffer, values: &[T], dtype: DType) -> Buffer {
     debug_assert_eq!(size_of::<T>(), dtype.size());

@@ -13,8 +13,8 @@ use super::{
 };
 use crate::engine::attend_next;
 use crate::{
-    Codes, Engine, HessianOptions, HostBuffer, Incoming, Mismatch, NormOptions, PackedWeight,
-    Request, Scores, Subset, Tunable, TuningStep, attention, dtype, half_of,
+    Codes, Engine, HessianOptions, HostBuffer, Incoming, NormOptions, PackedWeight, Problem,
+    Routed, RoutingOptions, Scores, Subset, Tunable, TuningStep, attention, dtype, half_of,
 };
 
 impl Engine for Cuda {
@@ -182,21 +182,55 @@ impl Engine for Cuda {
         super::cross_add(cross, pair, x).unwrap_or_else(|error| fail(error))
     }
 
-    fn solve(
-        gram: Tensor<Self, 2>,
-        mismatch: Option<Mismatch<Self>>,
+    fn route(logits: Tensor<Self, 2>, correction: Option<&[f32]>, how: RoutingOptions) -> Routed {
+        super::route(logits, correction, how).unwrap_or_else(|error| fail(error))
+    }
+
+    fn matmul_nt_each(
+        x: Tensor<Self, 2>,
+        starts: &[usize],
+        weights: Vec<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        super::linear_each(x, starts, weights).unwrap_or_else(|error| fail(error))
+    }
+
+    fn gram_add_each(
+        grams: Vec<Tensor<Self, 2>>,
+        x: Tensor<Self, 2>,
+        starts: &[usize],
+    ) -> Vec<Tensor<Self, 2>> {
+        super::gram_add_each(grams, x, starts).unwrap_or_else(|error| fail(error))
+    }
+
+    fn cross_add_each(
+        crosses: Vec<Tensor<Self, 2>>,
+        pair: [Tensor<Self, 2>; 2],
+        x: Tensor<Self, 2>,
+        starts: &[usize],
+    ) -> Vec<Tensor<Self, 2>> {
+        super::cross_add_each(crosses, pair, x, starts).unwrap_or_else(|error| fail(error))
+    }
+
+    fn combine(y: Tensor<Self, 2>, routed: &Routed) -> Tensor<Self, 2> {
+        super::combine(y, routed).unwrap_or_else(|error| fail(error))
+    }
+
+    fn solve_each(
+        problems: Vec<Problem<Self>>,
         hessian: HessianOptions,
-        requests: Vec<Request<Self>>,
-    ) -> Result<Subset<Self>, SolverError> {
-        super::solve(gram, mismatch, hessian, &requests).map_err(|error| match error {
-            Error::NotFinite { column } => SolverError::NonFiniteGram {
-                row: column,
-                col: column,
-            },
-            Error::NotPositiveDefinite { damping } => {
-                SolverError::NotPositiveDefinite { tried: damping }
-            }
-            error => fail(error),
+    ) -> Result<Vec<Subset<Self>>, (usize, SolverError)> {
+        super::solve(problems, hessian).map_err(|failed| {
+            let error = match failed.error {
+                Error::NotFinite { column } => SolverError::NonFiniteGram {
+                    row: column,
+                    col: column,
+                },
+                Error::NotPositiveDefinite { damping } => {
+                    SolverError::NotPositiveDefinite { tried: damping }
+                }
+                error => fail(error),
+            };
+            (failed.at, error)
         })
     }
 

@@ -1,26 +1,20 @@
-//! The factor for GPTQ's sweep: one Cholesky of the damped, reordered Gram matrix.
+//! The factors for GPTQ's sweep: one Cholesky of each damped, reordered Gram matrix.
 //!
 //! With the columns in the order of the sweep, `J` the reversal and `H` the damped Gram matrix,
 //! `J·H·J = L·Lᵀ` (cuSOLVER, f32) gives `M = J·L·J`, upper, with `H = M·Mᵀ`, and the factor `U` of
 //! `H⁻¹ = UᵀU` is `M⁻¹`. cuSOLVER writes `L` column-major, and `L` read backwards is `M`,
 //! column-major: the reversal costs one pass, and read row-major the result is `Mᵀ`. Of `U` only
 //! the diagonal blocks are formed.
-//!
-//! Dead columns (zero on the diagonal) get the diagonal 1. Damping adds a fraction of the mean
-//! diagonal, dead columns counted as zero. If the factorization fails, the fraction is raised as in
-//! `gptq_solver::Factor` ([`raised`]), up to [`MAX_DAMPING`].
 
 use std::ops::Range;
 
 use burn::tensor::DType;
 use cubecl::prelude::*;
-use cudarc::cusolver::{result::CusolverError, sys as cusolver};
-use gptq_solver::{MAX_DAMPING, raised};
 
 use super::{
-    buffer::{self, Buffer, array, rows_by},
+    buffer::{self, Buffer, array, part, rows_by},
+    cholesky::{Failed, cholesky_of, damped},
     error::Error,
-    stream::on_stream,
 };
 
 /// Maximum number of columns per panel.
@@ -32,32 +26,6 @@ const UNITS: u32 = 256;
 fn diagonal_kernel(gram: &Array<f32>, diagonal: &mut Array<f32>, n: u32) {
     if ABSOLUTE_POS < n as usize {
         diagonal[ABSOLUTE_POS] = gram[ABSOLUTE_POS * (n as usize + 1)];
-    }
-}
-
-/// The upper triangle of `J·H·J`: element `(i, j)` is the Gram matrix's at the `i`-th and `j`-th
-/// columns from the end of the sweep, with its diagonal replaced.
-#[cube(launch_unchecked)]
-fn arrange_kernel(
-    gram: &Array<f32>,
-    order: &Array<u32>,
-    diagonal: &Array<f32>,
-    out: &mut Array<f32>,
-    n: u32,
-    across: u32,
-) {
-    let i = CUBE_POS_X / across;
-    let j = CUBE_POS_X % across * UNITS + UNIT_POS;
-    if j >= i && j < n {
-        let a = order[(n - 1 - i) as usize];
-        let b = order[(n - 1 - j) as usize];
-        let row = a.min(b);
-        let column = a.max(b);
-        let mut value = gram[row as usize * n as usize + column as usize];
-        if i == j {
-            value = diagonal[a as usize];
-        }
-        out[i as usize * n as usize + j as usize] = value;
     }
 }
 
@@ -85,25 +53,29 @@ fn reordered_kernel(
     }
 }
 
-/// Reverses the whole array in place.
+/// Reverses each run of `length` values in place.
 #[cube(launch_unchecked)]
 fn reverse_kernel(values: &mut Array<f32>, length: u32) {
-    let first = ABSOLUTE_POS;
-    if first < (length / 2) as usize {
-        let last = length as usize - 1 - first;
-        let a = values[first];
-        let b = values[last];
-        values[first] = b;
-        values[last] = a;
+    let first = CUBE_POS_X as usize * UNITS as usize + UNIT_POS as usize;
+    let length = length as usize;
+    if first < length / 2 {
+        let run = CUBE_POS_Y as usize * length;
+        let last = length - 1 - first;
+        let a = values[run + first];
+        let b = values[run + last];
+        values[run + first] = b;
+        values[run + last] = a;
     }
 }
 
-/// Inverts the diagonal blocks of the matrix whose transpose is `m`, each padded with the identity
+/// Inverts the diagonal blocks of each matrix whose transpose is in `m`, each block padded with the identity
 /// to `PANEL` square: one cube per block, one unit per column, back substitution.
 #[cube(launch_unchecked)]
 fn invert_kernel(m: &Array<f32>, starts: &Array<u32>, out: &mut Array<f32>, n: u32) {
     let n = n as usize;
     let block = CUBE_POS_X as usize;
+    let base = CUBE_POS_Y as usize * n * n;
+    let into = CUBE_POS_Y as usize * CUBE_COUNT_X as usize + block;
     let start = starts[block] as usize;
     let width = starts[block + 1] as usize - start;
     let column = UNIT_POS as usize;
@@ -119,7 +91,7 @@ fn invert_kernel(m: &Array<f32>, starts: &Array<u32>, out: &mut Array<f32>, n: u
         let mut step = 0;
         while step < width {
             let i = width - 1 - step;
-            let corner = start * n + start + i;
+            let corner = base + start * n + start + i;
             let mut sum = x[i * PANEL + column];
             let mut k = i + 1;
             while k < width {
@@ -131,7 +103,7 @@ fn invert_kernel(m: &Array<f32>, starts: &Array<u32>, out: &mut Array<f32>, n: u
         }
     }
     for i in 0..PANEL {
-        out[(block * PANEL + i) * PANEL + column] = x[i * PANEL + column];
+        out[(into * PANEL + i) * PANEL + column] = x[i * PANEL + column];
     }
 }
 
@@ -147,180 +119,128 @@ pub(crate) struct Columns {
     pub(crate) dead: usize,
 }
 
-/// A factored Gram matrix.
-pub(crate) struct DeviceFactor {
-    /// `Mᵀ`, f32 row-major `[n, n]` in the sweep's order, of which only the lower triangle is
+/// Factored Gram matrices of one size.
+pub(crate) struct DeviceFactors {
+    /// `Mᵀ` of each, f32 row-major `[problems, n, n]` in the sweep's order, of which only the lower triangle is
     /// defined.
     pub(crate) m: Buffer,
-    /// `M`'s diagonal, f32 `[n]`: an error in column `k` costs its square times `M_kk²`.
+    /// `M`'s diagonal, f32 `[problems, n]`: an error in column `k` costs its square times `M_kk²`.
     pub(crate) pivots: Buffer,
-    /// Order of the columns.
-    pub(crate) columns: Columns,
-    /// The damping used, as a fraction of the mean diagonal.
-    pub(crate) damping: f64,
+    /// Order of the columns of each.
+    pub(crate) columns: Vec<Columns>,
+    /// The damping used for each, as a fraction of the mean diagonal.
+    pub(crate) damping: Vec<f64>,
 }
 
-/// Factors a Gram matrix, f32 `[n, n]`, of which the upper triangle is read.
+impl DeviceFactors {
+    /// Rows of a matrix.
+    pub(crate) fn size(&self) -> usize {
+        self.m.meta.shape()[1]
+    }
+}
+
+/// Factors Gram matrices, f32 `[n, n]` each, of which the upper triangles are read.
 ///
 /// # Errors
 ///
 /// A diagonal that is not finite, or failure at every damping up to [`MAX_DAMPING`].
 pub(crate) fn factor(
-    gram: &Buffer,
+    grams: &[Buffer],
     activation_order: bool,
     damping: f64,
-) -> Result<DeviceFactor, Error> {
-    let n = gram.meta.shape()[0];
-    let columns = sorted(diagonal(gram)?, activation_order);
-    let order = buffer::upload(gram, &columns.order, DType::U32);
-    let m = buffer::empty(gram, [n, n], DType::F32);
-    let damping = cholesky_of(gram, &order, &columns.diagonal, damping, &m)?;
+) -> Result<DeviceFactors, Failed> {
+    let (count, n) = (grams.len(), grams[0].meta.shape()[0]);
+    let columns: Vec<Columns> = (diagonals(grams)?.into_iter())
+        .map(|diagonal| sorted(diagonal, activation_order))
+        .collect();
+    let order = columns.iter().flat_map(|it| it.order.iter().copied());
+    let order = buffer::upload(&grams[0], &order.collect::<Vec<_>>(), DType::U32);
+    let m = buffer::empty(&grams[0], [count, n, n], DType::F32);
+    let diagonals: Vec<&[f32]> = columns.iter().map(|it| &*it.diagonal).collect();
+    let damping = cholesky_of(grams, &order, &diagonals, damping, &m)?;
     reverse(&m);
-    Ok(DeviceFactor {
-        pivots: diagonal_of(&m),
+    let pivots = buffer::empty(&m, [count, n], DType::F32);
+    for problem in 0..count {
+        read_diagonal(&matrix(&m, problem), &part(&pivots, problem * n, [n]));
+    }
+    Ok(DeviceFactors {
         m,
+        pivots,
         columns,
         damping,
     })
 }
 
-/// Returns the Cholesky factor of a damped Gram matrix in the original column order, for
-/// [`solve_right`], and the value added to its diagonal.
-///
-/// # Errors
-///
-/// The same errors as [`factor`].
-pub(crate) fn unordered(
-    gram: &Buffer,
-    diagonal: &[f32],
-    damping: f64,
-) -> Result<(Buffer, f64), Error> {
-    let n = gram.meta.shape()[0];
-    let reversed: Vec<u32> = (0..n as u32).rev().collect();
-    let order = buffer::upload(gram, &reversed, DType::U32);
-    let lower = buffer::empty(gram, [n, n], DType::F32);
-    let damping = cholesky_of(gram, &order, diagonal, damping, &lower)?;
-    Ok((lower, damping * mean(diagonal)))
+/// Returns one of some square matrices `[.., n, n]`.
+pub(crate) fn matrix(all: &Buffer, at: usize) -> Buffer {
+    let n = all.meta.shape()[1];
+    part(all, at * n * n, [n, n])
 }
 
-/// Writes the Cholesky factor of the damped Gram matrix, from the last column of `order` to its
-/// first, to `out`: lower, column-major. Returns the damping that succeeded.
-fn cholesky_of(
-    gram: &Buffer,
-    order: &Buffer,
-    diagonal: &[f32],
-    damping: f64,
-    out: &Buffer,
-) -> Result<f64, Error> {
-    let mut tried = damping;
-    loop {
-        arrange(gram, order, &damped(diagonal, tried), out);
-        if cholesky(out)? {
-            return Ok(tried);
+/// Returns the damped Gram matrices that `factors` were made from, f32 `[problems, n, n]` in the sweep's order.
+pub(crate) fn reordered(grams: &[Buffer], factors: &DeviceFactors) -> Buffer {
+    let (count, n) = (grams.len(), factors.size());
+    let out = buffer::empty(&grams[0], [count, n, n], DType::F32);
+    let of = factors.columns.iter().zip(&factors.damping);
+    for (at, (columns, &damping)) in of.enumerate() {
+        let diagonal = damped(&columns.diagonal, damping);
+        // SAFETY: `i` and `j` stay below n, and the order holds columns below n.
+        unsafe {
+            reordered_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
+                &out.client,
+                rows_by(n, n, UNITS as usize),
+                CubeDim::new_1d(UNITS),
+                array(&grams[at]),
+                array(&buffer::upload(&out, &columns.order, DType::U32)),
+                array(&buffer::upload(&out, &diagonal, DType::F32)),
+                array(&matrix(&out, at)),
+                n as u32,
+                (n as u32).div_ceil(UNITS),
+            );
         }
-        if tried >= MAX_DAMPING {
-            return Err(Error::NotPositiveDefinite { damping: tried });
-        }
-        tried = raised(tried);
-    }
-}
-
-/// Returns the diagonal with a fraction of its mean added, and 1 for dead columns.
-fn damped(diagonal: &[f32], damping: f64) -> Vec<f32> {
-    let mean = mean(diagonal);
-    let damped = |&value: &f32| match value {
-        0.0 => 1.0,
-        value => (f64::from(value) + damping * mean) as f32,
-    };
-    diagonal.iter().map(damped).collect()
-}
-
-fn mean(diagonal: &[f32]) -> f64 {
-    diagonal.iter().copied().map(f64::from).sum::<f64>() / diagonal.len() as f64
-}
-
-/// Returns the damped Gram matrix that `factor` was made from, f32 `[n, n]` in the sweep's order.
-pub(crate) fn reordered(gram: &Buffer, factor: &DeviceFactor) -> Buffer {
-    let n = factor.columns.order.len();
-    let out = buffer::empty(gram, [n, n], DType::F32);
-    let diagonal = damped(&factor.columns.diagonal, factor.damping);
-    // SAFETY: `i` and `j` stay below n, and the order holds columns below n.
-    unsafe {
-        reordered_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
-            &out.client,
-            rows_by(n, n, UNITS as usize),
-            CubeDim::new_1d(UNITS),
-            array(gram),
-            array(&buffer::upload(gram, &factor.columns.order, DType::U32)),
-            array(&buffer::upload(gram, &diagonal, DType::F32)),
-            array(&out),
-            n as u32,
-            (n as u32).div_ceil(UNITS),
-        );
     }
     out
 }
 
-/// Solves `x ← x A⁻¹` for `x` f32 `[rows, n]`, given the factor of `A` from [`unordered`].
-///
-/// # Errors
-///
-/// A cuSOLVER failure.
-pub(crate) fn solve_right(lower: &Buffer, x: &Buffer) -> Result<(), Error> {
-    let [rows, n] = [x.meta.shape()[0], x.meta.shape()[1]].map(|size| size as i32);
-    let info = buffer::empty(x, [1], DType::I32);
-    on_stream(&[lower, x, &info], |libraries, pointers| {
-        // SAFETY: the factor is n by n; x, column-major, is n by rows; info is one integer.
-        unsafe {
-            cusolver::cusolverDnSpotrs(
-                libraries.cusolver,
-                cusolver::cublasFillMode_t::CUBLAS_FILL_MODE_LOWER,
-                n,
-                rows,
-                pointers[0] as *const f32,
-                n,
-                pointers[1] as *mut f32,
-                n,
-                pointers[2] as *mut i32,
-            )
-        }
-        .result()
-        .map_err(|source: CusolverError| Error::Cusolver {
-            operation: "cusolverDnSpotrs",
-            source,
-        })
-    })
-}
-
-/// Reads back the diagonal of a Gram matrix.
+/// Reads back the diagonals of square matrices of one size, together.
 ///
 /// # Errors
 ///
 /// A value that is not finite.
-pub(crate) fn diagonal(gram: &Buffer) -> Result<Vec<f32>, Error> {
-    let diagonal: Vec<f32> = buffer::download(&diagonal_of(gram))?;
-    if let Some(column) = diagonal.iter().position(|value| !value.is_finite()) {
-        return Err(Error::NotFinite { column });
+pub(crate) fn diagonals(matrices: &[Buffer]) -> Result<Vec<Vec<f32>>, Failed> {
+    let n = matrices[0].meta.shape()[1];
+    let out = buffer::empty(&matrices[0], [matrices.len(), n], DType::F32);
+    for (at, matrix) in matrices.iter().enumerate() {
+        read_diagonal(matrix, &part(&out, at * n, [n]));
     }
-    Ok(diagonal)
+    let all: Vec<f32> = buffer::download(&out)?;
+    let diagonals = all.chunks_exact(n).enumerate();
+    let diagonals = diagonals.map(|(at, diagonal)| {
+        match diagonal.iter().position(|value| !value.is_finite()) {
+            Some(column) => Err(Failed {
+                at,
+                error: Error::NotFinite { column },
+            }),
+            None => Ok(diagonal.to_vec()),
+        }
+    });
+    diagonals.collect()
 }
 
-/// Returns the diagonal of a square matrix.
-fn diagonal_of(matrix: &Buffer) -> Buffer {
-    let n = matrix.meta.shape()[0];
-    let out = buffer::empty(matrix, [n], DType::F32);
-    // SAFETY: the index stays below `n * n`, the matrix's length, and `n`.
+/// Copies the diagonal of a matrix with `n` columns and at least as many rows to `out`, f32 `[n]`.
+fn read_diagonal(matrix: &Buffer, out: &Buffer) {
+    let n = out.meta.shape()[0];
+    // SAFETY: the index stays below `n * n`, at most the matrix's length, and `n`.
     unsafe {
         diagonal_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
             &out.client,
             CubeCount::new_1d((n as u32).div_ceil(UNITS)),
             CubeDim::new_1d(UNITS),
             array(matrix),
-            array(&out),
+            array(out),
             n as u32,
         );
     }
-    out
 }
 
 /// Sorts the columns by descending diagonal, ties by index, or keeps the original order.
@@ -341,88 +261,20 @@ fn sorted(diagonal: Vec<f32>, activation_order: bool) -> Columns {
     }
 }
 
-fn arrange(gram: &Buffer, order: &Buffer, diagonal: &[f32], out: &Buffer) {
-    let n = gram.meta.shape()[0] as u32;
-    let diagonal = buffer::upload(gram, diagonal, DType::F32);
-    // SAFETY: `i <= j < n`, and the order holds columns below `n`.
-    unsafe {
-        arrange_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
-            &out.client,
-            rows_by(n as usize, n as usize, UNITS as usize),
-            CubeDim::new_1d(UNITS),
-            array(gram),
-            array(order),
-            array(&diagonal),
-            array(out),
-            n,
-            n.div_ceil(UNITS),
-        );
-    }
-}
-
-fn reverse(values: &Buffer) {
-    let length = values.meta.shape().num_elements() as u32;
-    // SAFETY: both ends stay below the length.
+/// Reverses each of some matrices.
+fn reverse(matrices: &Buffer) {
+    let shape = matrices.meta.shape();
+    let (count, length) = (shape[0] as u32, (shape[1] * shape[2]) as u32);
+    // SAFETY: both ends stay below the length, and runs inside the buffer.
     unsafe {
         reverse_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
-            &values.client,
-            CubeCount::new_1d((length / 2).div_ceil(UNITS).max(1)),
+            &matrices.client,
+            CubeCount::new_2d((length / 2).div_ceil(UNITS).max(1), count),
             CubeDim::new_1d(UNITS),
-            array(values),
+            array(matrices),
             length,
         );
     }
-}
-
-/// Factors the row-major upper triangle in place; returns true if it is positive definite.
-fn cholesky(a: &Buffer) -> Result<bool, Error> {
-    let n = a.meta.shape()[0] as i32;
-    // Row-major upper is cuSOLVER's column-major lower, its faster side.
-    let fill = cusolver::cublasFillMode_t::CUBLAS_FILL_MODE_LOWER;
-    let status = |operation| {
-        move |status: cusolver::cusolverStatus_t| {
-            status
-                .result()
-                .map_err(|source: CusolverError| Error::Cusolver { operation, source })
-        }
-    };
-    let length = on_stream(&[a], |libraries, pointers| {
-        let mut length = 0;
-        // SAFETY: `a` is n by n; the length is written before the call returns.
-        let code = unsafe {
-            cusolver::cusolverDnSpotrf_bufferSize(
-                libraries.cusolver,
-                fill,
-                n,
-                pointers[0] as *mut f32,
-                n,
-                &raw mut length,
-            )
-        };
-        status("cusolverDnSpotrf_bufferSize")(code)?;
-        Ok(length)
-    })?;
-    let workspace = buffer::empty(a, [length.max(1) as usize], DType::F32);
-    let info = buffer::empty(a, [1], DType::I32);
-    on_stream(&[a, &workspace, &info], |libraries, pointers| {
-        // SAFETY: `a` is n by n, the workspace as long as cuSOLVER asked, and info one integer.
-        let code = unsafe {
-            cusolver::cusolverDnSpotrf(
-                libraries.cusolver,
-                fill,
-                n,
-                pointers[0] as *mut f32,
-                n,
-                pointers[1] as *mut f32,
-                length,
-                pointers[2] as *mut i32,
-            )
-        };
-        status("cusolverDnSpotrf")(code)
-    })?;
-    // A positive number is the index of the first pivot that failed; wrong arguments would have
-    // failed the call above.
-    Ok(buffer::download::<i32>(&info)?[0] == 0)
 }
 
 /// Returns the column panels of the sweep: at most [`PANEL`] wide, cut at group boundaries, and of
@@ -445,21 +297,23 @@ pub(crate) fn panels(in_features: usize, group: usize) -> Vec<Range<usize>> {
     panels
 }
 
-/// Returns the inverses of `M`'s diagonal blocks, f32 `[panels, PANEL, PANEL]`, padded with the
+/// Returns the inverses of the diagonal blocks of each `M`, f32 `[problems, panels, PANEL, PANEL]`, padded with the
 /// identity.
-pub(crate) fn block_inverses(factor: &DeviceFactor, panels: &[Range<usize>]) -> Buffer {
-    let n = factor.columns.order.len() as u32;
+pub(crate) fn block_inverses(factors: &DeviceFactors, panels: &[Range<usize>]) -> Buffer {
+    let n = factors.size() as u32;
+    let count = factors.columns.len();
     let mut starts: Vec<u32> = panels.iter().map(|panel| panel.start as u32).collect();
     starts.push(n);
-    let starts = buffer::upload(&factor.m, &starts, DType::U32);
-    let out = buffer::empty(&factor.m, [panels.len(), PANEL, PANEL], DType::F32);
-    // SAFETY: the blocks lie on m's diagonal; shared and output indices stay below PANEL².
+    let starts = buffer::upload(&factors.m, &starts, DType::U32);
+    let shape = [count, panels.len(), PANEL, PANEL];
+    let out = buffer::empty(&factors.m, shape, DType::F32);
+    // SAFETY: the blocks lie on the diagonals of m; shared and output indices stay below PANEL² a block.
     unsafe {
         invert_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
             &out.client,
-            CubeCount::new_1d(panels.len() as u32),
+            CubeCount::new_2d(panels.len() as u32, count as u32),
             CubeDim::new_1d(PANEL as u32),
-            array(&factor.m),
+            array(&factors.m),
             array(&starts),
             array(&out),
             n,

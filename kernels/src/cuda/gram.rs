@@ -16,6 +16,7 @@ use super::{
     blas::{Element, MatrixAt, product},
     buffer::{self, Buffer, array},
     error::Error,
+    linear::runs,
     stream::on_stream_later,
 };
 
@@ -55,41 +56,73 @@ pub fn gram_zeros(shape: [usize; 2], device: &Device) -> Result<Tensor<Cuda, 2>,
 ///
 /// Other dtypes, inconsistent shapes, or a cuBLAS failure.
 pub fn gram_add(gram: Tensor<Cuda, 2>, x: Tensor<Cuda, 2>) -> Result<Tensor<Cuda, 2>, Error> {
-    let [rows, columns] = gram.dims();
+    let starts = [0, x.dims()[0]];
+    Ok(gram_add_each(vec![gram], x, &starts)?.remove(0))
+}
+
+/// Computes the same for each run of rows of `x` with a matrix of its own: run `i` is the rows `starts[i]..starts[i +
+/// 1]`, and all of them are `x`.
+///
+/// # Errors
+///
+/// Other dtypes, inconsistent shapes or starts, or a cuBLAS failure.
+pub fn gram_add_each(
+    grams: Vec<Tensor<Cuda, 2>>,
+    x: Tensor<Cuda, 2>,
+    starts: &[usize],
+) -> Result<Vec<Tensor<Cuda, 2>>, Error> {
     let [tokens, in_features] = x.dims();
-    if rows != columns || columns != in_features {
-        return Err(Error::Shape {
-            operation: "gram_add",
-            reason: format!("gram [{rows}, {columns}] and x [{tokens}, {in_features}]"),
-        });
-    }
-    let gram = buffer::float("gram_add", "gram", gram, DType::F32)?;
-    let gram = if gram.can_mut() { gram } else { gram.copy() };
+    let shape = [in_features, in_features];
+    let runs = runs("gram_add", starts, grams.len(), tokens)?;
+    let grams = sums("gram_add", "gram", grams, shape)?;
     let x = buffer::half("gram_add", "x", x)?;
     let element = Element::of(x.dtype);
-    on_stream_later(&[&gram, &x], move |libraries, pointers| {
-        for first in (0..tokens).step_by(CHUNK) {
-            let length = CHUNK.min(tokens - first);
-            for start in (0..in_features).step_by(PANEL) {
-                let width = PANEL.min(in_features - start);
-                let rest = in_features - start;
-                let offset = first * in_features + start;
-                let x = MatrixAt::at(pointers[1], offset, in_features, element);
-                let g = MatrixAt::at(
-                    pointers[0],
-                    start * in_features + start,
-                    in_features,
-                    Element::F32,
-                );
-                // SAFETY: rows `first..first + length` and columns `start..` of x, and the
-                // block `start.., start..` of gram, lie inside their checked buffers, which
-                // are distinct: gram is uniquely held.
-                unsafe { product(libraries, [width, rest, length], x.t(), x, 1.0, g)? };
+    let buffers: Vec<_> = [&x].into_iter().chain(&grams).collect();
+    on_stream_later(&buffers, move |libraries, pointers| {
+        for (run, &gram) in runs.iter().zip(&pointers[1..]) {
+            for first in run.clone().step_by(CHUNK) {
+                let length = CHUNK.min(run.end - first);
+                for start in (0..in_features).step_by(PANEL) {
+                    let width = PANEL.min(in_features - start);
+                    let rest = in_features - start;
+                    let offset = first * in_features + start;
+                    let x = MatrixAt::at(pointers[0], offset, in_features, element);
+                    let corner = start * in_features + start;
+                    let g = MatrixAt::at(gram, corner, in_features, Element::F32);
+                    // SAFETY: rows `first..first + length` and columns `start..` of x, and the
+                    // block `start.., start..` of gram, lie inside their checked buffers, which
+                    // are distinct: gram is uniquely held.
+                    unsafe { product(libraries, [width, rest, length], x.t(), x, 1.0, g)? };
+                }
             }
         }
         Ok(())
     })?;
-    Ok(buffer::into_float(gram))
+    Ok(grams.into_iter().map(buffer::into_float).collect())
+}
+
+/// Returns f32 matrices of one shape as buffers that nothing else holds.
+fn sums(
+    operation: &'static str,
+    name: &'static str,
+    matrices: Vec<Tensor<Cuda, 2>>,
+    shape: [usize; 2],
+) -> Result<Vec<Buffer>, Error> {
+    let matrices = matrices.into_iter().map(|matrix| {
+        if matrix.dims() != shape {
+            return Err(Error::Shape {
+                operation,
+                reason: format!("{name} {:?} in place of {shape:?}", matrix.dims()),
+            });
+        }
+        let matrix = buffer::float(operation, name, matrix, DType::F32)?;
+        Ok(if matrix.can_mut() {
+            matrix
+        } else {
+            matrix.copy()
+        })
+    });
+    matrices.collect()
 }
 
 /// `out = a - b`, in f32, within `largest` of zero, rounded once. NaN stays.
@@ -156,44 +189,58 @@ fn difference(a: &Buffer, b: &Buffer) -> Buffer {
 /// Other dtypes, inconsistent shapes, or a cuBLAS failure.
 pub fn cross_add(
     cross: Tensor<Cuda, 2>,
-    [dense, own]: [Tensor<Cuda, 2>; 2],
+    pair: [Tensor<Cuda, 2>; 2],
     x: Tensor<Cuda, 2>,
 ) -> Result<Tensor<Cuda, 2>, Error> {
+    let starts = [0, x.dims()[0]];
+    Ok(cross_add_each(vec![cross], pair, x, &starts)?.remove(0))
+}
+
+/// Computes the same for each run of rows with a matrix of its own, which `starts` gives as for [`gram_add_each`].
+///
+/// # Errors
+///
+/// Other dtypes, inconsistent shapes or starts, or a cuBLAS failure.
+pub fn cross_add_each(
+    crosses: Vec<Tensor<Cuda, 2>>,
+    [dense, own]: [Tensor<Cuda, 2>; 2],
+    x: Tensor<Cuda, 2>,
+    starts: &[usize],
+) -> Result<Vec<Tensor<Cuda, 2>>, Error> {
     let [tokens, n] = x.dims();
-    let [_, features] = dense.dims();
-    if cross.dims() != [features, n]
-        || dense.dims() != [tokens, features]
-        || own.dims() != dense.dims()
-    {
+    let [rows, features] = dense.dims();
+    if rows != tokens || own.dims() != dense.dims() {
         return Err(Error::Shape {
             operation: "cross_add",
             reason: format!(
-                "cross {:?}, dense {:?}, own {:?} and x {:?}",
-                cross.dims(),
+                "dense {:?}, own {:?} and x {:?}",
                 dense.dims(),
                 own.dims(),
                 x.dims()
             ),
         });
     }
-    let cross = buffer::float("cross_add", "cross", cross, DType::F32)?;
-    let cross = if cross.can_mut() { cross } else { cross.copy() };
+    let runs = runs("cross_add", starts, crosses.len(), tokens)?;
+    let crosses = sums("cross_add", "cross", crosses, [features, n])?;
     let x = buffer::half("cross_add", "x", x)?;
     let dense = buffer::float("cross_add", "dense", dense, x.dtype)?;
     let own = buffer::float("cross_add", "own", own, x.dtype)?;
     let element = Element::of(x.dtype);
     let mismatch = difference(&dense, &own);
-    on_stream_later(&[&cross, &mismatch, &x], move |libraries, pointers| {
-        for first in (0..tokens).step_by(CHUNK) {
-            let length = CHUNK.min(tokens - first);
-            let part = |pointer, width| MatrixAt::at(pointer, first * width, width, element);
-            let (mismatch, x) = (part(pointers[1], features), part(pointers[2], n));
-            let c = MatrixAt::at(pointers[0], 0, n, Element::F32);
-            // SAFETY: rows `first..first + length` of both inputs and all of cross lie inside their
-            // checked buffers, and cross is uniquely held.
-            unsafe { product(libraries, [features, n, length], mismatch.t(), x, 1.0, c)? };
+    let buffers: Vec<_> = [&mismatch, &x].into_iter().chain(&crosses).collect();
+    on_stream_later(&buffers, move |libraries, pointers| {
+        for (run, &cross) in runs.iter().zip(&pointers[2..]) {
+            for first in run.clone().step_by(CHUNK) {
+                let length = CHUNK.min(run.end - first);
+                let part = |pointer, width| MatrixAt::at(pointer, first * width, width, element);
+                let (mismatch, x) = (part(pointers[0], features), part(pointers[1], n));
+                let c = MatrixAt::at(cross, 0, n, Element::F32);
+                // SAFETY: rows `first..first + length` of both inputs and all of cross lie inside their
+                // checked buffers, and cross is uniquely held.
+                unsafe { product(libraries, [features, n, length], mismatch.t(), x, 1.0, c)? };
+            }
         }
         Ok(())
     })?;
-    Ok(buffer::into_float(cross))
+    Ok(crosses.into_iter().map(buffer::into_float).collect())
 }

@@ -82,6 +82,8 @@ fn parameters_kernel(
     end: u32,
     group_columns: u32,
     rows: u32,
+    each: u32,
+    columns: u32,
     max_code: f32,
     #[comptime] updated: bool,
     #[comptime] gathered: bool,
@@ -91,6 +93,7 @@ fn parameters_kernel(
     let row = CUBE_POS_X as usize * UNITS + UNIT_POS as usize;
     let first = (start + CUBE_POS_Y * group_columns) as usize;
     let last = (first + group_columns as usize).min(end as usize);
+    let own = row / each as usize * columns as usize;
     if row < rows {
         let mut low = f32::new(0.0);
         let mut high = f32::new(0.0);
@@ -104,7 +107,7 @@ fn parameters_kernel(
                 let here = (column + i).min(last - 1);
                 let mut at = here;
                 if comptime!(gathered) {
-                    at = position[here] as usize;
+                    at = position[own + here] as usize;
                 }
                 held[i] = weight[at * rows + row];
                 if comptime!(updated) {
@@ -142,6 +145,8 @@ fn search_kernel(
     end: u32,
     group_columns: u32,
     rows: u32,
+    each: u32,
+    columns: u32,
     max_code: f32,
     #[comptime] updated: bool,
     #[comptime] gathered: bool,
@@ -155,6 +160,7 @@ fn search_kernel(
     let rows = rows as usize;
     // Units beyond the last row repeat it, so that all units reach the barriers.
     let row = (CUBE_POS_X as usize * ROWS + x).min(rows - 1);
+    let own = row / each as usize * columns as usize;
     let first = (start + CUBE_POS_Y * group_columns) as usize;
     let last = (first + group_columns as usize).min(end as usize);
 
@@ -164,7 +170,7 @@ fn search_kernel(
     while column < last {
         let mut at = column;
         if comptime!(gathered) {
-            at = position[column] as usize;
+            at = position[own + column] as usize;
         }
         let mut w = weight[at * rows + row];
         if comptime!(updated) {
@@ -209,13 +215,13 @@ fn search_kernel(
     while column < last {
         let mut at = column;
         if comptime!(gathered) {
-            at = position[column] as usize;
+            at = position[own + column] as usize;
         }
         let mut w = weight[at * rows + row];
         if comptime!(updated) {
             w += update[(column - start as usize) * rows + row];
         }
-        let pivot = pivots[at];
+        let pivot = pivots[own + at];
         let cost = pivot * pivot;
         #[unroll]
         for i in 0..EACH {
@@ -302,13 +308,13 @@ fn round_to_nearest_kernel<F: Float>(
 pub(crate) enum WeightSource<'a> {
     /// The positions themselves, plus this f32 `[columns, rows]` update if present.
     Positions(Option<&'a Buffer>),
-    /// The positions of the original columns, listed here.
+    /// The positions of the original columns of each problem, listed here.
     Original(&'a Buffer),
 }
 
 /// Inputs of the scale search besides the weights.
 pub(crate) struct Search {
-    /// `M`'s diagonal, by position.
+    /// `M`'s diagonal, by position, `[problems, in]`.
     pivots: Buffer,
     factors: Buffer,
 }
@@ -358,6 +364,8 @@ pub(crate) fn parameters(
                 columns.end as u32,
                 group_columns as u32,
                 rows,
+                swept.rows_each() as u32,
+                swept.weight.meta.shape()[0] as u32,
                 max_code,
                 update.is_some(),
                 position.is_some(),
@@ -379,6 +387,8 @@ pub(crate) fn parameters(
                 columns.end as u32,
                 group_columns as u32,
                 rows,
+                swept.rows_each() as u32,
+                swept.weight.meta.shape()[0] as u32,
                 max_code,
                 update.is_some(),
                 position.is_some(),

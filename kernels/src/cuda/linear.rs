@@ -1,6 +1,8 @@
 //! The linear layer `y = x·Wᵀ` and its gradients `dx = dy·W` and `dW = dyᵀ·x`, f16 or bf16 with f32
 //! accumulation, through cuBLAS.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Tensor};
 
 use super::{
@@ -21,28 +23,72 @@ const CHUNK: usize = 16_384;
 ///
 /// Other dtypes, inconsistent shapes, or a cuBLAS failure.
 pub fn linear(x: Tensor<Cuda, 2>, w: Tensor<Cuda, 2>) -> Result<Tensor<Cuda, 2>, Error> {
+    let starts = [0, x.dims()[0]];
+    linear_each(x, &starts, vec![w])
+}
+
+/// Computes the same for each run of rows of `x` with a weight of its own, `[out, in]`: run `i` is the rows
+/// `starts[i]..starts[i + 1]`, and all of them are `x`.
+///
+/// # Errors
+///
+/// Other dtypes, inconsistent shapes or starts, or a cuBLAS failure.
+pub fn linear_each(
+    x: Tensor<Cuda, 2>,
+    starts: &[usize],
+    weights: Vec<Tensor<Cuda, 2>>,
+) -> Result<Tensor<Cuda, 2>, Error> {
     let [tokens, in_features] = x.dims();
-    let [out_features, w_in] = w.dims();
-    if in_features != w_in {
+    let out_features = weights.first().map_or(0, |w| w.dims()[0]);
+    let shape = [out_features, in_features];
+    if let Some(w) = weights.iter().find(|w| w.dims() != shape) {
         return Err(Error::Shape {
             operation: "linear",
-            reason: format!("x [{tokens}, {in_features}] and w [{out_features}, {w_in}]"),
+            reason: format!("x [{tokens}, {in_features}] and w {:?}", w.dims()),
         });
     }
+    let runs = runs("linear", starts, weights.len(), tokens)?;
     let x = buffer::half("linear", "x", x)?;
-    let w = buffer::float("linear", "w", w, x.dtype)?;
     let y = buffer::empty(&x, [tokens, out_features], x.dtype);
+    let weights = weights.into_iter();
+    let weights = weights.map(|w| buffer::float("linear", "w", w, x.dtype));
+    let weights = weights.collect::<Result<Vec<_>, _>>()?;
+    let buffers: Vec<_> = [&x, &y].into_iter().chain(&weights).collect();
     let element = Element::of(x.dtype);
-    on_stream_later(&[&x, &w, &y], move |libraries, pointers| {
-        let x = MatrixAt::at(pointers[0], 0, in_features, element);
-        let w = MatrixAt::at(pointers[1], 0, in_features, element);
-        let y = MatrixAt::at(pointers[2], 0, out_features, element);
-        let dimensions = [tokens, out_features, in_features];
-        // SAFETY: the three are checked contiguous buffers of exactly these shapes, and y is
-        // new.
-        unsafe { product(libraries, dimensions, x, w.t(), 0.0, y) }
+    on_stream_later(&buffers, move |libraries, pointers| {
+        for (run, &w) in runs.iter().zip(&pointers[2..]) {
+            let x = MatrixAt::at(pointers[0], run.start * in_features, in_features, element);
+            let w = MatrixAt::at(w, 0, in_features, element);
+            let y = MatrixAt::at(pointers[1], run.start * out_features, out_features, element);
+            let dimensions = [run.len(), out_features, in_features];
+            // SAFETY: the rows of the run lie inside x and y, checked contiguous buffers as the weights are, of
+            // exactly these shapes, and y is new.
+            unsafe { product(libraries, dimensions, x, w.t(), 0.0, y)? };
+        }
+        Ok(())
     })?;
     Ok(buffer::into_float(y))
+}
+
+/// Returns the runs that begin and end at `starts`.
+///
+/// # Errors
+///
+/// Another number of runs than `count`, or runs that are not all of the `rows` rows in order.
+pub(crate) fn runs(
+    operation: &'static str,
+    starts: &[usize],
+    count: usize,
+    rows: usize,
+) -> Result<Vec<Range<usize>>, Error> {
+    let whole = starts.first() == Some(&0) && starts.last() == Some(&rows);
+    if starts.len() != count + 1 || !whole || !starts.is_sorted() {
+        return Err(Error::Shape {
+            operation,
+            reason: format!("{count} runs of {rows} rows that start at {starts:?}"),
+        });
+    }
+    Ok(starts.windows(2).map(|run| run[0]..run[1]).collect())
 }
 
 /// Computes `dy · w` for `dy` `[tokens, out]` and `w` `[out, in]`, `[tokens, in]`, all f16 or all bf16.

@@ -12,7 +12,7 @@ use cubecl::{cuda::CudaRuntime, prelude::*};
 use gptq_solver::Settings;
 
 use super::{
-    blas::{Element, MatrixAt, product},
+    blas::{Element, Matrices, MatrixAt, product_of_each},
     buffer::{self, Buffer, array},
     error::Error,
     factor::{PANEL, panels},
@@ -43,6 +43,7 @@ fn refine_kernel(
     width: u32,
     columns: u32,
     rows: u32,
+    cubes: u32,
     max_code: f32,
     keep: u32,
 ) {
@@ -50,10 +51,13 @@ fn refine_kernel(
     let mut inverse = SharedMemory::<f32>::new(PANEL);
     let mut steps = SharedMemory::<f32>::new(PANEL * UNITS);
     let unit = UNIT_POS as usize;
-    let rows = rows as usize;
+    let each = rows as usize;
+    let rows = each * (CUBE_COUNT_X / cubes) as usize;
     let start = start as usize;
     let width = width as usize;
     let columns = columns as usize;
+    let problem = (CUBE_POS_X / cubes) as usize;
+    let of_problem = problem * columns;
     #[unroll]
     for turn in 0..PANEL * PANEL / QUAD / UNITS {
         let at = turn * UNITS + unit;
@@ -62,7 +66,7 @@ fn refine_kernel(
         // A panel's width is a multiple of 32 columns.
         let mut four = Vector::<f32, Const<4>>::new(0.0);
         if i < width && j < width {
-            four = h[((start + i) * columns + start + j) / QUAD];
+            four = h[((of_problem + start + i) * columns + start + j) / QUAD];
         }
         block[at] = four;
     }
@@ -85,8 +89,9 @@ fn refine_kernel(
     }
     sync_cube();
 
-    let row = CUBE_POS_X as usize * UNITS + unit;
-    if row < rows {
+    let in_problem = (CUBE_POS_X % cubes) as usize * UNITS + unit;
+    let row = problem * each + in_problem;
+    if in_problem < each {
         let mut lower = gained[row];
         let mut first = 0;
         while first < width {
@@ -97,7 +102,7 @@ fn refine_kernel(
             #[unroll]
             for c in 0..HELD {
                 let at = start + first + c;
-                let group = group_of[at] as usize * rows + row;
+                let group = group_of[of_problem + at] as usize * rows + row;
                 scale[c] = scales[group];
                 zero[c] = zeros[group];
                 code[c] = f32::cast_from(codes[at * rows + row]);
@@ -156,8 +161,8 @@ fn refine_kernel(
     }
 }
 
-/// Refines the codes in `settings.refine` passes; `h` is the damped Gram matrix in the sweep's
-/// order. Returns the reduction of each row's loss, f32 `[rows]`, and with `keep` the numbers that the last pass
+/// Refines the codes in `settings.refine` passes; `h` is each problem's damped Gram matrix in the sweep's
+/// order, `[problems, in, in]`. Returns the reduction of each row's loss, f32 `[rows]`, and with `keep` the numbers that the last pass
 /// rounded to the codes, f32 `[in, rows]`.
 pub(crate) fn refine(
     h: &Buffer,
@@ -165,12 +170,12 @@ pub(crate) fn refine(
     settings: Settings,
     keep: bool,
 ) -> Result<(Buffer, Option<Buffer>), Error> {
-    let n = h.meta.shape()[0];
+    let n = swept.weight.meta.shape()[0];
     let unrounded = keep.then(|| buffer::empty(&swept.weight, [n, swept.rows], DType::F32));
     let residual = buffer::empty(&swept.weight, [n, swept.rows], DType::F32);
     let back = buffer::empty(&swept.weight, [PANEL, swept.rows], DType::F32);
     let gained = buffer::upload(h, &vec![0.0_f32; swept.rows], DType::F32);
-    add_product(h, 0..n, &swept.weight, &residual, 0.0)?;
+    add_product(h, swept, 0..n, &swept.weight, &residual, 0.0)?;
     for _ in 0..settings.refine {
         for panel in panels(n, PANEL) {
             let unrounded = unrounded.as_ref();
@@ -183,7 +188,7 @@ pub(crate) fn refine(
                 &panel,
                 settings,
             );
-            add_product(h, panel, &back, &residual, 1.0)?;
+            add_product(h, swept, panel, &back, &residual, 1.0)?;
         }
     }
     Ok((gained, unrounded))
@@ -198,14 +203,14 @@ fn launch(
     panel: &Range<usize>,
     settings: Settings,
 ) {
-    let rows = swept.rows as u32;
+    let cubes = swept.cubes(UNITS);
     // SAFETY: the panel is a multiple of 32 columns (the number of columns is), all of them columns of
     // every buffer; rows stay below `rows`, shared indices below PANEL² and PANEL * UNITS. Without a buffer
     // for unrounded numbers its argument is not written.
     unsafe {
         refine_kernel::launch_unchecked::<CudaRuntime>(
             &h.client,
-            CubeCount::new_1d(rows.div_ceil(UNITS as u32)),
+            CubeCount::new_1d(cubes * swept.problems as u32),
             CubeDim::new_1d(UNITS as u32),
             array(h),
             array(residual),
@@ -219,27 +224,35 @@ fn launch(
             array(unrounded.unwrap_or(gained)),
             panel.start as u32,
             panel.len() as u32,
-            h.meta.shape()[0] as u32,
-            rows,
+            swept.weight.meta.shape()[0] as u32,
+            swept.rows_each() as u32,
+            cubes,
             f32::from(settings.bits.max_code()),
             u32::from(unrounded.is_some()),
         );
     }
 }
 
-/// Computes `out = H[:, columns] · x + beta · out` for `x` f32 `[columns, rows]`.
+/// Computes `out = H[:, columns] · x + beta · out` for `x` f32 `[columns, rows]`, each problem's rows with its `H`.
 fn add_product(
     h: &Buffer,
+    swept: &Swept,
     columns: Range<usize>,
     x: &Buffer,
     out: &Buffer,
     beta: f32,
 ) -> Result<(), Error> {
     let [n, rows] = [out.meta.shape()[0], out.meta.shape()[1]];
+    let (problems, each) = (swept.problems, swept.rows_each());
     on_stream_later(&[h, x, out], move |libraries, pointers| {
-        let h = MatrixAt::at(pointers[0], columns.start, n, Element::F32);
-        let [x, out] = [1, 2].map(|at| MatrixAt::at(pointers[at], 0, rows, Element::F32));
+        let matrices = |at: usize, start, stride, step| Matrices {
+            first: MatrixAt::at(pointers[at], start, stride, Element::F32),
+            step,
+        };
+        let h = matrices(0, columns.start, n, n * n);
+        let [x, out] = [1, 2].map(|at| matrices(at, 0, rows, each));
+        let dimensions = [n, each, columns.len()];
         // SAFETY: the columns lie inside H, x has as many rows, and out is `[n, rows]`.
-        unsafe { product(libraries, [n, rows, columns.len()], h, x, beta, out) }
+        unsafe { product_of_each(libraries, problems, dimensions, [h, x], beta, out) }
     })
 }

@@ -367,8 +367,9 @@ pub fn relative_error(
     let gram = buffer::float(of, "gram", gram, DType::F32)?;
     let weight = buffer::half(of, "weight", weight)?;
     let approximation = buffer::float(of, "approximation", approximation, weight.dtype)?;
-    let diagonal = super::factor::diagonal(&gram)?;
-    let correlation = Correlation::new(&gram, &diagonal);
+    let diagonals = super::factor::diagonals(std::slice::from_ref(&gram));
+    let diagonals = diagonals.map_err(|failed| failed.error)?;
+    let correlation = Correlation::new(&gram, &diagonals[0]);
     let measurement = Measurement::new(&gram, 1);
     measurement.energy(&correlation, &weight, (0, Sum::Output))?;
     measurement.loss(&correlation, [&weight, &approximation], (0, Sum::Lost))?;

@@ -51,6 +51,9 @@ fn sweep_kernel(
     start: u32,
     width: u32,
     rows: u32,
+    columns: u32,
+    cubes: u32,
+    panels: u32,
     max_code: f32,
     updated: u32,
 ) {
@@ -58,7 +61,8 @@ fn sweep_kernel(
     let mut diagonal = SharedMemory::<f32>::new(PANEL);
     let mut errors = SharedMemory::<f32>::new(PANEL * UNITS);
     let unit = UNIT_POS as usize;
-    let base = block as usize * PANEL * PANEL / QUAD;
+    let problem = CUBE_POS_X / cubes;
+    let base = (problem * panels + block) as usize * PANEL * PANEL / QUAD;
     #[unroll]
     for turn in 0..PANEL * PANEL / QUAD / UNITS {
         let at = turn * UNITS + unit;
@@ -80,11 +84,14 @@ fn sweep_kernel(
     }
     sync_cube();
 
-    let rows = rows as usize;
+    let each = rows as usize;
+    let rows = each * (CUBE_COUNT_X / cubes) as usize;
     let start = start as usize;
     let width = width as usize;
-    let row = CUBE_POS_X as usize * UNITS + unit;
-    if row < rows {
+    let of_problem = (CUBE_POS_X % cubes) as usize * UNITS + unit;
+    let row = problem as usize * each + of_problem;
+    let groups = problem as usize * columns as usize + start;
+    if of_problem < each {
         let mut first = 0;
         while first < width {
             let mut w = Array::<f32>::new(HELD);
@@ -99,7 +106,7 @@ fn sweep_kernel(
                 scale[c] = f32::new(1.0);
                 zero[c] = f32::new(0.0);
                 if column < width {
-                    let group = group_of[start + column] as usize * rows + row;
+                    let group = group_of[groups + column] as usize * rows + row;
                     scale[c] = scales[group];
                     zero[c] = zeros[group];
                     original[c] = weight[(start + column) * rows + row];
@@ -158,7 +165,8 @@ fn sweep_kernel(
     }
 }
 
-/// Buffers of a sweep, all column by column: `[in, rows]`, parameters `[groups, rows]`.
+/// Buffers of a sweep, all column by column: `[in, rows]`, parameters `[groups, rows]`. The rows are those of one
+/// problem after the other, as many of each.
 pub(crate) struct Swept {
     /// f32 weights in the sweep's order; `W - Q` in finished panels.
     pub(crate) weight: Buffer,
@@ -170,13 +178,28 @@ pub(crate) struct Swept {
     pub(crate) zeros: Buffer,
     /// f32 reduction of each group's loss by the scale search; undefined without one.
     pub(crate) gained: Buffer,
-    /// u32 group of each position of the sweep.
+    /// u32 group of each position of the sweep, `[problems, in]`.
     pub(crate) group_of: Buffer,
-    /// Rows of all layers together.
+    /// Rows of all layers of all problems together.
     pub(crate) rows: usize,
+    /// Number of problems, each with a Gram matrix of its own.
+    pub(crate) problems: usize,
 }
 
-/// Sweeps one panel; `update` is f32 `[panel, rows]`, `None` for the first panel.
+impl Swept {
+    /// Rows of a problem.
+    pub(crate) fn rows_each(&self) -> usize {
+        self.rows / self.problems
+    }
+
+    /// Cubes of `units` rows that a problem takes.
+    pub(crate) fn cubes(&self, units: usize) -> u32 {
+        self.rows_each().div_ceil(units) as u32
+    }
+}
+
+/// Sweeps one panel; `update` is f32 `[panel, rows]`, `None` for the first panel; `inverses` is as
+/// [`block_inverses`](super::factor::block_inverses) gives it.
 pub(crate) fn sweep(
     swept: &Swept,
     update: Option<&Buffer>,
@@ -185,13 +208,14 @@ pub(crate) fn sweep(
     panel: &Range<usize>,
     settings: Settings,
 ) {
-    let rows = swept.rows as u32;
+    let cubes = swept.cubes(UNITS);
+    let panels = inverses.meta.shape()[1] as u32;
     // SAFETY: columns stay inside the panel, rows below `rows`, shared indices below PANEL²
     // and PANEL * UNITS; without an update its argument is not read.
     unsafe {
         sweep_kernel::launch_unchecked::<cubecl::cuda::CudaRuntime>(
             &swept.weight.client,
-            CubeCount::new_1d(rows.div_ceil(UNITS as u32)),
+            CubeCount::new_1d(cubes * swept.problems as u32),
             CubeDim::new_1d(UNITS as u32),
             array(&swept.weight),
             array(update.unwrap_or(&swept.scales)),
@@ -203,7 +227,10 @@ pub(crate) fn sweep(
             block as u32,
             panel.start as u32,
             panel.len() as u32,
-            rows,
+            swept.rows_each() as u32,
+            swept.weight.meta.shape()[0] as u32,
+            cubes,
+            panels,
             f32::from(settings.bits.max_code()),
             u32::from(update.is_some()),
         );

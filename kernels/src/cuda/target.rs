@@ -9,8 +9,9 @@ use super::{
     Cuda,
     blas::{Element, MatrixAt, product},
     buffer::{self, Buffer},
+    cholesky::{Failed, solve_right, unordered},
     error::Error,
-    factor::{diagonal, solve_right, unordered},
+    factor::{diagonals, matrix},
     relative_error::{Correlation, Measurement, Sum},
     stream::on_stream_later,
 };
@@ -45,35 +46,56 @@ pub(crate) struct MismatchTarget {
 }
 
 impl MismatchTarget {
-    /// Factors the Gram matrix of `mismatch`.
+    /// Factors the Gram matrix of each of `mismatches`.
     ///
     /// # Errors
     ///
     /// Those of [`factor`](super::factor::factor()), or matrices that are not `[n, n]`.
-    pub(crate) fn new(mismatch: Mismatch<Cuda>, n: usize, damping: f64) -> Result<Self, Error> {
-        if mismatch.gram.dims() != [n, n] || mismatch.cross.dims() != [n, n] {
-            return Err(Error::Shape {
-                operation: "target",
-                reason: format!(
+    pub(crate) fn each(
+        mismatches: Vec<Mismatch<Cuda>>,
+        n: usize,
+        damping: f64,
+    ) -> Result<Vec<Self>, Failed> {
+        let strengths: Vec<f64> = mismatches.iter().map(|it| it.strength).collect();
+        let (mut grams, mut crosses) = (Vec::new(), Vec::new());
+        for (at, mismatch) in mismatches.into_iter().enumerate() {
+            if mismatch.gram.dims() != [n, n] || mismatch.cross.dims() != [n, n] {
+                let reason = format!(
                     "gram {:?} and cross {:?} of an activation mismatch for {n} columns",
                     mismatch.gram.dims(),
                     mismatch.cross.dims()
-                ),
-            });
+                );
+                let error = Error::Shape {
+                    operation: "target",
+                    reason,
+                };
+                return Err(Failed { at, error });
+            }
+            grams.push(buffer::float("target", "gram", mismatch.gram, DType::F32)?);
+            crosses.push(buffer::float(
+                "target",
+                "cross",
+                mismatch.cross,
+                DType::F32,
+            )?);
         }
-        let gram = buffer::float("target", "gram", mismatch.gram, DType::F32)?;
-        let cross = buffer::float("target", "cross", mismatch.cross, DType::F32)?;
         // A dense input that is not finite reaches the diagonal.
-        diagonal(&cross)?;
-        let columns = diagonal(&gram)?;
-        let (lower, ridge) = unordered(&gram, &columns, damping)?;
-        Ok(MismatchTarget {
-            lower,
-            cross,
-            strength: mismatch.strength,
-            ridge,
-            correlation: Correlation::new(&gram, &columns),
-        })
+        diagonals(&crosses)?;
+        let columns = diagonals(&grams)?;
+        let (lower, ridges) = unordered(&grams, &columns, damping)?;
+        let parts = grams.iter().zip(&columns).zip(crosses);
+        let parts = parts.zip(strengths.into_iter().zip(ridges)).enumerate();
+        let targets =
+            parts.map(
+                |(at, (((gram, columns), cross), (strength, ridge)))| MismatchTarget {
+                    lower: matrix(&lower, at),
+                    cross,
+                    strength,
+                    ridge,
+                    correlation: Correlation::new(gram, columns),
+                },
+            );
+        Ok(targets.collect())
     }
 
     /// Returns `W'`, f32 `[out, in]`, for a weight f16 or bf16 `[out, in]`, the `at`-th of those

@@ -3,7 +3,8 @@
 use burn::tensor::{DType, Element, Tensor, TensorData};
 use cudarc::driver;
 
-use super::{Cuda, Device, buffer::Buffer, error::Error, stream::on_stream};
+use super::{Cuda, Device, buffer::Buffer, error::Error, solve, stream::on_stream};
+use crate::{HessianOptions, Mismatch, Problem, Request, Subset};
 
 /// Returns the first device, or prints that there is none.
 pub(crate) fn device() -> Option<Device> {
@@ -27,6 +28,22 @@ pub(crate) fn poison(buffer: &Buffer) {
             })
     })
     .unwrap();
+}
+
+/// Solves the linears of one input.
+pub(crate) fn solve_one(
+    gram: Tensor<Cuda, 2>,
+    mismatch: Option<Mismatch<Cuda>>,
+    hessian: HessianOptions,
+    requests: &[Request<Cuda>],
+) -> Result<Subset<Cuda>, Error> {
+    let problem = Problem {
+        gram,
+        mismatch,
+        requests: requests.to_vec(),
+    };
+    let subsets = solve(vec![problem], hessian).map_err(|failed| failed.error)?;
+    Ok(subsets.into_iter().next().unwrap())
 }
 
 /// A small seeded generator (SplitMix64).

@@ -289,7 +289,12 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
         act_order: true,
         damping: 0.01,
     };
-    let subset = Cpu::solve(gram, None, hessian, vec![request]).unwrap();
+    let problem = Problem {
+        gram,
+        mismatch: None,
+        requests: vec![request],
+    };
+    let subset = Cpu::solve(problem, hessian).unwrap();
     let solved = subset.solved.into_iter().next().unwrap();
     let dense = Cpu::matmul_nt(tensor(&x, [tokens, n]), tensor(&w, [out, n]));
     let quantized = Cpu::matmul_nt(tensor(&x, [tokens, n]), solved.weight.clone());

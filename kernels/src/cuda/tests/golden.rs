@@ -9,10 +9,7 @@ use serde_json::Value;
 
 use super::solving::request;
 use crate::HessianOptions;
-use crate::cuda::{
-    solve,
-    testing::{device, tensor_f32},
-};
+use crate::cuda::testing::{device, solve_one, tensor_f32};
 
 const STEM: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
@@ -67,7 +64,7 @@ fn each_case(scale_search: bool, least_share: f64) {
             act_order: case["desc_act"].as_bool().unwrap(),
             damping: case["damp_percent"].as_f64().unwrap(),
         };
-        let subset = solve(
+        let subset = solve_one(
             tensor_f32(&gram, [n, n], &device),
             None,
             prepared,

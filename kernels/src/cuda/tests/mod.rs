@@ -6,6 +6,7 @@
 
 mod decoding;
 mod divergence;
+mod experts;
 mod golden;
 mod gradients;
 mod model;

@@ -10,9 +10,9 @@ use nalgebra::DMatrix;
 
 use crate::cuda::{
     Cuda, Device, Error, cross_add, dequantize, gram_add, gram_zeros, solve,
-    testing::{Random, device, distance, rounding, tensor, tensor_f32, values, wide},
+    testing::{Random, device, distance, rounding, solve_one, tensor, tensor_f32, values, wide},
 };
-use crate::{Engine, HessianOptions, Mismatch, Request, Solved, Subset};
+use crate::{Engine, HessianOptions, Mismatch, Problem, Request, Solved, Subset};
 
 /// Makes correlated inputs of very different scales, with the last column dead.
 fn inputs<E: Element>(random: &mut Random, tokens: usize, n: usize) -> Vec<E> {
@@ -171,30 +171,49 @@ fn compare_of<E: Element>(
     let Some(device) = device() else { return };
     let mut random = Random(seed);
     let tokens = 3 * n;
-    let x = inputs::<E>(&mut random, tokens, n);
-    let weights = rows.map(|rows| random.halves::<E>(rows * n, 0.05));
-    let gram = gram_add(
-        gram_zeros([n, n], &device).unwrap(),
-        tensor(&x, [tokens, n], &device),
-    )
-    .unwrap();
-    let requests = [0, 1].map(|at| request(&weights[at], n, settings, &device));
+    // Three inputs that are alike, of which the first is also solved alone.
+    let inputs = [0; 3].map(|_| {
+        let x = inputs::<E>(&mut random, tokens, n);
+        (x, rows.map(|rows| random.halves::<E>(rows * n, 0.05)))
+    });
+    let problem = |(x, weights): &(Vec<E>, [Vec<E>; 2])| {
+        let x = tensor(x, [tokens, n], &device);
+        Problem {
+            gram: gram_add(gram_zeros([n, n], &device).unwrap(), x).unwrap(),
+            mismatch: None,
+            requests: weights
+                .each_ref()
+                .map(|it| request(it, n, settings, &device))
+                .to_vec(),
+        }
+    };
     let hessian = HessianOptions {
         act_order,
         damping: 0.1,
     };
-    let subset = solve(gram, None, hessian, &requests).unwrap();
-    assert_eq!(subset.dead_columns, 1);
-    assert!((subset.damping - 0.1).abs() < 1e-12);
-    let x = DMatrix::from_row_iterator(tokens, n, x.iter().map(|v| wide(*v)));
-    let gram = x.transpose() * x;
-    let factor = Factor::new(&gram, act_order, 0.1).unwrap();
-    for (solved, weight) in subset.solved.into_iter().zip(&weights) {
-        let label = format!(
-            "{n} {} {settings:?} act order {act_order}",
-            weight.len() / n
-        );
-        judge(&label, solved, weight, &gram, &factor, None, &settings);
+    let together = solve(inputs.iter().map(problem).collect(), hessian).unwrap();
+    assert_eq!(together.len(), 3);
+    let alone = solve(vec![problem(&inputs[0])], hessian).unwrap();
+    let known = inputs.iter().map(|(x, weights)| {
+        let x = DMatrix::from_row_iterator(tokens, n, x.iter().map(|v| wide(*v)));
+        let gram = x.transpose() * x;
+        (Factor::new(&gram, act_order, 0.1).unwrap(), gram, weights)
+    });
+    let known: Vec<_> = known.collect();
+    let subsets = alone
+        .into_iter()
+        .zip(&known)
+        .chain(together.into_iter().zip(&known));
+    for (subset, (factor, gram, weights)) in subsets {
+        assert_eq!(subset.dead_columns, 1);
+        assert!((subset.damping - 0.1).abs() < 1e-12);
+        for (solved, weight) in subset.solved.into_iter().zip(*weights) {
+            let label = format!(
+                "{n} {} {settings:?} act order {act_order}",
+                weight.len() / n
+            );
+            judge(&label, solved, weight, gram, factor, None, &settings);
+        }
     }
 }
 
@@ -343,7 +362,13 @@ fn drifted_of<E: Element>() {
         };
         let mut requests = [0, 1].map(|_| request(&weight, n, s, &device));
         requests[1].residual = Some(tensor_f32(&residual, [rows, n], &device));
-        let subset = solve(gram, Some(mismatch), hessian, &requests).unwrap();
+        // Twice the same, in one batch: the second in the middle of the buffers.
+        let problem = Problem {
+            gram,
+            mismatch: Some(mismatch),
+            requests: requests.to_vec(),
+        };
+        let subsets = solve(vec![problem.clone(), problem], hessian).unwrap();
 
         let [x, dense] =
             [x, dense].map(|v| DMatrix::from_row_iterator(tokens, n, v.iter().map(|v| wide(*v))));
@@ -357,7 +382,8 @@ fn drifted_of<E: Element>() {
         let target = Target::new(&gram, expected, 0.1, strength).unwrap();
         let residual = residual.iter().map(|&v| f64::from(v));
         let residual = DMatrix::from_row_iterator(rows, n, residual);
-        for (solved, residual) in subset.solved.into_iter().zip([None, Some(&residual)]) {
+        let solved = subsets.into_iter().flat_map(|subset| subset.solved);
+        for (solved, residual) in solved.zip([None, Some(&residual)].into_iter().cycle()) {
             let label = format!("{n} {rows} {strength} {}", residual.is_some());
             let target = Some((&target, residual));
             judge(&label, solved, &weight, &gram, &factor, target, &s);
@@ -387,7 +413,7 @@ fn solve_indefinite(gram: &[f32], device: &Device) -> Result<Subset<Cuda>, Error
         damping: 0.001,
     };
     let gram = tensor_f32(gram, [n, n], device);
-    solve(gram, None, hessian, &[request(&weight, n, s, device)])
+    solve_one(gram, None, hessian, &[request(&weight, n, s, device)])
 }
 
 #[test]
@@ -425,7 +451,7 @@ fn the_widest_factor_solves_as_the_host_does_on_a_diagonal() {
         damping: 0.1,
     };
     let gram = tensor_f32(&gram, [n, n], &device);
-    let subset = solve(gram, None, hessian, &[request(&weight, n, s, &device)]).unwrap();
+    let subset = solve_one(gram, None, hessian, &[request(&weight, n, s, &device)]).unwrap();
     let w = DMatrix::from_row_iterator(32, n, weight.iter().map(|v| wide(*v)));
     let expected = round_to_nearest(&w, &s).into_quantized();
     let solved = subset.solved.into_iter().next().unwrap();
