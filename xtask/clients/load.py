@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -124,6 +125,12 @@ def adapt(branch, to):
         for half, tensor in zip(("gate_proj", "up_proj"), halves):
             adapted[name.replace("gate_up_proj", half)] = tensor.contiguous()
     save_file(adapted, to / "model.safetensors", {"format": "pt"})
+    for file in ("config.json", "quantize_config.json"):
+        text = (to / file).read_text()
+        for published, in_memory in IN_MEMORY.items():
+            # In the patterns of `dynamic`, where a dot is escaped and a name may end.
+            text = re.sub(re.escape(published.strip(".")) + r"(?=[\\|)])", in_memory.strip("."), text)
+        (to / file).write_text(text)
 
 
 def compare(load, branch, tokens, expected):
@@ -131,7 +138,10 @@ def compare(load, branch, tokens, expected):
     modules = [module for module in model.modules() if hasattr(module, "qweight")]
     kernels = sorted({f"{type(module).__name__} {module.bits}" for module in modules})
     difference = (logits(model, tokens) - expected).abs().max().item()
-    return {"modules": len(modules), "kernels": kernels, "difference": difference}
+    packed = {"modules": len(modules), "kernels": kernels}
+    if not math.isfinite(difference):
+        return packed | {"error": "logits that are no numbers"}
+    return packed | {"difference": difference}
 
 
 def result(reader, branch, wanted, expected, modules):
