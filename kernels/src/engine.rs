@@ -23,21 +23,6 @@ pub fn map_lanes<B: Engine, T: Send, R: Send>(
     }
 }
 
-/// The default of [`Engine::attend_next`].
-pub(crate) fn attend_next<B: Engine>(
-    [q, k, v]: [Tensor<B, 4>; 3],
-    [cos, sin]: [Tensor<B, 2>; 2],
-    keys: &mut Tensor<B, 3>,
-    values: &mut Tensor<B, 3>,
-    at: usize,
-    scores: Scores,
-) -> Tensor<B, 3> {
-    let q = B::rotary(q, cos.clone(), sin.clone());
-    attention::append(keys, B::rotary(k, cos, sin), at);
-    attention::append(values, v, at);
-    B::cached_attention(q, keys.clone(), values.clone(), at, scores)
-}
-
 /// Columns of a Gram panel in the default [`Engine::gram_add`].
 const GRAM_PANEL: usize = 128;
 
@@ -53,6 +38,10 @@ pub trait Engine: Backend {
 
     /// Number of tokens whose transient activations are worth having at once, in whole windows.
     const CHUNK_TOKENS: usize = 4096;
+
+    /// Number of rows of linears that are worth solving together, about, where each few of them have an input of their
+    /// own.
+    const BATCH_ROWS: usize = 1;
 
     /// True if generation leaves quantized weights packed on the device and multiplies with them there;
     /// otherwise they are dequantized once, when they are loaded.
@@ -200,7 +189,7 @@ pub trait Engine: Backend {
         at: usize,
         scores: Scores,
     ) -> Tensor<Self, 3> {
-        attend_next(qkv, tables, keys, values, at, scores)
+        attention::attend_next(qkv, tables, keys, values, at, scores)
     }
 
     /// `silu(gate) * up`.

@@ -33,6 +33,7 @@ mod recipe_file;
 mod report;
 mod share;
 mod texts;
+mod tuning_memory;
 mod written_config;
 
 pub use allocation::{AllocatedGroup, Allocation, Budget, Choice};

@@ -3,9 +3,10 @@
 use gptq_format::TABLE_PIECE;
 use gptq_spec::BlockSpec;
 
+use crate::tuning_memory::tuned;
 use crate::{Plan, PlanError, Propagation};
 
-/// Division of the calibration windows by an engine: its `Engine::LANES` and `Engine::CHUNK_TOKENS`,
+/// Division of a run's work by an engine: its `Engine::LANES`, `Engine::CHUNK_TOKENS` and `Engine::BATCH_ROWS`,
 /// repeated here because a plan is made without `gptq-kernels`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chunking {
@@ -13,6 +14,8 @@ pub struct Chunking {
     pub lanes: usize,
     /// Tokens of a chunk, unless a window is longer.
     pub tokens: usize,
+    /// Rows of experts' linears that are solved together, about.
+    pub rows: usize,
 }
 
 impl Chunking {
@@ -20,11 +23,13 @@ impl Chunking {
     pub const CPU: Chunking = Chunking {
         lanes: 4,
         tokens: 4096,
+        rows: 1,
     };
     /// Chunking on a CUDA device.
     pub const CUDA: Chunking = Chunking {
         lanes: 1,
         tokens: 16_384,
+        rows: 32_768,
     };
 
     /// Windows of `seq_len` tokens in a chunk, whose transient activations are alive together.
@@ -101,9 +106,13 @@ struct Sizes {
     widest: u128,
     kept: u128,
     hidden: u128,
-    /// Elements of a token's slots in a mixture while it runs: inputs, gate, up, and outputs, in the order of experts
-    /// and of slots.
+    /// Elements of a token's slots in a mixture while it runs or its inputs are summed: inputs, gate, up, and outputs,
+    /// in the order of experts and of slots; with mismatch correction the dense model's inputs too.
     slots: u128,
+    /// Inputs, rows and number of the experts at each tap that has some.
+    experts: Vec<[u128; 3]>,
+    /// Bytes of each element of a square matrix and of a linear's rows in the solve of an expert.
+    solved: [u128; 2],
     /// Bytes of the Gram matrices of one expert, in one lane, and those of all of a block's.
     expert: [u128; 2],
     /// Bytes for comparing outputs with the dense model's, for 2- and 4-byte products: the states
@@ -143,9 +152,13 @@ impl Sizes {
                 taps.filter_map(|(block, tap)| Some((block, tap, block.experts_at(tap)?.how)))
             })
         };
+        let methods = || plan.branches.iter().map(|branch| branch.method);
+        let corrects = u128::from(methods().any(|it| it.corrects_mismatch()));
+        let refines = u128::from(methods().any(|it| it.refine > 0));
         let slots = expert_taps().map(|(block, tap, how)| {
-            let (n_in, n_out) = block.linears()[block.linears_of(tap).start].shape();
-            how.top_k as u128 * (2 * n_in + 4 * n_out) as u128
+            let shape = block.linears()[block.linears_of(tap).start].shape();
+            let (n_in, n_out) = (shape.0 as u128, shape.1 as u128);
+            how.top_k as u128 * ((2 + 3 * corrects) * n_in + 4 * n_out)
         });
         let slots = slots.max().unwrap_or_default();
         let expert = expert_taps().map(|(block, tap, how)| {
@@ -153,9 +166,12 @@ impl Sizes {
             [own, own * how.experts as u128]
         });
         let expert = expert.max_by_key(|own| own[1]).unwrap_or_default();
-        let methods = || plan.branches.iter().map(|branch| branch.method);
-        let corrects = u128::from(methods().any(|it| it.corrects_mismatch()));
-        let refined = methods().any(|it| it.refine > 0);
+        let experts = expert_taps().map(|(block, tap, how)| {
+            let linears = &block.linears()[block.linears_of(tap)];
+            let rows: usize = linears.iter().map(|linear| linear.shape().1).sum();
+            let n = block.in_features(tap) as u128;
+            [n, (rows / how.experts) as u128, how.experts as u128]
+        });
         let dense = blocks.clone().map(|block| kept(block, hidden)).max();
         let needed = u128::from(plan.needs_dense());
         let dense = needed * dense.unwrap_or_default() / plan.dense_step() as u128;
@@ -200,8 +216,15 @@ impl Sizes {
             kept: activation,
             hidden,
             slots,
+            experts: experts.collect(),
+            // A factor in f32 and a correlation matrix in 16 bits, and both of the tokens that the dense model was given
+            // too; weights in f32 and codes, the weights that are rounded and their copy.
+            solved: [
+                6 + 6 * corrects + 4 * refines,
+                5 + 8 * corrects + 4 * refines,
+            ],
             expert,
-            squares: 4 + 4 * corrects + u128::from(refined),
+            squares: 4 + 4 * corrects + refines,
         }
     }
 
@@ -237,12 +260,25 @@ impl Sizes {
         all.min(u128::from(limit)).max(one)
     }
 
+    /// Returns the bytes for solving the linears of a batch of experts.
+    fn solved_together(&self, chunking: Chunking) -> u128 {
+        /// Columns whose errors are taken together (`STRETCH` of the solver).
+        const STRETCH: u128 = 1024;
+        let [square, row] = self.solved;
+        let batches = self.experts.iter().map(|&[n, rows, experts]| {
+            let together = (chunking.rows as u128 / rows.max(1)).clamp(1, experts);
+            together * (n * n * square + rows * (n * row + n.min(STRETCH) * 4))
+        });
+        batches.max().unwrap_or_default()
+    }
+
     /// Returns the bytes on a device besides hidden states: a block dense and quantized, the
     /// embedding, a chunk's transients, the largest Gram matrix with its factors, those of experts.
     fn fixed(&self, chunking: Chunking, gram_bytes: u64) -> u128 {
         self.expert_grams(chunking, gram_bytes)
             + (2 * self.block + self.table + self.transients(chunking)) * 2
             + self.squares * self.widest * self.widest * 4
+            + self.solved_together(chunking)
             + self.compared[0]
             + self.tuned[0]
     }
@@ -288,40 +324,6 @@ impl Sizes {
     fn least_states(&self, chunking: Chunking) -> u128 {
         self.running(chunking).min(self.all_states(chunking))
     }
-}
-
-/// Returns the bytes for tuning the largest block, with activations of `half` bytes.
-fn tuned(plan: &Plan, half: u128) -> u128 {
-    /// Queries whose scores are computed at once: their matrices are in f32 and in 16 bits, and so are their
-    /// gradients.
-    const QUERIES: u128 = 256;
-    /// Bytes of these matrices up to which a device takes windows together.
-    const TOGETHER: u128 = 256 << 20;
-    /// Logits that are computed at once.
-    const LOGITS: u128 = 1 << 26;
-    let (tokens, seq_len) = (plan.tokens() as u128, plan.calibration.seq_len as u128);
-    let step = tokens.min(plan.step_windows() as u128 * seq_len);
-    let hidden = plan.config.hidden_size as u128;
-    let block = |block: &BlockSpec| {
-        let taps = block.taps().map(|tap| block.in_features(tap) as u128);
-        let grams: u128 = taps.map(|n| n * n * 4).sum();
-        let heads = block.attention().map_or(0, |attention| attention.heads) as u128;
-        let scores = 12 * heads * QUERIES.min(seq_len) * seq_len;
-        let together = (step / seq_len.max(1) * scores).min(TOGETHER);
-        // Unrounded codes, where they began, two moments and the gradient in f32; weights tuned and solved, codes.
-        block.weights() * (5 * 4 + 2 * half + 1)
-            + grams
-            + step * (2 * block.features() as u128 + 6 * hidden) * half
-            + step * hidden * 3 * 4
-            + scores.max(together)
-            + tokens * hidden * 2
-    };
-    let blocks = plan.config.blocks().iter();
-    let block = blocks.map(|it| block(it)).max().unwrap_or_default();
-    // The last block's goes through the head: its table, and both models' logits and their gradient.
-    let vocabulary = plan.config.vocabulary as u128;
-    let logits = (step * vocabulary).min(LOGITS.max(vocabulary));
-    block + vocabulary * hidden * half + logits * (3 * 4 + 2 * half)
 }
 
 /// Returns the features per token of the states before every tap of a block and after the last: the

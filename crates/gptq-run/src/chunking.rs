@@ -8,6 +8,7 @@ pub(crate) fn chunking<B: Engine>() -> Chunking {
     Chunking {
         lanes: B::LANES,
         tokens: B::CHUNK_TOKENS,
+        rows: B::BATCH_ROWS,
     }
 }
 

@@ -11,7 +11,6 @@ use super::{
     error::{Error, fail},
     transfer::{self, Pinned},
 };
-use crate::engine::attend_next;
 use crate::{
     Codes, Engine, HessianOptions, HostBuffer, Incoming, NormOptions, PackedWeight, Problem,
     Routed, RoutingOptions, Scores, Subset, Tunable, TuningStep, attention, dtype, half_of,
@@ -19,6 +18,8 @@ use crate::{
 
 impl Engine for Cuda {
     const CHUNK_TOKENS: usize = 16_384;
+    /// Enough for a device's multiprocessors, few enough that the buffers of a sweep stay small.
+    const BATCH_ROWS: usize = 32_768;
     const KEEPS_PACKED: bool = true;
 
     fn compute(half: Half) -> DType {
@@ -93,7 +94,7 @@ impl Engine for Cuda {
         scores: Scores,
     ) -> Tensor<Self, 3> {
         if !super::decode_attention::attends(qkv[0].dims()[3]) {
-            return attend_next(qkv, tables, keys, values, at, scores);
+            return attention::attend_next(qkv, tables, keys, values, at, scores);
         }
         super::attend_next(qkv, tables, keys, values, at, scores)
             .unwrap_or_else(|error| fail(error))

@@ -31,6 +31,7 @@ mod cholesky;
 mod factor;
 mod groups;
 mod pack;
+mod panels;
 mod refine;
 mod relative_error;
 mod solve;

@@ -116,9 +116,11 @@ pub(super) fn judge<E: Element>(
     );
 
     let close = |a: f64, b: f64| (a / b - 1.0).abs();
-    // bf16 products with random signs: far under 1e-3, see `relative_error`.
-    let dense = DMatrix::from_row_slice(w.nrows(), n, &dense);
-    assert!(close(found.relative_error, lost(dense)) < 2e-3, "{label}");
+    // bf16 products with random signs, see `relative_error`: 2^-8 a term, of which a few of the columns, with the largest
+    // inputs, make up the sum.
+    let dense = lost(DMatrix::from_row_slice(w.nrows(), n, &dense));
+    let off = close(found.relative_error, dense);
+    assert!(off < 4e-3, "{label}: {} for {dense}", found.relative_error);
     // The few codes that differ, and the weights' rounding: independent of the codes', it adds at
     // most its square, `r²` of the energy.
     let rounded = rounding::<E>().powi(2);
