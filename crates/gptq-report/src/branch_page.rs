@@ -35,11 +35,17 @@ pub(crate) struct BranchPage {
     pub kinds: Vec<LinearKind>,
     /// Options beyond plain GPTQ that any linear layer used, by their recipe names.
     pub options: Vec<&'static str>,
+    /// Of the linear layers with something out of the ordinary those that are listed, [`LISTED`] at most.
     pub unusual: Vec<Unusual>,
+    /// Number of all of them.
+    pub unusual_count: usize,
     pub damp_percent: f64,
     pub stages: Vec<Time>,
     pub phases: Vec<Time>,
 }
+
+/// Linear layers that a page lists one by one: a mixture may have tens of thousands.
+const LISTED: usize = 500;
 
 /// Learning curves of the blocks that were tuned.
 #[derive(Serialize)]
@@ -100,6 +106,7 @@ impl BranchPage {
             .collect();
         let has_fresh = !fresh.is_empty();
         let measure = Measure::of([report]);
+        let (unusual, unusual_count) = unusual(&report.linears, measure, damp_percent);
         let blocks = report.blocks.iter().map(|b| {
             let title = format!("block {}: {}", b.layer, number::error(b.output_error));
             (b.layer as f64, b.output_error, title)
@@ -135,7 +142,8 @@ impl BranchPage {
             experts: expert_map(&report.blocks),
             kinds: kinds(&report.linears, measure, &options),
             options,
-            unusual: unusual(&report.linears, measure, damp_percent),
+            unusual,
+            unusual_count,
             damp_percent,
             stages: times(solving(&report.linears, &taps(&branch.config))),
             phases: times(phases.collect()),
@@ -315,17 +323,28 @@ fn kinds(linears: &[LinearReport], measure: Measure, options: &[&str]) -> Vec<Li
         .collect()
 }
 
-fn unusual(linears: &[LinearReport], measure: Measure, asked: f64) -> Vec<Unusual> {
-    let all = linears.iter().map(|l| Unusual {
+/// Returns the linear layers with something out of the ordinary, of more than [`LISTED`] those with the largest ratios,
+/// and the number of all.
+fn unusual(linears: &[LinearReport], measure: Measure, asked: f64) -> (Vec<Unusual>, usize) {
+    let raised = |l: &LinearReport| l.damp_percent != asked;
+    let mut all: Vec<_> = (linears.iter().enumerate())
+        .filter(|(_, l)| raised(l) || l.dead_columns > 0 || l.is_worse_than_rtn())
+        .collect();
+    let count = all.len();
+    if count > LISTED {
+        all.sort_by(|(_, a), (_, b)| b.of_rtn(measure).total_cmp(&a.of_rtn(measure)));
+        all.truncate(LISTED);
+        all.sort_by_key(|&(at, _)| at);
+    }
+    let listed = all.into_iter().map(|(_, l)| Unusual {
         name: l.name.clone(),
         damp_percent: l.damp_percent,
-        raised: l.damp_percent != asked,
+        raised: raised(l),
         dead_columns: l.dead_columns,
         ratio: format!("{:.3}", l.of_rtn(measure)),
         worse: l.is_worse_than_rtn(),
     });
-    all.filter(|l| l.raised || l.dead_columns > 0 || l.worse)
-        .collect()
+    (listed.collect(), count)
 }
 
 /// Returns the seconds of solving by group of linear layers that share an input and a factor.

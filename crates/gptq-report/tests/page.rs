@@ -333,3 +333,41 @@ fn six_branches_of_a_7b_model_stay_under_a_megabyte_and_fetch_nothing() {
     assert!(page.len() < 1_000_000, "{} bytes", page.len());
     assert!(!page.contains("http:") && !page.contains("https:") && !page.contains("src="));
 }
+
+#[test]
+fn a_page_on_128_experts_in_each_of_94_blocks_has_less_than_two_megabytes() {
+    let matrix = matrix_with(|report| {
+        if report.branch != "main" {
+            return;
+        }
+        let linear = report.linears[0].clone();
+        report.linears.clear();
+        report.blocks.clear();
+        for layer in 0..94 {
+            let attention = ["q", "k", "v", "o"].map(|it| format!("self_attn.{it}_proj"));
+            let experts = (0..128).flat_map(|expert| {
+                let names = ["gate", "up", "down"];
+                names.map(|it| format!("mlp.experts.{expert}.{it}_proj"))
+            });
+            for (at, name) in attention.into_iter().chain(experts).enumerate() {
+                let error = 1e-4 * (1 + (at * 7919 + layer * 104_729) % 1000) as f64;
+                report.linears.push(gptq_plan::LinearReport {
+                    layer,
+                    name: format!("model.layers.{layer}.{name}"),
+                    relative_error: error,
+                    output_error: Some(1.1 * error),
+                    ..linear.clone()
+                });
+            }
+            report.blocks.push(BlockReport {
+                layer,
+                output_error: 0.01,
+                tuning: None,
+                expert_tokens: (0..128).map(|it| it * 97 % 4000).collect(),
+            });
+        }
+    });
+    let page = html(&matrix).unwrap();
+    assert!(page.contains("128 experts") && page.contains("The 500 with the largest ratios"));
+    assert!(page.len() < 2_000_000, "{} bytes", page.len());
+}
