@@ -7,7 +7,7 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{Bool, DType, Tensor, activation::softmax};
 
-use crate::{Engine, Scores};
+use crate::Scores;
 
 /// Queries per block: large enough for the products, small enough that the masked triangle inside
 /// a block is little waste.
@@ -150,19 +150,4 @@ pub fn append<B: Backend>(held: &mut Tensor<B, 3>, new: Tensor<B, 4>, at: usize)
     let nothing = Tensor::empty([1, 1, 1], (&new.device(), DType::F32));
     let old = std::mem::replace(held, nothing);
     *held = old.slice_assign([0..kv_heads, at..at + n, 0..dim], new);
-}
-
-/// The default of [`Engine::attend_next`].
-pub(crate) fn attend_next<B: Engine>(
-    [q, k, v]: [Tensor<B, 4>; 3],
-    [cos, sin]: [Tensor<B, 2>; 2],
-    keys: &mut Tensor<B, 3>,
-    values: &mut Tensor<B, 3>,
-    at: usize,
-    scores: Scores,
-) -> Tensor<B, 3> {
-    let q = B::rotary(q, cos.clone(), sin.clone());
-    append(keys, B::rotary(k, cos, sin), at);
-    append(values, v, at);
-    B::cached_attention(q, keys.clone(), values.clone(), at, scores)
 }

@@ -1,4 +1,8 @@
 //! The backend extension: one method per device operation.
+//!
+//! Longer than most: every operation's contract is here.
+
+use std::ops::Range;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::sigmoid};
@@ -9,7 +13,7 @@ use rayon::prelude::*;
 use crate::{
     Codes, HessianOptions, HostBuffer, Incoming, NormOptions, NotFinite, PackedWeight, Problem,
     Routed, RoutingOptions, Scores, Subset, Tunable, TuningStep, attention, backward, divergence,
-    finite, grouped, host_solve,
+    experts, finite, host_solve,
 };
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
@@ -21,6 +25,27 @@ pub fn map_lanes<B: Engine, T: Send, R: Send>(
         1 => items.into_iter().map(f).collect(),
         _ => items.into_par_iter().with_max_len(1).map(f).collect(),
     }
+}
+
+/// Joins runs of rows, `starts[i]..starts[i + 1]`, with what belongs to each.
+fn runs<T>(starts: &[usize], each: Vec<T>) -> impl Iterator<Item = (Range<usize>, T)> {
+    let runs = starts.windows(2).map(|run| run[0]..run[1]);
+    runs.zip(each)
+}
+
+/// The default of [`Engine::attend_next`].
+pub(crate) fn attend_next<B: Engine>(
+    [q, k, v]: [Tensor<B, 4>; 3],
+    [cos, sin]: [Tensor<B, 2>; 2],
+    keys: &mut Tensor<B, 3>,
+    values: &mut Tensor<B, 3>,
+    at: usize,
+    scores: Scores,
+) -> Tensor<B, 3> {
+    let q = B::rotary(q, cos.clone(), sin.clone());
+    attention::append(keys, B::rotary(k, cos, sin), at);
+    attention::append(values, v, at);
+    B::cached_attention(q, keys.clone(), values.clone(), at, scores)
 }
 
 /// Columns of a Gram panel in the default [`Engine::gram_add`].
@@ -189,7 +214,7 @@ pub trait Engine: Backend {
         at: usize,
         scores: Scores,
     ) -> Tensor<Self, 3> {
-        attention::attend_next(qkv, tables, keys, values, at, scores)
+        attend_next(qkv, tables, keys, values, at, scores)
     }
 
     /// `silu(gate) * up`.
@@ -328,7 +353,12 @@ pub trait Engine: Backend {
         starts: &[usize],
         weights: Vec<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
-        grouped::matmul_nt_each(x, starts, weights)
+        let runs = runs(starts, weights);
+        let products = runs.filter(|(run, _)| !run.is_empty()).map(|(run, w)| {
+            let rows = x.clone().narrow(0, run.start, run.len());
+            Self::matmul_nt(rows, w)
+        });
+        Tensor::cat(products.collect(), 0)
     }
 
     /// [`Engine::gram_add`] of each run of rows of `x`, which `starts` gives as in [`Engine::matmul_nt_each`].
@@ -337,7 +367,11 @@ pub trait Engine: Backend {
         x: Tensor<Self, 2>,
         starts: &[usize],
     ) -> Vec<Tensor<Self, 2>> {
-        grouped::gram_add_each(grams, x, starts)
+        let sums = runs(starts, grams).map(|(run, gram)| match run.is_empty() {
+            true => gram,
+            false => Self::gram_add(gram, x.clone().narrow(0, run.start, run.len())),
+        });
+        sums.collect()
     }
 
     /// [`Engine::cross_add`] of each run of rows, which `starts` gives as in [`Engine::matmul_nt_each`].
@@ -347,13 +381,20 @@ pub trait Engine: Backend {
         x: Tensor<Self, 2>,
         starts: &[usize],
     ) -> Vec<Tensor<Self, 2>> {
-        grouped::cross_add_each(crosses, pair, x, starts)
+        let sums = runs(starts, crosses).map(|(run, cross)| {
+            let rows = |x: &Tensor<Self, 2>| x.clone().narrow(0, run.start, run.len());
+            match run.is_empty() {
+                true => cross,
+                false => Self::cross_add(cross, pair.each_ref().map(rows), rows(&x)),
+            }
+        });
+        sums.collect()
     }
 
     /// The sum over each token's experts of their outputs, with the weights of the choice, in f32 and rounded once: `y
     /// [slots, out]`, one expert after the other, gives `[tokens, out]`.
     fn combine(y: Tensor<Self, 2>, routed: &Routed) -> Tensor<Self, 2> {
-        grouped::combine(y, routed)
+        experts::combine(y, routed)
     }
 
     /// Solves every linear that shares one input: orders, damps and factors its Gram matrix once,

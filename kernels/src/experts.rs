@@ -2,6 +2,8 @@
 //!
 //! A *slot* is an expert of a token: slot `j` of token `t` is number `t top_k + j`.
 
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
 /// The rule by which a router's logits become a choice.
@@ -185,6 +187,29 @@ fn choose(
     weights
         .iter_mut()
         .for_each(|it| *it *= how.scale as f32 / sum);
+}
+
+/// The default of [`Engine::combine`](crate::Engine::combine).
+pub(crate) fn combine<B: Backend>(y: Tensor<B, 2>, routed: &Routed) -> Tensor<B, 2> {
+    let (device, dtype, top_k) = (y.device(), y.dtype(), routed.top_k());
+    let tokens = routed.tokens();
+    let places = routed.slots().places();
+    let of_slot = |slot: usize| {
+        let places: Vec<i32> = nth(&places, slot, top_k).map(|it| it as i32).collect();
+        let places = TensorData::new(places, [tokens]);
+        let places = Tensor::<B, 1, Int>::from_data(places, (&device, DType::I32));
+        let weights: Vec<f32> = nth(routed.weights(), slot, top_k).collect();
+        let weights = TensorData::new(weights, [tokens, 1]);
+        let weights = Tensor::<B, 2>::from_data(weights, (&device, DType::F32));
+        y.clone().select(0, places).cast(DType::F32) * weights
+    };
+    let sum = (1..top_k).fold(of_slot(0), |sum, slot| sum + of_slot(slot));
+    sum.cast(dtype)
+}
+
+/// The values of slot `slot` of each token.
+fn nth<T: Copy>(values: &[T], slot: usize, top_k: usize) -> impl Iterator<Item = T> {
+    values.iter().skip(slot).step_by(top_k).copied()
 }
 
 #[cfg(test)]

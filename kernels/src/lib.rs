@@ -14,7 +14,6 @@ mod divergence;
 mod engine;
 mod experts;
 mod finite;
-mod grouped;
 mod half_dtype;
 #[cfg(test)]
 mod hard_inputs;

@@ -129,6 +129,12 @@ pub(crate) fn part<const D: usize>(of: &Buffer, start: usize, shape: [usize; D])
     )
 }
 
+/// Returns one of some square matrices `[.., n, n]`.
+pub(crate) fn matrix(all: &Buffer, at: usize) -> Buffer {
+    let n = all.meta.shape()[1];
+    part(all, at * n * n, [n, n])
+}
+
 /// Makes a contiguous buffer with these values.
 pub(crate) fn upload<T: CubeElement>(like: &Buffer, values: &[T], dtype: DType) -> Buffer {
     debug_assert_eq!(size_of::<T>(), dtype.size());

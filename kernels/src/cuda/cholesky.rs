@@ -10,9 +10,8 @@ use cudarc::cusolver::{result::CusolverError, sys as cusolver};
 use gptq_solver::{MAX_DAMPING, raised};
 
 use super::{
-    buffer::{self, Buffer, array, part, rows_by},
+    buffer::{self, Buffer, array, matrix, part, rows_by},
     error::Error,
-    factor::matrix,
     stream::on_stream,
 };
 

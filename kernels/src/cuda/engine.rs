@@ -11,6 +11,7 @@ use super::{
     error::{Error, fail},
     transfer::{self, Pinned},
 };
+use crate::engine::attend_next;
 use crate::{
     Codes, Engine, HessianOptions, HostBuffer, Incoming, NormOptions, PackedWeight, Problem,
     Routed, RoutingOptions, Scores, Subset, Tunable, TuningStep, attention, dtype, half_of,
@@ -94,7 +95,7 @@ impl Engine for Cuda {
         scores: Scores,
     ) -> Tensor<Self, 3> {
         if !super::decode_attention::attends(qkv[0].dims()[3]) {
-            return attention::attend_next(qkv, tables, keys, values, at, scores);
+            return attend_next(qkv, tables, keys, values, at, scores);
         }
         super::attend_next(qkv, tables, keys, values, at, scores)
             .unwrap_or_else(|error| fail(error))

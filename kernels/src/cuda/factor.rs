@@ -12,7 +12,7 @@ use burn::tensor::DType;
 use cubecl::prelude::*;
 
 use super::{
-    buffer::{self, Buffer, array, part, rows_by},
+    buffer::{self, Buffer, array, matrix, part, rows_by},
     cholesky::{Failed, cholesky_of, damped},
     error::Error,
 };
@@ -169,12 +169,6 @@ pub(crate) fn factor(
         columns,
         damping,
     })
-}
-
-/// Returns one of some square matrices `[.., n, n]`.
-pub(crate) fn matrix(all: &Buffer, at: usize) -> Buffer {
-    let n = all.meta.shape()[1];
-    part(all, at * n * n, [n, n])
 }
 
 /// Returns the damped Gram matrices that `factors` were made from, f32 `[problems, n, n]` in the sweep's order.

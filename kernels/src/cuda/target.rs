@@ -8,10 +8,10 @@ use cudarc::driver;
 use super::{
     Cuda,
     blas::{Element, MatrixAt, product},
-    buffer::{self, Buffer},
+    buffer::{self, Buffer, matrix},
     cholesky::{Failed, solve_right, unordered},
     error::Error,
-    factor::{diagonals, matrix},
+    factor::diagonals,
     relative_error::{Correlation, Measurement, Sum},
     stream::on_stream_later,
 };
