@@ -28,6 +28,10 @@ pub(crate) fn command<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = 
         "HF_HUB_CACHE",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN",
         "HF_HUB_DOWNLOAD_TIMEOUT",
+        // A launcher's, if the tests are started by one.
+        "RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "SLURM_PROCID",
     ] {
         command.env_remove(name);
     }

@@ -31,6 +31,7 @@ mod methods;
 mod numerics;
 mod output_errors;
 mod publish;
+mod ranks;
 mod readers;
 mod report;
 mod requantize;

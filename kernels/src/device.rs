@@ -15,6 +15,7 @@ use crate::{Cpu, Cuda, Engine};
 
 impl Engine for Cpu {
     const LANES: usize = 4;
+    const STRIP: Option<usize> = Some(gptq_solver::STRIP);
 
     fn compute(_half: Half) -> DType {
         DType::F32

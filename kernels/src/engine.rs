@@ -61,6 +61,10 @@ pub trait Engine: Backend {
     /// operations leave cores idle. It is a constant, so that sums do not depend on the machine's cores.
     const LANES: usize = 1;
 
+    /// Rows in a strip, if a solve of some strips of a linear gives the rows of a solve of all, to the bit; `None` if its
+    /// products depend on how many rows there are.
+    const STRIP: Option<usize> = None;
+
     /// Number of tokens whose transient activations are worth having at once, in whole windows.
     const CHUNK_TOKENS: usize = 4096;
 

@@ -26,7 +26,8 @@ enum HostMemory {
 }
 
 impl HostBuffer {
-    pub(crate) fn pageable(bits: Vec<u16>, half: Half) -> Self {
+    /// Wraps values in memory as the program usually has it.
+    pub fn pageable(bits: Vec<u16>, half: Half) -> Self {
         let memory = HostMemory::Pageable(bits);
         HostBuffer { memory, half }
     }

@@ -6,12 +6,14 @@ use std::time::Instant;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 use gptq_solver::{
-    Factor, Gains, SolverError, Target, output_energy, refine, round_to_nearest,
+    Factor, SolverError, Target, output_energies, output_energy, refine, round_to_nearest,
     solve as solve_linear,
 };
 use nalgebra::DMatrix;
 
-use crate::{Codes, HessianOptions, Problem, Request, SolveTimes, Solved, Subset};
+use crate::{
+    Codes, HessianOptions, Problem, Request, SolveErrors, SolveTimes, Solved, StripSums, Subset,
+};
 
 pub(crate) fn solve<B: Backend>(
     problem: Problem<B>,
@@ -72,36 +74,37 @@ fn solve_one<B: Backend>(
     let device = request.weight.device();
     let (shape, dtype) = (request.weight.dims(), request.weight.dtype());
     let w = to_matrix(request.weight);
-    let energy = output_energy(&w, gram);
-    // A linear whose output is zero has nothing to lose.
-    let part = |of: f64, energy: f64| match energy {
-        0.0 => 0.0,
-        energy => of / energy,
-    };
-    let relative =
-        |of: &DMatrix<f64>, q: &DMatrix<f64>| part(output_energy(&(of - q), gram), energy);
+    let lost = |of: &DMatrix<f64>, q: &DMatrix<f64>| output_energies(&(of - q), gram);
     let settings = request.settings;
     let residual = request.residual.map(to_matrix);
     let shifted = mismatch.map(|(target, gram)| {
-        let (target, gain) = target.of(&w, residual.as_ref());
-        (target, part(gain, output_energy(&w, gram)))
+        let (target, gains) = target.of(&w, residual.as_ref());
+        (target, gains, output_energies(&w, gram))
     });
-    let target = shifted.as_ref().map_or(&w, |(target, _)| target);
+    let target = shifted.as_ref().map_or(&w, |(target, ..)| target);
     let mut solution = solve_linear(target, factor, &settings);
     let refined = refine(target, gram, factor, &mut solution, settings.refine);
-    let gains = Gains {
-        scale_search: (settings.scale_search).then(|| part(solution.search_gain, energy)),
-        mismatch_correction: shifted.as_ref().map(|&(_, gain)| gain),
-        refine: (settings.refine > 0).then(|| part(refined.gained, energy)),
-    };
     let nearest = round_to_nearest(&w, &settings);
     let found = solution.dequantize();
-    let relative_error = relative(&w, &found);
-    let rtn_error = relative(&w, &nearest.dequantize());
-    let objective = match &shifted {
-        Some((target, _)) => relative(target, &found),
-        None => relative_error,
+    let energies = output_energies(&w, gram);
+    let [own, nearest_own] = [&found, &nearest.dequantize()].map(|q| lost(&w, q));
+    let toward = shifted.as_ref().map(|(target, ..)| lost(target, &found));
+    let strip = |at: usize| StripSums {
+        energy: energies[at],
+        lost: own[at],
+        nearest: nearest_own[at],
+        objective: toward.as_ref().map_or(own[at], |toward| toward[at]),
+        searched: solution.search_gains[at],
+        corrected: (shifted.as_ref()).map_or([0.0; 2], |(_, gains, of)| [gains[at], of[at]]),
+        refined: refined.gains[at],
     };
+    let sums: Vec<StripSums> = (0..energies.len()).map(strip).collect();
+    let SolveErrors {
+        relative_error,
+        rtn_error,
+        objective,
+        gains,
+    } = SolveErrors::of(&sums, &settings, shifted.is_some());
     let quantized = solution.into_quantized();
     let upload = |values: Vec<f32>| {
         let data = TensorData::new(values, shape);
@@ -123,6 +126,7 @@ fn solve_one<B: Backend>(
         rtn_error,
         objective: Some(objective),
         gains,
+        sums,
     }
 }
 

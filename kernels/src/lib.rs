@@ -38,6 +38,7 @@ pub use host_buffer::HostBuffer;
 pub use packed_weight::{PackedLayout, PackedWeight};
 pub use scores::Scores;
 pub use solve_types::{
-    HessianOptions, Incoming, Mismatch, Problem, Request, SolveTimes, Solved, Subset,
+    HessianOptions, Incoming, Mismatch, Problem, Request, SolveErrors, SolveTimes, Solved,
+    StripSums, Subset,
 };
 pub use tunable::{Tunable, TuningStep};

@@ -121,6 +121,69 @@ pub struct Solved<B: Backend> {
     pub objective: Option<f64>,
     /// Gains of the options beyond plain GPTQ.
     pub gains: Gains,
+    /// Sums that these errors and gains come from, in order of strips; none where an engine solves all rows of a linear
+    /// together ([`Engine::STRIP`](crate::Engine::STRIP)).
+    pub sums: Vec<StripSums>,
+}
+
+/// Sums over a strip of rows, in the Gram matrix's unit.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StripSums {
+    /// `‖WX‖²`.
+    pub energy: f64,
+    /// `‖(W - Q)X‖²`.
+    pub lost: f64,
+    /// The same for round to nearest.
+    pub nearest: f64,
+    /// The same as `lost` for the weights that were rounded.
+    pub objective: f64,
+    /// Reduction by the scale search.
+    pub searched: f64,
+    /// Reduction by correcting the mismatch, and `‖WX‖²` on the tokens that it was measured on.
+    pub corrected: [f64; 2],
+    /// Reduction by refinement.
+    pub refined: f64,
+}
+
+/// Errors and gains of a linear, as parts of its output energy.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SolveErrors {
+    /// The same as [`Solved::relative_error`].
+    pub relative_error: f64,
+    /// The same as [`Solved::rtn_error`].
+    pub rtn_error: f64,
+    /// The same as [`Solved::objective`].
+    pub objective: f64,
+    /// The same as [`Solved::gains`].
+    pub gains: Gains,
+}
+
+impl SolveErrors {
+    /// Computes them from the sums of all strips, in order, of a linear that was solved with `settings`; `corrects`
+    /// says if mismatch was corrected.
+    pub fn of(sums: &[StripSums], settings: &Settings, corrects: bool) -> Self {
+        let sum = |of: &dyn Fn(&StripSums) -> f64| sums.iter().map(of).sum::<f64>();
+        // A linear whose output is zero has nothing to lose.
+        let part = |of: f64, energy: f64| match energy {
+            0.0 => 0.0,
+            energy => of / energy,
+        };
+        let energy = sum(&|it| it.energy);
+        let gains = Gains {
+            scale_search: (settings.scale_search).then(|| part(sum(&|it| it.searched), energy)),
+            mismatch_correction: corrects.then(|| {
+                let [gain, energy] = [0, 1].map(|at| sum(&|it| it.corrected[at]));
+                part(gain, energy)
+            }),
+            refine: (settings.refine > 0).then(|| part(sum(&|it| it.refined), energy)),
+        };
+        SolveErrors {
+            relative_error: part(sum(&|it| it.lost), energy),
+            rtn_error: part(sum(&|it| it.nearest), energy),
+            objective: part(sum(&|it| it.objective), energy),
+            gains,
+        }
+    }
 }
 
 /// Result for a set of linears with one input.

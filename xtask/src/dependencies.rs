@@ -11,11 +11,12 @@ use serde_json::Value;
 
 /// Crates that read and write files, and describe models and runs: neither they nor what they depend on may
 /// link Burn or CUDA, so that fuzz targets and whatever else reads reports build in a minute.
-const WITHOUT_DEVICES: [&str; 7] = [
+const WITHOUT_DEVICES: [&str; 8] = [
     "gptq-format",
     "gptq-solver",
     "gptq-spec",
     "gptq-calibration",
+    "gptq-ranks",
     "gptq-plan",
     "gptq-export",
     "gptq-report",

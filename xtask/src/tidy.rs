@@ -27,11 +27,12 @@ const TOP_LEVEL: [&str; 13] = [
 ];
 
 /// Crates from the bottom up: each may use only those before it.
-const ORDER: [(&str, &str); 14] = [
+const ORDER: [(&str, &str); 15] = [
     ("gptq-format", "crates/gptq-format"),
     ("gptq-solver", "crates/gptq-solver"),
     ("gptq-spec", "crates/gptq-spec"),
     ("gptq-calibration", "crates/gptq-calibration"),
+    ("gptq-ranks", "crates/gptq-ranks"),
     ("gptq-plan", "crates/gptq-plan"),
     ("gptq-export", "crates/gptq-export"),
     ("gptq-report", "crates/gptq-report"),

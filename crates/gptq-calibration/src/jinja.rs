@@ -25,8 +25,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Tuple, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
 
-pub use self::date::is_date;
-pub(crate) use self::date::now;
+pub use self::date::{is_date, now};
 use self::python::{Text, refusal};
 use self::source::{COPY, GENERATION, PLAIN};
 

@@ -58,7 +58,7 @@ pub use draw::Calibration;
 pub use error::CalibrationError;
 pub use evaluation::{EvaluationText, evaluation_tokens};
 pub use first_look::first_look;
-pub use jinja::is_date;
+pub use jinja::{is_date, now};
 pub use manifest::Manifest;
 pub use overlap::{Overlap, RUN};
 pub use rendering::Rendering;

@@ -3,40 +3,9 @@
 use gptq_format::TABLE_PIECE;
 use gptq_spec::BlockSpec;
 
+use crate::plan::PARTIAL_EXPERTS;
 use crate::tuning_memory::tuned;
-use crate::{Plan, PlanError, Propagation};
-
-/// Division of a run's work by an engine: its `Engine::LANES`, `Engine::CHUNK_TOKENS` and `Engine::BATCH_ROWS`,
-/// repeated here because a plan is made without `gptq-kernels`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Chunking {
-    /// Chunks that run at the same time.
-    pub lanes: usize,
-    /// Tokens of a chunk, unless a window is longer.
-    pub tokens: usize,
-    /// Rows of experts' linears that are solved together, about.
-    pub rows: usize,
-}
-
-impl Chunking {
-    /// Chunking on the CPU.
-    pub const CPU: Chunking = Chunking {
-        lanes: 4,
-        tokens: 4096,
-        rows: 1,
-    };
-    /// Chunking on a CUDA device.
-    pub const CUDA: Chunking = Chunking {
-        lanes: 1,
-        tokens: 16_384,
-        rows: 32_768,
-    };
-
-    /// Windows of `seq_len` tokens in a chunk, whose transient activations are alive together.
-    pub fn windows(self, seq_len: usize) -> usize {
-        (self.tokens / seq_len).max(1)
-    }
-}
+use crate::{Chunking, Plan, PlanError, Propagation};
 
 /// Peak memory in bytes, including the overhead of allocators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +63,8 @@ const SLACK: u128 = 10;
 /// Terms of the peaks, in elements. Products of recipe and config values may exceed 64 bits at
 /// their limits.
 struct Sizes {
+    /// Number of ranks that share the windows.
+    ranks: u128,
     tokens: u128,
     samples: u128,
     seq_len: u128,
@@ -121,13 +92,15 @@ struct Sizes {
     /// Bytes for tuning a block, with 2- and 4-byte activations: parameters and moments of its weights, Gram
     /// matrices of its taps, activations of a step and their gradients, states before the block.
     tuned: [u128; 2],
-    /// Number of square matrices: Gram matrices and factors, and those for refinement or
+    /// Number of square matrices of a solve: Gram matrices and factors, and those for refinement or
     /// activation-mismatch correction.
     squares: u128,
+    /// Number of those of one lane of windows, while they are summed, in f32.
+    lane_squares: u128,
 }
 
 impl Sizes {
-    fn of(plan: &Plan) -> Sizes {
+    fn of(plan: &Plan, ranks: usize) -> Sizes {
         let config = &plan.config;
         let streams = match plan.propagation {
             Propagation::Quantized => plan.branches.len() as u128,
@@ -203,6 +176,7 @@ impl Sizes {
         Sizes {
             compared: [compared(2), compared(4)],
             tuned: [tuned(2), tuned(4)],
+            ranks: ranks as u128,
             tokens: plan.tokens() as u128,
             samples: plan.calibration.samples as u128,
             seq_len: plan.calibration.seq_len as u128,
@@ -225,6 +199,7 @@ impl Sizes {
             ],
             expert,
             squares: 4 + 4 * corrects + refines,
+            lane_squares: 1 + 3 * corrects,
         }
     }
 
@@ -234,9 +209,10 @@ impl Sizes {
         windows.min(self.samples) * self.seq_len
     }
 
-    /// Returns the number of chunks of the plan.
+    /// Returns the number of chunks of a rank, at most.
     fn chunks(&self, chunking: Chunking) -> u128 {
-        self.tokens.div_ceil(self.chunk(chunking).max(1))
+        let all = self.tokens.div_ceil(self.chunk(chunking).max(1));
+        all.div_ceil(self.ranks)
     }
 
     /// Returns the bytes of one chunk's hidden states.
@@ -256,7 +232,9 @@ impl Sizes {
 
     /// Returns the bytes of experts' Gram matrices with a limit on them; one expert's are alive in any case.
     fn expert_grams(&self, chunking: Chunking, limit: u64) -> u128 {
-        let [one, all] = self.expert.map(|bytes| bytes * chunking.lanes as u128);
+        let [more, of] = PARTIAL_EXPERTS;
+        let sums = chunking.partial_sums() as u128;
+        let [one, all] = self.expert.map(|bytes| bytes * sums * more / of);
         all.min(u128::from(limit)).max(one)
     }
 
@@ -272,12 +250,19 @@ impl Sizes {
         batches.max().unwrap_or_default()
     }
 
+    /// Returns the bytes of square matrices, of `bytes` for each element in a solve.
+    fn squares(&self, chunking: Chunking, bytes: u128) -> u128 {
+        let lanes = (chunking.partial_sums() as u128).min(self.chunks(chunking).max(1));
+        let summed = lanes * self.lane_squares * 4;
+        (self.squares * bytes).max(summed) * self.widest * self.widest
+    }
+
     /// Returns the bytes on a device besides hidden states: a block dense and quantized, the
     /// embedding, a chunk's transients, the largest Gram matrix with its factors, those of experts.
     fn fixed(&self, chunking: Chunking, gram_bytes: u64) -> u128 {
         self.expert_grams(chunking, gram_bytes)
             + (2 * self.block + self.table + self.transients(chunking)) * 2
-            + self.squares * self.widest * self.widest * 4
+            + self.squares(chunking, 4)
             + self.solved_together(chunking)
             + self.compared[0]
             + self.tuned[0]
@@ -306,7 +291,7 @@ impl Sizes {
         self.expert_grams(Chunking::CPU, gram_bytes)
             + (2 * self.block).max(self.table) * 4
             + lanes * self.transients(Chunking::CPU) * 4
-            + self.squares * self.widest * self.widest * 8
+            + self.squares(Chunking::CPU, 8)
             + self.compared[1]
             + self.tuned[1]
             + self.beside(PROGRAM)
@@ -335,17 +320,22 @@ fn kept(block: &BlockSpec, hidden: u128) -> u128 {
 }
 
 impl Memory {
-    /// Computes the peaks: hidden states of every branch, one branch's activations in f16, and the
-    /// fixed allocations.
+    /// Computes the peaks of a run on one device: hidden states of every branch, one branch's activations in f16, and
+    /// the fixed allocations.
     pub fn of(plan: &Plan) -> Memory {
-        let sizes = Sizes::of(plan);
+        Memory::of_ranks(plan, 1)
+    }
+
+    /// Computes the peaks of each of so many ranks.
+    pub fn of_ranks(plan: &Plan, ranks: usize) -> Memory {
+        let sizes = Sizes::of(plan, ranks);
         Memory {
             device: with_slack(
                 sizes.all_states(Chunking::CUDA) + sizes.fixed(Chunking::CUDA, GRAM_BYTES),
             ),
             host: with_slack(sizes.beside(PROGRAM_WITH_CUDA)),
             cpu: with_slack(sizes.all_states(Chunking::CPU) + sizes.fixed_cpu(GRAM_BYTES)),
-            states: most(sizes.tokens * sizes.states * 2),
+            states: most(sizes.tokens.div_ceil(sizes.ranks) * sizes.states * 2),
             least_host: with_slack(
                 sizes.beside(PROGRAM_WITH_CUDA) + sizes.least_states(Chunking::CUDA),
             ),
@@ -370,19 +360,20 @@ fn usable(budget: u64) -> u128 {
 }
 
 impl Places {
-    /// Places the hidden states within optional budgets of device and host memory, in bytes.
+    /// Places the hidden states of one of `ranks` ranks within its optional budgets of device and host memory, in bytes.
     /// `shared` means that the device uses the host's memory.
     ///
     /// # Errors
     /// A budget too small for a single chunk.
     pub fn new(
         plan: &Plan,
+        ranks: usize,
         chunking: Chunking,
         device: Option<u64>,
         host: Option<u64>,
         shared: bool,
     ) -> Result<Places, PlanError> {
-        let sizes = Sizes::of(plan);
+        let sizes = Sizes::of(plan, ranks);
         let chunks = sizes.chunks(chunking);
         let chunk = sizes.chunk_states(chunking).max(1);
         let gram_bytes = gram_bytes(&sizes, chunking, if shared { host } else { device }, shared);
@@ -393,7 +384,10 @@ impl Places {
         let mut on_host = chunks - on_device;
         if let Some(budget) = host {
             let (fixed, least) = match shared {
-                true => (sizes.fixed_cpu(gram_bytes), Memory::of(plan).least_cpu),
+                true => (
+                    sizes.fixed_cpu(gram_bytes),
+                    Memory::of_ranks(plan, ranks).least_cpu,
+                ),
                 false => {
                     let beside = sizes.beside(PROGRAM_WITH_CUDA);
                     // A device that can hold all states leaves none to the host.

@@ -13,7 +13,7 @@ use crate::recipe_file::{OnOverflow, Propagate};
 use crate::share::{dense_step, step_windows};
 use crate::written_config::written_config;
 use crate::{
-    BranchPlan, ExpertTokens, FetchedInputs, InputSource, PlanError, Recipe, RecipeError,
+    BranchPlan, Chunking, ExpertTokens, FetchedInputs, InputSource, PlanError, Recipe, RecipeError,
     RecipeOverrides, Share, branch_resolution, limits,
 };
 
@@ -259,10 +259,16 @@ impl Plan {
         rows * n * 4
     }
 
-    /// Returns the number of experts at `tap` whose Gram matrices are taken together, in `lanes`, with a limit on their
-    /// bytes.
-    pub fn expert_slice(&self, block: &BlockSpec, tap: usize, lanes: usize, limit: u64) -> usize {
-        let one = self.expert_gram_bytes(block, tap) * lanes as u128;
+    /// Returns the number of experts at `tap` whose Gram matrices are taken together, with a limit on their bytes.
+    pub fn expert_slice(
+        &self,
+        block: &BlockSpec,
+        tap: usize,
+        chunking: Chunking,
+        limit: u64,
+    ) -> usize {
+        let [more, of] = PARTIAL_EXPERTS;
+        let one = self.expert_gram_bytes(block, tap) * chunking.partial_sums() as u128 * more / of;
         let slice = u128::from(limit) / one.max(1);
         (slice as usize).clamp(1, block.inputs(tap))
     }
@@ -272,6 +278,10 @@ impl Plan {
         Share::of(self.calibration.samples, self.calibration.seq_len)
     }
 }
+
+/// Share of an expert's Gram matrices that is alive in each partial sum, as a fraction: those that it borrows are summed
+/// after its own.
+pub(crate) const PARTIAL_EXPERTS: [u128; 2] = [3, 4];
 
 /// States what it costs to give every token to every expert, if a branch asks for that.
 fn experts_note(config: &ModelConfig, branches: &[BranchPlan]) -> Option<String> {

@@ -12,10 +12,13 @@ use std::time::Instant;
 use gptq_kernels::Engine;
 use gptq_model::{Block, Model};
 use gptq_plan::{ExpertTokens, Plan, Propagation};
+use gptq_ranks::Collective;
 
 use crate::RunError;
+use crate::chunking::chunking;
 use crate::expert_grams::ExpertTap;
 use crate::gram::{Dense, TapGrams, grams};
+use crate::lanes::count_ranks;
 use crate::output_errors::OutputErrors;
 use crate::profile::{Clock, Phase};
 use crate::read_ahead::Ahead;
@@ -112,6 +115,7 @@ pub(crate) trait Strategy<B: Engine> {
 pub(crate) struct BlockLoop<'a, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
+    pub(crate) ranks: &'a dyn Collective,
     pub(crate) clock: &'a mut Clock,
     /// True if device memory is to be given back as soon as it is unused: CubeCL's pools keep what was once
     /// needed, a pool for each range of sizes.
@@ -241,7 +245,10 @@ impl<B: Engine> BlockLoop<'_, B> {
             .filter(|_| !embedded && stream.branches.iter().any(corrects));
         let grams = strategy
             .solves()
-            .then(|| grams(&stream, block, subset.clone(), dense, device, self.clock))
+            .then(|| {
+                let place = (self.ranks, device);
+                grams(&stream, block, subset.clone(), dense, place, self.clock)
+            })
             .transpose()?;
         let branches = std::mem::take(&mut stream.branches);
         let spec = block.spec();
@@ -340,7 +347,7 @@ impl<B: Engine> BlockLoop<'_, B> {
         for (nth, tap) in subset.clone().enumerate() {
             let experts = block.spec().inputs(tap);
             let slice = match grams.is_some() {
-                true => plan.expert_slice(block.spec(), tap, B::LANES, self.gram_bytes),
+                true => plan.expert_slice(block.spec(), tap, chunking::<B>(), self.gram_bytes),
                 false => experts,
             };
             for first in (0..experts).step_by(slice) {
@@ -367,6 +374,7 @@ impl<B: Engine> BlockLoop<'_, B> {
                                 subset: subset.clone(),
                                 dense: entered.dense.filter(|_| corrects),
                                 tokens,
+                                ranks: self.ranks,
                                 device,
                             };
                             let of = || sums.grams(stream, part.clone());
@@ -446,6 +454,10 @@ impl<B: Engine> BlockLoop<'_, B> {
     ) -> Result<Stream<B>, RunError> {
         let device = self.model.device();
         let (stream, clamped) = stream.advance(block, taps.clone(), device, self.clock)?;
+        let clamped = match stream.keep.clamp {
+            true => count_ranks(clamped, self.ranks)?,
+            false => 0,
+        };
         if clamped > 0 {
             strategy.clamped(layer, taps.clone(), &stream.branches, clamped);
         }

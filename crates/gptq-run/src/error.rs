@@ -7,6 +7,7 @@ use gptq_format::FormatError;
 use gptq_kernels::DeviceError;
 use gptq_model::ModelError;
 use gptq_plan::{PlanError, at_least, spelt};
+use gptq_ranks::{Cause, Ended, RankError};
 use gptq_solver::SolverError;
 use gptq_spec::SpecError;
 use thiserror::Error;
@@ -55,6 +56,16 @@ pub enum RunError {
         needed: u64,
         free: u64,
     },
+    #[error(transparent)]
+    Ranks(RankError),
+    #[error(
+        "rank {rank} on {host} has other inputs or settings than rank 0 ({difference}); start all ranks with one command"
+    )]
+    OtherRank {
+        rank: usize,
+        host: String,
+        difference: String,
+    },
     #[error("stopped {}", progress(*done, *layers))]
     Stopped { done: usize, layers: usize },
     #[error("{}, {modules}: {source}", whose(branch))]
@@ -80,6 +91,29 @@ pub enum RunError {
         needed: f64,
         most: f64,
     },
+}
+
+impl From<RankError> for RunError {
+    /// A rank that was stopped stops all of them.
+    fn from(error: RankError) -> Self {
+        match error {
+            RankError::Ended(Ended {
+                cause: Cause::Stopped,
+                ..
+            }) => RunError::Stopped { done: 0, layers: 0 },
+            error => RunError::Ranks(error),
+        }
+    }
+}
+
+impl RunError {
+    /// Returns the cause that the other ranks are told.
+    pub(crate) fn cause(&self) -> Cause {
+        match self {
+            RunError::Stopped { .. } => Cause::Stopped,
+            error => Cause::Failed(error.to_string()),
+        }
+    }
 }
 
 /// The work that failed: probes of size budgets belong to no branch yet.

@@ -20,12 +20,15 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use gptq_format::FormatError;
-use gptq_kernels::{Engine, map_lanes};
+use gptq_kernels::Engine;
 use gptq_model::{Block, ExpertInputs, Flow};
 use gptq_plan::ExpertTokens;
+use gptq_ranks::Collective;
 use rayon::prelude::*;
 
+use crate::RunError;
 use crate::gram::{Dense, DenseStates, GramSums, Grams, RowWeights, add_each, makes_up};
+use crate::lanes::{LaneChunks, count_ranks, lane_sums};
 use crate::stream::{Chunk, Stream};
 
 /// Number of tokens that are borrowed, about.
@@ -49,6 +52,7 @@ pub(crate) struct ExpertTap<'a, B: Engine> {
     /// The dense model's states, if mismatch is made up for.
     pub(crate) dense: Option<&'a Dense<B>>,
     pub(crate) tokens: ExpertTokens,
+    pub(crate) ranks: &'a dyn Collective,
     pub(crate) device: &'a B::Device,
 }
 
@@ -58,12 +62,14 @@ impl<B: Engine> ExpertTap<'_, B> {
         &self,
         stream: &Stream<B>,
         experts: Range<usize>,
-    ) -> Result<Vec<Grams<B>>, FormatError> {
-        let chunks: Vec<_> = stream.chunks.iter().enumerate().collect();
-        let lane = chunks.len().div_ceil(B::LANES);
-        let lanes = || chunks.chunks(lane).collect();
-        let sums = map_lanes::<B, _, _>(lanes(), |chunks| self.routed(chunks, experts.clone()));
-        let sums = added(sums)?;
+    ) -> Result<Vec<Grams<B>>, RunError> {
+        let sums = lane_sums(
+            stream,
+            self.ranks.share(),
+            &|chunks: &LaneChunks<'_, B>| self.routed(chunks, experts.clone()),
+            &added,
+        )?;
+        let sums = self.over_ranks(stream, sums, experts.len())?;
         let features = self.block.spec().in_features(self.tap) as f64;
         let all = self.tokens == ExpertTokens::All;
         let few = |sums: &GramSums<B>| (sums.tokens as f64) < PLENTY * features;
@@ -74,11 +80,20 @@ impl<B: Engine> ExpertTap<'_, B> {
         let borrowed: Vec<Option<Tensor<B, 2>>> = match borrows.is_empty() {
             true => Vec::new(),
             false => {
-                let tokens: usize = stream.chunks.iter().map(|chunk| chunk.shape()[1]).sum();
+                let tokens = stream.chunks.iter().map(|chunk| chunk.shape()[1]).sum();
+                let tokens = count_ranks(tokens, self.ranks)?;
                 let step = if all { 1 } else { (tokens / BORROWED).max(1) };
-                let sums =
-                    map_lanes::<B, _, _>(lanes(), |chunks| self.sampled(chunks, &borrows, step));
-                let sums = added(sums)?.into_iter();
+                let borrowing = match self.block.spec().dispatches(self.tap) {
+                    true => &borrows[..1],
+                    false => &borrows[..],
+                };
+                let sums = lane_sums(
+                    stream,
+                    self.ranks.share(),
+                    &|chunks: &LaneChunks<'_, B>| self.sampled(chunks, borrowing, step),
+                    &added,
+                )?;
+                let sums = self.over_ranks(stream, sums, borrowing.len())?.into_iter();
                 sums.map(|sums| Some(sums.finish()?.all)).collect()
             }
         };
@@ -107,6 +122,20 @@ impl<B: Engine> ExpertTap<'_, B> {
         Ok(grams.collect())
     }
 
+    /// Adds up all ranks' sums for so many experts, on each.
+    fn over_ranks(
+        &self,
+        stream: &Stream<B>,
+        sums: Option<Vec<GramSums<B>>>,
+        experts: usize,
+    ) -> Result<Vec<GramSums<B>>, RunError> {
+        let n = self.block.spec().in_features(self.tap);
+        let none = || (0..experts).map(|_| GramSums::default()).collect();
+        let sums = sums.unwrap_or_else(none).into_iter();
+        let sums = sums.map(|it| it.over_ranks(n, stream.hidden, self.ranks, self.device));
+        Ok(sums.collect::<Result<_, _>>()?)
+    }
+
     /// The states of a chunk before the tap.
     fn flow(&self, chunk: &Chunk<B>) -> Result<Flow<B>, FormatError> {
         let flow = chunk.flow(self.device)?;
@@ -119,7 +148,7 @@ impl<B: Engine> ExpertTap<'_, B> {
     /// Sums over the tokens that the router gives to each of `experts`.
     fn routed(
         &self,
-        chunks: &[(usize, &Chunk<B>)],
+        chunks: &LaneChunks<'_, B>,
         experts: Range<usize>,
     ) -> Result<Vec<GramSums<B>>, FormatError> {
         let mut sums: Vec<GramSums<B>> = experts.clone().map(|_| GramSums::default()).collect();
@@ -146,18 +175,13 @@ impl<B: Engine> ExpertTap<'_, B> {
         Ok(sums)
     }
 
-    /// Sums over every `step`-th token of each chunk, whoever it is given to, for each of `experts`; the first alone
-    /// where all take the same.
+    /// Sums over every `step`-th token of each chunk, whoever it is given to, for each of `experts`.
     fn sampled(
         &self,
-        chunks: &[(usize, &Chunk<B>)],
+        chunks: &LaneChunks<'_, B>,
         experts: &[usize],
         step: usize,
     ) -> Result<Vec<GramSums<B>>, FormatError> {
-        let experts = match self.block.spec().dispatches(self.tap) {
-            true => &experts[..1],
-            false => experts,
-        };
         let mut sums: Vec<GramSums<B>> = experts.iter().map(|_| GramSums::default()).collect();
         for &(_, chunk) in chunks {
             let flow = self.flow(chunk)?;
@@ -249,14 +273,9 @@ struct DenseExperts<B: Engine> {
     end: Option<Tensor<B, 2>>,
 }
 
-/// Adds up the lanes' sums, expert by expert.
-fn added<B: Engine>(
-    lanes: Vec<Result<Vec<GramSums<B>>, FormatError>>,
-) -> Result<Vec<GramSums<B>>, FormatError> {
-    let lanes = lanes.into_iter().collect::<Result<Vec<_>, _>>()?;
-    let sums = lanes.into_iter();
-    let sum = sums.reduce(|sums, lane| sums.into_iter().zip(lane).map(|(a, b)| a + b).collect());
-    Ok(sum.expect("a stream has at least one chunk"))
+/// Adds up two lanes' sums, expert by expert.
+fn added<B: Engine>(sums: Vec<GramSums<B>>, lane: Vec<GramSums<B>>) -> Vec<GramSums<B>> {
+    sums.into_iter().zip(lane).map(|(a, b)| a + b).collect()
 }
 
 /// Joins an expert's own sums with what it borrows, with `tokens` for each feature.

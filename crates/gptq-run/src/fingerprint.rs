@@ -10,9 +10,11 @@ use gptq_format::{
 };
 use gptq_kernels::Device;
 use gptq_plan::{Fingerprint, Plan, Propagation};
+use gptq_ranks::{Collective, host};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::sources;
+use crate::{RunError, sources};
 
 /// Key of the sample digest of the model's tensors.
 pub(crate) const WEIGHTS: &str = "model.weights";
@@ -83,6 +85,68 @@ impl Fingerprints {
             embedding: sources::embedding(checkpoint, &plan.config)?,
         })
     }
+}
+
+/// Values that the ranks of one run have in common.
+#[derive(Serialize, Deserialize)]
+struct Common {
+    host: String,
+    print: Fingerprint,
+}
+
+impl Fingerprints {
+    /// Compares those of all ranks with rank 0's.
+    ///
+    /// # Errors
+    /// On rank 0, the first that has another, with the difference.
+    pub(crate) fn compare(&self, ranks: &dyn Collective) -> Result<(), RunError> {
+        if ranks.share().size == 1 {
+            return Ok(());
+        }
+        let mut print = Fingerprint::default();
+        print.add("run", &serde_json::to_value(&self.run).unwrap_or_default());
+        print.add(
+            "branches",
+            &serde_json::to_value(&self.branches).unwrap_or_default(),
+        );
+        print.add("cpu", &json!(instructions()));
+        let host = host();
+        let own = Common { host, print };
+        let text = serde_json::to_vec(&own).expect("plain values always serialize");
+        for (rank, text) in ranks.gather(text)?.iter().enumerate().skip(1) {
+            let other: Option<Common> = serde_json::from_slice(text).ok();
+            let (host, difference) = match other {
+                None => (String::new(), Some("another version of gptq".to_owned())),
+                Some(other) => (other.host, own.print.difference(&other.print)),
+            };
+            if let Some(difference) = difference {
+                return Err(RunError::OtherRank {
+                    rank,
+                    host,
+                    difference,
+                });
+            }
+        }
+        // The others wait for rank 0's word.
+        ranks.broadcast(Vec::new())?;
+        Ok(())
+    }
+}
+
+/// The processor's instructions that products choose their order of sums by.
+fn instructions() -> Vec<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    let known = [
+        ("avx2", std::arch::is_x86_feature_detected!("avx2")),
+        ("fma", std::arch::is_x86_feature_detected!("fma")),
+        ("avx512f", std::arch::is_x86_feature_detected!("avx512f")),
+    ];
+    #[cfg(not(target_arch = "x86_64"))]
+    let known: [(&str, bool); 0] = [];
+    known
+        .into_iter()
+        .filter_map(|(name, has)| has.then_some(name))
+        .collect()
 }
 
 /// `card` is the device's name if there are several kinds: another device may sum in another order.

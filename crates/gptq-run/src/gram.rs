@@ -8,14 +8,18 @@ use std::time::Instant;
 
 use burn::tensor::Tensor;
 use gptq_format::FormatError;
-use gptq_kernels::{Engine, map_lanes};
+use gptq_kernels::Engine;
 use gptq_model::Block;
+use gptq_ranks::{Collective, RankError};
 use gptq_spec::BlockSpec;
 
+use crate::RunError;
+use crate::lanes::{LaneChunks, Part, count_ranks, lane_sums, sum_ranks};
 use crate::profile::{Clock, Phase, timed};
 use crate::stream::{Chunk, Stream};
 
 /// The dense model's states of every `step`-th chunk.
+#[derive(Clone)]
 pub(crate) struct Dense<B: Engine> {
     step: usize,
     /// States before each tap of the block that was entered last.
@@ -30,6 +34,15 @@ impl<B: Engine> Dense<B> {
             step,
             before: Vec::new(),
             end: states,
+        }
+    }
+
+    /// Returns the same with other states before the first tap and after the last, and none between.
+    pub(crate) fn of(&self, start: Stream<B>, end: Stream<B>) -> Self {
+        Dense {
+            step: self.step,
+            before: vec![start],
+            end,
         }
     }
 
@@ -64,7 +77,7 @@ impl<B: Engine> Dense<B> {
     /// Returns the place among its own chunks of chunk `chunk` of the branches, where there is one.
     fn place(&self, chunk: usize) -> Option<usize> {
         let own = chunk.is_multiple_of(self.step);
-        own.then_some(chunk / self.step)
+        own.then(|| chunk / self.step - self.end.span.first)
     }
 
     /// Returns chunk `chunk` of the branches' before `tap`, where there is one.
@@ -141,41 +154,45 @@ pub(crate) fn grams<B: Engine>(
     block: &Block<B>,
     taps: Range<usize>,
     dense: Option<&Dense<B>>,
-    device: &B::Device,
+    (ranks, device): (&dyn Collective, &B::Device),
     clock: &mut Clock,
-) -> Result<Vec<Option<TapGrams<B>>>, FormatError> {
+) -> Result<Vec<Option<TapGrams<B>>>, RunError> {
     let started = Instant::now();
-    let chunks: Vec<_> = stream.chunks.iter().enumerate().collect();
     let spec = block.spec();
     let tap = TapReader {
         block,
         makes_up: makes_up(spec, taps.clone()),
-        taps,
+        taps: taps.clone(),
         dense,
         device,
         wait: clock.waits(),
     };
-    let lane = chunks.len().div_ceil(B::LANES);
-    let lanes = map_lanes::<B, _, _>(chunks.chunks(lane).collect(), |chunks| tap.lane(chunks));
-    let lanes = lanes.into_iter().collect::<Result<Vec<_>, FormatError>>()?;
-    let [forward, gram] = lanes
-        .iter()
-        .fold([0.0; 2], |[f, g], lane| [f + lane.forward, g + lane.gram]);
-    let sums = lanes
-        .into_iter()
-        .map(|lane| lane.sums)
-        .reduce(|sums, lane| sums.into_iter().zip(lane).map(|(a, b)| a + b).collect())
-        .expect("a stream has at least one chunk");
-    let grams = sums.into_iter().map(|sums| {
-        let of = vec![sums.finish()?];
-        Some(TapGrams { first: 0, of })
-    });
-    let grams = grams.collect();
+    let lanes = lane_sums(
+        stream,
+        ranks.share(),
+        &|chunks: &LaneChunks<'_, B>| tap.lane(chunks),
+        &Lane::and,
+    )?;
+    let lanes = lanes.unwrap_or_else(|| Lane::none(taps.len()));
+    let (forward, gram) = (lanes.forward, lanes.gram);
     // Lanes run at the same time: their shares of it, not their sums.
     let seconds = started.elapsed().as_secs_f64();
     let share = forward / (forward + gram).max(f64::MIN_POSITIVE);
     clock.add(Phase::Forward, seconds * share);
     clock.add(Phase::Gram, seconds * (1.0 - share));
+    let mut grams = Vec::with_capacity(taps.len());
+    for (sums, tap) in lanes.sums.into_iter().zip(taps) {
+        grams.push(match spec.experts_at(tap) {
+            Some(_) => None,
+            None => {
+                let of = sums.over_ranks(spec.in_features(tap), stream.hidden, ranks, device)?;
+                of.finish().map(|of| TapGrams {
+                    first: 0,
+                    of: vec![of],
+                })
+            }
+        });
+    }
     Ok(grams)
 }
 
@@ -292,6 +309,35 @@ impl<B: Engine> GramSums<B> {
         add_each(std::slice::from_mut(self), &starts, x, None, dense);
     }
 
+    /// Adds up all ranks' sums over inputs of `n` features, on each.
+    pub(crate) fn over_ranks(
+        self,
+        n: usize,
+        hidden: usize,
+        ranks: &dyn Collective,
+        device: &B::Device,
+    ) -> Result<Self, RankError> {
+        if ranks.share().size == 1 {
+            return Ok(self);
+        }
+        let (gram, cross, residual) = match self.apart {
+            Some(sums) => (Some(sums.gram), Some(sums.cross), sums.residual),
+            None => (None, None, None),
+        };
+        let sum = |own, part, rows| sum_ranks(own, part, [rows, n], ranks, device);
+        let (gram, cross) = (sum(gram, Part::Upper, n)?, sum(cross, Part::Whole, n)?);
+        let residual = sum(residual, Part::Whole, hidden)?;
+        Ok(GramSums {
+            apart: gram.zip(cross).map(|(gram, cross)| Drift {
+                gram,
+                cross,
+                residual,
+            }),
+            rest: sum(self.rest, Part::Upper, n)?,
+            tokens: count_ranks(self.tokens, ranks)?,
+        })
+    }
+
     /// Returns the sums; `None` if nothing was added.
     pub(crate) fn finish(self) -> Option<Grams<B>> {
         let of_dense = self.apart.as_ref().map(|sums| sums.gram.clone());
@@ -329,6 +375,26 @@ struct Lane<B: Engine> {
     gram: f64,
 }
 
+impl<B: Engine> Lane<B> {
+    /// The results of no chunk, for so many taps.
+    fn none(taps: usize) -> Self {
+        Lane {
+            sums: (0..taps).map(|_| GramSums::default()).collect(),
+            forward: 0.0,
+            gram: 0.0,
+        }
+    }
+
+    fn and(self, other: Self) -> Self {
+        let sums = self.sums.into_iter().zip(other.sums);
+        Lane {
+            sums: sums.map(|(a, b)| a + b).collect(),
+            forward: self.forward + other.forward,
+            gram: self.gram + other.gram,
+        }
+    }
+}
+
 /// Reads the inputs of some taps in a block.
 struct TapReader<'a, B: Engine> {
     block: &'a Block<B>,
@@ -342,16 +408,12 @@ struct TapReader<'a, B: Engine> {
 
 impl<B: Engine> TapReader<'_, B> {
     /// [`grams`] over some of the chunks.
-    fn lane(&self, chunks: &[(usize, &Chunk<B>)]) -> Result<Lane<B>, FormatError> {
+    fn lane(&self, chunks: &LaneChunks<'_, B>) -> Result<Lane<B>, FormatError> {
         let taps = || self.taps.clone();
         let spec = self.block.spec();
         let mut sums: Vec<GramSums<B>> = taps().map(|_| GramSums::default()).collect();
         if taps().all(|tap| spec.experts_at(tap).is_some()) {
-            return Ok(Lane {
-                sums,
-                forward: 0.0,
-                gram: 0.0,
-            });
+            return Ok(Lane::none(sums.len()));
         }
         let (mut forward, mut gram) = (0.0, 0.0);
         for &(at, chunk) in chunks {

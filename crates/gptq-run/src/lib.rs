@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod agreement;
 mod block_loop;
 mod branch_progress;
 mod branch_writer;
@@ -16,13 +17,16 @@ mod expert_errors;
 mod expert_grams;
 mod fingerprint;
 mod finish;
+mod gathered;
 mod gram;
 mod hidden_range;
 mod journal;
+mod lanes;
 mod linear_errors;
 mod measure;
 mod model_files;
 mod moved;
+mod on_threads;
 mod options;
 mod output_errors;
 mod probe;
@@ -31,20 +35,24 @@ mod quantize;
 mod read_ahead;
 mod replay;
 mod resume;
+mod row_parts;
 mod run;
 mod saved_states;
 mod scratch;
 mod solve;
+mod solve_tuned;
 mod sources;
 mod states;
 mod stream;
 mod tuning;
 mod tuning_loss;
+mod tuning_states;
 mod write_behind;
 
 pub use error::RunError;
 pub use event::Event;
 pub use hidden_range::Overflow;
+pub use on_threads::quantize_on_threads;
 pub use options::RunOptions;
 pub use profile::{Phase, Profile};
 pub use quantize::{Outcome, quantize};

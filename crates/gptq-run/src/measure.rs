@@ -10,20 +10,20 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread::scope;
 
-use gptq_kernels::{Engine, dtype};
+use gptq_kernels::Engine;
 use gptq_model::Model;
 use gptq_plan::{
-    BranchPlan, Budget, Choice, Method, ModuleOverride, Numerics, Places, Plan, PlanError,
-    Propagation, RecordedRun, apply_allocation, open_groups, spend_budget,
+    Allocation, BranchPlan, Budget, Choice, Method, ModuleOverride, Numerics, Places, Plan,
+    PlanError, Propagation, apply_allocation, open_groups, spend_budget,
 };
+use gptq_ranks::Collective;
 
 use crate::block_loop::BlockLoop;
-use crate::chunking::chunking;
 use crate::probe::Probe;
 use crate::profile::Clock;
 use crate::read_ahead::read_ahead;
 use crate::scratch::Scratch;
-use crate::states::States;
+use crate::states::{States, embed};
 use crate::{Event, RunError};
 
 /// Probes use every `SHARE`-th window, or more of them if that leaves fewer than [`LEAST`].
@@ -34,6 +34,7 @@ const LEAST: usize = 8;
 /// A pass of probes over the blocks.
 pub(crate) struct Measuring<'a, B: Engine> {
     pub(crate) model: &'a Model<B>,
+    pub(crate) ranks: &'a dyn Collective,
     pub(crate) clock: &'a mut Clock,
     pub(crate) frugal: bool,
     pub(crate) check: &'a mut dyn FnMut() -> Result<(), RunError>,
@@ -57,21 +58,19 @@ impl<B: Engine> Measuring<'_, B> {
         let mut probe = Probe {
             plan: probes,
             model,
+            ranks: self.ranks,
             moved: vec![BTreeMap::new(); probes.branches.len()],
             on_event: self.on_event,
         };
         scope(|scope| {
             let blocks = read_ahead(scope, model, 0);
-            let flows = model.flows(
-                windows,
-                chunking::<B>().windows(plan.calibration.seq_len),
-                dtype(model.state_half()),
-            )?;
-            let mut states = States::begin(probes, flows, places, scratch, None)?;
+            let embedded = embed(model, windows, plan.calibration.seq_len, self.ranks)?;
+            let mut states = States::begin(probes, embedded, places, scratch, None)?;
             self.clock.add_start();
             let mut pass = BlockLoop {
                 plan: probes,
                 model,
+                ranks: self.ranks,
                 clock: self.clock,
                 frugal: self.frugal,
                 gram_bytes: places.gram_bytes,
@@ -97,12 +96,15 @@ pub(crate) fn windows(all: &[Vec<u32>]) -> Vec<Vec<u32>> {
 ///
 /// # Errors
 /// Its journal does not say how.
-pub(crate) fn recorded(plan: &Plan, recorded: &RecordedRun) -> Result<Vec<BranchPlan>, RunError> {
+pub(crate) fn recorded(
+    plan: &Plan,
+    allocations: &BTreeMap<String, Allocation>,
+) -> Result<Vec<BranchPlan>, RunError> {
     let settled = |branch: &BranchPlan| {
         if !branch.is_open() {
             return Ok(branch.clone());
         }
-        let allocation = recorded.header.allocations.get(&branch.name);
+        let allocation = allocations.get(&branch.name);
         let settled = allocation.and_then(|it| apply_allocation(branch, it, &plan.config));
         settled.ok_or_else(|| {
             let path = plan.output.clone();

@@ -4,7 +4,9 @@ use burn::tensor::{DType, Tensor};
 use gptq_format::FormatError;
 use gptq_kernels::{Engine, map_lanes};
 use gptq_model::Block;
+use gptq_ranks::Collective;
 
+use crate::RunError;
 use crate::profile::{Clock, Phase};
 use crate::stream::Stream;
 
@@ -23,10 +25,12 @@ pub(crate) fn moved<B: Engine>(
     block: &Block<B>,
     quantized: &Block<B>,
     from: usize,
-    device: &B::Device,
+    (ranks, device): (&dyn Collective, &B::Device),
     clock: &mut Clock,
-) -> Result<f64, FormatError> {
-    let chunks: Vec<_> = stream.chunks.iter().step_by(SHARE).collect();
+) -> Result<f64, RunError> {
+    let chunks = (stream.span.first..).zip(&stream.chunks);
+    let chunks = chunks.filter(|(at, _)| at.is_multiple_of(SHARE));
+    let chunks: Vec<_> = chunks.map(|(_, chunk)| chunk).collect();
     let moved = clock.measure::<B, _>(Phase::Forward, device, || {
         map_lanes::<B, _, _>(chunks, |chunk| {
             let flow = chunk.flow(device)?;
@@ -42,11 +46,22 @@ pub(crate) fn moved<B: Engine>(
             Ok((f64::from(sum), tokens))
         })
     });
-    let moved = moved.into_iter().collect::<Result<Vec<_>, FormatError>>()?;
-    let (sum, tokens) = (moved.into_iter()).fold((0.0, 0), |(sum, n), (moved, tokens)| {
-        (sum + moved, n + tokens)
-    });
-    let mean = sum / tokens as f64;
+    let moved = moved
+        .into_iter()
+        .collect::<Result<Vec<(f64, usize)>, FormatError>>()?;
+    // One by one in their order, so that the sum does not depend on who has which.
+    let own = moved
+        .iter()
+        .flat_map(|(sum, tokens)| [*sum, *tokens as f64]);
+    let own = own.flat_map(f64::to_le_bytes).collect();
+    let all = ranks.all_gather(own)?.concat();
+    let numbers = all
+        .chunks_exact(8)
+        .map(|it| f64::from_le_bytes(it.try_into().expect("eight bytes")));
+    let numbers: Vec<f64> = numbers.collect();
+    let (sum, tokens) =
+        (numbers.chunks_exact(2)).fold((0.0, 0.0), |(sum, n), it| (sum + it[0], n + it[1]));
+    let mean = sum / tokens;
     Ok(if mean.is_finite() { mean } else { LOST })
 }
 /// Returns each row's squared length, `[rows, 1]`.

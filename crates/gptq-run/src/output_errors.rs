@@ -3,7 +3,7 @@
 //! For a linear layer, `‖ŴX̂ - WX‖² / ‖WX‖²` with the dense model's inputs `X` and the branch's own
 //! `X̂`: its rounding error and the error of its inputs together. For a block, the mean over tokens
 //! of `‖ŷ - y‖² / ‖y‖²`, `y` the residual stream at its end. Both use the first tokens of a small
-//! share of the windows ([`Share`]), which run through the dense blocks and each branch's beside
+//! share of the windows ([`Share`](gptq_plan::Share)), which run through the dense blocks and each branch's beside
 //! the run. So the tokens are the same for every preset and propagation, and a branch's bytes do
 //! not depend on them.
 //!
@@ -14,7 +14,6 @@ use burn::tensor::{DType, Tensor};
 use gptq_format::FormatError;
 use gptq_kernels::Engine;
 use gptq_model::Block;
-use gptq_plan::{SHARE, Share};
 
 use crate::expert_errors::{ExpertErrors, SolvedLinear};
 use crate::gram::Dense;
@@ -48,19 +47,13 @@ impl<B: Engine> OutputErrors<B> {
         }
     }
 
-    /// Starts `branches` branches with the embedded windows in `all`.
-    pub(crate) fn begin(
-        all: &Stream<B>,
-        share: Share,
-        branches: usize,
-        device: &B::Device,
-    ) -> Result<Self, FormatError> {
-        let first = all.sample(SHARE, share.tokens, device)?;
+    /// Starts `branches` branches with a sample of the embedded windows.
+    pub(crate) fn begin(first: Stream<B>, branches: usize) -> Self {
         let own = (0..branches).map(|branch| Stream {
             branches: vec![branch],
             ..first.clone()
         });
-        Ok(OutputErrors::new(first.clone(), own.collect()))
+        OutputErrors::new(first.clone(), own.collect())
     }
 
     /// Runs the next block of the dense model; with `solving`, prepares the comparison of its

@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use gptq_kernels::Engine;
 use gptq_model::{Block, Model};
 use gptq_plan::Plan;
+use gptq_ranks::Collective;
 
 use crate::block_loop::{At, Strategy};
 use crate::gram::TapGrams;
 use crate::moved::moved;
 use crate::output_errors::OutputErrors;
 use crate::profile::Clock;
-use crate::solve::{SolvedTap, solve};
+use crate::solve::{Quantized, SolvedTap, solve};
 use crate::states::States;
 use crate::stream::Stream;
 use crate::{Event, RunError};
@@ -20,6 +21,7 @@ use crate::{Event, RunError};
 pub(crate) struct Probe<'a, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
+    pub(crate) ranks: &'a dyn Collective,
     /// Change of the block's output in each branch, by block and tap, as [`moved`] computes it.
     pub(crate) moved: Vec<BTreeMap<(usize, usize), f64>>,
     pub(crate) on_event: &'a mut dyn FnMut(Event<'_>),
@@ -39,7 +41,15 @@ impl<B: Engine> Strategy<B> for Probe<'_, B> {
         clock: &mut Clock,
     ) -> Result<(), RunError> {
         let grams = grams.expect("the loop has Gram matrices for whom solves");
-        let solved = solve(self.plan, self.model, at, grams, block, clock)?;
+        let solved = match solve(self.plan, self.model, at, grams, block, self.ranks, clock)? {
+            Quantized::Solved(solved) => solved,
+            Quantized::Weights(weights) => {
+                for (linear, weight) in weights {
+                    block.set_weight(linear, weight);
+                }
+                return Ok(());
+            }
+        };
         for SolvedTap {
             linears, subset, ..
         } in solved
@@ -60,7 +70,14 @@ impl<B: Engine> Strategy<B> for Probe<'_, B> {
         clock: &mut Clock,
     ) -> Result<(), RunError> {
         let device = self.model.device();
-        let distance = moved(stream, dense, quantized, at.tap, device, clock)?;
+        let distance = moved(
+            stream,
+            dense,
+            quantized,
+            at.tap,
+            (self.ranks, device),
+            clock,
+        )?;
         self.moved[at.branch].insert((at.layer, at.tap), distance);
         Ok(())
     }

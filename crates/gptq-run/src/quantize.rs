@@ -10,8 +10,13 @@ use gptq_calibration::{Calibration, TextTokenizer};
 use gptq_format::{Checkpoint, FormatError, OutputLock, StagedDir};
 use gptq_kernels::{Device, DeviceError, Engine, Work, dtype};
 use gptq_model::Model;
-use gptq_plan::{BranchPlan, BranchReport, Header, Origin, Places, Plan, RecordedRun};
+use gptq_plan::{
+    Allocation, BranchPlan, BranchReport, Fingerprint, Header, Origin, Places, Plan, RecordedRun,
+    SHARE,
+};
+use gptq_ranks::Collective;
 
+use crate::agreement::{agreed, told};
 use crate::branch_writer::BranchWriter;
 use crate::chunking::chunking;
 use crate::disk_space;
@@ -21,11 +26,13 @@ use crate::journal::Journal;
 use crate::measure::{self, Measuring};
 use crate::model_files::ModelHash;
 use crate::options::{RunOptions, check_stop};
-use crate::profile::{Clock, Profile};
+use crate::profile::{Clock, Profile, TimedRanks};
 use crate::read_ahead::read_ahead;
-use crate::resume::{Restored, WorkLeft, date_told, discard};
+use crate::resume::{Pass, Restored, WorkLeft, date_told, discard};
 use crate::run::Run;
 use crate::scratch::Scratch;
+use crate::states::{Sample, embed};
+use crate::stream::{Span, Stream};
 use crate::write_behind::WriteBehind;
 use crate::{Event, RunError};
 
@@ -36,11 +43,14 @@ pub struct Outcome {
     pub reports: Vec<BranchReport>,
     /// Times of the run's parts.
     pub profile: Profile,
-    /// Keeps others from the output directory for as long as the branches are still worked on.
-    pub lock: OutputLock,
+    /// The same of the other ranks, in their order.
+    pub others: Vec<Profile>,
+    /// Keeps others from the output directory for as long as the branches are still worked on; held by rank 0.
+    pub lock: Option<OutputLock>,
 }
 
-/// Carries the plan out on `device`: one load, one tokenisation, one pass over the blocks, every
+/// Carries the plan out on `device`, as the only rank or one of several that are given the same plan and come to this
+/// call, each with a device: one load, one tokenisation, one pass over the blocks, every
 /// branch written. Branches that are finished are left as they are, and a run that was stopped goes
 /// on from its last finished block.
 ///
@@ -50,15 +60,36 @@ pub struct Outcome {
 pub fn quantize(
     plan: &Plan,
     device: Device,
+    ranks: &dyn Collective,
+    options: RunOptions<'_>,
+    on_event: &mut dyn FnMut(Event<'_>),
+) -> Result<Outcome, RunError> {
+    let done = on_rank(plan, device, ranks, options, on_event);
+    if let Err(error) = &done {
+        ranks.end(error.cause());
+    }
+    done
+}
+
+/// The part of [`quantize`] whose errors the other ranks are told.
+fn on_rank(
+    plan: &Plan,
+    device: Device,
+    ranks: &dyn Collective,
     options: RunOptions<'_>,
     on_event: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome, RunError> {
     let clock = Clock::new(options.profile);
+    let ranks = TimedRanks {
+        ranks,
+        times: clock.ranks(),
+    };
     let device = device.resolve()?;
     let mut budget = options.device_memory;
     let work = Quantize {
         plan,
         device,
+        ranks: &ranks,
         options,
         clock,
         budget: &mut budget,
@@ -77,6 +108,7 @@ pub fn quantize(
 struct Quantize<'a> {
     plan: &'a Plan,
     device: Device,
+    ranks: &'a dyn Collective,
     options: RunOptions<'a>,
     clock: Clock,
     /// Device memory in bytes; filled in with what is free.
@@ -96,12 +128,15 @@ impl Work for Quantize<'_> {
     type Output = Result<Outcome, RunError>;
 
     fn run<B: Engine>(mut self, device: B::Device) -> Self::Output {
-        let plan = self.plan;
-        let lock = OutputLock::acquire(&plan.output)?;
-        if !lock.is_exclusive() {
+        let (plan, ranks) = (self.plan, self.ranks);
+        let lock = match ranks.is_root() {
+            true => Some(OutputLock::acquire(&plan.output)?),
+            false => None,
+        };
+        if lock.as_ref().is_some_and(|lock| !lock.is_exclusive()) {
             (self.on_event)(Event::NotLocked { dir: &plan.output });
         }
-        for branch in &plan.branches {
+        for branch in plan.branches.iter().filter(|_| ranks.is_root()) {
             StagedDir::check(&plan.branch_dir(branch))?;
         }
         *self.budget = self.budget.or_else(|| B::free_memory(&device));
@@ -109,6 +144,7 @@ impl Work for Quantize<'_> {
         let shared = B::free_memory(&device).is_none();
         let places = Places::new(
             plan,
+            ranks.share().size,
             chunking::<B>(),
             *self.budget,
             self.options.host_memory,
@@ -117,8 +153,16 @@ impl Work for Quantize<'_> {
         let model = Model::<B>::open(&plan.model_dir, &device)?.taken_in(plan.half);
         let tokenizer = TextTokenizer::load(&plan.model_dir)?;
         let mut settings = plan.calibration.clone();
-        if settings.date.is_none() && !self.options.restart {
+        if settings.date.is_none() && !self.options.restart && ranks.is_root() {
             settings.date = date_told(plan)?;
+        }
+        if ranks.share().size > 1 {
+            // A template that asks for the date is to be told one.
+            let date = settings
+                .date
+                .take()
+                .or_else(|| Some(gptq_calibration::now()));
+            settings.date = told(ranks, date)?;
         }
         let calibration = Calibration::draw(&settings, &tokenizer)?;
         (self.on_event)(Event::Calibrated {
@@ -126,10 +170,20 @@ impl Work for Quantize<'_> {
         });
         let (checkpoint, card) = (model.checkpoint(), B::device_name(&device));
         let prints = Fingerprints::new(plan, &calibration, checkpoint, self.device, card)?;
+        prints.compare(ranks)?;
+        let places = agreed(places, ranks)?;
         let mut model_hash = ModelHash::new(checkpoint, model.config(), plan.half);
-        let mut found = WorkLeft::look(plan, checkpoint, &prints, &mut model_hash, &self.options)?;
-        if !found.passes.is_empty() {
+        let mut found = match ranks.is_root() {
+            true => WorkLeft::look(plan, checkpoint, &prints, &mut model_hash, &self.options)?,
+            false => WorkLeft::none(plan),
+        };
+        if ranks.is_root() && !found.passes.is_empty() {
             model_hash.begin();
+        }
+        let passes: Vec<&[usize]> = found.passes.iter().map(|pass| &pass.branches[..]).collect();
+        let passes: Vec<Vec<usize>> = told(ranks, &passes)?;
+        if !ranks.is_root() {
+            found.passes = passes.into_iter().map(|it| Pass::new(it, None)).collect();
         }
         let unfinished = found.passes.iter().any(|pass| pass.recorded.is_some());
         let inputs = Inputs {
@@ -151,13 +205,13 @@ impl Work for Quantize<'_> {
                 (self.on_event)(Event::AlreadyFinished { branch, report });
             }
         }
-        if !unfinished {
+        if !unfinished && ranks.is_root() {
             discard(plan)?;
         }
         let missing: Vec<usize> = (found.passes.iter())
             .flat_map(|pass| pass.branches.iter().copied())
             .collect();
-        if !missing.is_empty() {
+        if !missing.is_empty() && ranks.is_root() {
             let (scratch, states) = (self.options.scratch, inputs.places.disk_bytes);
             disk_space::check(&plan.only(&missing), scratch, states)?;
         }
@@ -167,9 +221,17 @@ impl Work for Quantize<'_> {
                 found.finished[branch] = Some(report);
             }
         }
+        let profiles = ranks.gather(self.clock.profile().to_bytes())?;
+        let others = profiles
+            .iter()
+            .skip(1)
+            .map(|it| Profile::of_bytes(it))
+            .collect();
+        ranks.leave()?;
         Ok(Outcome {
             reports: found.finished.into_iter().flatten().collect(),
             profile: self.clock.profile(),
+            others,
             lock,
         })
     }
@@ -191,6 +253,9 @@ impl Quantize<'_> {
             self.blocks(inputs, model_hash, &plan, branches, recorded)
         });
         let plan = &plan;
+        if !self.ranks.is_root() {
+            return done;
+        }
         if done.is_ok() {
             Journal::remove(&plan.output)?;
             return done;
@@ -204,9 +269,9 @@ impl Quantize<'_> {
             let _ = discard(plan);
         }
         match done {
-            Err(RunError::Stopped { layers, .. }) => Err(RunError::Stopped {
+            Err(RunError::Stopped { .. }) => Err(RunError::Stopped {
                 done: finished,
-                layers,
+                layers: plan.config.layers,
             }),
             other => other,
         }
@@ -224,24 +289,33 @@ impl Quantize<'_> {
         if !plan.branches.iter().any(BranchPlan::is_open) {
             return Ok(plan.branches.clone());
         }
-        let settled = match recorded {
-            Some(recorded) => measure::recorded(plan, recorded)?,
+        let recorded = recorded.map(|recorded| &recorded.header.allocations);
+        let recorded: Option<BTreeMap<String, Allocation>> = told(self.ranks, recorded)?;
+        let settled = match &recorded {
+            Some(allocations) => measure::recorded(plan, allocations)?,
             None => {
                 // Before there is work to lose.
-                disk_space::check(plan, self.options.scratch, inputs.places.disk_bytes)?;
+                if self.ranks.is_root() {
+                    disk_space::check(plan, self.options.scratch, inputs.places.disk_bytes)?;
+                }
                 let windows = measure::windows(&inputs.calibration.windows);
                 let probes = measure::probes(plan, windows.len());
                 let host = self.options.host_memory;
                 let shared = B::free_memory(inputs.model.device()).is_none();
-                let places = Places::new(&probes, chunking::<B>(), *self.budget, host, shared)?;
+                let size = self.ranks.share().size;
+                let places =
+                    Places::new(&probes, size, chunking::<B>(), *self.budget, host, shared)?;
+                let places = agreed(places, self.ranks)?;
                 let scratch = self.scratch(plan, &places)?;
-                let (stop, layers) = (self.options.stop, plan.config.layers);
+                let (ranks, stop, layers) = (self.ranks, self.options.stop, plan.config.layers);
                 let measuring = Measuring {
                     model: &inputs.model,
+                    ranks: self.ranks,
                     clock: &mut self.clock,
                     frugal: self.options.device_memory.is_some(),
                     check: &mut || {
                         check_stop(stop, layers)?;
+                        ranks.check()?;
                         model_hash.check()
                     },
                     on_event: self.on_event,
@@ -262,9 +336,16 @@ impl Quantize<'_> {
 
     /// Creates the scratch file for hidden states that do not fit in memory, if there are any.
     fn scratch(&self, plan: &Plan, places: &Places) -> Result<Option<Arc<Scratch>>, FormatError> {
+        // Other ranks may have a host that cannot write there.
+        let elsewhere = std::env::temp_dir();
+        let usual = if self.ranks.is_root() {
+            &plan.output
+        } else {
+            &elsewhere
+        };
         match places.disk_bytes {
             0 => Ok(None),
-            _ => Scratch::create(self.options.scratch.unwrap_or(&plan.output)).map(Some),
+            _ => Scratch::create(self.options.scratch.unwrap_or(usual)).map(Some),
         }
     }
 
@@ -282,58 +363,66 @@ impl Quantize<'_> {
             .collect();
         let names: Vec<String> = plan.branches.iter().map(|b| b.name.clone()).collect();
         let scratch = self.scratch(plan, &inputs.places)?;
-        let (writers, journal, restored) = match recorded {
-            None => {
-                let writers = plan.branches.iter().map(|b| BranchWriter::create(plan, b));
-                let writers = writers.collect::<Result<Vec<_>, FormatError>>()?;
-                let prints = prints.iter().map(|&print| print.clone());
-                let branches: BTreeMap<_, _> = names.iter().cloned().zip(prints).collect();
-                let spent = plan.branches.iter();
-                let spent = spent.filter_map(|b| Some((b.name.clone(), b.allocation.clone()?)));
-                let header = Header::new(
-                    origin(plan)?,
-                    [inputs.prints.run.clone(), inputs.prints.files.clone()],
-                    inputs.prints.embedding.clone(),
-                    branches,
-                    spent.collect(),
-                );
-                let journal = Journal::create(&plan.output, &header)?;
-                (writers, journal, Restored::none(plan))
+        let (written, restored) = match self.ranks.is_root() {
+            true => {
+                let (written, restored) = self.begin_writing(inputs, plan, &prints, recorded)?;
+                let _: [usize; 2] = told(self.ranks, [restored.layers, restored.first()])?;
+                (Some(written), restored)
             }
-            Some(recorded) => {
-                let journal = Journal::reopen(&plan.output, &recorded)?;
-                let restored = Restored::new(plan, recorded)?;
-                let writers = (plan.branches.iter().zip(&restored.branches))
-                    .map(|(branch, restored)| {
-                        BranchWriter::reopen(plan, branch, &restored.progress.linears)
-                    })
-                    .collect::<Result<Vec<_>, FormatError>>()?;
-                (self.on_event)(Event::Resumed {
-                    layers: restored.layers,
-                    kept: restored.first(),
-                });
-                (writers, journal, restored)
+            false => (None, Restored::of_rank_0(plan, told(self.ranks, [0; 2])?)),
+        };
+        let partials = match (&written, restored.layers) {
+            (None, _) | (_, 0) => Vec::new(),
+            (Some((writers, _)), _) => {
+                (writers.iter().map(|writer| Checkpoint::open(writer.path())))
+                    .collect::<Result<_, _>>()?
             }
         };
-        let partials = match restored.layers {
-            0 => Vec::new(),
-            _ => (writers.iter().map(|writer| Checkpoint::open(writer.path())))
-                .collect::<Result<_, _>>()?,
+        let (model, ranks, on_event) = (&inputs.model, self.ranks, &mut *self.on_event);
+        let windows = &inputs.calibration.windows;
+        let share = plan.share();
+        let sample = |all: &Stream<B>| -> Result<Stream<B>, RunError> {
+            match ranks.share().size {
+                1 => Ok(all.sample(SHARE, share.tokens, model.device())?),
+                // Rank 0 has some of these windows, and takes all of them.
+                _ => {
+                    let picked: Vec<Vec<u32>> = windows.iter().step_by(SHARE).cloned().collect();
+                    let flows = model.flows(&picked, 1, dtype(model.state_half()))?;
+                    let places = &Places::DEVICE;
+                    let span = Span {
+                        first: 0,
+                        of: picked.len(),
+                    };
+                    let all = Stream::new(
+                        flows,
+                        (span, all.hidden),
+                        1,
+                        Vec::new(),
+                        places,
+                        None,
+                        all.keep,
+                    )?;
+                    Ok(all.sample(1, share.tokens, model.device())?)
+                }
+            }
         };
-        let (model, on_event) = (&inputs.model, &mut *self.on_event);
+        let sample: Option<Sample<'_, B>> = match ranks.is_root() {
+            true => Some(&sample),
+            false => None,
+        };
         scope(|scope| {
             let blocks = read_ahead(scope, model, restored.first());
-            let flows = model.flows(
-                &inputs.calibration.windows,
-                chunking::<B>().windows(plan.calibration.seq_len),
-                dtype(model.state_half()),
-            )?;
+            let embedded = embed(model, windows, plan.calibration.seq_len, ranks)?;
             let checkpoint = model.checkpoint();
+            let writer = written.map(|(writers, journal)| {
+                WriteBehind::spawn(scope, writers, checkpoint, journal, names)
+            });
             let run = Run {
                 plan,
                 model,
+                ranks,
                 model_hash,
-                writer: WriteBehind::spawn(scope, writers, checkpoint, journal, names),
+                writer,
                 restored,
                 partials,
                 clock: &mut self.clock,
@@ -347,8 +436,54 @@ impl Quantize<'_> {
                 device: self.device.to_string(),
                 prints,
             };
-            run.carry_out(flows, &inputs.places, scratch.as_ref(), &blocks, about)
+            run.carry_out(
+                embedded,
+                sample,
+                &inputs.places,
+                scratch.as_ref(),
+                &blocks,
+                about,
+            )
         })
+    }
+
+    /// Begins the branches' files and the journal, or goes on with those of an interrupted run.
+    fn begin_writing<B: Engine>(
+        &mut self,
+        inputs: &Inputs<B>,
+        plan: &Plan,
+        prints: &[&Fingerprint],
+        recorded: Option<RecordedRun>,
+    ) -> Result<((Vec<BranchWriter>, Journal), Restored), RunError> {
+        let Some(recorded) = recorded else {
+            let writers = plan.branches.iter().map(|b| BranchWriter::create(plan, b));
+            let writers = writers.collect::<Result<Vec<_>, FormatError>>()?;
+            let names = plan.branches.iter().map(|b| b.name.clone());
+            let branches = names.zip(prints.iter().map(|&print| print.clone()));
+            let spent = plan.branches.iter();
+            let spent = spent.filter_map(|b| Some((b.name.clone(), b.allocation.clone()?)));
+            let header = Header::new(
+                origin(plan)?,
+                [inputs.prints.run.clone(), inputs.prints.files.clone()],
+                inputs.prints.embedding.clone(),
+                branches.collect(),
+                spent.collect(),
+            );
+            let journal = Journal::create(&plan.output, &header)?;
+            return Ok(((writers, journal), Restored::none(plan)));
+        };
+        let journal = Journal::reopen(&plan.output, &recorded)?;
+        let restored = Restored::new(plan, recorded)?;
+        let writers = (plan.branches.iter().zip(&restored.branches))
+            .map(|(branch, restored)| {
+                BranchWriter::reopen(plan, branch, &restored.progress.linears)
+            })
+            .collect::<Result<Vec<_>, FormatError>>()?;
+        (self.on_event)(Event::Resumed {
+            layers: restored.layers,
+            kept: restored.first(),
+        });
+        Ok(((writers, journal), restored))
     }
 }
 

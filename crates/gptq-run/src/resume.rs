@@ -38,6 +38,14 @@ pub(crate) struct Pass {
 }
 
 impl WorkLeft {
+    /// Returns no work, for a rank that rank 0 tells its own.
+    pub(crate) fn none(plan: &Plan) -> WorkLeft {
+        WorkLeft {
+            finished: vec![None; plan.branches.len()],
+            passes: Vec::new(),
+        }
+    }
+
     /// Looks, and changes nothing.
     ///
     /// # Errors
@@ -88,7 +96,7 @@ impl WorkLeft {
 }
 
 impl Pass {
-    fn new(branches: Vec<usize>, recorded: Option<RecordedRun>) -> Self {
+    pub(crate) fn new(branches: Vec<usize>, recorded: Option<RecordedRun>) -> Self {
         Pass { branches, recorded }
     }
 }
@@ -256,6 +264,15 @@ impl Restored {
             layers: 0,
             kept: None,
             branches: branches.collect(),
+        }
+    }
+
+    /// Progress that rank 0 has restored, as it tells the others: so many finished blocks, and the block to begin with.
+    pub(crate) fn of_rank_0(plan: &Plan, [layers, first]: [usize; 2]) -> Self {
+        Restored {
+            layers,
+            kept: (first > 0).then(|| SavedStates::of_rank_0(first)),
+            ..Restored::none(plan)
         }
     }
 

@@ -11,6 +11,7 @@ use gptq_format::Checkpoint;
 use gptq_kernels::Engine;
 use gptq_model::{Flow, Model, ModelError};
 use gptq_plan::{BranchReport, Places, Plan};
+use gptq_ranks::Collective;
 
 use crate::block_loop::BlockLoop;
 use crate::finish::{About, finish};
@@ -21,8 +22,8 @@ use crate::read_ahead::Ahead;
 use crate::replay::Replay;
 use crate::resume::Restored;
 use crate::scratch::Scratch;
-use crate::solve::Solve;
-use crate::states::States;
+use crate::solve::{Solve, SolvedSink};
+use crate::states::{Embedded, Sample, States};
 use crate::write_behind::WriteBehind;
 use crate::{Event, RunError};
 
@@ -30,8 +31,10 @@ use crate::{Event, RunError};
 pub(crate) struct Run<'a, 'scope, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
+    pub(crate) ranks: &'a dyn Collective,
     pub(crate) model_hash: &'a mut ModelHash,
-    pub(crate) writer: WriteBehind<'scope>,
+    /// The writer of rank 0.
+    pub(crate) writer: Option<WriteBehind<'scope>>,
     /// The finished blocks of an interrupted run.
     pub(crate) restored: Restored,
     /// The branches' files, where there is anything to restore.
@@ -44,16 +47,18 @@ pub(crate) struct Run<'a, 'scope, B: Engine> {
 }
 
 impl<B: Engine> Run<'_, '_, B> {
-    /// Takes hidden states through all blocks, and puts every branch in place.
+    /// Takes hidden states through all blocks, and puts every branch in place; there are no reports on other ranks than
+    /// rank 0, which does that.
     pub(crate) fn carry_out(
         mut self,
-        flows: impl Iterator<Item = Result<Flow<B>, ModelError>>,
+        embedded: Embedded<impl Iterator<Item = Result<Flow<B>, ModelError>>>,
+        sample: Option<Sample<'_, B>>,
         places: &Places,
         scratch: Option<&Arc<Scratch>>,
         blocks: &Receiver<Ahead>,
         about: About<'_>,
     ) -> Result<Vec<BranchReport>, RunError> {
-        let (plan, model, stop) = (self.plan, self.model, self.stop);
+        let (plan, model, ranks, stop) = (self.plan, self.model, self.ranks, self.stop);
         let layers = plan.config.layers;
         let last_saved = Instant::now();
         let (first, kept) = (self.restored.first(), self.restored.kept.take());
@@ -61,6 +66,7 @@ impl<B: Engine> Run<'_, '_, B> {
         let mut replay = Replay {
             plan,
             model,
+            ranks,
             restored: &self.restored,
             partials: &self.partials,
             progress: &mut progress,
@@ -74,23 +80,22 @@ impl<B: Engine> Run<'_, '_, B> {
             let mut states = match kept {
                 Some(kept) => {
                     replay.reread(kept.layers)?;
-                    kept.read(plan, places, scratch, model.device())?
+                    kept.read(plan, places, scratch, ranks, model.device())?
                 }
-                None => {
-                    let compare = Some(model.device());
-                    States::begin(plan, flows, places, scratch, compare)?
-                }
+                None => States::begin(plan, embedded, places, scratch, sample)?,
             };
             self.clock.add_start();
             let model_hash = &mut *self.model_hash;
             let mut pass = BlockLoop {
                 plan,
                 model,
+                ranks,
                 clock: self.clock,
                 frugal: self.frugal,
                 gram_bytes: places.gram_bytes,
                 check: &mut || {
                     check_stop(stop, layers)?;
+                    ranks.check()?;
                     model_hash.check()
                 },
             };
@@ -103,7 +108,11 @@ impl<B: Engine> Run<'_, '_, B> {
             let mut solve = Solve {
                 plan,
                 model,
-                sink: &mut self.writer,
+                sink: self
+                    .writer
+                    .as_mut()
+                    .map(|writer| writer as &mut dyn SolvedSink),
+                ranks,
                 progress: &mut progress,
                 save_every: self.save_every,
                 last_saved,
@@ -120,7 +129,10 @@ impl<B: Engine> Run<'_, '_, B> {
             )?;
         }
         let started = Instant::now();
-        let writers = self.writer.finish()?;
+        let Some(writer) = self.writer else {
+            return Ok(Vec::new());
+        };
+        let writers = writer.finish()?;
         let model_files = self.model_hash.wait(stop, layers)?;
         let branches = progress.into_iter().zip(writers);
         let phases = self.clock.profile().phases();

@@ -6,24 +6,24 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Tensor};
-use gptq_kernels::{Engine, HessianOptions, Incoming, Mismatch, Problem, Request, Subset, Tunable};
+use gptq_kernels::{Engine, HessianOptions, Incoming, Mismatch, Problem, Request, Subset};
 use gptq_model::{Block, Model};
 use gptq_plan::{
     BlockReport, BranchBlock, BranchPlan, Clamped, LinearReport, Plan, PlannedLinear, Tuning,
 };
+use gptq_ranks::{Collective, Share};
 
 use crate::block_loop::{At, Strategy};
 use crate::branch_progress::BranchProgress;
 use crate::gram::{Dense, Grams, TapGrams};
 use crate::linear_errors::LinearErrors;
 use crate::moved::squares;
-use crate::options::check_stop;
 use crate::output_errors::OutputErrors;
 use crate::profile::{Clock, Phase};
+use crate::row_parts::{self, Weights};
+use crate::solve_tuned::Waiting;
 use crate::states::States;
 use crate::stream::Stream;
-use crate::tuning::{Tuned, TuningSet, tune};
-use crate::tuning_loss::BlockLoss;
 use crate::{Event, RunError, hidden_range, saved_states};
 use gptq_format::FormatError;
 
@@ -47,11 +47,13 @@ pub(crate) trait SolvedSink {
     ) -> Result<(), FormatError>;
 }
 
-/// Finds weights, hands them to a [`SolvedSink`], and reports them.
+/// Finds weights together with the other ranks; on rank 0, hands them to a [`SolvedSink`] and reports them.
 pub(crate) struct Solve<'a, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
-    pub(crate) sink: &'a mut dyn SolvedSink,
+    /// The sink of rank 0.
+    pub(crate) sink: Option<&'a mut dyn SolvedSink>,
+    pub(crate) ranks: &'a dyn Collective,
     /// Progress of each branch, in the plan's order.
     pub(crate) progress: &'a mut [BranchProgress],
     /// The age of the last saved hidden states at which they are saved again.
@@ -66,14 +68,6 @@ pub(crate) struct Solve<'a, B: Engine> {
     pub(crate) tuning: Option<Tuning>,
 }
 
-/// A solved tap of a branch that is tuned.
-pub(crate) struct Waiting<B: Engine> {
-    tap: usize,
-    solved: SolvedTap<B>,
-    /// `XᵀX` of its input, upper triangle.
-    gram: Tensor<B, 2>,
-}
-
 /// The linears at a tap with their solutions.
 pub(crate) struct SolvedTap<B: Engine> {
     pub(crate) linears: Vec<PlannedLinear>,
@@ -82,24 +76,22 @@ pub(crate) struct SolvedTap<B: Engine> {
     pub(crate) seconds: f64,
 }
 
-/// Returns for each linear layer whether it does anything; waits for the device.
-fn acting<B: Engine>(block: &Block<B>, linears: &[usize], dtype: DType) -> Vec<bool> {
-    if linears.is_empty() {
-        return Vec::new();
-    }
-    let all = linears.iter();
-    let all = all.map(|&linear| acts(block.linear(linear).weight.dense(dtype)));
-    let values = Tensor::cat(all.collect(), 0).into_data();
-    values.iter::<f32>().map(|value| value != 0.0).collect()
-}
-
 /// Returns 1 if a linear layer does anything, 0 if all its weights are zero, `[1, 1]` in f32: a block that adds nothing
 /// to the residual stream is not to make up for others either.
-fn acts<B: Engine>(weight: Tensor<B, 2>) -> Tensor<B, 2> {
+pub(crate) fn acts<B: Engine>(weight: Tensor<B, 2>) -> Tensor<B, 2> {
     squares(weight.cast(DType::F32)).sum_dim(0).sign()
 }
 
+/// Linears at a tap, after a solve that ranks have shared.
+pub(crate) enum Quantized<B: Engine> {
+    /// All that is known of them, on rank 0.
+    Solved(Vec<SolvedTap<B>>),
+    /// Their weights, on other ranks.
+    Weights(Weights<B>),
+}
+
 /// Solves the linears that a branch quantizes at a tap, input by input, but for inputs of which it quantizes none.
+/// Each rank solves its rows, or where an engine's products depend on how many there are, all of them.
 ///
 /// # Errors
 /// A Gram matrix that cannot be factored, or only with more damping than the plan allows.
@@ -109,9 +101,12 @@ pub(crate) fn solve<B: Engine>(
     at: At,
     grams: TapGrams<B>,
     block: &Block<B>,
+    ranks: &dyn Collective,
     clock: &mut Clock,
-) -> Result<Vec<SolvedTap<B>>, RunError> {
+) -> Result<Quantized<B>, RunError> {
     let started = Instant::now();
+    let shared = B::STRIP.filter(|_| ranks.share().size > 1);
+    let rows = shared.map(|strip| (ranks.share(), strip));
     let branch = &plan.branches[at.branch];
     let hessian = HessianOptions {
         act_order: branch.desc_act,
@@ -123,7 +118,7 @@ pub(crate) fn solve<B: Engine>(
         let planned = |linear| branch.planned(at.layer, linear, &spec.linears()[linear]);
         let of: Vec<_> = spec.linears_at(at.tap, input).filter_map(planned).collect();
         if !of.is_empty() {
-            problems.push(problem(branch, model.dtype(), grams, &of, block));
+            problems.push(problem(branch, model.dtype(), grams, &of, block, rows));
             linears.push(of);
         }
     }
@@ -160,21 +155,46 @@ pub(crate) fn solve<B: Engine>(
             seconds: seconds / count,
         })
     });
-    solved.collect()
+    let mut solved = solved.collect::<Result<Vec<_>, RunError>>()?;
+    let place = (model.dtype(), model.device());
+    if let Some(strip) = shared.filter(|_| !solved.is_empty())
+        && let Some(weights) = row_parts::join(&mut solved, strip, place, ranks)?
+    {
+        return Ok(Quantized::Weights(weights));
+    }
+    if ranks.is_root() {
+        return Ok(Quantized::Solved(solved));
+    }
+    let weights = solved.into_iter().flat_map(|tap| {
+        let linears = tap.linears.into_iter().zip(tap.subset.solved);
+        linears.map(|(linear, solved)| (linear.linear, solved.weight))
+    });
+    Ok(Quantized::Weights(weights.collect()))
 }
 
-/// Returns the linears `linears`, which share an input, as the engine takes them.
+/// Returns the linears `linears`, which share an input, as the engine takes them: a rank's share of their strips of so
+/// many rows, or all.
 fn problem<B: Engine>(
     branch: &BranchPlan,
     dtype: DType,
     grams: Grams<B>,
     linears: &[PlannedLinear],
     block: &Block<B>,
+    rows: Option<(Share, usize)>,
 ) -> Problem<B> {
     let strength = branch.method.mismatch_correction;
     let mismatch = grams.mismatch.filter(|_| strength > 0.0);
     let residual = mismatch.as_ref().and_then(|drift| drift.residual.clone());
     let request = |linear: &PlannedLinear| {
+        let (n_in, n_out) = linear.shape;
+        let rows = rows.map_or(0..n_out, |(share, strip)| share.rows(n_out, strip));
+        if rows.is_empty() {
+            return None;
+        }
+        let own = |all: Tensor<B, 2>| match rows.len() == n_out {
+            true => all,
+            false => all.slice([rows.clone(), 0..n_in]),
+        };
         let weight = block.linear(linear.linear).weight.dense(dtype);
         let residual = block.spec().added(linear.linear).and_then(|scale| {
             let residual = residual.clone()? * acts(weight.clone());
@@ -184,15 +204,15 @@ fn problem<B: Engine>(
                 residual / scale
             })
         });
-        Request {
-            weight,
+        Some(Request {
+            weight: own(weight),
             settings: linear.settings,
-            residual,
+            residual: residual.map(own),
             keep_unrounded: branch.method.tune > 0,
-        }
+        })
     };
     Problem {
-        requests: linears.iter().map(request).collect(),
+        requests: linears.iter().filter_map(request).collect(),
         mismatch: mismatch.map(|drift| Mismatch {
             gram: drift.gram,
             cross: drift.cross,
@@ -204,12 +224,12 @@ fn problem<B: Engine>(
 
 impl<B: Engine> Solve<'_, B> {
     /// True if a branch's codes and scales are tuned.
-    fn tuned(&self, branch: usize) -> bool {
+    pub(crate) fn tuned(&self, branch: usize) -> bool {
         self.plan.branches[branch].method.tune > 0
     }
 
     /// Compares, packs, writes and reports the linears of a tap, and gives `block` their weights.
-    fn hand_on(
+    pub(crate) fn hand_on(
         &mut self,
         at: At,
         solved: Vec<SolvedTap<B>>,
@@ -259,7 +279,9 @@ impl<B: Engine> Solve<'_, B> {
             let started = Instant::now();
             let packed = B::pack(solved.codes);
             let queued = Instant::now();
-            (self.sink).linear(at.branch, linear.module.clone(), packed)?;
+            if let Some(sink) = &mut self.sink {
+                sink.linear(at.branch, linear.module.clone(), packed)?;
+            }
             clock.add(Phase::Pack, (queued - started).as_secs_f64());
             clock.add(Phase::Write, queued.elapsed().as_secs_f64());
             block.set_weight(linear.linear, solved.weight);
@@ -309,9 +331,7 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         clock: &mut Clock,
     ) -> Result<(), RunError> {
         let Some(grams) = grams else {
-            let waiting = self.waiting.pop_front_if(|it| it.tap == at.tap);
-            let solved = waiting.map(|it| vec![it.solved]);
-            return solved.map_or(Ok(()), |it| self.hand_on(at, it, compared, block, clock));
+            return self.tuned_tap(at, compared, block, clock);
         };
         if block.spec().dispatches(at.tap) {
             let tokens = grams.of.iter().map(|grams| grams.tokens);
@@ -319,7 +339,15 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         }
         // A branch with experts is not tuned, so that there is one input.
         let gram = self.tuned(at.branch).then(|| grams.of[0].all.clone());
-        let solved = solve(self.plan, self.model, at, grams, block, clock)?;
+        let solved = match solve(self.plan, self.model, at, grams, block, self.ranks, clock)? {
+            Quantized::Solved(solved) => solved,
+            Quantized::Weights(weights) => {
+                for (linear, weight) in weights {
+                    block.set_weight(linear, weight);
+                }
+                return Ok(());
+            }
+        };
         let Some(gram) = gram else {
             return self.hand_on(at, solved, compared, block, clock);
         };
@@ -341,78 +369,12 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         &mut self,
         layer: usize,
         branch: usize,
-        [dense_block, quantized]: [&Block<B>; 2],
+        blocks: [&Block<B>; 2],
         start: &Stream<B>,
         dense: &Dense<B>,
         clock: &mut Clock,
     ) -> Result<(), RunError> {
-        // The block is run again: what was clamped in it so far does not count.
-        let clamped = &mut self.progress[branch].clamped;
-        clamped.retain(|it| it.layer != layer);
-        let started = Instant::now();
-        let device = self.model.device();
-        let waiting = self.waiting.iter().flat_map(|it| &it.solved.linears);
-        let linears: Vec<usize> = waiting.map(|it| it.linear).collect();
-        // A linear of zeros stays one: its block is not to make up for others.
-        let mut acting = acting(dense_block, &linears, self.model.dtype()).into_iter();
-        let mut tuned: Vec<Tuned<B>> = Vec::new();
-        for waiting in &mut self.waiting {
-            let SolvedTap {
-                linears, subset, ..
-            } = &mut waiting.solved;
-            for (linear, solved) in linears.iter().zip(&mut subset.solved) {
-                let unrounded = solved.unrounded.take();
-                let unrounded = unrounded.expect("asked for where a branch is tuned");
-                if acting.next() == Some(true) {
-                    tuned.push(Tuned {
-                        linear: linear.linear,
-                        bits: linear.settings.bits,
-                        parameters: Tunable::new(solved.codes.clone(), unrounded),
-                    });
-                }
-            }
-        }
-        if tuned.is_empty() {
-            return Ok(());
-        }
-        let windows = TuningSet::new(
-            start,
-            dense,
-            self.plan.step_windows(),
-            self.model.dtype(),
-            device,
-        );
-        let steps = self.plan.branches[branch].method.tune;
-        let (stop, layers) = (self.stop, self.plan.config.layers);
-        let check = &mut || check_stop(stop, layers);
-        let mut block = quantized.clone();
-        let loss = match layer + 1 == layers {
-            true => BlockLoss::Predictions(self.model.head()?),
-            false => BlockLoss::Output,
-        };
-        let (tuning, closer) = tune(&windows, &loss, steps, &mut block, &mut tuned, check)?;
-        self.tuning = Some(tuning);
-        let mut tuned = tuned.into_iter().peekable();
-        for waiting in self.waiting.iter_mut().filter(|_| closer) {
-            let SolvedTap {
-                linears, subset, ..
-            } = &mut waiting.solved;
-            for (linear, solved) in linears.iter().zip(&mut subset.solved) {
-                let Some(tuned) = tuned.next_if(|it| it.linear == linear.linear) else {
-                    continue;
-                };
-                let weight =
-                    |block: &Block<B>| block.linear(tuned.linear).weight.dense(self.model.dtype());
-                solved.codes = B::tuned(&tuned.parameters);
-                solved.weight = weight(&block);
-                let gram = waiting.gram.clone();
-                solved.relative_error =
-                    B::relative_error(gram, weight(dense_block), weight(&block));
-                solved.objective = None;
-            }
-        }
-        clock.add(Phase::Tune, started.elapsed().as_secs_f64());
-        Ok(())
+        self.tune_block((layer, branch), blocks, start, dense, clock)
     }
 
     fn spent(&mut self, branch: usize, seconds: f64) {
@@ -461,11 +423,13 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         clock: &mut Clock,
     ) -> Result<(), RunError> {
         let last = layer + 1 == self.plan.config.layers;
-        let kept = if last || self.last_saved.elapsed() < self.save_every {
+        let due = !last && self.last_saved.elapsed() >= self.save_every;
+        let due = self.ranks.broadcast(vec![u8::from(due)])? == [1];
+        let kept = if !due {
             None
         } else {
             let started = Instant::now();
-            let kept = saved_states::keep(states, self.plan, layer, self.stop)?;
+            let kept = saved_states::keep(states, self.plan, layer, self.ranks, self.stop)?;
             self.last_saved = Instant::now();
             clock.add(Phase::Write, started.elapsed().as_secs_f64());
             let layers = layer + 1;
@@ -476,7 +440,9 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
             kept.ok()
         };
         let branches = self.progress.iter().map(|branch| branch.block(layer));
-        self.sink.block(layer, source, branches.collect(), kept)?;
+        if let Some(sink) = &mut self.sink {
+            sink.block(layer, source, branches.collect(), kept)?;
+        }
         Ok(())
     }
 }

@@ -2,15 +2,48 @@
 
 use std::sync::Arc;
 
-use gptq_kernels::Engine;
-use gptq_model::{Flow, ModelError};
+use gptq_kernels::{Engine, dtype};
+use gptq_model::{Flow, Model, ModelError};
 use gptq_plan::{Places, Plan};
+use gptq_ranks::Collective;
 
 use crate::RunError;
+use crate::chunking::chunking;
 use crate::gram::Dense;
 use crate::output_errors::OutputErrors;
 use crate::scratch::Scratch;
-use crate::stream::{StateStorage, Stream};
+use crate::stream::{Span, StateStorage, Stream};
+
+/// Embedded windows, a chunk at a time.
+pub(crate) struct Embedded<I> {
+    /// The rank's.
+    pub(crate) flows: I,
+    /// Their place among all ranks'.
+    pub(crate) span: Span,
+}
+
+/// Embeds a rank's part of `windows`, all of one length.
+pub(crate) fn embed<'a, B: Engine>(
+    model: &'a Model<B>,
+    windows: &'a [Vec<u32>],
+    seq_len: usize,
+    ranks: &dyn Collective,
+) -> Result<Embedded<impl Iterator<Item = Result<Flow<B>, ModelError>> + use<'a, B>>, ModelError> {
+    let chunk = chunking::<B>().windows(seq_len);
+    let of = windows.len().div_ceil(chunk);
+    let own = ranks.share().chunks(of);
+    let windows = &windows[own.start * chunk..(own.end * chunk).min(windows.len())];
+    Ok(Embedded {
+        flows: model.flows(windows, chunk, dtype(model.state_half()))?,
+        span: Span {
+            first: own.start,
+            of,
+        },
+    })
+}
+
+/// Gives the first tokens of some windows, for comparing outputs, from all of the rank's windows.
+pub(crate) type Sample<'a, B> = &'a dyn Fn(&Stream<B>) -> Result<Stream<B>, RunError>;
 
 /// Hidden states at a block's end.
 pub(crate) struct States<B: Engine> {
@@ -29,16 +62,17 @@ pub(crate) fn state_storage<B: Engine>(plan: &Plan) -> StateStorage {
 }
 
 impl<B: Engine> States<B> {
-    /// Begins with the embedded windows. `compare`: a share of them is to go through the dense model too.
+    /// Begins with the embedded windows. With a `sample`, its tokens are to go through the dense model too.
     pub(crate) fn begin(
         plan: &Plan,
-        flows: impl Iterator<Item = Result<Flow<B>, ModelError>>,
+        embedded: Embedded<impl Iterator<Item = Result<Flow<B>, ModelError>>>,
         places: &Places,
         scratch: Option<&Arc<Scratch>>,
-        compare: Option<&B::Device>,
+        sample: Option<Sample<'_, B>>,
     ) -> Result<Self, RunError> {
         let all = Stream::new(
-            flows,
+            embedded.flows,
+            (embedded.span, plan.config.hidden_size),
             1,
             Vec::new(),
             places,
@@ -46,9 +80,8 @@ impl<B: Engine> States<B> {
             state_storage::<B>(plan),
         )?;
         let branches = plan.branches.len();
-        let compared = compare
-            .map(|device| OutputErrors::begin(&all, plan.share(), branches, device))
-            .transpose()?;
+        let compared = sample.map(|sample| sample(&all)).transpose()?;
+        let compared = compared.map(|sample| OutputErrors::begin(sample, branches));
         let dense = plan
             .needs_dense()
             .then(|| Dense::new(all.every(plan.dense_step()), plan.dense_step()));

@@ -33,10 +33,23 @@ pub(crate) struct StateStorage {
     pub(crate) clamp: bool,
 }
 
+/// Place of a rank's chunks among those of all ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    /// Number of chunks of the ranks before it.
+    pub(crate) first: usize,
+    /// Number of all ranks' chunks.
+    pub(crate) of: usize,
+}
+
 /// Hidden states, in chunks of windows, and the indices of the branches they belong to.
 #[derive(Clone)]
 pub(crate) struct Stream<B: Engine> {
+    /// This rank's.
     pub(crate) chunks: Vec<Chunk<B>>,
+    pub(crate) span: Span,
+    /// Features of the residual stream.
+    pub(crate) hidden: usize,
     pub(crate) branches: Vec<usize>,
     pub(crate) keep: StateStorage,
 }
@@ -140,6 +153,25 @@ impl<B: Engine> Chunk<B> {
                 slot.read(bytemuck::cast_slice_mut(&mut bits))?;
                 Ok(Cow::Owned(bits))
             }
+        }
+    }
+
+    /// A residual in the host's memory, by its bits and the chunk's shape.
+    pub(crate) fn of_bits(
+        bits: Vec<u16>,
+        [windows, tokens, features]: [usize; 3],
+        half: Half,
+    ) -> Self {
+        let residual = HostStates {
+            values: Values::Memory(Arc::new(HostBuffer::pageable(bits, half))),
+            half,
+            shape: [tokens, features],
+        };
+        Chunk::Host {
+            windows,
+            states: BTreeMap::from([(Register::RESIDUAL, residual)]),
+            routed: BTreeMap::new(),
+            scratch: None,
         }
     }
 
@@ -264,10 +296,21 @@ impl<B: Engine> Chunk<B> {
     }
 }
 
+impl Span {
+    /// Returns the place of the rank's among every `step`-th chunk of all ranks'.
+    pub(crate) fn every(self, step: usize) -> Span {
+        Span {
+            first: self.first.div_ceil(step),
+            of: self.of.div_ceil(step),
+        }
+    }
+}
+
 impl<B: Engine> Stream<B> {
-    /// Keeps each chunk where it belongs as it comes: of a run's chunks every `step`-th, in its order.
+    /// Keeps each chunk where it belongs as it comes: of the rank's chunks every `step`-th, in their order.
     pub(crate) fn new<E>(
         flows: impl Iterator<Item = Result<Flow<B>, E>>,
+        (span, hidden): (Span, usize),
         step: usize,
         branches: Vec<usize>,
         places: &Places,
@@ -287,15 +330,21 @@ impl<B: Engine> Stream<B> {
         let chunks = flows.enumerate().map(place);
         Ok(Stream {
             chunks: chunks.collect::<Result<_, RunError>>()?,
+            span,
+            hidden,
             branches,
             keep,
         })
     }
 
-    /// Every `step`-th chunk, of no branch.
+    /// Every `step`-th chunk of all ranks', of no branch.
     pub(crate) fn every(&self, step: usize) -> Self {
+        let chunks = (self.span.first..).zip(&self.chunks);
+        let chunks = chunks.filter(|(at, _)| at.is_multiple_of(step));
         Stream {
-            chunks: self.chunks.iter().step_by(step).cloned().collect(),
+            chunks: chunks.map(|(_, chunk)| chunk.clone()).collect(),
+            span: self.span.every(step),
+            hidden: self.hidden,
             branches: Vec::new(),
             keep: self.keep,
         }
@@ -326,8 +375,11 @@ impl<B: Engine> Stream<B> {
                 Chunk::Device(Flow::new(1, states.clone().slice([rows, 0..features])))
             }));
         }
+        let of = chunks.len();
         Ok(Stream {
             chunks,
+            span: Span { first: 0, of },
+            hidden: self.hidden,
             branches: Vec::new(),
             keep: self.keep,
         })
@@ -347,7 +399,7 @@ impl<B: Engine> Stream<B> {
         device: &B::Device,
         clock: &mut Clock,
     ) -> Result<(Self, usize), FormatError> {
-        let keep = self.keep;
+        let (keep, span, hidden) = (self.keep, self.span, self.hidden);
         let advanced = clock.measure::<B, _>(Phase::Forward, device, || {
             map_lanes::<B, _, _>(self.chunks, |chunk| {
                 chunk.advance(block, taps.clone(), device, keep)
@@ -359,6 +411,8 @@ impl<B: Engine> Stream<B> {
         let (chunks, clamped): (Vec<_>, Vec<usize>) = advanced.into_iter().unzip();
         let stream = Stream {
             chunks,
+            span,
+            hidden,
             branches: self.branches,
             keep,
         };

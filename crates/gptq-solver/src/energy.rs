@@ -3,19 +3,21 @@
 use nalgebra::DMatrix;
 use rayon::prelude::*;
 
-use crate::Real;
-
-/// Rows per task; fixed, so that the sum does not depend on the number of threads.
-const STRIP: usize = 64;
+use crate::{Real, STRIP};
 
 /// Computes `‖AX‖² = tr(A H Aᵀ)` for `a [rows, in]` and the undamped Gram matrix `H = XᵀX [in,
 /// in]`.
 ///
 /// The relative output error of a linear layer is `output_energy(W - Q) / output_energy(W)`.
 pub fn output_energy<T: Real>(a: &DMatrix<T>, gram: &DMatrix<T>) -> f64 {
+    output_energies(a, gram).iter().sum()
+}
+
+/// Computes the same for each strip of [`STRIP`] rows.
+pub fn output_energies<T: Real>(a: &DMatrix<T>, gram: &DMatrix<T>) -> Vec<f64> {
     assert_eq!(a.ncols(), gram.nrows(), "one column per input");
     let starts: Vec<usize> = (0..a.nrows()).step_by(STRIP).collect();
-    let parts: Vec<f64> = starts
+    starts
         .into_par_iter()
         .map(|start| {
             let strip = a.rows(start, STRIP.min(a.nrows() - start));
@@ -26,8 +28,7 @@ pub fn output_energy<T: Real>(a: &DMatrix<T>, gram: &DMatrix<T>) -> f64 {
                 .map(|(x, y)| x.exact() * y.exact())
                 .sum()
         })
-        .collect();
-    parts.iter().sum()
+        .collect()
 }
 
 #[cfg(test)]

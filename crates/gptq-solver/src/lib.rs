@@ -8,7 +8,8 @@
 //! [`Factor`] is the factorization of `H`, [`solve`] is the column sweep, [`refine`] improves the
 //! codes once all are known, and [`output_energy`] measures the result. [`Target`] computes the
 //! weights to round in place of `W` if the inputs differ from the dense model's, and [`Gains`]
-//! holds the gains of these options.
+//! holds the gains of these options. All of them take rows in strips of [`STRIP`], which do not
+//! depend on each other.
 
 #![forbid(unsafe_code)]
 
@@ -21,9 +22,10 @@ mod grid;
 mod refine;
 mod settings;
 mod solve;
+mod strip;
 mod target;
 
-pub use energy::output_energy;
+pub use energy::{output_energies, output_energy};
 pub use error::SolverError;
 pub use factor::{Factor, MAX_DAMPING, dead_columns, raised};
 pub use gains::Gains;
@@ -31,4 +33,5 @@ pub use grid::{Grid, scale_factors};
 pub use refine::{Refined, refine};
 pub use settings::{Real, Settings};
 pub use solve::{Solution, round_to_nearest, solve};
+pub use strip::STRIP;
 pub use target::Target;

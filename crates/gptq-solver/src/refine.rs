@@ -12,18 +12,16 @@
 use nalgebra::DMatrix;
 use rayon::prelude::*;
 
-use crate::{Factor, Grid, Real, Solution, factor::with_damping};
+use crate::{Factor, Grid, Real, STRIP, Solution, factor::with_damping};
 
-/// Rows per strip; fixed, so that results do not depend on the number of threads.
-const STRIP: usize = 64;
 /// Columns per panel.
 const PANEL: usize = 128;
 
 /// Result of a refinement.
 #[derive(Clone, Debug)]
 pub struct Refined<T: Real> {
-    /// Reduction of the loss.
-    pub gained: f64,
+    /// Reduction of the loss in each strip of [`STRIP`] rows.
+    pub gains: Vec<f64>,
     /// `[out, in]`: the real numbers that were rounded to the codes in the last pass, within half a step of them;
     /// without a pass, the codes.
     pub unrounded: DMatrix<T>,
@@ -40,7 +38,7 @@ pub fn refine<T: Real>(
 ) -> Refined<T> {
     if passes == 0 {
         return Refined {
-            gained: 0.0,
+            gains: vec![0.0; w.nrows().div_ceil(STRIP)],
             unrounded: solution.codes.map(|code| T::of(f64::from(code))),
         };
     }
@@ -54,12 +52,12 @@ pub fn refine<T: Real>(
         .map(|&start| strip(w, &h, factor, solution, start, passes))
         .collect();
     let mut refined = Refined {
-        gained: 0.0,
+        gains: Vec::with_capacity(strips.len()),
         unrounded: DMatrix::zeros(n_out, n),
     };
     for (start, strip) in starts.into_iter().zip(strips) {
         let rows = strip.codes.nrows();
-        refined.gained += strip.gained;
+        refined.gains.push(strip.gained);
         let unrounded = &mut refined.unrounded;
         unrounded.rows_mut(start, rows).copy_from(&strip.unrounded);
         solution.codes.rows_mut(start, rows).copy_from(&strip.codes);
@@ -190,7 +188,7 @@ mod tests {
             let mut losses = vec![loss(&solution)];
             for _ in 0..60 {
                 let refined = refine(&w, &gram, &factor, &mut solution, 1);
-                let gained = refined.gained;
+                let gained = refined.gains.iter().sum::<f64>();
                 // Rounded, the unrounded numbers are the codes.
                 let pairs = refined.unrounded.iter().zip(solution.codes.iter());
                 let mut off = pairs.map(|(exact, &code)| (exact - f64::from(code)).abs());

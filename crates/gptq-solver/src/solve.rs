@@ -10,10 +10,8 @@ use half::f16;
 use nalgebra::DMatrix;
 use rayon::prelude::*;
 
-use crate::{Factor, Grid, Real, Settings};
+use crate::{Factor, Grid, Real, STRIP, Settings};
 
-/// Rows per strip; fixed, so that results do not depend on the number of threads.
-const STRIP: usize = 64;
 /// Columns per panel, as in AutoGPTQ.
 const BLOCK: usize = 128;
 
@@ -30,9 +28,9 @@ pub struct Solution<T: Real> {
     pub zeros: DMatrix<u8>,
     /// `[in]`, the group of each original column.
     pub g_idx: Vec<usize>,
-    /// Reduction of the groups' losses by the scale search, in the Gram matrix's unit; see
-    /// [`Gains`](crate::Gains).
-    pub search_gain: f64,
+    /// Reduction of the groups' losses by the scale search in each strip of [`STRIP`] rows, in the Gram matrix's unit;
+    /// see [`Gains`](crate::Gains).
+    pub search_gains: Vec<f64>,
 }
 
 impl<T: Real> Solution<T> {
@@ -144,7 +142,7 @@ fn sweep<T: Real>(
         scales: DMatrix::zeros(n_out, groups),
         zeros: DMatrix::zeros(n_out, groups),
         g_idx,
-        search_gain: strips.iter().map(|strip| strip.search_gain).sum(),
+        search_gains: strips.iter().map(|strip| strip.search_gain).collect(),
     };
     for (&start, strip) in starts.iter().zip(&strips) {
         let rows = strip.codes.nrows();

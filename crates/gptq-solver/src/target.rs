@@ -17,10 +17,7 @@
 use nalgebra::DMatrix;
 use rayon::prelude::*;
 
-use crate::{Real, SolverError, cholesky, factor::damped};
-
-/// Rows per strip.
-const STRIP: usize = 64;
+use crate::{Real, STRIP, SolverError, cholesky, factor::damped};
 
 /// Activation-mismatch correction for weights that share an input.
 #[derive(Clone, Debug)]
@@ -61,12 +58,12 @@ impl<T: Real> Target<T> {
     }
 
     /// Returns `W'` for `w [out, in]`, and its reduction of the distance to the dense output, `‖X_d
-    /// Wᵀ - X Wᵀ‖² - ‖X_d Wᵀ - X W'ᵀ‖²`. `residual` is `(R_d - R)ᵀX [out, in]`, if the output is added to a
+    /// Wᵀ - X Wᵀ‖² - ‖X_d Wᵀ - X W'ᵀ‖²`, in each strip of [`STRIP`] rows. `residual` is `(R_d - R)ᵀX [out, in]`, if the output is added to a
     /// residual stream; then the distance is that of the sums.
     ///
     /// With `A = W C + (R_d - R)ᵀX`, `S = A (XᵀX + λI)⁻¹` and strength `t`, that is `(2t - t²) tr(A Sᵀ) + t² λ
     /// ‖S‖²`.
-    pub fn of(&self, w: &DMatrix<T>, residual: Option<&DMatrix<T>>) -> (DMatrix<T>, f64) {
+    pub fn of(&self, w: &DMatrix<T>, residual: Option<&DMatrix<T>>) -> (DMatrix<T>, Vec<f64>) {
         let starts: Vec<usize> = (0..w.nrows()).step_by(STRIP).collect();
         let strips: Vec<(DMatrix<T>, f64)> = starts
             .par_iter()
@@ -86,12 +83,12 @@ impl<T: Real> Target<T> {
             })
             .collect();
         let mut target = w.clone();
-        let mut gained = 0.0;
+        let mut gains = Vec::with_capacity(strips.len());
         for (start, (strip, gain)) in starts.into_iter().zip(strips) {
-            gained += gain;
+            gains.push(gain);
             target.rows_mut(start, strip.nrows()).copy_from(&strip);
         }
-        (target, gained)
+        (target, gains)
     }
 }
 
@@ -113,7 +110,8 @@ mod tests {
         let (gram, cross) = (x.transpose() * &x, (&dense - &x).transpose() * &x);
         for strength in [1.0, 0.3] {
             let shift = Target::new(&gram, cross.clone(), 0.01, strength).unwrap();
-            let (target, gained) = shift.of(&w, None);
+            let (target, gains) = shift.of(&w, None);
+            let gained = gains.iter().sum::<f64>();
             let lost =
                 |v: &DMatrix<f64>| (&dense * w.transpose() - &x * v.transpose()).norm_squared();
             let closer = lost(&w) - lost(&target);
@@ -148,7 +146,8 @@ mod tests {
         let (gram, cross) = (x.transpose() * &x, (&dense - &x).transpose() * &x);
         let residual = lost.transpose() * &x;
         let shift = Target::new(&gram, cross, 0.01, 1.0).unwrap();
-        let (target, gained) = shift.of(&w, Some(&residual));
+        let (target, gains) = shift.of(&w, Some(&residual));
+        let gained = gains.iter().sum::<f64>();
         let distance =
             |v: &DMatrix<f64>| (&lost + &dense * w.transpose() - &x * v.transpose()).norm_squared();
         let closer = distance(&w) - distance(&target);
@@ -169,7 +168,7 @@ mod tests {
         let (x, w) = (matrix(40, 12, 1), matrix(130, 12, 2));
         let (gram, cross) = (x.transpose() * &x, matrix(12, 12, 5));
         let target = Target::new(&gram, cross, 0.1, 0.0).unwrap();
-        assert_eq!(target.of(&w, None), (w, 0.0));
+        assert_eq!(target.of(&w, None), (w, vec![0.0; 3]));
     }
 
     #[test]
@@ -178,6 +177,6 @@ mod tests {
         let gram = x.transpose() * &x;
         let cross = DMatrix::zeros(12, 12);
         let target = Target::new(&gram, cross, 0.1, 1.0).unwrap();
-        assert_eq!(target.of(&w, None), (w, 0.0));
+        assert_eq!(target.of(&w, None), (w, vec![0.0]));
     }
 }

@@ -8,6 +8,7 @@ use clap_complete::Shell;
 use gptq_calibration::OnError;
 use gptq_kernels::Device;
 use gptq_plan::{Plan, Recipe, RecipeOverrides, RenderingOverride, parse_size};
+use gptq_ranks::Threads;
 use humantime::parse_duration;
 
 use crate::bug;
@@ -200,6 +201,12 @@ pub(crate) struct RunArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: Device,
+    /// Share the run among this many ranks of this process: 1, 2, 4 or 8, on the CPU
+    #[arg(long, value_name = "N", value_parser = parse_ranks)]
+    pub ranks: Option<usize>,
+    /// Wait this long for the ranks that a launcher (torchrun, srun, mpirun) starts
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "60s")]
+    pub join_timeout: Duration,
     /// Limit device memory to this, such as 22GiB; hidden states that do not fit stay on the host
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub device_memory: Option<u64>,
@@ -335,6 +342,9 @@ pub(crate) struct PlanArgs {
     /// Show which branches can be split over this many devices, and by which clients
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=1024))]
     pub tp: Option<u16>,
+    /// Show memory, traffic and time of a run that this many ranks of the CPU share
+    #[arg(long, value_name = "N", value_parser = parse_ranks)]
+    pub devices: Option<usize>,
     /// Print the plan as JSON
     #[arg(long)]
     pub json: bool,
@@ -387,6 +397,13 @@ pub(crate) struct CardArgs {
     /// Print the template's variables as JSON, and write nothing
     #[arg(long)]
     pub json: bool,
+}
+
+/// Parses a number of ranks that can share a run.
+fn parse_ranks(text: &str) -> Result<usize, String> {
+    let ranks = text.parse::<usize>().map_err(|error| error.to_string())?;
+    Threads::ranks(ranks).map_err(|error| error.to_string())?;
+    Ok(ranks)
 }
 
 impl RecipeArgs {

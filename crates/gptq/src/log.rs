@@ -7,7 +7,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::{Result, anyhow};
 use gptq_calibration::Manifest;
@@ -64,6 +64,15 @@ pub(crate) fn start(
     Ok(())
 }
 
+/// Start of every line, if this process is a rank of a run.
+static RANK: OnceLock<String> = OnceLock::new();
+
+/// Makes every line of the log from now on say which rank it is of.
+pub(crate) fn rank(rank: usize) {
+    // A process is one rank of one run.
+    let _ = RANK.set(format!("rank {rank} "));
+}
+
 /// Prints a warning to standard error and logs it.
 pub(crate) fn warning(text: &str) {
     eprintln!("gptq: warning: {}", terminal::line(text));
@@ -77,11 +86,12 @@ pub(crate) fn note(text: &str) {
 }
 
 /// Logs the plan of a run.
-pub(crate) fn plan(plan: &Plan, device: &str, options: &RunOptions<'_>) {
+pub(crate) fn plan(plan: &Plan, device: &str, ranks: usize, options: &RunOptions<'_>) {
     info!(
         version = env!("CARGO_PKG_VERSION"),
         model = plan.model_name,
         device,
+        ranks,
         command = plan.command.as_deref().unwrap_or_default(),
         propagation = match plan.propagation {
             Propagation::Quantized => "quantized",
@@ -340,7 +350,9 @@ impl<'a> MakeWriter<'a> for Log {
 impl Write for Log {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let clean = hide(&String::from_utf8_lossy(line), &inner.secrets);
+        let line_of = RANK.get().map_or("", String::as_str);
+        let text = String::from_utf8_lossy(line);
+        let clean = hide(&format!("{line_of}{text}"), &inner.secrets);
         let clean = terminal::lines(&clean);
         match &mut inner.sink {
             LogTarget::File(file) => file.write_all(clean.as_bytes())?,

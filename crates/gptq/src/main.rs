@@ -21,6 +21,7 @@ mod plan;
 mod progress;
 mod publish;
 mod quantize;
+mod ranks;
 mod report;
 mod requantize;
 mod signals;

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use gptq_format::Support;
-use gptq_plan::{BranchFiles, Look, Memory, Plan, Weights, check_texts, tokenizer_note};
+use gptq_plan::{BranchFiles, Look, Memory, Plan, Scaling, Weights, check_texts, tokenizer_note};
 use gptq_spec::ModelConfig;
 use serde_json::{Value, json};
 
@@ -27,7 +27,37 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
         }
     };
     warn(&plan);
-    show(&plan, args.tp.map(usize::from), args.json)
+    let split = Split {
+        tp: args.tp.map(usize::from),
+        ranks: args.devices,
+    };
+    show(&plan, split, args.json)
+}
+
+/// Numbers of devices to reckon with.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Split {
+    /// Those that readers split a branch over.
+    pub(crate) tp: Option<usize>,
+    /// Ranks of the run.
+    pub(crate) ranks: Option<usize>,
+}
+
+/// Prints what a run takes that so many ranks share.
+fn print_scaling(plan: &Plan, ranks: usize) {
+    let Scaling {
+        memory,
+        exchanged,
+        time,
+    } = Scaling::of(plan, ranks);
+    println!(
+        "on {ranks} ranks of the CPU: peak memory of each {}, down to {} with hidden states on its disk; rank 0 exchanges \
+         {} with the others; about {time:.2} of the time of one, if each has a machine of its own (the model is in \
+         kernels/README.md)",
+        size::binary(memory.cpu),
+        size::binary(memory.least_cpu),
+        size::decimal(exchanged)
+    );
 }
 
 /// Prints which branches can be split over this many devices.
@@ -56,13 +86,15 @@ fn print_split(plan: &Plan, ranks: usize) {
     }
 }
 
-/// Prints the plan as text or JSON. With `ranks`, includes whether each branch can be split over so
-/// many devices.
-pub(crate) fn show(plan: &Plan, ranks: Option<usize>, as_json: bool) -> Result<()> {
+/// Prints the plan as text or JSON, with what `split` asks for.
+pub(crate) fn show(plan: &Plan, split: Split, as_json: bool) -> Result<()> {
     match as_json {
-        true => println!("{}", serde_json::to_string_pretty(&record(plan, ranks))?),
+        true => println!("{}", serde_json::to_string_pretty(&record(plan, split))?),
         false => {
-            print(plan, ranks);
+            print(plan, split.tp);
+            if let Some(ranks) = split.ranks {
+                print_scaling(plan, ranks);
+            }
             tokenizer_note(plan)
                 .iter()
                 .for_each(|note| println!("{note}"));
@@ -71,7 +103,8 @@ pub(crate) fn show(plan: &Plan, ranks: Option<usize>, as_json: bool) -> Result<(
     Ok(())
 }
 
-fn record(plan: &Plan, ranks: Option<usize>) -> Value {
+fn record(plan: &Plan, split: Split) -> Value {
+    let ranks = split.tp;
     let config = &plan.config;
     let memory = Memory::of(plan);
     let branches = plan.branches.iter().map(|branch| {
@@ -98,8 +131,20 @@ fn record(plan: &Plan, ranks: Option<usize>) -> Value {
         }
         record
     });
+    let scaling = split.ranks.map(|ranks| {
+        let scaling = Scaling::of(plan, ranks);
+        json!({
+            "ranks": ranks,
+            "cpu": scaling.memory.cpu,
+            "least_cpu": scaling.memory.least_cpu,
+            "states": scaling.memory.states,
+            "exchanged": scaling.exchanged,
+            "relative_time": scaling.time,
+        })
+    });
     json!({
         "model": plan.model_name,
+        "scaling": scaling,
         "parameters": config.parameters(),
         "layers": config.layers,
         "weights": plan.weights.map(|it| json!({"files": it.files, "tensors": it.tensors})),

@@ -10,13 +10,14 @@ use gptq_plan::{
     BranchReport, Check, InputSource, Look, Measure, Perplexity, Plan, Recipe, check_texts,
     failures, model_source,
 };
-use gptq_run::{Event, Outcome, Phase, Profile, RunOptions, quantize, unfinished};
+use gptq_run::{Event, Outcome, Phase, Profile, RunOptions, unfinished};
 use gptq_verify::{Evaluation, RANGE, VerifyOptions, check_tensors, perplexity, verify};
 use serde_json::json;
 
 use crate::cli::{QuantizeArgs, RunArgs, warn};
 use crate::hub::{self, Need};
 use crate::progress::Progress;
+use crate::ranks::Ranks;
 use crate::signals::Signals;
 use crate::text_progress::TextProgress;
 use crate::{log, plan, size, table, terminal};
@@ -28,7 +29,8 @@ pub(crate) struct Produced {
     pub reports: Vec<BranchReport>,
     /// One per branch, if the plan has an evaluation text.
     pub perplexities: Vec<Perplexity>,
-    profile: Profile,
+    /// One per rank.
+    profiles: Vec<Profile>,
 }
 
 pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
@@ -45,9 +47,15 @@ pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
             // Fails with a message that lists the expected files.
             Checkpoint::open(&plan.model_dir)?;
         }
-        return plan::show(&plan, None, args.run.json);
+        let split = plan::Split {
+            ranks: args.run.ranks,
+            ..plan::Split::default()
+        };
+        return plan::show(&plan, split, args.run.json);
     }
-    let made = produce(&recipe, &args.run, signals)?;
+    let Some(made) = produce(&recipe, &args.run, signals)? else {
+        return Ok(());
+    };
     if args.run.json {
         let record = record(&made);
         println!("{}", serde_json::to_string_pretty(&record)?);
@@ -56,7 +64,7 @@ pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
     println!("\n{}", summary(&made.reports, &made.perplexities));
     println!("written to {}, and verified", made.plan.output.display());
     if args.run.profile {
-        println!("\n{}", time(&made.profile).trim_end());
+        println!("\n{}", time(&made.profiles).trim_end());
     }
     Ok(())
 }
@@ -75,17 +83,36 @@ fn resume(output: &Path, args: &mut RunArgs) -> Result<Recipe> {
     Ok(recipe)
 }
 
-/// Runs a recipe.
-pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Result<Produced> {
+/// Runs a recipe, together with the other ranks of the run if there are any; `None` on all but rank 0.
+pub(crate) fn produce(
+    recipe: &Recipe,
+    args: &RunArgs,
+    signals: &Signals,
+) -> Result<Option<Produced>> {
+    let ranks = Ranks::start(args, signals)?;
+    let done = produce_on(&ranks, recipe, args, signals);
+    ranks.told(done)
+}
+
+/// The part of [`produce`] whose errors other ranks are told.
+fn produce_on(
+    ranks: &Ranks,
+    recipe: &Recipe,
+    args: &RunArgs,
+    signals: &Signals,
+) -> Result<Option<Produced>> {
     if let Some(scratch) = &args.scratch {
         // Tokens of the calibration text go there too, which may be tens of gigabytes that are not
         // part of the estimates. A command has a single run.
         let _ = tempfile::env::override_temp_dir(&std::path::absolute(scratch)?);
     }
-    let mut plan = Plan::new(recipe, &hub::fetch(recipe, Need::Weights, true)?)?;
+    let fetched = ranks.root_first(|| hub::fetch(recipe, Need::Weights, ranks.is_root()))?;
+    let mut plan = Plan::new(recipe, &fetched)?;
     plan.command = Some(command(std::env::args_os().skip(1)));
-    plan.warnings.extend(check_texts(&plan, Look::First)?);
-    warn(&plan);
+    if ranks.is_root() {
+        plan.warnings.extend(check_texts(&plan, Look::First)?);
+        warn(&plan);
+    }
     let mut progress = Progress::new(&plan, args.json);
     let options = RunOptions {
         profile: args.profile,
@@ -96,20 +123,28 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
         restart: args.restart,
         stop: signals.stop(),
     };
-    log::plan(&plan, &args.device.to_string(), &options);
+    log::plan(&plan, &args.device.to_string(), ranks.size(), &options);
     let Outcome {
         mut reports,
         profile,
+        others,
         lock,
-    } = quantize(&plan, args.device, options, &mut |event| {
-        log::event(&plan, &event);
+    } = ranks.quantize(&plan, args.device, options, &mut |event| {
+        if ranks.is_root() {
+            log::event(&plan, &event);
+        }
         // Before the first block there is nothing to lose.
         if matches!(event, Event::Started { .. }) {
             signals.hold();
         }
-        progress.show(event)
+        if ranks.is_root() {
+            progress.show(event)
+        }
     })?;
     signals.release();
+    if !ranks.is_root() {
+        return Ok(None);
+    }
     if signals.status().is_some() {
         bail!("stopped; every branch is complete");
     }
@@ -127,12 +162,12 @@ pub(crate) fn produce(recipe: &Recipe, args: &RunArgs, signals: &Signals) -> Res
         perplexities.extend(prove(&dir, beside.as_ref(), args.device, report)?);
     }
     drop(lock);
-    Ok(Produced {
+    Ok(Some(Produced {
         plan,
         reports,
         perplexities,
-        profile,
-    })
+        profiles: [profile].into_iter().chain(others).collect(),
+    }))
 }
 
 /// Returns the dense model's perplexity, taken from a branch of an earlier run if one has it for
@@ -265,28 +300,38 @@ fn record(produced: &Produced) -> serde_json::Value {
         })
     });
     let mut record =
-        json!({"branches": branches.collect::<Vec<_>>(), "seconds": produced.profile.total});
+        json!({"branches": branches.collect::<Vec<_>>(), "seconds": produced.profiles[0].total});
     if let Some(dense) = produced.perplexities.iter().find_map(|p| p.dense) {
         record["dense_perplexity"] = dense.into();
     }
     record
 }
 
-/// Formats one row per phase, then the remaining time and the total.
-fn time(profile: &Profile) -> String {
-    let phases = Phase::ALL.map(|phase| (phase.name(), profile.seconds(phase)));
-    let ends = [("other", profile.rest()), ("total", profile.total)];
-    let rows = phases.into_iter().chain(ends).map(|(name, seconds)| {
-        let share = 100.0 * seconds / profile.total;
-        [
-            name.to_owned(),
-            format!("{seconds:.2}"),
-            format!("{share:.1} %"),
-        ]
-        .to_vec()
-    });
-    let heading = ["phase", "seconds", "share"].map(String::from).to_vec();
-    table::render(&[heading].into_iter().chain(rows).collect::<Vec<_>>())
+/// Formats one row per phase, then the remaining time and the total, with the seconds of each rank.
+fn time(profiles: &[Profile]) -> String {
+    let root = &profiles[0];
+    let of = |name: &str, seconds: &dyn Fn(&Profile) -> f64| {
+        let share = format!("{:.1} %", 100.0 * seconds(root) / root.total);
+        let others = profiles[1..].iter().map(seconds);
+        let mut row = vec![name.to_owned(), format!("{:.2}", seconds(root)), share];
+        row.extend(others.map(|seconds| format!("{seconds:.2}")));
+        row
+    };
+    let phases = Phase::ALL
+        .into_iter()
+        .filter(|phase| profiles.iter().any(|it| it.has(*phase)));
+    let phases = phases.map(|phase| of(phase.name(), &|profile| profile.seconds(phase)));
+    let ends = [
+        of("other", &Profile::rest),
+        of("total", &|profile| profile.total),
+    ];
+    let mut heading = ["phase", "seconds", "share"].map(String::from).to_vec();
+    if profiles.len() > 1 {
+        heading[1] = "rank 0".to_owned();
+        heading.extend((1..profiles.len()).map(|rank| format!("rank {rank}")));
+    }
+    let rows = [heading].into_iter().chain(phases).chain(ends);
+    table::render(&rows.collect::<Vec<_>>())
 }
 
 /// Formats one row per branch; if each has a perplexity, with columns for it, and a row for the

@@ -16,7 +16,9 @@ use crate::{quantize, table};
 pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
     let before = branches(&args.dir, &args.branch)?;
     let recipe = recipe(&args, &before)?;
-    let after = quantize::produce(&recipe, &args.run, signals)?;
+    let Some(after) = quantize::produce(&recipe, &args.run, signals)? else {
+        return Ok(());
+    };
     let evaluation = after.plan.evaluation.clone();
     let request = evaluation.map(|(text, window)| VerifyOptions {
         evaluation: Some(Evaluation { text, window }),

@@ -235,6 +235,7 @@ fn finished(
         rtn_error: Sums::part(sums.of(Sum::Nearest), output),
         objective: Some(Sums::part(sums.of(rounded), output)),
         gains: gains(settings, target, sums),
+        sums: Vec::new(),
     }
 }
 

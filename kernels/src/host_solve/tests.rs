@@ -5,7 +5,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::{Cpu, Engine, Scores};
+use crate::{Cpu, Engine, Mismatch, Scores};
 use gptq_format::{Bits, GroupSize};
 use gptq_solver::Settings;
 
@@ -313,4 +313,74 @@ fn a_solved_subset_reports_the_error_of_what_it_returns() {
     );
     assert_eq!(values(unpacked), values(solved.weight.clone()));
     assert_eq!((subset.damping, subset.dead_columns), (0.01, 0));
+}
+
+#[test]
+fn a_solve_of_some_strips_gives_the_rows_and_sums_of_a_solve_of_all() {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let strip = Cpu::STRIP.expect("the host solves strip by strip");
+    let (tokens, n, out) = (200, 96, 2 * strip + 32);
+    let x = random(&mut rng, tokens * n);
+    let zeros = |rows| Cpu::gram_zeros([rows, n], &Default::default());
+    let gram = Cpu::gram_add(zeros(n), tensor(&x, [tokens, n]));
+    let off = |rng: &mut ChaCha8Rng, rows: usize| {
+        let pair = [0, 1].map(|_| tensor(&random(rng, tokens * rows), [tokens, rows]));
+        Cpu::cross_add(zeros(rows), pair, tensor(&x, [tokens, n]))
+    };
+    let (cross, residual) = (off(&mut rng, n), off(&mut rng, out));
+    let weight = tensor(&random(&mut rng, out * n), [out, n]);
+    let settings = Settings {
+        bits: Bits::Three,
+        group_size: GroupSize::Columns(32),
+        sym: true,
+        static_groups: true,
+        scale_search: true,
+        f16_scales: true,
+        refine: 2,
+    };
+    let solve = |rows: std::ops::Range<usize>| {
+        let own = |all: &Tensor<Cpu, 2>| all.clone().slice([rows.clone(), 0..n]);
+        let request = Request {
+            weight: own(&weight),
+            settings,
+            residual: Some(own(&residual)),
+            keep_unrounded: true,
+        };
+        let mismatch = Mismatch {
+            gram: gram.clone(),
+            cross: cross.clone(),
+            strength: 0.7,
+        };
+        let hessian = HessianOptions {
+            act_order: true,
+            damping: 0.01,
+        };
+        let problem = Problem {
+            gram: gram.clone(),
+            mismatch: Some(mismatch),
+            requests: vec![request],
+        };
+        let subset = Cpu::solve(problem, hessian).unwrap();
+        subset.solved.into_iter().next().unwrap()
+    };
+    let whole = solve(0..out);
+    let parts = [solve(0..strip), solve(strip..out)];
+    let sums: Vec<StripSums> = parts.iter().flat_map(|part| part.sums.clone()).collect();
+    assert_eq!((sums.len(), &sums), (3, &whole.sums));
+    let errors = SolveErrors::of(&sums, &settings, true);
+    assert_eq!(errors.relative_error, whole.relative_error);
+    assert_eq!(Some(errors.objective), whole.objective);
+    assert_eq!(errors.gains, whole.gains);
+    let rows = |of: &dyn Fn(&Solved<Cpu>) -> Tensor<Cpu, 2>| {
+        let together = parts.iter().flat_map(|part| values(of(part)));
+        (together.collect::<Vec<_>>(), values(of(&whole)))
+    };
+    for of in [
+        (|it| it.weight.clone()) as fn(&Solved<Cpu>) -> Tensor<Cpu, 2>,
+        |it| it.nearest.clone(),
+        |it| it.unrounded.clone().unwrap(),
+    ] {
+        let (together, whole) = rows(&of);
+        assert_eq!(together, whole);
+    }
 }

@@ -17,7 +17,7 @@ const WRITTEN: &str = "%Y-%m-%dT%H:%M:%S";
 pub(super) const NOW: &str = ".now";
 
 /// Returns the current time, to the second.
-pub(crate) fn now() -> String {
+pub fn now() -> String {
     Local::now().naive_local().format(WRITTEN).to_string()
 }
 

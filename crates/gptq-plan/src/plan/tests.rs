@@ -150,7 +150,7 @@ fn seventy_billion_parameters_plan() {
     );
     // 80 GB of device memory and 64 GiB of host memory hold some of them, and the disk the rest.
     let places =
-        |host| crate::Places::new(&plan, crate::Chunking::CUDA, Some(79 << 30), host, false);
+        |host| crate::Places::new(&plan, 1, crate::Chunking::CUDA, Some(79 << 30), host, false);
     let free = places(None).unwrap();
     assert!(free.device > 0 && free.host > 0, "{free:?}");
     assert_eq!(free.disk_bytes, 0);

@@ -8,6 +8,7 @@ use burn::tensor::Tensor;
 use gptq_format::{FormatError, Half, ShardedWriter, TensorSpec, le_bytes, write_json};
 use gptq_kernels::{Cpu, Incoming, dtype};
 use gptq_plan::{BranchBlock, Places, Recipe};
+use gptq_ranks::Alone;
 use half::f16;
 use safetensors::Dtype;
 use serde_json::json;
@@ -17,6 +18,8 @@ use super::*;
 use crate::branch_progress::BranchProgress;
 use crate::profile::Clock;
 use crate::solve::{Solve, SolvedSink};
+use crate::states::Embedded;
+use crate::stream::Span;
 
 const LAYERS: usize = 2;
 const TAPS: usize = 4;
@@ -71,7 +74,8 @@ pub(crate) fn states(model: &Model<Cpu>, plan: &Plan) -> States<Cpu> {
     let window = |w: u32| (0..8).map(|t| (5 * w + 3 * t + t * t) % 16).collect();
     let windows: Vec<Vec<u32>> = (0..6).map(window).collect();
     let flows = model.flows(&windows, 2, dtype(Half::F16)).unwrap();
-    States::begin(plan, flows, &Places::DEVICE, None, None).unwrap()
+    let span = Span { first: 0, of: 3 };
+    States::begin(plan, Embedded { flows, span }, &Places::DEVICE, None, None).unwrap()
 }
 
 /// Each branch's residual stream, bit by bit; with dense propagation all branches have one.
@@ -171,6 +175,7 @@ pub(crate) fn run(
     let mut pass = BlockLoop {
         plan,
         model,
+        ranks: &Alone,
         clock: &mut clock,
         frugal: false,
         gram_bytes: u64::MAX,
@@ -387,7 +392,8 @@ fn every_linear_is_written_before_the_record_of_its_block() {
     let mut solve = Solve {
         plan: &plan,
         model: &model,
-        sink: &mut sink,
+        sink: Some(&mut sink),
+        ranks: &Alone,
         progress: &mut progress,
         save_every: Duration::MAX,
         last_saved: Instant::now(),

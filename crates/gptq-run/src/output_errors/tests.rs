@@ -5,11 +5,11 @@ use std::path::Path;
 use burn::tensor::TensorData;
 use gptq_kernels::{Device, Work};
 use gptq_model::Model;
-use gptq_plan::Places;
+use gptq_plan::{Places, SHARE, Share};
 
 use super::*;
 use crate::moved::LOST;
-use crate::stream::StateStorage;
+use crate::stream::{Span, StateStorage};
 
 const TOKENS: usize = 80;
 
@@ -72,12 +72,13 @@ impl Work for Compared {
             .collect();
         let flows = model.flows(&windows, 2, gptq_kernels::dtype(half)).unwrap();
         let keep = StateStorage { half, clamp: false };
-        let all = Stream::new(flows, 1, Vec::new(), &Places::DEVICE, None, keep).unwrap();
+        let place = (Span { first: 0, of: 2 }, model.config().hidden_size);
+        let all = Stream::new(flows, place, 1, Vec::new(), &Places::DEVICE, None, keep).unwrap();
         let share = Share {
             windows: 1,
             tokens: 64,
         };
-        let mut errors = OutputErrors::begin(&all, share, 2, &device).unwrap();
+        let mut errors = OutputErrors::begin(all.sample(SHARE, share.tokens, &device).unwrap(), 2);
         let mut clock = Clock::new(false);
         let block = model.block(0).unwrap();
         errors.enter(&block, true, &device, &mut clock).unwrap();

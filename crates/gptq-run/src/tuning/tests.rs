@@ -6,13 +6,15 @@ use std::time::{Duration, Instant};
 use gptq_format::{Half, PackedLinear};
 use gptq_kernels::{Cpu, Incoming, dtype};
 use gptq_model::Model;
-use gptq_plan::{BranchBlock, Places, Plan, TuningLoss};
+use gptq_plan::{BranchBlock, Places, Plan, SHARE, TuningLoss};
+use gptq_ranks::Alone;
 
 use super::*;
 use crate::block_loop::tests::{model, plan, run};
 use crate::branch_progress::BranchProgress;
 use crate::solve::{Solve, SolvedSink};
-use crate::states::States;
+use crate::states::{Embedded, States};
+use crate::stream::Span;
 
 /// Keeps what it takes.
 #[derive(Default)]
@@ -57,13 +59,21 @@ fn solved(model: &Model<Cpu>, plan: &Plan) -> (Written, BranchProgress) {
     let windows: Vec<Vec<u32>> = (0..24).map(window).collect();
     let flows = model.flows(&windows, 4, dtype(Half::F16)).unwrap();
     let device = model.device();
-    let mut states = States::begin(plan, flows, &Places::DEVICE, None, Some(device)).unwrap();
+    let embedded = Embedded {
+        flows,
+        span: Span { first: 0, of: 6 },
+    };
+    let sample = |all: &Stream<Cpu>| -> Result<Stream<Cpu>, RunError> {
+        Ok(all.sample(SHARE, plan.share().tokens, device)?)
+    };
+    let mut states = States::begin(plan, embedded, &Places::DEVICE, None, Some(&sample)).unwrap();
     let mut progress = vec![BranchProgress::default()];
     let mut kept = Written::default();
     let mut solve = Solve {
         plan,
         model,
-        sink: &mut kept,
+        sink: Some(&mut kept),
+        ranks: &Alone,
         progress: &mut progress,
         save_every: Duration::MAX,
         last_saved: Instant::now(),

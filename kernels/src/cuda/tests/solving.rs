@@ -74,8 +74,8 @@ pub(super) fn judge<E: Element>(
     let energy = output_energy(&w, gram);
     let (target, closer) = match target {
         Some((target, residual)) => {
-            let (target, gain) = target.of(&w, residual);
-            (target, Some(gain / energy))
+            let (target, gains) = target.of(&w, residual);
+            (target, Some(gains.iter().sum::<f64>() / energy))
         }
         None => (w.clone(), None),
     };
@@ -84,9 +84,9 @@ pub(super) fn judge<E: Element>(
     let gains = Gains {
         scale_search: settings
             .scale_search
-            .then_some(expected.search_gain / energy),
+            .then_some(expected.search_gains.iter().sum::<f64>() / energy),
         mismatch_correction: closer,
-        refine: (settings.refine > 0).then_some(refined.gained / energy),
+        refine: (settings.refine > 0).then_some(refined.gains.iter().sum::<f64>() / energy),
     };
     let lost = |q: DMatrix<f64>| output_energy(&(&w - q), gram) / energy;
     let expected_error = lost(expected.dequantize());

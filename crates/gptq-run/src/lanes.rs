@@ -1,0 +1,123 @@
+//! Sums over chunks: chunk by chunk in a lane, lanes in a binary tree, and over the ranks in the same tree.
+
+use std::ops::Range;
+
+use burn::tensor::{DType, Tensor, TensorData};
+use gptq_format::FormatError;
+use gptq_kernels::Engine;
+use gptq_ranks::{Collective, RankError, Share};
+
+use crate::stream::{Chunk, Stream};
+
+/// Chunks of a lane, each with its number among those of all ranks.
+pub(crate) type LaneChunks<'a, B> = [(usize, &'a Chunk<B>)];
+
+/// Returns the sum of a rank's lanes, of which `lane` gives one and `add` adds two; `None` if the rank has no chunk.
+/// Up to [`Engine::LANES`] lanes run at the same time; few of their sums are alive together.
+pub(crate) fn lane_sums<B: Engine, T: Send>(
+    stream: &Stream<B>,
+    share: Share,
+    lane: &(impl Fn(&LaneChunks<'_, B>) -> Result<T, FormatError> + Sync),
+    add: &(impl Fn(T, T) -> T + Sync),
+) -> Result<Option<T>, FormatError> {
+    branch(stream, share.lanes(), lane, add)
+}
+
+fn branch<B: Engine, T: Send>(
+    stream: &Stream<B>,
+    lanes: Range<usize>,
+    lane: &(impl Fn(&LaneChunks<'_, B>) -> Result<T, FormatError> + Sync),
+    add: &(impl Fn(T, T) -> T + Sync),
+) -> Result<Option<T>, FormatError> {
+    if lanes.len() == 1 {
+        let chunks = Share::lane(lanes.start, stream.span.of);
+        let first = stream.span.first;
+        let chunks: Vec<_> = chunks.map(|at| (at, &stream.chunks[at - first])).collect();
+        return match chunks.is_empty() {
+            true => Ok(None),
+            false => lane(&chunks).map(Some),
+        };
+    }
+    let middle = lanes.start + lanes.len() / 2;
+    let left = || branch(stream, lanes.start..middle, lane, add);
+    let right = || branch(stream, middle..lanes.end, lane, add);
+    let (left, right) = match lanes.len() <= B::LANES {
+        true => rayon::join(left, right),
+        false => (left(), right()),
+    };
+    Ok(match (left?, right?) {
+        (Some(a), Some(b)) => Some(add(a, b)),
+        (one, other) => one.or(other),
+    })
+}
+
+/// Part of a matrix that counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// The upper triangle: column index at least row index.
+    Upper,
+    /// All of it.
+    Whole,
+}
+
+/// Adds up a matrix in f32 over all ranks, on each; one that has none gives `None`, and so does a sum of none. What is
+/// not `part` of the sum is zero.
+pub(crate) fn sum_ranks<B: Engine>(
+    own: Option<Tensor<B, 2>>,
+    part: Part,
+    shape: [usize; 2],
+    ranks: &dyn Collective,
+    device: &B::Device,
+) -> Result<Option<Tensor<B, 2>>, RankError> {
+    if ranks.share().size == 1 {
+        return Ok(own);
+    }
+    let columns = shape[1];
+    let first = |row: usize| if part == Part::Upper { row } else { 0 };
+    let own = own.map(|own| {
+        let values = own.into_data();
+        let values = values.as_slice::<f32>().expect("sums are f32");
+        let rows = values.chunks_exact(columns).enumerate();
+        rows.flat_map(|(row, values)| &values[first(row)..])
+            .copied()
+            .collect()
+    });
+    let sum = ranks.sum(own)?;
+    Ok(sum.map(|sum| {
+        let mut values = vec![0.0; shape[0] * columns];
+        let mut rest = &sum[..];
+        for (row, values) in values.chunks_exact_mut(columns).enumerate() {
+            let (own, others) = rest.split_at(columns - first(row));
+            values[first(row)..].copy_from_slice(own);
+            rest = others;
+        }
+        Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
+    }))
+}
+
+/// Adds up a number over all ranks, on each.
+pub(crate) fn count_ranks(own: usize, ranks: &dyn Collective) -> Result<usize, RankError> {
+    Ok(numbers(own as u64, ranks)?.iter().sum::<u64>() as usize)
+}
+
+/// Returns the least of all ranks' numbers, on each.
+pub(crate) fn least_of_ranks(own: u64, ranks: &dyn Collective) -> Result<u64, RankError> {
+    Ok(numbers(own, ranks)?.into_iter().fold(own, u64::min))
+}
+
+/// All ranks' numbers, in order.
+fn numbers(own: u64, ranks: &dyn Collective) -> Result<Vec<u64>, RankError> {
+    if ranks.share().size == 1 {
+        return Ok(vec![own]);
+    }
+    let all = ranks.all_gather(own.to_le_bytes().to_vec())?;
+    let number = |(from, bytes): (usize, &Vec<u8>)| {
+        let number = bytes.as_slice().try_into().map(u64::from_le_bytes);
+        number.map_err(|_| RankError::Length {
+            from,
+            found: bytes.len(),
+            wanted: 8,
+        })
+    };
+    all.iter().enumerate().map(number).collect()
+}
