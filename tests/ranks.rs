@@ -375,7 +375,10 @@ fn a_plan_for_ranks_tells_memory_traffic_and_time() {
         "{line}"
     );
     let of = |ranks: &str| {
-        let json = succeed(["plan", recipe, "--devices", ranks, "--json"]);
+        // Several chunks of windows, so that each rank has fewer.
+        let windows = ["--samples", "64", "--seq-len", "512"];
+        let plan = ["plan", recipe, "--devices", ranks, "--json"];
+        let json = succeed([&plan[..], &windows].concat());
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         ["cpu", "exchanged", "relative_time"].map(|key| json["scaling"][key].as_f64().unwrap())
     };

@@ -38,7 +38,7 @@ pub struct Scaling {
 
 /// Operations and bytes of a block in one branch.
 #[derive(Clone, Copy, Debug, Default)]
-struct Work {
+struct BlockWork {
     /// Operations, in the order of [`RATES`].
     operations: [f64; 4],
     /// Sums of Gram matrices, and those of mismatch correction.
@@ -47,9 +47,9 @@ struct Work {
     codes: [f64; 2],
 }
 
-impl Work {
-    fn of(block: &BlockSpec, tokens: f64, hidden: f64) -> Work {
-        let mut work = Work::default();
+impl BlockWork {
+    fn of(block: &BlockSpec, tokens: f64, hidden: f64) -> BlockWork {
+        let mut work = BlockWork::default();
         for tap in block.taps() {
             let (n, inputs) = (block.in_features(tap) as f64, block.inputs(tap) as f64);
             let experts = block.experts_at(tap).map(|it| it.how);
@@ -90,11 +90,13 @@ impl Scaling {
         let (n, others) = (ranks as f64, ranks as f64 - 1.0);
         let (mut one, mut all, mut exchanged) = (0.0, 0.0, 0.0);
         for block in plan.config.blocks() {
-            let work = Work::of(block, tokens, hidden);
+            let work = BlockWork::of(block, tokens, hidden);
             let [forward, gram, sweep, factor] =
                 [0, 1, 2, 3].map(|at| work.operations[at] / RATES[at]);
-            one += streams * (forward + gram) + branches * (sweep + factor);
-            all += (streams * (forward + gram) + branches * sweep) / n + branches * factor;
+            let shared = streams * (forward + gram) + branches * sweep;
+            let time = |ranks: f64| shared / ranks + branches * factor;
+            one += time(1.0);
+            all += time(n);
             // Sums and codes go both ways; what rank 0 needs besides comes from the others.
             let sums = 2.0 * (streams * work.summed[0] + corrects * work.summed[1]);
             let [codes, besides] = work.codes;

@@ -14,7 +14,7 @@ use gptq_ranks::{Collective, RankError};
 use gptq_spec::BlockSpec;
 
 use crate::RunError;
-use crate::lanes::{LaneChunks, Part, count_ranks, lane_sums, sum_ranks};
+use crate::lanes::{LaneChunks, SumPart, count_ranks, lane_sums, sum_ranks};
 use crate::profile::{Clock, Phase, timed};
 use crate::stream::{Chunk, Stream};
 
@@ -325,15 +325,18 @@ impl<B: Engine> GramSums<B> {
             None => (None, None, None),
         };
         let sum = |own, part, rows| sum_ranks(own, part, [rows, n], ranks, device);
-        let (gram, cross) = (sum(gram, Part::Upper, n)?, sum(cross, Part::Whole, n)?);
-        let residual = sum(residual, Part::Whole, hidden)?;
+        let (gram, cross) = (
+            sum(gram, SumPart::Upper, n)?,
+            sum(cross, SumPart::Whole, n)?,
+        );
+        let residual = sum(residual, SumPart::Whole, hidden)?;
         Ok(GramSums {
             apart: gram.zip(cross).map(|(gram, cross)| Drift {
                 gram,
                 cross,
                 residual,
             }),
-            rest: sum(self.rest, Part::Upper, n)?,
+            rest: sum(self.rest, SumPart::Upper, n)?,
             tokens: count_ranks(self.tokens, ranks)?,
         })
     }

@@ -53,7 +53,7 @@ fn branch<B: Engine, T: Send>(
 
 /// Part of a matrix that counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Part {
+pub(crate) enum SumPart {
     /// The upper triangle: column index at least row index.
     Upper,
     /// All of it.
@@ -64,7 +64,7 @@ pub(crate) enum Part {
 /// not `part` of the sum is zero.
 pub(crate) fn sum_ranks<B: Engine>(
     own: Option<Tensor<B, 2>>,
-    part: Part,
+    part: SumPart,
     shape: [usize; 2],
     ranks: &dyn Collective,
     device: &B::Device,
@@ -73,7 +73,7 @@ pub(crate) fn sum_ranks<B: Engine>(
         return Ok(own);
     }
     let columns = shape[1];
-    let first = |row: usize| if part == Part::Upper { row } else { 0 };
+    let first = |row: usize| if part == SumPart::Upper { row } else { 0 };
     let own = own.map(|own| {
         let values = own.into_data();
         let values = values.as_slice::<f32>().expect("sums are f32");

@@ -12,7 +12,7 @@ use crate::gram::TapGrams;
 use crate::moved::moved;
 use crate::output_errors::OutputErrors;
 use crate::profile::Clock;
-use crate::solve::{Quantized, SolvedTap, solve};
+use crate::solve::{SharedSolve, SolvedTap, solve};
 use crate::states::States;
 use crate::stream::Stream;
 use crate::{Event, RunError};
@@ -42,8 +42,8 @@ impl<B: Engine> Strategy<B> for Probe<'_, B> {
     ) -> Result<(), RunError> {
         let grams = grams.expect("the loop has Gram matrices for whom solves");
         let solved = match solve(self.plan, self.model, at, grams, block, self.ranks, clock)? {
-            Quantized::Solved(solved) => solved,
-            Quantized::Weights(weights) => {
+            SharedSolve::Solved(solved) => solved,
+            SharedSolve::Weights(weights) => {
                 for (linear, weight) in weights {
                     block.set_weight(linear, weight);
                 }

@@ -1,5 +1,8 @@
 //! Solving: the linears at a tap quantized from the Gram matrix of their input, and written.
 
+pub(crate) mod row_parts;
+mod tuned;
+
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
@@ -13,6 +16,8 @@ use gptq_plan::{
 };
 use gptq_ranks::{Collective, Share};
 
+use self::row_parts::TapWeights;
+use self::tuned::Waiting;
 use crate::block_loop::{At, Strategy};
 use crate::branch_progress::BranchProgress;
 use crate::gram::{Dense, Grams, TapGrams};
@@ -20,8 +25,6 @@ use crate::linear_errors::LinearErrors;
 use crate::moved::squares;
 use crate::output_errors::OutputErrors;
 use crate::profile::{Clock, Phase};
-use crate::row_parts::{self, Weights};
-use crate::solve_tuned::Waiting;
 use crate::states::States;
 use crate::stream::Stream;
 use crate::{Event, RunError, hidden_range, saved_states};
@@ -83,11 +86,11 @@ pub(crate) fn acts<B: Engine>(weight: Tensor<B, 2>) -> Tensor<B, 2> {
 }
 
 /// Linears at a tap, after a solve that ranks have shared.
-pub(crate) enum Quantized<B: Engine> {
+pub(crate) enum SharedSolve<B: Engine> {
     /// All that is known of them, on rank 0.
     Solved(Vec<SolvedTap<B>>),
     /// Their weights, on other ranks.
-    Weights(Weights<B>),
+    Weights(TapWeights<B>),
 }
 
 /// Solves the linears that a branch quantizes at a tap, input by input, but for inputs of which it quantizes none.
@@ -103,7 +106,7 @@ pub(crate) fn solve<B: Engine>(
     block: &Block<B>,
     ranks: &dyn Collective,
     clock: &mut Clock,
-) -> Result<Quantized<B>, RunError> {
+) -> Result<SharedSolve<B>, RunError> {
     let started = Instant::now();
     let shared = B::STRIP.filter(|_| ranks.share().size > 1);
     let rows = shared.map(|strip| (ranks.share(), strip));
@@ -160,16 +163,16 @@ pub(crate) fn solve<B: Engine>(
     if let Some(strip) = shared.filter(|_| !solved.is_empty())
         && let Some(weights) = row_parts::join(&mut solved, strip, place, ranks)?
     {
-        return Ok(Quantized::Weights(weights));
+        return Ok(SharedSolve::Weights(weights));
     }
     if ranks.is_root() {
-        return Ok(Quantized::Solved(solved));
+        return Ok(SharedSolve::Solved(solved));
     }
     let weights = solved.into_iter().flat_map(|tap| {
         let linears = tap.linears.into_iter().zip(tap.subset.solved);
         linears.map(|(linear, solved)| (linear.linear, solved.weight))
     });
-    Ok(Quantized::Weights(weights.collect()))
+    Ok(SharedSolve::Weights(weights.collect()))
 }
 
 /// Returns the linears `linears`, which share an input, as the engine takes them: a rank's share of their strips of so
@@ -340,8 +343,8 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         // A branch with experts is not tuned, so that there is one input.
         let gram = self.tuned(at.branch).then(|| grams.of[0].all.clone());
         let solved = match solve(self.plan, self.model, at, grams, block, self.ranks, clock)? {
-            Quantized::Solved(solved) => solved,
-            Quantized::Weights(weights) => {
+            SharedSolve::Solved(solved) => solved,
+            SharedSolve::Weights(weights) => {
                 for (linear, weight) in weights {
                     block.set_weight(linear, weight);
                 }

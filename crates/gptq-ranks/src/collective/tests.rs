@@ -1,3 +1,5 @@
+//! Ranks that are threads.
+
 use std::thread;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Ranks on the loopback: those that come, those that do not, and strangers.
+
 use std::io::Write;
 use std::net::Ipv4Addr;
 

@@ -4,8 +4,8 @@ use gptq_format::le_bytes;
 use gptq_kernels::Engine;
 use gptq_ranks::Collective;
 
+use super::Stream;
 use crate::RunError;
-use crate::stream::Stream;
 
 impl<B: Engine> Stream<B> {
     /// Brings every rank's chunks to rank 0, one at a time and in order: gives `each` the residual's bits and the

@@ -6,14 +6,13 @@ use burn::tensor::{DType, Tensor};
 use gptq_kernels::{Engine, Tunable};
 use gptq_model::Block;
 
+use super::{Solve, SolvedTap, acts, row_parts};
 use crate::RunError;
 use crate::block_loop::At;
 use crate::gram::Dense;
 use crate::options::check_stop;
 use crate::output_errors::OutputErrors;
 use crate::profile::{Clock, Phase};
-use crate::row_parts;
-use crate::solve::{Solve, SolvedTap, acts};
 use crate::stream::Stream;
 use crate::tuning::{Tuned, TuningSet, tune};
 use crate::tuning_loss::BlockLoss;

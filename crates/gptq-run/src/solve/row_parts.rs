@@ -11,17 +11,17 @@ use gptq_plan::{Plan, PlannedLinear};
 use gptq_ranks::{Collective, RankError, Share};
 use half::f16;
 
+use super::SolvedTap;
 use crate::block_loop::At;
-use crate::solve::SolvedTap;
 
 /// Numbers of a [`StripSums`].
 const SUMS: usize = 8;
 
 /// Weights of linears by their index in the block.
-pub(crate) type Weights<B> = Vec<(usize, Tensor<B, 2>)>;
+pub(crate) type TapWeights<B> = Vec<(usize, Tensor<B, 2>)>;
 
 /// A rank's rows of a linear.
-struct Rows {
+struct RowPart {
     codes: QuantizedLinear,
     /// `[rows, in]`.
     nearest: Vec<f32>,
@@ -38,12 +38,12 @@ pub(crate) fn join<B: Engine>(
     strip: usize,
     (dtype, device): (DType, &B::Device),
     ranks: &dyn Collective,
-) -> Result<Option<Weights<B>>, RankError> {
+) -> Result<Option<TapWeights<B>>, RankError> {
     let share = ranks.share();
     let mut own = Vec::new();
     for tap in &mut *solved {
         for solved in tap.subset.solved.drain(..) {
-            Rows::of(solved).write(&mut own);
+            RowPart::of(solved).write(&mut own);
         }
     }
     let parts = ranks.gather(own)?;
@@ -51,9 +51,9 @@ pub(crate) fn join<B: Engine>(
         let linears = solved.iter().flat_map(|tap| &tap.linears);
         return receive(linears, (dtype, device), ranks).map(Some);
     }
-    let mut readers: Vec<Reader<'_>> = (0..)
+    let mut readers: Vec<PartReader<'_>> = (0..)
         .zip(&parts)
-        .map(|(from, it)| Reader::new(from, it))
+        .map(|(from, it)| PartReader::new(from, it))
         .collect();
     let mut codes = Vec::new();
     for SolvedTap {
@@ -64,7 +64,7 @@ pub(crate) fn join<B: Engine>(
             let read = readers.iter_mut().enumerate().filter_map(|(rank, reader)| {
                 let share = Share { rank, ..share };
                 let rows = share.rows(linear.shape.1, strip).len();
-                (rows > 0).then(|| Rows::read(reader, linear, rows, rows.div_ceil(strip)))
+                (rows > 0).then(|| RowPart::read(reader, linear, rows, rows.div_ceil(strip)))
             });
             let rows = read.collect::<Result<Vec<_>, RankError>>()?;
             subset
@@ -72,7 +72,7 @@ pub(crate) fn join<B: Engine>(
                 .push(put_together(linear, rows, (dtype, device), &mut codes));
         }
     }
-    readers.into_iter().try_for_each(Reader::end)?;
+    readers.into_iter().try_for_each(PartReader::end)?;
     ranks.broadcast(codes)?;
     Ok(None)
 }
@@ -120,9 +120,9 @@ fn receive<'a, B: Engine>(
     linears: impl Iterator<Item = &'a PlannedLinear>,
     (dtype, device): (DType, &B::Device),
     ranks: &dyn Collective,
-) -> Result<Weights<B>, RankError> {
+) -> Result<TapWeights<B>, RankError> {
     let bytes = ranks.broadcast(Vec::new())?;
-    let mut reader = Reader::new(0, &bytes);
+    let mut reader = PartReader::new(0, &bytes);
     let weights = linears.map(|linear| {
         let codes = reader.codes(linear, linear.shape.1)?;
         Ok((linear.linear, weight(&codes, dtype, device)))
@@ -146,7 +146,7 @@ fn matrix<B: Engine>(values: Vec<f32>, of: &QuantizedLinear, device: &B::Device)
 /// Puts the ranks' rows of a linear together, in their order, and adds its codes to `bytes`.
 fn put_together<B: Engine>(
     linear: &PlannedLinear,
-    parts: Vec<Rows>,
+    parts: Vec<RowPart>,
     (dtype, device): (DType, &B::Device),
     bytes: &mut Vec<u8>,
 ) -> Solved<B> {
@@ -219,15 +219,15 @@ fn write_codes(codes: &QuantizedLinear, bytes: &mut Vec<u8>) {
     bytes.extend(codes.g_idx.iter().flat_map(|it| it.to_le_bytes()));
 }
 
-impl Rows {
-    fn of<B: Engine>(solved: Solved<B>) -> Rows {
+impl RowPart {
+    fn of<B: Engine>(solved: Solved<B>) -> RowPart {
         let values = |of: Tensor<B, 2>| {
             let values = of.cast(DType::F32).into_data();
             values
                 .into_vec::<f32>()
                 .expect("the tensor was cast to f32")
         };
-        Rows {
+        RowPart {
             codes: solved.codes.download(),
             nearest: values(solved.nearest),
             unrounded: solved.unrounded.map(values),
@@ -263,11 +263,11 @@ impl Rows {
     }
 
     fn read(
-        reader: &mut Reader<'_>,
+        reader: &mut PartReader<'_>,
         linear: &PlannedLinear,
         rows: usize,
         strips: usize,
-    ) -> Result<Rows, RankError> {
+    ) -> Result<RowPart, RankError> {
         let codes = reader.codes(linear, rows)?;
         let weights = rows * linear.shape.0;
         let nearest = reader.f32s(weights)?;
@@ -292,7 +292,7 @@ impl Rows {
             })
         });
         let sums = sums.collect::<Result<_, RankError>>()?;
-        Ok(Rows {
+        Ok(RowPart {
             codes,
             nearest,
             unrounded,
@@ -303,15 +303,15 @@ impl Rows {
 }
 
 /// Reads what a rank has sent.
-struct Reader<'a> {
+struct PartReader<'a> {
     from: usize,
     rest: &'a [u8],
     length: usize,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> PartReader<'a> {
     fn new(from: usize, bytes: &'a [u8]) -> Self {
-        Reader {
+        PartReader {
             from,
             rest: bytes,
             length: bytes.len(),
