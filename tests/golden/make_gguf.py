@@ -9,6 +9,7 @@ families in `families/`, by its own tables. `gguf/tokenizers.json`: merges, spec
 """
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -29,6 +30,10 @@ ARCHITECTURES = {
     "granite": "GRANITE",
     "olmo2": "OLMO2",
     "smollm3": "SMOLLM3",
+    "mixtral": "LLAMA",
+    "qwen2_moe": "QWEN2MOE",
+    "qwen3_moe": "QWEN3MOE",
+    "olmoe": "OLMOE",
 }
 
 
@@ -61,13 +66,21 @@ def header(path):
         return [name for name in json.loads(file.read(length)) if name != "__metadata__"]
 
 
+def merged(name):
+    """Returns the name under which llama.cpp's converter looks up the tensor of all experts that has `name`."""
+    name = re.sub(r"\.block_sparse_moe\.experts\.\d+\.", ".feed_forward.experts.", name)
+    if "feed_forward" in name:
+        name = name.removeprefix("model.")
+    return re.sub(r"\.experts\.\d+\.", ".experts.", name)
+
+
 def names():
     found = {}
     for family, arch in ARCHITECTURES.items():
         directory = HERE / "families" / family
         layers = json.loads((directory / "config.json").read_text())["num_hidden_layers"]
         table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], layers)
-        own = {name: table.get_name(name, (".weight", ".bias")) for name in header(directory / "model.safetensors")}
+        own = {name: table.get_name(merged(name), (".weight", ".bias")) for name in header(directory / "model.safetensors")}
         found[family] = {"architecture": gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[arch]], "names": own}
     return found
 

@@ -3,38 +3,39 @@
 //! Linear layers become blocks of 32 inputs with the branch's own codes and scales ([`GgufType::of_linear`]); embedding,
 //! head and linears in full precision keep their 16 bits, or become Q8_0; norms and biases become f32.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use gptq_format::{
     FormatError, GgufTensor, GgufType, GgufValue, GgufWriter, Half, TABLE_PIECE, encode_blocks,
     le_bytes, q8_0,
 };
-use gptq_spec::{GgufEntry, GgufModel, ModelTensor, Role};
+use gptq_plan::Plan;
+use gptq_spec::{GgufEntry, GgufLayout, GgufModel, GgufPart, ModelTensor, TableType};
 use half::{bf16, f16};
-use rayon::prelude::*;
 
-use crate::batches::batches;
+use crate::batches::carry_out;
 use crate::vocabulary::entries;
 use crate::{ExportError, ExportSource};
 
 /// Version of the quantized types' layouts.
 const QUANTIZATION_VERSION: u32 = 2;
 
-/// Element type of the embedding, the head, and linear layers in full precision.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum TableType {
-    /// The branch's 16 bits.
-    #[default]
-    Half,
-    /// Q8_0, which rounds them.
-    Q8_0,
-}
-
-/// A tensor of the file, and the one of the checkpoint that it holds.
-struct Planned {
-    tensor: ModelTensor,
-    to: GgufTensor,
-    quantized: bool,
+/// Checks that GGUF files can hold the tokenizer of a plan's model, if any branch has one. Shapes alone, without weights
+/// and tokenizer, pass.
+///
+/// # Errors
+/// No tokenizer, or one that llama.cpp does not have.
+pub fn check_tokenizer(plan: &Plan) -> Result<(), ExportError> {
+    let asked = plan
+        .branches
+        .iter()
+        .any(|branch| branch.gguf_file().is_some());
+    let shapes = plan.weights.is_none() && !plan.model_dir.join("tokenizer.json").exists();
+    if asked && !shapes {
+        entries(&plan.model_dir, plan.config.vocabulary)?;
+    }
+    Ok(())
 }
 
 /// Checks from headers, `g_idx` and the tokenizer that a GGUF file can hold the branch.
@@ -42,7 +43,7 @@ struct Planned {
 /// # Errors
 /// A branch that the file cannot hold, with the remedy.
 pub fn check_gguf(source: &ExportSource) -> Result<(), ExportError> {
-    GgufExport::of(source)?.planned(TableType::Half)?;
+    GgufExport::of(source)?.layout(TableType::Half)?;
     entries(&source.dir, source.config.vocabulary)?;
     Ok(())
 }
@@ -105,37 +106,26 @@ impl<'a> GgufExport<'a> {
         path: &Path,
         on_progress: &mut dyn FnMut(f64),
     ) -> Result<u64, ExportError> {
-        let planned = self.planned(tables)?;
+        let GgufLayout { mut tensors, parts } = self.layout(tables)?;
         let divisors = self.model.divisors();
-        let mut tensors: Vec<GgufTensor> = planned.iter().map(|it| it.to.clone()).collect();
         tensors.extend(divisors.iter().map(|(name, values)| GgufTensor {
             name: (*name).to_owned(),
             kind: GgufType::F32,
             shape: vec![values.len()],
         }));
-        let metadata = self.metadata(&planned)?;
-        let mut file = GgufWriter::create(path, &metadata, &tensors)?;
+        let file = GgufWriter::create(path, &self.metadata(&parts)?, &tensors)?;
         for (name, values) in &divisors {
             file.write(name, &floats(values.iter().copied()))?;
         }
-        let mut done = 0;
-        let weights = |it: &Planned| match it.quantized {
+        let weights = |it: &GgufPart| match it.quantized {
             true => it.tensor.shape.iter().product(),
             false => 0,
         };
-        for some in batches(&planned, weights) {
-            let encoded: Vec<Option<Vec<u8>>> = (some.par_iter())
-                .map(|it| self.blocks(it))
-                .collect::<Result<_, _>>()?;
-            for (it, encoded) in some.iter().zip(encoded) {
-                match encoded {
-                    Some(bytes) => file.write(&it.to.name, &bytes)?,
-                    None => self.plain(it, &mut file)?,
-                }
-            }
-            done += some.len();
-            on_progress(done as f64 / planned.len() as f64);
-        }
+        let write = |it: &GgufPart| match it.quantized {
+            true => self.blocks(it, &file),
+            false => self.plain(it, &file),
+        };
+        carry_out(&parts, weights, write, || file.sync(), on_progress)?;
         Ok(file.finish()?)
     }
 
@@ -146,46 +136,23 @@ impl<'a> GgufExport<'a> {
         }
     }
 
-    fn planned(&self, tables: TableType) -> Result<Vec<Planned>, ExportError> {
-        let half = match self.source.checkpoint.half() {
-            Half::F16 => GgufType::F16,
-            Half::Bf16 => GgufType::Bf16,
-        };
-        let mut planned = Vec::new();
-        for tensor in self.source.config.tensors() {
-            let linear = self.source.linear(&tensor)?;
-            let kind = match (&linear, tensor.role, tables) {
-                (Some(linear), ..) => {
-                    let module = tensor.module();
-                    let (n_in, n_out) = (linear.in_features, linear.out_features);
-                    let scattered = self.source.checkpoint.scattered(module, n_in, n_out)?;
-                    GgufType::of_linear(
-                        linear,
-                        self.source.settings.sym,
-                        scattered.unwrap_or_default(),
-                    )
-                    .map_err(|refusal| self.refuse(format!("{module}: {refusal}")))?
-                }
-                (None, Role::Carried(_), _) => continue,
-                (None, Role::Vector, _) => GgufType::F32,
-                (None, _, TableType::Q8_0) if tensor.shape[1].is_multiple_of(32) => GgufType::Q8_0,
-                _ => half,
-            };
-            let to = GgufTensor {
-                name: self.model.name(&tensor).map_err(|why| self.refuse(why))?,
-                kind,
-                shape: tensor.shape.clone(),
-            };
-            planned.push(Planned {
-                tensor,
-                to,
-                quantized: linear.is_some(),
-            });
+    fn layout(&self, tables: TableType) -> Result<GgufLayout, ExportError> {
+        let source = self.source;
+        let mut kinds = HashMap::new();
+        for (tensor, linear) in source.linears()? {
+            let (module, n_in, n_out) = (tensor.module(), linear.in_features, linear.out_features);
+            let scattered = source.checkpoint.scattered(module, n_in, n_out)?;
+            let sym = source.settings.sym;
+            let kind = GgufType::of_linear(&linear, sym, scattered.unwrap_or_default());
+            let kind = kind.map_err(|refusal| self.refuse(format!("{module}: {refusal}")))?;
+            kinds.insert(tensor.name, kind);
         }
-        Ok(planned)
+        let kind = |tensor: &ModelTensor| kinds.get(&tensor.name).copied();
+        let layout = GgufLayout::of(&self.model, source.checkpoint.half(), tables, kind);
+        layout.map_err(|reason| self.refuse(reason))
     }
 
-    fn metadata(&self, planned: &[Planned]) -> Result<Vec<GgufEntry>, ExportError> {
+    fn metadata(&self, parts: &[GgufPart]) -> Result<Vec<GgufEntry>, ExportError> {
         let text = |text: &str| GgufValue::Text(text.to_owned());
         let name = self.source.settings.model_name_or_path.as_deref();
         let dir = self
@@ -198,9 +165,9 @@ impl<'a> GgufExport<'a> {
             .map(str::to_owned)
             .or(dir);
         let count = |kind| {
-            planned
+            parts
                 .iter()
-                .filter(|it| it.quantized && it.to.kind == kind)
+                .filter(|it| it.quantized && it.kind == kind)
                 .count()
         };
         // The numbers of llama.cpp's list of file types.
@@ -227,24 +194,27 @@ impl<'a> GgufExport<'a> {
         Ok(all)
     }
 
-    /// Returns a quantized linear layer as blocks; `None` for other tensors.
-    fn blocks(&self, it: &Planned) -> Result<Option<Vec<u8>>, ExportError> {
-        let (true, &[n_out, n_in]) = (it.quantized, it.tensor.shape.as_slice()) else {
-            return Ok(None);
+    /// Writes a quantized linear layer as blocks.
+    fn blocks(&self, it: &GgufPart, file: &GgufWriter) -> Result<(), ExportError> {
+        let &[n_out, n_in] = it.tensor.shape.as_slice() else {
+            return Ok(());
         };
         let module = it.tensor.module();
         let packed = self.source.checkpoint.packed(module, n_in, n_out)?;
         let rows = self.model.rows(&it.tensor);
-        let blocks = packed.map(|packed| encode_blocks(&packed, it.to.kind, rows, module));
-        Ok(blocks.transpose()?)
+        if let Some(packed) = packed {
+            let blocks = encode_blocks(&packed, it.kind, rows, module)?;
+            file.write_at(&it.name, it.start, &blocks)?;
+        }
+        Ok(())
     }
 
     /// Writes a tensor that is not quantized, a piece at a time where its rows stay in order.
-    fn plain(&self, it: &Planned, file: &mut GgufWriter) -> Result<(), ExportError> {
-        let Planned { tensor, to, .. } = it;
+    fn plain(&self, it: &GgufPart, file: &GgufWriter) -> Result<(), ExportError> {
+        let tensor = &it.tensor;
         let half = self.source.checkpoint.half();
         let shift = self.model.shift(tensor);
-        let encode = |values: &[u16]| match to.kind {
+        let encode = |values: &[u16]| match it.kind {
             GgufType::F32 => floats(values.iter().map(|bits| widened(half, *bits) + shift)),
             GgufType::Q8_0 => {
                 let values: Vec<f32> = values.iter().map(|bits| widened(half, *bits)).collect();
@@ -258,12 +228,14 @@ impl<'a> GgufExport<'a> {
         let count = tensor.shape[0];
         let sources = rows.sources(count);
         if sources.is_sorted() {
-            file.write_pieces(&to.name, |put| {
-                let (name, shape) = (&tensor.name, &tensor.shape);
-                let pieces = &self.source.checkpoint;
-                pieces.half_pieces(half, name, shape, TABLE_PIECE, |_, piece| {
-                    put(&encode(piece))
-                })
+            let mut start = it.start;
+            let (name, shape) = (&tensor.name, &tensor.shape);
+            let pieces = &self.source.checkpoint;
+            pieces.half_pieces(half, name, shape, TABLE_PIECE, |_, piece| {
+                let bytes = encode(piece);
+                file.write_at(&it.name, start, &bytes)?;
+                start += bytes.len();
+                Ok::<_, FormatError>(())
             })?;
             return Ok(());
         }
@@ -276,7 +248,7 @@ impl<'a> GgufExport<'a> {
             .flat_map(|row| &values[row * width..(row + 1) * width])
             .copied()
             .collect();
-        Ok(file.write(&to.name, &encode(&ordered))?)
+        Ok(file.write_at(&it.name, it.start, &encode(&ordered))?)
     }
 }
 

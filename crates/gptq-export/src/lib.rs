@@ -17,5 +17,6 @@ mod vocabulary;
 
 pub use directory::write_directory;
 pub use error::ExportError;
-pub use gguf::{TableType, check_gguf, write_gguf};
+pub use gguf::{check_gguf, check_tokenizer, write_gguf};
+pub use gptq_spec::TableType;
 pub use source::ExportSource;

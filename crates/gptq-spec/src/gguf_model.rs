@@ -9,7 +9,7 @@ use std::f64::consts::PI;
 use gptq_format::{GgufRows, GgufValue};
 
 use crate::llama_cpp::SlidingBlocks;
-use crate::{Attending, Op};
+use crate::{Attending, Op, Routing, Scoring};
 use crate::{LlamaCpp, ModelConfig, ModelTensor, NormKind, Role, RopeScaling};
 
 /// A key of the metadata, and its value.
@@ -41,11 +41,26 @@ impl<'a> GgufModel<'a> {
         self.own.architecture
     }
 
+    /// Returns the model's tensors.
+    pub(crate) fn tensors(&self) -> Vec<ModelTensor> {
+        self.config.tensors()
+    }
+
     fn attending(&self, layer: usize) -> Option<&'a Attending> {
         let config: &'a ModelConfig = self.config;
         let mut ops = config.block(layer).ops().iter();
         ops.find_map(|op| match op {
             Op::Attend(attention) => Some(&attention.how),
+            _ => None,
+        })
+    }
+
+    /// The choice of experts in block `layer`.
+    fn routing(&self, layer: usize) -> Option<&'a Routing> {
+        let config: &'a ModelConfig = self.config;
+        let mut ops = config.block(layer).ops().iter();
+        ops.find_map(|op| match op {
+            Op::Route(route) => Some(&route.how),
             _ => None,
         })
     }
@@ -75,6 +90,7 @@ impl<'a> GgufModel<'a> {
                 "factors of embedding, residual stream or logits as config.json has them",
             );
         }
+        self.check_experts()?;
         let wide = (self.config.hidden_size as f64 / self.config.heads as f64).powf(-0.5);
         let plain = match self.own.wide_scores_at == Some(self.config.layers) {
             true => wide,
@@ -101,9 +117,10 @@ impl<'a> GgufModel<'a> {
                 SlidingBlocks::Told => None,
             };
             if slides.is_some_and(|slides| slides != how.window.is_some()) {
-                return refuse(
-                    "such sliding windows; where texts stay shorter than one, set sliding_window to null in config.json",
-                );
+                let refused: Result<(), String> = refuse("such sliding windows");
+                let remedy =
+                    "where texts stay shorter than one, set sliding_window to null in config.json";
+                return refused.map_err(|reason| format!("{reason}; {remedy}"));
             }
             let local =
                 how.window.is_some() && matches!(self.own.windows, SlidingBlocks::AllBut(_));
@@ -136,7 +153,61 @@ impl<'a> GgufModel<'a> {
         }
     }
 
-    /// Returns the name of a tensor in a GGUF file.
+    fn check_experts(&self) -> Result<(), String> {
+        let refuse = |what: &str| {
+            Err(format!(
+                "llama.cpp computes no {what} in the architecture {}",
+                self.own.architecture
+            ))
+        };
+        for layer in 0..self.config.layers {
+            match (self.routing(layer), self.own.experts) {
+                (None, None) => {}
+                (None, Some(_)) => {
+                    return refuse("blocks without experts (mlp_only_layers, decoder_sparse_step)");
+                }
+                (Some(_), None) => return refuse("experts"),
+                (Some(how), Some(own)) => {
+                    if how.renormalize != own.renormalizes {
+                        return refuse("such renormalization of experts' weights (norm_topk_prob)");
+                    }
+                    if how.scoring != Scoring::Softmax || how.scale != 1.0 {
+                        return refuse("such weights of experts");
+                    }
+                }
+            }
+        }
+        let Some(own) = self.own.experts else {
+            return Ok(());
+        };
+        let wide = |heads: usize| heads * self.config.head_dim == self.config.hidden_size;
+        if own.square && !wide(self.config.heads) {
+            return refuse("heads that are together not as wide as the model");
+        }
+        match own.square_keys && !wide(self.config.kv_heads) {
+            true => refuse("fewer key-value heads than heads"),
+            false => Ok(()),
+        }
+    }
+
+    /// Returns the number of an expert and of all experts of its block, if `tensor` belongs to one: a file has the
+    /// tensors of all experts as one, the first expert's first.
+    pub fn expert(&self, tensor: &ModelTensor) -> Option<(usize, usize)> {
+        let (path, rest) = tensor.module().split_once(".experts.")?;
+        let (number, _) = rest.split_once('.')?;
+        let layer = path.strip_prefix(self.config.naming.stem)?;
+        let layer = layer.strip_prefix("layers.")?.split('.').next()?;
+        let experts = self.routing(layer.parse().ok()?)?.experts;
+        let number = number.parse().ok().filter(|number| *number < experts)?;
+        Some((number, experts))
+    }
+
+    /// Returns true if the file needs the embedding a second time, as the head.
+    pub fn repeats_embedding(&self) -> bool {
+        self.config.tied_embeddings && self.own.own_head
+    }
+
+    /// Returns the name of a tensor in a GGUF file; those of all experts of a block have one name.
     ///
     /// # Errors
     /// A tensor that the architecture does not have; half a sentence.
@@ -177,6 +248,17 @@ impl<'a> GgufModel<'a> {
             "mlp.gate_proj" => "ffn_gate",
             "mlp.up_proj" | "mlp.gate_up_proj" => "ffn_up",
             "mlp.down_proj" => "ffn_down",
+            "mlp.gate" | "block_sparse_moe.gate" => "ffn_gate_inp",
+            "mlp.shared_expert_gate" => "ffn_gate_inp_shexp",
+            "mlp.shared_expert.gate_proj" => "ffn_gate_shexp",
+            "mlp.shared_expert.up_proj" => "ffn_up_shexp",
+            "mlp.shared_expert.down_proj" => "ffn_down_shexp",
+            _ if self.expert(tensor).is_some() => match module.rsplit('.').next() {
+                Some("gate_proj" | "w1") => "ffn_gate_exps",
+                Some("up_proj" | "w3") => "ffn_up_exps",
+                Some("down_proj" | "w2") => "ffn_down_exps",
+                _ => return Err(unknown()),
+            },
             _ => return Err(unknown()),
         };
         Ok(format!("blk.{layer}.{own}.{kind}"))
@@ -201,6 +283,10 @@ impl<'a> GgufModel<'a> {
         }
     }
 
+    fn tells_width(&self) -> bool {
+        self.own.experts.is_some_and(|it| it.told_width)
+    }
+
     /// Returns the architecture's keys.
     pub fn keys(&self) -> Vec<GgufEntry> {
         let mut keys = Vec::new();
@@ -214,6 +300,21 @@ impl<'a> GgufModel<'a> {
         put("embedding_length", count(self.config.hidden_size));
         put("block_count", count(self.config.layers));
         put("feed_forward_length", count(self.config.intermediate_size));
+        if let Some(routing) = self.routing(0) {
+            put("expert_count", count(routing.experts));
+            put("expert_used_count", count(routing.top_k));
+            let width = |of: &str| {
+                let mut linears = self.config.block(0).linears().iter();
+                let up = linears.find(|it| it.name.contains(of) && it.name.ends_with("up_proj"));
+                up.map(|it| count(it.out_features))
+            };
+            if let Some(width) = width(".experts.").filter(|_| self.tells_width()) {
+                put("expert_feed_forward_length", width);
+            }
+            if let Some(width) = width(".shared_expert.") {
+                put("expert_shared_feed_forward_length", width);
+            }
+        }
         put("attention.head_count", count(self.config.heads));
         put("attention.head_count_kv", count(self.config.kv_heads));
         put("attention.key_length", count(self.config.head_dim));

@@ -17,6 +17,23 @@ pub(crate) struct LlamaCpp {
     pub(crate) wide_scores_at: Option<usize>,
     /// True if it reads factors of embedding, scores, what is added, and logits.
     pub(crate) factors: bool,
+    /// True if it needs a head of its own beside the embedding.
+    pub(crate) own_head: bool,
+    /// Experts, which every block has then.
+    pub(crate) experts: Option<LlamaCppExperts>,
+}
+
+/// Experts of an architecture, which it weighs by a softmax over all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LlamaCppExperts {
+    /// True if it divides the weights of a token's experts by their sum.
+    pub(crate) renormalizes: bool,
+    /// True if a key has the width of an expert, which is that of the feed-forward otherwise.
+    pub(crate) told_width: bool,
+    /// True if all heads together must be as wide as the model.
+    pub(crate) square: bool,
+    /// True if those of the keys must be too.
+    pub(crate) square_keys: bool,
 }
 
 /// Blocks of an architecture with a sliding window.
@@ -40,5 +57,7 @@ impl LlamaCpp {
         embedding_root: false,
         wide_scores_at: None,
         factors: false,
+        own_head: false,
+        experts: None,
     };
 }

@@ -6,7 +6,7 @@ use gptq_format::{
     Checkpoint, FormatError, GgufFile, GgufType, Half, decode_blocks, le_bytes, q8_0,
 };
 use gptq_plan::Check;
-use gptq_spec::{Census, GgufModel, ModelTensor, Role};
+use gptq_spec::{Census, GgufModel, ModelConfig, ModelTensor, Role};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -40,20 +40,7 @@ pub fn check_gguf(file: &Path, branch: Option<&Path>) -> Result<Vec<Check>, Veri
     }];
     if let Some(branch) = branch {
         let (config, checkpoint) = Census::take(branch)?.sound()?;
-        let differs = match GgufModel::of(&config) {
-            Err(reason) => Some(reason),
-            Ok(model) if model.architecture() != architecture => Some(format!(
-                "the architecture is {architecture}, that of {} is {}",
-                branch.display(),
-                model.architecture()
-            )),
-            Ok(model) => Compared {
-                gguf: &gguf,
-                model,
-                checkpoint: &checkpoint,
-            }
-            .difference(&config.tensors()),
-        };
+        let differs = difference(&gguf, &config, &checkpoint);
         checks.push(Check {
             name: "same weights".into(),
             pass: differs.is_none(),
@@ -66,6 +53,51 @@ pub fn check_gguf(file: &Path, branch: Option<&Path>) -> Result<Vec<Check>, Veri
         });
     }
     Ok(checks)
+}
+
+/// Compares the GGUF files in the branch's own directory `dir` with it, and describes what differs, or else the files;
+/// `None` if there is no such file.
+pub(crate) fn beside(
+    dir: &Path,
+    config: &ModelConfig,
+    checkpoint: &Checkpoint,
+) -> Result<Option<(bool, String)>, FormatError> {
+    let entries = std::fs::read_dir(dir).map_err(FormatError::io(dir))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| name.ends_with(".gguf")).collect();
+    names.sort();
+    for name in &names {
+        let differs = match GgufFile::open(&dir.join(name)) {
+            Ok(gguf) => difference(&gguf, config, checkpoint),
+            Err(error) => return Ok(Some((false, error.to_string()))),
+        };
+        if let Some(differs) = differs {
+            return Ok(Some((false, format!("{name}: {differs}"))));
+        }
+    }
+    let same = format!(
+        "quantized linear layers are to the bit those of {}",
+        names.join(", ")
+    );
+    Ok((!names.is_empty()).then_some((true, same)))
+}
+
+/// Describes the first difference of a file from the branch that it was made from.
+fn difference(gguf: &GgufFile, config: &ModelConfig, checkpoint: &Checkpoint) -> Option<String> {
+    let architecture = gguf.text("general.architecture").unwrap_or("none");
+    match GgufModel::of(config) {
+        Err(reason) => Some(reason),
+        Ok(model) if model.architecture() != architecture => Some(format!(
+            "the architecture is {architecture}, that of the branch is {}",
+            model.architecture()
+        )),
+        Ok(model) => Compared {
+            gguf,
+            model,
+            checkpoint,
+        }
+        .difference(&config.tensors()),
+    }
 }
 
 /// A file and the branch that it was made from.
@@ -96,8 +128,19 @@ impl Compared<'_> {
 
     fn is_same(&self, tensor: &ModelTensor, name: &str) -> Result<bool, FormatError> {
         let checkpoint = self.checkpoint;
-        let (found, bytes) = self.gguf.tensor(name)?;
-        if found.shape != tensor.shape {
+        let (found, mut bytes) = self.gguf.tensor(name)?;
+        let mut shape = found.shape.as_slice();
+        // A part of the tensor of all experts.
+        if let Some((number, experts)) = self.model.expert(tensor) {
+            let part = bytes.len() / experts;
+            match shape.split_first() {
+                Some((n, rest)) if *n == experts && bytes.len() == part * experts => shape = rest,
+                _ => return Ok(false),
+            }
+            bytes = bytes.get(number * part..).unwrap_or_default();
+            bytes = bytes.get(..part).unwrap_or_default();
+        }
+        if shape != tensor.shape {
             return Ok(false);
         }
         let rows = self.model.rows(tensor);

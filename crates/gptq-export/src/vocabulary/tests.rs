@@ -85,6 +85,49 @@ fn merges_and_special_tokens_are_those_that_the_package_gguf_reads() {
 }
 
 #[test]
+fn entries_are_those_of_the_converter_of_llama_cpp() {
+    let golden = std::fs::read(tests("golden/gguf/converted.json")).unwrap();
+    let golden: Value = serde_json::from_slice(&golden).unwrap();
+    for (name, from, vocabulary) in [
+        ("medi-tiny", "models/medi-tiny", 4096),
+        ("llama", "golden/families", 512),
+    ] {
+        let dir = tokenizer(from);
+        let found = found(dir.path(), vocabulary);
+        let expected = golden[name]["metadata"].as_object().unwrap().iter();
+        for (key, expected) in expected.filter(|(key, _)| key.starts_with("tokenizer.")) {
+            // Without tokenizer.model, the converter gives all tokens one score, and those of merges are here; the name
+            // of a way to split is one that the converter was told; nothing here separates texts.
+            let own = ["scores", "pre", "add_sep_token"].map(|end| format!("tokenizer.ggml.{end}"));
+            if own.contains(key) {
+                continue;
+            }
+            let value = match found.get(key) {
+                Some(GgufValue::Texts(all)) => json!(all),
+                // The converter has the unknown token as a control token where the settings list it.
+                Some(GgufValue::I32s(all)) => {
+                    let known = all
+                        .iter()
+                        .map(|it| if *it == UNKNOWN { CONTROL } else { *it });
+                    json!(known.collect::<Vec<_>>())
+                }
+                Some(GgufValue::U32(n)) => json!(n),
+                Some(GgufValue::Bool(is)) => json!(is),
+                Some(GgufValue::Text(text)) => json!(text),
+                other => panic!("{name}: {key} is {expected}, here {other:?}"),
+            };
+            let value = match value.as_array() {
+                Some(all) => json!({
+                    "length": all.len(), "sha256": gptq_format::sha256(value.to_string().as_bytes()),
+                }),
+                None => value,
+            };
+            assert_eq!(&value, expected, "{name}: {key}");
+        }
+    }
+}
+
+#[test]
 fn tokens_have_their_kinds_and_what_is_missing_is_filled() {
     let dir = tokenizer("models/medi-tiny");
     let found = found(dir.path(), 4100);

@@ -51,13 +51,42 @@ pub fn encode_blocks(
     let words = n_in * bits.get() / 32;
     let packed = transposed(&linear.codes, words, n_out);
     let (middle, beyond) = (middle(kind), !limit(kind));
+    // Codes that a block has as they are.
+    let own = matches!(
+        (kind, bits),
+        (GgufType::Q4_0, Bits::Four) | (GgufType::Q8_0, Bits::Eight)
+    );
+    let own = own && linear.zeros.iter().all(|zero| i32::from(*zero) == middle);
     let columns = n_in / linear.groups().max(1);
     let mut out = Vec::with_capacity(n_in / BLOCK * n_out * kind.block().1);
     let mut codes = vec![0u8; n_in];
     let mut spilled = 0;
     for row in rows.sources(n_out) {
         let row_words = packed.get(row * words..(row + 1) * words);
-        unpack_row(row_words.unwrap_or_default(), bits, &mut codes);
+        let row_words = row_words.unwrap_or_default();
+        if own {
+            let blocks = row_words.chunks_exact(BLOCK * bits.get() / 32).enumerate();
+            for (block, words) in blocks {
+                let group = block * BLOCK / columns.max(1) * n_out + row;
+                let scale = linear.scales.get(group).copied().unwrap_or_default();
+                out.extend_from_slice(&scale.to_le_bytes());
+                match words {
+                    [a, b, c, d] => {
+                        for (low, high) in [(a, c), (b, d)] {
+                            let bytes = spread(*low) | spread(*high) << 4;
+                            out.extend_from_slice(&bytes.to_le_bytes());
+                        }
+                    }
+                    bytes => {
+                        // From codes to signed numbers.
+                        let signed = |word: &u32| (word ^ 0x8080_8080).to_le_bytes();
+                        out.extend(bytes.iter().flat_map(signed));
+                    }
+                }
+            }
+            continue;
+        }
+        unpack_row(row_words, bits, &mut codes);
         for (block, codes) in codes.as_chunks::<BLOCK>().0.iter().enumerate() {
             let group = block * BLOCK / columns.max(1) * n_out + row;
             let scale = linear.scales.get(group).copied().unwrap_or_default();
@@ -79,6 +108,14 @@ pub fn encode_blocks(
             kind: kind.name(),
         }),
     }
+}
+
+/// Gives each of a word's eight 4-bit codes a byte.
+fn spread(word: u32) -> u64 {
+    let word = u64::from(word);
+    let word = (word | word << 16) & 0x0000_FFFF_0000_FFFF;
+    let word = (word | word << 8) & 0x00FF_00FF_00FF_00FF;
+    (word | word << 4) & 0x0F0F_0F0F_0F0F_0F0F
 }
 
 /// Unpacks the words of one row of outputs.

@@ -95,7 +95,7 @@ fn written(path: &std::path::Path) -> Vec<u8> {
             shape: vec![3],
         },
     ];
-    let mut writer = GgufWriter::create(path, &metadata(), &tensors).unwrap();
+    let writer = GgufWriter::create(path, &metadata(), &tensors).unwrap();
     writer.write("b.weight", &[1; 12]).unwrap();
     writer.write("a.weight", &[2; 72]).unwrap();
     writer.finish().unwrap();
@@ -119,6 +119,50 @@ fn metadata() -> Vec<(String, GgufValue)> {
     ]
     .map(|(key, value)| (key.to_owned(), value))
     .into()
+}
+
+#[test]
+fn parts_of_a_tensor_come_in_any_order_and_make_up_all_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    let experts = GgufTensor {
+        name: "experts".into(),
+        kind: GgufType::Q4_0,
+        shape: vec![3, 2, 64],
+    };
+    assert_eq!(experts.bytes(), Some(3 * 72));
+    let writer = GgufWriter::create(&path, &[], &[experts]).unwrap();
+    writer.write_at("experts", 144, &[3; 72]).unwrap();
+    writer.write_at("experts", 0, &[1; 72]).unwrap();
+    for (name, start, length) in [
+        ("experts", 0, 72),
+        ("experts", 71, 10),
+        ("experts", 140, 10),
+        ("experts", 72, 73),
+        ("experts", 200, 72),
+        ("experts", usize::MAX, 2),
+        ("expert", 0, 1),
+    ] {
+        let written = writer.write_at(name, start, &vec![9; length]);
+        assert!(written.is_err(), "{name} {start} {length}");
+    }
+    writer.write_at("experts", 72, &[]).unwrap();
+    writer.write_at("experts", 72, &[2; 72]).unwrap();
+    writer.finish().unwrap();
+    let file = GgufFile::open(&path).unwrap();
+    let expected = [[1; 72], [2; 72], [3; 72]].concat();
+    assert_eq!(file.tensor("experts").unwrap().1, expected);
+
+    let path = dir.path().join("short.gguf");
+    let tensor = GgufTensor {
+        name: "a".into(),
+        kind: GgufType::F32,
+        shape: vec![4],
+    };
+    let writer = GgufWriter::create(&path, &[], &[tensor]).unwrap();
+    writer.write_at("a", 0, &[0; 12]).unwrap();
+    let line = writer.finish().unwrap_err().to_string();
+    assert!(line.contains("tensor a"), "{line}");
 }
 
 #[test]
@@ -273,7 +317,7 @@ fn a_file_of_the_package_gguf_is_read_and_written_byte_for_byte() {
     let tensors: Vec<GgufTensor> = tensors.collect();
     let dir = tempfile::tempdir().unwrap();
     let own = dir.path().join("own.gguf");
-    let mut writer = GgufWriter::create(&own, &metadata, &tensors).unwrap();
+    let writer = GgufWriter::create(&own, &metadata, &tensors).unwrap();
     for name in names.as_flattened() {
         writer.write(name, file.tensor(name).unwrap().1).unwrap();
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use super::{ALIGNMENT, GgufTensor, GgufValue, MAGIC, VERSION};
 use crate::FormatError;
@@ -12,9 +13,38 @@ use crate::FormatError;
 pub struct GgufWriter {
     path: PathBuf,
     file: File,
-    /// Offset and bytes of the tensors that are still to come.
-    pending: BTreeMap<String, (u64, usize)>,
+    places: BTreeMap<String, Place>,
     length: u64,
+}
+
+/// A tensor's part of the file.
+struct Place {
+    offset: u64,
+    bytes: usize,
+    /// Parts that are written, in any order: where each begins, and where it ends.
+    written: Mutex<BTreeMap<usize, usize>>,
+}
+
+impl Place {
+    /// Takes note of a part, if it lies within the tensor and touches no other.
+    fn take(&self, start: usize, length: usize) -> Option<u64> {
+        let end = start.checked_add(length).filter(|end| *end <= self.bytes)?;
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = written.range(..end).next_back();
+        if before.is_some_and(|(_, until)| *until > start) {
+            return None;
+        }
+        if start < end {
+            written.insert(start, end);
+        }
+        Some(self.offset + start as u64)
+    }
+
+    fn is_whole(&self) -> bool {
+        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: usize = written.iter().map(|(start, end)| end - start).sum();
+        all == self.bytes
+    }
 }
 
 impl GgufWriter {
@@ -48,14 +78,19 @@ impl GgufWriter {
             }
             header.extend(tensor.kind.id().to_le_bytes());
             header.extend(end.to_le_bytes());
-            if places.insert(tensor.name.clone(), (end, bytes)).is_some() {
+            let place = Place {
+                offset: end,
+                bytes,
+                written: Mutex::default(),
+            };
+            if places.insert(tensor.name.clone(), place).is_some() {
                 return Err(unplanned());
             }
             end = (end + bytes as u64).next_multiple_of(ALIGNMENT);
         }
         header.resize(header.len().next_multiple_of(ALIGNMENT as usize), 0);
         let start = header.len() as u64;
-        places.values_mut().for_each(|(offset, _)| *offset += start);
+        places.values_mut().for_each(|place| place.offset += start);
         let length = start + end;
         let file = OpenOptions::new().write(true).create_new(true).open(path);
         let file = file.and_then(|file| {
@@ -66,45 +101,37 @@ impl GgufWriter {
         Ok(GgufWriter {
             path: path.into(),
             file: file.map_err(FormatError::io(path))?,
-            pending: places,
+            places,
             length,
         })
     }
 
-    /// Writes a tensor in pieces: `fill` passes them to its argument in order.
+    /// Writes the bytes of a tensor from byte `start` on. Parts may come in any order, and from several threads.
     ///
     /// # Errors
-    /// A tensor that was not planned, is already written, or has another length; errors of `fill`.
-    pub fn write_pieces(
-        &mut self,
-        name: &str,
-        fill: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<(), FormatError>) -> Result<(), FormatError>,
-    ) -> Result<(), FormatError> {
-        let unplanned = || FormatError::UnplannedWrite { name: name.into() };
-        let (offset, bytes) = self.pending.remove(name).ok_or_else(unplanned)?;
-        let mut written = 0;
-        fill(&mut |piece: &[u8]| {
-            if piece.len() > bytes - written {
-                return Err(unplanned());
-            }
-            self.file
-                .write_all_at(piece, offset + written as u64)
-                .map_err(FormatError::io(&self.path))?;
-            written += piece.len();
-            Ok(())
-        })?;
-        match written == bytes {
-            true => Ok(()),
-            false => Err(unplanned()),
-        }
+    /// A tensor that was not planned, a part that is not within it or is already written; the file cannot be written.
+    pub fn write_at(&self, name: &str, start: usize, bytes: &[u8]) -> Result<(), FormatError> {
+        let place = self.places.get(name);
+        let place = place.and_then(|place| place.take(start, bytes.len()));
+        let place = place.ok_or_else(|| FormatError::UnplannedWrite { name: name.into() })?;
+        let written = self.file.write_all_at(bytes, place);
+        written.map_err(FormatError::io(&self.path))
     }
 
     /// Writes a whole tensor.
     ///
     /// # Errors
-    /// Those of [`GgufWriter::write_pieces`].
-    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
-        self.write_pieces(name, |put| put(bytes))
+    /// Those of [`GgufWriter::write_at`].
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
+        self.write_at(name, 0, bytes)
+    }
+
+    /// Syncs everything written so far.
+    ///
+    /// # Errors
+    /// The file cannot be synced.
+    pub fn sync(&self) -> Result<(), FormatError> {
+        self.file.sync_data().map_err(FormatError::io(&self.path))
     }
 
     /// Syncs the file, and returns its length.
@@ -112,10 +139,11 @@ impl GgufWriter {
     /// # Errors
     /// A planned tensor is missing; the file cannot be synced.
     pub fn finish(self) -> Result<u64, FormatError> {
-        if let Some(first) = self.pending.keys().next() {
+        let mut missing = self.places.iter().filter(|(_, place)| !place.is_whole());
+        if let Some((first, _)) = missing.next() {
             return Err(FormatError::Unwritten {
                 dir: self.path.clone(),
-                missing: self.pending.len(),
+                missing: 1 + missing.count(),
                 first: first.clone(),
             });
         }

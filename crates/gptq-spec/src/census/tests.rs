@@ -25,7 +25,7 @@ fn census(config: &Value, change: impl FnOnce(&mut Vec<TensorSpec>)) -> Census {
     };
     let mut specs: Vec<TensorSpec> = all.into_iter().map(spec).collect();
     change(&mut specs);
-    let mut writer = ShardedWriter::create(dir.path(), &specs, None).unwrap();
+    let writer = ShardedWriter::create(dir.path(), &specs, None).unwrap();
     for spec in &specs {
         writer.write(&spec.name, &vec![0x3c; spec.bytes()]).unwrap();
     }

@@ -5,8 +5,9 @@ use super::mixture::{self, Defaults, Names};
 use super::parts;
 use super::sliding_window::SlidingWindow;
 use crate::keys::Keys;
+use crate::llama_cpp::LlamaCppExperts;
 use crate::shapes::Shapes;
-use crate::{BlockBuilder, BlockSpec, Register, Routing};
+use crate::{BlockBuilder, BlockSpec, LlamaCpp, Register, Routing};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "mixtral",
@@ -20,6 +21,17 @@ pub(super) const FAMILY: Family = Family {
         ..Rotary::PLAIN
     },
     sliding_window: SlidingWindow::Always,
+    llama_cpp: Some(LlamaCpp {
+        architecture: "llama",
+        paired: true,
+        experts: Some(LlamaCppExperts {
+            renormalizes: true,
+            told_width: false,
+            square: false,
+            square_keys: false,
+        }),
+        ..LlamaCpp::PLAIN
+    }),
     block,
     ..Family::PLAIN
 };

@@ -14,6 +14,7 @@ pub(super) const FAMILY: Family = Family {
     eps: ("rms_norm_eps", 1e-5),
     llama_cpp: Some(LlamaCpp {
         architecture: "olmo2",
+        own_head: true,
         ..LlamaCpp::PLAIN
     }),
     block,

@@ -4,14 +4,26 @@ use super::family::Family;
 use super::mixture::{self, Defaults, Names};
 use super::parts;
 use crate::keys::{Keys, flag};
+use crate::llama_cpp::LlamaCppExperts;
 use crate::shapes::Shapes;
-use crate::{BlockBuilder, BlockSpec, Register, Routing};
+use crate::{BlockBuilder, BlockSpec, LlamaCpp, Register, Routing};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "olmoe",
     defaults: &[("max_position_embeddings", 4096)],
     eps: ("rms_norm_eps", 1e-5),
     refused: &["clip_qkv"],
+    llama_cpp: Some(LlamaCpp {
+        architecture: "olmoe",
+        own_head: true,
+        experts: Some(LlamaCppExperts {
+            renormalizes: false,
+            told_width: false,
+            square: true,
+            square_keys: true,
+        }),
+        ..LlamaCpp::PLAIN
+    }),
     block,
     ..Family::PLAIN
 };

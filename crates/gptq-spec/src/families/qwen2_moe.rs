@@ -5,8 +5,9 @@ use super::mixture::{self, Defaults, Names};
 use super::parts;
 use super::sliding_window::SlidingWindow;
 use crate::keys::{Keys, flag};
+use crate::llama_cpp::LlamaCppExperts;
 use crate::shapes::Shapes;
-use crate::{BlockBuilder, BlockSpec, Register, Routing};
+use crate::{BlockBuilder, BlockSpec, LlamaCpp, Register, Routing};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "qwen2_moe",
@@ -16,6 +17,17 @@ pub(super) const FAMILY: Family = Family {
         ("sliding_window", 4096),
     ],
     sliding_window: SlidingWindow::Listed,
+    llama_cpp: Some(LlamaCpp {
+        architecture: "qwen2moe",
+        own_head: true,
+        experts: Some(LlamaCppExperts {
+            renormalizes: false,
+            told_width: true,
+            square: true,
+            square_keys: false,
+        }),
+        ..LlamaCpp::PLAIN
+    }),
     block,
     ..Family::PLAIN
 };

@@ -4,8 +4,9 @@ use super::family::Family;
 use super::mixture::{self, Defaults, Names};
 use super::parts;
 use crate::keys::{Keys, flag, off};
+use crate::llama_cpp::LlamaCppExperts;
 use crate::shapes::Shapes;
-use crate::{BlockBuilder, BlockSpec, Register, Routing};
+use crate::{BlockBuilder, BlockSpec, LlamaCpp, Register, Routing};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "qwen3_moe",
@@ -13,6 +14,16 @@ pub(super) const FAMILY: Family = Family {
         ("max_position_embeddings", 32_768),
         ("num_key_value_heads", 4),
     ],
+    llama_cpp: Some(LlamaCpp {
+        architecture: "qwen3moe",
+        experts: Some(LlamaCppExperts {
+            renormalizes: true,
+            told_width: true,
+            square: false,
+            square_keys: false,
+        }),
+        ..LlamaCpp::PLAIN
+    }),
     block,
     ..Family::PLAIN
 };
