@@ -45,7 +45,7 @@ fn rewrite(dir: &Path, dtype: Dtype, shard_size: Option<u64>) {
         shape: base.view(name).unwrap().shape.into(),
     };
     let specs: Vec<TensorSpec> = base.names().map(spec).collect();
-    let mut writer = ShardedWriter::create(dir, &specs, shard_size).unwrap();
+    let writer = ShardedWriter::create(dir, &specs, shard_size).unwrap();
     for spec in &specs {
         let values = base.f16(&spec.name, &spec.shape).unwrap();
         let bytes: Vec<u8> = match dtype {

@@ -24,7 +24,7 @@ fn bf16_model(scratch: &Scratch) -> PathBuf {
     };
     let specs: Vec<TensorSpec> = base.names().map(spec).collect();
     fs::remove_file(model.join("model.safetensors")).unwrap();
-    let mut writer = ShardedWriter::create(&model, &specs, None).unwrap();
+    let writer = ShardedWriter::create(&model, &specs, None).unwrap();
     for spec in &specs {
         let mut halves = vec![0; spec.shape.iter().product()];
         base.halves_into(Half::Bf16, &spec.name, &spec.shape, &mut halves)

@@ -97,7 +97,7 @@ pub(crate) fn run(
         }
     }
     let specs = tensors(&sizes)?;
-    let mut writer = ShardedWriter::create(dir, &specs, Some(SHARD))?;
+    let writer = ShardedWriter::create(dir, &specs, Some(SHARD))?;
     for batch in specs.chunks(BATCH) {
         let made: Vec<Vec<f16>> = batch.par_iter().map(values).collect();
         for (spec, values) in batch.iter().zip(made) {

@@ -5,24 +5,25 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Mutex;
 
 use gptq_format::{
-    Encoded, FormatError, FormatName, ModuleSettings, PackedLinear, ShardedWriter, StagedDir,
-    TensorDigests, TensorSpec, copy_side_files, read_json, write_json,
+    FormatError, FormatName, ModuleSettings, PackedLinear, ShardedWriter, StagedDir, TensorDigests,
+    TensorSpec, copy_side_files, read_json, write_json,
 };
 use gptq_plan::{BranchReport, written_config};
 use gptq_spec::{ModelConfig, ModelTensor, Role};
-use rayon::prelude::*;
 use serde_json::Value;
 
-use crate::batches::batches;
-use crate::{ExportError, ExportSource};
+use crate::batches::carry_out;
+use crate::gguf::write_gguf;
+use crate::{ExportError, ExportSource, TableType};
 
 /// Bytes copied at a time.
 const PIECE: usize = 4 << 20;
 
-/// Writes the branch into the directory `target`, which appears when it is complete, and returns the bytes of its
-/// weight files. `on_progress` receives the finished share, 0 to 1.
+/// Writes the branch into the directory `target`, or for GGUF the file, which appears when it is complete, and returns the
+/// bytes of its weight files. `on_progress` receives the finished share, 0 to 1.
 ///
 /// # Errors
 /// Those of [`ExportSource::check`]; files that cannot be read or written.
@@ -32,13 +33,16 @@ pub fn write_directory(
     target: &Path,
     on_progress: &mut dyn FnMut(f64),
 ) -> Result<u64, ExportError> {
+    if format == FormatName::Gguf {
+        return write_gguf(source, TableType::default(), target, on_progress);
+    }
     source.check(format)?;
     let dir = StagedDir::create(target)?;
     let path = dir.path();
     let (settings, layout) = (source.settings_in(format)?, source.layout(format));
     let tensors = source.config.tensors();
     let specs = specs(source, &tensors, format)?;
-    let mut weights = ShardedWriter::create(path, &specs, shard_size(source)?)?;
+    let weights = ShardedWriter::create(path, &specs, shard_size(source)?)?;
     copy_side_files(&source.dir, path)?;
     let base = source.dir.join("config.json");
     let (mut config, _) = written_config(read_json(&base)?, source.checkpoint.half())
@@ -54,49 +58,33 @@ pub fn write_directory(
     }
     layout.write_settings(&settings, &modules(source)?, &mut config, path)?;
     write_json(&path.join("config.json"), &config)?;
-    let mut digests = HashMap::new();
-    let mut done = 0;
     let recorded = source.dir.join("report.json").is_file();
+    let digests = Mutex::new(HashMap::new());
     let mut weights_of = HashMap::new();
     for (tensor, linear) in source.linears()? {
         weights_of.insert(tensor.name, linear.weights() as usize);
     }
     let of = |tensor: &ModelTensor| weights_of.get(&tensor.name).copied().unwrap_or_default();
-    for some in batches(&tensors, of) {
-        let packed: Vec<Option<PackedLinear>> = (some.par_iter())
-            .map(|tensor| packed(source, tensor))
-            .collect::<Result<_, _>>()?;
-        let encoded: Vec<Option<(Vec<Encoded<'_>>, TensorDigests)>> = (some.par_iter())
-            .zip(&packed)
-            .map(|(tensor, packed)| {
-                let Some(packed) = packed else {
-                    return Ok(None);
-                };
-                let parts = layout.encode(tensor.module(), packed)?;
-                let digests = match recorded {
-                    true => TensorDigests::of(&parts),
-                    false => TensorDigests::default(),
-                };
-                Ok::<_, FormatError>(Some((parts, digests)))
-            })
-            .collect::<Result<_, _>>()?;
-        for (tensor, encoded) in some.iter().zip(encoded) {
-            match encoded {
-                Some((parts, found)) => {
-                    for part in &parts {
-                        let name = layout.tensor_name(tensor.module(), part.suffix);
-                        weights.write(&name, &part.bytes)?;
-                    }
-                    digests.insert(tensor.module().to_owned(), found);
-                }
-                None => copy(source, &tensor.name, &mut weights)?,
-            }
+    let write = |tensor: &ModelTensor| {
+        let Some(packed) = packed(source, tensor)? else {
+            return Ok(copy(source, &tensor.name, &weights)?);
+        };
+        let module = tensor.module();
+        let parts = layout.encode(module, &packed)?;
+        for part in &parts {
+            weights.write(&layout.tensor_name(module, part.suffix), &part.bytes)?;
         }
-        done += some.len();
-        on_progress(done as f64 / tensors.len() as f64);
-    }
+        if recorded {
+            let found = TensorDigests::of(&parts);
+            let mut digests = digests.lock().expect("inserting cannot panic");
+            digests.insert(module.to_owned(), found);
+        }
+        Ok(())
+    };
+    carry_out(&tensors, of, write, || weights.sync(), on_progress)?;
     let bytes = weights.finish()?;
     if recorded {
+        let mut digests = digests.into_inner().expect("inserting cannot panic");
         let mut report = BranchReport::read(&source.dir)?;
         for linear in &mut report.linears {
             linear.digests = digests.remove(&linear.name);
@@ -172,7 +160,7 @@ fn packed(
     })
 }
 
-fn copy(source: &ExportSource, name: &str, weights: &mut ShardedWriter) -> Result<(), FormatError> {
+fn copy(source: &ExportSource, name: &str, weights: &ShardedWriter) -> Result<(), FormatError> {
     let bytes = source.checkpoint.view(name)?.bytes();
     weights.write_pieces(name, |put| bytes.chunks(PIECE).try_for_each(put))?;
     source.checkpoint.give_back(name);

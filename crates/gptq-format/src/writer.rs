@@ -1,10 +1,12 @@
 //! Writes safetensors files whose tensors are known by name and shape beforehand: headers first,
-//! then each tensor at its offset in any order, so at most one tensor is in memory.
+//! then each tensor at its offset in any order and from any thread, so at most one tensor is in memory.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use half::f16;
 use safetensors::Dtype;
@@ -28,6 +30,7 @@ impl LittleEndian for u16 {}
 impl LittleEndian for u32 {}
 impl LittleEndian for f32 {}
 impl LittleEndian for i32 {}
+impl LittleEndian for i64 {}
 impl LittleEndian for f16 {}
 
 /// A planned tensor.
@@ -51,14 +54,15 @@ impl TensorSpec {
 /// Open shards and their missing tensors.
 pub struct ShardedWriter {
     shards: Vec<Shard>,
-    pending: BTreeMap<String, Place>,
+    /// Tensors that are still to come.
+    pending: Mutex<BTreeMap<String, Place>>,
 }
 
 struct Shard {
     path: PathBuf,
     file: File,
     /// True if bytes were written since the last sync.
-    unsynced: bool,
+    unsynced: AtomicBool,
 }
 
 struct Place {
@@ -79,14 +83,16 @@ impl ShardedWriter {
         specs: &[TensorSpec],
         shard_size: Option<u64>,
     ) -> Result<Self, FormatError> {
-        let mut writer = ShardedWriter::lay_out(dir, specs, shard_size, create_shard)?;
+        let writer = ShardedWriter::lay_out(dir, specs, shard_size, create_shard)?;
         if writer.shards.len() > 1 {
             let total: usize = specs.iter().map(TensorSpec::bytes).sum();
             let file = |place: &Place| {
                 let path = &writer.shards.get(place.shard)?.path;
                 Some(path.file_name()?.to_string_lossy())
             };
-            let weight_map: BTreeMap<_, _> = (writer.pending.iter())
+            let pending = writer.pending.lock();
+            let pending = pending.unwrap_or_else(PoisonError::into_inner);
+            let weight_map: BTreeMap<_, _> = (pending.iter())
                 .filter_map(|(name, place)| Some((name, file(place)?)))
                 .collect();
             let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
@@ -116,10 +122,7 @@ impl ShardedWriter {
         open: fn(&Path, &[u8], u64) -> Result<File, FormatError>,
     ) -> Result<Self, FormatError> {
         let plan = split(specs, shard_size.unwrap_or(u64::MAX));
-        let mut writer = ShardedWriter {
-            shards: Vec::new(),
-            pending: BTreeMap::new(),
-        };
+        let (mut opened, mut pending) = (Vec::new(), BTreeMap::new());
         let shards = plan.len();
         for (i, specs) in plan.iter().enumerate() {
             let path = dir.join(match shards {
@@ -128,30 +131,38 @@ impl ShardedWriter {
             });
             let (header, places, end) = header(i, specs);
             let file = open(&path, &header, end)?;
-            writer.shards.push(Shard {
+            opened.push(Shard {
                 path,
                 file,
-                unsynced: true,
+                unsynced: AtomicBool::new(true),
             });
-            writer.pending.extend(places);
+            pending.extend(places);
         }
-        Ok(writer)
+        Ok(ShardedWriter {
+            shards: opened,
+            pending: Mutex::new(pending),
+        })
     }
 
     /// Marks a tensor as written by the interrupted run.
     ///
     /// # Errors
     /// The tensor was not planned, or is already written.
-    pub fn keep(&mut self, name: &str) -> Result<(), FormatError> {
-        match self.pending.remove(name) {
+    pub fn keep(&self, name: &str) -> Result<(), FormatError> {
+        match self.take(name) {
             Some(_) => Ok(()),
             None => Err(FormatError::UnplannedWrite { name: name.into() }),
         }
     }
 
-    /// Writes one tensor's little-endian bytes. Errors if it was not planned, is already written,
+    fn take(&self, name: &str) -> Option<Place> {
+        let pending = self.pending.lock();
+        pending.unwrap_or_else(PoisonError::into_inner).remove(name)
+    }
+
+    /// Writes one tensor's little-endian bytes, from any thread. Errors if it was not planned, is already written,
     /// or has another length.
-    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
         self.write_pieces(name, |put| put(bytes))
     }
 
@@ -160,15 +171,14 @@ impl ShardedWriter {
     /// # Errors
     /// The same errors as [`ShardedWriter::write`], and errors of `fill`.
     pub fn write_pieces(
-        &mut self,
+        &self,
         name: &str,
         fill: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<(), FormatError>) -> Result<(), FormatError>,
     ) -> Result<(), FormatError> {
         let unplanned = || FormatError::UnplannedWrite { name: name.into() };
-        let place = self.pending.remove(name);
-        let planned = place.and_then(|place| Some((self.shards.get_mut(place.shard)?, place)));
+        let place = self.take(name);
+        let planned = place.and_then(|place| Some((self.shards.get(place.shard)?, place)));
         let (shard, place) = planned.ok_or_else(unplanned)?;
-        shard.unsynced = true;
         let (file, path) = (&shard.file, &shard.path);
         let mut written = 0;
         fill(&mut |bytes: &[u8]| {
@@ -178,6 +188,7 @@ impl ShardedWriter {
             file.write_all_at(bytes, place.offset + written as u64)
                 .map_err(FormatError::io(path))?;
             written += bytes.len();
+            shard.unsynced.store(true, Ordering::Release);
             Ok(())
         })?;
         if written == place.bytes {
@@ -188,24 +199,23 @@ impl ShardedWriter {
     }
 
     /// Syncs everything written so far.
-    pub fn sync(&mut self) -> Result<(), FormatError> {
-        for shard in self.shards.iter_mut().filter(|shard| shard.unsynced) {
-            shard
-                .file
-                .sync_data()
-                .map_err(FormatError::io(&shard.path))?;
-            shard.unsynced = false;
-        }
-        Ok(())
+    pub fn sync(&self) -> Result<(), FormatError> {
+        let changed = |shard: &&Shard| shard.unsynced.swap(false, Ordering::AcqRel);
+        self.shards.iter().filter(changed).try_for_each(|shard| {
+            let synced = shard.file.sync_data();
+            synced.map_err(FormatError::io(&shard.path))
+        })
     }
 
     /// Syncs every file; errors if a planned tensor is missing. Returns the bytes on disk.
     pub fn finish(self) -> Result<u64, FormatError> {
-        if let Some(first) = self.pending.keys().next() {
+        let pending = self.pending.into_inner();
+        let pending = pending.unwrap_or_else(PoisonError::into_inner);
+        if let Some(first) = pending.keys().next() {
             let dir = self.shards.first().and_then(|shard| shard.path.parent());
             return Err(FormatError::Unwritten {
                 dir: dir.unwrap_or(Path::new("")).to_owned(),
-                missing: self.pending.len(),
+                missing: pending.len(),
                 first: first.clone(),
             });
         }
@@ -321,7 +331,7 @@ mod tests {
     fn single_and_sharded_files_read_back_the_same() {
         for shard_size in [None, Some(20), Some(1)] {
             let dir = tempfile::tempdir().unwrap();
-            let mut writer = ShardedWriter::create(dir.path(), &specs(), shard_size).unwrap();
+            let writer = ShardedWriter::create(dir.path(), &specs(), shard_size).unwrap();
             let ints: Vec<u8> = (1..=4i32).flat_map(i32::to_le_bytes).collect();
             writer.write("b.g_idx", &ints).unwrap();
             writer.write("a.qweight", &ints).unwrap();
@@ -341,10 +351,10 @@ mod tests {
     fn an_unfinished_file_is_gone_on_with_and_another_layout_or_a_link_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let reopen = |specs: &[TensorSpec]| ShardedWriter::reopen(dir.path(), specs, None);
-        let mut writer = ShardedWriter::create(dir.path(), &specs(), None).unwrap();
+        let writer = ShardedWriter::create(dir.path(), &specs(), None).unwrap();
         writer.write("b.g_idx", &[7; 16]).unwrap();
         drop(writer);
-        let mut writer = reopen(&specs()).unwrap();
+        let writer = reopen(&specs()).unwrap();
         writer.keep("b.g_idx").unwrap();
         assert!(writer.keep("b.g_idx").is_err());
         writer.write("a.qweight", &[1; 16]).unwrap();
@@ -374,7 +384,7 @@ mod tests {
     #[test]
     fn a_tensor_may_come_in_pieces_that_fill_its_place() {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = ShardedWriter::create(dir.path(), &specs(), None).unwrap();
+        let writer = ShardedWriter::create(dir.path(), &specs(), None).unwrap();
         let two = |put: &mut dyn FnMut(&[u8]) -> Result<(), FormatError>| {
             put(&[1; 4]).and_then(|()| put(&[2; 4]))
         };
@@ -393,7 +403,7 @@ mod tests {
     #[test]
     fn missing_double_and_wrong_writes_are_errors() {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = ShardedWriter::create(dir.path(), &specs(), None).unwrap();
+        let writer = ShardedWriter::create(dir.path(), &specs(), None).unwrap();
         assert!(writer.write("nobody", &[]).is_err());
         assert!(writer.write("a.scales", &[0; 5]).is_err());
         writer.write("b.g_idx", &[0; 16]).unwrap();

@@ -53,7 +53,7 @@ fn checkpoint_of(dir: &Path, [hidden, wide, layers, vocabulary]: [usize; 4], dty
         shape: tensor.shape,
     });
     let specs: Vec<TensorSpec> = specs.collect();
-    let mut writer = ShardedWriter::create(dir, &specs, None).unwrap();
+    let writer = ShardedWriter::create(dir, &specs, None).unwrap();
     let mut state = 1u64;
     for spec in &specs {
         let one = |_| {

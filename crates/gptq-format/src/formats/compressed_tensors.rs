@@ -13,11 +13,11 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Encoded, Grids, ModuleSettings, OutputFormat, PartSpec, StoredTensors, contiguous, in_order,
-    in_order_groups, part, refuse, transposed, unpacked, whole_words,
+    in_order_groups, laid_out, must_fit, part, refuse, transposed, unpacked, whole_words,
 };
 use crate::{
-    Bits, FormatError, GroupSize, LinearShape, PackedLinear, QuantizeConfig, Refusal, le_bytes,
-    pack_down, unpack_down,
+    Bits, FormatError, GroupSize, LinearShape, PackedLinear, QuantizeConfig, Refusal, pack_down,
+    unpack_down,
 };
 
 const PACKED: &str = "weight_packed";
@@ -84,21 +84,16 @@ impl OutputFormat for CompressedTensors {
     ) -> Result<Vec<Encoded<'a>>, FormatError> {
         in_order(self, module, linear)?;
         let (n_in, n_out, groups) = (linear.in_features, linear.out_features, linear.groups());
-        let part = |suffix, bytes: &[u8]| Encoded {
-            suffix,
-            bytes: bytes.to_vec().into(),
-        };
         let rows = n_in * linear.bits.get() / 32;
-        let shape = [n_out as i64, n_in as i64].map(i64::to_le_bytes);
         let mut parts = vec![
-            part(PACKED, le_bytes(&transposed(&linear.codes, rows, n_out))),
-            part(SCALE, le_bytes(&transposed(&linear.scales, groups, n_out))),
-            part(SHAPE, &shape.concat()),
+            laid_out(PACKED, &transposed(&linear.codes, rows, n_out)),
+            laid_out(SCALE, &transposed(&linear.scales, groups, n_out)),
+            laid_out(SHAPE, &[n_out as i64, n_in as i64]),
         ];
         if !self.sym {
             let zeros = transposed(&linear.zeros, groups, n_out);
             let zeros = pack_down(&zeros, n_out, groups, linear.bits);
-            parts.push(part(ZERO_POINT, le_bytes(&zeros)));
+            parts.push(laid_out(ZERO_POINT, &zeros));
         }
         Ok(parts)
     }
@@ -113,11 +108,7 @@ impl OutputFormat for CompressedTensors {
             sym: self.sym,
             scattered: false,
         };
-        self.fits(linear, grids)
-            .map_err(|refusal| FormatError::DoesNotFit {
-                module: module.into(),
-                refusal,
-            })?;
+        must_fit(self, module, linear, grids)?;
         let &LinearShape {
             in_features,
             out_features,

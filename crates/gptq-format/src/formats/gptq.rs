@@ -230,7 +230,7 @@ mod tests {
         let name = format;
         let format = super::super::layout(name, true);
         let specs = format.tensors("m", &shape);
-        let mut writer = ShardedWriter::create(dir.path(), &specs, None).unwrap();
+        let writer = ShardedWriter::create(dir.path(), &specs, None).unwrap();
         let packed = linear.pack();
         for (part, encoded) in format
             .parts(&shape)

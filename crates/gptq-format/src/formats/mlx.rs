@@ -14,9 +14,9 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Encoded, Grids, ModuleSettings, OutputFormat, PartSpec, StoredTensors, contiguous, in_order,
-    in_order_groups, part, refuse, transposed, unpacked, whole_words,
+    in_order_groups, laid_out, must_fit, part, refuse, transposed, unpacked, whole_words,
 };
-use crate::{Bits, FormatError, LinearShape, PackedLinear, QuantizeConfig, Refusal, le_bytes};
+use crate::{Bits, FormatError, LinearShape, PackedLinear, QuantizeConfig, Refusal};
 
 const WEIGHT: &str = "weight";
 const SCALES: &str = "scales";
@@ -91,14 +91,10 @@ impl OutputFormat for Mlx {
                 name: self.tensor_name(module, BIASES),
             });
         }
-        let part = |suffix, bytes: &[u8]| Encoded {
-            suffix,
-            bytes: bytes.to_vec().into(),
-        };
         Ok(vec![
-            part(WEIGHT, le_bytes(&transposed(&linear.codes, rows, n_out))),
-            part(SCALES, le_bytes(&scales)),
-            part(BIASES, le_bytes(&biases)),
+            laid_out(WEIGHT, &transposed(&linear.codes, rows, n_out)),
+            laid_out(SCALES, &scales),
+            laid_out(BIASES, &biases),
         ])
     }
 
@@ -116,7 +112,7 @@ impl OutputFormat for Mlx {
             sym: true,
             scattered: false,
         };
-        self.fits(linear, grids).map_err(does_not_fit)?;
+        must_fit(self, module, linear, grids)?;
         let &LinearShape {
             in_features,
             out_features,

@@ -22,8 +22,8 @@ pub use gptq::AutoGptq;
 pub use mlx::Mlx;
 
 use crate::{
-    Bits, CheckpointFormat, FormatError, GroupSize, LinearShape, PackedLinear, QuantizeConfig,
-    Refusal, TensorSpec,
+    Bits, CheckpointFormat, FormatError, GroupSize, LinearShape, LittleEndian, PackedLinear,
+    QuantizeConfig, Refusal, TensorSpec, le_bytes,
 };
 
 /// A layout of quantized linears in files. What holds for a whole branch, such as how zero points are stored, is
@@ -254,12 +254,30 @@ fn in_order(
         .zeros
         .iter()
         .all(|zero| *zero == linear.bits.symmetric_zero());
+    must_fit(format, module, &shape, Grids { sym, scattered })
+}
+
+/// Checks that `format` can hold `module`.
+fn must_fit(
+    format: &dyn OutputFormat,
+    module: &str,
+    linear: &LinearShape,
+    grids: Grids,
+) -> Result<(), FormatError> {
     format
-        .fits(&shape, Grids { sym, scattered })
+        .fits(linear, grids)
         .map_err(|refusal| FormatError::DoesNotFit {
             module: module.into(),
             refusal,
         })
+}
+
+/// A tensor of elements that were laid out for it.
+fn laid_out<T: LittleEndian>(suffix: &'static str, values: &[T]) -> Encoded<'static> {
+    Encoded {
+        suffix,
+        bytes: le_bytes(values).to_vec().into(),
+    }
 }
 
 /// The group of each input where groups are in order.
@@ -274,19 +292,31 @@ fn unpacked(words: usize, bits: Bits) -> usize {
     words.saturating_mul(32) / bits.get()
 }
 
-/// Transposes `[rows, cols]`, a square of elements at a time so that both sides stay in the cache.
+/// Transposes `[rows, cols]`, a square of elements at a time, which is read and written in runs: dimensions are often powers
+/// of two, and elements that far apart share a place in the cache.
 pub(crate) fn transposed<T: Copy + Default>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
     const SQUARE: usize = 32;
     let mut out = vec![T::default(); values.len()];
+    let mut square = [[T::default(); SQUARE]; SQUARE];
     for top in (0..rows).step_by(SQUARE) {
+        let height = SQUARE.min(rows - top);
         for left in (0..cols).step_by(SQUARE) {
-            let right = (left + SQUARE).min(cols);
-            for row in top..(top + SQUARE).min(rows) {
-                let from = values.get(row * cols + left..row * cols + right);
-                for (col, value) in (left..right).zip(from.unwrap_or_default()) {
-                    if let Some(to) = out.get_mut(col * rows + row) {
-                        *to = *value;
-                    }
+            let width = SQUARE.min(cols - left);
+            for (row, line) in (top..top + height).zip(&mut square) {
+                let from = values.get(row * cols + left..row * cols + left + width);
+                if let (Some(from), Some(line)) = (from, line.get_mut(..width)) {
+                    line.copy_from_slice(from);
+                }
+            }
+            for col in 0..width {
+                let mut run = [T::default(); SQUARE];
+                for (to, line) in run.iter_mut().zip(&square) {
+                    *to = line.get(col).copied().unwrap_or_default();
+                }
+                let start = (left + col) * rows + top;
+                let to = out.get_mut(start..start + height);
+                if let (Some(to), Some(run)) = (to, run.get(..height)) {
+                    to.copy_from_slice(run);
                 }
             }
         }

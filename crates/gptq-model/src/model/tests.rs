@@ -304,7 +304,7 @@ impl Variant {
                 shape: shape.clone(),
             })
             .collect();
-        let mut writer = ShardedWriter::create(dir.path(), &specs, shard_size).unwrap();
+        let writer = ShardedWriter::create(dir.path(), &specs, shard_size).unwrap();
         for (name, (_, bytes)) in &self.tensors {
             writer.write(name, bytes).unwrap();
         }
@@ -407,7 +407,7 @@ fn codes_that_gptqmodel_packed_give_the_logits_of_its_weights() {
         shape: view.shape.into(),
     };
     let specs: Vec<TensorSpec> = views.iter().map(spec).collect();
-    let mut writer = ShardedWriter::create(dir.path(), &specs, None).unwrap();
+    let writer = ShardedWriter::create(dir.path(), &specs, None).unwrap();
     for view in &views {
         writer.write(view.name, &view.bytes()).unwrap();
     }

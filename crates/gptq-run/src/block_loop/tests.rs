@@ -39,7 +39,7 @@ pub(crate) fn model() -> (TempDir, Model<Cpu>) {
         shape: tensor.shape,
     });
     let specs: Vec<TensorSpec> = specs.collect();
-    let mut writer = ShardedWriter::create(dir.path(), &specs, None).unwrap();
+    let writer = ShardedWriter::create(dir.path(), &specs, None).unwrap();
     let mut state = 1_u64;
     for spec in &specs {
         let values: Vec<u16> = (0..spec.bytes() / 2)

@@ -24,7 +24,7 @@ fn settings(linear: &LinearShape, sym: bool) -> QuantizeConfig {
 fn write(dir: &Path, linear: &QuantizedLinear, shape: &LinearShape, sym: bool) {
     let format = CompressedTensors { sym };
     let specs = format.tensors("m", shape);
-    let mut writer = ShardedWriter::create(dir, &specs, None).unwrap();
+    let writer = ShardedWriter::create(dir, &specs, None).unwrap();
     let packed = linear.pack();
     for part in format.encode("m", &packed).unwrap() {
         let name = format.tensor_name("m", part.suffix);

@@ -11,7 +11,7 @@ use crate::{Checkpoint, GroupSize, QuantizedLinear, ShardedWriter, write_json};
 /// Writes the linear `m` as a checkpoint of its own.
 fn write(dir: &Path, linear: &QuantizedLinear, shape: &LinearShape) {
     let specs = Mlx.tensors("m", shape);
-    let mut writer = ShardedWriter::create(dir, &specs, None).unwrap();
+    let writer = ShardedWriter::create(dir, &specs, None).unwrap();
     let packed = linear.pack();
     for part in Mlx.encode("m", &packed).unwrap() {
         writer
