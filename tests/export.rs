@@ -16,8 +16,8 @@ bits = 4
 group_size = 64
 
 [[branch]]
-name = "three-asymmetric"
-bits = 3
+name = "asymmetric"
+bits = 4
 group_size = 128
 sym = false
 desc_act = false
@@ -101,7 +101,7 @@ fn exported_branches_have_their_weights_to_the_bit_and_go_back() {
     let exported = scratch.path("exported");
     let said = export(&scratch.out(), "compressed-tensors", &exported);
     assert_eq!(said.lines().count(), 4, "{said}");
-    for name in ["four", "three-asymmetric", "eight", "mixed"] {
+    for name in ["four", "asymmetric", "eight", "mixed"] {
         let (branch, dir) = (scratch.out().join(name), exported.join(name));
         let receipt = verify(&dir, &branch);
         let checks = receipt["checks"].as_array().unwrap();
@@ -183,7 +183,7 @@ fn a_recipe_writes_what_an_export_of_its_branch_would() {
     quantize(&scratch.recipe(&medi_tiny(), BRANCHES));
     let exported = scratch.path("exported");
     export(&scratch.out(), "compressed-tensors", &exported);
-    for name in ["four", "three-asymmetric", "eight", "mixed"] {
+    for name in ["four", "asymmetric", "eight", "mixed"] {
         for file in ["model.safetensors", "config.json", "tokenizer.json"] {
             let read = |dir: &Path| fs::read(dir.join(name).join(file)).unwrap();
             assert!(read(&direct) == read(&exported), "{name}/{file}");
@@ -219,9 +219,6 @@ fn act_order_in_scattered_groups_is_refused_before_any_work() {
         line.contains("format \"onnx\" is not one of gptq, compressed-tensors"),
         "{line}"
     );
-    let recipe = scratch.recipe(&medi_tiny(), &format!("{branch}format = \"gguf\"\n"));
-    let line = refuse(["plan", recipe.to_str().unwrap()]);
-    assert!(line.contains("run gptq export --to gguf"), "{line}");
     // A finished branch, by another tool.
     let dir = gptqmodel_branch(&scratch);
     let output = scratch.path("exported");
@@ -248,7 +245,7 @@ fn act_order_in_scattered_groups_is_refused_before_any_work() {
 }
 
 /// Families with a row in llama.cpp's table.
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 12] = [
     "llama",
     "llama3",
     "qwen2",
@@ -259,6 +256,8 @@ const FAMILIES: [&str; 10] = [
     "granite",
     "olmo2",
     "smollm3",
+    "mixtral",
+    "qwen3_moe",
 ];
 
 /// Sets what llama.cpp computes without being told, where the fixture has something else on purpose.
@@ -312,15 +311,192 @@ fn every_family_that_llama_cpp_runs_goes_into_a_gguf_file() {
         );
         let found = inspect(&file);
         assert_eq!(found["format"], "gguf");
-        let kinds = found["tensors"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|it| it["dtype"].as_str().unwrap());
-        let quantized = kinds.filter(|kind| *kind == "Q4_0").count();
+        // Those of all experts of a block are one.
+        let tensors = found["tensors"].as_array().unwrap().iter();
+        let tensors = tensors.filter(|it| it["dtype"] == "Q4_0");
+        let counts = tensors.map(|it| match it["shape"].as_array().unwrap().len() {
+            3 => it["shape"][0].as_u64().unwrap() as usize,
+            _ => 1,
+        });
+        let quantized: usize = counts.sum();
         let linears = inspect(&dir)["linears"].as_array().unwrap().len();
         assert_eq!(quantized, linears, "{family}");
     }
+}
+
+/// Branches with a GGUF file each, one of them with overrides.
+const WITH_GGUF: &str = r#"
+[defaults]
+format = "gguf"
+group_size = 64
+desc_act = false
+
+[[branch]]
+name = "a"
+bits = 4
+
+[[branch]]
+name = "b"
+bits = 4
+sym = false
+
+[[branch.override]]
+match = "*.down_proj"
+bits = 3
+
+[[branch.override]]
+match = "*.layers.0.self_attn.q_proj"
+skip = true
+"#;
+
+#[test]
+fn a_recipe_writes_gguf_files_beside_the_tensors_they_were_made_from() {
+    let scratch = Scratch::new();
+    let recipe = scratch.recipe(&medi_tiny(), WITH_GGUF);
+    let planned = succeed(["plan", recipe.to_str().unwrap(), "--json"]);
+    let planned: Value = serde_json::from_str(&planned).unwrap();
+    quantize(&recipe);
+    let report = json(scratch.out().join("a/report.json"));
+    let planned = planned["branches"][0]["bytes"].as_u64().unwrap();
+    let found = report["bytes"].as_u64().unwrap();
+    assert!(
+        found > planned && found < planned + (1 << 20),
+        "{found} {planned}"
+    );
+    let sizes = ["a.gguf", "model.safetensors"].map(|name| {
+        let path = scratch.out().join("a").join(name);
+        fs::metadata(path).unwrap().len()
+    });
+    assert_eq!(sizes.iter().sum::<u64>(), found);
+    for name in ["a", "b"] {
+        let dir = scratch.out().join(name);
+        let (file, exported) = (
+            dir.join(format!("{name}.gguf")),
+            scratch.path(&format!("exported-{name}.gguf")),
+        );
+        let said = succeed(["verify", dir.to_str().unwrap()]);
+        assert!(said.contains("to the bit those of"), "{said}");
+        export(&dir, "gguf", &exported);
+        assert!(fs::read(&file).unwrap() == fs::read(&exported).unwrap());
+        let found = inspect(&dir);
+        let clients = found["clients"].as_array().unwrap();
+        let own = clients.iter().find(|it| it["name"] == "llama.cpp").unwrap();
+        assert_eq!(
+            (&own["loads"], &own["note"]),
+            (&true.into(), &"its gguf file".into())
+        );
+    }
+    // A finished branch stays as it is.
+    let again = succeed([
+        "quantize",
+        recipe.to_str().unwrap(),
+        "--device",
+        "cpu",
+        "--samples",
+        "2",
+        "--seq-len",
+        "128",
+    ]);
+    assert!(again.contains("written to"), "{again}");
+    let file = scratch.out().join("a/a.gguf");
+    let mut bytes = fs::read(&file).unwrap();
+    let middle = bytes.len() - 4096;
+    bytes[middle] ^= 1;
+    fs::write(&file, bytes).unwrap();
+    let line = refuse([
+        "verify",
+        scratch.out().join("a").to_str().unwrap(),
+        "--no-receipt",
+    ]);
+    assert!(
+        line.contains("a.gguf: ") && line.contains("differs from"),
+        "{line}"
+    );
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_same_gguf_files() {
+    let branch = "[[branch]]\nname = \"a\"\nformat = \"gguf\"\nbits = 4\ngroup_size = 64\n";
+    let (expected, _) = crate::resume::uninterrupted(branch, &crate::resume::SLOW);
+    let scratch = Scratch::new();
+    let (recipe, out) = (scratch.recipe(&medi_tiny(), branch), scratch.out());
+    crate::resume::killed_after_a_block(&recipe, &out, &crate::resume::SLOW);
+    // What a run leaves that is stopped in its end.
+    for name in ["a.gguf", "a.gguf.partial"] {
+        fs::write(out.join("a.partial").join(name), "half").unwrap();
+    }
+    let run = crate::resume::quantize(&recipe, &crate::resume::SLOW).output();
+    assert!(run.unwrap().status.success());
+    crate::resume::assert_same(&out, &expected);
+}
+
+#[test]
+fn what_a_gguf_file_cannot_hold_is_refused_with_the_recipe() {
+    let scratch = Scratch::new();
+    let gguf = "[[branch]]\nname = \"a\"\nformat = \"gguf\"\n";
+    for (settings, words) in [
+        (
+            "bits = 4\ndesc_act = true\nstatic_groups = false\n",
+            "gguf cannot hold act order",
+        ),
+        (
+            "bits = 8\nsym = false\ndesc_act = false\n",
+            "no type for asymmetric codes of 8 bits",
+        ),
+        ("bits = 4\ngroup_size = 16\n", "multiple of 32"),
+        ("budget_bits = 4.5\n", "run gptq export --to gguf"),
+    ] {
+        let recipe = scratch.recipe(&medi_tiny(), &format!("{gguf}{settings}"));
+        for command in ["plan", "quantize"] {
+            let line = refuse([command, recipe.to_str().unwrap()]);
+            assert!(
+                line.contains(words) && line.contains("recipe.toml:"),
+                "{line}"
+            );
+        }
+    }
+    scratch.assert_nothing_written();
+    let four = format!("{gguf}bits = 4\ngroup_size = 32\n");
+    let scratch = Scratch::new();
+    let model = crate::families::model(&scratch, "cohere2");
+    let line = refuse(["plan", scratch.recipe(&model, &four).to_str().unwrap()]);
+    assert!(
+        line.contains("gguf files of this family are not written"),
+        "{line}"
+    );
+    let experts = format!(
+        "{four}desc_act = false\n[[branch.override]]\nmatch = \"*.experts.3.w2\"\nbits = 8\n"
+    );
+    let scratch = Scratch::new();
+    let model = crate::families::model(&scratch, "mixtral");
+    let line = refuse(["plan", scratch.recipe(&model, &experts).to_str().unwrap()]);
+    assert!(
+        line.contains("experts.3.w2: llama.cpp holds all experts of a block in one tensor"),
+        "{line}"
+    );
+    // A tokenizer that splits as none that llama.cpp knows.
+    let scratch = Scratch::new();
+    let model = crate::families::model(&scratch, "llama");
+    let path = model.join("tokenizer.json");
+    let mut tokenizer = json(path.clone());
+    tokenizer["pre_tokenizer"] = serde_json::json!({"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": true},
+        {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": false},
+    ]});
+    fs::write(&path, tokenizer.to_string()).unwrap();
+    let recipe = scratch.recipe(&model, &four);
+    for command in ["plan", "quantize"] {
+        let line = refuse([
+            command,
+            recipe.to_str().unwrap(),
+            "--samples",
+            "2",
+            "--seq-len",
+            "64",
+        ]);
+        assert!(line.contains("llama.cpp has no name for"), "{line}");
+    }
+    scratch.assert_nothing_written();
 }
 
 #[test]
@@ -333,7 +509,7 @@ fn gguf_files_hold_every_width_and_say_what_they_cannot() {
     export(&scratch.out(), "gguf", &output);
     for (name, kind) in [
         ("four", "Q4_0"),
-        ("three-asymmetric", "Q4_0"),
+        ("asymmetric", "Q5_0"),
         ("eight", "Q8_0"),
         ("mixed", "Q4_0"),
         ("five", "Q5_0"),

@@ -9,6 +9,7 @@ use gptq_plan::{Choice, dynamic};
 use gptq_spec::{Census, ModelConfig, ModelTensor, Role};
 
 use crate::ExportError;
+use crate::gguf::check_gguf;
 
 /// A quantized checkpoint.
 pub struct ExportSource {
@@ -45,11 +46,14 @@ impl ExportSource {
         &self.warnings
     }
 
-    /// Checks from headers and `g_idx` alone that `format` can hold every linear layer.
+    /// Checks from headers and `g_idx` alone that `format` can hold every linear layer, and a GGUF file the tokenizer.
     ///
     /// # Errors
     /// The first that it cannot hold, with the remedy.
     pub fn check(&self, format: FormatName) -> Result<(), ExportError> {
+        if format == FormatName::Gguf {
+            return check_gguf(self);
+        }
         let target = format.checkpoint_format(self.settings.sym);
         if target == self.settings.checkpoint_format {
             return Err(ExportError::Same {

@@ -45,7 +45,10 @@ pub fn client_support(contents: &Contents) -> Vec<Support> {
             client,
             verdict,
             note,
-            tried: client.tried(contents.format),
+            tried: match client {
+                Client::LlamaCpp if contents.gguf => client.tried_with("gguf"),
+                _ => client.tried(contents.format),
+            },
         }
     };
     Client::ALL.into_iter().map(support).collect()

@@ -18,14 +18,17 @@ pub enum FormatName {
     CompressedTensors,
     /// MLX's affine quantization.
     Mlx,
+    /// A GGUF file for llama.cpp, beside the tensors in AutoGPTQ's layout that it was made from.
+    Gguf,
 }
 
 impl FormatName {
     /// Every format that can be asked for.
-    pub const ALL: [FormatName; 3] = [
+    pub const ALL: [FormatName; 4] = [
         FormatName::Gptq,
         FormatName::CompressedTensors,
         FormatName::Mlx,
+        FormatName::Gguf,
     ];
 
     /// Returns the name.
@@ -34,15 +37,16 @@ impl FormatName {
             FormatName::Gptq => "gptq",
             FormatName::CompressedTensors => "compressed-tensors",
             FormatName::Mlx => "mlx",
+            FormatName::Gguf => "gguf",
         }
     }
 
-    /// Returns the layout that files of this format have: version 1 of AutoGPTQ's cannot hold a zero point of 0, which
+    /// Returns the layout of the safetensors files of this format: version 1 of AutoGPTQ's cannot hold a zero point of 0, which
     /// asymmetric codes may have.
     pub fn checkpoint_format(self, sym: bool) -> CheckpointFormat {
         match (self, sym) {
-            (FormatName::Gptq, true) => CheckpointFormat::Gptq,
-            (FormatName::Gptq, false) => CheckpointFormat::GptqV2,
+            (FormatName::Gptq | FormatName::Gguf, true) => CheckpointFormat::Gptq,
+            (FormatName::Gptq | FormatName::Gguf, false) => CheckpointFormat::GptqV2,
             (FormatName::CompressedTensors, _) => CheckpointFormat::CompressedTensors,
             (FormatName::Mlx, _) => CheckpointFormat::Mlx,
         }
@@ -61,11 +65,6 @@ impl FromStr for FormatName {
     fn from_str(name: &str) -> Result<Self, String> {
         let known = FormatName::ALL.into_iter().find(|it| it.name() == name);
         known.ok_or_else(|| {
-            if name == "gguf" {
-                return "format \"gguf\" is written from finished branches only; leave it out, then run \
-                        gptq export --to gguf"
-                    .to_owned();
-            }
             let names = FormatName::ALL.map(FormatName::name);
             format!("format {name:?} is not one of {}", names.join(", "))
         })

@@ -141,6 +141,11 @@ impl Inspection {
             },
         });
         let stray = stray(&checkpoint, &linears)?;
+        let listed = match path.is_dir() {
+            true => files(path)?,
+            false => vec![file(dir, &name_of(path))?],
+        };
+        let gguf = listed.iter().any(|file| file.name.ends_with(".gguf"));
         let tensors: Vec<TensorInfo> = tensors(&checkpoint)?;
         let format = stored_format(&checkpoint, &linears)?;
         Ok(Inspection {
@@ -149,10 +154,7 @@ impl Inspection {
                 .get("model_type")
                 .and_then(|name| Some(name.as_str()?.to_owned())),
             base_model: own.and_then(|c| c.model_name_or_path.clone()),
-            files: match path.is_dir() {
-                true => files(path)?,
-                false => vec![file(dir, &name_of(path))?],
-            },
+            files: listed,
             tensor_bytes: tensors.iter().map(|t| t.bytes).sum(),
             clients: settings.as_ref().map_or_else(Vec::new, |settings| {
                 let shapes = linears.iter().map(LinearInfo::shape).collect();
@@ -162,6 +164,7 @@ impl Inspection {
                 let renamed = linears.iter().any(|linear| is_renamed(&linear.name));
                 let contents = match own {
                     Some(config) => Contents {
+                        gguf,
                         sym: settings.sym,
                         scattered,
                         mixed,
@@ -173,6 +176,7 @@ impl Inspection {
                         linears: shapes,
                         sym: settings.sym,
                         format,
+                        gguf,
                         desc_act: scattered,
                         static_groups: false,
                         scattered,

@@ -1,11 +1,13 @@
 //! Contents of a branch's files, and clients that load them, from its plan and the model's shapes.
 
+use std::collections::HashMap;
+
 use gptq_format::{
-    Contents, DynamicRules, GroupSize, Half, LinearShape, ModuleSettings, QuantizeConfig, Support,
-    TensorSpec, client_support, is_renamed, parts_experts,
+    Contents, DynamicRules, GgufType, GroupSize, Half, LinearShape, ModuleSettings, QuantizeConfig,
+    Support, TensorSpec, client_support, is_renamed, parts_experts,
 };
 use gptq_solver::Settings;
-use gptq_spec::{Division, ModelConfig, Role};
+use gptq_spec::{Division, GgufLayout, GgufModel, ModelConfig, ModelTensor, Role, TableType};
 
 use crate::{BranchPlan, Choice, PlannedLinear, budget, dynamic};
 
@@ -115,9 +117,35 @@ impl<'a> BranchFiles<'a> {
         specs.collect()
     }
 
+    /// Lays out the branch's GGUF file, whose unquantized tables are in `half`.
+    ///
+    /// # Errors
+    /// A model or settings that the file cannot hold; half a sentence.
+    pub fn gguf(&self, half: Half) -> Result<GgufLayout, String> {
+        let model = GgufModel::of(self.config)?;
+        let linears = self.branch.planned_linears(self.config).into_iter();
+        let kinds = linears.map(|linear| {
+            let stored = linear.stored();
+            let grids = self.branch.grids(&stored);
+            let kind = GgufType::of_linear(&stored, grids.sym, grids.scattered);
+            let (n_in, n_out) = linear.shape;
+            let named = |refusal| format!("{} is {n_in} x {n_out}: {refusal}", linear.module);
+            Ok((format!("{}.weight", linear.module), kind.map_err(named)?))
+        });
+        let kinds: HashMap<String, GgufType> = kinds.collect::<Result<_, String>>()?;
+        let kind = |tensor: &ModelTensor| kinds.get(&tensor.name).copied();
+        GgufLayout::of(&model, half, TableType::default(), kind)
+    }
+
     /// Returns the size of all tensors in bytes, equal for both half types; with a budget, the
-    /// maximum. Headers are not included.
+    /// maximum; with those of a GGUF file. Headers are not included.
     pub fn bytes(&self) -> u64 {
+        let gguf = self.branch.gguf_file();
+        let gguf = gguf.and_then(|_| self.gguf(Half::F16).ok());
+        self.safetensors_bytes() + gguf.map_or(0, |layout| layout.bytes())
+    }
+
+    fn safetensors_bytes(&self) -> u64 {
         let tensors = self.tensors(Half::F16);
         let bytes = tensors.iter().map(TensorSpec::bytes).sum::<usize>() as u64;
         match &self.branch.budget {
@@ -152,6 +180,7 @@ impl<'a> BranchFiles<'a> {
             linears,
             sym: self.branch.sym,
             format: self.branch.checkpoint_format(),
+            gguf: self.branch.gguf_file().is_some(),
             desc_act: self.branch.needs_desc_act(),
             static_groups: self.branch.static_groups,
             scattered,

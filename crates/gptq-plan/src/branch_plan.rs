@@ -117,6 +117,11 @@ impl BranchPlan {
         layout(self.checkpoint_format(), self.sym)
     }
 
+    /// Returns the name of its GGUF file, if it has one.
+    pub fn gguf_file(&self) -> Option<String> {
+        (self.format == FormatName::Gguf).then(|| format!("{}.gguf", self.name))
+    }
+
     /// Returns the format that its files declare.
     pub fn checkpoint_format(&self) -> CheckpointFormat {
         self.format.checkpoint_format(self.sym)

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gptq_format::{Bits, GroupSize};
+use gptq_format::{Bits, FormatName, GroupSize, Half};
 use gptq_spec::ModelConfig;
 use toml::Spanned;
 
@@ -119,6 +119,15 @@ pub(crate) fn resolve(
             place,
             "its overrides skip every linear layer; nothing is left to quantize",
         ));
+    }
+    if plan.format == FormatName::Gguf {
+        if let Some((_, at)) = &budget {
+            let reason = "a size budget is for AutoGPTQ's tensors, and a GGUF file has no fewer bits for 2 and 3 than for 4; \
+                          leave format out, and run gptq export --to gguf";
+            return Err(recipe.refuse(at, reason));
+        }
+        let layout = BranchFiles::of(&plan, config).gguf(Half::F16);
+        layout.map_err(|reason| recipe.refuse(place, reason))?;
     }
     if let Some((budget, at)) = &budget {
         budget::check(&plan, recipe, (budget, at), config)?;

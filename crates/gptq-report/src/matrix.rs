@@ -225,12 +225,15 @@ impl Branch {
     }
 }
 
-/// Returns the total size of the safetensors files in `dir`.
+/// Returns the total size of the safetensors and GGUF files in `dir`.
 fn weight_bytes(dir: &Path) -> Result<u64, FormatError> {
     let mut bytes = 0;
     for entry in fs::read_dir(dir).map_err(FormatError::io(dir))? {
         let path = entry.map_err(FormatError::io(dir))?.path();
-        if path.extension().is_some_and(|end| end == "safetensors") {
+        if path
+            .extension()
+            .is_some_and(|end| end == "safetensors" || end == "gguf")
+        {
             let meta = fs::metadata(&path).map_err(FormatError::io(&path))?;
             // Saturates, since a sparse file may claim any length.
             bytes = u64::saturating_add(bytes, meta.len());

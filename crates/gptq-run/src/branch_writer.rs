@@ -1,9 +1,11 @@
 //! One branch directory being written while the run goes on.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::thread::scope;
 
+use gptq_export::{ExportSource, TableType, write_gguf};
 use gptq_format::{
     Checkpoint, FormatError, Half, OutputFormat, PackedLinear, ShardedWriter, StagedDir,
     TABLE_PIECE, TensorDigests, TensorSpec, copy_side_files, le_bytes, read_json, write_json,
@@ -13,12 +15,16 @@ use gptq_spec::ModelConfig;
 use half::f16;
 use serde_json::Value;
 
+use crate::RunError;
+
 /// An unfinished branch.
 pub(crate) struct BranchWriter {
     dir: StagedDir,
     specs: Vec<TensorSpec>,
     half: Half,
     format: Box<dyn OutputFormat>,
+    /// Name of the GGUF file to write in the end.
+    gguf: Option<String>,
     weights: ShardedWriter,
     /// Digests of the written tensors, by module.
     digests: HashMap<String, TensorDigests>,
@@ -55,6 +61,7 @@ impl BranchWriter {
             specs,
             half: plan.half,
             format,
+            gguf: branch.gguf_file(),
             weights,
             digests: HashMap::new(),
         })
@@ -68,7 +75,7 @@ impl BranchWriter {
     ) -> Result<Self, FormatError> {
         let dir = StagedDir::reopen(&plan.branch_dir(branch))?;
         let specs = BranchFiles::of(branch, &plan.config).tensors(plan.half);
-        let mut weights = ShardedWriter::reopen(dir.path(), &specs, plan.shard_size)?;
+        let weights = ShardedWriter::reopen(dir.path(), &specs, plan.shard_size)?;
         let format = branch.layout();
         for linear in linears {
             for spec in format.tensors(&linear.name, &linear.stored()) {
@@ -80,6 +87,7 @@ impl BranchWriter {
             specs,
             half: plan.half,
             format,
+            gguf: branch.gguf_file(),
             weights,
             digests: HashMap::new(),
         })
@@ -124,7 +132,7 @@ impl BranchWriter {
             return Err(FormatError::Scale { name });
         }
         let tensors = self.format.encode(module, linear)?;
-        let (weights, format) = (&mut self.weights, &self.format);
+        let (weights, format) = (&self.weights, &self.format);
         // Each takes a core about as long as the other: of six branches together, longer than solving does.
         let digests = scope(|scope| -> Result<_, FormatError> {
             let digests = scope.spawn(|| TensorDigests::of(&tensors));
@@ -145,17 +153,29 @@ impl BranchWriter {
     }
 
     /// Syncs everything written so far.
-    pub(crate) fn sync(&mut self) -> Result<(), FormatError> {
+    pub(crate) fn sync(&self) -> Result<(), FormatError> {
         self.weights.sync()
     }
 
-    /// Writes the report, and puts the directory in place. Fills in the report's `bytes` and its
-    /// linears' `digests`.
-    pub(crate) fn finish(self, report: &mut BranchReport) -> Result<(), FormatError> {
+    /// Writes the report and the branch's GGUF file, if it has one, and puts the directory in place. Fills in the report's
+    /// `bytes` and its linears' `digests`.
+    pub(crate) fn finish(self, report: &mut BranchReport) -> Result<(), RunError> {
         self.digest(&mut report.linears);
         report.bytes = self.weights.finish()?;
+        if let Some(name) = &self.gguf {
+            let target = self.dir.path().join(name);
+            // What a run left that was stopped here.
+            match std::fs::remove_file(&target) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(FormatError::io(&target)(error).into());
+                }
+                _ => {}
+            }
+            let source = ExportSource::open(self.dir.path())?;
+            report.bytes += write_gguf(&source, TableType::default(), &target, &mut |_| ())?;
+        }
         report.write(self.dir.path())?;
-        self.dir.commit()
+        Ok(self.dir.commit()?)
     }
 }
 
@@ -183,6 +203,7 @@ mod tests {
             specs: Vec::new(),
             half: Half::Bf16,
             format: Box::new(AutoGptq::V1),
+            gguf: None,
             weights: ShardedWriter::create(dir.path(), &[], None).unwrap(),
             digests: HashMap::new(),
             dir,

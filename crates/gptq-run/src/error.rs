@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use gptq_calibration::CalibrationError;
+use gptq_export::ExportError;
 use gptq_format::FormatError;
 use gptq_kernels::DeviceError;
 use gptq_model::ModelError;
@@ -22,6 +23,8 @@ pub enum RunError {
     Plan(#[from] PlanError),
     #[error(transparent)]
     Format(#[from] FormatError),
+    #[error(transparent)]
+    Export(#[from] ExportError),
     #[error(transparent)]
     Spec(#[from] SpecError),
     #[error(transparent)]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread::scope;
 
 use gptq_calibration::{Calibration, TextTokenizer};
+use gptq_export::check_tokenizer;
 use gptq_format::{Checkpoint, FormatError, OutputLock, StagedDir};
 use gptq_kernels::{Device, DeviceError, Engine, Work, dtype};
 use gptq_model::Model;
@@ -150,6 +151,7 @@ impl Work for Quantize<'_> {
             self.options.host_memory,
             shared,
         )?;
+        check_tokenizer(plan)?;
         let model = Model::<B>::open(&plan.model_dir, &device)?.taken_in(plan.half);
         let tokenizer = TextTokenizer::load(&plan.model_dir)?;
         let mut settings = plan.calibration.clone();

@@ -162,7 +162,7 @@ fn write(
 /// Waits for the disk on behalf of all branches at once.
 fn sync(writers: &mut [BranchWriter]) -> Result<(), FormatError> {
     scope(|scope| {
-        let waits = writers.iter_mut().map(|it| scope.spawn(|| it.sync()));
+        let waits = writers.iter().map(|it| scope.spawn(|| it.sync()));
         let waits: Vec<_> = waits.collect();
         let mut done = waits.into_iter().map(|it| it.join());
         done.try_for_each(|it| it.expect("no reason to panic"))

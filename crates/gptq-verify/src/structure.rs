@@ -12,6 +12,7 @@ use gptq_spec::{Census, Role};
 use rayon::prelude::*;
 
 use crate::VerifyError;
+use crate::gguf;
 use crate::recorded::Recorded;
 
 /// Checks the checkpoint in `dir`: each check with its result, the tensors first. If they fail, the
@@ -58,10 +59,15 @@ pub(crate) fn check(dir: &Path, census: &Census, recorded: &Recorded) -> Vec<Che
             }
         };
         checks.push(("digests", digests));
+        let gguf = gguf::beside(dir, &census.config, checkpoint);
+        let gguf = gguf.unwrap_or_else(|error| Some((false, error.to_string())));
+        let has_gguf = gguf.is_some();
+        checks.extend(gguf.map(|found| ("gguf", found)));
         let scattered = linears.out_of_order.is_some();
         let tensors = census.config.tensors();
         let contents = Contents {
             scattered,
+            gguf: has_gguf,
             renamed: tensors.iter().any(|it| is_renamed(it.module())),
             ..Contents::of(quantize_config, linears.shapes)
         };

@@ -1,11 +1,10 @@
 //! `gptq export`.
 
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use anyhow::{Result, ensure};
 use clap::Args;
-use gptq_export::{ExportSource, TableType, check_gguf, write_directory, write_gguf};
+use gptq_export::{ExportSource, TableType, write_directory, write_gguf};
 use gptq_format::{FormatName, branch_dirs};
 
 use crate::text_progress::TextProgress;
@@ -17,53 +16,13 @@ pub(crate) struct ExportArgs {
     pub dir: PathBuf,
     /// Format of the new files: gptq, compressed-tensors, mlx, or gguf for llama.cpp
     #[arg(long, value_name = "FORMAT")]
-    pub to: ExportTarget,
+    pub to: FormatName,
     /// The new branch's directory or GGUF file, or the directory of all branches [default: DIR-FORMAT, or DIR.gguf]
     #[arg(long, value_name = "PATH")]
     pub output: Option<PathBuf>,
     /// Element type of embedding, head and skipped linear layers in a GGUF file: f16 keeps the branch's 16 bits
     #[arg(long, value_name = "f16|q8_0", default_value = "f16", value_parser = tables)]
     pub tables: TableType,
-}
-
-/// Format to export to.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum ExportTarget {
-    /// A directory of safetensors files.
-    Directory(FormatName),
-    /// One file.
-    Gguf,
-}
-
-impl FromStr for ExportTarget {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "gguf" => Ok(ExportTarget::Gguf),
-            _ => match name.parse() {
-                Ok(format) => Ok(ExportTarget::Directory(format)),
-                Err(why) => Err(format!("{why}, gguf")),
-            },
-        }
-    }
-}
-
-impl ExportTarget {
-    fn name(self) -> &'static str {
-        match self {
-            ExportTarget::Directory(format) => format.name(),
-            ExportTarget::Gguf => "gguf",
-        }
-    }
-
-    fn check(self, source: &ExportSource) -> Result<()> {
-        match self {
-            ExportTarget::Directory(format) => source.check(format)?,
-            ExportTarget::Gguf => check_gguf(source)?,
-        }
-        Ok(())
-    }
 }
 
 fn tables(name: &str) -> Result<TableType, String> {
@@ -87,16 +46,14 @@ pub(crate) fn run(args: ExportArgs) -> Result<()> {
     for (dir, _) in &branches {
         let source = ExportSource::open(dir)?;
         source.warnings().iter().for_each(|it| log::warning(it));
-        args.to.check(&source)?;
+        source.check(args.to)?;
     }
     for (dir, target) in branches {
         let mut progress = TextProgress::of("written", &dir.display().to_string());
         let (source, mut show) = (ExportSource::open(&dir)?, |done| progress.show(done));
         let bytes = match args.to {
-            ExportTarget::Directory(format) => {
-                write_directory(&source, format, &target, &mut show)?
-            }
-            ExportTarget::Gguf => write_gguf(&source, args.tables, &target, &mut show)?,
+            FormatName::Gguf => write_gguf(&source, args.tables, &target, &mut show)?,
+            format => write_directory(&source, format, &target, &mut show)?,
         };
         println!(
             "{}: {}, {}",
@@ -109,21 +66,21 @@ pub(crate) fn run(args: ExportArgs) -> Result<()> {
 }
 
 /// Returns the path beside `dir` that is named after the format too.
-fn beside(dir: &Path, to: ExportTarget) -> Result<PathBuf> {
+fn beside(dir: &Path, to: FormatName) -> Result<PathBuf> {
     let name = dir.file_name();
     let Some(name) = name else {
         anyhow::bail!("{}: choose a directory with --output", dir.display());
     };
     let mut name = name.to_os_string();
     match (to, dir.join("config.json").exists()) {
-        (ExportTarget::Gguf, true) => name.push(".gguf"),
+        (FormatName::Gguf, true) => name.push(".gguf"),
         _ => name.push(format!("-{}", to.name())),
     }
     Ok(dir.with_file_name(name))
 }
 
 /// Returns the branches directly below `dir`, each with its target below `output`.
-fn branches(dir: &Path, output: &Path, to: ExportTarget) -> Result<Vec<(PathBuf, PathBuf)>> {
+fn branches(dir: &Path, output: &Path, to: FormatName) -> Result<Vec<(PathBuf, PathBuf)>> {
     let mut found = match dir.is_dir() {
         true => branch_dirs(dir)?,
         false => Vec::new(),
@@ -136,8 +93,8 @@ fn branches(dir: &Path, output: &Path, to: ExportTarget) -> Result<Vec<(PathBuf,
         dir.display()
     );
     let target = |(name, path): (String, PathBuf)| match to {
-        ExportTarget::Gguf => (path, output.join(format!("{name}.gguf"))),
-        ExportTarget::Directory(_) => (path, output.join(name)),
+        FormatName::Gguf => (path, output.join(format!("{name}.gguf"))),
+        _ => (path, output.join(name)),
     };
     Ok(found.into_iter().map(target).collect())
 }

@@ -1,6 +1,7 @@
 //! `gptq plan`.
 
 use anyhow::Result;
+use gptq_export::check_tokenizer;
 use gptq_format::Support;
 use gptq_plan::{BranchFiles, Look, Memory, Plan, Scaling, Weights, check_texts, tokenizer_note};
 use gptq_spec::ModelConfig;
@@ -23,6 +24,7 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
         None => {
             let mut plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
             plan.warnings.extend(check_texts(&plan, Look::First)?);
+            check_tokenizer(&plan)?;
             plan
         }
     };

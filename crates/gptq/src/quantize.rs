@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use anyhow::{Result, anyhow, bail, ensure};
+use gptq_export::check_tokenizer;
 use gptq_format::{Checkpoint, sha256_file};
 use gptq_kernels::Device;
 use gptq_plan::{
@@ -42,6 +43,7 @@ pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
     if args.dry_run {
         let mut plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, false)?)?;
         plan.warnings.extend(check_texts(&plan, Look::Whole)?);
+        check_tokenizer(&plan)?;
         warn(&plan);
         if plan.weights.is_none() && matches!(model_source(&recipe)?, InputSource::Local(_)) {
             // Fails with a message that lists the expected files.

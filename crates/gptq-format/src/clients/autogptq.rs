@@ -78,6 +78,7 @@ pub(super) fn verdict(contents: &Contents, client: Client) -> Result<(), &'stati
             |l| l.group_size.divides(l.in_features),
             "groups must divide the inputs",
         ),
+        Client::LlamaCpp if contents.gguf => Ok(()),
         Client::LlamaCpp => {
             contents.all(|l| l.bits != Bits::Three, "2, 4 or 8 bits only")?;
             need(contents.one_width(), "does not read per-module bits")
@@ -134,6 +135,7 @@ pub(super) fn note(contents: &Contents, client: Client) -> Option<&'static str> 
             Some("on a CPU with GPTQConfig(bits=4, backend=\"gptq_torch\") only")
         }
         Client::AutoRound => Some("with quantization_config=AutoRoundConfig()"),
+        Client::LlamaCpp if contents.gguf => Some("its gguf file"),
         Client::LlamaCpp => {
             Some("through its converter, as 16 bits; gptq export --to gguf keeps the codes")
         }

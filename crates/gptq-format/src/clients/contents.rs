@@ -12,6 +12,8 @@ pub struct Contents {
     pub sym: bool,
     /// Format of the files.
     pub format: CheckpointFormat,
+    /// True if a GGUF file lies beside them.
+    pub gguf: bool,
     /// `desc_act`, as declared to clients.
     pub desc_act: bool,
     /// `static_groups`, as declared to clients.
@@ -44,6 +46,7 @@ impl Contents {
             linears,
             sym: config.sym,
             format: config.checkpoint_format,
+            gguf: false,
             desc_act: config.desc_act,
             static_groups: config.static_groups,
             scattered: config.desc_act && !config.static_groups && groups,
