@@ -70,8 +70,13 @@ impl Client {
             CheckpointFormat::GptqV2 => CheckpointFormat::Gptq,
             other => other,
         };
+        self.tried_with(format.name())
+    }
+
+    /// Returns the same for the format called `name`.
+    pub(super) fn tried_with(self, name: &str) -> &'static str {
         let mut rows = READERS.iter();
-        let row = rows.find(|row| row.client == self && row.format == format.name());
+        let row = rows.find(|row| row.client == self && row.format == name);
         row.map_or(BY_READING, |row| row.tried)
     }
 
@@ -142,7 +147,7 @@ pub const READERS: &[Reader] = &[
         Client::Vllm,
         "gptq",
         "4 and 8 bits, symmetric, **no act order** (but with groups of -1), groups of -1, 32, 64 or 128, `out % 64 = 0`, \
-         `in % 128 = 0`; 8 bits on CUDA",
+         `in % 128 = 0`; 8 bits on CUDA, 4 bits on CPUs with AVX-512",
         "0.32.0, run on a CPU; 0.32.0 and 0.33.0 for CUDA, by reading",
     ),
     row(
@@ -179,8 +184,8 @@ pub const READERS: &[Reader] = &[
     row(
         Client::Transformers,
         "compressed-tensors",
-        "all, with the package compressed-tensors",
-        "5.17.0 with compressed-tensors 0.20.0, run on a CPU",
+        "symmetric, with the package compressed-tensors",
+        "5.23.0 with compressed-tensors 0.20.0, run on a CPU",
     ),
     row(
         Client::Vllm,
@@ -211,6 +216,6 @@ pub const READERS: &[Reader] = &[
         Client::LlamaCpp,
         "gguf",
         "all",
-        "files read by the package gguf 0.19.0; as of October 2026, by reading",
+        "llama-cpp-python 0.3.36 and the package gguf 0.19.0, run on a CPU",
     ),
 ];

@@ -16,6 +16,7 @@ fn contents(bits: Bits, group_size: i64) -> Contents {
         linears: vec![linear],
         sym: true,
         format: CheckpointFormat::Gptq,
+        gguf: false,
         desc_act: false,
         static_groups: true,
         scattered: false,
@@ -304,8 +305,23 @@ fn other_formats_have_readers_of_their_own() {
         sym: false,
         ..of(compressed, Bits::Two, 64)
     };
-    assert_eq!(loaders(&asymmetric), [Transformers, LlamaCpp]);
+    assert_eq!(loaders(&asymmetric), [LlamaCpp]);
     assert!(Vllm.tried(compressed).contains("by reading"));
+}
+
+#[test]
+fn llama_cpp_reads_the_gguf_file_where_it_could_not_read_the_tensors() {
+    let three = contents(Bits::Three, 128);
+    assert!(!loaders(&three).contains(&LlamaCpp));
+    let beside = Contents {
+        gguf: true,
+        ..three
+    };
+    let support = client_support(&beside);
+    let own = support.iter().find(|it| it.client == LlamaCpp).unwrap();
+    assert_eq!((own.verdict, own.note), (Ok(()), Some("its gguf file")));
+    let row = READERS.iter().find(|row| row.format == "gguf").unwrap();
+    assert_eq!(own.tried, row.tried);
 }
 
 #[test]
