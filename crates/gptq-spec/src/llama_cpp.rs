@@ -43,8 +43,6 @@ pub(crate) enum SlidingBlocks {
     Never,
     /// All but the last of so many.
     AllBut(usize),
-    /// A key says it of all blocks.
-    Told,
 }
 
 impl LlamaCpp {

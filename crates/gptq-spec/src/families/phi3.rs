@@ -6,7 +6,6 @@ use super::parts;
 use super::sliding_window::SlidingWindow;
 use crate::LlamaCpp;
 use crate::keys::Keys;
-use crate::llama_cpp::SlidingBlocks;
 use crate::shapes::Shapes;
 use crate::{BlockBuilder, BlockSpec, Register};
 
@@ -26,8 +25,8 @@ pub(super) const FAMILY: Family = Family {
     sliding_window: SlidingWindow::Always,
     refused: &["layer_types"],
     llama_cpp: Some(LlamaCpp {
+        // It reads the key of Phi-3's window, and computes none.
         architecture: "phi3",
-        windows: SlidingBlocks::Told,
         ..LlamaCpp::PLAIN
     }),
     block,

@@ -72,6 +72,10 @@ fn settings_that_llama_cpp_does_not_compute_are_refused() {
             "sliding windows",
         ),
         (
+            refuse("phi3-window", "vocab_size", json!(512)),
+            "sliding windows",
+        ),
+        (
             refuse("smollm3", "no_rope_layer_interval", json!(3)),
             "rotated blocks",
         ),
