@@ -17,10 +17,29 @@ use contents::need;
 
 use crate::CheckpointFormat;
 
-/// Returns true if programs hold a linear layer under other names than the files do: the text model beside a vision
-/// tower, and fused gate and up, which GPTQModel takes apart. Transformers maps names as it reads.
-pub fn is_renamed(module: &str) -> bool {
-    module.starts_with("language_model.") || module.ends_with(".gate_up_proj")
+/// Properties of a model's linear layers that their names tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Names {
+    /// True if programs hold one under another name than the files do: the text model beside a vision tower, fused gate
+    /// and up, which GPTQModel takes apart, and Mixtral's experts. Transformers maps names as it reads.
+    pub renamed: bool,
+    /// True if some are experts'.
+    pub experts: bool,
+}
+
+impl Names {
+    /// Reads the names of a model's linear layers, quantized or not.
+    pub fn of<S: AsRef<str>>(modules: impl IntoIterator<Item = S>) -> Names {
+        let mut names = Names::default();
+        for module in modules {
+            let module = module.as_ref();
+            names.renamed |= module.starts_with("language_model.")
+                || module.ends_with(".gate_up_proj")
+                || module.contains(".block_sparse_moe.experts.");
+            names.experts |= module.contains(".experts.");
+        }
+        names
+    }
 }
 
 /// A client's verdict on a branch.

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use gptq_format::{
-    Contents, DynamicRules, GgufType, GroupSize, Half, LinearShape, ModuleSettings, QuantizeConfig,
-    Support, TensorSpec, client_support, is_renamed, parts_experts,
+    Contents, DynamicRules, GgufType, GroupSize, Half, LinearShape, ModuleSettings, Names,
+    QuantizeConfig, Support, TensorSpec, client_support, parts_experts,
 };
 use gptq_solver::Settings;
 use gptq_spec::{Division, GgufLayout, GgufModel, ModelConfig, ModelTensor, Role, TableType};
@@ -192,10 +192,7 @@ impl<'a> BranchFiles<'a> {
             }),
             listed: false,
             stray: false,
-            renamed: self
-                .possible()
-                .iter()
-                .any(|linear| is_renamed(&linear.module)),
+            names: Names::of(self.possible().iter().map(|linear| &linear.module)),
             damp_percent: Some(
                 self.branch
                     .damp_percent

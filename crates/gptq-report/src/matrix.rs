@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use gptq_format::{
-    Contents, FormatError, LinearShape, Support, branch_dirs, client_support, is_renamed, layout,
+    Contents, FormatError, LinearShape, Names, Support, branch_dirs, client_support, layout,
     read_json,
 };
 use gptq_plan::{BranchReport, Receipt};
@@ -216,9 +216,8 @@ impl Branch {
 
     /// Returns which clients can load it.
     pub fn clients(&self) -> Vec<Support> {
-        let names = || self.report.linears.iter().map(|linear| &linear.name);
         let contents = Contents {
-            renamed: names().any(|name| is_renamed(name)),
+            names: Names::of(self.report.linears.iter().map(|linear| &linear.name)),
             ..Contents::of(&self.report.quantize_config, self.linears())
         };
         client_support(&contents)

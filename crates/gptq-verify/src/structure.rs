@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use gptq_format::{
-    Checkpoint, Contents, GroupSize, LinearShape, PackedLinear, QuantizeConfig, TensorDigests,
-    client_support, is_renamed, layout,
+    Checkpoint, Contents, GroupSize, LinearShape, Names, PackedLinear, QuantizeConfig,
+    TensorDigests, client_support, layout,
 };
 use gptq_plan::Check;
 use gptq_spec::{Census, Role};
@@ -68,7 +68,7 @@ pub(crate) fn check(dir: &Path, census: &Census, recorded: &Recorded) -> Vec<Che
         let contents = Contents {
             scattered,
             gguf: has_gguf,
-            renamed: tensors.iter().any(|it| is_renamed(it.module())),
+            names: Names::of(tensors.iter().map(|it| it.module())),
             ..Contents::of(quantize_config, linears.shapes)
         };
         checks.push(("clients", clients(&contents)));

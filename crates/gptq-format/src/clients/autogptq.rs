@@ -19,13 +19,19 @@ pub(super) fn verdict(contents: &Contents, client: Client) -> Result<(), &'stati
     match client {
         Client::GptqModel => {
             need(
-                !contents.renamed,
+                !contents.names.renamed,
                 "asks for other tensor names than this model's files have",
             )?;
             gptqmodel(contents)
         }
         // Loads with the kernels of GPTQModel, but with a single setting for all linear layers.
-        Client::Transformers => one_setting().and_then(|()| gptqmodel(contents)),
+        Client::Transformers => {
+            need(
+                !contents.names.experts,
+                "leaves experts as they were initialized, without an error",
+            )?;
+            one_setting().and_then(|()| gptqmodel(contents))
+        }
         Client::AutoRound => {
             need(
                 !contents.scattered && (!contents.desc_act || contents.static_groups),

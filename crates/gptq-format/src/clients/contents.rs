@@ -1,5 +1,6 @@
 //! Properties of a branch's files that clients' rules depend on.
 
+use super::Names;
 use crate::expert_patterns::{names_gates, parts_experts};
 use crate::{CheckpointFormat, GroupSize, LinearShape, QuantizeConfig};
 
@@ -30,8 +31,8 @@ pub struct Contents {
     pub listed: bool,
     /// True if settings and tensors disagree on which linear layers are quantized.
     pub stray: bool,
-    /// True if a quantized linear layer has another name in memory than in the files (`is_renamed`).
-    pub renamed: bool,
+    /// Properties that the names of linear layers tell.
+    pub names: Names,
     /// `damp_percent`, if declared to clients.
     pub damp_percent: Option<f64>,
 }
@@ -55,7 +56,7 @@ impl Contents {
             parted: rules().any(|(pattern, _)| parts_experts(pattern)),
             listed: !config.listed().is_empty(),
             stray: false,
-            renamed: false,
+            names: Names::default(),
             damp_percent: config.damp_percent,
         }
     }

@@ -122,13 +122,13 @@ pub const READERS: &[Reader] = &[
         Client::GptqModel,
         "gptq",
         "groups of -1, 16, 32, 64, 128, 256, 512 or 1024; 4 bits in groups of -1 or 16 on a CPU only with \
-         `backend=BACKEND.GPTQ_TORCH`; not Gemma 3 with its vision tower, Mistral 3, Phi-3 and GLM-4, which Transformers loads",
+         `backend=BACKEND.GPTQ_TORCH`; not Gemma 3 with its vision tower, Mistral 3, Phi-3 and GLM-4, which Transformers loads, nor Mixtral",
         "7.7.0, run on a CPU",
     ),
     row(
         Client::Transformers,
         "gptq",
-        "with GPTQModel **and** Optimum: the same groups, every family; no overrides, no size budget",
+        "with GPTQModel **and** Optimum: the same groups, every dense family; no overrides, no size budget",
         "5.23.0 with GPTQModel 7.7.0 and Optimum 2.3.0, run on a CPU",
     ),
     row(

@@ -25,20 +25,27 @@ fn contents(bits: Bits, group_size: i64) -> Contents {
         listed: false,
         parted: false,
         stray: false,
-        renamed: false,
+        names: Names::default(),
         damp_percent: Some(0.1),
     }
 }
 
 #[test]
-fn names_that_readers_change_are_known() {
-    for (module, expected) in [
-        ("model.layers.0.mlp.gate_up_proj", true),
-        ("language_model.model.layers.3.self_attn.q_proj", true),
-        ("model.layers.0.mlp.gate_proj", false),
-        ("model.layers.0.self_attn.qkv_proj", false),
+fn names_that_readers_change_and_experts_are_known() {
+    for (module, renamed, experts) in [
+        ("model.layers.0.mlp.gate_up_proj", true, false),
+        (
+            "language_model.model.layers.3.self_attn.q_proj",
+            true,
+            false,
+        ),
+        ("model.layers.0.mlp.gate_proj", false, false),
+        ("model.layers.0.self_attn.qkv_proj", false, false),
+        ("model.layers.0.mlp.experts.3.up_proj", false, true),
+        ("model.layers.0.mlp.shared_experts.up_proj", false, false),
+        ("model.layers.0.block_sparse_moe.experts.3.w1", true, true),
     ] {
-        assert_eq!(is_renamed(module), expected, "{module}");
+        assert_eq!(Names::of([module]), Names { renamed, experts }, "{module}");
     }
 }
 
@@ -85,13 +92,23 @@ fn verdicts_are_what_was_seen_in_each_client() {
         damp_percent: Some(damp),
         ..contents(Four, 128)
     };
-    let renamed = Contents {
-        renamed: true,
+    let named = |renamed, experts| Contents {
+        names: Names { renamed, experts },
         ..contents(Four, 128)
     };
     for (branch, what, expected) in [
         (contents(Four, 128), "w4g128_noact", all),
-        (renamed, "phi3, glm4, gemma3, mistral3", &all[1..]),
+        (
+            named(true, false),
+            "phi3, glm4, gemma3, mistral3",
+            &all[1..],
+        ),
+        (named(true, true), "mixtral", &all[2..]),
+        (
+            named(false, true),
+            "qwen3_moe, olmoe",
+            &[GptqModel, AutoRound, ExLlama, Vllm, SgLang, Tgi],
+        ),
         (contents(Four, 32), "w4g32_noact", all),
         (
             act(Four, 128),
