@@ -1,4 +1,6 @@
 //! Branches in other formats: exported, or written by a recipe that asks for them.
+//!
+//! Longer than most: each format is written, read back, refused and resumed.
 
 use std::fs;
 use std::path::{Path, PathBuf};

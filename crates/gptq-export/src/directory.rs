@@ -8,25 +8,63 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use gptq_format::{
-    FormatError, FormatName, ModuleSettings, PackedLinear, ShardedWriter, StagedDir, TensorDigests,
-    TensorSpec, copy_side_files, read_json, write_json,
+    FormatError, FormatName, Grids, ModuleSettings, PackedLinear, ShardedWriter, StagedDir,
+    TensorDigests, TensorSpec, copy_side_files, layout, read_json, write_json,
 };
 use gptq_plan::{BranchReport, written_config};
 use gptq_spec::{ModelConfig, ModelTensor, Role};
 use serde_json::Value;
 
 use crate::batches::carry_out;
-use crate::gguf::write_gguf;
+use crate::gguf::{check_gguf, write_gguf};
 use crate::{ExportError, ExportSource, TableType};
 
 /// Bytes copied at a time.
 const PIECE: usize = 4 << 20;
 
+/// Checks from headers and `g_idx` alone that `format` can hold every linear layer of a branch, and a GGUF file the
+/// tokenizer.
+///
+/// # Errors
+/// The first that it cannot hold, with the remedy.
+pub fn check(source: &ExportSource, format: FormatName) -> Result<(), ExportError> {
+    if format == FormatName::Gguf {
+        return check_gguf(source);
+    }
+    let (dir, settings) = (&source.dir, &source.settings);
+    let target = format.checkpoint_format(settings.sym);
+    if target == settings.checkpoint_format {
+        return Err(ExportError::Same {
+            dir: dir.clone(),
+            format,
+        });
+    }
+    let layout = layout(target, settings.sym);
+    for (tensor, linear) in source.linears()? {
+        let module = tensor.module();
+        let (n_in, n_out) = (linear.in_features, linear.out_features);
+        let scattered = source.checkpoint.scattered(module, n_in, n_out)?;
+        let grids = Grids {
+            sym: settings.sym,
+            scattered: scattered.unwrap_or_default(),
+        };
+        layout
+            .fits(&linear, grids)
+            .map_err(|refusal| ExportError::DoesNotFit {
+                dir: dir.clone(),
+                module: module.to_owned(),
+                format,
+                refusal,
+            })?;
+    }
+    Ok(())
+}
+
 /// Writes the branch into the directory `target`, or for GGUF the file, which appears when it is complete, and returns the
 /// bytes of its weight files. `on_progress` receives the finished share, 0 to 1.
 ///
 /// # Errors
-/// Those of [`ExportSource::check`]; files that cannot be read or written.
+/// Those of [`check`]; files that cannot be read or written.
 pub fn write_directory(
     source: &ExportSource,
     format: FormatName,
@@ -36,7 +74,7 @@ pub fn write_directory(
     if format == FormatName::Gguf {
         return write_gguf(source, TableType::default(), target, on_progress);
     }
-    source.check(format)?;
+    check(source, format)?;
     let dir = StagedDir::create(target)?;
     let path = dir.path();
     let (settings, layout) = (source.settings_in(format)?, source.layout(format));

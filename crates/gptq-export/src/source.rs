@@ -2,14 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use gptq_format::{
-    Checkpoint, FormatName, Grids, LinearShape, OutputFormat, QuantizeConfig, layout,
-};
+use gptq_format::{Checkpoint, FormatName, LinearShape, OutputFormat, QuantizeConfig, layout};
 use gptq_plan::{Choice, dynamic};
 use gptq_spec::{Census, ModelConfig, ModelTensor, Role};
 
 use crate::ExportError;
-use crate::gguf::check_gguf;
 
 /// A quantized checkpoint.
 pub struct ExportSource {
@@ -44,42 +41,6 @@ impl ExportSource {
     /// Returns notes on unexpected tensors and files, one sentence each.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
-    }
-
-    /// Checks from headers and `g_idx` alone that `format` can hold every linear layer, and a GGUF file the tokenizer.
-    ///
-    /// # Errors
-    /// The first that it cannot hold, with the remedy.
-    pub fn check(&self, format: FormatName) -> Result<(), ExportError> {
-        if format == FormatName::Gguf {
-            return check_gguf(self);
-        }
-        let target = format.checkpoint_format(self.settings.sym);
-        if target == self.settings.checkpoint_format {
-            return Err(ExportError::Same {
-                dir: self.dir.clone(),
-                format,
-            });
-        }
-        let layout = layout(target, self.settings.sym);
-        for (tensor, linear) in self.linears()? {
-            let module = tensor.module();
-            let (n_in, n_out) = (linear.in_features, linear.out_features);
-            let scattered = self.checkpoint.scattered(module, n_in, n_out)?;
-            let grids = Grids {
-                sym: self.settings.sym,
-                scattered: scattered.unwrap_or_default(),
-            };
-            layout
-                .fits(&linear, grids)
-                .map_err(|refusal| ExportError::DoesNotFit {
-                    dir: self.dir.clone(),
-                    module: module.to_owned(),
-                    format,
-                    refusal,
-                })?;
-        }
-        Ok(())
     }
 
     /// Returns the quantized linear layers in model order.

@@ -10,37 +10,12 @@ mod contents;
 mod mlx;
 mod table;
 
-pub use contents::Contents;
+pub use contents::{Contents, ModuleNames};
 pub use table::{Client, READERS, Reader};
 
 use contents::need;
 
 use crate::CheckpointFormat;
-
-/// Properties of a model's linear layers that their names tell.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Names {
-    /// True if programs hold one under another name than the files do: the text model beside a vision tower, fused gate
-    /// and up, which GPTQModel takes apart, and Mixtral's experts. Transformers maps names as it reads.
-    pub renamed: bool,
-    /// True if some are experts'.
-    pub experts: bool,
-}
-
-impl Names {
-    /// Reads the names of a model's linear layers, quantized or not.
-    pub fn of<S: AsRef<str>>(modules: impl IntoIterator<Item = S>) -> Names {
-        let mut names = Names::default();
-        for module in modules {
-            let module = module.as_ref();
-            names.renamed |= module.starts_with("language_model.")
-                || module.ends_with(".gate_up_proj")
-                || module.contains(".block_sparse_moe.experts.");
-            names.experts |= module.contains(".experts.");
-        }
-        names
-    }
-}
 
 /// A client's verdict on a branch.
 #[derive(Clone, Debug, PartialEq)]

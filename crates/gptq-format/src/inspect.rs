@@ -14,8 +14,8 @@ use serde_json::Value;
 
 use crate::mapped_file::MappedFile;
 use crate::{
-    Bits, Checkpoint, Contents, FormatError, GgufFile, GroupSize, Names, client_support, read_json,
-    sha256, side_files,
+    Bits, Checkpoint, Contents, FormatError, GgufFile, GroupSize, ModuleNames, client_support,
+    read_json, sha256, side_files,
 };
 
 pub use linears::LinearInfo;
@@ -161,7 +161,7 @@ impl Inspection {
                 // Tensors take precedence over the config.
                 let mixed = settings.bits.is_none() || settings.group_size.is_none();
                 let scattered = settings.act_order;
-                let names = Names::of(linears.iter().map(|linear| &linear.name));
+                let names = ModuleNames::of(linears.iter().map(|linear| &linear.name));
                 let contents = match own {
                     Some(config) => Contents {
                         gguf,

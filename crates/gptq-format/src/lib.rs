@@ -62,7 +62,7 @@ pub use bits::{Bits, GroupSize};
 pub use branch_dirs::branch_dirs;
 pub use checkpoint::{Checkpoint, TABLE_PIECE};
 pub use checkpoint_format::CheckpointFormat;
-pub use clients::{Client, Contents, Names, READERS, Reader, Support, client_support};
+pub use clients::{Client, Contents, ModuleNames, READERS, Reader, Support, client_support};
 pub use digests::{FileDigest, TensorDigests, hexadecimal, sha256, sha256_file};
 pub use dynamic_rules::{Dynamic, DynamicRules};
 pub use error::FormatError;

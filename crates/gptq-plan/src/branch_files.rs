@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use gptq_format::{
-    Contents, DynamicRules, GgufType, GroupSize, Half, LinearShape, ModuleSettings, Names,
+    Contents, DynamicRules, GgufType, GroupSize, Half, LinearShape, ModuleNames, ModuleSettings,
     QuantizeConfig, Support, TensorSpec, client_support, parts_experts,
 };
 use gptq_solver::Settings;
@@ -192,7 +192,7 @@ impl<'a> BranchFiles<'a> {
             }),
             listed: false,
             stray: false,
-            names: Names::of(self.possible().iter().map(|linear| &linear.module)),
+            names: ModuleNames::of(self.possible().iter().map(|linear| &linear.module)),
             damp_percent: Some(
                 self.branch
                     .damp_percent

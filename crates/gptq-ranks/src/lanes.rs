@@ -89,7 +89,7 @@ mod tests {
                 assert_eq!(rows, (0..32 * n).collect::<Vec<_>>());
                 let first = Share { rank: 0, size }.rows(32 * n, 64);
                 assert!(n == 0 || !first.is_empty());
-                assert!(first.end % 64 == 0 || first.end == 32 * n);
+                assert!(first.end.is_multiple_of(64) || first.end == 32 * n);
             }
         }
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use gptq_format::{
-    Contents, FormatError, LinearShape, Names, Support, branch_dirs, client_support, layout,
+    Contents, FormatError, LinearShape, ModuleNames, Support, branch_dirs, client_support, layout,
     read_json,
 };
 use gptq_plan::{BranchReport, Receipt};
@@ -217,7 +217,7 @@ impl Branch {
     /// Returns which clients can load it.
     pub fn clients(&self) -> Vec<Support> {
         let contents = Contents {
-            names: Names::of(self.report.linears.iter().map(|linear| &linear.name)),
+            names: ModuleNames::of(self.report.linears.iter().map(|linear| &linear.name)),
             ..Contents::of(&self.report.quantize_config, self.linears())
         };
         client_support(&contents)

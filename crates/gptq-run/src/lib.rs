@@ -7,6 +7,7 @@
 
 mod agreement;
 mod block_loop;
+mod block_tuning;
 mod branch_progress;
 mod branch_writer;
 mod chunking;
@@ -17,6 +18,7 @@ mod expert_errors;
 mod expert_grams;
 mod fingerprint;
 mod finish;
+mod gathered;
 mod gram;
 mod hidden_range;
 mod journal;
@@ -34,10 +36,12 @@ mod quantize;
 mod read_ahead;
 mod replay;
 mod resume;
+mod row_parts;
 mod run;
 mod saved_states;
 mod scratch;
 mod solve;
+mod solved_tap;
 mod sources;
 mod states;
 mod stream;

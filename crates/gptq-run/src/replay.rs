@@ -16,7 +16,7 @@ use crate::options::check_stop;
 use crate::output_errors::OutputErrors;
 use crate::profile::Clock;
 use crate::resume::Restored;
-use crate::solve::row_parts;
+use crate::row_parts;
 use crate::{Event, RunError};
 
 /// Reads weights back from the branches' unfinished files.

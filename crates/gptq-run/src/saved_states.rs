@@ -20,6 +20,7 @@ use gptq_ranks::{Collective, RankError, Share};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::gathered::gather;
 use crate::gram::Dense;
 use crate::output_errors::OutputErrors;
 use crate::scratch::Scratch;
@@ -101,7 +102,7 @@ pub(crate) fn keep<B: Engine>(
     let streams: Vec<_> = states.streams.iter().chain(dense).collect();
     if !ranks.is_root() {
         for stream in streams {
-            stream.gather(ranks, &mut |_, _| Ok(()))?;
+            gather(stream, ranks, &mut |_, _| Ok(()))?;
         }
         return Ok(Err("rank 0 saves them".to_owned()));
     }
@@ -139,7 +140,7 @@ fn write<'a, B: Engine>(
         }
     };
     for stream in streams {
-        stream.gather(ranks, &mut |bits, _| {
+        gather(stream, ranks, &mut |bits, _| {
             add(&bits);
             Ok(())
         })?;

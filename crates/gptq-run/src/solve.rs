@@ -1,8 +1,5 @@
 //! Solving: the linears at a tap quantized from the Gram matrix of their input, and written.
 
-pub(crate) mod row_parts;
-mod tuned;
-
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
@@ -16,17 +13,18 @@ use gptq_plan::{
 };
 use gptq_ranks::{Collective, Share};
 
-use self::row_parts::TapWeights;
-use self::tuned::Waiting;
 use crate::block_loop::{At, Strategy};
+use crate::block_tuning::BlockTuning;
 use crate::branch_progress::BranchProgress;
 use crate::gram::{Dense, Grams, TapGrams};
 use crate::linear_errors::LinearErrors;
-use crate::moved::squares;
 use crate::output_errors::OutputErrors;
 use crate::profile::{Clock, Phase};
+use crate::row_parts::{self, TapWeights};
+use crate::solved_tap::{SolvedTap, Waiting, acts};
 use crate::states::States;
 use crate::stream::Stream;
+use crate::tuning_states::TuningStates;
 use crate::{Event, RunError, hidden_range, saved_states};
 use gptq_format::FormatError;
 
@@ -69,20 +67,6 @@ pub(crate) struct Solve<'a, B: Engine> {
     pub(crate) waiting: VecDeque<Waiting<B>>,
     /// Tuning of the block that a branch is in.
     pub(crate) tuning: Option<Tuning>,
-}
-
-/// The linears at a tap with their solutions.
-pub(crate) struct SolvedTap<B: Engine> {
-    pub(crate) linears: Vec<PlannedLinear>,
-    pub(crate) subset: Subset<B>,
-    /// Time to factor and solve.
-    pub(crate) seconds: f64,
-}
-
-/// Returns 1 if a linear layer does anything, 0 if all its weights are zero, `[1, 1]` in f32: a block that adds nothing
-/// to the residual stream is not to make up for others either.
-pub(crate) fn acts<B: Engine>(weight: Tensor<B, 2>) -> Tensor<B, 2> {
-    squares(weight.cast(DType::F32)).sum_dim(0).sign()
 }
 
 /// Linears at a tap, after a solve that ranks have shared.
@@ -226,6 +210,29 @@ fn problem<B: Engine>(
 }
 
 impl<B: Engine> Solve<'_, B> {
+    /// Gives `block` the tuned weights of a tap, which rank 0 hands on and sends to the others.
+    fn tuned_tap(
+        &mut self,
+        at: At,
+        compared: Option<&OutputErrors<B>>,
+        block: &mut Block<B>,
+        clock: &mut Clock,
+    ) -> Result<(), RunError> {
+        if !self.ranks.is_root() {
+            let place = (self.model.dtype(), self.model.device());
+            return Ok(row_parts::receive_tap(
+                self.plan, at, block, place, self.ranks,
+            )?);
+        }
+        let Some(waiting) = self.waiting.pop_front_if(|it| it.tap == at.tap) else {
+            return Ok(());
+        };
+        let solved = vec![waiting.solved];
+        let linears = solved.iter().flat_map(|it| &it.subset.solved);
+        row_parts::send(linears.map(|it| it.codes.clone().download()), self.ranks)?;
+        self.hand_on(at, solved, compared, block, clock)
+    }
+
     /// True if a branch's codes and scales are tuned.
     pub(crate) fn tuned(&self, branch: usize) -> bool {
         self.plan.branches[branch].method.tune > 0
@@ -377,7 +384,22 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         dense: &Dense<B>,
         clock: &mut Clock,
     ) -> Result<(), RunError> {
-        self.tune_block((layer, branch), blocks, start, dense, clock)
+        // The block is run again: what was clamped in it so far does not count.
+        let clamped = &mut self.progress[branch].clamped;
+        clamped.retain(|it| it.layer != layer);
+        // Rank 0 tunes, on all ranks' windows: a step's gradients are as large as the block, and there are many steps.
+        let windows = TuningStates::gather(start, dense, self.ranks)?;
+        if let Some(windows) = &windows {
+            let started = Instant::now();
+            let tuning = BlockTuning {
+                plan: self.plan,
+                model: self.model,
+                stop: self.stop,
+            };
+            self.tuning = tuning.run((layer, branch), blocks, windows, &mut self.waiting)?;
+            clock.add(Phase::Tune, started.elapsed().as_secs_f64());
+        }
+        Ok(())
     }
 
     fn spent(&mut self, branch: usize, seconds: f64) {

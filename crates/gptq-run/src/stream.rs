@@ -5,8 +5,6 @@
 //! tap of block 0, where each branch goes on with its own quantized weights. With dense
 //! propagation it never splits.
 
-mod gathered;
-
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -6,6 +6,7 @@ use gptq_kernels::Engine;
 use gptq_ranks::Collective;
 
 use crate::RunError;
+use crate::gathered::gather;
 use crate::gram::Dense;
 use crate::stream::{Chunk, Span, Stream};
 
@@ -41,7 +42,7 @@ impl<'a, B: Engine> TuningStates<'a, B> {
 /// All ranks' chunks of a stream, on rank 0.
 fn all_of<B: Engine>(stream: &Stream<B>, ranks: &dyn Collective) -> Result<Stream<B>, RunError> {
     let mut chunks = Vec::new();
-    stream.gather(ranks, &mut |bits, shape| {
+    gather(stream, ranks, &mut |bits, shape| {
         chunks.push(Chunk::of_bits(bits, shape, stream.keep.half));
         Ok(())
     })?;

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use gptq_format::{
-    Checkpoint, Contents, GroupSize, LinearShape, Names, PackedLinear, QuantizeConfig,
+    Checkpoint, Contents, GroupSize, LinearShape, ModuleNames, PackedLinear, QuantizeConfig,
     TensorDigests, client_support, layout,
 };
 use gptq_plan::Check;
@@ -68,7 +68,7 @@ pub(crate) fn check(dir: &Path, census: &Census, recorded: &Recorded) -> Vec<Che
         let contents = Contents {
             scattered,
             gguf: has_gguf,
-            names: Names::of(tensors.iter().map(|it| it.module())),
+            names: ModuleNames::of(tensors.iter().map(|it| it.module())),
             ..Contents::of(quantize_config, linears.shapes)
         };
         checks.push(("clients", clients(&contents)));

@@ -46,7 +46,7 @@ pub(crate) fn run(args: ExportArgs) -> Result<()> {
     for (dir, _) in &branches {
         let source = ExportSource::open(dir)?;
         source.warnings().iter().for_each(|it| log::warning(it));
-        source.check(args.to)?;
+        gptq_export::check(&source, args.to)?;
     }
     for (dir, target) in branches {
         let mut progress = TextProgress::of("written", &dir.display().to_string());

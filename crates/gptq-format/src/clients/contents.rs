@@ -1,8 +1,32 @@
 //! Properties of a branch's files that clients' rules depend on.
 
-use super::Names;
 use crate::expert_patterns::{names_gates, parts_experts};
 use crate::{CheckpointFormat, GroupSize, LinearShape, QuantizeConfig};
+
+/// Properties of a model's linear layers that their names tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ModuleNames {
+    /// True if programs hold one under another name than the files do: the text model beside a vision tower, fused gate
+    /// and up, which GPTQModel takes apart, and Mixtral's experts. Transformers maps names as it reads.
+    pub renamed: bool,
+    /// True if some are experts'.
+    pub experts: bool,
+}
+
+impl ModuleNames {
+    /// Reads the names of a model's linear layers, quantized or not.
+    pub fn of<S: AsRef<str>>(modules: impl IntoIterator<Item = S>) -> ModuleNames {
+        let mut names = ModuleNames::default();
+        for module in modules {
+            let module = module.as_ref();
+            names.renamed |= module.starts_with("language_model.")
+                || module.ends_with(".gate_up_proj")
+                || module.contains(".block_sparse_moe.experts.");
+            names.experts |= module.contains(".experts.");
+        }
+        names
+    }
+}
 
 /// Properties of a branch's files that clients depend on.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,7 +56,7 @@ pub struct Contents {
     /// True if settings and tensors disagree on which linear layers are quantized.
     pub stray: bool,
     /// Properties that the names of linear layers tell.
-    pub names: Names,
+    pub names: ModuleNames,
     /// `damp_percent`, if declared to clients.
     pub damp_percent: Option<f64>,
 }
@@ -56,7 +80,7 @@ impl Contents {
             parted: rules().any(|(pattern, _)| parts_experts(pattern)),
             listed: !config.listed().is_empty(),
             stray: false,
-            names: Names::default(),
+            names: ModuleNames::default(),
             damp_percent: config.damp_percent,
         }
     }

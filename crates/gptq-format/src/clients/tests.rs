@@ -25,7 +25,7 @@ fn contents(bits: Bits, group_size: i64) -> Contents {
         listed: false,
         parted: false,
         stray: false,
-        names: Names::default(),
+        names: ModuleNames::default(),
         damp_percent: Some(0.1),
     }
 }
@@ -45,7 +45,11 @@ fn names_that_readers_change_and_experts_are_known() {
         ("model.layers.0.mlp.shared_experts.up_proj", false, false),
         ("model.layers.0.block_sparse_moe.experts.3.w1", true, true),
     ] {
-        assert_eq!(Names::of([module]), Names { renamed, experts }, "{module}");
+        assert_eq!(
+            ModuleNames::of([module]),
+            ModuleNames { renamed, experts },
+            "{module}"
+        );
     }
 }
 
@@ -93,7 +97,7 @@ fn verdicts_are_what_was_seen_in_each_client() {
         ..contents(Four, 128)
     };
     let named = |renamed, experts| Contents {
-        names: Names { renamed, experts },
+        names: ModuleNames { renamed, experts },
         ..contents(Four, 128)
     };
     for (branch, what, expected) in [

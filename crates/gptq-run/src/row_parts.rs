@@ -11,8 +11,8 @@ use gptq_plan::{Plan, PlannedLinear};
 use gptq_ranks::{Collective, RankError, Share};
 use half::f16;
 
-use super::SolvedTap;
 use crate::block_loop::At;
+use crate::solved_tap::SolvedTap;
 
 /// Numbers of a [`StripSums`].
 const SUMS: usize = 8;

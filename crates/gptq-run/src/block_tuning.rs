@@ -1,30 +1,19 @@
-//! Solving a branch that is tuned: its linears wait until the block's end, and are handed on as tuning leaves them.
+//! Tuning of the linears of a block that a branch is through.
 
-use std::time::Instant;
+use std::collections::VecDeque;
+use std::sync::atomic::AtomicBool;
 
 use burn::tensor::{DType, Tensor};
 use gptq_kernels::{Engine, Tunable};
-use gptq_model::Block;
+use gptq_model::{Block, Model};
+use gptq_plan::{Plan, Tuning};
 
-use super::{Solve, SolvedTap, acts, row_parts};
 use crate::RunError;
-use crate::block_loop::At;
-use crate::gram::Dense;
 use crate::options::check_stop;
-use crate::output_errors::OutputErrors;
-use crate::profile::{Clock, Phase};
-use crate::stream::Stream;
+use crate::solved_tap::{SolvedTap, Waiting, acts};
 use crate::tuning::{Tuned, TuningSet, tune};
 use crate::tuning_loss::BlockLoss;
 use crate::tuning_states::TuningStates;
-
-/// A solved tap of a branch that is tuned.
-pub(crate) struct Waiting<B: Engine> {
-    pub(crate) tap: usize,
-    pub(crate) solved: SolvedTap<B>,
-    /// `XᵀX` of its input, upper triangle.
-    pub(crate) gram: Tensor<B, 2>,
-}
 
 /// Returns for each linear layer whether it does anything; waits for the device.
 fn acting<B: Engine>(block: &Block<B>, linears: &[usize], dtype: DType) -> Vec<bool> {
@@ -37,55 +26,30 @@ fn acting<B: Engine>(block: &Block<B>, linears: &[usize], dtype: DType) -> Vec<b
     values.iter::<f32>().map(|value| value != 0.0).collect()
 }
 
-impl<B: Engine> Solve<'_, B> {
-    /// Gives `block` the tuned weights of a tap, which rank 0 hands on and sends to the others.
-    pub(crate) fn tuned_tap(
-        &mut self,
-        at: At,
-        compared: Option<&OutputErrors<B>>,
-        block: &mut Block<B>,
-        clock: &mut Clock,
-    ) -> Result<(), RunError> {
-        if !self.ranks.is_root() {
-            let place = (self.model.dtype(), self.model.device());
-            return Ok(row_parts::receive_tap(
-                self.plan, at, block, place, self.ranks,
-            )?);
-        }
-        let Some(waiting) = self.waiting.pop_front_if(|it| it.tap == at.tap) else {
-            return Ok(());
-        };
-        let solved = vec![waiting.solved];
-        let linears = solved.iter().flat_map(|it| &it.subset.solved);
-        row_parts::send(linears.map(|it| it.codes.clone().download()), self.ranks)?;
-        self.hand_on(at, solved, compared, block, clock)
-    }
+/// What tuning a block takes from the run.
+pub(crate) struct BlockTuning<'a, B: Engine> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) model: &'a Model<B>,
+    pub(crate) stop: &'a AtomicBool,
+}
 
-    /// Tunes a block that a branch is through, on rank 0.
-    pub(crate) fn tune_block(
-        &mut self,
+impl<B: Engine> BlockTuning<'_, B> {
+    /// Tunes the linears in `waiting`, whose weights the second of the blocks has, the first the dense ones; `None` if there
+    /// is nothing to tune. They stay as they are if that comes no closer.
+    pub(crate) fn run(
+        &self,
         (layer, branch): (usize, usize),
         [dense_block, quantized]: [&Block<B>; 2],
-        start: &Stream<B>,
-        dense: &Dense<B>,
-        clock: &mut Clock,
-    ) -> Result<(), RunError> {
-        // The block is run again: what was clamped in it so far does not count.
-        let clamped = &mut self.progress[branch].clamped;
-        clamped.retain(|it| it.layer != layer);
+        windows: &TuningStates<B>,
+        waiting: &mut VecDeque<Waiting<B>>,
+    ) -> Result<Option<Tuning>, RunError> {
         let device = self.model.device();
-        // Rank 0 tunes, on all ranks' windows: a step's gradients are as large as the block, and there are many steps.
-        let windows = TuningStates::gather(start, dense, self.ranks)?;
-        let Some(TuningStates { start, dense }) = &windows else {
-            return Ok(());
-        };
-        let started = Instant::now();
-        let waiting = self.waiting.iter().flat_map(|it| &it.solved.linears);
-        let linears: Vec<usize> = waiting.map(|it| it.linear).collect();
+        let all = waiting.iter().flat_map(|it| &it.solved.linears);
+        let linears: Vec<usize> = all.map(|it| it.linear).collect();
         // A linear of zeros stays one: its block is not to make up for others.
         let mut acting = acting(dense_block, &linears, self.model.dtype()).into_iter();
         let mut tuned: Vec<Tuned<B>> = Vec::new();
-        for waiting in &mut self.waiting {
+        for waiting in waiting.iter_mut() {
             let SolvedTap {
                 linears, subset, ..
             } = &mut waiting.solved;
@@ -102,8 +66,9 @@ impl<B: Engine> Solve<'_, B> {
             }
         }
         if tuned.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
+        let TuningStates { start, dense } = windows;
         let windows = TuningSet::new(
             start,
             dense,
@@ -120,9 +85,8 @@ impl<B: Engine> Solve<'_, B> {
             false => BlockLoss::Output,
         };
         let (tuning, closer) = tune(&windows, &loss, steps, &mut block, &mut tuned, check)?;
-        self.tuning = Some(tuning);
         let mut tuned = tuned.into_iter().peekable();
-        for waiting in self.waiting.iter_mut().filter(|_| closer) {
+        for waiting in waiting.iter_mut().filter(|_| closer) {
             let SolvedTap {
                 linears, subset, ..
             } = &mut waiting.solved;
@@ -140,7 +104,6 @@ impl<B: Engine> Solve<'_, B> {
                 solved.objective = None;
             }
         }
-        clock.add(Phase::Tune, started.elapsed().as_secs_f64());
-        Ok(())
+        Ok(Some(tuning))
     }
 }
