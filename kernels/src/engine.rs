@@ -68,6 +68,10 @@ pub trait Engine: Backend {
     /// Number of tokens whose transient activations are worth having at once, in whole windows.
     const CHUNK_TOKENS: usize = 4096;
 
+    /// True if sums over windows are those of eight lanes, added in a tree, which ranks can share; false if they are
+    /// one after the other, which takes less memory, where a run has one rank.
+    const SUM_TREE: bool = true;
+
     /// Number of rows of linears that are worth solving together, about, where each few of them have an input of their
     /// own.
     const BATCH_ROWS: usize = 1;

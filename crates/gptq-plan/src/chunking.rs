@@ -2,7 +2,7 @@
 
 use gptq_ranks::LANES;
 
-/// Division of a run's work by an engine: its `Engine::LANES`, `Engine::CHUNK_TOKENS` and `Engine::BATCH_ROWS`,
+/// Division of a run's work by an engine: its `Engine::LANES`, `Engine::CHUNK_TOKENS` and so on,
 /// repeated here because a plan is made without `gptq-kernels`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chunking {
@@ -12,6 +12,8 @@ pub struct Chunking {
     pub tokens: usize,
     /// Rows of experts' linears that are solved together, about.
     pub rows: usize,
+    /// True if sums over windows are those of lanes, added in a tree.
+    pub tree: bool,
 }
 
 impl Chunking {
@@ -20,18 +22,23 @@ impl Chunking {
         lanes: 4,
         tokens: 4096,
         rows: 1,
+        tree: true,
     };
     /// Chunking on a CUDA device.
     pub const CUDA: Chunking = Chunking {
         lanes: 1,
         tokens: 16_384,
         rows: 32_768,
+        tree: false,
     };
 
     /// Gram matrices of one input that are alive together while lanes of windows are summed in a tree: those of lanes that
     /// run at the same time, and one on each level of the tree above them.
     pub fn partial_sums(self) -> usize {
-        self.lanes + (LANES / self.lanes).ilog2() as usize
+        match self.tree {
+            true => self.lanes + (LANES / self.lanes).ilog2() as usize,
+            false => 1,
+        }
     }
 
     /// Windows of `seq_len` tokens in a chunk, whose transient activations are alive together.

@@ -49,7 +49,7 @@ impl Places {
 }
 
 /// Bytes of experts' Gram matrices that are alive together, if memory is not short: experts are taken in slices.
-const GRAM_BYTES: u64 = 16 << 30;
+const GRAM_BYTES: u64 = 8 << 30;
 
 /// Maximum host memory of packed tensors waiting to be written; see `write_behind`.
 const QUEUE: u128 = 1 << 30;

@@ -1,14 +1,14 @@
 //! The only rank of a run.
 
-use crate::{Cause, Collective, RankError, Share};
+use crate::{Cause, Collective, RankError, RankShare};
 
 /// The only rank of a run, who has nobody to tell anything.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Alone;
+pub struct OneRank;
 
-impl Collective for Alone {
-    fn share(&self) -> Share {
-        Share::ALL
+impl Collective for OneRank {
+    fn share(&self) -> RankShare {
+        RankShare::ALL
     }
 
     fn send(&self, _to: usize, _bytes: Vec<u8>) -> Result<(), RankError> {

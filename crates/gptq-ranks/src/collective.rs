@@ -1,6 +1,6 @@
 //! Communication between the ranks of a run.
 
-use crate::{Cause, RankError, Share, tree};
+use crate::{Cause, RankError, RankShare, tree};
 
 /// The ranks of a run, as one of them sees them. Every rank comes to the same calls in the same order.
 ///
@@ -8,7 +8,7 @@ use crate::{Cause, RankError, Share, tree};
 /// Of every method: another rank has ended the run, or is no longer there.
 pub trait Collective: Send + Sync {
     /// The rank's share.
-    fn share(&self) -> Share;
+    fn share(&self) -> RankShare;
 
     /// Sends `bytes` to rank `to`; one of the two is rank 0.
     fn send(&self, to: usize, bytes: Vec<u8>) -> Result<(), RankError>;
@@ -32,7 +32,7 @@ pub trait Collective: Send + Sync {
 
     /// Brings every rank's bytes to rank 0, in order of ranks; there are none on the others.
     fn gather(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, RankError> {
-        let Share { rank, size } = self.share();
+        let RankShare { rank, size } = self.share();
         if rank > 0 {
             self.send(0, bytes)?;
             return Ok(Vec::new());
@@ -46,7 +46,7 @@ pub trait Collective: Send + Sync {
 
     /// Brings rank 0's bytes to every rank; those that others give do not count.
     fn broadcast(&self, bytes: Vec<u8>) -> Result<Vec<u8>, RankError> {
-        let Share { rank, size } = self.share();
+        let RankShare { rank, size } = self.share();
         if rank > 0 {
             return self.receive(0);
         }

@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 
 /// Kind of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum FrameKind {
     /// Bytes for the run.
     Data,
     /// A sign of life.
@@ -18,15 +18,20 @@ pub(crate) enum Kind {
     Leave,
 }
 
-impl Kind {
-    const ALL: [Kind; 4] = [Kind::Data, Kind::Beat, Kind::End, Kind::Leave];
+impl FrameKind {
+    const ALL: [FrameKind; 4] = [
+        FrameKind::Data,
+        FrameKind::Beat,
+        FrameKind::End,
+        FrameKind::Leave,
+    ];
 }
 
 /// Bytes that are read at once: a length that a stranger claims is not allocated.
 const PIECE: u64 = 1 << 24;
 
 /// Writes a frame.
-pub(crate) fn write(to: &mut impl Write, kind: Kind, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write(to: &mut impl Write, kind: FrameKind, bytes: &[u8]) -> io::Result<()> {
     let mut head = [0; 9];
     head[0] = kind as u8;
     head[1..].copy_from_slice(&(bytes.len() as u64).to_le_bytes());
@@ -35,10 +40,10 @@ pub(crate) fn write(to: &mut impl Write, kind: Kind, bytes: &[u8]) -> io::Result
 }
 
 /// Reads a frame.
-pub(crate) fn read(from: &mut impl Read) -> io::Result<(Kind, Vec<u8>)> {
+pub(crate) fn read(from: &mut impl Read) -> io::Result<(FrameKind, Vec<u8>)> {
     let mut kind = [0];
     from.read_exact(&mut kind)?;
-    let kind = Kind::ALL.into_iter().find(|it| *it as u8 == kind[0]);
+    let kind = FrameKind::ALL.into_iter().find(|it| *it as u8 == kind[0]);
     let kind = kind.ok_or(io::ErrorKind::InvalidData)?;
     let mut length = [0; 8];
     from.read_exact(&mut length)?;
@@ -89,11 +94,11 @@ mod tests {
     #[test]
     fn frames_are_read_as_they_were_written_and_cut_ones_are_errors() {
         let mut bytes = Vec::new();
-        write(&mut bytes, Kind::Data, &[1, 2, 3]).unwrap();
-        write(&mut bytes, Kind::Leave, &[]).unwrap();
+        write(&mut bytes, FrameKind::Data, &[1, 2, 3]).unwrap();
+        write(&mut bytes, FrameKind::Leave, &[]).unwrap();
         let mut from = bytes.as_slice();
-        assert_eq!(read(&mut from).unwrap(), (Kind::Data, vec![1, 2, 3]));
-        assert_eq!(read(&mut from).unwrap(), (Kind::Leave, vec![]));
+        assert_eq!(read(&mut from).unwrap(), (FrameKind::Data, vec![1, 2, 3]));
+        assert_eq!(read(&mut from).unwrap(), (FrameKind::Leave, vec![]));
         assert!(read(&mut from).is_err());
         for cut in 0..12 {
             assert!(read(&mut &bytes[..cut]).is_err(), "{cut}");

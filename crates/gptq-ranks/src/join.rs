@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::frame::{self, Kind};
+use crate::frame::{self, FrameKind};
 use crate::processes::{Peer, Processes};
-use crate::{Cause, Ended, Launch, RankError, Share, host};
+use crate::{Cause, Ended, RankError, RankLaunch, RankShare, host};
 
 /// Time within which a connection is to say who it is, and rank 0 to answer.
 const MANNERS: Duration = Duration::from_secs(5);
@@ -50,8 +50,8 @@ enum Answer {
 ///
 /// # Errors
 /// A port that is taken, ranks that do not come in time, or that do not agree on their number, and `check`.
-pub fn join(launch: &Launch, options: JoinOptions<'_>) -> Result<Processes, RankError> {
-    let share = Share {
+pub fn join(launch: &RankLaunch, options: JoinOptions<'_>) -> Result<Processes, RankError> {
+    let share = RankShare {
         rank: launch.rank,
         size: launch.size,
     };
@@ -64,19 +64,19 @@ pub fn join(launch: &Launch, options: JoinOptions<'_>) -> Result<Processes, Rank
 }
 
 /// Rank 0's address, as it is named.
-fn place(launch: &Launch) -> String {
+fn place(launch: &RankLaunch) -> String {
     match &launch.ports[..] {
         [port] => format!("{}:{port}", launch.address),
         ports => format!("{}:{}-{}", launch.address, ports[0], ports[ports.len() - 1]),
     }
 }
 
-fn addresses(launch: &Launch, port: u16) -> io::Result<Vec<SocketAddr>> {
+fn addresses(launch: &RankLaunch, port: u16) -> io::Result<Vec<SocketAddr>> {
     Ok((launch.address.as_str(), port).to_socket_addrs()?.collect())
 }
 
 /// Waits for all others on behalf of rank 0.
-fn listen(launch: &Launch, options: JoinOptions<'_>) -> Result<Vec<Peer>, RankError> {
+fn listen(launch: &RankLaunch, options: JoinOptions<'_>) -> Result<Vec<Peer>, RankError> {
     let deadline = Instant::now() + options.within;
     let listener = bind(launch)?;
     let (sender, arrivals) = channel();
@@ -154,12 +154,12 @@ fn give_up(peers: Vec<Peer>, error: RankError) -> RankError {
     };
     let text = serde_json::to_vec(&ended).unwrap_or_default();
     for mut peer in peers {
-        let _ = frame::write(&mut peer.stream, Kind::End, &text);
+        let _ = frame::write(&mut peer.stream, FrameKind::End, &text);
     }
     error
 }
 
-fn bind(launch: &Launch) -> Result<TcpListener, RankError> {
+fn bind(launch: &RankLaunch) -> Result<TcpListener, RankError> {
     let mut last = None;
     for &port in &launch.ports {
         let bound = addresses(launch, port).and_then(|all| TcpListener::bind(&all[..]));
@@ -190,7 +190,7 @@ enum Admission {
     Disagrees(String),
 }
 
-fn admit(launch: &Launch, peers: &[Peer], hello: &Hello) -> Admission {
+fn admit(launch: &RankLaunch, peers: &[Peer], hello: &Hello) -> Admission {
     let Hello {
         run,
         rank,
@@ -220,7 +220,7 @@ fn admit(launch: &Launch, peers: &[Peer], hello: &Hello) -> Admission {
 }
 
 /// Connects with rank 0.
-fn connect(launch: &Launch, options: JoinOptions<'_>) -> Result<Peer, RankError> {
+fn connect(launch: &RankLaunch, options: JoinOptions<'_>) -> Result<Peer, RankError> {
     let deadline = Instant::now() + options.within;
     let hello = Hello {
         run: launch.run.clone(),
@@ -266,7 +266,7 @@ fn connect(launch: &Launch, options: JoinOptions<'_>) -> Result<Peer, RankError>
     }
 }
 
-fn meet(launch: &Launch, port: u16, hello: &Hello) -> io::Result<(TcpStream, Answer)> {
+fn meet(launch: &RankLaunch, port: u16, hello: &Hello) -> io::Result<(TcpStream, Answer)> {
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     for address in addresses(launch, port)? {
         match TcpStream::connect_timeout(&address, MANNERS) {

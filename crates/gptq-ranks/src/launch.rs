@@ -62,7 +62,7 @@ impl Launcher {
 
 /// A process's place among the ranks of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Launch {
+pub struct RankLaunch {
     /// Launcher that started it.
     pub launcher: Launcher,
     /// Its rank.
@@ -79,7 +79,7 @@ pub struct Launch {
     pub run: String,
 }
 
-impl Launch {
+impl RankLaunch {
     /// Reads what a launcher has set, by a function that gives a variable's value; `None` if there is no launcher, or one
     /// rank alone.
     ///
@@ -87,7 +87,7 @@ impl Launch {
     /// Variables that are missing or no numbers, or that do not fit together.
     pub fn of(
         variable: impl Fn(&'static str) -> Option<String>,
-    ) -> Result<Option<Launch>, RankError> {
+    ) -> Result<Option<RankLaunch>, RankError> {
         let set = |launcher: &Launcher| {
             launcher.variables()[..2]
                 .iter()
@@ -155,7 +155,7 @@ impl Launch {
             false => vec![port],
         };
         let run = launcher.of_run().iter().filter_map(|it| variable(it));
-        Ok(Some(Launch {
+        Ok(Some(RankLaunch {
             launcher,
             rank,
             size,
@@ -187,8 +187,8 @@ fn first_host(list: &str) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn of(variables: &[(&str, &str)]) -> Result<Option<Launch>, RankError> {
-        Launch::of(|name| {
+    fn of(variables: &[(&str, &str)]) -> Result<Option<RankLaunch>, RankError> {
+        RankLaunch::of(|name| {
             let found = variables.iter().find(|(own, _)| *own == name);
             found.map(|(_, value)| (*value).to_owned())
         })

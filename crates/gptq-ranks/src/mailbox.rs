@@ -8,12 +8,12 @@ use crate::{Ended, RankError};
 /// A rank's mailbox.
 #[derive(Debug, Default)]
 pub(crate) struct Mailbox {
-    state: Mutex<State>,
+    state: Mutex<MailboxState>,
     news: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct MailboxState {
     /// By sender.
     waiting: Vec<VecDeque<Vec<u8>>>,
     /// Ranks that have done their part, by rank.
@@ -25,7 +25,7 @@ impl Mailbox {
     /// Makes one for letters from `size` ranks.
     pub(crate) fn new(size: usize) -> Self {
         Mailbox {
-            state: Mutex::new(State {
+            state: Mutex::new(MailboxState {
                 waiting: vec![VecDeque::new(); size],
                 left: vec![false; size],
                 ended: None,
@@ -34,7 +34,7 @@ impl Mailbox {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, MailboxState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -81,7 +81,10 @@ impl Mailbox {
         self.wait(|state| state.left[ranks.clone()].iter().all(|&it| it).then_some(()))
     }
 
-    fn wait<T>(&self, mut look: impl FnMut(&mut State) -> Option<T>) -> Result<T, RankError> {
+    fn wait<T>(
+        &self,
+        mut look: impl FnMut(&mut MailboxState) -> Option<T>,
+    ) -> Result<T, RankError> {
         let mut state = self.state();
         loop {
             if let Some(ended) = &state.ended {

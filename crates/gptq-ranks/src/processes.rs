@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use crate::frame::{self, Kind};
+use crate::frame::{self, FrameKind};
 use crate::mailbox::Mailbox;
-use crate::{Cause, Collective, Ended, RankError, Share, host};
+use crate::{Cause, Collective, Ended, RankError, RankShare, host};
 
 /// Time between signs of life.
 const BEAT: Duration = Duration::from_secs(2);
@@ -38,7 +38,7 @@ struct Link {
 
 #[derive(Debug)]
 struct Shared {
-    share: Share,
+    share: RankShare,
     mailbox: Mailbox,
     links: Vec<Link>,
     closed: AtomicBool,
@@ -53,7 +53,7 @@ pub struct Processes {
 
 impl Processes {
     /// Begins with the connections of a rank: of rank 0 with all others, of others with rank 0.
-    pub(crate) fn new(share: Share, peers: Vec<Peer>) -> std::io::Result<Self> {
+    pub(crate) fn new(share: RankShare, peers: Vec<Peer>) -> std::io::Result<Self> {
         let mut links = Vec::new();
         let mut readers = Vec::new();
         for Peer { rank, host, stream } in peers {
@@ -105,10 +105,10 @@ impl Shared {
         let Link { peer, host, .. } = &self.links[link];
         loop {
             match frame::read(&mut stream) {
-                Ok((Kind::Data, bytes)) => self.mailbox.put(*peer, bytes),
-                Ok((Kind::Beat, _)) => {}
-                Ok((Kind::Leave, _)) => self.mailbox.leave(*peer),
-                Ok((Kind::End, bytes)) => {
+                Ok((FrameKind::Data, bytes)) => self.mailbox.put(*peer, bytes),
+                Ok((FrameKind::Beat, _)) => {}
+                Ok((FrameKind::Leave, _)) => self.mailbox.leave(*peer),
+                Ok((FrameKind::End, bytes)) => {
                     // Whoever connected has proven that it speaks as ranks do; a line that does not parse is kept.
                     let ended = serde_json::from_slice(&bytes).unwrap_or_else(|_| Ended {
                         rank: *peer,
@@ -159,11 +159,11 @@ impl Shared {
         // The one that ended it knows, or takes nothing any more.
         for link in self.links.iter().filter(|link| link.peer != ended.rank) {
             // Who does not take it in time finds the connection closed.
-            let _ = self.write(link, Kind::End, &text);
+            let _ = self.write(link, FrameKind::End, &text);
         }
     }
 
-    fn write(&self, link: &Link, kind: Kind, bytes: &[u8]) -> std::io::Result<()> {
+    fn write(&self, link: &Link, kind: FrameKind, bytes: &[u8]) -> std::io::Result<()> {
         let mut stream = link.stream.lock().unwrap_or_else(PoisonError::into_inner);
         frame::write(&mut *stream, kind, bytes)
     }
@@ -173,7 +173,7 @@ impl Shared {
         while !self.closed.load(Ordering::Relaxed) && self.mailbox.ended().is_none() {
             for link in &self.links {
                 // Whoever reads the connection finds out what is wrong with it.
-                let _ = self.write(link, Kind::Beat, &[]);
+                let _ = self.write(link, FrameKind::Beat, &[]);
             }
             thread::sleep(BEAT);
         }
@@ -181,7 +181,7 @@ impl Shared {
 }
 
 impl Collective for Processes {
-    fn share(&self) -> Share {
+    fn share(&self) -> RankShare {
         self.shared.share
     }
 
@@ -189,7 +189,7 @@ impl Collective for Processes {
         self.check()?;
         let link = self.shared.links.iter().find(|link| link.peer == to);
         let link = link.expect("one of the two is rank 0");
-        match self.shared.write(link, Kind::Data, &bytes) {
+        match self.shared.write(link, FrameKind::Data, &bytes) {
             Ok(()) => Ok(()),
             Err(_) => {
                 self.shared.pass_on(Ended {
@@ -228,14 +228,14 @@ impl Collective for Processes {
 
     fn leave(&self) -> Result<(), RankError> {
         self.left.store(true, Ordering::Relaxed);
-        let Share { rank, size } = self.share();
+        let RankShare { rank, size } = self.share();
         let others = if rank == 0 { 1..size } else { 0..1 };
         // Rank 0 leaves last: it tells the others that all went well.
         if rank == 0 {
             self.shared.mailbox.wait_left(others.clone())?;
         }
         for link in &self.shared.links {
-            let _ = self.shared.write(link, Kind::Leave, &[]);
+            let _ = self.shared.write(link, FrameKind::Leave, &[]);
         }
         self.shared.mailbox.wait_left(others)
     }

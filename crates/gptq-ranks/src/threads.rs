@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::mailbox::Mailbox;
-use crate::{Cause, Collective, Ended, LANES, RankError, Share, host};
+use crate::{Cause, Collective, Ended, LANES, RankError, RankShare, host};
 
 /// A rank that is a thread of a process with all others. One that is dropped before it leaves ends the run.
 #[derive(Debug)]
 pub struct Threads {
-    share: Share,
+    share: RankShare,
     mailboxes: Arc<Vec<Mailbox>>,
     left: AtomicBool,
 }
@@ -24,7 +24,7 @@ impl Threads {
         let mailboxes: Arc<Vec<Mailbox>> =
             Arc::new((0..size).map(|_| Mailbox::new(size)).collect());
         let ranks = (0..size).map(|rank| Threads {
-            share: Share { rank, size },
+            share: RankShare { rank, size },
             mailboxes: mailboxes.clone(),
             left: AtomicBool::new(false),
         });
@@ -45,7 +45,7 @@ pub(crate) fn check_size(size: usize) -> Result<(), RankError> {
 }
 
 impl Collective for Threads {
-    fn share(&self) -> Share {
+    fn share(&self) -> RankShare {
         self.share
     }
 

@@ -5,22 +5,28 @@ use std::ops::Range;
 use burn::tensor::{DType, Tensor, TensorData};
 use gptq_format::FormatError;
 use gptq_kernels::Engine;
-use gptq_ranks::{Collective, RankError, Share};
+use gptq_ranks::{Collective, RankError, RankShare};
 
 use crate::stream::{Chunk, Stream};
 
 /// Chunks of a lane, each with its number among those of all ranks.
 pub(crate) type LaneChunks<'a, B> = [(usize, &'a Chunk<B>)];
 
-/// Returns the sum of a rank's lanes, of which `lane` gives one and `add` adds two; `None` if the rank has no chunk.
+/// Returns the sum of a rank's lanes, of which `lane` gives one and `add` adds two, or of all chunks as one lane
+/// ([`Engine::SUM_TREE`]); `None` if the rank has no chunk.
 /// Up to [`Engine::LANES`] lanes run at the same time; few of their sums are alive together.
 pub(crate) fn lane_sums<B: Engine, T: Send>(
     stream: &Stream<B>,
-    share: Share,
+    share: RankShare,
     lane: &(impl Fn(&LaneChunks<'_, B>) -> Result<T, FormatError> + Sync),
     add: &(impl Fn(T, T) -> T + Sync),
 ) -> Result<Option<T>, FormatError> {
-    branch(stream, share.lanes(), lane, add)
+    if B::SUM_TREE {
+        return branch(stream, share.lanes(), lane, add);
+    }
+    let first = stream.span.first;
+    let chunks: Vec<_> = (first..).zip(&stream.chunks).collect();
+    (!chunks.is_empty()).then(|| lane(&chunks)).transpose()
 }
 
 fn branch<B: Engine, T: Send>(
@@ -30,7 +36,7 @@ fn branch<B: Engine, T: Send>(
     add: &(impl Fn(T, T) -> T + Sync),
 ) -> Result<Option<T>, FormatError> {
     if lanes.len() == 1 {
-        let chunks = Share::lane(lanes.start, stream.span.of);
+        let chunks = RankShare::lane(lanes.start, stream.span.of);
         let first = stream.span.first;
         let chunks: Vec<_> = chunks.map(|at| (at, &stream.chunks[at - first])).collect();
         return match chunks.is_empty() {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use gptq_kernels::Engine;
 use gptq_plan::PhaseSeconds;
-use gptq_ranks::{Cause, Collective, RankError, Share};
+use gptq_ranks::{Cause, Collective, RankError, RankShare};
 
 /// Phases of a run, in the order of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,7 +168,7 @@ impl TimedRanks<'_> {
 }
 
 impl Collective for TimedRanks<'_> {
-    fn share(&self) -> Share {
+    fn share(&self) -> RankShare {
         self.ranks.share()
     }
 

@@ -1,6 +1,6 @@
 //! Linears whose rows several ranks have solved, put together.
 //!
-//! A rank solves whole strips of every linear's rows ([`Share::rows`]). Rank 0 is brought what each rank has found, and
+//! A rank solves whole strips of every linear's rows ([`RankShare::rows`]). Rank 0 is brought what each rank has found, and
 //! sends the codes of all rows back, from which the others make the weights that they go on with.
 
 use burn::tensor::{DType, Tensor, TensorData};
@@ -8,7 +8,7 @@ use gptq_format::QuantizedLinear;
 use gptq_kernels::{Codes, Engine, SolveErrors, Solved, StripSums};
 use gptq_model::Block;
 use gptq_plan::{Plan, PlannedLinear};
-use gptq_ranks::{Collective, RankError, Share};
+use gptq_ranks::{Collective, RankError, RankShare};
 use half::f16;
 
 use crate::block_loop::At;
@@ -62,7 +62,7 @@ pub(crate) fn join<B: Engine>(
     {
         for linear in linears.iter() {
             let read = readers.iter_mut().enumerate().filter_map(|(rank, reader)| {
-                let share = Share { rank, ..share };
+                let share = RankShare { rank, ..share };
                 let rows = share.rows(linear.shape.1, strip).len();
                 (rows > 0).then(|| RowPart::read(reader, linear, rows, rows.div_ceil(strip)))
             });

@@ -16,7 +16,7 @@ use gptq_format::{FormatError, Half, hexadecimal, le_bytes, sha256_file};
 use gptq_kernels::Engine;
 use gptq_model::Flow;
 use gptq_plan::{FinishedBlock, Places, Plan, PlanError};
-use gptq_ranks::{Collective, RankError, Share};
+use gptq_ranks::{Collective, RankError, RankShare};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -285,7 +285,7 @@ impl SavedStates {
             let branches = branches.ok_or_else(damaged)?;
             // Where each rank's chunks begin, and the last one's end.
             let starts =
-                |it: Share| (0..=it.size).map(move |rank| (of * rank / it.size).div_ceil(step));
+                |it: RankShare| (0..=it.size).map(move |rank| (of * rank / it.size).div_ceil(step));
             let starts: Vec<usize> = match shared {
                 true => starts(ranks.share()).collect(),
                 false => vec![0, indexed.chunks.len()],

@@ -11,7 +11,7 @@ use gptq_model::{Block, Model};
 use gptq_plan::{
     BlockReport, BranchBlock, BranchPlan, Clamped, LinearReport, Plan, PlannedLinear, Tuning,
 };
-use gptq_ranks::{Collective, Share};
+use gptq_ranks::{Collective, RankShare};
 
 use crate::block_loop::{At, Strategy};
 use crate::block_tuning::BlockTuning;
@@ -167,7 +167,7 @@ fn problem<B: Engine>(
     grams: Grams<B>,
     linears: &[PlannedLinear],
     block: &Block<B>,
-    rows: Option<(Share, usize)>,
+    rows: Option<(RankShare, usize)>,
 ) -> Problem<B> {
     let strength = branch.method.mismatch_correction;
     let mismatch = grams.mismatch.filter(|_| strength > 0.0);

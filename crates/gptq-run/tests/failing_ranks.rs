@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use gptq_kernels::Device;
 use gptq_plan::{FetchedInputs, Plan, Recipe};
-use gptq_ranks::{Alone, Cause, Collective, RankError, Share, Threads};
+use gptq_ranks::{Cause, Collective, OneRank, RankError, RankShare, Threads};
 use gptq_run::{RunError, RunOptions, quantize};
 
 const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
@@ -29,7 +29,7 @@ impl Failing {
 }
 
 impl Collective for Failing {
-    fn share(&self) -> Share {
+    fn share(&self) -> RankShare {
         self.rank.share()
     }
 
@@ -154,7 +154,7 @@ fn a_run_that_failed_on_two_ranks_goes_on_with_one_to_the_bytes_of_one() {
             restart: false,
             stop: &AtomicBool::new(false),
         };
-        quantize(&plan(out), Device::Cpu, &Alone, options, &mut |_| {}).unwrap();
+        quantize(&plan(out), Device::Cpu, &OneRank, options, &mut |_| {}).unwrap();
         std::fs::read(out.join("a/model.safetensors")).unwrap()
     };
     let [(_, first), _] = run(&broken, 1, Some(60));

@@ -10,7 +10,7 @@ use std::time::Duration;
 use gptq_format::{ShardedWriter, TensorSpec, le_bytes, write_json};
 use gptq_kernels::Device;
 use gptq_plan::{FetchedInputs, Memory, Plan, Recipe};
-use gptq_ranks::Alone;
+use gptq_ranks::OneRank;
 use gptq_run::{RunError, RunOptions, quantize};
 use gptq_spec::ModelConfig;
 use half::{bf16, f16};
@@ -119,7 +119,7 @@ fn peak(plan: &Plan, budget: u64) -> Result<[u64; 2], RunError> {
     };
     ALLOCATOR.reset_peak_usage();
     let (before, mut most) = (mapped(), 0);
-    quantize(plan, Device::Cpu, &Alone, options, &mut |_| {
+    quantize(plan, Device::Cpu, &OneRank, options, &mut |_| {
         most = most.max(mapped().saturating_sub(before));
     })?;
     Ok([ALLOCATOR.peak_usage() as u64, most])

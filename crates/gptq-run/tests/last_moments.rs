@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use gptq_kernels::Device;
 use gptq_plan::{FetchedInputs, Plan, Recipe};
-use gptq_ranks::Alone;
+use gptq_ranks::OneRank;
 use gptq_run::{Event, RunError, RunOptions, quantize};
 use safetensors::SafeTensors;
 use tempfile::TempDir;
@@ -49,7 +49,7 @@ fn run_keeping(
         restart,
         stop: &stop,
     };
-    let ended = quantize(plan, Device::Cpu, &Alone, options, &mut |event| {
+    let ended = quantize(plan, Device::Cpu, &OneRank, options, &mut |event| {
         if stops(&event) {
             stop.store(true, Ordering::Relaxed);
         }

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Error, Result, bail};
 use gptq_kernels::Device;
 use gptq_plan::Plan;
-use gptq_ranks::{Alone, Cause, Collective, JoinOptions, Launch, Processes, Share, host, join};
+use gptq_ranks::{
+    Cause, Collective, JoinOptions, OneRank, Processes, RankLaunch, RankShare, host, join,
+};
 use gptq_run::{Event, Outcome, RunError, RunOptions, quantize, quantize_on_threads};
 
 use crate::cli::RunArgs;
@@ -22,7 +24,7 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// The ranks of a run, as this process takes part.
 pub(crate) enum Ranks {
-    Alone,
+    OneRank,
     /// All of them, as threads.
     Threads(usize),
     /// One of them.
@@ -42,9 +44,9 @@ impl Ranks {
     /// # Errors
     /// Flags and variables that do not fit, and ranks that do not come together.
     pub(crate) fn start(args: &RunArgs, signals: &Signals) -> Result<Ranks> {
-        let launch = Launch::of(environment::text)?;
+        let launch = RankLaunch::of(environment::text)?;
         let launch = match (args.ranks, launch) {
-            (None, None) | (Some(1), None) => return Ok(Ranks::Alone),
+            (None, None) | (Some(1), None) => return Ok(Ranks::OneRank),
             (Some(ranks), None) => return Ok(Ranks::Threads(ranks)),
             (None, Some(launch)) => launch,
             (Some(_), Some(launch)) => bail!(
@@ -73,7 +75,7 @@ impl Ranks {
     /// Number of ranks.
     pub(crate) fn size(&self) -> usize {
         match self {
-            Ranks::Alone => 1,
+            Ranks::OneRank => 1,
             Ranks::Threads(ranks) => *ranks,
             Ranks::Process(process) => process.ranks.share().size,
         }
@@ -112,7 +114,7 @@ impl Ranks {
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Outcome> {
         match self {
-            Ranks::Alone => Ok(quantize(plan, device, &Alone, options, on_event)?),
+            Ranks::OneRank => Ok(quantize(plan, device, &OneRank, options, on_event)?),
             Ranks::Threads(ranks) => match device.resolve().map_err(RunError::from)? {
                 Device::Cpu => {
                     let devices = vec![Device::Cpu; *ranks];
@@ -144,7 +146,7 @@ impl Ranks {
                 true => Cause::Stopped,
                 false => Cause::Failed(error.to_string()),
             });
-            let Share { rank, .. } = ranks.share();
+            let RankShare { rank, .. } = ranks.share();
             match ranks.ended().filter(|ended| ended.rank != rank) {
                 // Rank 0 knows how far the run came.
                 Some(_) if stopped && rank == 0 => error,

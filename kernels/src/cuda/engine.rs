@@ -22,6 +22,8 @@ impl Engine for Cuda {
     /// Enough for a device's multiprocessors, few enough that the buffers of a sweep stay small.
     const BATCH_ROWS: usize = 32_768;
     const KEEPS_PACKED: bool = true;
+    /// Ranks are of the CPU so far.
+    const SUM_TREE: bool = false;
 
     fn compute(half: Half) -> DType {
         dtype(half)

@@ -3,7 +3,7 @@
 use std::thread;
 
 use super::*;
-use crate::{Alone, Ended, LANES, Threads};
+use crate::{Ended, LANES, OneRank, Threads};
 
 /// Runs `work` on as many threads, each a rank; results come in order of ranks.
 fn on_ranks<T: Send>(size: usize, work: impl Fn(&Threads) -> T + Sync) -> Vec<T> {
@@ -41,7 +41,7 @@ fn sums_are_the_same_bits_on_every_rank_of_any_number() {
         let own = tree(lanes.collect(), &mut add);
         rank.sum(own).unwrap()
     };
-    let one = alone(&Alone);
+    let one = alone(&OneRank);
     for size in [1, 2, 4, LANES] {
         let sums = on_ranks(size, |rank| alone(rank));
         assert_eq!(sums, vec![one.clone(); size]);

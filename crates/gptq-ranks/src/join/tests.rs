@@ -12,8 +12,8 @@ fn free_port() -> u16 {
     listener.local_addr().unwrap().port()
 }
 
-fn launch(rank: usize, size: usize, port: u16) -> Launch {
-    Launch {
+fn launch(rank: usize, size: usize, port: u16) -> RankLaunch {
+    RankLaunch {
         launcher: Launcher::Torchrun,
         rank,
         size,
@@ -24,12 +24,12 @@ fn launch(rank: usize, size: usize, port: u16) -> Launch {
     }
 }
 
-fn within(launch: &Launch, seconds: u64) -> Result<Processes, RankError> {
+fn within(launch: &RankLaunch, seconds: u64) -> Result<Processes, RankError> {
     noting(launch, seconds, &mut |_| {})
 }
 
 fn noting(
-    launch: &Launch,
+    launch: &RankLaunch,
     seconds: u64,
     on_stranger: &mut dyn FnMut(&str),
 ) -> Result<Processes, RankError> {
@@ -136,7 +136,7 @@ fn strangers_are_refused_and_do_not_keep_ranks_away() {
             // One that speaks another language, one that says nothing, and a rank of another run.
             connect().write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
             let silent = connect();
-            let other = Launch {
+            let other = RankLaunch {
                 run: "b".to_owned(),
                 ..launch(1, 2, port)
             };
@@ -195,7 +195,7 @@ fn a_port_that_another_run_has_is_named() {
 fn with_several_ports_rank_0_takes_a_free_one_and_is_found() {
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let ports = vec![taken.local_addr().unwrap().port(), free_port()];
-    let launch = |rank| Launch {
+    let launch = |rank| RankLaunch {
         ports: ports.clone(),
         ..launch(rank, 2, 0)
     };

@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use gptq_format::{FormatError, Half, ShardedWriter, TensorSpec, le_bytes, write_json};
 use gptq_kernels::{Cpu, Incoming, dtype};
 use gptq_plan::{BranchBlock, Places, Recipe};
-use gptq_ranks::Alone;
+use gptq_ranks::OneRank;
 use half::f16;
 use safetensors::Dtype;
 use serde_json::json;
@@ -175,7 +175,7 @@ pub(crate) fn run(
     let mut pass = BlockLoop {
         plan,
         model,
-        ranks: &Alone,
+        ranks: &OneRank,
         clock: &mut clock,
         frugal: false,
         gram_bytes: u64::MAX,
@@ -393,7 +393,7 @@ fn every_linear_is_written_before_the_record_of_its_block() {
         plan: &plan,
         model: &model,
         sink: Some(&mut sink),
-        ranks: &Alone,
+        ranks: &OneRank,
         progress: &mut progress,
         save_every: Duration::MAX,
         last_saved: Instant::now(),

@@ -7,7 +7,7 @@ use gptq_format::{Half, PackedLinear};
 use gptq_kernels::{Cpu, Incoming, dtype};
 use gptq_model::Model;
 use gptq_plan::{BranchBlock, Places, Plan, SHARE, TuningLoss};
-use gptq_ranks::Alone;
+use gptq_ranks::OneRank;
 
 use super::*;
 use crate::block_loop::tests::{model, plan, run};
@@ -73,7 +73,7 @@ fn solved(model: &Model<Cpu>, plan: &Plan) -> (Written, BranchProgress) {
         plan,
         model,
         sink: Some(&mut kept),
-        ranks: &Alone,
+        ranks: &OneRank,
         progress: &mut progress,
         save_every: Duration::MAX,
         last_saved: Instant::now(),
