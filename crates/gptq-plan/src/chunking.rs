@@ -41,6 +41,15 @@ impl Chunking {
         }
     }
 
+    /// Bytes of an expert's Gram matrices, which take `bytes` in one sum, that are alive together: of a partial sum three
+    /// quarters, because those that it borrows are summed after its own.
+    pub(crate) fn expert_sums(self, bytes: u128) -> u128 {
+        match self.tree {
+            true => bytes * self.partial_sums() as u128 * 3 / 4,
+            false => bytes,
+        }
+    }
+
     /// Windows of `seq_len` tokens in a chunk, whose transient activations are alive together.
     pub fn windows(self, seq_len: usize) -> usize {
         (self.tokens / seq_len).max(1)

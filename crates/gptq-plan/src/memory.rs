@@ -3,7 +3,6 @@
 use gptq_format::TABLE_PIECE;
 use gptq_spec::BlockSpec;
 
-use crate::plan::PARTIAL_EXPERTS;
 use crate::tuning_memory::tuned;
 use crate::{Chunking, Plan, PlanError, Propagation};
 
@@ -232,9 +231,7 @@ impl Sizes {
 
     /// Returns the bytes of experts' Gram matrices with a limit on them; one expert's are alive in any case.
     fn expert_grams(&self, chunking: Chunking, limit: u64) -> u128 {
-        let [more, of] = PARTIAL_EXPERTS;
-        let sums = chunking.partial_sums() as u128;
-        let [one, all] = self.expert.map(|bytes| bytes * sums * more / of);
+        let [one, all] = self.expert.map(|bytes| chunking.expert_sums(bytes));
         all.min(u128::from(limit)).max(one)
     }
 

@@ -267,8 +267,7 @@ impl Plan {
         chunking: Chunking,
         limit: u64,
     ) -> usize {
-        let [more, of] = PARTIAL_EXPERTS;
-        let one = self.expert_gram_bytes(block, tap) * chunking.partial_sums() as u128 * more / of;
+        let one = chunking.expert_sums(self.expert_gram_bytes(block, tap));
         let slice = u128::from(limit) / one.max(1);
         (slice as usize).clamp(1, block.inputs(tap))
     }
@@ -278,10 +277,6 @@ impl Plan {
         Share::of(self.calibration.samples, self.calibration.seq_len)
     }
 }
-
-/// Share of an expert's Gram matrices that is alive in each partial sum, as a fraction: those that it borrows are summed
-/// after its own.
-pub(crate) const PARTIAL_EXPERTS: [u128; 2] = [3, 4];
 
 /// States what it costs to give every token to every expert, if a branch asks for that.
 fn experts_note(config: &ModelConfig, branches: &[BranchPlan]) -> Option<String> {

@@ -3,8 +3,8 @@
 //! A connection that says nothing a rank would say is dropped, and so is one that belongs to another run; rank 0 goes on
 //! waiting. Ranks of one run that do not agree on their number end it.
 
-use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::io::{self, Read};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -155,8 +155,24 @@ fn give_up(peers: Vec<Peer>, error: RankError) -> RankError {
     let text = serde_json::to_vec(&ended).unwrap_or_default();
     for mut peer in peers {
         let _ = frame::write(&mut peer.stream, FrameKind::End, &text);
+        drain(peer.stream);
     }
     error
+}
+
+/// Ends a connection so that the other side hears the last of it: what closes with unread bytes takes back what it sent.
+fn drain(mut stream: TcpStream) {
+    let deadline = Instant::now() + MANNERS;
+    let mut ended = stream
+        .shutdown(Shutdown::Write)
+        .and_then(|()| stream.set_read_timeout(Some(MANNERS)));
+    while ended.is_ok() && Instant::now() < deadline {
+        ended = match stream.read(&mut [0; 256]) {
+            Ok(0) => return,
+            Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        };
+    }
 }
 
 fn bind(launch: &RankLaunch) -> Result<TcpListener, RankError> {
