@@ -1,6 +1,6 @@
 //! The ranks of a run: threads or processes that share the windows and rows of one run.
 //!
-//! Reading order: [`lanes`] says who has which windows, and in which order sums are taken whatever the number of ranks;
+//! Reading order: `lanes.rs` says who has which windows, and in which order sums are taken whatever the number of ranks;
 //! [`Collective`] is what ranks tell each other; [`OneRank`], [`Threads`] and [`Processes`] are one rank, threads of this
 //! process, and processes on one or many hosts; [`RankLaunch`] is what a launcher says of a process.
 //!

@@ -178,7 +178,7 @@ fn combine_kernel<F: Float, N: Size>(
 ///
 /// # Errors
 ///
-/// Other dtypes, more experts than [`MOST`], or fewer than a token is to have.
+/// Other dtypes, more experts than 1024, or fewer than a token is to have.
 pub fn route(
     logits: Tensor<Cuda, 2>,
     correction: Option<&[f32]>,
