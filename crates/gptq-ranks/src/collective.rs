@@ -5,7 +5,7 @@ use crate::{Cause, RankError, RankShare, tree};
 /// The ranks of a run, as one of them sees them. Every rank comes to the same calls in the same order.
 ///
 /// # Errors
-/// Of every method: another rank has ended the run, or is no longer there.
+/// Every method fails if another rank has ended the run, or is no longer there.
 pub trait Collective: Send + Sync {
     /// The rank's share.
     fn share(&self) -> RankShare;

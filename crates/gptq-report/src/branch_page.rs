@@ -35,7 +35,7 @@ pub(crate) struct BranchPage {
     pub kinds: Vec<LinearKind>,
     /// Options beyond plain GPTQ that any linear layer used, by their recipe names.
     pub options: Vec<&'static str>,
-    /// Of the linear layers with something out of the ordinary those that are listed, [`LISTED`] at most.
+    /// Linear layers with something out of the ordinary that are listed, [`LISTED`] at most.
     pub unusual: Vec<Unusual>,
     /// Number of all of them.
     pub unusual_count: usize,

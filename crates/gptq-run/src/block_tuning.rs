@@ -26,7 +26,7 @@ fn acting<B: Engine>(block: &Block<B>, linears: &[usize], dtype: DType) -> Vec<b
     values.iter::<f32>().map(|value| value != 0.0).collect()
 }
 
-/// What tuning a block takes from the run.
+/// Parts of the run that tuning a block needs.
 pub(crate) struct BlockTuning<'a, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,

@@ -151,7 +151,7 @@ pub(crate) fn upload<T: CubeElement>(like: &Buffer, values: &[T], dtype: DType) 
 ///
 /// # Errors
 ///
-/// That of the read, or of a call that nobody waited for.
+/// The error of the read, or of a call that nobody waited for.
 pub(crate) fn download<T: CubeElement>(buffer: &Buffer) -> Result<Vec<T>, Error> {
     let elements = buffer.meta.shape().num_elements();
     let bytes = buffer

@@ -87,7 +87,7 @@ pub(crate) fn on_stream<T: Send>(
 ///
 /// # Errors
 ///
-/// That of an earlier call.
+/// The error of an earlier call.
 pub(crate) fn on_stream_later(
     buffers: &[&Buffer],
     call: impl FnOnce(&Libraries, &[u64]) -> Result<(), Error> + Send + 'static,
@@ -107,7 +107,7 @@ pub(crate) fn on_stream_later(
 ///
 /// # Errors
 ///
-/// That of a call that nobody waited for.
+/// The error of a call that nobody waited for.
 pub(crate) fn settle(device: usize) -> Result<(), Error> {
     let id = CudaDevice::new(device).to_id();
     let waited = DeviceHandle::<Server>::new(id).submit_blocking(|_| ());
