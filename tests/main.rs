@@ -32,6 +32,7 @@ mod numerics;
 mod output_errors;
 mod publish;
 mod ranks;
+mod ranks_cuda;
 mod readers;
 mod report;
 mod requantize;

@@ -144,19 +144,19 @@ fn numbers_of_ranks_that_cannot_share_a_run_are_refused() {
 }
 
 /// A rank as `torchrun` starts it.
-struct Launched {
+pub(crate) struct Launched {
     port: u16,
     size: usize,
 }
 
 impl Launched {
-    fn of(size: usize) -> Launched {
+    pub(crate) fn of(size: usize) -> Launched {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         Launched { port, size }
     }
 
-    fn command(&self, rank: usize, recipe: &Path, flags: &[&str]) -> Command {
+    pub(crate) fn command(&self, rank: usize, recipe: &Path, flags: &[&str]) -> Command {
         let mut command = quantize(recipe, flags);
         command
             .env("RANK", rank.to_string())
@@ -167,13 +167,13 @@ impl Launched {
         command
     }
 
-    fn start(&self, recipe: &Path, flags: &[&str]) -> Vec<Child> {
+    pub(crate) fn start(&self, recipe: &Path, flags: &[&str]) -> Vec<Child> {
         let ranks = (0..self.size).map(|rank| start(self.command(rank, recipe, flags)));
         ranks.collect()
     }
 }
 
-fn outputs(ranks: Vec<Child>) -> Vec<Output> {
+pub(crate) fn outputs(ranks: Vec<Child>) -> Vec<Output> {
     let outputs = ranks
         .into_iter()
         .map(|rank| rank.wait_with_output().unwrap());
@@ -181,7 +181,7 @@ fn outputs(ranks: Vec<Child>) -> Vec<Output> {
 }
 
 /// Ends all ranks: each has one line that holds every one of `parts`, within half a minute.
-fn all_end(ranks: Vec<Child>, but: usize, since: Instant, parts: &[&str]) {
+pub(crate) fn all_end(ranks: Vec<Child>, but: usize, since: Instant, parts: &[&str]) {
     for (rank, output) in outputs(ranks).into_iter().enumerate() {
         if rank != but {
             let line = refused(output);

@@ -11,9 +11,9 @@ use gptq_solver::SolverError;
 use rayon::prelude::*;
 
 use crate::{
-    Codes, HessianOptions, HostBuffer, Incoming, NormOptions, NotFinite, PackedWeight, Problem,
-    Routed, RoutingOptions, Scores, Subset, Tunable, TuningStep, attention, backward, divergence,
-    experts, finite, host_solve,
+    Codes, DeviceLink, HessianOptions, HostBuffer, Incoming, LinkError, NormOptions, NotFinite,
+    PackedWeight, Problem, Routed, RoutingOptions, Scores, Subset, Tunable, TuningStep, attention,
+    backward, divergence, experts, finite, host_solve,
 };
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
@@ -62,15 +62,14 @@ pub trait Engine: Backend {
     const LANES: usize = 1;
 
     /// Rows in a strip, if a solve of some strips of a linear gives the rows of a solve of all, to the bit; `None` if its
-    /// products depend on how many rows there are.
+    /// products depend on how many rows there are, so that ranks share whole linears.
     const STRIP: Option<usize> = None;
 
     /// Number of tokens whose transient activations are worth having at once, in whole windows.
     const CHUNK_TOKENS: usize = 4096;
 
-    /// True if sums over windows are those of eight lanes, added in a tree, which ranks can share; false if they are
-    /// one after the other, which takes less memory, where a run has one rank.
-    const SUM_TREE: bool = true;
+    /// True if matrices go from one rank's device to another's by [`Engine::connect`], false if by the host.
+    const LINKS: bool = false;
 
     /// Number of rows of linears that are worth solving together, about, where each few of them have an input of their
     /// own.
@@ -520,11 +519,38 @@ pub trait Engine: Backend {
         finite::not_finite(x)
     }
 
+    /// Returns the number that [`Engine::connect`] is to be given on every rank of a run.
+    ///
+    /// # Errors
+    /// A missing library, or an engine without [`Engine::LINKS`].
+    fn link_ticket() -> Result<Vec<u8>, LinkError> {
+        Err(LinkError::Failed("no link between devices".to_owned()))
+    }
+
+    /// Connects the device with those of the other ranks: `[rank, size]` is this one's place. `ended` is asked while they
+    /// are awaited.
+    ///
+    /// # Errors
+    /// A missing library or its failure, ranks that do not come, `ended`, or an engine without [`Engine::LINKS`].
+    fn connect(
+        _device: &Self::Device,
+        _ticket: &[u8],
+        _place: [usize; 2],
+        _ended: &dyn Fn() -> bool,
+    ) -> Result<Box<dyn DeviceLink<Self>>, LinkError> {
+        Err(LinkError::Failed("no link between devices".to_owned()))
+    }
+
     /// Gives device memory that no tensor uses back to the driver, where an engine keeps it for reuse.
     fn release_memory(_device: &Self::Device) {}
 
     /// The device's name, where devices of one kind may compute different bytes.
     fn device_name(_device: &Self::Device) -> Option<String> {
+        None
+    }
+
+    /// A name of the device that no other one of its host has; `None` where tensors live in the host's memory.
+    fn device_id(_device: &Self::Device) -> Option<String> {
         None
     }
 

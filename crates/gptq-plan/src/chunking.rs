@@ -12,8 +12,6 @@ pub struct Chunking {
     pub tokens: usize,
     /// Rows of experts' linears that are solved together, about.
     pub rows: usize,
-    /// True if sums over windows are those of lanes, added in a tree.
-    pub tree: bool,
 }
 
 impl Chunking {
@@ -22,32 +20,24 @@ impl Chunking {
         lanes: 4,
         tokens: 4096,
         rows: 1,
-        tree: true,
     };
     /// Chunking on a CUDA device.
     pub const CUDA: Chunking = Chunking {
         lanes: 1,
         tokens: 16_384,
         rows: 32_768,
-        tree: false,
     };
 
     /// Gram matrices of one input that are alive together while lanes of windows are summed in a tree: those of lanes that
     /// run at the same time, and one on each level of the tree above them.
     pub fn partial_sums(self) -> usize {
-        match self.tree {
-            true => self.lanes + (LANES / self.lanes).ilog2() as usize,
-            false => 1,
-        }
+        self.lanes + (LANES / self.lanes).ilog2() as usize
     }
 
     /// Bytes of an expert's Gram matrices, which take `bytes` in one sum, that are alive together: of a partial sum three
     /// quarters, because those that it borrows are summed after its own.
     pub(crate) fn expert_sums(self, bytes: u128) -> u128 {
-        match self.tree {
-            true => bytes * self.partial_sums() as u128 * 3 / 4,
-            false => bytes,
-        }
+        bytes * self.partial_sums() as u128 * 3 / 4
     }
 
     /// Windows of `seq_len` tokens in a chunk, whose transient activations are alive together.

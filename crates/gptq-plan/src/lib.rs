@@ -66,7 +66,7 @@ pub use report::{
     BranchReport, Clamped, LinearReport, Measure, ModelFiles, PhaseSeconds, REPORT, SolvedWith,
     Summary,
 };
-pub use scaling::Scaling;
+pub use scaling::{RankDevice, Scaling};
 pub use share::{SHARE, Share};
 pub use texts::{Look, check_texts, tokenizer_note};
 pub use written_config::written_config;

@@ -52,6 +52,9 @@ const GRAM_BYTES: u64 = 8 << 30;
 
 /// Maximum host memory of packed tensors waiting to be written; see `write_behind`.
 const QUEUE: u128 = 1 << 30;
+/// Device memory of NCCL on a rank that has others, by its defaults: 32 channels with 4 MiB for each of two directions, and
+/// as much again for what it keeps besides. Not measured.
+const LINK: u128 = 512 << 20;
 /// Memory of the program itself: the tokenizer, thread stacks, and with CUDA the driver.
 const PROGRAM: u128 = 48 << 20;
 const PROGRAM_WITH_CUDA: u128 = 100 << 20;
@@ -263,6 +266,7 @@ impl Sizes {
             + self.solved_together(chunking)
             + self.compared[0]
             + self.tuned[0]
+            + if self.ranks > 1 { LINK } else { 0 }
     }
 
     /// Returns the bytes on the host in any run besides hidden states: the blocks being read,

@@ -10,10 +10,10 @@ pub trait Collective: Send + Sync {
     /// The rank's share.
     fn share(&self) -> RankShare;
 
-    /// Sends `bytes` to rank `to`; one of the two is rank 0.
+    /// Sends `bytes` to rank `to`; one of the two is rank 0, unless the ranks are threads.
     fn send(&self, to: usize, bytes: Vec<u8>) -> Result<(), RankError>;
 
-    /// Waits for the next bytes from rank `from`; one of the two is rank 0.
+    /// Waits for the next bytes from rank `from`; one of the two is rank 0, unless the ranks are threads.
     fn receive(&self, from: usize) -> Result<Vec<u8>, RankError>;
 
     /// Fails if the run has ended on another rank; asked now and then by a rank that computes.
@@ -59,13 +59,28 @@ pub trait Collective: Send + Sync {
     /// Brings every rank's bytes to every rank, in order of ranks.
     fn all_gather(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, RankError> {
         let size = self.share().size;
-        let all = self.gather(bytes)?;
-        let mut ranks = Vec::with_capacity(size);
-        for rank in 0..size {
-            let own = all.get(rank).cloned().unwrap_or_default();
-            ranks.push(self.broadcast(own)?);
+        let mut joined = Vec::new();
+        for own in self.gather(bytes)? {
+            joined.extend((own.len() as u64).to_le_bytes());
+            joined.extend(own);
         }
-        Ok(ranks)
+        let joined = self.broadcast(joined)?;
+        let mut rest = &joined[..];
+        let mut next = |length: usize| {
+            let (own, left) = rest.split_at_checked(length)?;
+            rest = left;
+            Some(own)
+        };
+        let ranks = (0..size).map(|_| {
+            let length = next(8)?.try_into().ok().map(u64::from_le_bytes)?;
+            Some(next(usize::try_from(length).ok()?)?.to_vec())
+        });
+        let ranks: Option<Vec<Vec<u8>>> = ranks.collect();
+        ranks.ok_or(RankError::Length {
+            from: 0,
+            found: joined.len(),
+            wanted: 8 * size,
+        })
     }
 
     /// Adds up every rank's numbers in the tree of [`tree`], on every rank; a rank without any gives `None`.

@@ -27,7 +27,7 @@ pub use join::{JoinOptions, join};
 pub use lanes::{LANES, RankShare, tree};
 pub use launch::{Launcher, RankLaunch};
 pub use processes::Processes;
-pub use threads::Threads;
+pub use threads::{Threads, check_size};
 
 /// Returns the name of this host.
 pub fn host() -> String {

@@ -36,8 +36,11 @@ impl Threads {
     }
 }
 
-/// Fails if so many ranks cannot share a run.
-pub(crate) fn check_size(size: usize) -> Result<(), RankError> {
+/// Checks that so many ranks can share a run.
+///
+/// # Errors
+/// They cannot.
+pub fn check_size(size: usize) -> Result<(), RankError> {
     match size > 0 && LANES.is_multiple_of(size) {
         true => Ok(()),
         false => Err(RankError::Size(size)),

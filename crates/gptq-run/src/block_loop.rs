@@ -12,7 +12,6 @@ use std::time::Instant;
 use gptq_kernels::Engine;
 use gptq_model::{Block, Model};
 use gptq_plan::{ExpertTokens, Plan, Propagation};
-use gptq_ranks::Collective;
 
 use crate::RunError;
 use crate::chunking::chunking;
@@ -20,6 +19,7 @@ use crate::expert_grams::ExpertTap;
 use crate::gram::{Dense, TapGrams, grams};
 use crate::lanes::count_ranks;
 use crate::output_errors::OutputErrors;
+use crate::peers::Peers;
 use crate::profile::{Clock, Phase};
 use crate::read_ahead::Ahead;
 use crate::states::States;
@@ -115,7 +115,7 @@ pub(crate) trait Strategy<B: Engine> {
 pub(crate) struct BlockLoop<'a, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
-    pub(crate) ranks: &'a dyn Collective,
+    pub(crate) peers: Peers<'a, B>,
     pub(crate) clock: &'a mut Clock,
     /// True if device memory is to be given back as soon as it is unused: CubeCL's pools keep what was once
     /// needed, a pool for each range of sizes.
@@ -246,7 +246,7 @@ impl<B: Engine> BlockLoop<'_, B> {
         let grams = strategy
             .solves()
             .then(|| {
-                let place = (self.ranks, device);
+                let place = (&self.peers, device);
                 grams(&stream, block, subset.clone(), dense, place, self.clock)
             })
             .transpose()?;
@@ -374,7 +374,7 @@ impl<B: Engine> BlockLoop<'_, B> {
                                 subset: subset.clone(),
                                 dense: entered.dense.filter(|_| corrects),
                                 tokens,
-                                ranks: self.ranks,
+                                peers: self.peers,
                                 device,
                             };
                             let of = || sums.grams(stream, part.clone());
@@ -455,7 +455,7 @@ impl<B: Engine> BlockLoop<'_, B> {
         let device = self.model.device();
         let (stream, clamped) = stream.advance(block, taps.clone(), device, self.clock)?;
         let clamped = match stream.keep.clamp {
-            true => count_ranks(clamped, self.ranks)?,
+            true => count_ranks(clamped, self.peers.ranks)?,
             false => 0,
         };
         if clamped > 0 {

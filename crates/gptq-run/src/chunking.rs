@@ -9,7 +9,6 @@ pub(crate) fn chunking<B: Engine>() -> Chunking {
         lanes: B::LANES,
         tokens: B::CHUNK_TOKENS,
         rows: B::BATCH_ROWS,
-        tree: B::SUM_TREE,
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use gptq_calibration::CalibrationError;
 use gptq_export::ExportError;
 use gptq_format::FormatError;
-use gptq_kernels::DeviceError;
+use gptq_kernels::{DeviceError, LinkError};
 use gptq_model::ModelError;
 use gptq_plan::{PlanError, at_least, spelt};
 use gptq_ranks::{Cause, Ended, RankError};
@@ -61,6 +61,13 @@ pub enum RunError {
     },
     #[error(transparent)]
     Ranks(RankError),
+    #[error("{0}")]
+    Link(LinkError),
+    #[error(
+        "ranks {} and {} have the same device of {host}; give each rank a GPU of its own, as torchrun, srun and mpirun do \
+         with one process for each GPU of a host", ranks[0], ranks[1]
+    )]
+    SharedDevice { ranks: [usize; 2], host: String },
     #[error(
         "rank {rank} on {host} has other inputs or settings than rank 0 ({difference}); start all ranks with one command"
     )]

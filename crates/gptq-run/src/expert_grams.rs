@@ -23,12 +23,13 @@ use gptq_format::FormatError;
 use gptq_kernels::Engine;
 use gptq_model::{Block, ExpertInputs, Flow};
 use gptq_plan::ExpertTokens;
-use gptq_ranks::Collective;
 use rayon::prelude::*;
 
 use crate::RunError;
-use crate::gram::{Dense, DenseStates, GramSums, Grams, RowWeights, add_each, makes_up};
+use crate::gram::{Dense, makes_up};
+use crate::gram_sums::{DenseStates, GramSums, Grams, RowWeights, add_each, over_ranks};
 use crate::lanes::{LaneChunks, count_ranks, lane_sums};
+use crate::peers::Peers;
 use crate::stream::{Chunk, Stream};
 
 /// Number of tokens that are borrowed, about.
@@ -52,7 +53,7 @@ pub(crate) struct ExpertTap<'a, B: Engine> {
     /// The dense model's states, if mismatch is made up for.
     pub(crate) dense: Option<&'a Dense<B>>,
     pub(crate) tokens: ExpertTokens,
-    pub(crate) ranks: &'a dyn Collective,
+    pub(crate) peers: Peers<'a, B>,
     pub(crate) device: &'a B::Device,
 }
 
@@ -65,7 +66,7 @@ impl<B: Engine> ExpertTap<'_, B> {
     ) -> Result<Vec<Grams<B>>, RunError> {
         let sums = lane_sums(
             stream,
-            self.ranks.share(),
+            self.peers.share(),
             &|chunks: &LaneChunks<'_, B>| self.routed(chunks, experts.clone()),
             &added,
         )?;
@@ -81,7 +82,7 @@ impl<B: Engine> ExpertTap<'_, B> {
             true => Vec::new(),
             false => {
                 let tokens = stream.chunks.iter().map(|chunk| chunk.shape()[1]).sum();
-                let tokens = count_ranks(tokens, self.ranks)?;
+                let tokens = count_ranks(tokens, self.peers.ranks)?;
                 let step = if all { 1 } else { (tokens / BORROWED).max(1) };
                 let borrowing = match self.block.spec().dispatches(self.tap) {
                     true => &borrows[..1],
@@ -89,7 +90,7 @@ impl<B: Engine> ExpertTap<'_, B> {
                 };
                 let sums = lane_sums(
                     stream,
-                    self.ranks.share(),
+                    self.peers.share(),
                     &|chunks: &LaneChunks<'_, B>| self.sampled(chunks, borrowing, step),
                     &added,
                 )?;
@@ -129,11 +130,10 @@ impl<B: Engine> ExpertTap<'_, B> {
         sums: Option<Vec<GramSums<B>>>,
         experts: usize,
     ) -> Result<Vec<GramSums<B>>, RunError> {
-        let n = self.block.spec().in_features(self.tap);
+        let shape = [self.block.spec().in_features(self.tap), stream.hidden];
         let none = || (0..experts).map(|_| GramSums::default()).collect();
-        let sums = sums.unwrap_or_else(none).into_iter();
-        let sums = sums.map(|it| it.over_ranks(n, stream.hidden, self.ranks, self.device));
-        Ok(sums.collect::<Result<_, _>>()?)
+        let sums = sums.unwrap_or_else(none);
+        over_ranks(sums, shape, &self.peers, self.device)
     }
 
     /// The states of a chunk before the tap.

@@ -1,8 +1,8 @@
-//! Sums over chunks: chunk by chunk in a lane, lanes in a binary tree, and over the ranks in the same tree.
+//! Sums over chunks: chunk by chunk in a lane, and over a rank's lanes in a binary tree, which goes on over the ranks
+//! (`rank_sums.rs`).
 
 use std::ops::Range;
 
-use burn::tensor::{DType, Tensor, TensorData};
 use gptq_format::FormatError;
 use gptq_kernels::Engine;
 use gptq_ranks::{Collective, RankError, RankShare};
@@ -12,8 +12,7 @@ use crate::stream::{Chunk, Stream};
 /// Chunks of a lane, each with its number among those of all ranks.
 pub(crate) type LaneChunks<'a, B> = [(usize, &'a Chunk<B>)];
 
-/// Returns the sum of a rank's lanes, of which `lane` gives one and `add` adds two, or of all chunks as one lane
-/// ([`Engine::SUM_TREE`]); `None` if the rank has no chunk.
+/// Returns the sum of a rank's lanes, of which `lane` gives one and `add` adds two; `None` if the rank has no chunk.
 /// Up to [`Engine::LANES`] lanes run at the same time; few of their sums are alive together.
 pub(crate) fn lane_sums<B: Engine, T: Send>(
     stream: &Stream<B>,
@@ -21,12 +20,7 @@ pub(crate) fn lane_sums<B: Engine, T: Send>(
     lane: &(impl Fn(&LaneChunks<'_, B>) -> Result<T, FormatError> + Sync),
     add: &(impl Fn(T, T) -> T + Sync),
 ) -> Result<Option<T>, FormatError> {
-    if B::SUM_TREE {
-        return branch(stream, share.lanes(), lane, add);
-    }
-    let first = stream.span.first;
-    let chunks: Vec<_> = (first..).zip(&stream.chunks).collect();
-    (!chunks.is_empty()).then(|| lane(&chunks)).transpose()
+    branch(stream, share.lanes(), lane, add)
 }
 
 fn branch<B: Engine, T: Send>(
@@ -55,50 +49,6 @@ fn branch<B: Engine, T: Send>(
         (Some(a), Some(b)) => Some(add(a, b)),
         (one, other) => one.or(other),
     })
-}
-
-/// Part of a matrix that counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SumPart {
-    /// The upper triangle: column index at least row index.
-    Upper,
-    /// All of it.
-    Whole,
-}
-
-/// Adds up a matrix in f32 over all ranks, on each; one that has none gives `None`, and so does a sum of none. What is
-/// not `part` of the sum is zero.
-pub(crate) fn sum_ranks<B: Engine>(
-    own: Option<Tensor<B, 2>>,
-    part: SumPart,
-    shape: [usize; 2],
-    ranks: &dyn Collective,
-    device: &B::Device,
-) -> Result<Option<Tensor<B, 2>>, RankError> {
-    if ranks.share().size == 1 {
-        return Ok(own);
-    }
-    let columns = shape[1];
-    let first = |row: usize| if part == SumPart::Upper { row } else { 0 };
-    let own = own.map(|own| {
-        let values = own.into_data();
-        let values = values.as_slice::<f32>().expect("sums are f32");
-        let rows = values.chunks_exact(columns).enumerate();
-        rows.flat_map(|(row, values)| &values[first(row)..])
-            .copied()
-            .collect()
-    });
-    let sum = ranks.sum(own)?;
-    Ok(sum.map(|sum| {
-        let mut values = vec![0.0; shape[0] * columns];
-        let mut rest = &sum[..];
-        for (row, values) in values.chunks_exact_mut(columns).enumerate() {
-            let (own, others) = rest.split_at(columns - first(row));
-            values[first(row)..].copy_from_slice(own);
-            rest = others;
-        }
-        Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
-    }))
 }
 
 /// Adds up a number over all ranks, on each.

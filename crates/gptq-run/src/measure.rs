@@ -16,9 +16,9 @@ use gptq_plan::{
     Allocation, BranchPlan, Budget, Choice, Method, ModuleOverride, Numerics, Places, Plan,
     PlanError, Propagation, apply_allocation, open_groups, spend_budget,
 };
-use gptq_ranks::Collective;
 
 use crate::block_loop::BlockLoop;
+use crate::peers::Peers;
 use crate::probe::Probe;
 use crate::profile::Clock;
 use crate::read_ahead::read_ahead;
@@ -34,7 +34,7 @@ const LEAST: usize = 8;
 /// A pass of probes over the blocks.
 pub(crate) struct Measuring<'a, B: Engine> {
     pub(crate) model: &'a Model<B>,
-    pub(crate) ranks: &'a dyn Collective,
+    pub(crate) peers: Peers<'a, B>,
     pub(crate) clock: &'a mut Clock,
     pub(crate) frugal: bool,
     pub(crate) check: &'a mut dyn FnMut() -> Result<(), RunError>,
@@ -58,19 +58,19 @@ impl<B: Engine> Measuring<'_, B> {
         let mut probe = Probe {
             plan: probes,
             model,
-            ranks: self.ranks,
+            peers: self.peers,
             moved: vec![BTreeMap::new(); probes.branches.len()],
             on_event: self.on_event,
         };
         scope(|scope| {
             let blocks = read_ahead(scope, model, 0);
-            let embedded = embed(model, windows, plan.calibration.seq_len, self.ranks)?;
+            let embedded = embed(model, windows, plan.calibration.seq_len, self.peers.ranks)?;
             let mut states = States::begin(probes, embedded, places, scratch, None)?;
             self.clock.add_start();
             let mut pass = BlockLoop {
                 plan: probes,
                 model,
-                ranks: self.ranks,
+                peers: self.peers,
                 clock: self.clock,
                 frugal: self.frugal,
                 gram_bytes: places.gram_bytes,

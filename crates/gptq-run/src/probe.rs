@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use gptq_kernels::Engine;
 use gptq_model::{Block, Model};
 use gptq_plan::Plan;
-use gptq_ranks::Collective;
 
 use crate::block_loop::{At, Strategy};
 use crate::gram::TapGrams;
 use crate::moved::moved;
 use crate::output_errors::OutputErrors;
+use crate::peers::Peers;
 use crate::profile::Clock;
-use crate::solve::{SharedSolve, solve};
+use crate::solve_tap::{SharedSolve, solve};
 use crate::solved_tap::SolvedTap;
 use crate::states::States;
 use crate::stream::Stream;
@@ -22,7 +22,7 @@ use crate::{Event, RunError};
 pub(crate) struct Probe<'a, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
-    pub(crate) ranks: &'a dyn Collective,
+    pub(crate) peers: Peers<'a, B>,
     /// Change of the block's output in each branch, by block and tap, as [`moved`] computes it.
     pub(crate) moved: Vec<BTreeMap<(usize, usize), f64>>,
     pub(crate) on_event: &'a mut dyn FnMut(Event<'_>),
@@ -42,7 +42,7 @@ impl<B: Engine> Strategy<B> for Probe<'_, B> {
         clock: &mut Clock,
     ) -> Result<(), RunError> {
         let grams = grams.expect("the loop has Gram matrices for whom solves");
-        let solved = match solve(self.plan, self.model, at, grams, block, self.ranks, clock)? {
+        let solved = match solve(self.plan, self.model, at, grams, block, &self.peers, clock)? {
             SharedSolve::Solved(solved) => solved,
             SharedSolve::Weights(weights) => {
                 for (linear, weight) in weights {
@@ -76,7 +76,7 @@ impl<B: Engine> Strategy<B> for Probe<'_, B> {
             dense,
             quantized,
             at.tap,
-            (self.ranks, device),
+            (self.peers.ranks, device),
             clock,
         )?;
         self.moved[at.branch].insert((at.layer, at.tap), distance);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use gptq_kernels::Engine;
+use gptq_kernels::{DeviceLink, Engine, LinkError, Parcel, ParcelKind, Shipment};
 use gptq_plan::PhaseSeconds;
 use gptq_ranks::{Cause, Collective, RankError, RankShare};
 
@@ -190,6 +190,36 @@ impl Collective for TimedRanks<'_> {
 
     fn leave(&self) -> Result<(), RankError> {
         self.timed(&self.times.wait, || self.ranks.leave())
+    }
+}
+
+/// A link whose exchanges are timed as sending.
+pub(crate) struct TimedLink<'a, B: Engine> {
+    pub(crate) link: &'a dyn DeviceLink<B>,
+    pub(crate) times: Arc<RankTimes>,
+    /// The device to wait for before and after each exchange, so that the times are those of exchanges alone.
+    pub(crate) waits: Option<&'a B::Device>,
+}
+
+impl<B: Engine> DeviceLink<B> for TimedLink<'_, B> {
+    fn exchange(
+        &self,
+        sent: Shipment<Parcel<B>>,
+        expected: &[(usize, ParcelKind)],
+    ) -> Result<Vec<Parcel<B>>, LinkError> {
+        // A device that fails here also fails in the next operation, which reports it.
+        let wait = || self.waits.map(B::sync);
+        wait();
+        let started = Instant::now();
+        let found = self.link.exchange(sent, expected);
+        wait();
+        let nanoseconds = started.elapsed().as_nanos() as u64;
+        self.times.send.fetch_add(nanoseconds, Ordering::Relaxed);
+        found
+    }
+
+    fn abort(&self) {
+        self.link.abort();
     }
 }
 

@@ -2,18 +2,16 @@
 //! blocks as possible.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::thread::scope;
 
 use gptq_calibration::{Calibration, TextTokenizer};
 use gptq_export::check_tokenizer;
 use gptq_format::{Checkpoint, FormatError, OutputLock, StagedDir};
-use gptq_kernels::{Device, DeviceError, Engine, Work, dtype};
+use gptq_kernels::{Device, DeviceError, Engine, Work};
 use gptq_model::Model;
 use gptq_plan::{
-    Allocation, BranchPlan, BranchReport, Fingerprint, Header, Origin, Places, Plan, RecordedRun,
-    SHARE,
+    Allocation, BranchPlan, BranchReport, Fingerprint, Header, Places, Plan, RecordedRun, SHARE,
 };
 use gptq_ranks::Collective;
 
@@ -27,13 +25,14 @@ use crate::journal::Journal;
 use crate::measure::{self, Measuring};
 use crate::model_files::ModelHash;
 use crate::options::{RunOptions, check_stop};
+use crate::peers::{MatrixPath, Peers, connected};
 use crate::profile::{Clock, Profile, TimedRanks};
 use crate::read_ahead::read_ahead;
-use crate::resume::{Pass, Restored, WorkLeft, date_told, discard};
+use crate::resume::{Pass, Restored, WorkLeft, date_told, discard, origin};
 use crate::run::Run;
 use crate::scratch::Scratch;
-use crate::states::{Sample, embed};
-use crate::stream::{Span, Stream};
+use crate::states::{Sample, embed, of_all_ranks};
+use crate::stream::Stream;
 use crate::write_behind::WriteBehind;
 use crate::{Event, RunError};
 
@@ -65,15 +64,31 @@ pub fn quantize(
     options: RunOptions<'_>,
     on_event: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome, RunError> {
-    let done = on_rank(plan, device, ranks, options, on_event);
-    if let Err(error) = &done {
-        ranks.end(error.cause());
-    }
-    done
+    quantize_by(MatrixPath::Devices, plan, device, ranks, options, on_event)
+}
+
+/// Does the same, with matrices on their way between ranks as `path` says.
+pub(crate) fn quantize_by(
+    path: MatrixPath,
+    plan: &Plan,
+    device: Device,
+    ranks: &dyn Collective,
+    options: RunOptions<'_>,
+    on_event: &mut dyn FnMut(Event<'_>),
+) -> Result<Outcome, RunError> {
+    let error = match on_rank(path, plan, device, ranks, options, on_event) {
+        Ok(outcome) => return Ok(outcome),
+        // Of a link that was ended for another rank's sake, matrices may come to any error.
+        Err(error @ (RunError::Stopped { .. } | RunError::Ranks(_))) => error,
+        Err(error) => ranks.check().err().map_or(error, RunError::from),
+    };
+    ranks.end(error.cause());
+    Err(error)
 }
 
 /// The part of [`quantize`] whose errors the other ranks are told.
 fn on_rank(
+    path: MatrixPath,
     plan: &Plan,
     device: Device,
     ranks: &dyn Collective,
@@ -89,6 +104,7 @@ fn on_rank(
     let mut budget = options.device_memory;
     let work = Quantize {
         plan,
+        path,
         device,
         ranks: &ranks,
         options,
@@ -108,6 +124,7 @@ fn on_rank(
 
 struct Quantize<'a> {
     plan: &'a Plan,
+    path: MatrixPath,
     device: Device,
     ranks: &'a dyn Collective,
     options: RunOptions<'a>,
@@ -118,7 +135,8 @@ struct Quantize<'a> {
 }
 
 /// Inputs of every pass.
-struct Inputs<B: Engine> {
+struct Inputs<'a, B: Engine> {
+    peers: Peers<'a, B>,
     model: Model<B>,
     calibration: Calibration,
     prints: Fingerprints,
@@ -128,7 +146,21 @@ struct Inputs<B: Engine> {
 impl Work for Quantize<'_> {
     type Output = Result<Outcome, RunError>;
 
-    fn run<B: Engine>(mut self, device: B::Device) -> Self::Output {
+    fn run<B: Engine>(self, device: B::Device) -> Self::Output {
+        let (path, ranks) = (self.path, self.ranks);
+        let timed = (self.clock.ranks(), self.clock.waits());
+        let work = |peers: Peers<'_, B>| self.on_device(&device, peers);
+        connected(&device, path, ranks, timed, work)
+    }
+}
+
+impl Quantize<'_> {
+    /// The part of [`quantize`] with the device found and connected.
+    fn on_device<B: Engine>(
+        mut self,
+        device: &B::Device,
+        peers: Peers<'_, B>,
+    ) -> Result<Outcome, RunError> {
         let (plan, ranks) = (self.plan, self.ranks);
         let lock = match ranks.is_root() {
             true => Some(OutputLock::acquire(&plan.output)?),
@@ -140,9 +172,9 @@ impl Work for Quantize<'_> {
         for branch in plan.branches.iter().filter(|_| ranks.is_root()) {
             StagedDir::check(&plan.branch_dir(branch))?;
         }
-        *self.budget = self.budget.or_else(|| B::free_memory(&device));
+        *self.budget = self.budget.or_else(|| B::free_memory(device));
         // Where nothing says how much is free, tensors are in the host's memory.
-        let shared = B::free_memory(&device).is_none();
+        let shared = B::free_memory(device).is_none();
         let places = Places::new(
             plan,
             ranks.share().size,
@@ -152,7 +184,7 @@ impl Work for Quantize<'_> {
             shared,
         )?;
         check_tokenizer(plan)?;
-        let model = Model::<B>::open(&plan.model_dir, &device)?.taken_in(plan.half);
+        let model = Model::<B>::open(&plan.model_dir, device)?.taken_in(plan.half);
         let tokenizer = TextTokenizer::load(&plan.model_dir)?;
         let mut settings = plan.calibration.clone();
         if settings.date.is_none() && !self.options.restart && ranks.is_root() {
@@ -170,7 +202,7 @@ impl Work for Quantize<'_> {
         (self.on_event)(Event::Calibrated {
             warnings: &calibration.warnings(),
         });
-        let (checkpoint, card) = (model.checkpoint(), B::device_name(&device));
+        let (checkpoint, card) = (model.checkpoint(), B::device_name(device));
         let prints = Fingerprints::new(plan, &calibration, checkpoint, self.device, card)?;
         prints.compare(ranks)?;
         let places = agreed(places, ranks)?;
@@ -189,6 +221,7 @@ impl Work for Quantize<'_> {
         }
         let unfinished = found.passes.iter().any(|pass| pass.recorded.is_some());
         let inputs = Inputs {
+            peers,
             model,
             calibration,
             prints,
@@ -237,13 +270,11 @@ impl Work for Quantize<'_> {
             lock,
         })
     }
-}
 
-impl Quantize<'_> {
     /// Makes these branches in one pass over the blocks.
     fn pass<B: Engine>(
         &mut self,
-        inputs: &Inputs<B>,
+        inputs: &Inputs<'_, B>,
         model_hash: &mut ModelHash,
         branches: &[usize],
         recorded: Option<RecordedRun>,
@@ -282,7 +313,7 @@ impl Quantize<'_> {
     /// The branches of `plan` with their size budgets spent: as `recorded` says, or else by probing.
     fn settle<B: Engine>(
         &mut self,
-        inputs: &Inputs<B>,
+        inputs: &Inputs<'_, B>,
         model_hash: &mut ModelHash,
         plan: &Plan,
         branches: &[usize],
@@ -312,7 +343,7 @@ impl Quantize<'_> {
                 let (ranks, stop, layers) = (self.ranks, self.options.stop, plan.config.layers);
                 let measuring = Measuring {
                     model: &inputs.model,
-                    ranks: self.ranks,
+                    peers: inputs.peers,
                     clock: &mut self.clock,
                     frugal: self.options.device_memory.is_some(),
                     check: &mut || {
@@ -353,7 +384,7 @@ impl Quantize<'_> {
 
     fn blocks<B: Engine>(
         &mut self,
-        inputs: &Inputs<B>,
+        inputs: &Inputs<'_, B>,
         model_hash: &mut ModelHash,
         plan: &Plan,
         branches: &[usize],
@@ -383,30 +414,9 @@ impl Quantize<'_> {
         let (model, ranks, on_event) = (&inputs.model, self.ranks, &mut *self.on_event);
         let windows = &inputs.calibration.windows;
         let share = plan.share();
-        let sample = |all: &Stream<B>| -> Result<Stream<B>, RunError> {
-            match ranks.share().size {
-                1 => Ok(all.sample(SHARE, share.tokens, model.device())?),
-                // Rank 0 has some of these windows, and takes all of them.
-                _ => {
-                    let picked: Vec<Vec<u32>> = windows.iter().step_by(SHARE).cloned().collect();
-                    let flows = model.flows(&picked, 1, dtype(model.state_half()))?;
-                    let places = &Places::DEVICE;
-                    let span = Span {
-                        first: 0,
-                        of: picked.len(),
-                    };
-                    let all = Stream::new(
-                        flows,
-                        (span, all.hidden),
-                        1,
-                        Vec::new(),
-                        places,
-                        None,
-                        all.keep,
-                    )?;
-                    Ok(all.sample(1, share.tokens, model.device())?)
-                }
-            }
+        let sample = |all: &Stream<B>| match ranks.share().size {
+            1 => Ok(all.sample(SHARE, share.tokens, model.device())?),
+            _ => of_all_ranks(model, windows, share.tokens, all),
         };
         let sample: Option<Sample<'_, B>> = match ranks.is_root() {
             true => Some(&sample),
@@ -422,7 +432,7 @@ impl Quantize<'_> {
             let run = Run {
                 plan,
                 model,
-                ranks,
+                peers: inputs.peers,
                 model_hash,
                 writer,
                 restored,
@@ -452,7 +462,7 @@ impl Quantize<'_> {
     /// Begins the branches' files and the journal, or goes on with those of an interrupted run.
     fn begin_writing<B: Engine>(
         &mut self,
-        inputs: &Inputs<B>,
+        inputs: &Inputs<'_, B>,
         plan: &Plan,
         prints: &[&Fingerprint],
         recorded: Option<RecordedRun>,
@@ -487,14 +497,4 @@ impl Quantize<'_> {
         });
         Ok(((writers, journal), restored))
     }
-}
-
-fn origin(plan: &Plan) -> Result<Origin, FormatError> {
-    let here = Path::new(".");
-    Ok(Origin {
-        path: plan.recipe_path.clone(),
-        recipe: plan.recipe.clone(),
-        overrides: plan.overrides.clone(),
-        directory: here.canonicalize().map_err(FormatError::io(here))?,
-    })
 }

@@ -7,23 +7,23 @@ use gptq_format::Checkpoint;
 use gptq_kernels::Engine;
 use gptq_model::{Block, Model};
 use gptq_plan::Plan;
-use gptq_ranks::Collective;
 
 use crate::block_loop::{At, Strategy};
 use crate::branch_progress::BranchProgress;
 use crate::gram::TapGrams;
 use crate::options::check_stop;
 use crate::output_errors::OutputErrors;
+use crate::peers::Peers;
 use crate::profile::Clock;
 use crate::resume::Restored;
-use crate::row_parts;
+use crate::tap_weights::{receive_tap, send_tap};
 use crate::{Event, RunError};
 
 /// Reads weights back from the branches' unfinished files.
 pub(crate) struct Replay<'a, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
-    pub(crate) ranks: &'a dyn Collective,
+    pub(crate) peers: Peers<'a, B>,
     pub(crate) restored: &'a Restored,
     /// The branches' files, in the plan's order.
     pub(crate) partials: &'a [Checkpoint],
@@ -38,7 +38,7 @@ impl<B: Engine> Replay<'_, B> {
     /// # Errors
     /// A linear is not what was written.
     pub(crate) fn reread(&mut self, layers: usize) -> Result<(), RunError> {
-        if !self.ranks.is_root() {
+        if !self.peers.is_root() {
             return Ok(());
         }
         for layer in 0..layers {
@@ -57,7 +57,7 @@ impl<B: Engine> Replay<'_, B> {
         let branch = at.branch;
         let restored = &self.restored.branches[branch];
         let spec = self.plan.config.block(at.layer);
-        let mut codes = Vec::new();
+        let mut restored_linears = Vec::new();
         for linear in spec.linears_of(at.tap) {
             let module = spec.linears()[linear].module(at.layer);
             let Some(report) = restored.linear(&module) else {
@@ -66,17 +66,22 @@ impl<B: Engine> Replay<'_, B> {
             let packed = restored.read(&self.partials[branch], report)?;
             if let Some(block) = &mut block {
                 let (dtype, device) = (self.model.dtype(), self.model.device());
-                block.set_weight(linear, B::dequantize_packed(&packed, dtype, device));
-                if self.ranks.share().size > 1 {
-                    codes.push(packed.unpack());
+                let weight = B::dequantize_packed(&packed, dtype, device);
+                block.set_weight(linear, weight.clone());
+                if self.peers.share().size > 1 {
+                    restored_linears.push((weight, packed));
                 }
             }
             (self.on_event)(Event::Linear { branch, report });
         }
-        if !codes.is_empty() {
-            row_parts::send(codes.into_iter(), self.ranks)?;
+        if restored_linears.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let linears = restored_linears.into_iter();
+        send_tap(
+            linears.map(|(weight, packed)| (weight, move || packed.unpack())),
+            &self.peers,
+        )
     }
 }
 
@@ -93,13 +98,11 @@ impl<B: Engine> Strategy<B> for Replay<'_, B> {
         block: &mut Block<B>,
         _clock: &mut Clock,
     ) -> Result<(), RunError> {
-        match self.ranks.is_root() {
+        match self.peers.is_root() {
             true => self.restore(at, Some(block)),
             false => {
                 let place = (self.model.dtype(), self.model.device());
-                Ok(row_parts::receive_tap(
-                    self.plan, at, block, place, self.ranks,
-                )?)
+                receive_tap(self.plan, at, block, place, &self.peers)
             }
         }
     }

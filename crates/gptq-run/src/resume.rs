@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::is_date;
-use gptq_format::{Checkpoint, PackedLinear, StagedDir};
+use gptq_format::{Checkpoint, FormatError, PackedLinear, StagedDir};
 use gptq_plan::{
-    BranchPlan, BranchReport, Fingerprint, FinishedBlock, LinearReport, ModelFiles, Plan,
+    BranchPlan, BranchReport, Fingerprint, FinishedBlock, LinearReport, ModelFiles, Origin, Plan,
     PlanError, PlannedLinear, REPORT, Recipe, RecipeOverrides, RecordedRun, check_name,
 };
 
@@ -392,4 +392,15 @@ impl RestoredBranch {
             PlanError::Journal { path, reason }.into()
         })
     }
+}
+
+/// Returns the command's inputs, for going on with the run from its output alone.
+pub(crate) fn origin(plan: &Plan) -> Result<Origin, FormatError> {
+    let here = Path::new(".");
+    Ok(Origin {
+        path: plan.recipe_path.clone(),
+        recipe: plan.recipe.clone(),
+        overrides: plan.overrides.clone(),
+        directory: here.canonicalize().map_err(FormatError::io(here))?,
+    })
 }

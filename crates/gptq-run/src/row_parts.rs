@@ -1,4 +1,4 @@
-//! Linears whose rows several ranks have solved, put together.
+//! Linears whose rows several ranks have solved, put together by messages.
 //!
 //! A rank solves whole strips of every linear's rows ([`RankShare::rows`]). Rank 0 is brought what each rank has found, and
 //! sends the codes of all rows back, from which the others make the weights that they go on with.
@@ -6,12 +6,10 @@
 use burn::tensor::{DType, Tensor, TensorData};
 use gptq_format::QuantizedLinear;
 use gptq_kernels::{Codes, Engine, SolveErrors, Solved, StripSums};
-use gptq_model::Block;
-use gptq_plan::{Plan, PlannedLinear};
+use gptq_plan::PlannedLinear;
 use gptq_ranks::{Collective, RankError, RankShare};
 use half::f16;
 
-use crate::block_loop::At;
 use crate::solved_tap::SolvedTap;
 
 /// Numbers of a [`StripSums`].
@@ -90,33 +88,8 @@ pub(crate) fn send(
     Ok(())
 }
 
-/// Gives `block` the weights of the linears of a tap that a branch quantizes, which rank 0 [`send`]s.
-pub(crate) fn receive_tap<B: Engine>(
-    plan: &Plan,
-    at: At,
-    block: &mut Block<B>,
-    place: (DType, &B::Device),
-    ranks: &dyn Collective,
-) -> Result<(), RankError> {
-    let linears = planned(plan, at);
-    if !linears.is_empty() {
-        for (linear, weight) in receive(linears.iter(), place, ranks)? {
-            block.set_weight(linear, weight);
-        }
-    }
-    Ok(())
-}
-
-/// The linears at a tap that a branch quantizes.
-fn planned(plan: &Plan, at: At) -> Vec<PlannedLinear> {
-    let spec = plan.config.block(at.layer);
-    let planned =
-        |linear| plan.branches[at.branch].planned(at.layer, linear, &spec.linears()[linear]);
-    spec.linears_of(at.tap).filter_map(planned).collect()
-}
-
 /// Receives what rank 0 sends of `linears`, and makes their weights.
-fn receive<'a, B: Engine>(
+pub(crate) fn receive<'a, B: Engine>(
     linears: impl Iterator<Item = &'a PlannedLinear>,
     (dtype, device): (DType, &B::Device),
     ranks: &dyn Collective,

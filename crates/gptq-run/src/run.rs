@@ -11,12 +11,12 @@ use gptq_format::Checkpoint;
 use gptq_kernels::Engine;
 use gptq_model::{Flow, Model, ModelError};
 use gptq_plan::{BranchReport, Places, Plan};
-use gptq_ranks::Collective;
 
 use crate::block_loop::BlockLoop;
 use crate::finish::{About, finish};
 use crate::model_files::ModelHash;
 use crate::options::check_stop;
+use crate::peers::Peers;
 use crate::profile::Clock;
 use crate::read_ahead::Ahead;
 use crate::replay::Replay;
@@ -31,7 +31,7 @@ use crate::{Event, RunError};
 pub(crate) struct Run<'a, 'scope, B: Engine> {
     pub(crate) plan: &'a Plan,
     pub(crate) model: &'a Model<B>,
-    pub(crate) ranks: &'a dyn Collective,
+    pub(crate) peers: Peers<'a, B>,
     pub(crate) model_hash: &'a mut ModelHash,
     /// The writer of rank 0.
     pub(crate) writer: Option<WriteBehind<'scope>>,
@@ -58,7 +58,7 @@ impl<B: Engine> Run<'_, '_, B> {
         blocks: &Receiver<Ahead>,
         about: About<'_>,
     ) -> Result<Vec<BranchReport>, RunError> {
-        let (plan, model, ranks, stop) = (self.plan, self.model, self.ranks, self.stop);
+        let (plan, model, peers, stop) = (self.plan, self.model, self.peers, self.stop);
         let layers = plan.config.layers;
         let last_saved = Instant::now();
         let (first, kept) = (self.restored.first(), self.restored.kept.take());
@@ -66,7 +66,7 @@ impl<B: Engine> Run<'_, '_, B> {
         let mut replay = Replay {
             plan,
             model,
-            ranks,
+            peers,
             restored: &self.restored,
             partials: &self.partials,
             progress: &mut progress,
@@ -80,7 +80,7 @@ impl<B: Engine> Run<'_, '_, B> {
             let mut states = match kept {
                 Some(kept) => {
                     replay.reread(kept.layers)?;
-                    kept.read(plan, places, scratch, ranks, model.device())?
+                    kept.read(plan, places, scratch, peers.ranks, model.device())?
                 }
                 None => States::begin(plan, embedded, places, scratch, sample)?,
             };
@@ -89,13 +89,13 @@ impl<B: Engine> Run<'_, '_, B> {
             let mut pass = BlockLoop {
                 plan,
                 model,
-                ranks,
+                peers,
                 clock: self.clock,
                 frugal: self.frugal,
                 gram_bytes: places.gram_bytes,
                 check: &mut || {
                     check_stop(stop, layers)?;
-                    ranks.check()?;
+                    peers.check()?;
                     model_hash.check()
                 },
             };
@@ -112,7 +112,7 @@ impl<B: Engine> Run<'_, '_, B> {
                     .writer
                     .as_mut()
                     .map(|writer| writer as &mut dyn SolvedSink),
-                ranks,
+                peers,
                 progress: &mut progress,
                 save_every: self.save_every,
                 last_saved,

@@ -5,25 +5,23 @@ use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use burn::tensor::{DType, Tensor};
-use gptq_kernels::{Engine, HessianOptions, Incoming, Mismatch, Problem, Request, Subset};
+use gptq_kernels::{Engine, Incoming};
 use gptq_model::{Block, Model};
-use gptq_plan::{
-    BlockReport, BranchBlock, BranchPlan, Clamped, LinearReport, Plan, PlannedLinear, Tuning,
-};
-use gptq_ranks::{Collective, RankShare};
+use gptq_plan::{BlockReport, BranchBlock, Clamped, LinearReport, Plan, Tuning};
 
 use crate::block_loop::{At, Strategy};
 use crate::block_tuning::BlockTuning;
 use crate::branch_progress::BranchProgress;
-use crate::gram::{Dense, Grams, TapGrams};
+use crate::gram::{Dense, TapGrams};
 use crate::linear_errors::LinearErrors;
 use crate::output_errors::OutputErrors;
+use crate::peers::Peers;
 use crate::profile::{Clock, Phase};
-use crate::row_parts::{self, TapWeights};
-use crate::solved_tap::{SolvedTap, Waiting, acts};
+use crate::solve_tap::{SharedSolve, solve};
+use crate::solved_tap::{SolvedTap, Waiting};
 use crate::states::States;
 use crate::stream::Stream;
+use crate::tap_weights::{receive_tap, send_tap};
 use crate::tuning_states::TuningStates;
 use crate::{Event, RunError, hidden_range, saved_states};
 use gptq_format::FormatError;
@@ -54,7 +52,7 @@ pub(crate) struct Solve<'a, B: Engine> {
     pub(crate) model: &'a Model<B>,
     /// The sink of rank 0.
     pub(crate) sink: Option<&'a mut dyn SolvedSink>,
-    pub(crate) ranks: &'a dyn Collective,
+    pub(crate) peers: Peers<'a, B>,
     /// Progress of each branch, in the plan's order.
     pub(crate) progress: &'a mut [BranchProgress],
     /// The age of the last saved hidden states at which they are saved again.
@@ -69,146 +67,6 @@ pub(crate) struct Solve<'a, B: Engine> {
     pub(crate) tuning: Option<Tuning>,
 }
 
-/// Linears at a tap, after a solve that ranks have shared.
-pub(crate) enum SharedSolve<B: Engine> {
-    /// All that is known of them, on rank 0.
-    Solved(Vec<SolvedTap<B>>),
-    /// Their weights, on other ranks.
-    Weights(TapWeights<B>),
-}
-
-/// Solves the linears that a branch quantizes at a tap, input by input, but for inputs of which it quantizes none.
-/// Each rank solves its rows, or where an engine's products depend on how many there are, all of them.
-///
-/// # Errors
-/// A Gram matrix that cannot be factored, or only with more damping than the plan allows.
-pub(crate) fn solve<B: Engine>(
-    plan: &Plan,
-    model: &Model<B>,
-    at: At,
-    grams: TapGrams<B>,
-    block: &Block<B>,
-    ranks: &dyn Collective,
-    clock: &mut Clock,
-) -> Result<SharedSolve<B>, RunError> {
-    let started = Instant::now();
-    let shared = B::STRIP.filter(|_| ranks.share().size > 1);
-    let rows = shared.map(|strip| (ranks.share(), strip));
-    let branch = &plan.branches[at.branch];
-    let hessian = HessianOptions {
-        act_order: branch.desc_act,
-        damping: branch.damp_percent,
-    };
-    let (mut linears, mut problems) = (Vec::new(), Vec::new());
-    for (input, grams) in (grams.first..).zip(grams.of) {
-        let spec = block.spec();
-        let planned = |linear| branch.planned(at.layer, linear, &spec.linears()[linear]);
-        let of: Vec<_> = spec.linears_at(at.tap, input).filter_map(planned).collect();
-        if !of.is_empty() {
-            problems.push(problem(branch, model.dtype(), grams, &of, block, rows));
-            linears.push(of);
-        }
-    }
-    let modules = |of: &[PlannedLinear]| {
-        let modules = of.iter().map(|linear| linear.module.as_str());
-        modules.collect::<Vec<_>>().join(", ")
-    };
-    let count = problems.len() as f64;
-    let subsets = B::solve_each(problems, hessian).map_err(|(at, source)| RunError::Solver {
-        branch: branch.name.clone(),
-        modules: modules(&linears[at]),
-        source: Box::new(source),
-    })?;
-    let seconds = started.elapsed().as_secs_f64();
-    // Several at the same time: their shares of it, not their sums.
-    let sum = |of: &dyn Fn(&Subset<B>) -> f64| subsets.iter().map(of).sum::<f64>();
-    let factor = sum(&|it| it.times.factor);
-    let share = factor / (factor + sum(&|it| it.times.sweep)).max(f64::MIN_POSITIVE);
-    clock.add(Phase::Factor, seconds * share);
-    clock.add(Phase::Sweep, seconds * (1.0 - share));
-    let most = plan.numerics.max_damping;
-    let solved = linears.into_iter().zip(subsets).map(|(linears, subset)| {
-        if subset.damping > most {
-            return Err(RunError::Damping {
-                branch: branch.name.clone(),
-                modules: modules(&linears),
-                needed: subset.damping,
-                most,
-            });
-        }
-        Ok(SolvedTap {
-            linears,
-            subset,
-            seconds: seconds / count,
-        })
-    });
-    let mut solved = solved.collect::<Result<Vec<_>, RunError>>()?;
-    let place = (model.dtype(), model.device());
-    if let Some(strip) = shared.filter(|_| !solved.is_empty())
-        && let Some(weights) = row_parts::join(&mut solved, strip, place, ranks)?
-    {
-        return Ok(SharedSolve::Weights(weights));
-    }
-    if ranks.is_root() {
-        return Ok(SharedSolve::Solved(solved));
-    }
-    let weights = solved.into_iter().flat_map(|tap| {
-        let linears = tap.linears.into_iter().zip(tap.subset.solved);
-        linears.map(|(linear, solved)| (linear.linear, solved.weight))
-    });
-    Ok(SharedSolve::Weights(weights.collect()))
-}
-
-/// Returns the linears `linears`, which share an input, as the engine takes them: a rank's share of their strips of so
-/// many rows, or all.
-fn problem<B: Engine>(
-    branch: &BranchPlan,
-    dtype: DType,
-    grams: Grams<B>,
-    linears: &[PlannedLinear],
-    block: &Block<B>,
-    rows: Option<(RankShare, usize)>,
-) -> Problem<B> {
-    let strength = branch.method.mismatch_correction;
-    let mismatch = grams.mismatch.filter(|_| strength > 0.0);
-    let residual = mismatch.as_ref().and_then(|drift| drift.residual.clone());
-    let request = |linear: &PlannedLinear| {
-        let (n_in, n_out) = linear.shape;
-        let rows = rows.map_or(0..n_out, |(share, strip)| share.rows(n_out, strip));
-        if rows.is_empty() {
-            return None;
-        }
-        let own = |all: Tensor<B, 2>| match rows.len() == n_out {
-            true => all,
-            false => all.slice([rows.clone(), 0..n_in]),
-        };
-        let weight = block.linear(linear.linear).weight.dense(dtype);
-        let residual = block.spec().added(linear.linear).and_then(|scale| {
-            let residual = residual.clone()? * acts(weight.clone());
-            Some(if scale == 1.0 {
-                residual
-            } else {
-                residual / scale
-            })
-        });
-        Some(Request {
-            weight: own(weight),
-            settings: linear.settings,
-            residual: residual.map(own),
-            keep_unrounded: branch.method.tune > 0,
-        })
-    };
-    Problem {
-        requests: linears.iter().filter_map(request).collect(),
-        mismatch: mismatch.map(|drift| Mismatch {
-            gram: drift.gram,
-            cross: drift.cross,
-            strength,
-        }),
-        gram: grams.all,
-    }
-}
-
 impl<B: Engine> Solve<'_, B> {
     /// Gives `block` the tuned weights of a tap, which rank 0 hands on and sends to the others.
     fn tuned_tap(
@@ -218,18 +76,17 @@ impl<B: Engine> Solve<'_, B> {
         block: &mut Block<B>,
         clock: &mut Clock,
     ) -> Result<(), RunError> {
-        if !self.ranks.is_root() {
+        if !self.peers.is_root() {
             let place = (self.model.dtype(), self.model.device());
-            return Ok(row_parts::receive_tap(
-                self.plan, at, block, place, self.ranks,
-            )?);
+            return receive_tap(self.plan, at, block, place, &self.peers);
         }
         let Some(waiting) = self.waiting.pop_front_if(|it| it.tap == at.tap) else {
             return Ok(());
         };
         let solved = vec![waiting.solved];
         let linears = solved.iter().flat_map(|it| &it.subset.solved);
-        row_parts::send(linears.map(|it| it.codes.clone().download()), self.ranks)?;
+        let linears = linears.map(|it| (it.weight.clone(), move || it.codes.clone().download()));
+        send_tap(linears, &self.peers)?;
         self.hand_on(at, solved, compared, block, clock)
     }
 
@@ -349,7 +206,7 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         }
         // A branch with experts is not tuned, so that there is one input.
         let gram = self.tuned(at.branch).then(|| grams.of[0].all.clone());
-        let solved = match solve(self.plan, self.model, at, grams, block, self.ranks, clock)? {
+        let solved = match solve(self.plan, self.model, at, grams, block, &self.peers, clock)? {
             SharedSolve::Solved(solved) => solved,
             SharedSolve::Weights(weights) => {
                 for (linear, weight) in weights {
@@ -388,7 +245,7 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
         let clamped = &mut self.progress[branch].clamped;
         clamped.retain(|it| it.layer != layer);
         // Rank 0 tunes, on all ranks' windows: a step's gradients are as large as the block, and there are many steps.
-        let windows = TuningStates::gather(start, dense, self.ranks)?;
+        let windows = TuningStates::gather(start, dense, self.peers.ranks)?;
         if let Some(windows) = &windows {
             let started = Instant::now();
             let tuning = BlockTuning {
@@ -449,12 +306,12 @@ impl<B: Engine> Strategy<B> for Solve<'_, B> {
     ) -> Result<(), RunError> {
         let last = layer + 1 == self.plan.config.layers;
         let due = !last && self.last_saved.elapsed() >= self.save_every;
-        let due = self.ranks.broadcast(vec![u8::from(due)])? == [1];
+        let due = self.peers.broadcast(vec![u8::from(due)])? == [1];
         let kept = if !due {
             None
         } else {
             let started = Instant::now();
-            let kept = saved_states::keep(states, self.plan, layer, self.ranks, self.stop)?;
+            let kept = saved_states::keep(states, self.plan, layer, self.peers.ranks, self.stop)?;
             self.last_saved = Instant::now();
             clock.add(Phase::Write, started.elapsed().as_secs_f64());
             let layers = layer + 1;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use gptq_kernels::{Engine, dtype};
 use gptq_model::{Flow, Model, ModelError};
-use gptq_plan::{Places, Plan};
+use gptq_plan::{Places, Plan, SHARE};
 use gptq_ranks::Collective;
 
 use crate::RunError;
@@ -44,6 +44,25 @@ pub(crate) fn embed<'a, B: Engine>(
 
 /// Gives the first tokens of some windows, for comparing outputs, from all of the rank's windows.
 pub(crate) type Sample<'a, B> = &'a dyn Fn(&Stream<B>) -> Result<Stream<B>, RunError>;
+
+/// Returns the first `tokens` tokens of every [`SHARE`]-th of all `windows`, of which rank 0 has embedded some alone; the
+/// rest is as `all` has it.
+pub(crate) fn of_all_ranks<B: Engine>(
+    model: &Model<B>,
+    windows: &[Vec<u32>],
+    tokens: usize,
+    all: &Stream<B>,
+) -> Result<Stream<B>, RunError> {
+    let picked: Vec<Vec<u32>> = windows.iter().step_by(SHARE).cloned().collect();
+    let flows = model.flows(&picked, 1, dtype(model.state_half()))?;
+    let span = Span {
+        first: 0,
+        of: picked.len(),
+    };
+    let place = (span, all.hidden);
+    let all = Stream::new(flows, place, 1, Vec::new(), &Places::DEVICE, None, all.keep)?;
+    Ok(all.sample(1, tokens, model.device())?)
+}
 
 /// Hidden states at a block's end.
 pub(crate) struct States<B: Engine> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use gptq_calibration::OnError;
-use gptq_kernels::Device;
+use gptq_kernels::{Device, Devices};
 use gptq_plan::{Plan, Recipe, RecipeOverrides, RenderingOverride, parse_size};
 use gptq_ranks::Threads;
 use humantime::parse_duration;
@@ -198,9 +198,9 @@ impl RowArgs {
 /// Flags for running a recipe.
 #[derive(Args)]
 pub(crate) struct RunArgs {
-    /// auto, cpu, cuda or cuda:N
+    /// auto, cpu, cuda, cuda:N, or GPUs that share the run, such as cuda:0,1 or cuda:all
     #[arg(long, default_value = "auto")]
-    pub device: Device,
+    pub device: Devices,
     /// Share the run among this many ranks of this process: 1, 2, 4 or 8, on the CPU
     #[arg(long, value_name = "N", value_parser = parse_ranks)]
     pub ranks: Option<usize>,
@@ -342,7 +342,7 @@ pub(crate) struct PlanArgs {
     /// Show which branches can be split over this many devices, and by which clients
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=1024))]
     pub tp: Option<u16>,
-    /// Show memory, traffic and time of a run that this many ranks of the CPU share
+    /// Show memory, traffic and time of a run that this many GPUs, or ranks of CPUs, share
     #[arg(long, value_name = "N", value_parser = parse_ranks)]
     pub devices: Option<usize>,
     /// Print the plan as JSON

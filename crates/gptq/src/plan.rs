@@ -3,7 +3,9 @@
 use anyhow::Result;
 use gptq_export::check_tokenizer;
 use gptq_format::Support;
-use gptq_plan::{BranchFiles, Look, Memory, Plan, Scaling, Weights, check_texts, tokenizer_note};
+use gptq_plan::{
+    BranchFiles, Look, Memory, Plan, RankDevice, Scaling, Weights, check_texts, tokenizer_note,
+};
 use gptq_spec::ModelConfig;
 use serde_json::{Value, json};
 
@@ -51,7 +53,18 @@ fn print_scaling(plan: &Plan, ranks: usize) {
         memory,
         exchanged,
         time,
-    } = Scaling::of(plan, ranks);
+    } = Scaling::of(plan, ranks, RankDevice::Cuda);
+    println!(
+        "on {ranks} GPUs of one host: peak memory of each {}; rank 0 exchanges {} with the others; about {time:.2} of the time \
+         of one, by the rates of one NVIDIA H200 and NVLink (the model is in kernels/README.md)",
+        size::binary(memory.device),
+        size::decimal(exchanged)
+    );
+    let Scaling {
+        memory,
+        exchanged,
+        time,
+    } = Scaling::of(plan, ranks, RankDevice::Cpu);
     println!(
         "on {ranks} ranks of the CPU: peak memory of each {}, down to {} with hidden states on its disk; rank 0 exchanges \
          {} with the others; about {time:.2} of the time of one, if each has a machine of its own (the model is in \
@@ -134,9 +147,16 @@ fn record(plan: &Plan, split: Split) -> Value {
         record
     });
     let scaling = split.ranks.map(|ranks| {
-        let scaling = Scaling::of(plan, ranks);
+        let scaling = Scaling::of(plan, ranks, RankDevice::Cpu);
+        let cuda = Scaling::of(plan, ranks, RankDevice::Cuda);
         json!({
             "ranks": ranks,
+            "cuda": {
+                "device": cuda.memory.device,
+                "host": cuda.memory.host,
+                "exchanged": cuda.exchanged,
+                "relative_time": cuda.time,
+            },
             "cpu": scaling.memory.cpu,
             "least_cpu": scaling.memory.least_cpu,
             "states": scaling.memory.states,

@@ -125,13 +125,14 @@ fn produce_on(
         restart: args.restart,
         stop: signals.stop(),
     };
+    let device = ranks.device();
     log::plan(&plan, &args.device.to_string(), ranks.size(), &options);
     let Outcome {
         mut reports,
         profile,
         others,
         lock,
-    } = ranks.quantize(&plan, args.device, options, &mut |event| {
+    } = ranks.quantize(&plan, options, &mut |event| {
         if ranks.is_root() {
             log::event(&plan, &event);
         }
@@ -154,14 +155,14 @@ fn produce_on(
     log::concerns(&reports);
     let evaluation = (plan.evaluation.clone()).map(|(text, window)| Evaluation { text, window });
     let dense = match &evaluation {
-        Some(evaluation) => Some(dense(&plan, evaluation, args.device, &reports)?),
+        Some(evaluation) => Some(dense(&plan, evaluation, device, &reports)?),
         None => None,
     };
     let beside = evaluation.zip(dense);
     let mut perplexities = Vec::new();
     for (branch, report) in plan.branches.iter().zip(&mut reports) {
         let dir = plan.branch_dir(branch);
-        perplexities.extend(prove(&dir, beside.as_ref(), args.device, report)?);
+        perplexities.extend(prove(&dir, beside.as_ref(), device, report)?);
     }
     drop(lock);
     Ok(Some(Produced {

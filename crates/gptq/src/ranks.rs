@@ -1,4 +1,4 @@
-//! The ranks of a run: one, threads of this process (`--ranks`), or processes that a launcher starts.
+//! The ranks of a run: one, threads of this process (`--ranks`, `--device cuda:0,1`), or processes that a launcher starts.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,10 +6,11 @@ use std::thread::{sleep, spawn};
 use std::time::{Duration, Instant};
 
 use anyhow::{Error, Result, bail};
-use gptq_kernels::Device;
+use gptq_kernels::{Device, Devices};
 use gptq_plan::Plan;
 use gptq_ranks::{
-    Cause, Collective, JoinOptions, OneRank, Processes, RankLaunch, RankShare, host, join,
+    Cause, Collective, JoinOptions, OneRank, Processes, RankLaunch, RankShare, check_size, host,
+    join,
 };
 use gptq_run::{Event, Outcome, RunError, RunOptions, quantize, quantize_on_threads};
 
@@ -24,11 +25,11 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// The ranks of a run, as this process takes part.
 pub(crate) enum Ranks {
-    OneRank,
-    /// All of them, as threads.
-    Threads(usize),
-    /// One of them.
-    Process(Process),
+    OneRank(Device),
+    /// All of them, as threads, each with its device.
+    Threads(Vec<Device>),
+    /// One of them, with its device.
+    Process(Process, Device),
 }
 
 /// A rank that is this process.
@@ -46,8 +47,24 @@ impl Ranks {
     pub(crate) fn start(args: &RunArgs, signals: &Signals) -> Result<Ranks> {
         let launch = RankLaunch::of(environment::text)?;
         let launch = match (args.ranks, launch) {
-            (None, None) | (Some(1), None) => return Ok(Ranks::OneRank),
-            (Some(ranks), None) => return Ok(Ranks::Threads(ranks)),
+            (None | Some(1), None) => return Ranks::of_devices(&args.device),
+            (Some(_), None) if !matches!(args.device, Devices::One(_)) => {
+                bail!(
+                    "--device {} has a rank on each device; leave --ranks out",
+                    args.device
+                )
+            }
+            (Some(ranks), None) => {
+                let device = args.device.resolve().map_err(RunError::from)?[0];
+                if device != Device::Cpu {
+                    bail!(
+                        "--ranks shares the work of the CPU, and the device is {}; use --device cpu, or name GPUs by --device \
+                         cuda:0,1 without --ranks",
+                        args.device
+                    );
+                }
+                return Ok(Ranks::Threads(vec![device; ranks]));
+            }
             (None, Some(launch)) => launch,
             (Some(_), Some(launch)) => bail!(
                 "--ranks makes ranks of this process's threads, but {} starts {} processes; leave one of them out",
@@ -56,6 +73,7 @@ impl Ranks {
             ),
         };
         log::rank(launch.rank);
+        let device = args.device.of_local_rank(launch.local_rank);
         let ranks = join(
             &launch,
             JoinOptions {
@@ -64,7 +82,41 @@ impl Ranks {
                 check: &mut || signals.status().is_some(),
             },
         )?;
-        Ok(Ranks::Process(Process::new(ranks)))
+        let process = Process::new(ranks);
+        // The others are told of a device that is missing.
+        match device {
+            Ok(device) => Ok(Ranks::Process(process, device)),
+            Err(error) => {
+                let ranks = Ranks::Process(process, Device::Cpu);
+                ranks.told(Err(RunError::from(error).into()))
+            }
+        }
+    }
+
+    /// Returns a rank for each of some devices.
+    fn of_devices(devices: &Devices) -> Result<Ranks> {
+        if let Devices::One(device) = devices {
+            return Ok(Ranks::OneRank(*device));
+        }
+        if let Devices::Cuda(indices) = devices {
+            check_size(indices.len())?;
+        }
+        let devices = devices.resolve().map_err(RunError::from)?;
+        match devices[..] {
+            [device] => Ok(Ranks::OneRank(device)),
+            _ => {
+                check_size(devices.len())?;
+                Ok(Ranks::Threads(devices))
+            }
+        }
+    }
+
+    /// Returns the device of this process's first rank.
+    pub(crate) fn device(&self) -> Device {
+        match self {
+            Ranks::OneRank(device) | Ranks::Process(_, device) => *device,
+            Ranks::Threads(devices) => devices[0],
+        }
     }
 
     /// True if this process has the output, and tells what happens.
@@ -75,15 +127,15 @@ impl Ranks {
     /// Number of ranks.
     pub(crate) fn size(&self) -> usize {
         match self {
-            Ranks::OneRank => 1,
-            Ranks::Threads(ranks) => *ranks,
-            Ranks::Process(process) => process.ranks.share().size,
+            Ranks::OneRank(_) => 1,
+            Ranks::Threads(devices) => devices.len(),
+            Ranks::Process(process, _) => process.ranks.share().size,
         }
     }
 
     fn process(&self) -> Option<&dyn Collective> {
         match self {
-            Ranks::Process(process) => Some(&*process.ranks),
+            Ranks::Process(process, _) => Some(&*process.ranks),
             _ => None,
         }
     }
@@ -109,35 +161,24 @@ impl Ranks {
     pub(crate) fn quantize(
         &self,
         plan: &Plan,
-        device: Device,
         options: RunOptions<'_>,
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Outcome> {
-        match self {
-            Ranks::OneRank => Ok(quantize(plan, device, &OneRank, options, on_event)?),
-            Ranks::Threads(ranks) => match device.resolve().map_err(RunError::from)? {
-                Device::Cpu => {
-                    let devices = vec![Device::Cpu; *ranks];
-                    Ok(quantize_on_threads(plan, &devices, options, on_event)?)
-                }
-                device => bail!(
-                    "--ranks shares the work of the CPU, and the device is {device}; use --device cpu"
-                ),
-            },
-            Ranks::Process(process) => {
-                if device.resolve().map_err(RunError::from)? != Device::Cpu {
-                    bail!("ranks of a launcher share the work of CPUs; use --device cpu");
-                }
-                Ok(quantize(plan, device, &*process.ranks, options, on_event)?)
+        let done = match self {
+            Ranks::OneRank(device) => quantize(plan, *device, &OneRank, options, on_event),
+            Ranks::Threads(devices) => quantize_on_threads(plan, devices, options, on_event),
+            Ranks::Process(process, device) => {
+                quantize(plan, *device, &*process.ranks, options, on_event)
             }
-        }
+        };
+        Ok(done?)
     }
 }
 
 impl Ranks {
     /// Tells the other ranks of an error of this one, and names the rank in it.
     pub(crate) fn told<T>(&self, done: Result<T>) -> Result<T> {
-        let Ranks::Process(Process { ranks, over, .. }) = self else {
+        let Ranks::Process(Process { ranks, over, .. }, _) = self else {
             return done;
         };
         let done = done.map_err(|error| {

@@ -38,7 +38,7 @@ pub(crate) fn run(args: RequantizeArgs, signals: &Signals) -> Result<()> {
             Some(request) => {
                 let mut progress = TextProgress::new(&format!("{} as it was", new.branch));
                 let mut show = |done| progress.show(done);
-                verify(dir, request, args.run.device, &mut show)?.perplexity
+                verify(dir, request, args.run.device.first(), &mut show)?.perplexity
             }
             None => None,
         };

@@ -6,15 +6,16 @@ use gptq_format::{Half, PackedLinear};
 use gptq_solver::SolverError;
 
 use super::{
-    Cuda, Device,
+    Cuda, Device, communicator,
     context::bind,
     error::{Error, fail},
     transfer::{self, Pinned},
 };
 use crate::engine::attend_next;
 use crate::{
-    Codes, Engine, HessianOptions, HostBuffer, Incoming, NormOptions, PackedWeight, Problem,
-    Routed, RoutingOptions, Scores, Subset, Tunable, TuningStep, attention, dtype, half_of,
+    Codes, DeviceLink, Engine, HessianOptions, HostBuffer, Incoming, LinkError, NormOptions,
+    PackedWeight, Problem, Routed, RoutingOptions, Scores, Subset, Tunable, TuningStep, attention,
+    dtype, half_of,
 };
 
 impl Engine for Cuda {
@@ -22,8 +23,7 @@ impl Engine for Cuda {
     /// Enough for a device's multiprocessors, few enough that the buffers of a sweep stay small.
     const BATCH_ROWS: usize = 32_768;
     const KEEPS_PACKED: bool = true;
-    /// Ranks are of the CPU so far.
-    const SUM_TREE: bool = false;
+    const LINKS: bool = true;
 
     fn compute(half: Half) -> DType {
         dtype(half)
@@ -303,12 +303,36 @@ impl Engine for Cuda {
         HostBuffer::page_locked(pinned, half)
     }
 
+    fn link_ticket() -> Result<Vec<u8>, LinkError> {
+        communicator::ticket()
+    }
+
+    fn connect(
+        device: &Device,
+        ticket: &[u8],
+        place: [usize; 2],
+        ended: &dyn Fn() -> bool,
+    ) -> Result<Box<dyn DeviceLink<Self>>, LinkError> {
+        Ok(Box::new(communicator::connect(
+            device, ticket, place, ended,
+        )?))
+    }
+
     fn release_memory(device: &Device) {
         CudaRuntime::client(device).memory_cleanup();
     }
 
     fn device_name(device: &Device) -> Option<String> {
         bind(device.index).ok()?.name().ok()
+    }
+
+    fn device_id(device: &Device) -> Option<String> {
+        let id = bind(device.index).ok()?.uuid().ok()?.bytes;
+        Some(
+            id.iter()
+                .map(|byte| format!("{:02x}", *byte as u8))
+                .collect(),
+        )
     }
 
     fn free_memory(device: &Device) -> Option<u64> {

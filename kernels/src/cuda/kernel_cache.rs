@@ -10,7 +10,7 @@ use std::{
     collections::BTreeSet,
     fs,
     path::PathBuf,
-    sync::OnceLock,
+    sync::{Mutex, OnceLock, PoisonError},
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -106,6 +106,9 @@ pub(crate) fn kept(
     let Some(Some(store)) = STORE.get() else {
         return make();
     };
+    // Ranks of one process need the same kernels at the same time: one makes each, and the others read it when it is whole.
+    static MAKING: Mutex<()> = Mutex::new(());
+    let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     let path = store.directory().join(name);
     if let Ok(found) = fs::read(&path) {
         return Ok(found);

@@ -19,6 +19,8 @@ mod library;
 
 mod blas;
 mod buffer;
+mod communicator;
+mod nccl;
 mod nvrtc;
 mod stream;
 mod transfer;

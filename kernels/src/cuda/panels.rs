@@ -36,11 +36,13 @@ pub(crate) struct SweptGroups {
     pub(crate) g_idx: Vec<Vec<i32>>,
 }
 
-/// Sweeps all columns of `weight`, f32 `[in, rows]`, the rows of one problem after the other.
+/// Sweeps all columns of `weight`, f32 `[in, rows]`, the rows of one problem after the other, of which `layers` has the
+/// number in each layer.
 pub(crate) fn sweep_all(
     factors: &DeviceFactors,
     position: &Buffer,
     weight: Buffer,
+    layers: &[usize],
     settings: Settings,
 ) -> Result<SweptGroups, Error> {
     let [n, rows] = [weight.meta.shape()[0], weight.meta.shape()[1]];
@@ -73,6 +75,7 @@ pub(crate) fn sweep_all(
         group_of: buffer::upload(&weight, &group_of.concat(), DType::U32),
         weight,
         rows,
+        spans: Swept::spans(layers, factors.columns.len()),
         problems: factors.columns.len(),
     };
     if by_original {
@@ -134,6 +137,7 @@ fn carry(
     }
     let n = factors.size();
     let (rows, each, problems) = (swept.rows, swept.rows_each(), swept.problems);
+    let spans = swept.spans.clone();
     let buffers = [&factors.m, &swept.weight, into];
     on_stream_later(&buffers, move |libraries, pointers| {
         let matrices = |at: usize, start, stride, step| Matrices {
@@ -141,12 +145,15 @@ fn carry(
             step,
         };
         let m = matrices(0, columns.start * n + from.start, n, n * n);
-        let d = matrices(1, from.start * rows, rows, each);
-        let out = matrices(2, at * rows, rows, each);
-        let dimensions = [columns.len(), each, from.len()];
-        // SAFETY: `from` and `columns` lie inside each M and D, and `at + columns.len()` rows
-        // inside `into`.
-        unsafe { product_of_each(libraries, problems, dimensions, [m, d], beta, out) }
+        for [first, width] in spans {
+            let d = matrices(1, from.start * rows + first, rows, each);
+            let out = matrices(2, at * rows + first, rows, each);
+            let dimensions = [columns.len(), width, from.len()];
+            // SAFETY: `from` and `columns` lie inside each M and D, `at + columns.len()` rows inside `into`, and the span
+            // inside the rows of each problem.
+            unsafe { product_of_each(libraries, problems, dimensions, [m, d], beta, out)? };
+        }
+        Ok(())
     })
 }
 
@@ -160,6 +167,7 @@ fn apply_inverse(
     update: &Buffer,
 ) -> Result<(), Error> {
     let (rows, each, problems) = (swept.rows, swept.rows_each(), swept.problems);
+    let spans = swept.spans.clone();
     let panels = inverses.meta.shape()[1];
     let buffers = [inverses, raw, update];
     on_stream_later(&buffers, move |libraries, pointers| {
@@ -168,20 +176,15 @@ fn apply_inverse(
             step,
         };
         let inverse = matrices(0, block * PANEL * PANEL, PANEL, panels * PANEL * PANEL);
-        let raw = matrices(1, at * rows, rows, each);
-        let out = matrices(2, 0, rows, each);
-        let dimensions = [width, each, width];
-        // SAFETY: the block's leading `width` square, `width` rows of raw and of update.
-        unsafe {
-            product_of_each(
-                libraries,
-                problems,
-                dimensions,
-                [inverse.t(), raw],
-                0.0,
-                out,
-            )
+        for [first, wide] in spans {
+            let raw = matrices(1, at * rows + first, rows, each);
+            let out = matrices(2, first, rows, each);
+            let (dimensions, factors) = ([width, wide, width], [inverse.t(), raw]);
+            // SAFETY: the block's leading `width` square, `width` rows of raw and of update, and the span inside the rows of
+            // each problem.
+            unsafe { product_of_each(libraries, problems, dimensions, factors, 0.0, out)? };
         }
+        Ok(())
     })
 }
 
@@ -206,14 +209,16 @@ fn wide_group(
     carry(factors, swept, from, group.clone(), (&update, 0), 0.0)?;
     let (start, width) = (group.start, group.len());
     let (each, problems) = (swept.rows_each(), swept.problems);
+    let spans = swept.spans.clone();
     on_stream_later(&[&factors.m, &update], move |libraries, pointers| {
         let one = 1.0_f32;
-        for problem in 0..problems {
+        let all = (0..problems).flat_map(|it| spans.iter().map(move |&span| (it, span)));
+        for (problem, [first, wide]) in all {
             let corner = problem * n * n + start * (n + 1);
             let m = MatrixAt::at(pointers[0], corner, n, Element::F32);
-            let x = MatrixAt::at(pointers[1], problem * each, rows, Element::F32);
+            let x = MatrixAt::at(pointers[1], problem * each + first, rows, Element::F32);
             // X · M_gg = T: column-major, T is the update's `[rows, group]`, and M is stored so.
-            // SAFETY: the group's square lies inside M, and the problem's rows in the update, `[group, rows]`.
+            // SAFETY: the group's square lies inside M, and the span of the problem's rows in the update, `[group, rows]`.
             unsafe {
                 cublas::cublasStrsm_v2(
                     libraries.cublas,
@@ -221,7 +226,7 @@ fn wide_group(
                     cublas::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER,
                     cublas::cublasOperation_t::CUBLAS_OP_N,
                     cublas::cublasDiagType_t::CUBLAS_DIAG_NON_UNIT,
-                    each as i32,
+                    wide as i32,
                     width as i32,
                     &raw const one,
                     m.pointer as *const f32,

@@ -244,15 +244,20 @@ fn add_product(
 ) -> Result<(), Error> {
     let [n, rows] = [out.meta.shape()[0], out.meta.shape()[1]];
     let (problems, each) = (swept.problems, swept.rows_each());
+    let spans = swept.spans.clone();
     on_stream_later(&[h, x, out], move |libraries, pointers| {
         let matrices = |at: usize, start, stride, step| Matrices {
             first: MatrixAt::at(pointers[at], start, stride, Element::F32),
             step,
         };
         let h = matrices(0, columns.start, n, n * n);
-        let [x, out] = [1, 2].map(|at| matrices(at, 0, rows, each));
-        let dimensions = [n, each, columns.len()];
-        // SAFETY: the columns lie inside H, x has as many rows, and out is `[n, rows]`.
-        unsafe { product_of_each(libraries, problems, dimensions, [h, x], beta, out) }
+        for [first, width] in spans {
+            let [x, out] = [1, 2].map(|at| matrices(at, first, rows, each));
+            let dimensions = [n, width, columns.len()];
+            // SAFETY: the columns lie inside H, x has as many rows, out is `[n, rows]`, and the span inside the rows of each
+            // problem.
+            unsafe { product_of_each(libraries, problems, dimensions, [h, x], beta, out)? };
+        }
+        Ok(())
     })
 }

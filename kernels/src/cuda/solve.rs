@@ -134,7 +134,8 @@ fn solve_batch(
                 rounded.push(target);
             }
         }
-        let swept = sweep_all(&factors, &position, all, settings)?;
+        let layers: Vec<usize> = members.iter().map(|&at| rows_of(at)).collect();
+        let swept = sweep_all(&factors, &position, all, &layers, settings)?;
         let keep = members.iter().any(|&at| requests[0][at].keep_unrounded);
         let refined = (h.as_ref().filter(|_| settings.refine > 0))
             .map(|h| refine(h, &swept.swept, settings, keep))

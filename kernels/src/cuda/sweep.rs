@@ -182,11 +182,28 @@ pub(crate) struct Swept {
     pub(crate) group_of: Buffer,
     /// Rows of all layers of all problems together.
     pub(crate) rows: usize,
+    /// Runs of rows of a problem that products take at once, as `[first, number]`: see [`Swept::spans`].
+    pub(crate) spans: Vec<[usize; 2]>,
     /// Number of problems, each with a Gram matrix of its own.
     pub(crate) problems: usize,
 }
 
 impl Swept {
+    /// Returns the runs of a problem's rows that products take at once: those of each layer, because cuBLAS chooses its
+    /// kernel by the number of rows, and a layer's codes are not to depend on which other layers are solved beside it. A
+    /// batch of several problems is always solved whole, and takes all rows of each.
+    pub(crate) fn spans(layers: &[usize], problems: usize) -> Vec<[usize; 2]> {
+        if problems > 1 {
+            return vec![[0, layers.iter().sum()]];
+        }
+        let mut first = 0;
+        let spans = layers.iter().map(|&rows| {
+            first += rows;
+            [first - rows, rows]
+        });
+        spans.collect()
+    }
+
     /// Rows of a problem.
     pub(crate) fn rows_each(&self) -> usize {
         self.rows / self.problems

@@ -16,6 +16,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::branch_progress::BranchProgress;
+use crate::peers::Peers;
 use crate::profile::Clock;
 use crate::solve::{Solve, SolvedSink};
 use crate::states::Embedded;
@@ -175,7 +176,7 @@ pub(crate) fn run(
     let mut pass = BlockLoop {
         plan,
         model,
-        ranks: &OneRank,
+        peers: Peers::by_messages(&OneRank),
         clock: &mut clock,
         frugal: false,
         gram_bytes: u64::MAX,
@@ -393,7 +394,7 @@ fn every_linear_is_written_before_the_record_of_its_block() {
         plan: &plan,
         model: &model,
         sink: Some(&mut sink),
-        ranks: &OneRank,
+        peers: Peers::by_messages(&OneRank),
         progress: &mut progress,
         save_every: Duration::MAX,
         last_saved: Instant::now(),

@@ -12,6 +12,7 @@ use gptq_ranks::OneRank;
 use super::*;
 use crate::block_loop::tests::{model, plan, run};
 use crate::branch_progress::BranchProgress;
+use crate::peers::Peers;
 use crate::solve::{Solve, SolvedSink};
 use crate::states::{Embedded, States};
 use crate::stream::Span;
@@ -73,7 +74,7 @@ fn solved(model: &Model<Cpu>, plan: &Plan) -> (Written, BranchProgress) {
         plan,
         model,
         sink: Some(&mut kept),
-        ranks: &OneRank,
+        peers: Peers::by_messages(&OneRank),
         progress: &mut progress,
         save_every: Duration::MAX,
         last_saved: Instant::now(),

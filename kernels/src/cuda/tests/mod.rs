@@ -4,6 +4,7 @@
 //! Inputs are seeded; every output buffer is filled with NaN before its kernel runs. Without a
 //! CUDA device each test prints that it was skipped and passes.
 
+mod communicator;
 mod decoding;
 mod divergence;
 mod experts;
@@ -13,6 +14,7 @@ mod model;
 mod ordering;
 mod packed;
 mod products;
+mod shares;
 mod solving;
 mod transfers;
 mod tuning;
