@@ -13,7 +13,7 @@ use gptq_model::Block;
 use gptq_spec::BlockSpec;
 
 use crate::RunError;
-use crate::gram_sums::{DenseStates, Drift, GramSums, Grams, over_ranks};
+use crate::gram_sums::{DenseStates, GramSums, Grams, over_ranks};
 use crate::lanes::{LaneChunks, lane_sums};
 use crate::peers::Peers;
 use crate::profile::{Clock, Phase, timed};

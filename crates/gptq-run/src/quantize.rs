@@ -1,5 +1,7 @@
 //! The driver of a run: finds which branches are still missing, and makes them in as few passes over the
 //! blocks as possible.
+//!
+//! Longer than most: the steps of a run stand here in their order.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -414,9 +416,11 @@ impl Quantize<'_> {
         let (model, ranks, on_event) = (&inputs.model, self.ranks, &mut *self.on_event);
         let windows = &inputs.calibration.windows;
         let share = plan.share();
-        let sample = |all: &Stream<B>| match ranks.share().size {
-            1 => Ok(all.sample(SHARE, share.tokens, model.device())?),
-            _ => of_all_ranks(model, windows, share.tokens, all),
+        let sample = |all: &Stream<B>| -> Result<Stream<B>, RunError> {
+            if ranks.share().size > 1 {
+                return of_all_ranks(model, windows, share.tokens, all);
+            }
+            Ok(all.sample(SHARE, share.tokens, model.device())?)
         };
         let sample: Option<Sample<'_, B>> = match ranks.is_root() {
             true => Some(&sample),

@@ -108,19 +108,19 @@ impl Nccl {
         // SAFETY: the types are those of NCCL's header, which has not changed them since version 2.18.
         let nccl = unsafe {
             Nccl {
-                get_unique_id: *library.get(b"ncclGetUniqueId").ok()?,
-                comm_init_rank_config: *library.get(b"ncclCommInitRankConfig").ok()?,
-                comm_get_async_error: *library.get(b"ncclCommGetAsyncError").ok()?,
-                comm_finalize: *library.get(b"ncclCommFinalize").ok()?,
-                comm_destroy: *library.get(b"ncclCommDestroy").ok()?,
-                comm_abort: *library.get(b"ncclCommAbort").ok()?,
-                group_start: *library.get(b"ncclGroupStart").ok()?,
-                group_end: *library.get(b"ncclGroupEnd").ok()?,
-                send: *library.get(b"ncclSend").ok()?,
-                recv: *library.get(b"ncclRecv").ok()?,
-                get_error_string: *library.get(b"ncclGetErrorString").ok()?,
-                get_last_error: *library.get(b"ncclGetLastError").ok()?,
-                get_version: *library.get(b"ncclGetVersion").ok()?,
+                get_unique_id: *library.get("ncclGetUniqueId").ok()?,
+                comm_init_rank_config: *library.get("ncclCommInitRankConfig").ok()?,
+                comm_get_async_error: *library.get("ncclCommGetAsyncError").ok()?,
+                comm_finalize: *library.get("ncclCommFinalize").ok()?,
+                comm_destroy: *library.get("ncclCommDestroy").ok()?,
+                comm_abort: *library.get("ncclCommAbort").ok()?,
+                group_start: *library.get("ncclGroupStart").ok()?,
+                group_end: *library.get("ncclGroupEnd").ok()?,
+                send: *library.get("ncclSend").ok()?,
+                recv: *library.get("ncclRecv").ok()?,
+                get_error_string: *library.get("ncclGetErrorString").ok()?,
+                get_last_error: *library.get("ncclGetLastError").ok()?,
+                get_version: *library.get("ncclGetVersion").ok()?,
             }
         };
         let mut version = 0;
