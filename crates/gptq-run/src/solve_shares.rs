@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Tensor};
 use gptq_kernels::{
-    Codes, DeviceLink, Engine, Parcel, ParcelKind, Problem, Shipment, SolveTimes, Solved, Subset,
+    Codes, DeviceLink, Engine, Parcel, ParcelKind, Shipment, SolveTimes, Solved, Subset,
 };
 use gptq_plan::PlannedLinear;
 use gptq_ranks::RankError;
