@@ -8,6 +8,7 @@ mod census;
 mod changed;
 mod checkpoints;
 mod dtype;
+mod eval;
 mod experts;
 mod export;
 mod families;

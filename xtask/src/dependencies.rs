@@ -11,7 +11,7 @@ use serde_json::Value;
 
 /// Crates that read and write files, and describe models and runs: neither they nor what they depend on may
 /// link Burn or CUDA, so that fuzz targets and whatever else reads reports build in a minute.
-const WITHOUT_DEVICES: [&str; 8] = [
+const WITHOUT_DEVICES: [&str; 9] = [
     "gptq-format",
     "gptq-solver",
     "gptq-spec",
@@ -19,6 +19,7 @@ const WITHOUT_DEVICES: [&str; 8] = [
     "gptq-ranks",
     "gptq-plan",
     "gptq-export",
+    "gptq-eval",
     "gptq-report",
 ];
 /// Prefixes of the names of packages that link one.

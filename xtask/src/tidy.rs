@@ -27,7 +27,7 @@ const TOP_LEVEL: [&str; 13] = [
 ];
 
 /// Crates from the bottom up: each may use only those before it.
-const ORDER: [(&str, &str); 15] = [
+const ORDER: [(&str, &str); 17] = [
     ("gptq-format", "crates/gptq-format"),
     ("gptq-solver", "crates/gptq-solver"),
     ("gptq-spec", "crates/gptq-spec"),
@@ -35,11 +35,13 @@ const ORDER: [(&str, &str); 15] = [
     ("gptq-ranks", "crates/gptq-ranks"),
     ("gptq-plan", "crates/gptq-plan"),
     ("gptq-export", "crates/gptq-export"),
+    ("gptq-eval", "crates/gptq-eval"),
     ("gptq-report", "crates/gptq-report"),
     ("gptq-hub", "crates/gptq-hub"),
     ("gptq-kernels", "kernels"),
     ("gptq-model", "crates/gptq-model"),
     ("gptq-generate", "crates/gptq-generate"),
+    ("gptq-likelihood", "crates/gptq-likelihood"),
     ("gptq-run", "crates/gptq-run"),
     ("gptq-verify", "crates/gptq-verify"),
     ("gptq", "crates/gptq"),

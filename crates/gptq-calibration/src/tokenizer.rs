@@ -26,6 +26,8 @@ pub struct TextTokenizer {
     /// Needed only to encode text; token ids do without.
     end: Option<SpecialToken>,
     beginning: Option<SpecialToken>,
+    /// The token that is named `bos_token`, added to texts or not.
+    bos: Option<SpecialToken>,
     padding: Option<u32>,
     /// End tokens according to `config.json` and `generation_config.json`.
     model_ends: Vec<(&'static str, Vec<u32>)>,
@@ -143,6 +145,7 @@ impl TextTokenizer {
             dir: dir.into(),
             end: find("eos_token").or(own_end),
             beginning: own_beginning,
+            bos: find("bos_token"),
             padding: find("pad_token").map(|token| token.id).or(model.padding),
             model_ends: model.ends,
             vocabulary: model.vocabulary,
@@ -170,6 +173,11 @@ impl TextTokenizer {
     /// Returns the token that the tokenizer itself puts before a text.
     pub fn beginning(&self) -> Option<&SpecialToken> {
         self.beginning.as_ref()
+    }
+
+    /// Returns the token that is named `bos_token`, whether the tokenizer puts it before texts or not.
+    pub fn bos(&self) -> Option<&SpecialToken> {
+        self.bos.as_ref()
     }
 
     /// Warns if the model's end tokens do not include the one that joins documents.

@@ -4,8 +4,8 @@ use burn::tensor::{DType, Tensor};
 use gptq_kernels::{Engine, Scores};
 use gptq_spec::{Attending, Attention, Rope};
 
-use crate::Cache;
 use crate::rope::Tables;
+use crate::{Cache, StretchLayout};
 
 fn scores(how: &Attending) -> Scores {
     Scores {
@@ -75,6 +75,56 @@ pub(crate) fn attend<B: Engine>(
         }
     };
     attended.reshape([tokens, attention.heads * how.head_dim])
+}
+
+/// Attention of `q`, `k` and `v`, `[tokens, features]` each, of the stretches of `layout`, each over its own tokens and
+/// those it follows. Stretches that begin a text go through attention together, others one by one over `cache`.
+pub(crate) fn attend_stretches<B: Engine>(
+    tables: &Tables<B>,
+    attention: &Attention,
+    [q, k, v]: [Tensor<B, 2>; 3],
+    layout: &StretchLayout<B>,
+    cache: &mut Cache<B>,
+) -> Tensor<B, 2> {
+    let (how, scores) = (&attention.how, scores(&attention.how));
+    let ([tokens, width], kv_width) = (q.dims(), k.dims()[1]);
+    let device = q.device();
+    let heads = |x: Tensor<B, 2>| {
+        let [tokens, width] = x.dims();
+        x.reshape([1, tokens, width / how.head_dim, how.head_dim])
+    };
+    let [q, k] = match &how.rope {
+        None => [q, k],
+        Some(rope) => {
+            let (cos, sin) = tables.get(rope, 0, layout.longest(), &device);
+            let at_positions = |table: Tensor<B, 2>| table.select(0, layout.positions());
+            let [q, k] = rotate(rope, [heads(q), heads(k)], [cos, sin].map(at_positions));
+            [q.reshape([tokens, width]), k.reshape([tokens, kv_width])]
+        }
+    };
+    let mut outputs = Vec::new();
+    for windows in layout.windows() {
+        let [count, len] = windows.shape();
+        let gathered = [&q, &k, &v].map(|x| {
+            let rows = B::embed(windows.rows(), x.clone());
+            let heads = rows.dims()[1] / how.head_dim;
+            rows.reshape([count, len, heads, how.head_dim])
+        });
+        let [q, k, v] = gathered;
+        let attended = B::causal_attention(q, k, v, scores);
+        outputs.push(attended.reshape([count * len, width]));
+    }
+    for step in layout.steps() {
+        let part = |x: &Tensor<B, 2>| heads(x.clone().narrow(0, step.row, step.len));
+        cache.truncate(step.start);
+        cache.push(part(&k), part(&v));
+        if step.start > 0 {
+            let (keys, values) = (cache.keys(), cache.values());
+            let attended = B::cached_attention(part(&q), keys, values, step.start, scores);
+            outputs.push(attended.reshape([step.len, width]));
+        }
+    }
+    B::embed(layout.order(), Tensor::cat(outputs, 0))
 }
 
 /// The gradients with respect to queries, keys and values of [`attend`] without a cache, `[tokens, features]` each, of

@@ -14,10 +14,10 @@ use burn::tensor::{Tensor, activation::sigmoid};
 use gptq_kernels::{Engine, Routed};
 use gptq_spec::{Activation, BlockSpec, Norm, NormKind, Op, Register, Route};
 
-use crate::attend::attend;
+use crate::attend::{attend, attend_stretches};
 use crate::backward::{Parts, Tape};
 use crate::experts::{BlockMatrix, ExpertLinears, ExpertOutputs, route};
-use crate::{Cache, ExpertInputs, Flow, Linear, Weight, rope};
+use crate::{Cache, ExpertInputs, Flow, Linear, StretchLayout, Weight, rope};
 
 /// A tensor that comes up inside a block, as [`Block::observed`] shows it.
 #[derive(Clone, Debug)]
@@ -32,6 +32,16 @@ pub enum Seen<B: Engine> {
     Gated(Tensor<B, 2>),
     /// The residual stream: `[tokens, hidden]`.
     Residual(Tensor<B, 2>),
+}
+
+/// Tokens before those that a block runs on.
+pub(crate) enum Past<'a, B: Engine> {
+    /// None: every window begins a text.
+    Nothing,
+    /// Those in a cache, which gains the window's.
+    Cached(&'a mut Cache<B>),
+    /// Those in a cache, and stretches of the window itself.
+    Stretches(&'a StretchLayout<B>, &'a mut Cache<B>),
 }
 
 /// A block's weights on the device. Cloning shares them.
@@ -66,13 +76,13 @@ impl<B: Engine> Block<B> {
     /// The input of the linears of `tap`, `[tokens, in_features]`.
     pub fn input(&self, tap: usize, flow: &Flow<B>) -> Tensor<B, 2> {
         let tap = self.spec.tap(tap);
-        let mut flow = self.run(tap.start..tap.at, flow.clone(), None, &mut |_| ());
+        let mut flow = self.run(tap.start..tap.at, flow.clone(), Past::Nothing, &mut |_| ());
         self.read(&mut flow, tap.from, tap.at)
     }
 
     /// Runs the linears of `taps` and what stands between them, up to the next tap.
     pub fn advance(&self, taps: Range<usize>, flow: Flow<B>) -> Flow<B> {
-        self.run(self.spec.ops_of(taps), flow, None, &mut |_| ())
+        self.run(self.spec.ops_of(taps), flow, Past::Nothing, &mut |_| ())
     }
 
     /// Does the same as [`Block::advance`] with this choice of experts.
@@ -95,13 +105,25 @@ impl<B: Engine> Block<B> {
 
     /// The whole block, showing `observe` what comes up on the way.
     pub fn observed(&self, flow: Flow<B>, observe: &mut dyn FnMut(Seen<B>)) -> Flow<B> {
-        self.run(0..self.spec.ops().len(), flow, None, observe)
+        self.run(0..self.spec.ops().len(), flow, Past::Nothing, observe)
     }
 
     /// The whole block for the tokens that follow those in `cache`, which gains theirs: one window.
     pub fn forward_cached(&self, flow: Flow<B>, cache: &mut Cache<B>) -> Flow<B> {
         let ops = 0..self.spec.ops().len();
-        self.run(ops, flow, Some(cache), &mut |_| ())
+        self.run(ops, flow, Past::Cached(cache), &mut |_| ())
+    }
+
+    /// The whole block for the stretches of `layout`, whose tokens are the one window of `flow`. `cache` holds the tokens
+    /// that the first of them follows, and afterwards those that one after the last may follow.
+    pub fn forward_stretches(
+        &self,
+        flow: Flow<B>,
+        layout: &StretchLayout<B>,
+        cache: &mut Cache<B>,
+    ) -> Flow<B> {
+        let ops = 0..self.spec.ops().len();
+        self.run(ops, flow, Past::Stretches(layout, cache), &mut |_| ())
     }
 
     /// Runs the block on `flow`, states at its start in the compute dtype, hands the residual stream at its end
@@ -116,7 +138,7 @@ impl<B: Engine> Block<B> {
         let mut tape = Tape::default();
         for (at, op) in self.spec.ops().iter().enumerate() {
             tape.record(op, &flow);
-            flow = self.run(at..at + 1, flow, None, &mut |seen| {
+            flow = self.run(at..at + 1, flow, Past::Nothing, &mut |seen| {
                 if let Seen::Rotated(q, k) = seen {
                     tape.record_rotated(q, k);
                 }
@@ -149,7 +171,7 @@ impl<B: Engine> Block<B> {
             flow.routed.insert(routing, routed);
         }
         let ops = spec.tap(start).start..position.at;
-        let flow = self.run(ops, flow, None, &mut |_| ());
+        let flow = self.run(ops, flow, Past::Nothing, &mut |_| ());
         let states = |register| {
             let states = flow.register(register);
             states.expect("an earlier operation wrote it")
@@ -205,7 +227,7 @@ impl<B: Engine> Block<B> {
         &self,
         ops: Range<usize>,
         mut flow: Flow<B>,
-        mut cache: Option<&mut Cache<B>>,
+        mut past: Past<'_, B>,
         observe: &mut dyn FnMut(Seen<B>),
     ) -> Flow<B> {
         for at in ops {
@@ -239,13 +261,22 @@ impl<B: Engine> Block<B> {
                 }
                 Op::Attend(attention) => {
                     let qkv = attention.qkv.map(read);
-                    let cache = cache.as_deref_mut();
                     let mut rotated = |qk: [&Tensor<B, 4>; 2]| {
                         let [q, k] = qk.map(Tensor::clone);
                         observe(Seen::Rotated(q, k));
                     };
                     let (tables, windows) = (&self.rope, flow.windows);
-                    let attended = attend(tables, attention, qkv, windows, cache, &mut rotated);
+                    let attended = match &mut past {
+                        Past::Stretches(layout, cache) => {
+                            attend_stretches(tables, attention, qkv, layout, cache)
+                        }
+                        Past::Cached(cache) => {
+                            attend(tables, attention, qkv, windows, Some(cache), &mut rotated)
+                        }
+                        Past::Nothing => {
+                            attend(tables, attention, qkv, windows, None, &mut rotated)
+                        }
+                    };
                     flow.activations.insert(attention.to, attended);
                 }
                 Op::Gate { act, gate, up, to } => {

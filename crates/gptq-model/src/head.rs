@@ -6,6 +6,7 @@ use gptq_spec::{Ends, Norm};
 
 use crate::backward::norm_gradient;
 use crate::block::normalized;
+use crate::experts::indices;
 
 /// Logits that are computed at once where only sums of them are kept.
 const PIECE: usize = 1 << 26;
@@ -51,6 +52,21 @@ impl<B: Engine> Head<B> {
             .into_data()
             .to_vec::<f32>()
             .expect("the logits are f32")
+    }
+
+    /// Returns `ln p(token | hidden[row])` for each `(row, token)` of `targets`, which may name a row of the hidden states
+    /// `[tokens, hidden]` more than once. There are at most [`Head::rows_at_once`] of these.
+    pub fn log_likelihoods(&self, hidden: Tensor<B, 2>, targets: &[(usize, u32)]) -> Vec<f32> {
+        let log_p = log_softmax(self.logits(hidden), 1);
+        let [rows, vocabulary] = log_p.dims();
+        let places = targets.iter().map(|&(row, token)| {
+            assert!(row < rows && (token as usize) < vocabulary, "a target");
+            row as u32 * vocabulary as u32 + token
+        });
+        let places = indices::<B>(places, &log_p.device());
+        let picked = log_p.reshape([rows * vocabulary]).select(0, places);
+        let picked = picked.into_data().to_vec::<f32>();
+        picked.expect("the logits are f32")
     }
 
     /// Returns the tokens whose logits are computed at once where only sums of them are kept.

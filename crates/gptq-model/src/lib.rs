@@ -3,7 +3,8 @@
 //!
 //! Reading order: [`Block`] runs a block from tap to tap over a [`Flow`] of hidden states, as its
 //! [`BlockSpec`](gptq_spec::BlockSpec) says; [`HostBlock`] is a block read ahead; the experts of a mixture are in `experts.rs`; [`Model`] loads the parts from a
-//! checkpoint, dense or quantized; [`Block::weight_gradients`] goes through a block in reverse; [`Decoder`] holds all of them with a [`Cache`] per block for generation.
+//! checkpoint, dense or quantized; [`Block::forward_stretches`] runs texts
+//! that share their beginnings; [`Block::weight_gradients`] goes through a block in reverse; [`Decoder`] holds all of them with a [`Cache`] per block for generation.
 
 #![forbid(unsafe_code)]
 
@@ -21,6 +22,7 @@ mod host_block;
 mod linear;
 mod model;
 mod rope;
+mod stretches;
 
 pub use block::{Block, Seen};
 pub use cache::Cache;
@@ -33,3 +35,4 @@ pub use head::Head;
 pub use host_block::HostBlock;
 pub use linear::{Linear, Weight};
 pub use model::Model;
+pub use stretches::{Stretch, StretchLayout};

@@ -20,7 +20,7 @@ pub struct Receipt {
     pub pass: bool,
     /// Version of the program that verified.
     pub gptq_version: String,
-    /// Every file of the directory except the report itself, by name.
+    /// Every file of the directory except the report itself and the answers to tasks, by name.
     pub files: BTreeMap<String, FileDigest>,
     /// The checks in the order they were made.
     pub checks: Vec<Check>,

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::base_card::BaseCard;
 use crate::description::description;
-use crate::{Branch, Matrix, PromptTemplate, ReportError, Windows, number};
+use crate::{Accuracy, Branch, Matrix, PromptTemplate, ReportError, Windows, number};
 
 const TEMPLATE: &str = include_str!("../templates/card.md");
 
@@ -77,6 +77,8 @@ pub struct Facts {
     tried: Vec<&'static str>,
     /// Windows that perplexity was measured on, one column each.
     measured_on: Vec<MeasuredOn>,
+    /// Tasks that accuracy was measured on, one column each.
+    tasks: Vec<TaskColumn>,
     /// Version of gptq.
     gptq_version: String,
     /// The base model's card, without its front matter.
@@ -88,6 +90,16 @@ struct MeasuredOn {
     /// `eval.json, windows of 1024`.
     name: String,
     /// Perplexity of the dense model, if all branches agree on it.
+    dense: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct TaskColumn {
+    /// `pubmedqa, 3 shots`.
+    name: String,
+    /// Number of questions, if known.
+    questions: Option<usize>,
+    /// Accuracy of the dense model in percent, if all branches agree on it.
     dense: Option<String>,
 }
 
@@ -113,6 +125,8 @@ struct BranchFacts {
     /// Perplexity, and its increase over the dense model's, on each of `measured_on`; `None` if not
     /// measured.
     perplexities: Vec<Option<String>>,
+    /// Accuracy in percent with its standard error, and the difference from the dense model's, on each of `tasks`.
+    accuracies: Vec<Option<String>>,
     /// Failed checks of `gptq verify`.
     failure: Option<String>,
     /// `None` for a client that loads it, otherwise the reason why not.
@@ -141,11 +155,11 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
         .find_map(|key| first.config[key].as_str());
     let dtype = dtype.unwrap_or("float16");
     let format = first.report.quantize_config.checkpoint_format;
-    let windows = matrix.windows();
+    let (windows, tasks) = (matrix.windows(), matrix.tasks());
     let branches: Vec<BranchFacts> = matrix
         .branches
         .iter()
-        .map(|branch| BranchFacts::new(branch, &windows, settings))
+        .map(|branch| BranchFacts::new(branch, &windows, &tasks, settings))
         .collect();
     // Programs that load none of them would fill the table with their reasons.
     let shown = |at: usize| branches.iter().any(|b| b.loads[at].is_none());
@@ -168,6 +182,17 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
         dense: dense_on(windows).map(|value| format!("{value:.3}")),
     });
     let measured_on = measured_on.collect();
+    let dense_task = |task: &Accuracy| {
+        let own = matrix.branches.iter().filter_map(|b| b.accuracy_on(task));
+        let mut dense = own.filter_map(|it| it.dense_accuracy);
+        dense.next().filter(|first| dense.all(|d| d == *first))
+    };
+    let tasks = tasks.iter().map(|task| TaskColumn {
+        name: cell(&task.task),
+        questions: task.questions,
+        dense: dense_task(task).map(|value| format!("{:.2} %", 100.0 * value)),
+    });
+    let tasks = tasks.collect();
     let license = license.unwrap_or_else(|| "unknown".to_owned());
     let (tgi, vllm) = (loads(Client::Tgi), loads(Client::Vllm));
     let example = branches.get(1).unwrap_or(&branches[0]).name.clone();
@@ -213,6 +238,7 @@ pub fn facts(matrix: &Matrix, settings: &CardSettings) -> Result<Facts, ReportEr
             .map(|at| Client::ALL[*at].tried(format))
             .collect(),
         measured_on,
+        tasks,
         gptq_version: first.report.gptq_version.clone(),
         base_card: base.map(|b| b.body).filter(|body| !body.is_empty()),
         branches,
@@ -340,7 +366,12 @@ fn front(known: &Front<'_>) -> Vec<String> {
 }
 
 impl BranchFacts {
-    fn new(branch: &Branch, windows: &[Windows], settings: &CardSettings) -> BranchFacts {
+    fn new(
+        branch: &Branch,
+        windows: &[Windows],
+        tasks: &[Accuracy],
+        settings: &CardSettings,
+    ) -> BranchFacts {
         let report = &branch.report;
         let config = &report.quantize_config;
         let perplexity = |windows: &Windows| {
@@ -350,6 +381,11 @@ impl BranchFacts {
                 .map(|dense| number::over(it.perplexity, dense));
             let over = over.map_or_else(String::new, |over| format!(" ({over})"));
             Some(format!("{:.3}{over}", it.perplexity))
+        };
+        let accuracy = |task: &Accuracy| {
+            let it = branch.accuracy_on(task)?;
+            let over = it.over().map(|over| format!(" ({over})"));
+            Some(format!("{}{}", it.percent(), over.unwrap_or_default()))
         };
         let source = &report.calibration.source;
         let dataset = settings.dataset.as_ref().unwrap_or(source);
@@ -384,6 +420,7 @@ impl BranchFacts {
                 .any(|s| s.client == Client::ExLlama && s.verdict.is_ok()),
             description: description(branch),
             perplexities: windows.iter().map(perplexity).collect(),
+            accuracies: tasks.iter().map(accuracy).collect(),
             failure: branch.failure().map(|failure| cell(&failure)),
             loads: loads.to_vec(),
         }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::branch_page::BranchPage;
 use crate::plot::{Point, scatter};
 use crate::provenance::provenance;
-use crate::{Branch, BranchRow, Matrix, ReportError, Windows, number, rows};
+use crate::{Accuracy, Branch, BranchRow, Matrix, ReportError, Windows, number, rows};
 
 const TEMPLATE: &str = include_str!("../templates/report.html");
 const STYLE: &str = include_str!("../templates/report.css");
@@ -51,6 +51,7 @@ pub fn html(matrix: &Matrix) -> Result<String, ReportError> {
         compared => measure == Measure::Output,
         columns => Serde(columns(&rows(matrix), measure)),
         plot => plot(matrix).map(Serde),
+        accuracy => accuracy_plot(matrix).map(Serde),
         branches => Serde(branches),
         provenance => Serde(provenance(matrix)),
     })
@@ -218,6 +219,41 @@ fn columns(rows: &[BranchRow], measure: Measure) -> Vec<Column> {
                 .collect(),
         }
     }));
+    columns.extend(task_columns(rows));
+    columns
+}
+
+/// Builds two columns for each task: accuracy, and its difference from the dense model's where one has it.
+fn task_columns(rows: &[BranchRow]) -> Vec<Column> {
+    let mut tasks: Vec<&Accuracy> = Vec::new();
+    for accuracy in rows.iter().flat_map(|row| &row.accuracies) {
+        if !tasks.iter().any(|it| it.same(accuracy)) {
+            tasks.push(accuracy);
+        }
+    }
+    let column = |name: String, hint: &str, show: &dyn Fn(&BranchRow) -> Option<(String, String)>| Column {
+        name,
+        hint: hint.to_owned(),
+        cells: rows.iter().map(|row| Cell::of(show(row))).collect(),
+    };
+    let mut columns = Vec::new();
+    for task in tasks {
+        let on = |row: &BranchRow| row.accuracies.iter().find(|it| it.same(task)).cloned();
+        let hint = "share of questions whose right answer is the likeliest, with its standard error";
+        columns.push(column(format!("Accuracy, {}", task.task), hint, &|row| {
+            let own = on(row)?;
+            Some((own.accuracy.to_string(), own.percent()))
+        }));
+        let over = |row: &BranchRow| {
+            let own = on(row)?;
+            let over = own.over()?;
+            Some(((own.accuracy - own.dense_accuracy?).to_string(), over))
+        };
+        if rows.iter().any(|row| over(row).is_some()) {
+            let hint = "difference from the dense model's accuracy, in percentage points";
+            columns.push(column(format!("Over dense, {}", task.task), hint, &over));
+        }
+    }
     columns
 }
 
@@ -253,22 +289,76 @@ struct Plot {
     left_out: Vec<String>,
 }
 
+/// Size against accuracy.
+#[derive(Serialize)]
+struct AccuracyPlot {
+    svg: Value,
+    task: String,
+    questions: Option<usize>,
+    /// Branches that were not asked this task.
+    left_out: Vec<String>,
+}
+
+/// Returns a branch's settings in a few words.
+fn short(branch: &Branch) -> String {
+    let config = &branch.report.quantize_config;
+    if branch.mixed() {
+        return format!("mixed, {:.2}", branch.bits_per_weight().unwrap_or_default());
+    }
+    match i64::from(config.group_size) {
+        -1 => format!("{} bits, rows", config.bits),
+        n => format!("{} bits, {n}", config.bits),
+    }
+}
+
+/// Plots the task that most branches were asked.
+fn accuracy_plot(matrix: &Matrix) -> Option<AccuracyPlot> {
+    let task = matrix.tasks().into_iter().next()?;
+    let both = matrix.branches.iter().map(|b| (b, b.accuracy_on(&task)));
+    let (drawn, others): (Vec<_>, Vec<_>) = both.partition(|(_, own)| own.is_some());
+    let drawn: Vec<(&Branch, Accuracy)> = drawn
+        .into_iter()
+        .filter_map(|(branch, own)| Some((branch, own?)))
+        .collect();
+    let points = drawn.iter().map(|(branch, own)| {
+        let twins = drawn.iter().filter(|(b, _)| short(b) == short(branch)).count();
+        let name = &branch.report.branch;
+        Point {
+            x: branch.bytes as f64,
+            y: 100.0 * own.accuracy,
+            label: if twins == 1 { short(branch) } else { name.clone() },
+            title: format!(
+                "{name}\n{}\naccuracy {}",
+                number::decimal_size(branch.bytes),
+                own.percent()
+            ),
+        }
+    });
+    let points: Vec<Point> = points.collect();
+    let dense = drawn.iter().find_map(|(_, own)| own.dense_accuracy);
+    let svg = scatter(
+        &points,
+        dense.map(|value| (100.0 * value, "dense model")),
+        ("size of the weight files", "accuracy"),
+        (
+            |bytes| number::decimal_size(bytes as u64),
+            |value| format!("{value:.1} %"),
+        ),
+    );
+    Some(AccuracyPlot {
+        svg: Value::from_safe_string(svg),
+        questions: task.questions,
+        task: task.task,
+        left_out: others.iter().map(|(b, _)| b.report.branch.clone()).collect(),
+    })
+}
+
 fn plot(matrix: &Matrix) -> Option<Plot> {
     let windows = matrix.windows().into_iter().next()?;
     let measured = |branch: &Branch| branch.measured_on(&windows);
     let (drawn, others): (Vec<&Branch>, Vec<&Branch>) = (matrix.branches.iter())
         .filter(|b| !b.measured().is_empty())
         .partition(|b| measured(b).is_some());
-    let short = |branch: &Branch| {
-        let config = &branch.report.quantize_config;
-        if branch.mixed() {
-            return format!("mixed, {:.2}", branch.bits_per_weight().unwrap_or_default());
-        }
-        match i64::from(config.group_size) {
-            -1 => format!("{} bits, rows", config.bits),
-            n => format!("{} bits, {n}", config.bits),
-        }
-    };
     let points = drawn.iter().map(|branch| {
         let twins = drawn.iter().filter(|b| short(b) == short(branch)).count();
         let name = &branch.report.branch;

@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod accuracy;
 mod base_card;
 mod branch_page;
 mod card;
@@ -23,6 +24,7 @@ mod prompt;
 mod provenance;
 mod table;
 
+pub use accuracy::Accuracy;
 pub use card::{CardSettings, Facts, card, facts};
 pub use error::ReportError;
 pub use html::html;

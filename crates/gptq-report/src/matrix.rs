@@ -7,9 +7,10 @@ use gptq_format::{
     Contents, FormatError, LinearShape, ModuleNames, Support, branch_dirs, client_support, layout,
     read_json,
 };
+use gptq_eval::TaskResults;
 use gptq_plan::{BranchReport, Receipt};
 
-use crate::{Measured, ReportError, Windows};
+use crate::{Accuracy, Measured, ReportError, Windows, accuracy};
 
 /// A finished branch directory.
 #[derive(Clone, Debug)]
@@ -18,6 +19,8 @@ pub struct Branch {
     pub report: BranchReport,
     /// Its `verify.json`, if it was verified.
     pub receipt: Option<Receipt>,
+    /// Its `eval.json`, if it was asked tasks with the weights that lie there.
+    pub answers: Option<TaskResults>,
     /// Its `config.json`.
     pub config: serde_json::Value,
     /// The directory.
@@ -120,11 +123,21 @@ impl Matrix {
     }
 }
 
+impl Matrix {
+    /// Returns an accuracy on each task that any branch was asked, those of most branches first.
+    pub(crate) fn tasks(&self) -> Vec<Accuracy> {
+        let all: Vec<Vec<Accuracy>> = self.branches.iter().map(Branch::accuracies).collect();
+        accuracy::tasks(&all)
+    }
+}
+
 impl Branch {
     fn read(dir: &Path) -> Result<Branch, ReportError> {
+        let receipt = Receipt::read(dir)?;
         Ok(Branch {
             report: BranchReport::read(dir)?,
-            receipt: Receipt::read(dir)?,
+            answers: accuracy::answers(dir, receipt.as_ref())?,
+            receipt,
             config: read_json(&dir.join("config.json"))?,
             dir: dir.to_owned(),
             bytes: weight_bytes(dir)?,
@@ -212,6 +225,20 @@ impl Branch {
     /// Returns the measurements on `windows`.
     pub fn measured_on(&self, windows: &Windows) -> Option<Measured> {
         (self.measured().into_iter()).find(|it| it.windows.same(windows))
+    }
+
+    /// Returns its accuracies on tasks.
+    pub fn accuracies(&self) -> Vec<Accuracy> {
+        self.answers.as_ref().map_or_else(Vec::new, accuracy::accuracies)
+    }
+
+    /// Returns its accuracy on the task of `other`, under the name that it has there.
+    pub(crate) fn accuracy_on(&self, other: &Accuracy) -> Option<Accuracy> {
+        let own = self.accuracies().into_iter().find(|it| it.same(other))?;
+        Some(Accuracy {
+            task: other.task.clone(),
+            ..own
+        })
     }
 
     /// Returns which clients can load it.

@@ -4,7 +4,7 @@ use gptq_format::{Bits, GroupSize};
 use gptq_plan::{Measure, Preset};
 use serde::Serialize;
 
-use crate::{Branch, Matrix, Measured, Windows};
+use crate::{Accuracy, Branch, Matrix, Measured, Windows};
 
 /// One branch. Fields without a measurement are `null` in JSON and empty in CSV.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -63,6 +63,8 @@ pub struct BranchRow {
     pub top1_agreement: Option<f64>,
     /// Measurements on other windows, which are not comparable with those above.
     pub on_other_windows: Vec<Measured>,
+    /// Accuracies on tasks, by `gptq eval` or read from the harness.
+    pub accuracies: Vec<Accuracy>,
     /// Result of `gptq verify`.
     pub verified: Option<bool>,
     /// Wall time spent on this branch alone, in seconds.
@@ -71,15 +73,17 @@ pub struct BranchRow {
 
 /// Returns one row per branch, in the matrix's order.
 pub fn rows(matrix: &Matrix) -> Vec<BranchRow> {
-    let windows = matrix.windows();
+    let (windows, tasks) = (matrix.windows(), matrix.tasks());
     let branches = matrix.branches.iter();
-    branches.map(|b| BranchRow::of(b, &windows)).collect()
+    branches
+        .map(|b| BranchRow::of(b, &windows, &tasks))
+        .collect()
 }
 
 impl BranchRow {
     /// Builds the row with the measurements on the first of the matrix's `windows`; the others are
     /// separate.
-    fn of(branch: &Branch, windows: &[Windows]) -> BranchRow {
+    fn of(branch: &Branch, windows: &[Windows], tasks: &[Accuracy]) -> BranchRow {
         let report = &branch.report;
         let config = &report.quantize_config;
         let summary = report.summary(Measure::Weights);
@@ -119,6 +123,7 @@ impl BranchRow {
             kl_divergence: measured.and_then(|it| it.kl_divergence),
             top1_agreement: measured.and_then(|it| it.top1_agreement),
             on_other_windows: others,
+            accuracies: tasks.iter().filter_map(|task| branch.accuracy_on(task)).collect(),
             verified: receipt.map(|r| r.pass),
             seconds: report.seconds,
         }
@@ -130,7 +135,7 @@ pub fn csv(rows: &[BranchRow]) -> String {
     let mut text = String::from(
         "branch,bits,group_size,mixed,bits_per_weight,desc_act,act_order,sym,damp_percent,preset,bytes,\
          mean_output_error,worst_output_error,mean_output_ratio,last_block_error,mean_objective,mean_error,worst_error,\
-         mean_ratio,perplexity,text,window,dense_perplexity,kl_divergence,top1_agreement,on_other_windows,verified,seconds\n",
+         mean_ratio,perplexity,text,window,dense_perplexity,kl_divergence,top1_agreement,on_other_windows,accuracies,verified,seconds\n",
     );
     for row in rows {
         let fields = [
@@ -160,6 +165,7 @@ pub fn csv(rows: &[BranchRow]) -> String {
             measured(row.kl_divergence),
             measured(row.top1_agreement),
             quoted(&others(&row.on_other_windows)),
+            quoted(&accuracies(&row.accuracies)),
             measured(row.verified),
             row.seconds.to_string(),
         ];
@@ -173,6 +179,12 @@ fn others(others: &[Measured]) -> String {
     let all = others
         .iter()
         .map(|it| format!("{} ({})", it.perplexity, it.windows.name()));
+    all.collect::<Vec<_>>().join("; ")
+}
+
+/// Formats accuracies as `"0.552 (pubmedqa, 3 shots)"`.
+fn accuracies(all: &[Accuracy]) -> String {
+    let all = all.iter().map(|it| format!("{} ({})", it.accuracy, it.task));
     all.collect::<Vec<_>>().join("; ")
 }
 

@@ -12,6 +12,7 @@ use gptq_ranks::Threads;
 use humantime::parse_duration;
 
 use crate::bug;
+use crate::eval::EvalArgs;
 use crate::export::ExportArgs;
 use crate::generate::GenerateArgs;
 use crate::inspect::InspectArgs;
@@ -63,6 +64,11 @@ pub(crate) enum Command {
         after_help = "Example:\n  gptq verify out/medi-tiny-GPTQ --text eval.json --against models/medi-tiny"
     )]
     Verify(VerifyArgs),
+    /// Ask branches and dense models multiple-choice questions, and compare their accuracies
+    #[command(
+        after_help = "Example:\n  gptq eval models/medi-tiny out/medi-tiny-GPTQ --task pubmedqa/ori_pqal.json --preset pubmedqa --shots 3"
+    )]
+    Eval(EvalArgs),
     /// Write finished branches of any tool in another format, codes and scales as they are
     #[command(
         after_help = "Example:\n  gptq export out/medi-tiny-GPTQ/gptq-8bit--1g-actorder_True --to compressed-tensors --output out/for-vllm"
@@ -107,6 +113,7 @@ impl Command {
             Command::Card(args) => ("card", Some(&args.dir)),
             Command::Export(args) => ("export", Some(&args.dir)),
             Command::Verify(_) => ("verify", None),
+            Command::Eval(_) => ("eval", None),
             Command::Generate(_) => ("generate", None),
             Command::Inspect(_) => ("inspect", None),
             Command::Completions(_) => ("completions", None),

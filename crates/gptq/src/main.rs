@@ -12,6 +12,7 @@ mod card;
 mod cli;
 mod completions;
 mod environment;
+mod eval;
 mod export;
 mod generate;
 mod hub;
@@ -80,6 +81,7 @@ fn run(command: Command, signals: &Signals) -> anyhow::Result<()> {
         Command::Calibration(args) => calibration::run(args),
         Command::Publish(args) => publish::run(args),
         Command::Verify(args) => verify::run(args),
+        Command::Eval(args) => eval::run(args),
         Command::Export(args) => export::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Inspect(args) => inspect::run(args),

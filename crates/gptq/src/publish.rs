@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail, ensure};
+use gptq_eval::{TASK_RESULTS, TaskResults};
 use gptq_format::branch_dirs;
 use gptq_hub::{Changes, Hub, LocalFile, RepoId, changes, create_repo, create_revision, upload};
 use gptq_plan::{RECEIPT, Receipt};
@@ -28,6 +29,7 @@ pub(crate) fn run(args: PublishArgs) -> Result<()> {
         if !args.unverified {
             check_receipt(dir, &files)?;
         }
+        check_answers(dir, &files)?;
         let card = args.dir.join(CARD);
         if name == "main" && card.is_file() {
             files.retain(|file| file.name != CARD);
@@ -203,7 +205,8 @@ fn check_receipt(dir: &Path, files: &[LocalFile]) -> Result<()> {
         terminal::line(&receipt.failures().join("; ")),
         verify::again(&receipt, dir)
     );
-    for file in files.iter().filter(|file| file.name != RECEIPT) {
+    let own = [RECEIPT, TASK_RESULTS];
+    for file in (files.iter()).filter(|file| !own.contains(&file.name.as_str())) {
         let judged = receipt.files.get(&file.name);
         let same = match judged {
             Some(judged) => judged.bytes == file.bytes && judged.sha256 == file.sha256()?,
@@ -222,6 +225,27 @@ fn check_receipt(dir: &Path, files: &[LocalFile]) -> Result<()> {
     {
         bail!(
             "{}: {gone}, which was verified, is missing; {remedy}",
+            dir.display()
+        );
+    }
+    Ok(())
+}
+
+/// Refuses answers to tasks that other weights gave.
+fn check_answers(dir: &Path, files: &[LocalFile]) -> Result<()> {
+    let Some(answers) = TaskResults::read(dir)? else {
+        return Ok(());
+    };
+    for (name, asked) in &answers.weights {
+        let file = files.iter().find(|file| file.name == *name);
+        let same = match file {
+            Some(file) => file.bytes == asked.bytes && file.sha256()? == asked.sha256,
+            None => false,
+        };
+        ensure!(
+            same,
+            "{}: {TASK_RESULTS} has the answers of another {name}; run gptq eval {} again, or remove it",
+            dir.display(),
             dir.display()
         );
     }

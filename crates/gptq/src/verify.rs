@@ -154,7 +154,7 @@ fn text_warnings(text: &Path, window: usize, dir: &Path) -> Result<Vec<String>> 
 }
 
 /// Returns the checkpoints directly below `dir`, by name, `main` first.
-fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+pub(crate) fn branches(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut found = match dir.is_dir() {
         true => branch_dirs(dir)?,
         false => Vec::new(),
