@@ -163,6 +163,7 @@ def results():
     kept = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config", "transformers_version", "lm_eval_version",
             "model_source", "model_name", "model_name_sanitized", "task_hashes")
     written = {key: value for key, value in written.items() if key in kept}
+    written["config"]["model"] = Path(written["config"]["model"]).name
     for config in written["configs"].values():
         # Functions, with where they are.
         for key in ("custom_dataset", "doc_to_text", "doc_to_choice", "doc_to_target"):

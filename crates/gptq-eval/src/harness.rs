@@ -74,9 +74,7 @@ pub fn read_harness(path: &Path) -> Result<Vec<HarnessResult>, FormatError> {
     let version = version.ok_or_else(|| {
         wrong("no \"lm_eval_version\": not a results file of lm-evaluation-harness 0.4 or later")
     })?;
-    let model = file.get("model_name").and_then(Value::as_str);
-    let model = Path::new(model.unwrap_or_default()).file_name();
-    let model = model.unwrap_or_default().to_string_lossy().into_owned();
+    let model = model(&file);
     let count = |value: Option<&Value>| usize::try_from(value?.as_u64()?).ok();
     let mut found = Vec::new();
     for (task, measured) in results {
@@ -106,5 +104,69 @@ pub fn read_harness(path: &Path) -> Result<Vec<HarnessResult>, FormatError> {
     match found.is_empty() {
         true => Err(wrong("no task of it has an acc or acc_norm")),
         false => Ok(found),
+    }
+}
+
+/// Returns the last part of the model's name, as it was given to the harness: in `model_args`, a text or an object, or, from a
+/// program, in place of the kind of model.
+fn model(file: &Value) -> String {
+    let config = file.get("config").unwrap_or(&Value::Null);
+    let arguments = config.get("model_args").unwrap_or(&Value::Null);
+    let in_text = arguments.as_str().and_then(|text| {
+        let mut pairs = text.split(',');
+        pairs.find_map(|pair| pair.trim().strip_prefix("pretrained="))
+    });
+    let in_object = arguments.get("pretrained").and_then(Value::as_str);
+    let kind = config.get("model").and_then(Value::as_str);
+    let name = in_text.or(in_object).or(kind).unwrap_or_default();
+    let last = Path::new(name).file_name().unwrap_or_default();
+    last.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_the_harness_wrote_is_read_with_its_version() {
+        let file = [env!("CARGO_MANIFEST_DIR"), "../../tests/golden/eval/results.json"];
+        let found = read_harness(&file.iter().collect::<PathBuf>()).unwrap();
+        let [spaced, pubmedqa] = found.as_slice() else {
+            unreachable!("{found:?}");
+        };
+        assert_eq!(spaced.heading(), "spaced, by lm_eval 0.4.13");
+        assert_eq!((spaced.model.as_str(), spaced.questions), ("medi-tiny", Some(9)));
+        let accuracy = spaced.accuracy.unwrap();
+        assert_eq!(accuracy.value, 4.0 / 9.0);
+        assert!((accuracy.stderr.unwrap() - 0.175_682).abs() < 1e-6);
+        assert_eq!((pubmedqa.shots, pubmedqa.questions), (Some(3), Some(5)));
+        assert_eq!(pubmedqa.heading(), "pubmedqa-3, 3 shots, by lm_eval 0.4.13");
+    }
+
+    #[test]
+    fn a_model_is_named_without_its_directories_and_other_files_are_refused() {
+        for config in [
+            json!({"model": "hf", "model_args": "dtype=float16, pretrained=/home/me/medi-tiny,x=1"}),
+            json!({"model": "hf", "model_args": {"pretrained": "me/medi-tiny"}}),
+            json!({"model": "models/medi-tiny", "model_args": null}),
+        ] {
+            assert_eq!(model(&json!({"config": config})), "medi-tiny");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("results.json");
+        for (text, word) in [
+            ("{}", "results"),
+            (r#"{"results": {"a": {"acc,none": 0.5}}}"#, "lm_eval_version"),
+            (r#"{"results": {"a": {"bleu,none": 0.5}}, "lm_eval_version": "0.4.13"}"#, "no task"),
+            (r#"{"results": {"a": {"acc,none": 1.5}}, "lm_eval_version": "0.4.13"}"#, "between 0 and 1"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let error = read_harness(&path).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
     }
 }
