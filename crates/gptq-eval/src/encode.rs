@@ -81,7 +81,11 @@ impl<'a> Encoder<'a> {
         })
     }
 
-    fn question(&self, task: &Task, question: &Question) -> Result<Vec<(Request, bool)>, EvalError> {
+    fn question(
+        &self,
+        task: &Task,
+        question: &Question,
+    ) -> Result<Vec<(Request, bool)>, EvalError> {
         let prompt = task.prompt(question);
         // Spaces at the end are encoded with the choice, so that words keep their boundaries.
         let trimmed = prompt.trim_end_matches(is_space);

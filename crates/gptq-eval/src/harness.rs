@@ -133,13 +133,19 @@ mod tests {
 
     #[test]
     fn what_the_harness_wrote_is_read_with_its_version() {
-        let file = [env!("CARGO_MANIFEST_DIR"), "../../tests/golden/eval/results.json"];
+        let file = [
+            env!("CARGO_MANIFEST_DIR"),
+            "../../tests/golden/eval/results.json",
+        ];
         let found = read_harness(&file.iter().collect::<PathBuf>()).unwrap();
         let [spaced, pubmedqa] = found.as_slice() else {
             unreachable!("{found:?}");
         };
         assert_eq!(spaced.heading(), "spaced, by lm_eval 0.4.13");
-        assert_eq!((spaced.model.as_str(), spaced.questions), ("medi-tiny", Some(9)));
+        assert_eq!(
+            (spaced.model.as_str(), spaced.questions),
+            ("medi-tiny", Some(9))
+        );
         let accuracy = spaced.accuracy.unwrap();
         assert_eq!(accuracy.value, 4.0 / 9.0);
         assert!((accuracy.stderr.unwrap() - 0.175_682).abs() < 1e-6);
@@ -160,9 +166,18 @@ mod tests {
         let path = dir.path().join("results.json");
         for (text, word) in [
             ("{}", "results"),
-            (r#"{"results": {"a": {"acc,none": 0.5}}}"#, "lm_eval_version"),
-            (r#"{"results": {"a": {"bleu,none": 0.5}}, "lm_eval_version": "0.4.13"}"#, "no task"),
-            (r#"{"results": {"a": {"acc,none": 1.5}}, "lm_eval_version": "0.4.13"}"#, "between 0 and 1"),
+            (
+                r#"{"results": {"a": {"acc,none": 0.5}}}"#,
+                "lm_eval_version",
+            ),
+            (
+                r#"{"results": {"a": {"bleu,none": 0.5}}, "lm_eval_version": "0.4.13"}"#,
+                "no task",
+            ),
+            (
+                r#"{"results": {"a": {"acc,none": 1.5}}, "lm_eval_version": "0.4.13"}"#,
+                "between 0 and 1",
+            ),
         ] {
             std::fs::write(&path, text).unwrap();
             let error = read_harness(&path).unwrap_err().to_string();

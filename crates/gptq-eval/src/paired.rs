@@ -61,7 +61,11 @@ mod tests {
             (0, 0, 1.0),
             (40, 70, 0.005484192),
         ] {
-            assert!((mcnemar(b, c) - p).abs() < 1e-8, "{b} {c}: {}", mcnemar(b, c));
+            assert!(
+                (mcnemar(b, c) - p).abs() < 1e-8,
+                "{b} {c}: {}",
+                mcnemar(b, c)
+            );
         }
         assert!(mcnemar(5000, 5600) < 1e-6);
     }

@@ -47,7 +47,10 @@ impl PromptText {
     /// # Errors
     /// A key that the row does not have, or a mistake in the template; the error is half a sentence.
     pub(crate) fn render(&self, values: &Map) -> Result<String, String> {
-        let template = self.environment.get_template(NAME).map_err(|e| reason(&e))?;
+        let template = self
+            .environment
+            .get_template(NAME)
+            .map_err(|e| reason(&e))?;
         let values = Serde(Value::Object(values.clone()));
         template.render(values).map_err(|e| reason(&e))
     }

@@ -92,9 +92,19 @@ pub struct DenseScore {
 impl TaskRecord {
     /// Returns a text that is the same of answers to the same requests, whose accuracies can be compared.
     pub fn key(&self) -> String {
-        let texts = [&self.name, &self.template, &self.description, &self.delimiter];
+        let texts = [
+            &self.name,
+            &self.template,
+            &self.description,
+            &self.delimiter,
+        ];
         let shots = self.shots_from.as_ref().map(|from| &from.sha256);
-        let sizes = (self.shots, self.questions, self.beginning_token, self.letters);
+        let sizes = (
+            self.shots,
+            self.questions,
+            self.beginning_token,
+            self.letters,
+        );
         format!("{texts:?} {} {shots:?} {sizes:?}", self.file.sha256)
     }
 
@@ -113,7 +123,12 @@ impl TaskRecord {
     }
 
     fn check(&self, at: usize) -> Result<(), String> {
-        let texts = [&self.name, &self.template, &self.description, &self.delimiter];
+        let texts = [
+            &self.name,
+            &self.template,
+            &self.description,
+            &self.delimiter,
+        ];
         if texts.iter().any(|it| it.len() > MAX_TEXT) {
             return Err(format!("tasks[{at}]: a text is over {MAX_TEXT} bytes"));
         }
@@ -122,7 +137,9 @@ impl TaskRecord {
         }
         let dense = self.dense.iter();
         let shares = dense.flat_map(|it| [it.accuracy, it.accuracy_norm]);
-        let mut shares = [self.accuracy, self.accuracy_norm].into_iter().chain(shares);
+        let mut shares = [self.accuracy, self.accuracy_norm]
+            .into_iter()
+            .chain(shares);
         match shares.all(|it| (0.0..=1.0).contains(&it.value)) {
             true => Ok(()),
             false => Err(format!("tasks[{at}]: an accuracy is not between 0 and 1")),

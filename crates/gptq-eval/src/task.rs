@@ -203,8 +203,7 @@ fn question(
     letters: bool,
 ) -> Result<Question, EvalError> {
     let rendered = text.render(&row.values);
-    let rendered =
-        rendered.map_err(|why| EvalError::row(file, &row.place, "template", why))?;
+    let rendered = rendered.map_err(|why| EvalError::row(file, &row.place, "template", why))?;
     let names = || (0..row.choices.len()).map(|at| Some(letter(at)?.to_owned()));
     let choices = match letters.then(|| names().collect::<Option<Vec<String>>>()) {
         None => row.choices,

@@ -95,7 +95,10 @@ impl Chunks {
                 in_chunk = in_bundle;
             }
             if in_chunk > 0 && in_chunk + len > most {
-                self.bundles.last_mut().expect("one was begun").push(Chunk::default());
+                self.bundles
+                    .last_mut()
+                    .expect("one was begun")
+                    .push(Chunk::default());
                 in_chunk = 0;
             }
             self.add(forest, texts, node);
@@ -116,7 +119,9 @@ impl Chunks {
             chunk: at,
             row: chunk.tokens.len(),
         };
-        chunk.tokens.extend_from_slice(&texts[it.text][it.start..it.end]);
+        chunk
+            .tokens
+            .extend_from_slice(&texts[it.text][it.start..it.end]);
         chunk.stretches.push(Stretch {
             start: it.start,
             len: it.len(),
@@ -135,7 +140,9 @@ mod tests {
 
     #[test]
     fn short_texts_share_a_chunk_the_longest_first() {
-        let texts: Vec<Vec<u32>> = [5, 9, 3, 8, 2].map(|n| (n as u32..).step_by(7).take(n).collect()).to_vec();
+        let texts: Vec<Vec<u32>> = [5, 9, 3, 8, 2]
+            .map(|n| (n as u32..).step_by(7).take(n).collect())
+            .to_vec();
         let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
         let forest = Forest::grow(&texts);
         let chunks = Chunks::cut(&forest, &texts, 12);

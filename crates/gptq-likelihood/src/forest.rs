@@ -124,7 +124,9 @@ impl Forest {
     pub(crate) fn holding(&self, text: usize, position: usize) -> usize {
         let mut at = self.ends[text];
         while self.nodes[at].start > position {
-            at = self.nodes[at].parent.expect("only what follows others starts later");
+            at = self.nodes[at]
+                .parent
+                .expect("only what follows others starts later");
         }
         at
     }
@@ -194,7 +196,10 @@ mod tests {
         assert_eq!(found, [(0, 100), (1, 20), (2, 1), (2, 2), (1, 20), (2, 1)]);
         let forest = Forest::grow(&texts);
         assert_eq!(forest.trees(), [0..6]);
-        assert_eq!(forest.ends[3], 4, "a text that others go on from ends within the tree");
+        assert_eq!(
+            forest.ends[3], 4,
+            "a text that others go on from ends within the tree"
+        );
     }
 
     #[test]

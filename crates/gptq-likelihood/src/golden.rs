@@ -19,7 +19,10 @@ fn root(path: &str) -> PathBuf {
 /// Reads a task of the golden values as this program does.
 fn task(name: &str, golden: &Value) -> Task {
     let (file, layout) = match name.starts_with("pubmedqa") {
-        true => ("tests/data/pubmedqa/ori_pqal.json".to_owned(), Layout::PubMedQa),
+        true => (
+            "tests/data/pubmedqa/ori_pqal.json".to_owned(),
+            Layout::PubMedQa,
+        ),
         false => (format!("tests/data/choices/{name}.jsonl"), Layout::Plain),
     };
     Task::read(&TaskOptions {
@@ -86,7 +89,12 @@ fn compare(file: &str, dir: &Path, special_tokens: bool) -> (usize, usize) {
         let inputs: HashSet<&[u32]> = long.map(|it| &it.tokens[..context]).collect();
         match encoded.cut {
             0 => assert_eq!(golden["cut"], 0),
-            _ => assert_eq!(inputs.len() as u64, golden["cut"].as_u64().unwrap(), "{}", task.name),
+            _ => assert_eq!(
+                inputs.len() as u64,
+                golden["cut"].as_u64().unwrap(),
+                "{}",
+                task.name
+            ),
         }
         cut += encoded.cut;
         without += encoded.without_tokens.len();

@@ -104,7 +104,15 @@ impl<B: Engine> StretchLayout<B> {
             });
         }
         let mut steps = Vec::new();
-        for &(row, Stretch { start, len, continued }) in &placed {
+        for &(
+            row,
+            Stretch {
+                start,
+                len,
+                continued,
+            },
+        ) in &placed
+        {
             if start > 0 {
                 for place in &mut order[row..row + len] {
                     *place = next;

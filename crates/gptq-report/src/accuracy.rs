@@ -38,7 +38,11 @@ impl Accuracy {
     /// Formats accuracy and standard error in percent.
     pub(crate) fn percent(&self) -> String {
         let stderr = self.stderr.map(|error| format!(" ± {:.2}", 100.0 * error));
-        format!("{:.2}{} %", 100.0 * self.accuracy, stderr.unwrap_or_default())
+        format!(
+            "{:.2}{} %",
+            100.0 * self.accuracy,
+            stderr.unwrap_or_default()
+        )
     }
 
     /// Formats the difference from the dense model's in points of percent.
@@ -107,7 +111,10 @@ pub(crate) fn tasks(all: &[Vec<Accuracy>]) -> Vec<Accuracy> {
     tasks.sort_by_key(|task| std::cmp::Reverse(branches(task)));
     let names: Vec<String> = tasks.iter().map(|it| it.task.clone()).collect();
     for (at, task) in tasks.iter_mut().enumerate() {
-        let before = names[..at].iter().filter(|name| **name == task.task).count();
+        let before = names[..at]
+            .iter()
+            .filter(|name| **name == task.task)
+            .count();
         if before > 0 {
             task.task = format!("{} ({})", task.task, before + 1);
         }

@@ -231,15 +231,17 @@ fn task_columns(rows: &[BranchRow]) -> Vec<Column> {
             tasks.push(accuracy);
         }
     }
-    let column = |name: String, hint: &str, show: &dyn Fn(&BranchRow) -> Option<(String, String)>| Column {
-        name,
-        hint: hint.to_owned(),
-        cells: rows.iter().map(|row| Cell::of(show(row))).collect(),
-    };
+    let column =
+        |name: String, hint: &str, show: &dyn Fn(&BranchRow) -> Option<(String, String)>| Column {
+            name,
+            hint: hint.to_owned(),
+            cells: rows.iter().map(|row| Cell::of(show(row))).collect(),
+        };
     let mut columns = Vec::new();
     for task in tasks {
         let on = |row: &BranchRow| row.accuracies.iter().find(|it| it.same(task)).cloned();
-        let hint = "share of questions whose right answer is the likeliest, with its standard error";
+        let hint =
+            "share of questions whose right answer is the likeliest, with its standard error";
         columns.push(column(format!("Accuracy, {}", task.task), hint, &|row| {
             let own = on(row)?;
             Some((own.accuracy.to_string(), own.percent()))
@@ -321,12 +323,19 @@ fn accuracy_plot(matrix: &Matrix) -> Option<AccuracyPlot> {
         .filter_map(|(branch, own)| Some((branch, own?)))
         .collect();
     let points = drawn.iter().map(|(branch, own)| {
-        let twins = drawn.iter().filter(|(b, _)| short(b) == short(branch)).count();
+        let twins = drawn
+            .iter()
+            .filter(|(b, _)| short(b) == short(branch))
+            .count();
         let name = &branch.report.branch;
         Point {
             x: branch.bytes as f64,
             y: 100.0 * own.accuracy,
-            label: if twins == 1 { short(branch) } else { name.clone() },
+            label: if twins == 1 {
+                short(branch)
+            } else {
+                name.clone()
+            },
             title: format!(
                 "{name}\n{}\naccuracy {}",
                 number::decimal_size(branch.bytes),
@@ -349,7 +358,10 @@ fn accuracy_plot(matrix: &Matrix) -> Option<AccuracyPlot> {
         svg: Value::from_safe_string(svg),
         questions: task.questions,
         task: task.task,
-        left_out: others.iter().map(|(b, _)| b.report.branch.clone()).collect(),
+        left_out: others
+            .iter()
+            .map(|(b, _)| b.report.branch.clone())
+            .collect(),
     })
 }
 

@@ -3,11 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use gptq_eval::TaskResults;
 use gptq_format::{
     Contents, FormatError, LinearShape, ModuleNames, Support, branch_dirs, client_support, layout,
     read_json,
 };
-use gptq_eval::TaskResults;
 use gptq_plan::{BranchReport, Receipt};
 
 use crate::{Accuracy, Measured, ReportError, Windows, accuracy};
@@ -229,7 +229,9 @@ impl Branch {
 
     /// Returns its accuracies on tasks.
     pub fn accuracies(&self) -> Vec<Accuracy> {
-        self.answers.as_ref().map_or_else(Vec::new, accuracy::accuracies)
+        self.answers
+            .as_ref()
+            .map_or_else(Vec::new, accuracy::accuracies)
     }
 
     /// Returns its accuracy on the task of `other`, under the name that it has there.

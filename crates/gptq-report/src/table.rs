@@ -123,7 +123,10 @@ impl BranchRow {
             kl_divergence: measured.and_then(|it| it.kl_divergence),
             top1_agreement: measured.and_then(|it| it.top1_agreement),
             on_other_windows: others,
-            accuracies: tasks.iter().filter_map(|task| branch.accuracy_on(task)).collect(),
+            accuracies: tasks
+                .iter()
+                .filter_map(|task| branch.accuracy_on(task))
+                .collect(),
             verified: receipt.map(|r| r.pass),
             seconds: report.seconds,
         }
@@ -184,7 +187,9 @@ fn others(others: &[Measured]) -> String {
 
 /// Formats accuracies as `"0.552 (pubmedqa, 3 shots)"`.
 fn accuracies(all: &[Accuracy]) -> String {
-    let all = all.iter().map(|it| format!("{} ({})", it.accuracy, it.task));
+    let all = all
+        .iter()
+        .map(|it| format!("{} ({})", it.accuracy, it.task));
     all.collect::<Vec<_>>().join("; ")
 }
 

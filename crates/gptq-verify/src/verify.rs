@@ -99,7 +99,9 @@ impl Work for Verify<'_> {
         let model = Model::<B>::new(census.config, census.checkpoint, &device);
         // Answers to tasks have hashes of their own, and may be added later.
         let own = [RECEIPT, TASK_RESULTS];
-        let listed = listed?.into_iter().filter(|f| !own.contains(&f.name.as_str()));
+        let listed = listed?
+            .into_iter()
+            .filter(|f| !own.contains(&f.name.as_str()));
         let digest = |f: gptq_format::FileInfo| {
             let (bytes, sha256) = (f.bytes, f.sha256);
             (f.name, FileDigest { bytes, sha256 })

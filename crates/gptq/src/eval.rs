@@ -127,7 +127,9 @@ pub(crate) fn run(args: EvalArgs) -> Result<()> {
             let save = model.quantized && !args.no_save;
             let hashing = scope.spawn(|| save.then(|| model.digests()).transpose());
             let found = model.ask(&tasks, &args, device, &mut warn)?;
-            let digests = hashing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let digests = hashing
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             anyhow::Ok((found, digests?))
         })?;
         answers.push(found);
@@ -263,7 +265,9 @@ impl Asked {
         let requests = encoded.iter().flat_map(|it| it.questions.iter().flatten());
         let requests: Vec<_> = requests.cloned().collect();
         let mut progress = TextProgress::of("of the questions asked", &self.name);
-        let found = log_likelihoods(&self.dir, device, &requests, &mut |done| progress.show(done))?;
+        let found = log_likelihoods(&self.dir, device, &requests, &mut |done| {
+            progress.show(done)
+        })?;
         drop(progress);
         let seconds = began.elapsed().as_secs_f64();
         let mut found = found.into_iter();
@@ -464,7 +468,14 @@ fn show(task: &Task, at: usize, models: &[Asked], answers: &[Vec<Answers>], refe
         terminal::line(&task.hashed.name),
         100.0 * most as f64 / n as f64
     );
-    let heading = ["model", "accuracy", "difference", "by length", "difference", "seconds"];
+    let heading = [
+        "model",
+        "accuracy",
+        "difference",
+        "by length",
+        "difference",
+        "seconds",
+    ];
     let mut rows = vec![heading.map(String::from).to_vec()];
     for (model, answers_of) in models.iter().zip(answers) {
         let (own, right) = (&answers_of[at].score, &answers[reference][at].score);

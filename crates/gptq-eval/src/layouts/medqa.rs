@@ -11,8 +11,7 @@ use crate::EvalError;
 use crate::question::{QuestionRow, check_choices, letter};
 
 /// Template of the harness.
-pub(crate) const TEMPLATE: &str =
-    "Question: {{ question }}\n{% for letter in options %}{{ letter }}. {{ options[letter] }}\n{% endfor %}Answer:";
+pub(crate) const TEMPLATE: &str = "Question: {{ question }}\n{% for letter in options %}{{ letter }}. {{ options[letter] }}\n{% endfor %}Answer:";
 
 /// Reads the rows.
 pub(crate) fn read(path: &Path) -> Result<Vec<QuestionRow>, EvalError> {
@@ -40,9 +39,8 @@ pub(crate) fn read(path: &Path) -> Result<Vec<QuestionRow>, EvalError> {
         };
         let right = rows::text(path, &place, &values, "answer_idx")?;
         let answer = letters.iter().position(|it| it == right);
-        let answer = answer.ok_or_else(|| {
-            wrong("answer_idx", format!("{right:?} is not one of the options"))
-        })?;
+        let answer = answer
+            .ok_or_else(|| wrong("answer_idx", format!("{right:?} is not one of the options")))?;
         values.insert("choices".to_owned(), Value::from(texts));
         Ok(QuestionRow {
             place,

@@ -41,7 +41,8 @@ pub(crate) fn read(path: &Path) -> Result<Vec<QuestionRow>, EvalError> {
     let mut rows = Vec::new();
     for (index, record) in reader.records().enumerate() {
         let place = format!("row {index}");
-        let record = record.map_err(|error| EvalError::row(path, &place, "record", error.to_string()))?;
+        let record =
+            record.map_err(|error| EvalError::row(path, &place, "record", error.to_string()))?;
         let cells: Vec<&str> = record.iter().collect();
         let [question, a, b, c, d, right] = cells.as_slice() else {
             let reason = format!(
@@ -52,7 +53,12 @@ pub(crate) fn read(path: &Path) -> Result<Vec<QuestionRow>, EvalError> {
         };
         let answer = (0..4).find(|index| letter(*index) == Some(right.trim()));
         let answer = answer.ok_or_else(|| {
-            EvalError::row(path, &place, "answer", format!("{right:?} is none of A, B, C and D"))
+            EvalError::row(
+                path,
+                &place,
+                "answer",
+                format!("{right:?} is none of A, B, C and D"),
+            )
         })?;
         let options: Vec<String> = [a, b, c, d].map(|it| (*it).to_owned()).to_vec();
         let values = Map::from_iter([

@@ -33,8 +33,8 @@ pub(crate) fn read(path: &Path) -> Result<Vec<QuestionRow>, EvalError> {
         let choices = rows::texts(path, &place, &values, "choices")?;
         check_choices(&choices).map_err(|why| EvalError::row(path, &place, "choices", why))?;
         let right = rows::cell(path, &place, &values, "answer")?;
-        let answer = answer(right, &choices)
-            .map_err(|why| EvalError::row(path, &place, "answer", why))?;
+        let answer =
+            answer(right, &choices).map_err(|why| EvalError::row(path, &place, "answer", why))?;
         values.insert("choices".to_owned(), Value::from(choices.clone()));
         Ok(QuestionRow {
             place,

@@ -44,7 +44,9 @@ pub(crate) fn read(path: &Path, split: Option<&Path>) -> Result<Rows, EvalError>
         let right = truth.as_ref().map(|truth| truth.get(id.as_str()));
         match (right, split) {
             (Some(None), _) => found.others.push(question),
-            (Some(Some(right)), Some(split)) if right.as_str() != CHOICES.get(question.answer).copied() => {
+            (Some(Some(right)), Some(split))
+                if right.as_str() != CHOICES.get(question.answer).copied() =>
+            {
                 let reason = format!(
                     "{} is not the final_decision of {}",
                     rows::brief(right),

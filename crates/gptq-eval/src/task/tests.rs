@@ -5,7 +5,10 @@ use std::fs;
 use super::*;
 
 fn pubmedqa() -> TaskOptions {
-    let data = [env!("CARGO_MANIFEST_DIR"), "../../tests/data/pubmedqa/ori_pqal.json"];
+    let data = [
+        env!("CARGO_MANIFEST_DIR"),
+        "../../tests/data/pubmedqa/ori_pqal.json",
+    ];
     TaskOptions::new(&data.iter().collect::<PathBuf>(), Layout::PubMedQa)
 }
 
@@ -26,7 +29,10 @@ fn pubmedqa_s_test_questions_are_asked_and_the_others_are_shots() {
     let first = &task.questions[0];
     assert!(first.place.starts_with("key "), "{}", first.place);
     let prompt = task.prompt(first);
-    assert!(prompt.starts_with("Abstract: ") && prompt.ends_with("\nAnswer:"), "{prompt}");
+    assert!(
+        prompt.starts_with("Abstract: ") && prompt.ends_with("\nAnswer:"),
+        "{prompt}"
+    );
     let shots = Task::read(&TaskOptions {
         shots: 3,
         limit: Some(7),
@@ -50,7 +56,10 @@ fn pubmedqa_s_test_questions_are_asked_and_the_others_are_shots() {
         ..pubmedqa()
     };
     let error = Task::read(&many).unwrap_err().to_string();
-    assert!(error.contains("6 shots") && error.contains("has 5"), "{error}");
+    assert!(
+        error.contains("6 shots") && error.contains("has 5"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -65,7 +74,10 @@ fn mmlu_s_rows_get_the_harness_s_prompt_with_the_subject_before_it() {
     assert_eq!([task.questions[0].answer, task.questions[1].answer], [2, 0]);
     for (text, words) in [
         ("a,b,c,d,e,F\n", ["row 0", "\"answer\"", "\"F\""]),
-        ("1,2,3,4,5,A\na,b,c,d,A\n", ["row 1", "\"record\"", "5 columns"]),
+        (
+            "1,2,3,4,5,A\na,b,c,d,A\n",
+            ["row 1", "\"record\"", "5 columns"],
+        ),
         ("", ["a_test.csv", "no rows", ""]),
     ] {
         let error = read("a_test.csv", text, Layout::Mmlu).unwrap_err();
@@ -76,7 +88,9 @@ fn mmlu_s_rows_get_the_harness_s_prompt_with_the_subject_before_it() {
 #[test]
 fn medmcqa_counts_its_options_from_1_or_from_0_and_one_file_says_which() {
     let row = |cop: u32| {
-        format!(r#"{{"question":"Q","opa":"a","opb":"b","opc":"c","opd":"d","cop":{cop},"id":"x"}}"#)
+        format!(
+            r#"{{"question":"Q","opa":"a","opb":"b","opc":"c","opd":"d","cop":{cop},"id":"x"}}"#
+        )
     };
     let rows = |cops: &[u32]| cops.iter().map(|it| row(*it) + "\n").collect::<String>();
     let answers = |cops: &[u32]| {
@@ -102,16 +116,24 @@ fn medmcqa_counts_its_options_from_1_or_from_0_and_one_file_says_which() {
 #[test]
 fn medqa_has_four_options_or_five() {
     let row = |options: &str, right: &str| {
-        format!(r#"{{"question":"Q","answer":"b","options":{{{options}}},"answer_idx":"{right}","meta_info":"step1"}}"#)
+        format!(
+            r#"{{"question":"Q","answer":"b","options":{{{options}}},"answer_idx":"{right}","meta_info":"step1"}}"#
+        )
     };
     let five = row(r#""A":"a","B":"b","C":"c","D":"d","E":"e""#, "E");
     let task = read("test.jsonl", &five, Layout::MedQa).unwrap();
     let prompt = "Question: Q\nA. a\nB. b\nC. c\nD. d\nE. e\nAnswer:";
     assert_eq!(task.prompt(&task.questions[0]), prompt);
-    assert_eq!((task.questions[0].answer, task.questions[0].choices.len()), (4, 5));
+    assert_eq!(
+        (task.questions[0].answer, task.questions[0].choices.len()),
+        (4, 5)
+    );
     for (row, words) in [
         (row(r#""A":"a","B":"b""#, "C"), ["\"answer_idx\"", "\"C\""]),
-        (row(r#""B":"b","A":"a""#, "A"), ["\"options\"", "in this order"]),
+        (
+            row(r#""B":"b","A":"a""#, "A"),
+            ["\"options\"", "in this order"],
+        ),
         (row(r#""A":"a","B":1"#, "A"), ["\"options\"", "row 0"]),
     ] {
         let error = read("test.jsonl", &row, Layout::MedQa).unwrap_err();
@@ -123,13 +145,34 @@ fn medqa_has_four_options_or_five() {
 fn a_bad_row_is_named_by_file_row_and_key() {
     let good = r#"{"question": "Q", "choices": ["a", "b"], "answer": "A"}"#;
     for (row, words) in [
-        (r#"{"choices": ["a", "b"], "answer": 0}"#, ["\"prompt\"", "missing"]),
-        (r#"{"prompt": 3, "choices": ["a", "b"], "answer": 0}"#, ["\"prompt\"", "3 is not a text"]),
-        (r#"{"prompt": "p", "choices": "ab", "answer": 0}"#, ["\"choices\"", "not a list of texts"]),
-        (r#"{"prompt": "p", "choices": ["a"], "answer": 0}"#, ["\"choices\"", "at least 2"]),
-        (r#"{"prompt": "p", "choices": ["a", "b"]}"#, ["\"answer\"", "the row has prompt, choices"]),
-        (r#"{"prompt": "p", "choices": ["a", "b"], "answer": "C"}"#, ["\"answer\"", "\"C\""]),
-        (r#"{"prompt": "p", "choices": ["a", "b"], "answer": 2}"#, ["\"answer\"", "numbered from 0"]),
+        (
+            r#"{"choices": ["a", "b"], "answer": 0}"#,
+            ["\"prompt\"", "missing"],
+        ),
+        (
+            r#"{"prompt": 3, "choices": ["a", "b"], "answer": 0}"#,
+            ["\"prompt\"", "3 is not a text"],
+        ),
+        (
+            r#"{"prompt": "p", "choices": "ab", "answer": 0}"#,
+            ["\"choices\"", "not a list of texts"],
+        ),
+        (
+            r#"{"prompt": "p", "choices": ["a"], "answer": 0}"#,
+            ["\"choices\"", "at least 2"],
+        ),
+        (
+            r#"{"prompt": "p", "choices": ["a", "b"]}"#,
+            ["\"answer\"", "the row has prompt, choices"],
+        ),
+        (
+            r#"{"prompt": "p", "choices": ["a", "b"], "answer": "C"}"#,
+            ["\"answer\"", "\"C\""],
+        ),
+        (
+            r#"{"prompt": "p", "choices": ["a", "b"], "answer": 2}"#,
+            ["\"answer\"", "numbered from 0"],
+        ),
     ] {
         let error = read("task.jsonl", &format!("{good}\n{row}\n"), Layout::Plain).unwrap_err();
         let place = ["task.jsonl: row 1, "];
@@ -137,10 +180,18 @@ fn a_bad_row_is_named_by_file_row_and_key() {
         assert!(all.clone().all(|word| error.contains(word)), "{error}");
     }
     let error = read("task.jsonl", &format!("{good}\n{{"), Layout::Plain).unwrap_err();
-    assert!(error.contains("task.jsonl") && error.contains("line 2"), "{error}");
+    assert!(
+        error.contains("task.jsonl") && error.contains("line 2"),
+        "{error}"
+    );
     let truth = r#"{"1": {"QUESTION": "Q", "CONTEXTS": ["c"], "final_decision": "perhaps"}}"#;
     let error = read("ori_pqal.json", truth, Layout::PubMedQa).unwrap_err();
-    let words = ["ori_pqal.json", "key 1", "\"final_decision\"", "\"perhaps\""];
+    let words = [
+        "ori_pqal.json",
+        "key 1",
+        "\"final_decision\"",
+        "\"perhaps\"",
+    ];
     assert!(words.iter().all(|word| error.contains(word)), "{error}");
 }
 
@@ -167,7 +218,10 @@ fn a_template_may_use_any_key_and_letters_stand_for_choices() {
         Task::read(&options).unwrap_err().to_string()
     };
     let missing = error("{{ stam }}");
-    assert!(missing.contains("row 0") && missing.contains("undefined"), "{missing}");
+    assert!(
+        missing.contains("row 0") && missing.contains("undefined"),
+        "{missing}"
+    );
     let broken = error("{{ stem");
     assert!(broken.contains("does not parse"), "{broken}");
     let shots = TaskOptions {
