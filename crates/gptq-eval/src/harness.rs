@@ -138,7 +138,7 @@ mod tests {
             "../../tests/golden/eval/results.json",
         ];
         let found = read_harness(&file.iter().collect::<PathBuf>()).unwrap();
-        let [spaced, pubmedqa] = found.as_slice() else {
+        let [pubmedqa, spaced] = found.as_slice() else {
             unreachable!("{found:?}");
         };
         assert_eq!(spaced.heading(), "spaced, by lm_eval 0.4.13");

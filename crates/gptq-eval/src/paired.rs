@@ -52,14 +52,14 @@ mod tests {
 
     #[test]
     fn the_p_of_a_split_is_that_of_a_fair_coin() {
-        // 2 (1 + 10 + 45) / 1024, and the same of a larger one by SciPy's binomtest.
+        // 2 (1 + 10 + 45) / 1024, and others by Python's comb.
         for (b, c, p) in [
             (8, 2, 0.109375),
             (2, 8, 0.109375),
             (0, 5, 0.0625),
             (3, 3, 1.0),
             (0, 0, 1.0),
-            (40, 70, 0.005484192),
+            (40, 70, 0.005_447_429_5),
         ] {
             assert!(
                 (mcnemar(b, c) - p).abs() < 1e-8,

@@ -108,7 +108,7 @@ fn medmcqa_counts_its_options_from_1_or_from_0_and_one_file_says_which() {
         let error = answers(cops).unwrap_err();
         assert!(error.contains(word), "{error}");
     }
-    let task = read("dev.json", &rows(&[4]), Layout::MedMcQa).unwrap();
+    let task = read("dev.jsonl", &rows(&[4]), Layout::MedMcQa).unwrap();
     let prompt = "Question: Q\nChoices:\nA. a\nB. b\nC. c\nD. d\nAnswer:";
     assert_eq!(task.prompt(&task.questions[0]), prompt);
 }
