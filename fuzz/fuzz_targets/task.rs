@@ -2,7 +2,7 @@
 //! lm-evaluation-harness, and as `eval.json`.
 #![no_main]
 
-use gptq_eval::{Layout, Task, TaskOptions, TaskResults, read_harness};
+use gptq_eval::{TaskLayout, Task, TaskOptions, TaskResults, read_harness};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -10,11 +10,11 @@ fuzz_target!(|bytes: &[u8]| {
         return;
     };
     let layouts = [
-        ("task.jsonl", Layout::Plain),
-        ("ori_pqal.json", Layout::PubMedQa),
-        ("anatomy_test.csv", Layout::Mmlu),
-        ("dev.jsonl", Layout::MedMcQa),
-        ("test.jsonl", Layout::MedQa),
+        ("task.jsonl", TaskLayout::Plain),
+        ("ori_pqal.json", TaskLayout::PubMedQa),
+        ("anatomy_test.csv", TaskLayout::Mmlu),
+        ("dev.jsonl", TaskLayout::MedMcQa),
+        ("test.jsonl", TaskLayout::MedQa),
     ];
     match layouts.get(usize::from(first % 7)) {
         Some((name, layout)) => gptq_fuzz::with_files(&[(name, bytes)], |dir| {

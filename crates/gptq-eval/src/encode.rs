@@ -15,7 +15,7 @@ use crate::{EvalError, Question, Task};
 
 /// Tokens of a prompt and a choice.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Request {
+pub struct ChoiceRequest {
     /// Both, as much of them as the model takes and one more, which is only predicted.
     pub tokens: Vec<u32>,
     /// Number of tokens of the choice, the last ones: fewer than all, and 0 where nothing is to be predicted.
@@ -24,9 +24,9 @@ pub struct Request {
 
 /// Requests of a task.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Encoded {
+pub struct EncodedTask {
     /// One for each choice of each question.
-    pub questions: Vec<Vec<Request>>,
+    pub questions: Vec<Vec<ChoiceRequest>>,
     /// Number of requests that were cut.
     pub cut: usize,
     /// Places of choices that have no token of their own.
@@ -62,17 +62,18 @@ impl<'a> Encoder<'a> {
     ///
     /// # Errors
     /// A choice with more tokens than the model takes; a prompt without tokens.
-    pub fn encode(&self, task: &Task) -> Result<Encoded, EvalError> {
+    pub fn encode(&self, task: &Task) -> Result<EncodedTask, EvalError> {
         let questions = task.questions.par_iter();
         let encoded = questions.map(|question| self.question(task, question));
-        let encoded: Vec<Vec<(Request, bool)>> = encoded.collect::<Result<_, _>>()?;
+        let encoded: Vec<Vec<(ChoiceRequest, bool)>> = encoded.collect::<Result<_, _>>()?;
         let cut = encoded.iter().flatten().filter(|(_, cut)| *cut).count();
-        let empty = |it: &Vec<(Request, bool)>| it.iter().any(|(it, _)| it.scored == 0);
+        let empty = |it: &Vec<(ChoiceRequest, bool)>| it.iter().any(|(it, _)| it.scored == 0);
         let places = encoded.iter().zip(&task.questions);
         let places = places.filter(|(encoded, _)| empty(encoded));
         let without_tokens = places.map(|(_, question)| question.place.clone()).collect();
-        let requests = |question: Vec<(Request, bool)>| question.into_iter().map(|(it, _)| it);
-        Ok(Encoded {
+        let requests =
+            |question: Vec<(ChoiceRequest, bool)>| question.into_iter().map(|(it, _)| it);
+        Ok(EncodedTask {
             without_tokens,
             questions: (encoded.into_iter())
                 .map(|question| requests(question).collect())
@@ -85,7 +86,7 @@ impl<'a> Encoder<'a> {
         &self,
         task: &Task,
         question: &Question,
-    ) -> Result<Vec<(Request, bool)>, EvalError> {
+    ) -> Result<Vec<(ChoiceRequest, bool)>, EvalError> {
         let prompt = task.prompt(question);
         // Spaces at the end are encoded with the choice, so that words keep their boundaries.
         let trimmed = prompt.trim_end_matches(is_space);
@@ -123,7 +124,7 @@ impl<'a> Encoder<'a> {
                 }
                 let over = tokens.len().saturating_sub(self.context + 1);
                 tokens.drain(..over);
-                Ok((Request { tokens, scored }, over > 0))
+                Ok((ChoiceRequest { tokens, scored }, over > 0))
             })
             .collect()
     }

@@ -7,7 +7,7 @@ use gptq_format::{FormatError, read_json};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::Measurement;
+use crate::Proportion;
 
 /// Most bytes of a name.
 const MAX_NAME: usize = 1024;
@@ -26,9 +26,9 @@ pub struct HarnessResult {
     /// Number of questions, if the file says.
     pub questions: Option<usize>,
     /// `acc`, if it was measured.
-    pub accuracy: Option<Measurement>,
+    pub accuracy: Option<Proportion>,
     /// `acc_norm`, if it was measured.
-    pub accuracy_norm: Option<Measurement>,
+    pub accuracy_norm: Option<Proportion>,
 }
 
 impl HarnessResult {
@@ -82,7 +82,7 @@ pub fn read_harness(path: &Path) -> Result<Vec<HarnessResult>, FormatError> {
             let value = measured.get(format!("{metric},none"))?.as_f64()?;
             let stderr = measured.get(format!("{metric}_stderr,none"));
             let stderr = stderr.and_then(Value::as_f64);
-            Some(Measurement { value, stderr })
+            Some(Proportion { value, stderr })
         };
         let result = HarnessResult {
             task: task.clone(),

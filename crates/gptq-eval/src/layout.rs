@@ -8,10 +8,10 @@ use crate::EvalError;
 use crate::layouts::{medmcqa, medqa, mmlu, plain, pubmedqa};
 use crate::question::QuestionRow;
 
-/// Layout of a task file, with the template that lm-evaluation-harness has for it.
+/// TaskLayout of a task file, with the template that lm-evaluation-harness has for it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Layout {
-    /// Rows with `prompt`, or `question` and perhaps `context`; `choices`; `answer`.
+pub enum TaskLayout {
+    /// TaskRows with `prompt`, or `question` and perhaps `context`; `choices`; `answer`.
     #[default]
     Plain,
     /// PubMedQA's `ori_pqal.json`: questions by their PubMed id.
@@ -24,48 +24,48 @@ pub enum Layout {
     MedQa,
 }
 
-/// Rows of a file, and those beside them that may serve as shots.
+/// TaskRows of a file, and those beside them that may serve as shots.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Rows {
+pub(crate) struct TaskRows {
     pub(crate) questions: Vec<QuestionRow>,
     pub(crate) others: Vec<QuestionRow>,
 }
 
-impl Layout {
+impl TaskLayout {
     /// All layouts that have a name.
-    pub const NAMED: [Layout; 4] = [
-        Layout::PubMedQa,
-        Layout::Mmlu,
-        Layout::MedMcQa,
-        Layout::MedQa,
+    pub const NAMED: [TaskLayout; 4] = [
+        TaskLayout::PubMedQa,
+        TaskLayout::Mmlu,
+        TaskLayout::MedMcQa,
+        TaskLayout::MedQa,
     ];
 
     /// Returns its name on the command line.
     pub fn name(self) -> &'static str {
         match self {
-            Layout::Plain => "plain",
-            Layout::PubMedQa => "pubmedqa",
-            Layout::Mmlu => "mmlu",
-            Layout::MedMcQa => "medmcqa",
-            Layout::MedQa => "medqa",
+            TaskLayout::Plain => "plain",
+            TaskLayout::PubMedQa => "pubmedqa",
+            TaskLayout::Mmlu => "mmlu",
+            TaskLayout::MedMcQa => "medmcqa",
+            TaskLayout::MedQa => "medqa",
         }
     }
 
     /// Returns its template, which makes a row's text.
     pub fn template(self) -> &'static str {
         match self {
-            Layout::Plain => plain::TEMPLATE,
-            Layout::PubMedQa => pubmedqa::TEMPLATE,
-            Layout::Mmlu => mmlu::TEMPLATE,
-            Layout::MedMcQa => medmcqa::TEMPLATE,
-            Layout::MedQa => medqa::TEMPLATE,
+            TaskLayout::Plain => plain::TEMPLATE,
+            TaskLayout::PubMedQa => pubmedqa::TEMPLATE,
+            TaskLayout::Mmlu => mmlu::TEMPLATE,
+            TaskLayout::MedMcQa => medmcqa::TEMPLATE,
+            TaskLayout::MedQa => medqa::TEMPLATE,
         }
     }
 
     /// Returns the text before shots and questions of the file at `path`.
     pub(crate) fn description(self, path: &Path) -> String {
         match self {
-            Layout::Mmlu => mmlu::description(path),
+            TaskLayout::Mmlu => mmlu::description(path),
             _ => String::new(),
         }
     }
@@ -73,24 +73,24 @@ impl Layout {
     /// Returns the name of the task in the file at `path`.
     pub(crate) fn task_name(self, path: &Path) -> String {
         match self {
-            Layout::Plain => file_stem(path),
-            Layout::Mmlu => format!("mmlu_{}", mmlu::subject(path)),
+            TaskLayout::Plain => file_stem(path),
+            TaskLayout::Mmlu => format!("mmlu_{}", mmlu::subject(path)),
             named => named.name().to_owned(),
         }
     }
 
     /// Reads the rows of `path`; of PubMedQA, `split` is the file with the test questions' answers.
-    pub(crate) fn read(self, path: &Path, split: Option<&Path>) -> Result<Rows, EvalError> {
-        let alone = |questions| Rows {
+    pub(crate) fn read(self, path: &Path, split: Option<&Path>) -> Result<TaskRows, EvalError> {
+        let alone = |questions| TaskRows {
             questions,
             others: Vec::new(),
         };
         match self {
-            Layout::Plain => plain::read(path).map(alone),
-            Layout::PubMedQa => pubmedqa::read(path, split),
-            Layout::Mmlu => mmlu::read(path).map(alone),
-            Layout::MedMcQa => medmcqa::read(path).map(alone),
-            Layout::MedQa => medqa::read(path).map(alone),
+            TaskLayout::Plain => plain::read(path).map(alone),
+            TaskLayout::PubMedQa => pubmedqa::read(path, split),
+            TaskLayout::Mmlu => mmlu::read(path).map(alone),
+            TaskLayout::MedMcQa => medmcqa::read(path).map(alone),
+            TaskLayout::MedQa => medqa::read(path).map(alone),
         }
     }
 }
@@ -101,19 +101,19 @@ pub(crate) fn file_stem(path: &Path) -> String {
     name.split('.').next().unwrap_or_default().to_owned()
 }
 
-impl fmt::Display for Layout {
+impl fmt::Display for TaskLayout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
 }
 
-impl FromStr for Layout {
+impl FromStr for TaskLayout {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let named = Layout::NAMED.into_iter().find(|it| it.name() == text);
+        let named = TaskLayout::NAMED.into_iter().find(|it| it.name() == text);
         named.ok_or_else(|| {
-            let names: Vec<&str> = Layout::NAMED.iter().map(|it| it.name()).collect();
+            let names: Vec<&str> = TaskLayout::NAMED.iter().map(|it| it.name()).collect();
             format!("not one of {}", names.join(", "))
         })
     }

@@ -1,8 +1,8 @@
 //! Multiple-choice tasks, without running a model: questions from files, prompts, requests for log-likelihoods, and
 //! what comes of these, as lm-evaluation-harness does it.
 //!
-//! Reading order: [`Task`] is read from a file in one of several [`Layout`]s, as [`TaskOptions`] say; [`Encoder`] makes the
-//! [`Request`]s of its questions; [`Choice`] and [`TaskScore`] are what a model's log-likelihoods come to, and [`Paired`]
+//! Reading order: [`Task`] is read from a file in one of several [`TaskLayout`]s, as [`TaskOptions`] say; [`Encoder`] makes the
+//! [`ChoiceRequest`]s of its questions; [`Pick`] and [`TaskScore`] are what a model's log-likelihoods come to, and [`Paired`]
 //! compares two models; [`TaskResults`] is the record in a branch's directory, with [`HarnessResult`]s beside it.
 //!
 //! Source: lm_eval 0.4.13, `api/task.py` (prompts, metrics), `api/model.py` and `models/huggingface.py` (requests).
@@ -32,12 +32,12 @@ mod score;
 mod task;
 
 pub use context_length::context_length;
-pub use encode::{Encoded, Encoder, Request};
+pub use encode::{ChoiceRequest, EncodedTask, Encoder};
 pub use error::EvalError;
 pub use harness::{HarnessResult, read_harness};
-pub use layout::Layout;
+pub use layout::TaskLayout;
 pub use paired::Paired;
 pub use question::Question;
 pub use record::{DenseScore, TASK_RESULTS, TaskRecord, TaskResults};
-pub use score::{Choice, Measurement, TaskScore};
+pub use score::{Pick, Proportion, TaskScore};
 pub use task::{Task, TaskOptions};

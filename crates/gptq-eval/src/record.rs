@@ -7,7 +7,7 @@ use gptq_calibration::HashedFile;
 use gptq_format::{FileDigest, FormatError, read_json, write_json};
 use serde::{Deserialize, Serialize};
 
-use crate::{HarnessResult, Measurement, Paired};
+use crate::{HarnessResult, Paired, Proportion};
 
 /// File name of the record in a branch directory.
 pub const TASK_RESULTS: &str = "eval.json";
@@ -40,7 +40,7 @@ pub struct TaskRecord {
     pub name: String,
     /// File of the questions.
     pub file: HashedFile,
-    /// Layout of the file.
+    /// TaskLayout of the file.
     pub layout: String,
     /// Template of a question.
     pub template: String,
@@ -66,9 +66,9 @@ pub struct TaskRecord {
     /// Number of requests that were cut, of one for each choice.
     pub cut: usize,
     /// Share of questions whose likeliest choice is right.
-    pub accuracy: Measurement,
+    pub accuracy: Proportion,
     /// The same by likelihood for each character.
-    pub accuracy_norm: Measurement,
+    pub accuracy_norm: Proportion,
     /// What the dense model answered, if it was asked in the same call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dense: Option<DenseScore>,
@@ -82,9 +82,9 @@ pub struct TaskRecord {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DenseScore {
     /// Its share of right answers by likelihood.
-    pub accuracy: Measurement,
+    pub accuracy: Proportion,
     /// The same by likelihood for each character.
-    pub accuracy_norm: Measurement,
+    pub accuracy_norm: Proportion,
     /// Questions that only it, and only the branch, answers rightly.
     pub flips: Paired,
 }

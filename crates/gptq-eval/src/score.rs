@@ -6,20 +6,20 @@ use crate::Question;
 
 /// Choices of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Choice {
+pub struct Pick {
     /// Index of the likeliest choice.
     pub plain: usize,
     /// Index of the choice with the greatest log-likelihood for each of its characters.
     pub normalized: usize,
 }
 
-impl Choice {
+impl Pick {
     /// Chooses among choices with these log-likelihoods; of equals the first. A choice without characters is chosen by length
     /// only where all are as unlikely as can be.
     pub fn of(question: &Question, log_likelihoods: &[f64]) -> Self {
         let characters = question.choices.iter().map(|it| it.chars().count() as f64);
         let each = log_likelihoods.iter().zip(characters);
-        Choice {
+        Pick {
             plain: likeliest(log_likelihoods.iter().copied()),
             normalized: likeliest(each.map(|(l, n)| l / n)),
         }
@@ -42,21 +42,21 @@ fn likeliest(values: impl Iterator<Item = f64>) -> usize {
 
 /// A share of right answers.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Measurement {
+pub struct Proportion {
     /// The share, 0 to 1.
     pub value: f64,
     /// Its standard error, `sqrt(p (1 - p) / (n - 1))`; `None` for a single question.
     pub stderr: Option<f64>,
 }
 
-impl Measurement {
+impl Proportion {
     /// Measures answers, of which there is at least one.
     pub fn of(right: &[bool]) -> Self {
         let n = right.len() as f64;
         let value = right.iter().filter(|right| **right).count() as f64 / n;
         // The sample's standard deviation, over the root of n.
         let variance = value * (1.0 - value) * n / (n - 1.0);
-        Measurement {
+        Proportion {
             value,
             stderr: (right.len() > 1).then(|| (variance / n).sqrt()),
         }
@@ -67,28 +67,28 @@ impl Measurement {
 #[derive(Clone, Debug, PartialEq)]
 pub struct TaskScore {
     /// Its choices, one for each question.
-    pub choices: Vec<Choice>,
+    pub choices: Vec<Pick>,
     /// Those by likelihood that are right.
     pub right: Vec<bool>,
     /// Share of right answers by likelihood.
-    pub accuracy: Measurement,
+    pub accuracy: Proportion,
     /// Share of right answers by likelihood for each character.
-    pub accuracy_norm: Measurement,
+    pub accuracy_norm: Proportion,
 }
 
 impl TaskScore {
     /// Scores the log-likelihoods of all choices of all `questions`, of which there is at least one.
     pub fn of(questions: &[Question], log_likelihoods: &[Vec<f64>]) -> Self {
         let both = questions.iter().zip(log_likelihoods);
-        let choices: Vec<Choice> = both.map(|(q, l)| Choice::of(q, l)).collect();
-        let with = |choice: fn(&Choice) -> usize| -> Vec<bool> {
+        let choices: Vec<Pick> = both.map(|(q, l)| Pick::of(q, l)).collect();
+        let with = |choice: fn(&Pick) -> usize| -> Vec<bool> {
             let both = questions.iter().zip(&choices);
             both.map(|(q, it)| choice(it) == q.answer).collect()
         };
         let right = with(|it| it.plain);
         TaskScore {
-            accuracy: Measurement::of(&right),
-            accuracy_norm: Measurement::of(&with(|it| it.normalized)),
+            accuracy: Proportion::of(&right),
+            accuracy_norm: Proportion::of(&with(|it| it.normalized)),
             right,
             choices,
         }
@@ -110,7 +110,7 @@ mod tests {
 
     #[test]
     fn of_equals_the_first_is_chosen_and_length_counts_in_characters() {
-        let of = |choices: &[&str], l: &[f64]| Choice::of(&question(choices), l);
+        let of = |choices: &[&str], l: &[f64]| Pick::of(&question(choices), l);
         let tie = of(&["a", "b", "c"], &[-2.0, -1.0, -1.0]);
         assert_eq!((tie.plain, tie.normalized), (1, 1));
         // Two characters of two bytes each: -1 a character against -0.9.
@@ -125,11 +125,11 @@ mod tests {
 
     #[test]
     fn a_standard_error_is_that_of_the_sample() {
-        let found = Measurement::of(&[true, true, false, true]);
+        let found = Proportion::of(&[true, true, false, true]);
         assert_eq!(found.value, 0.75);
         // Deviations (1/4)² thrice and (3/4)² once, over 3, over 4.
         let right = (0.75f64 / 3.0 / 4.0).sqrt();
         assert!((found.stderr.unwrap() - right).abs() < 1e-15);
-        assert_eq!(Measurement::of(&[true]).stderr, None);
+        assert_eq!(Proportion::of(&[true]).stderr, None);
     }
 }

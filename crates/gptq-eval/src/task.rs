@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use gptq_calibration::HashedFile;
 use gptq_format::FileDigest;
 
-use crate::layout::Rows;
+use crate::layout::TaskRows;
 use crate::prompt::PromptText;
 use crate::question::{QuestionRow, letter};
-use crate::{EvalError, Layout, Question};
+use crate::{EvalError, Question, TaskLayout};
 
 /// Text between a shot and what follows it, as in the harness.
 const SHOT_DELIMITER: &str = "\n\n";
@@ -24,8 +24,8 @@ const SHOT_DELIMITER: &str = "\n\n";
 pub struct TaskOptions {
     /// File of the questions.
     pub file: PathBuf,
-    /// Layout of its rows.
-    pub layout: Layout,
+    /// TaskLayout of its rows.
+    pub layout: TaskLayout,
     /// Name, in place of the layout's.
     pub name: Option<String>,
     /// Template of a question, in place of the layout's.
@@ -48,7 +48,7 @@ pub struct TaskOptions {
 
 impl TaskOptions {
     /// Returns the options of a task file in a layout.
-    pub fn new(file: &Path, layout: Layout) -> Self {
+    pub fn new(file: &Path, layout: TaskLayout) -> Self {
         TaskOptions {
             file: file.into(),
             layout,
@@ -74,8 +74,8 @@ pub struct Task {
     pub file: PathBuf,
     /// The file, hashed.
     pub hashed: HashedFile,
-    /// Layout of the file.
-    pub layout: Layout,
+    /// TaskLayout of the file.
+    pub layout: TaskLayout,
     /// Template of a question.
     pub template: String,
     /// Text before everything.
@@ -103,7 +103,7 @@ impl Task {
         let (file, layout) = (options.file.as_path(), options.layout);
         let template = options.template.as_deref().unwrap_or(layout.template());
         let text = PromptText::new(template)?;
-        let Rows { questions, others } = layout.read(file, options.split.as_deref())?;
+        let TaskRows { questions, others } = layout.read(file, options.split.as_deref())?;
         let available = questions.len();
         let asked = options.limit.unwrap_or(usize::MAX);
         let make = |file: &Path, rows: Vec<QuestionRow>| -> Result<Vec<Question>, EvalError> {

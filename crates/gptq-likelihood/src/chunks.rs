@@ -14,18 +14,18 @@ const REPEAT: usize = 8;
 
 /// Tokens that go through a block at once.
 #[derive(Debug, Default)]
-pub(crate) struct Chunk {
+pub(crate) struct TextChunk {
     /// The tokens of its stretches, one after the other.
     pub(crate) tokens: Vec<u32>,
     pub(crate) stretches: Vec<Stretch>,
 }
 
 /// Chunks that share a cache, in their order.
-pub(crate) type Bundle = Vec<Chunk>;
+pub(crate) type Bundle = Vec<TextChunk>;
 
-/// Place of a node's first token.
+/// NodePlace of a node's first token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct NodePlace {
     pub(crate) bundle: usize,
     pub(crate) chunk: usize,
     pub(crate) row: usize,
@@ -36,7 +36,7 @@ pub(crate) struct Place {
 pub(crate) struct Chunks {
     pub(crate) bundles: Vec<Bundle>,
     /// For each node.
-    pub(crate) places: Vec<Place>,
+    pub(crate) places: Vec<NodePlace>,
 }
 
 impl Chunks {
@@ -44,7 +44,7 @@ impl Chunks {
     pub(crate) fn cut(forest: &Forest, texts: &[&[u32]], most: usize) -> Chunks {
         let mut chunks = Chunks {
             bundles: Vec::new(),
-            places: vec![Place::default(); forest.nodes.len()],
+            places: vec![NodePlace::default(); forest.nodes.len()],
         };
         let size = |tree: &std::ops::Range<usize>| -> usize {
             forest.nodes[tree.clone()].iter().map(|it| it.len()).sum()
@@ -62,7 +62,7 @@ impl Chunks {
         for tree in trees {
             let size = size(&tree);
             if held.saturating_add(size) > most {
-                chunks.bundles.push(vec![Chunk::default()]);
+                chunks.bundles.push(vec![TextChunk::default()]);
                 held = 0;
             }
             held += size;
@@ -82,12 +82,12 @@ impl Chunks {
     ) {
         let root = tree.start;
         let enough = most.max(REPEAT * forest.nodes[root].len());
-        self.bundles.push(vec![Chunk::default()]);
+        self.bundles.push(vec![TextChunk::default()]);
         let (mut in_bundle, mut in_chunk) = (0, 0);
         for node in tree {
             let len = forest.nodes[node].len();
             if forest.nodes[node].parent == Some(root) && in_bundle >= enough {
-                self.bundles.push(vec![Chunk::default()]);
+                self.bundles.push(vec![TextChunk::default()]);
                 let first = self.places[root];
                 self.add(forest, texts, root);
                 self.places[root] = first;
@@ -98,7 +98,7 @@ impl Chunks {
                 self.bundles
                     .last_mut()
                     .expect("one was begun")
-                    .push(Chunk::default());
+                    .push(TextChunk::default());
                 in_chunk = 0;
             }
             self.add(forest, texts, node);
@@ -114,7 +114,7 @@ impl Chunks {
         let chunks = self.bundles.last_mut().expect("one was begun");
         let at = chunks.len() - 1;
         let chunk = chunks.last_mut().expect("a bundle has a chunk");
-        self.places[node] = Place {
+        self.places[node] = NodePlace {
             bundle,
             chunk: at,
             row: chunk.tokens.len(),

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use gptq_calibration::TextTokenizer;
-use gptq_eval::{Encoder, Layout, Task, TaskOptions, TaskScore, context_length};
+use gptq_eval::{Encoder, Task, TaskLayout, TaskOptions, TaskScore, context_length};
 use gptq_format::{read_json, sha256};
 use gptq_kernels::Device;
 use serde_json::{Value, json};
@@ -21,9 +21,12 @@ fn task(name: &str, golden: &Value) -> Task {
     let (file, layout) = match name.starts_with("pubmedqa") {
         true => (
             "tests/data/pubmedqa/ori_pqal.json".to_owned(),
-            Layout::PubMedQa,
+            TaskLayout::PubMedQa,
         ),
-        false => (format!("tests/data/choices/{name}.jsonl"), Layout::Plain),
+        false => (
+            format!("tests/data/choices/{name}.jsonl"),
+            TaskLayout::Plain,
+        ),
     };
     Task::read(&TaskOptions {
         delimiter: golden["delimiter"].as_str().unwrap().to_owned(),

@@ -4,7 +4,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
-use gptq_eval::Request;
+use gptq_eval::ChoiceRequest;
 use gptq_kernels::{Engine, map_lanes};
 use gptq_model::{Cache, Flow, Head, Model, StretchLayout};
 use gptq_spec::Rope;
@@ -21,7 +21,7 @@ const LOGIT_ROWS: usize = 512;
 
 /// Something to predict: a token, from a row of a chunk.
 #[derive(Clone, Copy, Debug)]
-struct Target {
+struct Prediction {
     row: usize,
     token: u32,
     request: usize,
@@ -34,7 +34,7 @@ struct Running<B: Engine> {
 }
 
 /// A model, what was done with it and what is left.
-pub(crate) struct Pass<'a, B: Engine> {
+pub(crate) struct LikelihoodPass<'a, B: Engine> {
     model: &'a Model<B>,
     head: Option<Head<B>>,
     /// Sums of the requests so far.
@@ -46,28 +46,28 @@ pub(crate) struct Pass<'a, B: Engine> {
 }
 
 /// Requests whose rotary frequencies are the same, as they lie in chunks.
-struct Group {
+struct RequestGroup {
     longest: usize,
-    bundles: Vec<(Bundle, Vec<Vec<Target>>)>,
+    bundles: Vec<(Bundle, Vec<Vec<Prediction>>)>,
 }
 
-impl<'a, B: Engine> Pass<'a, B> {
+impl<'a, B: Engine> LikelihoodPass<'a, B> {
     /// Returns the log-likelihood of each request's last tokens.
     pub(crate) fn run(
         model: &'a Model<B>,
-        requests: &[Request],
+        requests: &[ChoiceRequest],
         on_progress: &'a mut dyn FnMut(f64),
     ) -> Result<Vec<f64>, LikelihoodError> {
-        let groups: Vec<Group> = alike(model, requests)
+        let groups: Vec<RequestGroup> = alike(model, requests)
             .into_iter()
-            .map(|indices| Group::new::<B>(requests, &indices))
+            .map(|indices| RequestGroup::new::<B>(requests, &indices))
             .collect();
-        let mut pass = Pass {
+        let mut pass = LikelihoodPass {
             model,
             head: None,
             sums: vec![0.0; requests.len()],
             done: 0,
-            all: groups.iter().map(Group::tokens).sum(),
+            all: groups.iter().map(RequestGroup::tokens).sum(),
             on_progress,
         };
         for group in groups {
@@ -81,7 +81,7 @@ impl<'a, B: Engine> Pass<'a, B> {
         }
     }
 
-    fn group(&mut self, group: Group) -> Result<(), LikelihoodError> {
+    fn group(&mut self, group: RequestGroup) -> Result<(), LikelihoodError> {
         let hidden = self.model.config().hidden_size * self.model.dtype().size();
         let most = (STATES / hidden.max(1)).max(1);
         let (mut slab, mut held) = (Vec::new(), 0);
@@ -100,7 +100,7 @@ impl<'a, B: Engine> Pass<'a, B> {
     /// Runs bundles whose hidden states are held together.
     fn slab(
         &mut self,
-        bundles: Vec<(Bundle, Vec<Vec<Target>>)>,
+        bundles: Vec<(Bundle, Vec<Vec<Prediction>>)>,
         longest: usize,
     ) -> Result<(), LikelihoodError> {
         let (model, device) = (self.model, self.model.device());
@@ -160,9 +160,9 @@ impl<'a, B: Engine> Pass<'a, B> {
     }
 
     /// Adds the log-likelihoods of a chunk's targets.
-    fn score(&mut self, head: &Head<B>, flow: &Flow<B>, mut targets: Vec<Target>) {
+    fn score(&mut self, head: &Head<B>, flow: &Flow<B>, mut targets: Vec<Prediction>) {
         targets.sort_by_key(|target| target.row);
-        let by_row: Vec<&[Target]> = targets.chunk_by(|a, b| a.row == b.row).collect();
+        let by_row: Vec<&[Prediction]> = targets.chunk_by(|a, b| a.row == b.row).collect();
         for rows in by_row.chunks(head.rows_at_once().min(LOGIT_ROWS)) {
             let ids: Vec<i32> = rows.iter().map(|row| row[0].row as i32).collect();
             let data = TensorData::new(ids, [rows.len()]);
@@ -179,30 +179,30 @@ impl<'a, B: Engine> Pass<'a, B> {
     }
 }
 
-impl Group {
+impl RequestGroup {
     /// Makes chunks of the requests `indices`.
-    fn new<B: Engine>(requests: &[Request], indices: &[usize]) -> Group {
+    fn new<B: Engine>(requests: &[ChoiceRequest], indices: &[usize]) -> RequestGroup {
         let texts: Vec<&[u32]> = (indices.iter())
             .map(|index| input(&requests[*index]))
             .collect();
         let forest = Forest::grow(&texts);
         let Chunks { bundles, places } = Chunks::cut(&forest, &texts, B::CHUNK_TOKENS);
-        let mut targets: Vec<Vec<Vec<Target>>> = (bundles.iter())
+        let mut targets: Vec<Vec<Vec<Prediction>>> = (bundles.iter())
             .map(|bundle| bundle.iter().map(|_| Vec::new()).collect())
             .collect();
         for (text, &request) in indices.iter().enumerate() {
-            let Request { tokens, scored } = &requests[request];
+            let ChoiceRequest { tokens, scored } = &requests[request];
             for position in texts[text].len() - scored..texts[text].len() {
                 let node = forest.holding(text, position);
                 let place = places[node];
-                targets[place.bundle][place.chunk].push(Target {
+                targets[place.bundle][place.chunk].push(Prediction {
                     row: place.row + position - forest.nodes[node].start,
                     token: tokens[position + 1],
                     request,
                 });
             }
         }
-        Group {
+        RequestGroup {
             longest: texts.iter().map(|it| it.len()).max().unwrap_or_default(),
             bundles: bundles.into_iter().zip(targets).collect(),
         }
@@ -214,7 +214,7 @@ impl Group {
 }
 
 /// What the model is given of a request: all but the last token, which nothing follows.
-fn input(request: &Request) -> &[u32] {
+fn input(request: &ChoiceRequest) -> &[u32] {
     &request.tokens[..request.tokens.len() - 1]
 }
 
@@ -223,7 +223,7 @@ fn tokens(bundle: &Bundle) -> usize {
 }
 
 /// Groups requests, by their indices, whose lengths have the same rotary frequencies.
-fn alike<B: Engine>(model: &Model<B>, requests: &[Request]) -> Vec<Vec<usize>> {
+fn alike<B: Engine>(model: &Model<B>, requests: &[ChoiceRequest]) -> Vec<Vec<usize>> {
     let config = model.config();
     let ropes: [&Rope; 2] = [&config.rope, &config.sliding_rope];
     let len = |index: &usize| input(&requests[*index]).len();

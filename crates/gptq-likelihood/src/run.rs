@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use gptq_eval::Request;
+use gptq_eval::ChoiceRequest;
 use gptq_kernels::{Device, Engine, Work};
 use gptq_model::Model;
 
 use crate::LikelihoodError;
-use crate::pass::Pass;
+use crate::pass::LikelihoodPass;
 
 /// Loads the checkpoint in `dir`, dense or quantized, and returns the log-likelihood of each request: the sum of `ln p` of its
 /// scored tokens, each after all tokens before it; 0 where there is none. What requests begin with alike is run once. `on_progress` receives the
@@ -18,7 +18,7 @@ use crate::pass::Pass;
 pub fn log_likelihoods(
     dir: &Path,
     device: Device,
-    requests: &[Request],
+    requests: &[ChoiceRequest],
     on_progress: &mut dyn FnMut(f64),
 ) -> Result<Vec<f64>, LikelihoodError> {
     device.resolve()?.run(Likelihoods {
@@ -30,7 +30,7 @@ pub fn log_likelihoods(
 
 struct Likelihoods<'a> {
     dir: &'a Path,
-    requests: &'a [Request],
+    requests: &'a [ChoiceRequest],
     on_progress: &'a mut dyn FnMut(f64),
 }
 
@@ -39,6 +39,6 @@ impl Work for Likelihoods<'_> {
 
     fn run<B: Engine>(self, device: B::Device) -> Self::Output {
         let model = Model::<B>::open(self.dir, &device)?;
-        Pass::run(&model, self.requests, self.on_progress)
+        LikelihoodPass::run(&model, self.requests, self.on_progress)
     }
 }

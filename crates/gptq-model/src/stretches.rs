@@ -33,7 +33,7 @@ pub struct StretchLayout<B: Engine> {
     /// Number of positions that rotary tables need.
     longest: usize,
     windows: Vec<StretchWindows<B>>,
-    steps: Vec<Step>,
+    steps: Vec<JoinStep>,
     /// For each token, its row in the outputs of the windows and then of the steps after others.
     order: Tensor<B, 1, Int>,
 }
@@ -48,7 +48,7 @@ pub(crate) struct StretchWindows<B: Engine> {
 
 /// A stretch that joins the cache.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Step {
+pub(crate) struct JoinStep {
     /// Row of its first token.
     pub(crate) row: usize,
     /// Number of its tokens.
@@ -120,7 +120,7 @@ impl<B: Engine> StretchLayout<B> {
                 }
             }
             if start > 0 || continued {
-                steps.push(Step { row, len, start });
+                steps.push(JoinStep { row, len, start });
             }
         }
         StretchLayout {
@@ -144,7 +144,7 @@ impl<B: Engine> StretchLayout<B> {
         &self.windows
     }
 
-    pub(crate) fn steps(&self) -> &[Step] {
+    pub(crate) fn steps(&self) -> &[JoinStep] {
         &self.steps
     }
 

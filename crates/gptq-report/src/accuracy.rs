@@ -26,7 +26,7 @@ pub struct Accuracy {
     pub dense_accuracy: Option<f64>,
     /// Everything that makes it comparable.
     #[serde(skip)]
-    key: String,
+    pub(crate) key: String,
 }
 
 impl Accuracy {

@@ -9,8 +9,8 @@ use anyhow::{Result, bail, ensure};
 use clap::Args;
 use gptq_calibration::{Calibration, RUN, TextTokenizer};
 use gptq_eval::{
-    DenseScore, Encoded, Encoder, Layout, Measurement, Paired, TASK_RESULTS, Task, TaskOptions,
-    TaskRecord, TaskResults, TaskScore, context_length, read_harness,
+    DenseScore, EncodedTask, Encoder, Paired, Proportion, TASK_RESULTS, Task, TaskLayout,
+    TaskOptions, TaskRecord, TaskResults, TaskScore, context_length, read_harness,
 };
 use gptq_format::{FileDigest, FormatError};
 use gptq_kernels::Device;
@@ -34,10 +34,10 @@ pub(crate) struct EvalArgs {
     /// .jsonl), or in the layout of --preset; may be repeated
     #[arg(long, value_name = "FILE", required_unless_present = "harness")]
     task: Vec<PathBuf>,
-    /// Layout of the file, and template: pubmedqa (ori_pqal.json, test split by test_ground_truth.json beside it), mmlu (a subject's
+    /// TaskLayout of the file, and template: pubmedqa (ori_pqal.json, test split by test_ground_truth.json beside it), mmlu (a subject's
     /// CSV), medmcqa or medqa (JSON lines)
     #[arg(long, value_name = "NAME")]
-    preset: Option<Layout>,
+    preset: Option<TaskLayout>,
     /// Name of the task in tables [default: from the preset or the file]
     #[arg(long, value_name = "TEXT")]
     name: Option<String>,
@@ -86,7 +86,7 @@ pub(crate) struct EvalArgs {
 }
 
 /// A checkpoint to ask.
-struct Asked {
+struct AskedModel {
     name: String,
     dir: PathBuf,
     quantized: bool,
@@ -96,7 +96,7 @@ struct Asked {
 
 /// What a model answered to a task.
 struct Answers {
-    encoded: Encoded,
+    encoded: EncodedTask,
     beginning_token: bool,
     context: usize,
     log_likelihoods: Vec<Vec<f64>>,
@@ -125,7 +125,7 @@ pub(crate) fn run(args: EvalArgs) -> Result<()> {
         let (found, digests) = thread::scope(|scope| {
             // Hashing reads what the run reads anyway.
             let save = model.quantized && !args.no_save;
-            let hashing = scope.spawn(|| save.then(|| model.digests()).transpose());
+            let hashing = scope.spawn(move || save.then(|| model.digests()).transpose());
             let found = model.ask(&tasks, &args, device, &mut warn)?;
             let digests = hashing
                 .join()
@@ -187,7 +187,7 @@ impl EvalArgs {
 }
 
 /// Returns the checkpoints that `paths` name, those of a directory of branches one by one.
-fn models(paths: &[PathBuf]) -> Result<Vec<Asked>> {
+fn models(paths: &[PathBuf]) -> Result<Vec<AskedModel>> {
     let mut found = Vec::new();
     for path in paths {
         match path.join("config.json").exists() {
@@ -207,7 +207,7 @@ fn models(paths: &[PathBuf]) -> Result<Vec<Asked>> {
             let census = Census::take(&dir)?;
             census.warnings.iter().for_each(|it| log::warning(it));
             let alike = names.iter().filter(|name| **name == names[at]).count();
-            Ok(Asked {
+            Ok(AskedModel {
                 name: match alike {
                     1 => names[at].clone(),
                     _ => dir.display().to_string(),
@@ -220,7 +220,7 @@ fn models(paths: &[PathBuf]) -> Result<Vec<Asked>> {
         .collect()
 }
 
-impl Asked {
+impl AskedModel {
     fn digests(&self) -> Result<BTreeMap<String, FileDigest>, FormatError> {
         let files = self.weights.iter().map(|name| {
             let digest = FileDigest::of(&self.dir.join(name), || false)?;
@@ -242,7 +242,7 @@ impl Asked {
         let context = context_length(&self.dir)?;
         let encoder = Encoder::new(&tokenizer, !args.no_bos, context);
         let encoded = tasks.iter().map(|task| encoder.encode(task));
-        let encoded: Vec<Encoded> = encoded.collect::<Result<_, _>>()?;
+        let encoded: Vec<EncodedTask> = encoded.collect::<Result<_, _>>()?;
         for (task, encoded) in tasks.iter().zip(&encoded) {
             let all = encoded.questions.iter().map(Vec::len).sum::<usize>();
             if encoded.cut > 0 {
@@ -291,7 +291,7 @@ impl Asked {
 
 /// Warns of tasks whose text is also that of the calibration: the same file by a branch's report, or runs of tokens that also
 /// occur in the rows of the recipe.
-fn shared_text(args: &EvalArgs, tasks: &[Task], models: &[Asked]) -> Result<Vec<String>> {
+fn shared_text(args: &EvalArgs, tasks: &[Task], models: &[AskedModel]) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for model in models {
         if !model.dir.join(REPORT).is_file() {
@@ -372,7 +372,7 @@ fn record(
 
 /// Adds records to a branch's `eval.json`; returns a warning if those in it were of other weights.
 fn save(
-    model: &Asked,
+    model: &AskedModel,
     weights: BTreeMap<String, FileDigest>,
     records: Vec<TaskRecord>,
 ) -> Result<Option<String>> {
@@ -386,7 +386,7 @@ fn save(
 
 /// Returns the record of a branch, without what is of other weights, and a warning if there was any.
 fn standing(
-    model: &Asked,
+    model: &AskedModel,
     weights: BTreeMap<String, FileDigest>,
 ) -> Result<(TaskResults, Option<String>)> {
     let before = TaskResults::read(&model.dir)?.unwrap_or_default();
@@ -407,7 +407,7 @@ fn standing(
 }
 
 /// Adds the harness's results to the one branch that they are of.
-fn add_harness(file: &Path, models: &[Asked], as_json: bool) -> Result<()> {
+fn add_harness(file: &Path, models: &[AskedModel], as_json: bool) -> Result<()> {
     let found = read_harness(file)?;
     let [model] = models else {
         bail!(
@@ -435,7 +435,7 @@ fn add_harness(file: &Path, models: &[Asked], as_json: bool) -> Result<()> {
     let heading = ["task", "accuracy", "by length", "questions"].map(String::from);
     let mut rows = vec![heading.to_vec()];
     for result in &found {
-        let shown = |it: Option<Measurement>| it.map_or_else(|| "-".to_owned(), percent);
+        let shown = |it: Option<Proportion>| it.map_or_else(|| "-".to_owned(), percent);
         let questions = result.questions.map(|n| n.to_string());
         rows.push(vec![
             result.heading(),
@@ -449,12 +449,12 @@ fn add_harness(file: &Path, models: &[Asked], as_json: bool) -> Result<()> {
 }
 
 /// Formats a share with its standard error, in percent.
-fn percent(it: Measurement) -> String {
+fn percent(it: Proportion) -> String {
     let stderr = it.stderr.map(|error| format!(" ± {:.2}", 100.0 * error));
     format!("{:.2}{} %", 100.0 * it.value, stderr.unwrap_or_default())
 }
 
-fn show(task: &Task, at: usize, models: &[Asked], answers: &[Vec<Answers>], reference: usize) {
+fn show(task: &Task, at: usize, models: &[AskedModel], answers: &[Vec<Answers>], reference: usize) {
     let n = task.questions.len();
     let shots = match task.shots {
         0 => String::new(),
@@ -479,7 +479,7 @@ fn show(task: &Task, at: usize, models: &[Asked], answers: &[Vec<Answers>], refe
     let mut rows = vec![heading.map(String::from).to_vec()];
     for (model, answers_of) in models.iter().zip(answers) {
         let (own, right) = (&answers_of[at].score, &answers[reference][at].score);
-        let difference = |own: Measurement, right: Measurement| {
+        let difference = |own: Proportion, right: Proportion| {
             format!("{:+.2}", 100.0 * (own.value - right.value))
         };
         rows.push(vec![
@@ -512,9 +512,9 @@ fn show(task: &Task, at: usize, models: &[Asked], answers: &[Vec<Answers>], refe
 /// Compares every two models, the earlier with the later.
 fn pairs<'a>(
     at: usize,
-    models: &'a [Asked],
+    models: &'a [AskedModel],
     answers: &[Vec<Answers>],
-) -> Vec<(&'a Asked, &'a Asked, Paired)> {
+) -> Vec<(&'a AskedModel, &'a AskedModel, Paired)> {
     let all = models.iter().zip(answers).enumerate();
     let pairs = all.flat_map(|(n, (first, own))| {
         let later = models.iter().zip(answers).skip(n + 1);
@@ -526,7 +526,7 @@ fn pairs<'a>(
     pairs.collect()
 }
 
-fn as_json(task: &Task, at: usize, models: &[Asked], answers: &[Vec<Answers>]) -> Value {
+fn as_json(task: &Task, at: usize, models: &[AskedModel], answers: &[Vec<Answers>]) -> Value {
     let asked = models.iter().zip(answers).map(|(model, answers)| {
         let own = &answers[at];
         let questions = task.questions.iter().enumerate().map(|(n, question)| {

@@ -10,7 +10,7 @@ use gptq_format::read_json_within;
 
 use super::rows;
 use crate::EvalError;
-use crate::layout::Rows;
+use crate::layout::TaskRows;
 use crate::question::QuestionRow;
 
 /// Template of the harness.
@@ -25,7 +25,7 @@ const MAX_FILE: u64 = 64 << 20;
 const SPLIT: &str = "test_ground_truth.json";
 
 /// Reads the test questions, and the others: all are test questions if no file says which.
-pub(crate) fn read(path: &Path, split: Option<&Path>) -> Result<Rows, EvalError> {
+pub(crate) fn read(path: &Path, split: Option<&Path>) -> Result<TaskRows, EvalError> {
     let all = object(path)?;
     let beside = path.with_file_name(SPLIT);
     let split = match split {
@@ -33,7 +33,7 @@ pub(crate) fn read(path: &Path, split: Option<&Path>) -> Result<Rows, EvalError>
         None => Some(beside.as_path()).filter(|beside| beside.is_file()),
     };
     let truth = split.map(object).transpose()?;
-    let mut found = Rows::default();
+    let mut found = TaskRows::default();
     for (id, value) in &all {
         let place = format!("key {id}");
         let Some(row) = value.as_object() else {

@@ -1,4 +1,4 @@
-//! Rows of JSON files, and their cells.
+//! TaskRows of JSON files, and their cells.
 
 use std::ops::ControlFlow;
 use std::path::Path;

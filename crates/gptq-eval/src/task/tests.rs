@@ -9,11 +9,11 @@ fn pubmedqa() -> TaskOptions {
         env!("CARGO_MANIFEST_DIR"),
         "../../tests/data/pubmedqa/ori_pqal.json",
     ];
-    TaskOptions::new(&data.iter().collect::<PathBuf>(), Layout::PubMedQa)
+    TaskOptions::new(&data.iter().collect::<PathBuf>(), TaskLayout::PubMedQa)
 }
 
 /// Reads a task in a file of this name and text.
-fn read(name: &str, text: &str, layout: Layout) -> Result<Task, String> {
+fn read(name: &str, text: &str, layout: TaskLayout) -> Result<Task, String> {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join(name);
     fs::write(&file, text).unwrap();
@@ -65,7 +65,7 @@ fn pubmedqa_s_test_questions_are_asked_and_the_others_are_shots() {
 #[test]
 fn mmlu_s_rows_get_the_harness_s_prompt_with_the_subject_before_it() {
     let text = "\" What, is \"\"it\"\"? \",one,two,three,four,C\n5,6,7,8,9,A\n";
-    let task = read("college_biology_test.csv", text, Layout::Mmlu).unwrap();
+    let task = read("college_biology_test.csv", text, TaskLayout::Mmlu).unwrap();
     assert_eq!(task.name, "mmlu_college_biology");
     let prompt = "The following are multiple choice questions (with answers) about college biology.\n\n\
                   What, is \"it\"?\nA. one\nB. two\nC. three\nD. four\nAnswer:";
@@ -80,7 +80,7 @@ fn mmlu_s_rows_get_the_harness_s_prompt_with_the_subject_before_it() {
         ),
         ("", ["a_test.csv", "no rows", ""]),
     ] {
-        let error = read("a_test.csv", text, Layout::Mmlu).unwrap_err();
+        let error = read("a_test.csv", text, TaskLayout::Mmlu).unwrap_err();
         assert!(words.iter().all(|word| error.contains(word)), "{error}");
     }
 }
@@ -94,7 +94,7 @@ fn medmcqa_counts_its_options_from_1_or_from_0_and_one_file_says_which() {
     };
     let rows = |cops: &[u32]| cops.iter().map(|it| row(*it) + "\n").collect::<String>();
     let answers = |cops: &[u32]| {
-        let task = read("dev.json", &rows(cops), Layout::MedMcQa)?;
+        let task = read("dev.json", &rows(cops), TaskLayout::MedMcQa)?;
         let answers = task.questions.iter().map(|it| it.answer);
         Ok::<Vec<usize>, String>(answers.collect())
     };
@@ -108,7 +108,7 @@ fn medmcqa_counts_its_options_from_1_or_from_0_and_one_file_says_which() {
         let error = answers(cops).unwrap_err();
         assert!(error.contains(word), "{error}");
     }
-    let task = read("dev.jsonl", &rows(&[4]), Layout::MedMcQa).unwrap();
+    let task = read("dev.jsonl", &rows(&[4]), TaskLayout::MedMcQa).unwrap();
     let prompt = "Question: Q\nChoices:\nA. a\nB. b\nC. c\nD. d\nAnswer:";
     assert_eq!(task.prompt(&task.questions[0]), prompt);
 }
@@ -121,7 +121,7 @@ fn medqa_has_four_options_or_five() {
         )
     };
     let five = row(r#""A":"a","B":"b","C":"c","D":"d","E":"e""#, "E");
-    let task = read("test.jsonl", &five, Layout::MedQa).unwrap();
+    let task = read("test.jsonl", &five, TaskLayout::MedQa).unwrap();
     let prompt = "Question: Q\nA. a\nB. b\nC. c\nD. d\nE. e\nAnswer:";
     assert_eq!(task.prompt(&task.questions[0]), prompt);
     assert_eq!(
@@ -136,7 +136,7 @@ fn medqa_has_four_options_or_five() {
         ),
         (row(r#""A":"a","B":1"#, "A"), ["\"options\"", "row 0"]),
     ] {
-        let error = read("test.jsonl", &row, Layout::MedQa).unwrap_err();
+        let error = read("test.jsonl", &row, TaskLayout::MedQa).unwrap_err();
         assert!(words.iter().all(|word| error.contains(word)), "{error}");
     }
 }
@@ -174,18 +174,18 @@ fn a_bad_row_is_named_by_file_row_and_key() {
             ["\"answer\"", "numbered from 0"],
         ),
     ] {
-        let error = read("task.jsonl", &format!("{good}\n{row}\n"), Layout::Plain).unwrap_err();
+        let error = read("task.jsonl", &format!("{good}\n{row}\n"), TaskLayout::Plain).unwrap_err();
         let place = ["task.jsonl: row 1, "];
         let all = words.iter().chain(&place);
         assert!(all.clone().all(|word| error.contains(word)), "{error}");
     }
-    let error = read("task.jsonl", &format!("{good}\n{{"), Layout::Plain).unwrap_err();
+    let error = read("task.jsonl", &format!("{good}\n{{"), TaskLayout::Plain).unwrap_err();
     assert!(
         error.contains("task.jsonl") && error.contains("line 2"),
         "{error}"
     );
     let truth = r#"{"1": {"QUESTION": "Q", "CONTEXTS": ["c"], "final_decision": "perhaps"}}"#;
-    let error = read("ori_pqal.json", truth, Layout::PubMedQa).unwrap_err();
+    let error = read("ori_pqal.json", truth, TaskLayout::PubMedQa).unwrap_err();
     let words = [
         "ori_pqal.json",
         "key 1",
@@ -204,7 +204,7 @@ fn a_template_may_use_any_key_and_letters_stand_for_choices() {
     let options = TaskOptions {
         template: Some("{{ stem.strip() }}\nA. {{ choices[0] }}\nB. {{ choices[1] }}\n".to_owned()),
         letters: true,
-        ..TaskOptions::new(&file, Layout::Plain)
+        ..TaskOptions::new(&file, TaskLayout::Plain)
     };
     let task = Task::read(&options).unwrap();
     assert_eq!(task.prompt(&task.questions[0]), "Which?\nA. one\nB. two\n");
