@@ -5,7 +5,7 @@ use std::path::Path;
 use gptq_format::{FormatError, read_json};
 use serde_json::Value;
 
-/// Where no file says.
+/// Length that is assumed if no file has one.
 const DEFAULT: usize = 2048;
 
 /// Keys of `config.json`, in the order in which they count.

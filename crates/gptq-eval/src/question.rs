@@ -25,7 +25,7 @@ pub struct Question {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct QuestionRow {
     pub(crate) place: String,
-    /// What a template may use.
+    /// Values that a template may use.
     pub(crate) values: Map,
     pub(crate) choices: Vec<String>,
     pub(crate) answer: usize,

@@ -18,7 +18,7 @@ const MAX_QUESTIONS: usize = 1 << 20;
 /// Most bytes of a name or a template.
 const MAX_TEXT: usize = 1 << 16;
 
-/// What a branch answered to tasks.
+/// Answers of a branch to tasks.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TaskResults {
@@ -33,7 +33,7 @@ pub struct TaskResults {
     pub harness: Vec<HarnessResult>,
 }
 
-/// What a branch answered to a task.
+/// Answers of a branch to a task.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TaskRecord {
     /// Name of the task.
@@ -69,7 +69,7 @@ pub struct TaskRecord {
     pub accuracy: Proportion,
     /// The same by likelihood for each character.
     pub accuracy_norm: Proportion,
-    /// What the dense model answered, if it was asked in the same call.
+    /// Answers of the dense model, if it was asked in the same call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dense: Option<DenseScore>,
     /// Device of the run, `cpu` or `cuda`.
@@ -78,7 +78,7 @@ pub struct TaskRecord {
     pub seconds: f64,
 }
 
-/// What the dense model answered to a task.
+/// Answers of the dense model to a task.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DenseScore {
     /// Its share of right answers by likelihood.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Question;
 
-/// Choices of a model.
+/// Choice of a model among those of a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pick {
     /// Index of the likeliest choice.

@@ -19,7 +19,7 @@ use crate::{EvalError, Question, TaskLayout};
 /// Text between a shot and what follows it, as in the harness.
 const SHOT_DELIMITER: &str = "\n\n";
 
-/// How a task is read and asked.
+/// Options for reading a task and asking its questions.
 #[derive(Clone, Debug)]
 pub struct TaskOptions {
     /// File of the questions.

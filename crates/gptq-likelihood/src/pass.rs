@@ -213,7 +213,7 @@ impl RequestGroup {
     }
 }
 
-/// What the model is given of a request: all but the last token, which nothing follows.
+/// Input of the model for a request: all but the last token, which nothing follows.
 fn input(request: &ChoiceRequest) -> &[u32] {
     &request.tokens[..request.tokens.len() - 1]
 }

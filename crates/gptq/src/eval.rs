@@ -94,7 +94,7 @@ struct AskedModel {
     weights: Vec<String>,
 }
 
-/// What a model answered to a task.
+/// Answers of a model to a task.
 struct Answers {
     encoded: EncodedTask,
     beginning_token: bool,
