@@ -26,7 +26,6 @@ pub struct TextTokenizer {
     /// Needed only to encode text; token ids do without.
     end: Option<SpecialToken>,
     beginning: Option<SpecialToken>,
-    /// The token that is named `bos_token`, added to texts or not.
     bos: Option<SpecialToken>,
     padding: Option<u32>,
     /// End tokens according to `config.json` and `generation_config.json`.
@@ -363,8 +362,7 @@ fn own_ends(
     })
 }
 
-/// Facts from the model's own configs. Those are checked elsewhere: unreadable values are ignored
-/// here.
+/// Facts from the model's own configs, which are checked elsewhere: what cannot be read is ignored.
 #[derive(Default)]
 struct ConfigFacts {
     model_type: String,

@@ -5,13 +5,14 @@ use std::path::Path;
 use std::str::FromStr;
 
 use crate::EvalError;
+use crate::layouts::rows::file_stem;
 use crate::layouts::{medmcqa, medqa, mmlu, plain, pubmedqa};
-use crate::question::QuestionRow;
+use crate::question::TaskRows;
 
-/// TaskLayout of a task file, with the template that lm-evaluation-harness has for it.
+/// Layout of a task file, with the template that lm-evaluation-harness has for it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TaskLayout {
-    /// TaskRows with `prompt`, or `question` and perhaps `context`; `choices`; `answer`.
+    /// Rows with `prompt`, or `question` and perhaps `context`; `choices`; `answer`.
     #[default]
     Plain,
     /// PubMedQA's `ori_pqal.json`: questions by their PubMed id.
@@ -22,13 +23,6 @@ pub enum TaskLayout {
     MedMcQa,
     /// MedQA's JSON lines, with 4 or 5 options.
     MedQa,
-}
-
-/// TaskRows of a file, and those beside them that may serve as shots.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct TaskRows {
-    pub(crate) questions: Vec<QuestionRow>,
-    pub(crate) others: Vec<QuestionRow>,
 }
 
 impl TaskLayout {
@@ -93,12 +87,6 @@ impl TaskLayout {
             TaskLayout::MedQa => medqa::read(path).map(alone),
         }
     }
-}
-
-/// Returns a file's name up to its first dot.
-pub(crate) fn file_stem(path: &Path) -> String {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    name.split('.').next().unwrap_or_default().to_owned()
 }
 
 impl fmt::Display for TaskLayout {

@@ -31,6 +31,13 @@ pub(crate) struct QuestionRow {
     pub(crate) answer: usize,
 }
 
+/// Rows of a file, and those beside them that may serve as shots.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct TaskRows {
+    pub(crate) questions: Vec<QuestionRow>,
+    pub(crate) others: Vec<QuestionRow>,
+}
+
 /// Returns the letter of choice `index`, if it has one.
 pub(crate) fn letter(index: usize) -> Option<&'static str> {
     LETTERS.get(index..index + 1)

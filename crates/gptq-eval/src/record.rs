@@ -40,7 +40,7 @@ pub struct TaskRecord {
     pub name: String,
     /// File of the questions.
     pub file: HashedFile,
-    /// TaskLayout of the file.
+    /// Layout of the file.
     pub layout: String,
     /// Template of a question.
     pub template: String,

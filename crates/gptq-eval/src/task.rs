@@ -11,9 +11,8 @@ use std::path::{Path, PathBuf};
 use gptq_calibration::HashedFile;
 use gptq_format::FileDigest;
 
-use crate::layout::TaskRows;
 use crate::prompt::PromptText;
-use crate::question::{QuestionRow, letter};
+use crate::question::{QuestionRow, TaskRows, letter};
 use crate::{EvalError, Question, TaskLayout};
 
 /// Text between a shot and what follows it, as in the harness.
@@ -24,7 +23,7 @@ const SHOT_DELIMITER: &str = "\n\n";
 pub struct TaskOptions {
     /// File of the questions.
     pub file: PathBuf,
-    /// TaskLayout of its rows.
+    /// Layout of its rows.
     pub layout: TaskLayout,
     /// Name, in place of the layout's.
     pub name: Option<String>,
@@ -74,7 +73,7 @@ pub struct Task {
     pub file: PathBuf,
     /// The file, hashed.
     pub hashed: HashedFile,
-    /// TaskLayout of the file.
+    /// Layout of the file.
     pub layout: TaskLayout,
     /// Template of a question.
     pub template: String,

@@ -23,7 +23,7 @@ pub(crate) struct TextChunk {
 /// Chunks that share a cache, in their order.
 pub(crate) type Bundle = Vec<TextChunk>;
 
-/// NodePlace of a node's first token.
+/// Place of a node's first token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct NodePlace {
     pub(crate) bundle: usize,

@@ -1,29 +1,26 @@
 //! `gptq eval`: multiple-choice tasks put to branches and dense models, side by side.
 
 use std::collections::BTreeMap;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use gptq_calibration::{Calibration, RUN, TextTokenizer};
 use gptq_eval::{
-    DenseScore, EncodedTask, Encoder, Paired, Proportion, TASK_RESULTS, Task, TaskLayout,
-    TaskOptions, TaskRecord, TaskResults, TaskScore, context_length, read_harness,
+    DenseScore, Paired, Proportion, TASK_RESULTS, Task, TaskLayout, TaskOptions, TaskRecord,
+    TaskResults, read_harness,
 };
-use gptq_format::{FileDigest, FormatError};
+use gptq_format::FileDigest;
 use gptq_kernels::Device;
-use gptq_likelihood::log_likelihoods;
 use gptq_plan::{BranchReport, Plan, REPORT, Recipe};
-use gptq_spec::Census;
-use serde_json::{Value, json};
+use serde_json::json;
 
+use crate::asked_model::{Answers, AskedModel, models};
+use crate::eval_output::{as_json, percent, show};
 use crate::hub::{self, Need};
-use crate::table::{self, count};
-use crate::text_progress::TextProgress;
-use crate::verify::branches;
-use crate::{log, terminal};
+use crate::{log, table};
 
 #[derive(Args)]
 pub(crate) struct EvalArgs {
@@ -34,7 +31,7 @@ pub(crate) struct EvalArgs {
     /// .jsonl), or in the layout of --preset; may be repeated
     #[arg(long, value_name = "FILE", required_unless_present = "harness")]
     task: Vec<PathBuf>,
-    /// TaskLayout of the file, and template: pubmedqa (ori_pqal.json, test split by test_ground_truth.json beside it), mmlu (a subject's
+    /// Layout of the file, and template: pubmedqa (ori_pqal.json, test split by test_ground_truth.json beside it), mmlu (a subject's
     /// CSV), medmcqa or medqa (JSON lines)
     #[arg(long, value_name = "NAME")]
     preset: Option<TaskLayout>,
@@ -85,25 +82,6 @@ pub(crate) struct EvalArgs {
     json: bool,
 }
 
-/// A checkpoint to ask.
-struct AskedModel {
-    name: String,
-    dir: PathBuf,
-    quantized: bool,
-    /// Names of its weight files.
-    weights: Vec<String>,
-}
-
-/// Answers of a model to a task.
-struct Answers {
-    encoded: EncodedTask,
-    beginning_token: bool,
-    context: usize,
-    log_likelihoods: Vec<Vec<f64>>,
-    score: TaskScore,
-    seconds: f64,
-}
-
 pub(crate) fn run(args: EvalArgs) -> Result<()> {
     let models = models(&args.models)?;
     if let Some(file) = &args.harness {
@@ -126,10 +104,8 @@ pub(crate) fn run(args: EvalArgs) -> Result<()> {
             // Hashing reads what the run reads anyway.
             let save = model.quantized && !args.no_save;
             let hashing = scope.spawn(move || save.then(|| model.digests()).transpose());
-            let found = model.ask(&tasks, &args, device, &mut warn)?;
-            let digests = hashing
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let found = model.ask(&tasks, !args.no_bos, device, &mut warn)?;
+            let digests = hashing.join().unwrap_or_else(|panic| resume_unwind(panic));
             anyhow::Ok((found, digests?))
         })?;
         answers.push(found);
@@ -183,109 +159,6 @@ impl EvalArgs {
             })
         };
         Ok(self.task.iter().map(read).collect::<Result<_, _>>()?)
-    }
-}
-
-/// Returns the checkpoints that `paths` name, those of a directory of branches one by one.
-fn models(paths: &[PathBuf]) -> Result<Vec<AskedModel>> {
-    let mut found = Vec::new();
-    for path in paths {
-        match path.join("config.json").exists() {
-            true => found.push(path.clone()),
-            false => found.extend(branches(path)?.into_iter().map(|(_, dir)| dir)),
-        }
-    }
-    let last = |dir: &Path| {
-        let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-        let name = whole.file_name().unwrap_or_default();
-        name.to_string_lossy().into_owned()
-    };
-    let names: Vec<String> = found.iter().map(|dir| last(dir)).collect();
-    let asked = found.into_iter().enumerate();
-    asked
-        .map(|(at, dir)| {
-            let census = Census::take(&dir)?;
-            census.warnings.iter().for_each(|it| log::warning(it));
-            let alike = names.iter().filter(|name| **name == names[at]).count();
-            Ok(AskedModel {
-                name: match alike {
-                    1 => names[at].clone(),
-                    _ => dir.display().to_string(),
-                },
-                quantized: census.checkpoint.quantize_config().is_some(),
-                weights: census.checkpoint.files().to_vec(),
-                dir,
-            })
-        })
-        .collect()
-}
-
-impl AskedModel {
-    fn digests(&self) -> Result<BTreeMap<String, FileDigest>, FormatError> {
-        let files = self.weights.iter().map(|name| {
-            let digest = FileDigest::of(&self.dir.join(name), || false)?;
-            Ok((name.clone(), digest.unwrap_or_default()))
-        });
-        files.collect()
-    }
-
-    /// Puts all tasks to the model, loaded once.
-    fn ask(
-        &self,
-        tasks: &[Task],
-        args: &EvalArgs,
-        device: Device,
-        warn: &mut dyn FnMut(String),
-    ) -> Result<Vec<Answers>> {
-        let began = Instant::now();
-        let tokenizer = TextTokenizer::load(&self.dir)?;
-        let context = context_length(&self.dir)?;
-        let encoder = Encoder::new(&tokenizer, !args.no_bos, context);
-        let encoded = tasks.iter().map(|task| encoder.encode(task));
-        let encoded: Vec<EncodedTask> = encoded.collect::<Result<_, _>>()?;
-        for (task, encoded) in tasks.iter().zip(&encoded) {
-            let all = encoded.questions.iter().map(Vec::len).sum::<usize>();
-            if encoded.cut > 0 {
-                warn(format!(
-                    "{}: {} of {all} requests of {} are longer than the {context} tokens that the model takes, and were cut from \
-                     the left",
-                    self.name, encoded.cut, task.name
-                ));
-            }
-            if let Some(first) = encoded.without_tokens.first() {
-                warn(format!(
-                    "{}: {} of {} with a choice that leaves no token behind the prompt, first {first}; it has the \
-                     log-likelihood 0, above any other; use another --delimiter or template",
-                    self.name,
-                    count(encoded.without_tokens.len(), "question"),
-                    task.name
-                ));
-            }
-        }
-        let requests = encoded.iter().flat_map(|it| it.questions.iter().flatten());
-        let requests: Vec<_> = requests.cloned().collect();
-        let mut progress = TextProgress::of("of the questions asked", &self.name);
-        let found = log_likelihoods(&self.dir, device, &requests, &mut |done| {
-            progress.show(done)
-        })?;
-        drop(progress);
-        let seconds = began.elapsed().as_secs_f64();
-        let mut found = found.into_iter();
-        let answers = tasks.iter().zip(encoded).map(|(task, encoded)| {
-            let questions = encoded.questions.iter();
-            let log_likelihoods: Vec<Vec<f64>> = questions
-                .map(|choices| found.by_ref().take(choices.len()).collect())
-                .collect();
-            Answers {
-                score: TaskScore::of(&task.questions, &log_likelihoods),
-                beginning_token: encoder.adds_beginning(),
-                context,
-                log_likelihoods,
-                encoded,
-                seconds,
-            }
-        });
-        Ok(answers.collect())
     }
 }
 
@@ -407,7 +280,7 @@ fn standing(
 }
 
 /// Adds the harness's results to the one branch that they are of.
-fn add_harness(file: &Path, models: &[AskedModel], as_json: bool) -> Result<()> {
+fn add_harness(file: &Path, models: &[AskedModel], json: bool) -> Result<()> {
     let found = read_harness(file)?;
     let [model] = models else {
         bail!(
@@ -428,7 +301,7 @@ fn add_harness(file: &Path, models: &[AskedModel], as_json: bool) -> Result<()> 
         results.add_harness(result.clone());
     }
     results.write(&model.dir)?;
-    if as_json {
+    if json {
         println!("{}", serde_json::to_string_pretty(&found)?);
         return Ok(());
     }
@@ -446,133 +319,4 @@ fn add_harness(file: &Path, models: &[AskedModel], as_json: bool) -> Result<()> 
     }
     println!("{}\n{}", model.name, table::render(&rows).trim_end());
     Ok(())
-}
-
-/// Formats a share with its standard error, in percent.
-fn percent(it: Proportion) -> String {
-    let stderr = it.stderr.map(|error| format!(" ± {:.2}", 100.0 * error));
-    format!("{:.2}{} %", 100.0 * it.value, stderr.unwrap_or_default())
-}
-
-fn show(task: &Task, at: usize, models: &[AskedModel], answers: &[Vec<Answers>], reference: usize) {
-    let n = task.questions.len();
-    let shots = match task.shots {
-        0 => String::new(),
-        shots => format!(", {}", count(shots, "shot")),
-    };
-    let most = task.answers().into_values().max().unwrap_or_default();
-    println!(
-        "\n{}{shots}: {} of {}; the most frequent answer is right for {:.2} %",
-        terminal::line(&task.name),
-        count(n, "question"),
-        terminal::line(&task.hashed.name),
-        100.0 * most as f64 / n as f64
-    );
-    let heading = [
-        "model",
-        "accuracy",
-        "difference",
-        "by length",
-        "difference",
-        "seconds",
-    ];
-    let mut rows = vec![heading.map(String::from).to_vec()];
-    for (model, answers_of) in models.iter().zip(answers) {
-        let (own, right) = (&answers_of[at].score, &answers[reference][at].score);
-        let difference = |own: Proportion, right: Proportion| {
-            format!("{:+.2}", 100.0 * (own.value - right.value))
-        };
-        rows.push(vec![
-            model.name.clone(),
-            percent(own.accuracy),
-            difference(own.accuracy, right.accuracy),
-            percent(own.accuracy_norm),
-            difference(own.accuracy_norm, right.accuracy_norm),
-            format!("{:.1}", answers_of[at].seconds),
-        ]);
-    }
-    println!("{}", table::render(&rows).trim_end());
-    if models.len() < 2 {
-        return;
-    }
-    let heading = ["from", "to", "lost", "won", "McNemar's p"].map(String::from);
-    let mut rows = vec![heading.to_vec()];
-    for (first, second, paired) in pairs(at, models, answers) {
-        rows.push(vec![
-            first.name.clone(),
-            second.name.clone(),
-            paired.lost.to_string(),
-            paired.won.to_string(),
-            format!("{:.4}", paired.p),
-        ]);
-    }
-    println!("\n{}", table::render(&rows).trim_end());
-}
-
-/// Compares every two models, the earlier with the later.
-fn pairs<'a>(
-    at: usize,
-    models: &'a [AskedModel],
-    answers: &[Vec<Answers>],
-) -> Vec<(&'a AskedModel, &'a AskedModel, Paired)> {
-    let all = models.iter().zip(answers).enumerate();
-    let pairs = all.flat_map(|(n, (first, own))| {
-        let later = models.iter().zip(answers).skip(n + 1);
-        later.map(move |(second, other)| {
-            let paired = Paired::of(&own[at].score.right, &other[at].score.right);
-            (first, second, paired)
-        })
-    });
-    pairs.collect()
-}
-
-fn as_json(task: &Task, at: usize, models: &[AskedModel], answers: &[Vec<Answers>]) -> Value {
-    let asked = models.iter().zip(answers).map(|(model, answers)| {
-        let own = &answers[at];
-        let questions = task.questions.iter().enumerate().map(|(n, question)| {
-            json!({
-                "place": question.place,
-                "log_likelihoods": own.log_likelihoods[n],
-                "choice": own.score.choices[n].plain,
-                "choice_by_length": own.score.choices[n].normalized,
-                "answer": question.answer,
-            })
-        });
-        json!({
-            "model": model.name,
-            "quantized": model.quantized,
-            "accuracy": own.score.accuracy,
-            "accuracy_norm": own.score.accuracy_norm,
-            "beginning_token": own.beginning_token,
-            "context": own.context,
-            "cut": own.encoded.cut,
-            "without_tokens": own.encoded.without_tokens,
-            "seconds": own.seconds,
-            "questions": questions.collect::<Vec<_>>(),
-        })
-    });
-    let pairs = pairs(at, models, answers).into_iter();
-    let pairs = pairs.map(|(first, second, paired)| {
-        json!({
-            "from": first.name,
-            "to": second.name,
-            "lost": paired.lost,
-            "won": paired.won,
-            "p": paired.p,
-        })
-    });
-    json!({
-        "name": task.name,
-        "file": task.hashed,
-        "layout": task.layout.name(),
-        "template": task.template,
-        "description": task.description,
-        "delimiter": task.delimiter,
-        "shots": task.shots,
-        "shots_from": task.shots_from,
-        "questions": task.questions.len(),
-        "available": task.available,
-        "models": asked.collect::<Vec<_>>(),
-        "pairs": pairs.collect::<Vec<_>>(),
-    })
 }

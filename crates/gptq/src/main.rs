@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod asked_model;
 mod bug;
 mod calibration;
 mod card;
@@ -13,6 +14,7 @@ mod cli;
 mod completions;
 mod environment;
 mod eval;
+mod eval_output;
 mod export;
 mod generate;
 mod hub;

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use gptq_calibration::{Map, Value};
 
+use super::rows::file_stem;
 use crate::EvalError;
-use crate::layout::file_stem;
 use crate::question::{QuestionRow, letter};
 
 /// Template of the harness.

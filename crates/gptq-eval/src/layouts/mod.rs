@@ -5,4 +5,4 @@ pub(crate) mod medqa;
 pub(crate) mod mmlu;
 pub(crate) mod plain;
 pub(crate) mod pubmedqa;
-mod rows;
+pub(crate) mod rows;

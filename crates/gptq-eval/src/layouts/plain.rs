@@ -1,4 +1,4 @@
-//! TaskRows in this program's own layout: `prompt`, or `question` and perhaps `context`; `choices`, a list of texts; and
+//! Rows in this program's own layout: `prompt`, or `question` and perhaps `context`; `choices`, a list of texts; and
 //! `answer`, the index of the right one, from 0, or its letter. Other keys are for templates.
 
 use std::path::Path;

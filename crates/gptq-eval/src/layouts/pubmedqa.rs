@@ -10,8 +10,7 @@ use gptq_format::read_json_within;
 
 use super::rows;
 use crate::EvalError;
-use crate::layout::TaskRows;
-use crate::question::QuestionRow;
+use crate::question::{QuestionRow, TaskRows};
 
 /// Template of the harness.
 pub(crate) const TEMPLATE: &str = "Abstract: {{ context }}\nQuestion: {{ question }}\nAnswer:";

@@ -1,4 +1,4 @@
-//! TaskRows of JSON files, and their cells.
+//! Rows of JSON files, and their cells.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -98,4 +98,10 @@ pub(crate) fn brief(value: &Value) -> String {
         Some((at, _)) => format!("{}...", text.get(..at).unwrap_or_default()),
         None => text,
     }
+}
+
+/// Returns a file's name up to its first dot.
+pub(crate) fn file_stem(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.split('.').next().unwrap_or_default().to_owned()
 }
