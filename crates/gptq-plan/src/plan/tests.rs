@@ -59,7 +59,7 @@ fn configs() -> Vec<PathBuf> {
 #[test]
 fn every_recipe_in_configs_plans() {
     let paths = configs();
-    assert_eq!(paths.len(), 3);
+    assert_eq!(paths.len(), 4);
     for path in paths {
         let recipe = Recipe::read(&path).unwrap();
         let config = match path.ends_with("tiny.toml") {
@@ -106,6 +106,34 @@ fn the_published_matrix_has_the_published_sizes() {
     }
     assert_eq!(plan.tokens(), 128 * 4096);
     assert!(plan.warnings[0].contains("4096") && plan.warnings[0].contains("2048"));
+}
+
+#[test]
+fn each_branch_of_the_serving_recipe_is_read_where_its_comment_says() {
+    let path = configs().into_iter().find(|p| p.ends_with("serving.toml"));
+    let recipe = Recipe::read(&path.unwrap()).unwrap();
+    let plan = Plan::for_config(&recipe, meditron()).unwrap();
+    let readers: [&[Client]; 4] = [
+        &[
+            Client::Vllm,
+            Client::SgLang,
+            Client::Transformers,
+            Client::ExLlama,
+        ],
+        &[Client::Vllm],
+        &[Client::LlamaCpp],
+        &[Client::MlxLm],
+    ];
+    assert_eq!(plan.branches.len(), readers.len());
+    for (branch, readers) in plan.branches.iter().zip(readers) {
+        assert!(!branch.needs_desc_act(), "{}", branch.name);
+        let files = BranchFiles::of(branch, &plan.config);
+        for reader in readers {
+            let loads = (files.clients().into_iter())
+                .any(|support| support.client == *reader && support.verdict.is_ok());
+            assert!(loads, "{} in {}", branch.name, reader.name());
+        }
+    }
 }
 
 #[test]
