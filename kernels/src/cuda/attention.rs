@@ -1,58 +1,74 @@
 //! Causal attention with grouped heads, `softmax(q·kᵀ / sqrt(head_dim)) · v`, or with other [`Scores`].
 //!
-//! FlashAttention-2's loop (Dao, 2023): a block of query rows walks over the keys with a
-//! running maximum and sum, so no score matrix is ever stored. f16 or bf16 operands, f32 sums; the
-//! probabilities are rounded to the same before they meet the values. Windows and softcaps are compiled into
-//! kernels of their own, so that those without do not pay for them. The kernel is CUDA C++,
-//! compiled by NVRTC at first use for each head dimension, type and kind: Burn's CubeCL attention was
-//! measured at 18 TFLOP/s where this shape allows several hundred.
+//! A block of query rows walks over the keys with a running maximum and sum, so no score matrix is ever stored
+//! (FlashAttention-2: Dao, 2023). f16 or bf16 operands, f32 sums; the probabilities are rounded to the same before they
+//! meet the values. There are two kernels in CUDA C++, compiled by NVRTC at first use for each head dimension, type and
+//! kind of scores, so that those without a window or softcap do not pay for them: one for every card
+//! (`attention_mma.rs`), and one for Hopper's matrix instructions (`attention_wgmma.rs`).
 
-use std::{cell::RefCell, collections::HashMap, f32::consts::LOG2_E};
+use std::f32::consts::LOG2_E;
 
 use burn::tensor::{DType, Tensor};
 use cudarc::driver::{
     result as driver,
-    sys::{CUdevice_attribute, CUfunction, CUfunction_attribute},
+    sys::{CUfunction, CUfunction_attribute},
 };
 
 use super::{
-    Cuda, buffer,
-    context::refused,
-    error::Error,
-    kernel_cache::attribute,
-    nvrtc::{CudaSource, Launch, function, launch},
-    stream::on_stream_later,
+    Cuda, attention_mma, attention_wgmma, buffer, context::refused, error::Error,
+    kernel_cache::compute_capability, stream::on_stream_later,
 };
 use crate::Scores;
 
-const NAME: &str = "causal_attention";
-const SOURCE: CudaSource = CudaSource {
-    name: NAME,
-    text: include_str!("attention.cu"),
-};
+/// Name of both kernels.
+pub(super) const NAME: &str = "causal_attention";
 
 /// Parameters that a kernel is compiled for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Kind {
-    device: usize,
-    head_dim: usize,
-    dtype: DType,
-    window: bool,
-    softcap: bool,
+pub(super) struct Kind {
+    pub(super) device: usize,
+    pub(super) head_dim: usize,
+    pub(super) dtype: DType,
+    pub(super) window: bool,
+    pub(super) softcap: bool,
 }
 
-/// A compiled kernel and its shape.
+impl Kind {
+    /// Returns the name of its file among the kept kernels, after a prefix.
+    pub(super) fn file(self, prefix: &str) -> String {
+        let window = if self.window { "-window" } else { "" };
+        let softcap = if self.softcap { "-softcap" } else { "" };
+        let (head_dim, dtype) = (self.head_dim, self.dtype.name());
+        format!("{prefix}-{head_dim}-{dtype}{window}{softcap}.ptx")
+    }
+
+    /// Macros of both sources.
+    pub(super) fn macros(self) -> [(&'static str, usize); 4] {
+        [
+            ("HEAD_DIM", self.head_dim),
+            ("BF16", usize::from(self.dtype == DType::BF16)),
+            ("WINDOW", usize::from(self.window)),
+            ("SOFTCAP", usize::from(self.softcap)),
+        ]
+    }
+}
+
+/// The sizes of a call.
 #[derive(Clone, Copy)]
-struct Kernel {
-    function: CUfunction,
-    rows: usize,
-    threads: u32,
-    shared: u32,
+pub(super) struct Sizes {
+    pub(super) windows: usize,
+    pub(super) seq: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
 }
 
-thread_local! {
-    /// Lives on the device thread, to its end.
-    static KERNELS: RefCell<HashMap<Kind, Kernel>> = RefCell::default();
+/// What kernels multiply scores with: `scale_log2 * score`, of which a power of 2 is taken; the keys a row sees; and the
+/// factor within the softcap's tanh.
+#[derive(Clone, Copy)]
+pub(super) struct Scales {
+    pub(super) scale_log2: f32,
+    pub(super) sees: Option<i32>,
+    pub(super) cap_log2: Option<f32>,
 }
 
 /// Causal attention of `q` `[windows, seq, heads, head_dim]` over `k` and `v` `[windows, seq, kv_heads,
@@ -101,96 +117,50 @@ pub fn causal_attention(
     if windows == 0 || seq == 0 {
         return Ok(buffer::into_float(out));
     }
-    on_stream_later(&[&q, &k, &v, &out], move |libraries, pointers| {
+    let counter = buffer::empty(&q, [1], DType::I32);
+    let sizes = Sizes {
+        windows,
+        seq,
+        heads,
+        kv_heads,
+    };
+    on_stream_later(&[&q, &k, &v, &out, &counter], move |libraries, pointers| {
         // A window that hides nothing is none.
         let window = scores.window.filter(|&window| window < seq);
-        let kernel = kernel(Kind {
+        let kind = Kind {
             device: libraries.device,
             head_dim,
             dtype,
             window: window.is_some(),
             softcap: scores.softcap.is_some(),
-        })?;
-        let mut pointers = [pointers[0], pointers[1], pointers[2], pointers[3]];
-        let mut sizes = [seq as i32, heads as i32, kv_heads as i32];
+        };
         let plain = (head_dim as f32).sqrt().recip();
         let scale = scores.scale.map_or(plain, |scale| scale as f32);
         let cap = scores.softcap.map_or(scale, |cap| cap as f32);
-        let mut scale_log2 = cap * LOG2_E;
-        let mut sees = window.map(|window| window as i32);
-        let mut cap_log2 = scores.softcap.map(|_| 2.0 * LOG2_E * scale / cap);
-        let mut parameters = Vec::with_capacity(10);
-        parameters.extend(pointers.iter_mut().map(|it| (&raw mut *it).cast()));
-        parameters.extend(sizes.iter_mut().map(|it| (&raw mut *it).cast()));
-        parameters.push((&raw mut scale_log2).cast());
-        parameters.extend(sees.as_mut().map(|it| (&raw mut *it).cast()));
-        parameters.extend(cap_log2.as_mut().map(|it| (&raw mut *it).cast()));
-        let blocks = seq.div_ceil(kernel.rows) as u32;
-        let size = Launch {
-            blocks: (blocks, heads as u32, windows as u32),
-            threads: kernel.threads,
-            shared: kernel.shared,
+        let scales = Scales {
+            scale_log2: cap * LOG2_E,
+            sees: window.map(|window| window as i32),
+            cap_log2: scores.softcap.map(|_| 2.0 * LOG2_E * scale / cap),
         };
-        // SAFETY: the parameters are those of the kernel's signature and outlive the call; the
-        // buffers were checked to have the shapes that the sizes say.
-        unsafe { launch(libraries, kernel.function, size, &mut parameters) }
+        let [q, k, v, out, counter] = [0, 1, 2, 3, 4].map(|at| pointers[at]);
+        if compute_capability(libraries.device)? == (9, 0) && attention_wgmma::takes(head_dim) {
+            attention_wgmma::run(libraries, kind, [q, k, v, out], counter, sizes, scales)
+        } else {
+            attention_mma::run(libraries, kind, [q, k, v, out], sizes, scales)
+        }
     })?;
     Ok(buffer::into_float(out))
 }
 
-/// The kernel of a kind, compiled at first use. Runs on the device thread.
-fn kernel(kind: Kind) -> Result<Kernel, Error> {
-    if let Some(kernel) = KERNELS.with_borrow(|all| all.get(&kind).copied()) {
-        return Ok(kernel);
-    }
-    let Kind {
-        device,
-        head_dim,
-        dtype,
-        ..
-    } = kind;
-    let limit = attribute(
-        device,
-        CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-    )?;
-    // Two query tiles a warp halve the traffic from shared memory, 286 TFLOP/s against 213 on
-    // an H100; past 128 columns their output does not fit the registers.
-    let (warps, tiles) = if head_dim <= 128 { (4, 2) } else { (8, 1) };
-    let rows = 16 * tiles * warps;
-    let bytes = |keys: usize| (rows + 4 * keys) * (head_dim + 8) * 2;
-    let keys = [64, 32, 16]
-        .into_iter()
-        .find(|&keys| bytes(keys) <= limit as usize)
-        .unwrap_or(16);
-    let macros = [
-        ("HEAD_DIM", head_dim),
-        ("WARPS", warps),
-        ("TILES", tiles),
-        ("KEYS", keys),
-        ("BF16", usize::from(dtype == DType::BF16)),
-        ("WINDOW", usize::from(kind.window)),
-        ("SOFTCAP", usize::from(kind.softcap)),
-    ];
-    let window = if kind.window { "-window" } else { "" };
-    let softcap = if kind.softcap { "-softcap" } else { "" };
-    let file = format!("{NAME}-{head_dim}-{}{window}{softcap}.ptx", dtype.name());
-    let function = function(SOURCE.load(device, &file, &macros)?, NAME)?;
-    let shared = bytes(keys) as u32;
+/// Lets a kernel have so many bytes of dynamic shared memory.
+pub(super) fn allow_shared(function: CUfunction, bytes: u32) -> Result<(), Error> {
     // SAFETY: the function's module is never unloaded.
     unsafe {
         driver::function::set_function_attribute(
             function,
             CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-            shared as i32,
+            bytes as i32,
         )
     }
-    .map_err(refused("cuFuncSetAttribute"))?;
-    let kernel = Kernel {
-        function,
-        rows,
-        threads: 32 * warps as u32,
-        shared,
-    };
-    KERNELS.with_borrow_mut(|all| all.insert(kind, kernel));
-    Ok(kernel)
+    .map_err(refused("cuFuncSetAttribute"))
 }

@@ -44,6 +44,8 @@ mod tune;
 mod engine;
 
 mod attention;
+mod attention_mma;
+mod attention_wgmma;
 mod decode_attention;
 mod embedding;
 mod experts;

@@ -35,8 +35,18 @@ impl CudaSource {
         macros: &[(&str, usize)],
     ) -> Result<CUmodule, Error> {
         let (major, minor) = compute_capability(device)?;
+        self.load_for(&format!("{major}{minor}"), file, macros)
+    }
+
+    /// Does the same for an architecture, such as `90a`, whose instructions no other has.
+    pub(crate) fn load_for(
+        &self,
+        architecture: &str,
+        file: &str,
+        macros: &[(&str, usize)],
+    ) -> Result<CUmodule, Error> {
         let include = cubecl::cuda::install::include_path();
-        let mut options = vec![format!("--gpu-architecture=compute_{major}{minor}")];
+        let mut options = vec![format!("--gpu-architecture=compute_{architecture}")];
         options.extend(
             macros
                 .iter()
