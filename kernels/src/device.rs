@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use burn::tensor::DType;
+use burn::tensor::{DType, Tensor};
 use gptq_format::Half;
 use thiserror::Error;
 
@@ -11,7 +11,7 @@ use crate::cuda::{
     Error, MissingLibrary, device_count, fail, missing_library, open_kernels, run_guarded,
     seal_kernels, settle,
 };
-use crate::{Cpu, Cuda, Engine};
+use crate::{Cpu, Cuda, Engine, Scores, host_attention, host_floats};
 
 impl Engine for Cpu {
     const LANES: usize = 4;
@@ -26,6 +26,19 @@ impl Engine for Cpu {
             true => Half::Bf16,
             false => Half::F16,
         }
+    }
+
+    fn cast<const D: usize>(x: Tensor<Self, D>, dtype: DType) -> Tensor<Self, D> {
+        host_floats::cast(x, dtype)
+    }
+
+    fn causal_attention(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        scores: Scores,
+    ) -> Tensor<Self, 3> {
+        host_attention::causal_attention(q, k, v, scores)
     }
 }
 

@@ -86,6 +86,11 @@ pub trait Engine: Backend {
     /// a `wide` model do not fit f16.
     fn state_half(half: Half, wide: bool) -> Half;
 
+    /// `x` in another type: hidden states as they are kept, or as they are computed on.
+    fn cast<const D: usize>(x: Tensor<Self, D>, dtype: DType) -> Tensor<Self, D> {
+        x.cast(dtype)
+    }
+
     /// `x [tokens, in] · wᵀ`, `w [out, in]`, giving `[tokens, out]`.
     fn matmul_nt(x: Tensor<Self, 2>, w: Tensor<Self, 2>) -> Tensor<Self, 2> {
         x.matmul(w.transpose())

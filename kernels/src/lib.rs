@@ -17,7 +17,9 @@ mod finite;
 mod half_dtype;
 #[cfg(test)]
 mod hard_inputs;
+mod host_attention;
 mod host_buffer;
+mod host_floats;
 mod host_solve;
 mod link;
 mod packed_weight;

@@ -44,9 +44,9 @@ impl<B: Engine> Flow<B> {
         let activations = self.activations.into_iter();
         Flow {
             windows: self.windows,
-            residual: self.residual.cast(dtype),
+            residual: B::cast(self.residual, dtype),
             activations: activations
-                .map(|(r, states)| (r, states.cast(dtype)))
+                .map(|(r, states)| (r, B::cast(states, dtype)))
                 .collect(),
             routed: self.routed,
         }

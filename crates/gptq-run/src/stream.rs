@@ -91,7 +91,7 @@ impl HostStates {
         scratch: Option<&Arc<Scratch>>,
     ) -> Result<Self, FormatError> {
         let shape = states.dims();
-        let values = B::download(states.cast(dtype(half)));
+        let values = B::download(B::cast(states, dtype(half)));
         let values = match scratch {
             None => Values::Memory(Arc::new(values)),
             Some(scratch) => Values::Disk(Arc::new(scratch.put(le_bytes(values.bits()))?)),
@@ -115,7 +115,7 @@ impl HostStates {
                 upload(&values)
             }
         };
-        Ok(states.cast(B::compute(self.half)))
+        Ok(B::cast(states, B::compute(self.half)))
     }
 }
 
@@ -223,7 +223,9 @@ impl<B: Engine> Chunk<B> {
         match self {
             Chunk::Device(flow) => {
                 let compute = B::compute(half_of(flow.residual.dtype()));
-                Ok(flow.register(register).map(|states| states.cast(compute)))
+                Ok(flow
+                    .register(register)
+                    .map(|states| B::cast(states, compute)))
             }
             Chunk::Host { states, .. } => {
                 let states = states.get(&register);
@@ -369,7 +371,7 @@ impl<B: Engine> Stream<B> {
             if taken.is_empty() {
                 continue;
             }
-            let states = chunk.flow(device)?.residual.cast(dtype(self.keep.half));
+            let states = B::cast(chunk.flow(device)?.residual, dtype(self.keep.half));
             chunks.extend(taken.into_iter().map(|i| {
                 let rows = i * length..i * length + tokens;
                 Chunk::Device(Flow::new(1, states.clone().slice([rows, 0..features])))
