@@ -211,14 +211,20 @@ fn a_run_goes_on_with_a_copy_of_the_program_and_not_with_another() {
     let scratch = Scratch::new();
     let recipe = scratch.recipe(&medi_tiny(), TWO);
     killed_after_a_block(&recipe, &scratch.out(), &SLOW);
-    // The copy has an extra byte at the end. A separate process copies it: a file open for writing
-    // in a test's thread would also be open in child processes started by other tests, and could
-    // not be executed.
+    // The other has another first byte in its build ID, which follows its note's head: lengths 4 and 20, kind 3, "GNU".
+    // A separate process copies it: a file open for writing in a test's thread would also be open in child processes
+    // started by other tests, and could not be executed.
+    let program = fs::read(env!("CARGO_BIN_EXE_gptq")).unwrap();
+    let head = b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0";
+    let note = program.windows(head.len()).position(|it| it == head);
+    let place = note.expect("the linker writes a build ID") + head.len();
+    let byte = format!("\\{:03o}", !program[place]);
     let (same, other) = (scratch.path("same"), scratch.path("other"));
-    let script = "cp \"$0\" \"$1\"; cp \"$0\" \"$2\"; printf x >> \"$2\"";
+    let script = "cp \"$0\" \"$1\"; cp \"$0\" \"$2\"; printf \"$4\" | dd of=\"$2\" bs=1 seek=\"$3\" conv=notrunc";
     let mut copy = Command::new("sh");
     copy.args(["-c", script, env!("CARGO_BIN_EXE_gptq")]);
-    succeeded(copy.args([&same, &other]).output().unwrap());
+    copy.args([&same, &other]).args([&place.to_string(), &byte]);
+    succeeded(copy.output().unwrap());
     let run = |program: &Path| {
         let mut command = Command::new(program);
         command.args(["quantize", recipe.to_str().unwrap()]);

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 
 use gptq_calibration::Calibration;
 use gptq_format::{
-    Checkpoint, FormatError, le_bytes, sample_digest, sha256, sha256_file, side_file, side_files,
+    Checkpoint, FormatError, le_bytes, sample_digest, sha256, side_file, side_files,
 };
 use gptq_kernels::Device;
 use gptq_plan::{Fingerprint, Plan, Propagation};
@@ -14,6 +13,7 @@ use gptq_ranks::{Collective, host};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::program::program;
 use crate::{RunError, sources};
 
 /// Key of the sample digest of the model's tensors.
@@ -180,14 +180,4 @@ fn files(checkpoint: &Checkpoint) -> Result<Fingerprint, FormatError> {
         files.add(name, &json!(format!("{} bytes{written}", meta.len())));
     }
     Ok(files)
-}
-
-/// Returns the SHA-256 of the running program, if it can be read: two builds of one version may
-/// differ, while copies of one build are equal.
-fn program() -> Option<String> {
-    // The running executable, even if it has been replaced on disk.
-    let running = sha256_file(Path::new("/proc/self/exe"));
-    running
-        .or_else(|_| sha256_file(&std::env::current_exe().unwrap_or_default()))
-        .ok()
 }

@@ -35,6 +35,7 @@ mod output_errors;
 mod peers;
 mod probe;
 mod profile;
+mod program;
 mod quantize;
 mod rank_sums;
 mod read_ahead;
