@@ -9,7 +9,7 @@ use gptq_kernels::Device;
 
 use crate::harness::{Scratch, gptq, medi_tiny, refused, succeeded};
 use crate::ranks::{Launched, all_end, outputs};
-use crate::resume::{assert_same, blocks, contents, quantize, start, wait};
+use crate::resume::{assert_same, blocks, contents, quantize, wait};
 
 /// A chunk of 16384 tokens for each of eight ranks.
 const WINDOWS: [&str; 6] = ["--rows", "0:1000", "--samples", "128", "--seq-len", "1024"];

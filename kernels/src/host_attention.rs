@@ -30,7 +30,7 @@ pub(crate) fn causal_attention(
     );
     let device = q.device();
     let [q, k, v] = [q, k, v].map(Floats::of);
-    let inputs = Inputs {
+    let inputs = AttentionInputs {
         qkv: [&q, &k, &v].map(Floats::values),
         seq,
         heads,
@@ -60,7 +60,7 @@ pub(crate) fn causal_attention(
 
 /// Queries `[windows, seq, heads, dim]`, and keys and values `[windows, seq, kv_heads, dim]`.
 #[derive(Clone, Copy)]
-struct Inputs<'a> {
+struct AttentionInputs<'a> {
     qkv: [&'a [f32]; 3],
     seq: usize,
     heads: usize,
@@ -69,11 +69,11 @@ struct Inputs<'a> {
     scores: Scores,
 }
 
-impl Inputs<'_> {
+impl AttentionInputs<'_> {
     /// Attention of a head of a window, for the queries from `start` on that `out [queries, heads, dim]` has rows for;
     /// `products` is memory to be used.
     fn attend(&self, [window, head, start]: [usize; 3], products: &mut Vec<f32>, out: &mut [f32]) {
-        let Inputs {
+        let AttentionInputs {
             seq,
             heads,
             kv_heads,

@@ -112,7 +112,7 @@ fn exp(x: f32) -> f32 {
     /// Adding it leaves no bits after the binary point.
     const WHOLE: f32 = 12_582_912.0;
     // ln 2 in two parts, of which the first has so few bits that its product with n is exact.
-    const LN_2_HIGH: f32 = 0.693_359_375;
+    const LN_2_HIGH: f32 = 355.0 / 512.0;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     /// `1 / k!`.
     const P: [f32; 7] = [

@@ -24,7 +24,7 @@ pub(crate) type TapLinears = [Vec<PlannedLinear>];
 
 /// Inputs of a tap that an engine solves together, and who solves which of their linears.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Batch {
+pub(crate) struct InputBatch {
     /// Indices of the inputs.
     pub(crate) inputs: Range<usize>,
     /// The rank that solves each linear of each input.
@@ -33,7 +33,7 @@ pub(crate) struct Batch {
 
 /// Takes a tap's inputs in batches of those that are alike in shapes and settings, of [`Engine::BATCH_ROWS`] rows, and
 /// shares them out over so many ranks by their operations.
-pub(crate) fn batches<B: Engine>(linears: &TapLinears, ranks: usize) -> Vec<Batch> {
+pub(crate) fn batches<B: Engine>(linears: &TapLinears, ranks: usize) -> Vec<InputBatch> {
     let alike = |a: &[PlannedLinear], b: &[PlannedLinear]| {
         let settings = |of: &[PlannedLinear]| -> Vec<_> {
             of.iter().map(|it| (it.shape, it.settings)).collect()
@@ -70,14 +70,14 @@ pub(crate) fn batches<B: Engine>(linears: &TapLinears, ranks: usize) -> Vec<Batc
                 several.iter().map(|of| vec![owner; of.len()]).collect()
             }
         };
-        batches.push(Batch { inputs, owners });
+        batches.push(InputBatch { inputs, owners });
     }
     batches
 }
 
 /// Results of a linear beside its matrices.
 #[derive(Serialize, Deserialize)]
-struct LinearRecord {
+struct SolvedRecord {
     /// Position in the tap: input and linear of it.
     at: [usize; 2],
     /// Bits of the damping.
@@ -105,7 +105,7 @@ pub(crate) enum Brought<B: Engine> {
 /// The end of the run on another rank, or a failure of the link.
 pub(crate) fn bring<B: Engine>(
     linears: &TapLinears,
-    batches: &[Batch],
+    batches: &[InputBatch],
     own: Vec<Option<Subset<B>>>,
     (dtype, keeps_unrounded): (DType, bool),
     link: &dyn DeviceLink<B>,
@@ -120,7 +120,7 @@ pub(crate) fn bring<B: Engine>(
         let (damping, dead_columns) = (subset.damping, subset.dead_columns);
         let places = (0..linears[input].len()).filter(|&at| owners[input][at] == share.rank);
         for (at, solved) in places.zip(subset.solved) {
-            records.push(LinearRecord::of(
+            records.push(SolvedRecord::of(
                 [input, at],
                 damping,
                 dead_columns,
@@ -177,7 +177,7 @@ pub(crate) fn bring<B: Engine>(
     }
     let mut records = Vec::new();
     for (from, text) in texts.iter().enumerate() {
-        let of: Vec<LinearRecord> = serde_json::from_slice(text).map_err(|_| {
+        let of: Vec<SolvedRecord> = serde_json::from_slice(text).map_err(|_| {
             RunError::Ranks(RankError::Length {
                 from,
                 found: text.len(),
@@ -251,19 +251,19 @@ fn kinds(linear: &PlannedLinear, dtype: DType, keeps_unrounded: bool) -> Vec<Par
         .collect()
 }
 
-impl LinearRecord {
+impl SolvedRecord {
     fn of<B: Engine>(
         at: [usize; 2],
         damping: f64,
         dead_columns: usize,
         solved: &Solved<B>,
-    ) -> LinearRecord {
+    ) -> SolvedRecord {
         let Gains {
             scale_search,
             mismatch_correction,
             refine,
         } = solved.gains;
-        LinearRecord {
+        SolvedRecord {
             at,
             damping: damping.to_bits(),
             dead_columns,

@@ -15,7 +15,7 @@ use crate::gram_sums::Grams;
 use crate::peers::Peers;
 use crate::profile::{Clock, Phase};
 use crate::row_parts::{self, TapWeights};
-use crate::solve_shares::{Batch, Brought, batches, bring};
+use crate::solve_shares::{Brought, InputBatch, batches, bring};
 use crate::solved_tap::{SolvedTap, acts};
 
 /// Linears at a tap, after a solve that ranks have shared.
@@ -58,7 +58,7 @@ pub(crate) fn solve<B: Engine>(
         // Rows do not depend on what is solved beside them: all inputs at once.
         Some(_) if share.size == 1 || strip.is_some() => {
             let owners = linears.iter().map(|of| vec![share.rank; of.len()]);
-            vec![Batch {
+            vec![InputBatch {
                 inputs: 0..linears.len(),
                 owners: owners.collect(),
             }]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use gptq_calibration::OnError;
-use gptq_kernels::{Device, Devices};
+use gptq_kernels::Devices;
 use gptq_plan::{Plan, Recipe, RecipeOverrides, RenderingOverride, parse_size};
 use gptq_ranks::Threads;
 use humantime::parse_duration;

@@ -9,67 +9,16 @@
 use std::f32::consts::LOG2_E;
 
 use burn::tensor::{DType, Tensor};
-use cudarc::driver::{
-    result as driver,
-    sys::{CUfunction, CUfunction_attribute},
-};
 
 use super::{
-    Cuda, attention_mma, attention_wgmma, buffer, context::refused, error::Error,
-    kernel_cache::compute_capability, stream::on_stream_later,
+    Cuda,
+    attention_kind::{AttentionSizes, Kind, NAME, Scales},
+    attention_mma, attention_wgmma, buffer,
+    error::Error,
+    kernel_cache::compute_capability,
+    stream::on_stream_later,
 };
 use crate::Scores;
-
-/// Name of both kernels.
-pub(super) const NAME: &str = "causal_attention";
-
-/// Parameters that a kernel is compiled for.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Kind {
-    pub(super) device: usize,
-    pub(super) head_dim: usize,
-    pub(super) dtype: DType,
-    pub(super) window: bool,
-    pub(super) softcap: bool,
-}
-
-impl Kind {
-    /// Returns the name of its file among the kept kernels, after a prefix.
-    pub(super) fn file(self, prefix: &str) -> String {
-        let window = if self.window { "-window" } else { "" };
-        let softcap = if self.softcap { "-softcap" } else { "" };
-        let (head_dim, dtype) = (self.head_dim, self.dtype.name());
-        format!("{prefix}-{head_dim}-{dtype}{window}{softcap}.ptx")
-    }
-
-    /// Macros of both sources.
-    pub(super) fn macros(self) -> [(&'static str, usize); 4] {
-        [
-            ("HEAD_DIM", self.head_dim),
-            ("BF16", usize::from(self.dtype == DType::BF16)),
-            ("WINDOW", usize::from(self.window)),
-            ("SOFTCAP", usize::from(self.softcap)),
-        ]
-    }
-}
-
-/// The sizes of a call.
-#[derive(Clone, Copy)]
-pub(super) struct Sizes {
-    pub(super) windows: usize,
-    pub(super) seq: usize,
-    pub(super) heads: usize,
-    pub(super) kv_heads: usize,
-}
-
-/// What kernels multiply scores with: `scale_log2 * score`, of which a power of 2 is taken; the keys a row sees; and the
-/// factor within the softcap's tanh.
-#[derive(Clone, Copy)]
-pub(super) struct Scales {
-    pub(super) scale_log2: f32,
-    pub(super) sees: Option<i32>,
-    pub(super) cap_log2: Option<f32>,
-}
 
 /// Causal attention of `q` `[windows, seq, heads, head_dim]` over `k` and `v` `[windows, seq, kv_heads,
 /// head_dim]`: `[windows, seq, heads * head_dim]`, all f16 or all bf16.
@@ -118,7 +67,7 @@ pub fn causal_attention(
         return Ok(buffer::into_float(out));
     }
     let counter = buffer::empty(&q, [1], DType::I32);
-    let sizes = Sizes {
+    let sizes = AttentionSizes {
         windows,
         seq,
         heads,
@@ -150,17 +99,4 @@ pub fn causal_attention(
         }
     })?;
     Ok(buffer::into_float(out))
-}
-
-/// Lets a kernel have so many bytes of dynamic shared memory.
-pub(super) fn allow_shared(function: CUfunction, bytes: u32) -> Result<(), Error> {
-    // SAFETY: the function's module is never unloaded.
-    unsafe {
-        driver::function::set_function_attribute(
-            function,
-            CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-            bytes as i32,
-        )
-    }
-    .map_err(refused("cuFuncSetAttribute"))
 }

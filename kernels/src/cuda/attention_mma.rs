@@ -6,7 +6,7 @@ use std::{cell::RefCell, collections::HashMap};
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction};
 
 use super::{
-    attention::{Kind, NAME, Scales, Sizes, allow_shared},
+    attention_kind::{AttentionSizes, Kind, NAME, Scales, allow_shared},
     error::Error,
     kernel_cache::attribute,
     nvrtc::{CudaSource, Launch, function, launch},
@@ -37,7 +37,7 @@ pub(super) fn run(
     libraries: &Libraries,
     kind: Kind,
     mut pointers: [u64; 4],
-    sizes: Sizes,
+    sizes: AttentionSizes,
     mut scales: Scales,
 ) -> Result<(), Error> {
     let kernel = kernel(kind)?;

@@ -12,7 +12,7 @@ use cudarc::driver::{
 };
 
 use super::{
-    attention::{Kind, NAME, Scales, Sizes, allow_shared},
+    attention_kind::{AttentionSizes, Kind, NAME, Scales, allow_shared},
     context::refused,
     error::Error,
     kernel_cache::attribute,
@@ -65,11 +65,11 @@ pub(super) fn run(
     kind: Kind,
     pointers: [u64; 4],
     mut counter: u64,
-    sizes: Sizes,
+    sizes: AttentionSizes,
     mut scales: Scales,
 ) -> Result<(), Error> {
     let kernel = kernel(kind)?;
-    let Sizes {
+    let AttentionSizes {
         windows,
         seq,
         heads,
@@ -154,7 +154,7 @@ fn kernel(kind: Kind) -> Result<Kernel, Error> {
     }
     let columns = match kind.head_dim {
         ..=64 => 64,
-        ..=128 => 128,
+        65..=128 => 128,
         _ => 256,
     };
     // What fits the registers, and shared memory: with two tiles of queries the next is fetched while one is worked on.

@@ -44,6 +44,7 @@ mod tune;
 mod engine;
 
 mod attention;
+mod attention_kind;
 mod attention_mma;
 mod attention_wgmma;
 mod decode_attention;

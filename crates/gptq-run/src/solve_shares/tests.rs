@@ -27,7 +27,7 @@ fn linear(n_in: usize, n_out: usize) -> PlannedLinear {
 #[test]
 fn linears_of_one_input_go_to_the_rank_that_has_least_to_do() {
     let qkv = vec![linear(64, 64), linear(64, 32), linear(64, 32)];
-    let owners = |ranks| batches::<Cuda>(&[qkv.clone()], ranks)[0].owners.clone();
+    let owners = |ranks| batches::<Cuda>(std::slice::from_ref(&qkv), ranks)[0].owners.clone();
     assert_eq!(owners(1), [[0, 0, 0]]);
     assert_eq!(owners(2), [[0, 1, 1]]);
     assert_eq!(owners(4), [[0, 1, 2]]);
@@ -37,7 +37,7 @@ fn linears_of_one_input_go_to_the_rank_that_has_least_to_do() {
 fn inputs_that_are_alike_are_solved_together_whoever_solves_them() {
     let expert = vec![linear(64, 8192), linear(64, 8192)];
     let experts: Vec<_> = (0..5).map(|_| expert.clone()).collect();
-    let inputs = |of: &[Batch]| -> Vec<_> { of.iter().map(|it| it.inputs.clone()).collect() };
+    let inputs = |of: &[InputBatch]| -> Vec<_> { of.iter().map(|it| it.inputs.clone()).collect() };
     for ranks in [1, 2, 4] {
         let found = batches::<Cuda>(&experts, ranks);
         assert_eq!(inputs(&found), [0..2, 2..4, 4..5]);
