@@ -83,8 +83,9 @@ fn the_dense_models_perplexity_stands_beside_the_branches() {
     assert_eq!(own()["dense"], dense);
     // On the same text it is taken from there: the recorded value appears again.
     let path = scratch.out().join("main/report.json");
-    let edited = fs::read_to_string(&path).unwrap();
-    fs::write(&path, edited.replace(&own()["dense"].to_string(), "123.25")).unwrap();
+    let mut edited = json(&path);
+    edited["perplexity"]["dense"] = 123.25.into();
+    fs::write(&path, edited.to_string()).unwrap();
     let record: Value = serde_json::from_str(&succeed(args.iter().chain(&["--json"]))).unwrap();
     assert_eq!(record["dense_perplexity"], 123.25);
 }

@@ -62,7 +62,7 @@ pub(crate) struct EvalArgs {
     /// Ask only the first questions
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// Encode prompts without the tokenizer's own special tokens, such as a leading <s>
+    /// Encode prompts without the tokenizer's own special tokens, such as a leading BOS
     #[arg(long)]
     no_bos: bool,
     /// Warn of questions that share text with the calibration rows of this recipe
