@@ -27,7 +27,11 @@ fn linear(n_in: usize, n_out: usize) -> PlannedLinear {
 #[test]
 fn linears_of_one_input_go_to_the_rank_that_has_least_to_do() {
     let qkv = vec![linear(64, 64), linear(64, 32), linear(64, 32)];
-    let owners = |ranks| batches::<Cuda>(std::slice::from_ref(&qkv), ranks)[0].owners.clone();
+    let owners = |ranks| {
+        batches::<Cuda>(std::slice::from_ref(&qkv), ranks)[0]
+            .owners
+            .clone()
+    };
     assert_eq!(owners(1), [[0, 0, 0]]);
     assert_eq!(owners(2), [[0, 1, 1]]);
     assert_eq!(owners(4), [[0, 1, 2]]);
