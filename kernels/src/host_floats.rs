@@ -187,6 +187,7 @@ mod tests {
     fn casts_round_to_the_nearest_ties_to_even_and_back_without_loss() {
         let values: Vec<f32> = (0..70_000)
             .map(|i| f32::from_bits(i * 61_357).clamp(-6e4, 6e4))
+            .filter(|x| !x.is_nan())
             .chain([1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, 1.0 + 1.0 / 2048.0])
             .chain([65_519.9, 1e-8, -3e-8, 0.0, -0.0])
             .collect();
