@@ -50,8 +50,8 @@ pub(super) struct AttentionSizes {
     pub(super) kv_heads: usize,
 }
 
-/// What kernels multiply scores with: `scale_log2 * score`, of which a power of 2 is taken; the keys a row sees; and the
-/// factor within the softcap's tanh.
+/// Settings of the scores as kernels take them: the factor of a score of which a power of 2 is taken, the number of keys a
+/// row sees, and the factor within the softcap's tanh.
 #[derive(Clone, Copy)]
 pub(super) struct Scales {
     pub(super) scale_log2: f32,
