@@ -27,7 +27,7 @@ pub(crate) enum SharedSolve<B: Engine> {
 }
 
 /// Solves the linears that a branch quantizes at a tap, input by input, but for inputs of which it quantizes none.
-/// Where matrices go from device to device, each rank solves its linears; else its rows of all of them.
+/// Each rank solves its own linears where matrices go from device to device, else its rows of all of them.
 ///
 /// # Errors
 /// A Gram matrix that cannot be factored, or only with more damping than the plan allows.
