@@ -42,7 +42,7 @@ fn a_card_is_written_once_and_an_edited_one_is_kept() {
     fs::write(&template, "{{ nothing }}").unwrap();
     let line = refuse(
         card.into_iter()
-            .chain(["--template", template.to_str().unwrap()]),
+            .chain(["--card-template", template.to_str().unwrap()]),
     );
     assert!(line.contains("own.md: undefined value"), "{line}");
     let facts: serde_json::Value =

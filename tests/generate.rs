@@ -168,8 +168,8 @@ fn wrong_requests_are_refused_in_one_line() {
     let with = |args: &[&'static str]| refuse(model.iter().chain(args));
     assert!(with(&["--temperature", "0"]).contains("use greedy"));
     assert!(with(&["--top-p", "2"]).contains("at most 1"));
-    assert!(with(&["--template", "own"]).contains("no chat template"));
-    assert!(with(&["--system", "x"]).contains("--template"));
+    assert!(with(&["--chat-template", "own"]).contains("no chat template"));
+    assert!(with(&["--system", "x"]).contains("--chat-template"));
     let line = refuse(["generate", "tests/data", "--prompt", "x"]);
     assert!(line.contains("tests/data"), "{line}");
 }
@@ -191,7 +191,7 @@ fn a_turn_ends_at_the_tokenizer_s_end_token_too_and_a_plain_prompt_does_not() {
         let text = succeed(args.iter().chain(&more).chain(how));
         serde_json::from_str(text.lines().next().unwrap()).unwrap()
     };
-    let [chat, plain] = [&["--template", "chatml"][..], &[]];
+    let [chat, plain] = [&["--chat-template", "chatml"][..], &[]];
     let ids = |reply: &Value| -> Vec<u64> {
         let tokens = reply["tokens"].as_array().unwrap().iter();
         tokens.map(|token| token.as_u64().unwrap()).collect()
@@ -249,14 +249,14 @@ fn a_reply_that_ends_before_it_began_says_why() {
         "{without}"
     );
     assert!(
-        without.contains("--ignore-eos") && !without.contains("--template"),
+        without.contains("--ignore-eos") && !without.contains("--chat-template"),
         "{without}"
     );
     let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
     fs::write(scratch.path("model/chat_template.jinja"), template).unwrap();
     let with = said(&[]);
     assert!(
-        with.contains("--template own") && with.contains("--chat"),
+        with.contains("--chat-template own") && with.contains("--chat"),
         "{with}"
     );
     let going_on = succeed([&["generate", model, "--ignore-eos"], &prompt[..]].concat());

@@ -23,6 +23,7 @@ mod hub_locks;
 mod hub_refusals;
 mod hub_server;
 mod hub_settings;
+mod init;
 mod inputs;
 mod inspect;
 mod kernel_cache;

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
+use spdx::{Expression, ParseMode};
 
 /// Crates that read and write files, and describe models and runs: neither they nor what they depend on may
 /// link Burn or CUDA, so that fuzz targets and whatever else reads reports build in a minute.
@@ -128,47 +129,13 @@ impl Policy {
         (!self.permits(licence)).then(|| format!("{name}: its licence is {licence:?}"))
     }
 
-    /// Returns true if an SPDX expression is satisfied: one side of every OR, both of every AND.
-    /// Older manifests write OR as a slash.
+    /// Returns true if an SPDX expression is satisfied. Older manifests write OR as a slash.
     fn permits(&self, expression: &str) -> bool {
-        let spaced = expression
-            .replace('/', " OR ")
-            .replace('(', " ( ")
-            .replace(')', " ) ");
-        let mut words = spaced.split_whitespace().peekable();
-        self.either(&mut words) && words.next().is_none()
-    }
-
-    fn either<'a>(&self, words: &mut Words<impl Iterator<Item = &'a str>>) -> bool {
-        let mut met = self.both(words);
-        while words.next_if_eq(&"OR").is_some() {
-            met |= self.both(words);
-        }
-        met
-    }
-
-    fn both<'a>(&self, words: &mut Words<impl Iterator<Item = &'a str>>) -> bool {
-        let mut met = self.one(words);
-        while words.next_if_eq(&"AND").is_some() {
-            met &= self.one(words);
-        }
-        met
-    }
-
-    fn one<'a>(&self, words: &mut Words<impl Iterator<Item = &'a str>>) -> bool {
-        match words.next() {
-            Some("(") => self.either(words) & words.next_if_eq(&")").is_some(),
-            Some(name) => match words.next_if_eq(&"WITH").and_then(|_| words.next()) {
-                Some(exception) => self.licences.contains(&format!("{name} WITH {exception}")),
-                None => self.licences.contains(name),
-            },
-            None => false,
-        }
+        let expression = Expression::parse_mode(expression, ParseMode::LAX);
+        expression
+            .is_ok_and(|it| it.evaluate(|licence| self.licences.contains(&licence.to_string())))
     }
 }
-
-/// Words of an expression.
-type Words<I> = std::iter::Peekable<I>;
 
 #[cfg(test)]
 mod tests {

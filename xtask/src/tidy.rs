@@ -105,9 +105,11 @@ fn dependencies(root: &Path) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     for (i, (name, dir)) in ORDER.iter().enumerate() {
         let manifest = fs::read_to_string(root.join(dir).join("Cargo.toml"))?;
-        let uses: Vec<&str> = manifest
-            .lines()
-            .filter_map(|line| line.split(['.', ' ', '=']).next())
+        let manifest: toml::Table = manifest.parse()?;
+        let uses: Vec<&str> = ["dependencies", "dev-dependencies", "build-dependencies"]
+            .into_iter()
+            .filter_map(|kind| manifest.get(kind)?.as_table())
+            .flat_map(|table| table.keys().map(String::as_str))
             .collect();
         for (above, _) in &ORDER[i + 1..] {
             if uses.contains(above) && above != name {

@@ -85,6 +85,17 @@ impl Source {
         format(name).is_some()
     }
 
+    /// Returns the names of the first file's columns; of its first row, where rows may differ.
+    ///
+    /// # Errors
+    /// No file, or one that cannot be read or is malformed.
+    pub fn columns(&self) -> Result<Vec<String>, CalibrationError> {
+        match self.files()?.first() {
+            Some(file) => reader::columns(file),
+            None => Ok(Vec::new()),
+        }
+    }
+
     /// Calls `each` with every row of every file, in order, until it breaks. Columnar files provide
     /// only `columns`.
     ///

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use gptq_format::sha256;
 use rayon::prelude::*;
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -14,7 +15,7 @@ use crate::rendering::Document;
 use crate::small_file::{self, MAX_TOKENIZER};
 use crate::token_rows::TokenRules;
 use crate::tokenizer_class::Class;
-use crate::{CalibrationError, TextDecoder, source_file};
+use crate::{CalibrationError, TextDecoder};
 
 /// Encodes documents: with the tokenizer's own special tokens, and the end token after each
 /// document.
@@ -148,7 +149,7 @@ impl TextTokenizer {
             padding: find("pad_token").map(|token| token.id).or(model.padding),
             model_ends: model.ends,
             vocabulary: model.vocabulary,
-            sha256: source_file::sha256(&bytes),
+            sha256: sha256(&bytes),
             filed,
             tokenizer,
         })

@@ -52,6 +52,18 @@ impl TryFrom<u32> for Bits {
     }
 }
 
+impl std::str::FromStr for Bits {
+    type Err = String;
+
+    /// Parses a width as users type it.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let value: u32 = text
+            .parse()
+            .map_err(|_| format!("bits = {text} is not one of 2, 3, 4, 8"))?;
+        Bits::try_from(value)
+    }
+}
+
 impl From<Bits> for u32 {
     fn from(bits: Bits) -> u32 {
         bits.get() as u32
@@ -106,6 +118,18 @@ impl TryFrom<i64> for GroupSize {
             1.. => Ok(GroupSize::Columns(value as usize)),
             _ => Err(format!("group_size = {value} is neither -1 nor positive")),
         }
+    }
+}
+
+impl std::str::FromStr for GroupSize {
+    type Err = String;
+
+    /// Parses a number of columns, or -1, as users type it.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let value: i64 = text
+            .parse()
+            .map_err(|_| format!("group_size = {text} is neither -1 nor positive"))?;
+        GroupSize::try_from(value)
     }
 }
 

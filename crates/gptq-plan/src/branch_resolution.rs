@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Group sizes that are tried if a recipe sets none, the most common first.
-const DEFAULT_GROUPS: [usize; 3] = [128, 64, 32];
+pub(crate) const DEFAULT_GROUPS: [usize; 3] = [128, 64, 32];
 
 /// Resolves `branch` over the recipe's defaults and checks it against the model's shapes.
 pub(crate) fn resolve(

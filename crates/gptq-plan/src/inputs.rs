@@ -42,12 +42,11 @@ pub struct FetchedInputs {
 pub fn model_source(recipe: &Recipe) -> Result<InputSource, RecipeError> {
     let model = &recipe.file.model;
     let source = model.source.get_ref();
-    if Path::new(source).is_dir() {
-        return local(recipe, &model.source, &model.revision);
-    }
-    match looks_like_repo(source) {
-        true => Ok(hub(&model.source, &model.revision)),
-        false => Err(recipe.refuse(
+    let revision = model.revision.as_ref().map(|it| it.get_ref().as_str());
+    match find_model(source, revision) {
+        Some(InputSource::Local(_)) => local(recipe, &model.source, &model.revision),
+        Some(found) => Ok(found),
+        None => Err(recipe.refuse(
             &model.source,
             format!(
                 "model source {source:?} is neither a local directory nor owner/name on the Hub; \
@@ -57,15 +56,22 @@ pub fn model_source(recipe: &Recipe) -> Result<InputSource, RecipeError> {
     }
 }
 
+/// Returns the location of a model by its directory, or `owner/name` on the Hub; `None` if `source` is neither.
+pub fn find_model(source: &str, revision: Option<&str>) -> Option<InputSource> {
+    if Path::new(source).is_dir() {
+        return Some(InputSource::Local(source.into()));
+    }
+    looks_like_repo(source).then(|| InputSource::Hub {
+        repo: source.to_owned(),
+        revision: revision.unwrap_or("main").to_owned(),
+    })
+}
+
 /// Returns the location of the calibration rows.
 pub fn calibration_source(recipe: &Recipe) -> Result<InputSource, RecipeError> {
     let calibration = &recipe.file.calibration;
     let source = calibration.source.get_ref();
-    let is_local = Path::new(source).exists()
-        || source.contains(['*', '?', '['])
-        || Source::reads(source)
-        || !looks_like_repo(source);
-    if !is_local {
+    if !is_local(source) {
         return Ok(hub(&calibration.source, &calibration.revision));
     }
     if let Some(files) = &calibration.files {
@@ -73,6 +79,14 @@ pub fn calibration_source(recipe: &Recipe) -> Result<InputSource, RecipeError> {
         return Err(recipe.refuse(files, reason));
     }
     local(recipe, &calibration.source, &calibration.revision)
+}
+
+/// Returns true if calibration rows of this name are local files.
+pub(crate) fn is_local(source: &str) -> bool {
+    Path::new(source).exists()
+        || source.contains(['*', '?', '['])
+        || Source::reads(source)
+        || !looks_like_repo(source)
 }
 
 fn local(

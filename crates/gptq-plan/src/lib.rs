@@ -16,6 +16,7 @@ mod budget;
 mod byte_size;
 mod chunking;
 mod column_order;
+mod csv_text;
 mod dynamic;
 mod error;
 mod fingerprint;
@@ -30,6 +31,7 @@ mod perplexity;
 mod plan;
 mod receipt;
 mod recipe;
+mod recipe_draft;
 mod recipe_file;
 mod report;
 mod scaling;
@@ -46,10 +48,11 @@ pub use budget::{OpenGroup, apply_allocation, open_groups, spend_budget};
 pub use byte_size::{at_least, parse_size, spelt};
 pub use chunking::Chunking;
 pub use column_order::ColumnOrder;
+pub use csv_text::csv_text;
 pub use dynamic::dynamic;
 pub use error::PlanError;
 pub use fingerprint::Fingerprint;
-pub use inputs::{FetchedInputs, InputSource, calibration_source, model_source};
+pub use inputs::{FetchedInputs, InputSource, calibration_source, find_model, model_source};
 pub use journal::{BranchBlock, FinishedBlock, Header, JOURNAL, Origin, RecordedRun, journal_line};
 pub use limits::{MAX_CURVE, MAX_JOURNAL};
 pub use memory::{Memory, Places};
@@ -62,6 +65,7 @@ pub use receipt::{
     failures,
 };
 pub use recipe::{Recipe, RecipeError};
+pub use recipe_draft::{DraftedBranches, RecipeDraft, last_name};
 pub use report::{
     BranchReport, Clamped, LinearReport, Measure, ModelFiles, PhaseSeconds, REPORT, SolvedWith,
     Summary,

@@ -39,6 +39,8 @@ pub enum RecipeError {
         name: String,
         known: Vec<String>,
     },
+    #[error("{reason}")]
+    Draft { reason: String },
     #[error("{}:{line}:{column}: {reason}", path.display())]
     Invalid {
         path: PathBuf,
@@ -117,6 +119,11 @@ impl Recipe {
         }
         overrides.replace(&mut self.file);
         Ok(())
+    }
+
+    /// Returns the recipe's text.
+    pub fn text(&self) -> &str {
+        &self.text
     }
 
     /// Returns the glob that selects files of a Hub dataset.

@@ -1,7 +1,6 @@
 //! The report of a branch: `report.json`, and `report.csv` with one row per linear layer.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write;
 use std::path::Path;
 
 use gptq_calibration::Manifest;
@@ -12,6 +11,7 @@ use gptq_format::{
 use gptq_solver::Gains;
 use serde::{Deserialize, Serialize};
 
+use crate::csv_text::csv_text;
 use crate::limits::{
     MAX_CLAMPED, MAX_COUNT, MAX_ENTRIES, MAX_FEATURES, MAX_KINDS, MAX_LAYERS, MAX_NAME,
     MAX_WEIGHTS, below, group, most, number, seconds,
@@ -429,43 +429,60 @@ impl BranchReport {
     }
 
     fn csv(&self) -> String {
-        let mut csv = String::from(
-            "layer,name,out_features,in_features,bits,group_size,relative_error,rtn_error,ratio,output_error,\
-             rtn_output_error,solver_objective,block_output_error,damp_percent,dead_columns,search_gain,asymmetric_gain,\
-             refine_gain,seconds\n",
-        );
         let some = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:e}"));
         // The first entry of a block counts.
         let blocks = self.blocks.iter().rev();
         let blocks: BTreeMap<usize, f64> = blocks.map(|it| (it.layer, it.output_error)).collect();
-        for l in &self.linears {
+        let rows = self.linears.iter().map(|l| {
             let [n_out, n_in] = l.shape;
-            writeln!(
-                csv,
-                "{},{},{n_out},{n_in},{},{},{:e},{:e},{:.6},{},{},{},{},{},{},{},{},{},{:.4}",
-                l.layer,
-                l.name,
-                l.bits,
-                l.group_size,
-                l.relative_error,
-                l.rtn_error,
-                l.ratio,
+            [
+                l.layer.to_string(),
+                l.name.clone(),
+                n_out.to_string(),
+                n_in.to_string(),
+                l.bits.to_string(),
+                l.group_size.to_string(),
+                format!("{:e}", l.relative_error),
+                format!("{:e}", l.rtn_error),
+                format!("{:.6}", l.ratio),
                 some(l.output_error),
                 some(l.rtn_output_error),
                 some(l.solver_objective),
                 some(blocks.get(&l.layer).copied()),
-                l.damp_percent,
-                l.dead_columns,
+                l.damp_percent.to_string(),
+                l.dead_columns.to_string(),
                 some(l.gains.scale_search),
                 some(l.gains.mismatch_correction),
                 some(l.gains.refine),
-                l.seconds
-            )
-            .expect("writing to a string cannot fail");
-        }
-        csv
+                format!("{:.4}", l.seconds),
+            ]
+        });
+        csv_text(COLUMNS, rows)
     }
 }
+
+/// Columns of `report.csv`.
+const COLUMNS: [&str; 19] = [
+    "layer",
+    "name",
+    "out_features",
+    "in_features",
+    "bits",
+    "group_size",
+    "relative_error",
+    "rtn_error",
+    "ratio",
+    "output_error",
+    "rtn_output_error",
+    "solver_objective",
+    "block_output_error",
+    "damp_percent",
+    "dead_columns",
+    "search_gain",
+    "asymmetric_gain",
+    "refine_gain",
+    "seconds",
+];
 
 #[cfg(test)]
 mod tests;

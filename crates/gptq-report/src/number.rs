@@ -1,18 +1,10 @@
 //! Number formats shared by the page, its tables and the card.
 
+use indicatif::DecimalBytes;
+
 /// Formats bytes in decimal units, as the Hub does: `"3.90 GB"`.
 pub fn decimal_size(bytes: u64) -> String {
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
-    while value >= 1000.0 && unit + 1 < UNITS.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    match unit {
-        0 => format!("{bytes} B"),
-        _ => format!("{value:.2} {}", UNITS[unit]),
-    }
+    DecimalBytes(bytes).to_string()
 }
 
 /// Formats a relative error in a table: `"3.667e-3"`.
@@ -47,6 +39,7 @@ mod tests {
     fn numbers_read_as_people_write_them() {
         assert_eq!(decimal_size(3_900_000_000), "3.90 GB");
         assert_eq!(decimal_size(12), "12 B");
+        assert_eq!(decimal_size(1_234), "1.23 kB");
         assert_eq!(error(0.003_667), "3.667e-3");
         assert_eq!(over(20.5, 20.0), "+2.50 %");
         assert_eq!(seconds(9.876), "9.88 s");

@@ -1,7 +1,7 @@
 //! The numbers of a matrix, one row per branch: for the page, as CSV and as JSON.
 
 use gptq_format::{Bits, GroupSize};
-use gptq_plan::{Measure, Preset};
+use gptq_plan::{Measure, Preset, csv_text};
 use serde::Serialize;
 
 use crate::{Accuracy, Branch, Matrix, Measured, Windows};
@@ -135,14 +135,9 @@ impl BranchRow {
 
 /// Formats the rows as CSV (RFC 4180), with the names of [`BranchRow`]'s fields as header.
 pub fn csv(rows: &[BranchRow]) -> String {
-    let mut text = String::from(
-        "branch,bits,group_size,mixed,bits_per_weight,desc_act,act_order,sym,damp_percent,preset,bytes,\
-         mean_output_error,worst_output_error,mean_output_ratio,last_block_error,mean_objective,mean_error,worst_error,\
-         mean_ratio,perplexity,text,window,dense_perplexity,kl_divergence,top1_agreement,on_other_windows,accuracies,verified,seconds\n",
-    );
-    for row in rows {
-        let fields = [
-            quoted(&row.branch),
+    let rows = rows.iter().map(|row| {
+        [
+            row.branch.clone(),
             row.bits.to_string(),
             row.group_size.to_string(),
             row.mixed.to_string(),
@@ -162,20 +157,52 @@ pub fn csv(rows: &[BranchRow]) -> String {
             row.worst_error.to_string(),
             row.mean_ratio.to_string(),
             measured(row.perplexity),
-            quoted(row.text.as_deref().unwrap_or_default()),
+            row.text.clone().unwrap_or_default(),
             measured(row.window),
             measured(row.dense_perplexity),
             measured(row.kl_divergence),
             measured(row.top1_agreement),
-            quoted(&others(&row.on_other_windows)),
-            quoted(&accuracies(&row.accuracies)),
+            others(&row.on_other_windows),
+            accuracies(&row.accuracies),
             measured(row.verified),
             row.seconds.to_string(),
-        ];
-        text += &(fields.join(",") + "\n");
-    }
-    text
+        ]
+    });
+    csv_text(COLUMNS, rows)
 }
+
+/// Names of [`BranchRow`]'s fields, in the order of the table.
+const COLUMNS: [&str; 29] = [
+    "branch",
+    "bits",
+    "group_size",
+    "mixed",
+    "bits_per_weight",
+    "desc_act",
+    "act_order",
+    "sym",
+    "damp_percent",
+    "preset",
+    "bytes",
+    "mean_output_error",
+    "worst_output_error",
+    "mean_output_ratio",
+    "last_block_error",
+    "mean_objective",
+    "mean_error",
+    "worst_error",
+    "mean_ratio",
+    "perplexity",
+    "text",
+    "window",
+    "dense_perplexity",
+    "kl_divergence",
+    "top1_agreement",
+    "on_other_windows",
+    "accuracies",
+    "verified",
+    "seconds",
+];
 
 /// Formats measurements as `"19.099 (eval.json, windows of 512)"`.
 fn others(others: &[Measured]) -> String {
@@ -195,11 +222,4 @@ fn accuracies(all: &[Accuracy]) -> String {
 
 fn measured(value: Option<impl ToString>) -> String {
     value.map_or_else(String::new, |v| v.to_string())
-}
-
-fn quoted(text: &str) -> String {
-    match text.contains([',', '"', '\r', '\n']) {
-        true => format!("\"{}\"", text.replace('"', "\"\"")),
-        false => text.to_owned(),
-    }
 }

@@ -54,7 +54,7 @@ fn is_zero(count: &usize) -> bool {
 
 pub(crate) fn run(args: CalibrationArgs) -> Result<()> {
     let CalibrationCommand::Show(args) = args.command;
-    let recipe = args.recipe.load(args.perplexity)?;
+    let recipe = args.recipe.load(args.perplexity, None)?;
     let mut plan = Plan::new(&recipe, &hub::fetch(&recipe, Need::Shapes, true)?)?;
     let tokenizer = TextTokenizer::load(&plan.model_dir)?;
     let drawn = Calibration::draw(&plan.calibration, &tokenizer)?;

@@ -29,7 +29,7 @@ pub(crate) fn run(args: CardArgs) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&facts)?);
         return Ok(());
     }
-    let template = match &args.template {
+    let template = match &args.card_template {
         Some(path) => Some((path.display().to_string(), read(path)?)),
         None => None,
     };

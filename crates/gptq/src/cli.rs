@@ -17,14 +17,15 @@ use crate::export::ExportArgs;
 use crate::generate::GenerateArgs;
 use crate::inspect::InspectArgs;
 use crate::log;
+use crate::model_recipe::{DraftArgs, find_recipe};
 use crate::verify::VerifyArgs;
 
-/// Turn a Llama-family checkpoint into GPTQ branches, from one config file.
+/// Quantize language models with GPTQ: every size of a model in one run, each read back and checked.
 #[derive(Parser)]
 #[command(
     version,
     about,
-    after_help = "Example:\n  gptq quantize configs/tiny.toml"
+    after_help = "Examples:\n  gptq quantize models/my-model --calibration my.jsonl --bits 4\n  gptq quantize configs/tiny.toml"
 )]
 pub(crate) struct Cli {
     /// Append a log to this file; RUST_LOG chooses what is logged
@@ -36,12 +37,19 @@ pub(crate) struct Cli {
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// Produce every branch of a recipe
+    /// Write a commented recipe for a model, to change and to quantize
     #[command(
-        after_help = "Example:\n  gptq quantize configs/tiny.toml --branch main --perplexity eval.json"
+        after_help = "Examples:\n  gptq init models/my-model --calibration my.jsonl\n  \
+                      gptq init epfl-llm/meditron-7b --matrix published -"
+    )]
+    Init(InitArgs),
+    /// Quantize a model: every branch of a recipe, or branches that flags describe
+    #[command(
+        after_help = "Examples:\n  gptq quantize configs/tiny.toml --branch main --perplexity eval.json\n  \
+                      gptq quantize models/my-model --calibration my.jsonl --bits 4"
     )]
     Quantize(QuantizeArgs),
-    /// Show what a recipe would produce: sizes, memory, and which clients load each branch
+    /// Show what a run would produce: sizes, memory, and which clients load each branch
     #[command(
         after_help = "Example:\n  gptq plan configs/meditron-7b.toml --model-config config.json"
     )]
@@ -102,6 +110,7 @@ impl Command {
     /// Describes the command for a bug report, without local paths.
     pub(crate) fn about(&self) -> String {
         let (name, path) = match self {
+            Command::Init(_) => ("init", None),
             Command::Quantize(args) => ("quantize", args.recipe.as_ref()),
             Command::Plan(args) => ("plan", Some(&args.recipe.recipe)),
             Command::Calibration(CalibrationArgs {
@@ -133,10 +142,31 @@ pub(crate) struct CompletionsArgs {
 
 #[derive(Args)]
 pub(crate) struct RecipeArgs {
-    /// The recipe (TOML)
+    /// The recipe (TOML); or a model, its directory or owner/name on the Hub, with flags in place of a recipe
+    #[arg(value_name = "RECIPE|MODEL")]
     pub recipe: PathBuf,
     #[command(flatten)]
+    pub draft: DraftArgs,
+    #[command(flatten)]
     pub changes: ChangeArgs,
+}
+
+#[derive(Args)]
+pub(crate) struct InitArgs {
+    /// The model: its directory, or owner/name on the Hub, of which only the config is read
+    pub model: String,
+    /// Recipe to write; - for standard output [default: the model's name with .toml, here]
+    pub recipe: Option<PathBuf>,
+    #[command(flatten)]
+    pub draft: DraftArgs,
+    #[command(flatten)]
+    pub inputs: InputArgs,
+    /// Held-out text that the recipe's branches will be measured on
+    #[arg(long, value_name = "FILE")]
+    pub perplexity: Option<PathBuf>,
+    /// Replace an existing file
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// Flags that change a recipe.
@@ -146,16 +176,24 @@ pub(crate) struct ChangeArgs {
     /// Quantize only this branch; may be repeated
     #[arg(long, value_name = "NAME")]
     pub branch: Vec<String>,
+    #[command(flatten)]
+    pub inputs: InputArgs,
+}
+
+/// Calibration data and the output directory.
+#[derive(Args)]
+#[group(id = "inputs", multiple = true)]
+pub(crate) struct InputArgs {
     /// Calibrate on this: a file, a glob, or a dataset on the Hub
-    #[arg(long, value_name = "SOURCE")]
+    #[arg(short, long, value_name = "SOURCE")]
     pub calibration: Option<String>,
     #[command(flatten)]
     pub rows: RowArgs,
     /// Write branches below this directory
-    #[arg(long, value_name = "DIR")]
+    #[arg(short, long, value_name = "DIR")]
     pub output: Option<PathBuf>,
     /// Number of calibration windows
-    #[arg(long, value_name = "N")]
+    #[arg(short = 'n', long, value_name = "N")]
     pub samples: Option<usize>,
     /// Tokens per calibration window
     #[arg(long, value_name = "N")]
@@ -167,6 +205,7 @@ pub(crate) struct ChangeArgs {
 
 /// Selection and interpretation of calibration rows.
 #[derive(Args)]
+#[group(id = "reading", multiple = true)]
 pub(crate) struct RowArgs {
     /// Make each row's text from its columns, as in "{question}\n{answer}"
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["column", "messages", "tokens"])]
@@ -206,7 +245,7 @@ impl RowArgs {
 #[derive(Args)]
 pub(crate) struct RunArgs {
     /// auto, cpu, cuda, cuda:N, or GPUs that share the run, such as cuda:0,1 or cuda:all
-    #[arg(long, default_value = "auto")]
+    #[arg(short, long, default_value = "auto")]
     pub device: Devices,
     /// Share the run among this many ranks of this process: 1, 2, 4 or 8, on the CPU
     #[arg(long, value_name = "N", value_parser = parse_ranks)]
@@ -245,12 +284,18 @@ pub(crate) struct RunArgs {
 
 #[derive(Args)]
 pub(crate) struct QuantizeArgs {
-    /// The recipe (TOML)
-    #[arg(required_unless_present = "resume")]
+    /// The recipe (TOML); or a model, its directory or owner/name on the Hub, with --calibration
+    #[arg(required_unless_present = "resume", value_name = "RECIPE|MODEL")]
     pub recipe: Option<PathBuf>,
     /// Resume the interrupted run in this directory, with the recipe and flags it was started with
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["recipe", "changes", "restart"])]
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with_all = ["recipe", "changes", "inputs", "reading", "drafts", "restart"]
+    )]
     pub resume: Option<PathBuf>,
+    #[command(flatten)]
+    pub draft: DraftArgs,
     #[command(flatten)]
     pub changes: ChangeArgs,
     #[command(flatten)]
@@ -265,7 +310,7 @@ pub(crate) struct RequantizeArgs {
     /// A directory of finished branches, or a single branch
     pub dir: PathBuf,
     /// Calibrate on this: a file, a glob, or a dataset on the Hub
-    #[arg(long, value_name = "SOURCE")]
+    #[arg(short, long, value_name = "SOURCE")]
     pub calibration: String,
     /// The base model: its directory, or owner/name on the Hub [default: from the reports]
     #[arg(long, value_name = "MODEL")]
@@ -274,12 +319,12 @@ pub(crate) struct RequantizeArgs {
     #[arg(long, value_name = "NAME")]
     pub branch: Vec<String>,
     /// Write branches below this directory [default: DIR-recalibrated]
-    #[arg(long, value_name = "DIR2")]
+    #[arg(short, long, value_name = "DIR2")]
     pub output: Option<PathBuf>,
     #[command(flatten)]
     pub rows: RowArgs,
     /// Number of calibration windows [default: as before]
-    #[arg(long, value_name = "N")]
+    #[arg(short = 'n', long, value_name = "N")]
     pub samples: Option<usize>,
     /// Tokens per calibration window [default: as before]
     #[arg(long, value_name = "N")]
@@ -379,7 +424,7 @@ pub(crate) struct CardArgs {
     pub prompt_template: Option<String>,
     /// A minijinja template instead of the built-in one; --json prints its variables
     #[arg(long, value_name = "FILE")]
-    pub template: Option<PathBuf>,
+    pub card_template: Option<PathBuf>,
     /// The base model's own card: it is appended, and provides licence and language
     #[arg(long, value_name = "FILE")]
     pub base_card: Option<PathBuf>,
@@ -396,7 +441,7 @@ pub(crate) struct CardArgs {
     #[arg(long, value_name = "CODE")]
     pub language: Option<String>,
     /// Output file [default: README.md in DIR]
-    #[arg(long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
     /// Replace a file with different content
     #[arg(long)]
@@ -414,28 +459,44 @@ fn parse_ranks(text: &str) -> Result<usize, String> {
 }
 
 impl RecipeArgs {
-    /// Reads the recipe and applies the flags.
-    pub(crate) fn load(self, perplexity: Option<PathBuf>) -> anyhow::Result<Recipe> {
-        self.changes.load(&self.recipe, perplexity)
+    /// Reads the recipe, or makes one of the model, and applies the flags. With `config`, a model's config is that file.
+    pub(crate) fn load(
+        self,
+        perplexity: Option<PathBuf>,
+        config: Option<&Path>,
+    ) -> anyhow::Result<Recipe> {
+        let found = find_recipe(&self.recipe, self.draft, self.changes, perplexity, config)?;
+        Ok(found.recipe)
     }
 }
 
 impl ChangeArgs {
-    /// Reads the recipe at `path` and applies the flags.
-    pub(crate) fn load(self, path: &Path, perplexity: Option<PathBuf>) -> anyhow::Result<Recipe> {
-        let mut recipe = Recipe::read(path)?;
+    /// Applies the flags to a recipe.
+    pub(crate) fn apply(
+        self,
+        mut recipe: Recipe,
+        perplexity: Option<PathBuf>,
+    ) -> anyhow::Result<Recipe> {
+        let InputArgs {
+            calibration,
+            rows,
+            output,
+            samples,
+            seq_len,
+            seed,
+        } = self.inputs;
         recipe.apply(RecipeOverrides {
             branches: self.branch,
             model: None,
-            calibration: self.calibration,
-            rendering: self.rows.rendering(),
-            rows: self.rows.rows,
-            on_error: self.rows.on_error,
-            date: self.rows.date,
-            output: self.output,
-            samples: self.samples,
-            seq_len: self.seq_len,
-            seed: self.seed,
+            calibration,
+            rendering: rows.rendering(),
+            rows: rows.rows,
+            on_error: rows.on_error,
+            date: rows.date,
+            output,
+            samples,
+            seq_len,
+            seed,
             evaluation: perplexity,
             orders: Default::default(),
         })?;

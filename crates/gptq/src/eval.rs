@@ -40,7 +40,7 @@ pub(crate) struct EvalArgs {
     name: Option<String>,
     /// Jinja template of a question, over its row's keys [default: the preset's]
     #[arg(long, value_name = "TEXT")]
-    template: Option<String>,
+    question_template: Option<String>,
     /// Text before shots and questions [default: the preset's]
     #[arg(long, value_name = "TEXT")]
     description: Option<String>,
@@ -147,7 +147,7 @@ impl EvalArgs {
         let read = |file: &PathBuf| {
             Task::read(&TaskOptions {
                 name: self.name.clone(),
-                template: self.template.clone(),
+                template: self.question_template.clone(),
                 description: self.description.clone(),
                 delimiter: self.delimiter.clone(),
                 letters: self.letters,

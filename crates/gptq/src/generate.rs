@@ -26,7 +26,7 @@ pub(crate) struct GenerateArgs {
     /// Template of messages; without it, --prompt is used as it is, and --chat uses the tokenizer's
     /// own template if there is one, else ChatML
     #[arg(long, value_name = "NAME")]
-    template: Option<PromptFormat>,
+    chat_template: Option<PromptFormat>,
     /// The system message; requires a template
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -84,7 +84,7 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
     let template = args.template()?;
     anyhow::ensure!(
         template.is_some() || args.system.is_none(),
-        "--system needs a template: use --template chatml or --template own"
+        "--system needs a template: use --chat-template chatml or --chat-template own"
     );
     for warning in &Census::take(&args.dir)?.warnings {
         log::warning(warning);
@@ -109,14 +109,14 @@ pub(crate) fn run(args: GenerateArgs) -> Result<()> {
 impl GenerateArgs {
     fn template(&self) -> Result<Option<ChatTemplate>> {
         let own = || ChatTemplate::of(&self.dir);
-        Ok(match (self.template, self.chat) {
+        Ok(match (self.chat_template, self.chat) {
             (None, false) => None,
             (None, true) => Some(own()?.unwrap_or_else(ChatTemplate::chatml)),
             (Some(PromptFormat::Chatml), _) => Some(ChatTemplate::chatml()),
             (Some(PromptFormat::Own), _) => match own()? {
                 Some(template) => Some(template),
                 None => anyhow::bail!(
-                    "{}: the tokenizer has no chat template; use --template chatml",
+                    "{}: the tokenizer has no chat template; use --chat-template chatml",
                     self.dir.display()
                 ),
             },
@@ -235,7 +235,7 @@ impl Talk {
         Some(match self.template.is_none() && own() {
             true => format!(
                 "ended at once: the first token was the end token {token}; the model has a chat template, which \
-                 --template own or --chat applies"
+                 --chat-template own or --chat applies"
             ),
             false => format!(
                 "ended at once: the first token was the end token {token}; --ignore-eos continues past it"

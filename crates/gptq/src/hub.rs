@@ -103,6 +103,16 @@ pub(crate) fn fetch(recipe: &Recipe, model: Need, rows: bool) -> Result<FetchedI
     Ok(fetched)
 }
 
+/// Downloads a model's config, and its other small files, and returns their directory.
+///
+/// # Errors
+/// No such model, or no connection.
+pub(crate) fn model_shapes(repo: &str, revision: &str) -> Result<PathBuf> {
+    let snapshot = Hub::new(settings()?)?.model_side(&repo_id(repo)?, revision)?;
+    warn(repo, &snapshot);
+    Ok(snapshot.dir)
+}
+
 /// Reads `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN`,
 /// `HF_HUB_OFFLINE`, `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_DOWNLOAD_TIMEOUT`.
 ///

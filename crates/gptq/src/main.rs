@@ -1,4 +1,4 @@
-//! `gptq`: quantizes a model into a matrix of GPTQ branches from one config file, and verifies the
+//! `gptq`: quantizes a model into a matrix of GPTQ branches from a recipe or from flags, and verifies the
 //! result.
 //!
 //! Exit status: 0 for success, 1 if something failed, 2 for a wrong command line, 130 and 143 if
@@ -18,8 +18,10 @@ mod eval_output;
 mod export;
 mod generate;
 mod hub;
+mod init;
 mod inspect;
 mod log;
+mod model_recipe;
 mod plan;
 mod progress;
 mod publish;
@@ -77,6 +79,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command, signals: &Signals) -> anyhow::Result<()> {
     match command {
+        Command::Init(args) => init::run(args),
         Command::Quantize(args) => quantize::run(args, signals),
         Command::Plan(args) => plan::run(args),
         Command::Requantize(args) => requantize::run(args, signals),

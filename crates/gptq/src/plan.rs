@@ -14,7 +14,7 @@ use crate::hub::{self, Need};
 use crate::{size, table};
 
 pub(crate) fn run(args: PlanArgs) -> Result<()> {
-    let recipe = args.recipe.load(None)?;
+    let recipe = args.recipe.load(None, args.model_config.as_deref())?;
     let plan = match args.model_config {
         Some(path) => {
             let mut plan = Plan::for_config(&recipe, ModelConfig::read(&path)?)?;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Result, anyhow, bail, ensure};
 use gptq_export::check_tokenizer;
-use gptq_format::{Checkpoint, sha256_file};
+use gptq_format::{Checkpoint, sha256_file, write_file};
 use gptq_kernels::Device;
 use gptq_plan::{
     BranchReport, Check, InputSource, Look, Measure, Perplexity, Plan, Recipe, check_texts,
@@ -17,6 +17,7 @@ use serde_json::json;
 
 use crate::cli::{QuantizeArgs, RunArgs, warn};
 use crate::hub::{self, Need};
+use crate::model_recipe::{FoundRecipe, find_recipe};
 use crate::progress::Progress;
 use crate::ranks::Ranks;
 use crate::signals::Signals;
@@ -35,9 +36,13 @@ pub(crate) struct Produced {
 }
 
 pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
-    let recipe = match (&args.resume, &args.recipe) {
-        (Some(output), _) => resume(output, &mut args.run)?,
-        (None, Some(recipe)) => args.changes.load(recipe, args.run.perplexity.clone())?,
+    let evaluation = args.run.perplexity.clone();
+    let FoundRecipe { recipe, drafted } = match (&args.resume, &args.recipe) {
+        (Some(output), _) => FoundRecipe {
+            recipe: resume(output, &mut args.run)?,
+            drafted: false,
+        },
+        (None, Some(recipe)) => find_recipe(recipe, args.draft, args.changes, evaluation, None)?,
         (None, None) => bail!("no recipe"),
     };
     if args.dry_run {
@@ -53,11 +58,20 @@ pub(crate) fn run(mut args: QuantizeArgs, signals: &Signals) -> Result<()> {
             ranks: args.run.ranks,
             ..plan::Split::default()
         };
-        return plan::show(&plan, split, args.run.json);
+        plan::show(&plan, split, args.run.json)?;
+        if drafted && !args.run.json {
+            println!("\nrecipe of these flags:\n\n{}", recipe.text().trim_end());
+        }
+        return Ok(());
     }
     let Some(made) = produce(&recipe, &args.run, signals)? else {
         return Ok(());
     };
+    if drafted {
+        let path = made.plan.output.join("recipe.toml");
+        write_file(&path, recipe.text().as_bytes())?;
+        eprintln!("recipe of these flags written to {}", path.display());
+    }
     if args.run.json {
         let record = record(&made);
         println!("{}", serde_json::to_string_pretty(&record)?);
@@ -267,18 +281,12 @@ fn command(args: impl Iterator<Item = OsString>) -> String {
             Some(name) if path.is_absolute() => name.to_string_lossy(),
             _ => value.into(),
         };
-        let word = format!("{flag}{value}");
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@+".contains(c);
-        match !word.is_empty() && word.chars().all(plain) {
-            true => word,
-            false => format!("'{}'", word.replace('\'', r"'\''")),
-        }
+        // An argument cannot hold a zero byte, which is all that cannot be quoted.
+        let word = format!("{flag}{value}").replace('\0', "");
+        shlex::try_quote(&word).map_or_else(|_| word.clone(), Into::into)
     });
-    ["gptq".to_owned()]
-        .into_iter()
-        .chain(words)
-        .collect::<Vec<_>>()
-        .join(" ")
+    let all: Vec<String> = ["gptq".to_owned()].into_iter().chain(words).collect();
+    all.join(" ")
 }
 
 /// Returns the result of a run as JSON: the branches in the plan's order.

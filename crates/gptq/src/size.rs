@@ -1,26 +1,16 @@
 //! Byte sizes for display: decimal for files, as on the Hub; binary for memory.
 
+use gptq_report::decimal_size;
+use indicatif::BinaryBytes;
+
 /// Formats like `"3.90 GB"`.
 pub(crate) fn decimal(bytes: u64) -> String {
-    scaled(bytes, 1000.0, ["B", "kB", "MB", "GB", "TB"])
+    decimal_size(bytes)
 }
 
-/// Formats like `"5.2 GiB"`.
+/// Formats like `"5.20 GiB"`.
 pub(crate) fn binary(bytes: u64) -> String {
-    scaled(bytes, 1024.0, ["B", "KiB", "MiB", "GiB", "TiB"])
-}
-
-fn scaled(bytes: u64, step: f64, units: [&str; 5]) -> String {
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= step && unit + 1 < units.len() {
-        value /= step;
-        unit += 1;
-    }
-    match unit {
-        0 => format!("{bytes} B"),
-        _ => format!("{value:.2} {}", units[unit]),
-    }
+    BinaryBytes(bytes).to_string()
 }
 
 #[cfg(test)]
