@@ -1,5 +1,6 @@
 //! Helpers to run the binary, and to make small variations of the bundled model.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -12,9 +13,16 @@ pub(crate) fn root() -> PathBuf {
 }
 
 /// Makes a `gptq` command in the repository's root, isolated from the user's cache, token and
-/// proxy.
+/// proxy. Unless `args` name a CUDA device, there is none, so that tests run on the CPU everywhere.
 pub(crate) fn command<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    let args: Vec<OsString> = args.into_iter().map(|arg| arg.as_ref().into()).collect();
     let mut command = Command::new(env!("CARGO_BIN_EXE_gptq"));
+    if !args
+        .iter()
+        .any(|arg| arg.to_string_lossy().contains("cuda"))
+    {
+        command.env("CUDA_VISIBLE_DEVICES", "");
+    }
     command
         .args(args)
         .current_dir(root())

@@ -28,6 +28,9 @@ const BRANCHES: [(&str, u32, i32); 6] = [
     ("gptq-8bit-32g-actorder_True", 8, 32),
     ("gptq-4bit-64g-actorder_True", 4, 64),
 ];
+/// Marks around the table in `kernels/BENCHMARKS.md`.
+const BEGIN: &str = "<!-- xtask bench -->";
+const END: &str = "<!-- end of xtask bench -->";
 /// Polling interval for device memory.
 const POLL: Duration = Duration::from_millis(200);
 
@@ -62,6 +65,9 @@ pub(crate) struct BenchArgs {
     /// Print JSON instead of markdown
     #[arg(long)]
     json: bool,
+    /// Replace the table of whole runs in kernels/BENCHMARKS.md too
+    #[arg(long)]
+    write: bool,
 }
 
 /// A run to measure.
@@ -143,11 +149,25 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
         true => kernels(args)?,
         false => String::new(),
     };
+    if args.write {
+        let path = root().join("kernels/BENCHMARKS.md");
+        let text = std::fs::read_to_string(&path)?;
+        let text = replaced(&text, &as_markdown(args, &rows, ""))
+            .with_context(|| format!("{}: without {BEGIN} and {END}", path.display()))?;
+        std::fs::write(&path, text)?;
+    }
     match args.json {
         true => println!("{:#}", as_json(args, &rows, &kernels)),
         false => print!("{}", as_markdown(args, &rows, &kernels)),
     }
     Ok(())
+}
+
+/// Replaces what stands between the marks; `None` if one is missing.
+fn replaced(document: &str, table: &str) -> Option<String> {
+    let (before, rest) = document.split_once(BEGIN)?;
+    let (_, after) = rest.split_once(END)?;
+    Some(format!("{before}{BEGIN}\n{table}{END}{after}"))
 }
 
 /// Builds in release mode; returns the path of the result.
@@ -299,9 +319,10 @@ fn card() -> String {
 fn as_markdown(args: &BenchArgs, rows: &[(&Case, Measured)], kernels: &str) -> String {
     let number = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{v:.2}"));
     let mut text = format!(
-        "{}; {} windows of {} tokens; device {}\n\n\
+        "{}; {}; {} windows of {} tokens; device {}\n\n\
          | run | seconds | per layer | cold start | peak device memory |\n|---|---|---|---|---|\n",
         card(),
+        chrono::Utc::now().format("%Y-%m-%d"),
         args.samples,
         args.seq_len,
         args.device
@@ -355,6 +376,15 @@ fn as_json(args: &BenchArgs, rows: &[(&Case, Measured)], kernels: &str) -> Value
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_new_table_takes_the_place_of_the_old_one() {
+        let text = std::fs::read_to_string(root().join("kernels/BENCHMARKS.md")).unwrap();
+        let new = replaced(&text, "| a |\n").unwrap();
+        assert!(new.contains(&format!("{BEGIN}\n| a |\n{END}\n")), "{new}");
+        assert_eq!(replaced(&new, "| a |\n").unwrap(), new);
+        assert!(new.len() < text.len());
+    }
 
     #[test]
     fn progress_lines_name_their_layer() {

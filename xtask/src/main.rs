@@ -1,10 +1,11 @@
-//! Development tasks: `cargo xtask tidy`, `cargo xtask validate`, `cargo xtask golden`,
+//! Development tasks: `cargo xtask tidy`, `cargo xtask ci`, `cargo xtask golden`,
 //! `cargo xtask synth`, `cargo xtask bench`, `cargo xtask ablate`, `cargo xtask clients`.
 
 #![forbid(unsafe_code)]
 
 mod ablate;
 mod bench;
+mod ci;
 mod clients;
 mod dependencies;
 mod design;
@@ -13,7 +14,6 @@ mod golden;
 mod rust_source;
 mod synth;
 mod tidy;
-mod validate;
 
 use std::path::PathBuf;
 
@@ -30,8 +30,8 @@ struct Cli {
 enum Task {
     /// Check the repository's layout, dependencies between crates, and style
     Tidy,
-    /// Run everything that CI checks
-    Validate,
+    /// Run everything that CI checks, each step with its time
+    Ci,
     /// Compare a model's logits or greedy tokens with those of another program
     Golden {
         /// The checkpoint's directory
@@ -71,7 +71,7 @@ enum Task {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().task {
         Task::Tidy => tidy::run(),
-        Task::Validate => validate::run(),
+        Task::Ci => ci::run(),
         Task::Golden {
             model,
             logits,
