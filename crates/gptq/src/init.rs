@@ -1,8 +1,9 @@
 //! `gptq init`.
 
+use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 use gptq_format::write_file;
 use gptq_plan::last_name;
 
@@ -22,6 +23,9 @@ pub(crate) fn run(args: InitArgs) -> Result<()> {
     if is_stdout {
         print!("{}", recipe.text());
         return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(|e| anyhow!("{}: {e}", parent.display()))?;
     }
     write_file(&path, recipe.text().as_bytes())?;
     let path = path.display();
