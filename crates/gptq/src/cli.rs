@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-use gptq_calibration::OnError;
 use gptq_kernels::Devices;
-use gptq_plan::{Plan, Recipe, RecipeOverrides, RenderingOverride, parse_size};
+use gptq_plan::{Plan, Recipe, parse_size};
 use gptq_ranks::Threads;
 use humantime::parse_duration;
 
@@ -15,16 +14,17 @@ use crate::bug;
 use crate::eval::EvalArgs;
 use crate::export::ExportArgs;
 use crate::generate::GenerateArgs;
+use crate::init::InitArgs;
 use crate::inspect::InspectArgs;
 use crate::log;
-use crate::model_recipe::{DraftArgs, find_recipe};
+use crate::model_recipe::find_recipe;
+use crate::recipe_args::{ChangeArgs, DraftArgs, RowArgs};
 use crate::verify::VerifyArgs;
 
 /// Quantize language models with GPTQ: every size of a model in one run, each read back and checked.
 #[derive(Parser)]
 #[command(
     version,
-    about,
     after_help = "Examples:\n  gptq quantize models/my-model --calibration my.jsonl --bits 4\n  gptq quantize configs/tiny.toml"
 )]
 pub(crate) struct Cli {
@@ -43,45 +43,54 @@ pub(crate) enum Command {
                       gptq init epfl-llm/meditron-7b --matrix published -"
     )]
     Init(InitArgs),
+    /// Show what a run would produce: sizes, memory, and which clients load each branch
+    #[command(
+        after_help = "Example:\n  gptq plan configs/meditron-7b.toml --model-config config.json"
+    )]
+    Plan(PlanArgs),
+    /// Inspect calibration data
+    Calibration(CalibrationArgs),
     /// Quantize a model: every branch of a recipe, or branches that flags describe
     #[command(
         after_help = "Examples:\n  gptq quantize configs/tiny.toml --branch main --perplexity eval.json\n  \
                       gptq quantize models/my-model --calibration my.jsonl --bits 4"
     )]
     Quantize(QuantizeArgs),
-    /// Show what a run would produce: sizes, memory, and which clients load each branch
-    #[command(
-        after_help = "Example:\n  gptq plan configs/meditron-7b.toml --model-config config.json"
-    )]
-    Plan(PlanArgs),
     /// Quantize finished branches again with other calibration data, and compare
     #[command(
         after_help = "Example:\n  gptq requantize out/medi-tiny-GPTQ --calibration my.jsonl --column text"
     )]
     Requantize(RequantizeArgs),
-    /// Inspect calibration data
-    Calibration(CalibrationArgs),
-    /// Upload every verified branch to the Hub, each as the revision of its name
-    #[command(
-        after_help = "Example:\n  gptq publish out/meditron-7B-GPTQ --repo user/meditron-7B-GPTQ --dry-run"
-    )]
-    Publish(PublishArgs),
     /// Reopen a branch or all branches of a directory, check every tensor, and compare with the
     /// dense model
     #[command(
         after_help = "Example:\n  gptq verify out/medi-tiny-GPTQ --text eval.json --against models/medi-tiny"
     )]
     Verify(VerifyArgs),
-    /// Ask branches and dense models multiple-choice questions, and compare their accuracies
+    /// Write report.html and tables about finished branches
+    #[command(after_help = "Example:\n  gptq report out/medi-tiny-GPTQ")]
+    Report(ReportArgs),
+    /// Write the model card, the README.md of a Hub repository
     #[command(
-        after_help = "Example:\n  gptq eval models/medi-tiny out/medi-tiny-GPTQ --task pubmedqa/ori_pqal.json --preset pubmedqa --shots 3"
+        after_help = "Example:\n  gptq card out/meditron-7B-GPTQ --repo user/meditron-7B-GPTQ \\\n    \
+                      --base-card models/meditron-7b/README.md"
     )]
-    Eval(EvalArgs),
+    Card(CardArgs),
+    /// Upload every verified branch to the Hub, each as the revision of its name
+    #[command(
+        after_help = "Example:\n  gptq publish out/meditron-7B-GPTQ --repo user/meditron-7B-GPTQ --dry-run"
+    )]
+    Publish(PublishArgs),
     /// Write finished branches of any tool in another format, codes and scales as they are
     #[command(
         after_help = "Example:\n  gptq export out/medi-tiny-GPTQ/gptq-8bit--1g-actorder_True --to compressed-tensors --output out/for-vllm"
     )]
     Export(ExportArgs),
+    /// Ask branches and dense models multiple-choice questions, and compare their accuracies
+    #[command(
+        after_help = "Example:\n  gptq eval models/medi-tiny out/medi-tiny-GPTQ --task pubmedqa/ori_pqal.json --preset pubmedqa --shots 3"
+    )]
+    Eval(EvalArgs),
     /// Continue a prompt, or chat
     #[command(
         after_help = "Examples:\n  gptq generate out/medi-tiny-GPTQ/main --prompt \"Asthma is\" --greedy --max-new-tokens 64\n  gptq generate out/medi-tiny-GPTQ/main --chat --system \"You are a careful doctor.\""
@@ -95,15 +104,6 @@ pub(crate) enum Command {
         after_help = "Example:\n  gptq completions bash > ~/.local/share/bash-completion/completions/gptq"
     )]
     Completions(CompletionsArgs),
-    /// Write report.html and tables about finished branches
-    #[command(after_help = "Example:\n  gptq report out/medi-tiny-GPTQ")]
-    Report(ReportArgs),
-    /// Write the model card, the README.md of a Hub repository
-    #[command(
-        after_help = "Example:\n  gptq card out/meditron-7B-GPTQ --repo user/meditron-7B-GPTQ \\\n    \
-                      --base-card models/meditron-7b/README.md"
-    )]
-    Card(CardArgs),
 }
 
 impl Command {
@@ -149,96 +149,6 @@ pub(crate) struct RecipeArgs {
     pub draft: DraftArgs,
     #[command(flatten)]
     pub changes: ChangeArgs,
-}
-
-#[derive(Args)]
-pub(crate) struct InitArgs {
-    /// The model: its directory, or owner/name on the Hub, of which only the config is read
-    pub model: String,
-    /// Recipe to write; - for standard output [default: the model's name with .toml, here]
-    pub recipe: Option<PathBuf>,
-    #[command(flatten)]
-    pub draft: DraftArgs,
-    #[command(flatten)]
-    pub inputs: InputArgs,
-    /// Held-out text that the recipe's branches will be measured on
-    #[arg(long, value_name = "FILE")]
-    pub perplexity: Option<PathBuf>,
-    /// Replace an existing file
-    #[arg(long)]
-    pub force: bool,
-}
-
-/// Flags that change a recipe.
-#[derive(Args)]
-#[group(id = "changes", multiple = true)]
-pub(crate) struct ChangeArgs {
-    /// Quantize only this branch; may be repeated
-    #[arg(long, value_name = "NAME")]
-    pub branch: Vec<String>,
-    #[command(flatten)]
-    pub inputs: InputArgs,
-}
-
-/// Calibration data and the output directory.
-#[derive(Args)]
-#[group(id = "inputs", multiple = true)]
-pub(crate) struct InputArgs {
-    /// Calibrate on this: a file, a glob, or a dataset on the Hub
-    #[arg(short, long, value_name = "SOURCE")]
-    pub calibration: Option<String>,
-    #[command(flatten)]
-    pub rows: RowArgs,
-    /// Write branches below this directory
-    #[arg(short, long, value_name = "DIR")]
-    pub output: Option<PathBuf>,
-    /// Number of calibration windows
-    #[arg(short = 'n', long, value_name = "N")]
-    pub samples: Option<usize>,
-    /// Tokens per calibration window
-    #[arg(long, value_name = "N")]
-    pub seq_len: Option<usize>,
-    /// Seed of the calibration draw
-    #[arg(long, value_name = "N")]
-    pub seed: Option<u64>,
-}
-
-/// Selection and interpretation of calibration rows.
-#[derive(Args)]
-#[group(id = "reading", multiple = true)]
-pub(crate) struct RowArgs {
-    /// Make each row's text from its columns, as in "{question}\n{answer}"
-    #[arg(long, value_name = "TEXT", conflicts_with_all = ["column", "messages", "tokens"])]
-    template: Option<String>,
-    /// Use the text in this column
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["messages", "tokens"])]
-    column: Option<String>,
-    /// Use the conversation in this column
-    #[arg(long, value_name = "NAME", conflicts_with = "tokens")]
-    messages: Option<String>,
-    /// Use the token ids in this column
-    #[arg(long, value_name = "NAME")]
-    tokens: Option<String>,
-    /// Use only these rows, such as 0:1000
-    #[arg(long, value_name = "RANGE")]
-    pub rows: Option<String>,
-    /// Action on a row that the chat template refuses: stop the run, or skip the row
-    #[arg(long, value_name = "stop|skip")]
-    pub on_error: Option<OnError>,
-    /// Date seen by chat templates, such as 2026-11-30 [default: now]
-    #[arg(long, value_name = "DATE")]
-    pub date: Option<String>,
-}
-
-impl RowArgs {
-    /// Returns the rendering that the flags select, if any.
-    pub(crate) fn rendering(&self) -> Option<RenderingOverride> {
-        let template = self.template.clone().map(RenderingOverride::Template);
-        let column = self.column.clone().map(RenderingOverride::Column);
-        let messages = self.messages.clone().map(RenderingOverride::Messages);
-        let tokens = self.tokens.clone().map(RenderingOverride::Tokens);
-        template.or(column).or(messages).or(tokens)
-    }
 }
 
 /// Flags for running a recipe.
@@ -467,40 +377,6 @@ impl RecipeArgs {
     ) -> anyhow::Result<Recipe> {
         let found = find_recipe(&self.recipe, self.draft, self.changes, perplexity, config)?;
         Ok(found.recipe)
-    }
-}
-
-impl ChangeArgs {
-    /// Applies the flags to a recipe.
-    pub(crate) fn apply(
-        self,
-        mut recipe: Recipe,
-        perplexity: Option<PathBuf>,
-    ) -> anyhow::Result<Recipe> {
-        let InputArgs {
-            calibration,
-            rows,
-            output,
-            samples,
-            seq_len,
-            seed,
-        } = self.inputs;
-        recipe.apply(RecipeOverrides {
-            branches: self.branch,
-            model: None,
-            calibration,
-            rendering: rows.rendering(),
-            rows: rows.rows,
-            on_error: rows.on_error,
-            date: rows.date,
-            output,
-            samples,
-            seq_len,
-            seed,
-            evaluation: perplexity,
-            orders: Default::default(),
-        })?;
-        Ok(recipe)
     }
 }
 

@@ -75,7 +75,7 @@ pub(crate) struct EvalArgs {
     #[arg(long)]
     no_save: bool,
     /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
+    #[arg(short, long, default_value = "auto")]
     device: Device,
     /// Print the result as JSON, with every question's log-likelihoods
     #[arg(long)]

@@ -18,7 +18,7 @@ pub(crate) struct ExportArgs {
     #[arg(long, value_name = "FORMAT")]
     pub to: FormatName,
     /// The new branch's directory or GGUF file, or the directory of all branches [default: DIR-FORMAT, or DIR.gguf]
-    #[arg(long, value_name = "PATH")]
+    #[arg(short, long, value_name = "PATH")]
     pub output: Option<PathBuf>,
     /// Element type of embedding, head and skipped linear layers in a GGUF file: f16 keeps the branch's 16 bits
     #[arg(long, value_name = "f16|q8_0", default_value = "f16", value_parser = tables)]

@@ -58,7 +58,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     ignore_eos: bool,
     /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
+    #[arg(short, long, default_value = "auto")]
     device: Device,
     /// Print each finished reply as a line of JSON
     #[arg(long)]

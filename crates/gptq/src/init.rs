@@ -4,11 +4,30 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, ensure};
+use clap::Args;
 use gptq_format::write_file;
 use gptq_plan::last_name;
 
-use crate::cli::InitArgs;
 use crate::model_recipe::draft_recipe;
+use crate::recipe_args::{DraftArgs, InputArgs};
+
+#[derive(Args)]
+pub(crate) struct InitArgs {
+    /// The model: its directory, or owner/name on the Hub, of which only the config is read
+    model: String,
+    /// Recipe to write; - for standard output [default: the model's name with .toml, here]
+    recipe: Option<PathBuf>,
+    #[command(flatten)]
+    draft: DraftArgs,
+    #[command(flatten)]
+    inputs: InputArgs,
+    /// Held-out text that the recipe's branches will be measured on
+    #[arg(long, value_name = "FILE")]
+    perplexity: Option<PathBuf>,
+    /// Replace an existing file
+    #[arg(long)]
+    force: bool,
+}
 
 pub(crate) fn run(args: InitArgs) -> Result<()> {
     let own = || PathBuf::from(format!("{}.toml", last_name(&args.model)));

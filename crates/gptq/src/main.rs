@@ -27,6 +27,7 @@ mod progress;
 mod publish;
 mod quantize;
 mod ranks;
+mod recipe_args;
 mod report;
 mod requantize;
 mod signals;

@@ -3,63 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
-use clap::{Args, ValueEnum};
-use gptq_format::{Bits, FormatName, GroupSize, Half};
 use gptq_plan::{
-    DraftedBranches, InputSource, Preset, Recipe, RecipeDraft, RecipeError, RecipeOverrides,
-    find_model,
+    DraftedBranches, InputSource, Recipe, RecipeDraft, RecipeError, RecipeOverrides, find_model,
 };
-use serde::de::DeserializeOwned;
-use serde::de::IntoDeserializer;
-use serde::de::value::Error as WordError;
 
-use crate::cli::{ChangeArgs, InputArgs};
 use crate::hub;
-
-/// Flags that describe the branches of a model; a recipe has keys for them.
-#[derive(Args, Default)]
-#[group(id = "drafts", multiple = true)]
-pub(crate) struct DraftArgs {
-    /// For a model: bits per weight, 2, 3, 4 or 8; several, as in 4,8, make several branches [default: 4]
-    #[arg(short, long, value_name = "N", value_delimiter = ',')]
-    bits: Vec<Bits>,
-    /// For a model: columns that share a scale, or -1 for whole rows; several make several branches [default: the largest of
-    /// 128, 64 and 32 that fits]
-    #[arg(
-        short,
-        long,
-        value_name = "N",
-        value_delimiter = ',',
-        allow_negative_numbers = true
-    )]
-    group_size: Vec<GroupSize>,
-    /// For a model: autogptq, standard, best or tuned, from fast to accurate [default: best]
-    #[arg(long, value_name = "NAME", value_parser = word::<Preset>)]
-    preset: Option<Preset>,
-    /// For a model: gptq, compressed-tensors, mlx or gguf [default: gptq]
-    #[arg(long, value_name = "NAME", value_parser = word::<FormatName>)]
-    format: Option<FormatName>,
-    /// For a model: true for act order with scattered groups, which not every reader loads; false for none [default: act order
-    /// with groups in place]
-    #[arg(long, value_name = "true|false")]
-    desc_act: Option<bool>,
-    /// For a model: the matrix of branches with this name, instead of the flags above
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["bits", "group_size", "preset", "format", "desc_act"])]
-    matrix: Option<Matrix>,
-    /// For a model: f16 or bf16 [default: the model's own]
-    #[arg(long, value_name = "NAME", value_parser = word::<Half>)]
-    dtype: Option<Half>,
-    /// For a model on the Hub: its branch, tag or commit [default: main]
-    #[arg(long, value_name = "REVISION")]
-    revision: Option<String>,
-}
-
-/// A matrix of branches with a name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Matrix {
-    /// Six branches of 4 and 8 bits with act order, as they are published
-    Published,
-}
+use crate::recipe_args::{ChangeArgs, DraftArgs, InputArgs, Matrix};
 
 /// A recipe, and whether it was made from flags.
 pub(crate) struct FoundRecipe {
@@ -165,28 +114,4 @@ pub(crate) fn draft_recipe(
     };
     let own = dir.join("config.json");
     Ok(draft.recipe(config.unwrap_or(&own))?)
-}
-
-impl DraftArgs {
-    /// Returns the first of the flags that is given.
-    fn given(&self) -> Option<&'static str> {
-        let flags = [
-            (!self.bits.is_empty(), "--bits"),
-            (!self.group_size.is_empty(), "--group-size"),
-            (self.preset.is_some(), "--preset"),
-            (self.format.is_some(), "--format"),
-            (self.desc_act.is_some(), "--desc-act"),
-            (self.matrix.is_some(), "--matrix"),
-            (self.dtype.is_some(), "--dtype"),
-            (self.revision.is_some(), "--revision"),
-        ];
-        let given = flags.into_iter().find(|(is_given, _)| *is_given);
-        given.map(|(_, flag)| flag)
-    }
-}
-
-/// Parses a word that recipes have too.
-fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    let word: serde::de::value::StrDeserializer<'_, WordError> = text.into_deserializer();
-    T::deserialize(word).map_err(|error| error.to_string())
 }

@@ -48,7 +48,7 @@ pub(crate) struct VerifyArgs {
     #[arg(long)]
     no_receipt: bool,
     /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
+    #[arg(short, long, default_value = "auto")]
     device: Device,
     /// Print the verification report as JSON; for several branches, one object with a report each
     #[arg(long)]
