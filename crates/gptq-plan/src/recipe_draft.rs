@@ -76,7 +76,7 @@ pub enum DraftedBranches {
     Each {
         /// Code widths; 4 bits if empty.
         bits: Vec<Bits>,
-        /// Group sizes; if empty, the largest usual one that fits.
+        /// FittingGroup sizes; if empty, the largest usual one that fits.
         group_sizes: Vec<GroupSize>,
         /// Act order with scattered groups, or stored order.
         desc_act: Option<bool>,
@@ -100,7 +100,7 @@ impl Default for DraftedBranches {
 }
 
 /// A group size with its reason, if it is not the usual one.
-type Group = (GroupSize, Option<String>);
+type FittingGroup = (GroupSize, Option<String>);
 
 impl RecipeDraft {
     /// Makes the recipe for the model whose `config.json` is at `config`.
@@ -298,12 +298,12 @@ impl RecipeDraft {
                 };
                 let usual = [within(config, GroupSize::Columns(DEFAULT_GROUPS[0]))];
                 let asked = group_sizes.iter().map(|size| (*size, None));
-                let asked: Vec<Group> = asked.collect();
+                let asked: Vec<FittingGroup> = asked.collect();
                 let groups = if asked.is_empty() { &usual[..] } else { &asked };
                 let settings = bits
                     .iter()
                     .flat_map(|bits| groups.iter().map(|group| (*bits, group.clone())));
-                let settings: Vec<(Bits, Group)> = settings.collect();
+                let settings: Vec<(Bits, FittingGroup)> = settings.collect();
                 text + &tables(&settings, *desc_act == Some(true))
             }
         }
@@ -319,7 +319,7 @@ pub fn last_name(model: &str) -> String {
 }
 
 /// Writes a table for each setting that differs from those before it.
-fn tables(settings: &[(Bits, Group)], act_order: bool) -> String {
+fn tables(settings: &[(Bits, FittingGroup)], act_order: bool) -> String {
     let mut written: Vec<(Bits, GroupSize)> = Vec::new();
     let mut text = String::new();
     for (bits, (size, why)) in settings {
@@ -343,7 +343,7 @@ fn tables(settings: &[(Bits, Group)], act_order: bool) -> String {
 
 /// Returns `wanted` or, if it does not divide the inputs of every linear layer, the largest smaller default that does, with
 /// the reason; the smallest if none does, which the plan then refuses.
-fn within(config: &ModelConfig, wanted: GroupSize) -> Group {
+fn within(config: &ModelConfig, wanted: GroupSize) -> FittingGroup {
     let GroupSize::Columns(wanted) = wanted else {
         return (wanted, None);
     };

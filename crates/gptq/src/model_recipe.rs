@@ -8,7 +8,7 @@ use gptq_plan::{
 };
 
 use crate::hub;
-use crate::recipe_args::{ChangeArgs, DraftArgs, InputArgs, Matrix};
+use crate::recipe_args::{ChangeArgs, DraftArgs, InputArgs, NamedMatrix};
 
 /// A recipe, and whether it was made from flags.
 pub(crate) struct FoundRecipe {
@@ -102,7 +102,7 @@ pub(crate) fn draft_recipe(
         output: inputs.output,
         evaluation,
         branches: match draft.matrix {
-            Some(Matrix::Published) => DraftedBranches::Published,
+            Some(NamedMatrix::Published) => DraftedBranches::Published,
             None => DraftedBranches::Each {
                 bits: draft.bits,
                 group_sizes: draft.group_size,

@@ -148,7 +148,7 @@ pub(crate) struct DraftArgs {
     pub(crate) desc_act: Option<bool>,
     /// The matrix of branches with this name, instead of the flags above
     #[arg(help_heading = MODEL, long, value_name = "NAME", conflicts_with_all = ["bits", "group_size", "preset", "format", "desc_act"])]
-    pub(crate) matrix: Option<Matrix>,
+    pub(crate) matrix: Option<NamedMatrix>,
     /// f16 or bf16 [default: the model's own]
     #[arg(help_heading = MODEL, long, value_name = "NAME", value_parser = word::<Half>)]
     pub(crate) dtype: Option<Half>,
@@ -159,7 +159,7 @@ pub(crate) struct DraftArgs {
 
 /// A matrix of branches with a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Matrix {
+pub(crate) enum NamedMatrix {
     /// Six branches of 4 and 8 bits with act order, as they are published
     Published,
 }
