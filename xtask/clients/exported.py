@@ -171,10 +171,26 @@ def by_gguf(path):
     return {"weights": weights}
 
 
-def by_llama_cpp(path, texts, windows):
-    import llama_cpp
+def llama_cpp_model(path, tokens):
+    """Opens a GGUF file for texts of so many tokens."""
+    from llama_cpp import Llama, llama_cpp
 
-    model = llama_cpp.Llama(str(path), n_ctx=WINDOW, logits_all=True, verbose=False, n_threads=2)
+    defaults = llama_cpp.llama_model_default_params
+
+    def without_amx():
+        # Its AMX kernels end with "illegal instruction" where GCC 12 compiles them, which leaves out the tiles' settings
+        # (llama.cpp's pull request 26954). Weights that are not repacked do not get there.
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    if "amx_tile" in Path("/proc/cpuinfo").read_text():
+        llama_cpp.llama_model_default_params = without_amx
+    return Llama(str(path), n_ctx=tokens, logits_all=True, verbose=False, n_threads=2)
+
+
+def by_llama_cpp(path, texts, windows):
+    model = llama_cpp_model(path, WINDOW)
     logits = []
     for window in windows:
         model.reset()

@@ -70,14 +70,14 @@ def models(fixtures, models):
 
 
 def run(models, files):
-    import llama_cpp
+    from exported import llama_cpp_model
 
     version = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"
     for path in sorted(files.glob("*.gguf")):
         line = {"model": path.stem, "reader": version}
         dense = np.load(models / path.stem / "dense.npz")
         try:
-            model = llama_cpp.Llama(str(path), n_ctx=TOKENS, logits_all=True, verbose=False, n_threads=2)
+            model = llama_cpp_model(path, TOKENS)
             found = []
             for window in dense["tokens"]:
                 model.reset()

@@ -147,7 +147,7 @@ fn environment_of(python: &Path, work: &Path, name: &str) -> anyhow::Result<Path
 
 fn succeeded(output: Output) -> anyhow::Result<String> {
     let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{said}");
+    ensure!(output.status.success(), "{}\n{said}", output.status);
     Ok(String::from_utf8(output.stdout)?)
 }
 
