@@ -1,4 +1,5 @@
 //! Any bytes as the `config.json` of a checkpoint of compressed-tensors with one quantized linear layer.
+//! After a zero byte, the input goes on with the file of its tensors.
 #![no_main]
 
 use std::sync::LazyLock;
@@ -26,9 +27,11 @@ static WEIGHTS: LazyLock<Vec<u8>> = LazyLock::new(|| {
 });
 
 fuzz_target!(|bytes: &[u8]| {
+    let mut parts = bytes.splitn(2, |&byte| byte == 0);
+    let config = parts.next().unwrap_or_default();
     let files = [
-        ("model.safetensors", WEIGHTS.as_slice()),
-        ("config.json", bytes),
+        ("model.safetensors", parts.next().unwrap_or(&WEIGHTS)),
+        ("config.json", config),
     ];
     gptq_fuzz::with_files(&files, |dir| {
         if let Ok(checkpoint) = Checkpoint::open(dir) {
