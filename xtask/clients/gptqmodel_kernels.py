@@ -1,6 +1,6 @@
 """Compares GPTQModel's kernels on a card with its kernel in PyTorch, on branches of the bundled model.
 
-    python kernels.py KERNEL,... BRANCH...
+    python gptqmodel_kernels.py KERNEL,... BRANCH...
 
 A KERNEL is the name of a `BACKEND` of GPTQModel, such as GPTQ_TRITON, GPTQ_EXLLAMA_V2 or GPTQ_MARLIN; the last two are compiled at first
 use, which takes minutes. A line for each kernel and branch: the classes of the layers, the largest difference of a logit, computed in f16,
