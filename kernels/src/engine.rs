@@ -12,8 +12,8 @@ use rayon::prelude::*;
 
 use crate::{
     Codes, DeviceLink, HessianOptions, HostBuffer, Incoming, LinkError, NormOptions, NotFinite,
-    PackedWeight, Problem, Routed, RoutingOptions, Scores, Subset, Tunable, TuningStep, attention,
-    backward, divergence, experts, finite, host_solve,
+    PackedWeight, Problem, Routed, RoutingOptions, Scores, Step, StepProgram, Subset, Tunable,
+    TuningStep, attention, backward, divergence, experts, finite, host_solve,
 };
 
 /// Applies `f` to every item, up to [`Engine::LANES`] at a time; results come in the items' order.
@@ -484,6 +484,12 @@ pub trait Engine: Backend {
     fn packed_matmul_nt(x: Tensor<Self, 2>, w: &PackedWeight<Self>) -> Tensor<Self, 2> {
         let weight = Self::dequantize_packed(&w.download(), x.dtype(), &x.device());
         Self::matmul_nt(x, weight)
+    }
+
+    /// Makes a program that takes one token through a model; `None` if the engine has nothing faster than its operations
+    /// one by one, or not for all of these.
+    fn step(_program: StepProgram<Self>) -> Option<Box<dyn Step<Self>>> {
+        None
     }
 
     /// Host memory for `len` values of type `half`, for transfers to `device`; its contents are

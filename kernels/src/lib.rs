@@ -25,6 +25,7 @@ mod link;
 mod packed_weight;
 mod scores;
 mod solve_types;
+mod step;
 mod tunable;
 
 pub use attention::append;
@@ -44,5 +45,8 @@ pub use scores::Scores;
 pub use solve_types::{
     HessianOptions, Incoming, Mismatch, Problem, Request, SolveErrors, SolveTimes, Solved,
     StripSums, Subset,
+};
+pub use step::{
+    Step, StepLinear, StepNorm, StepOp, StepProgram, StepRegister, StepToken, StepWeight,
 };
 pub use tunable::{Tunable, TuningStep};

@@ -7,7 +7,7 @@ use gptq_spec::{Attending, Attention, Rope};
 use crate::rope::Tables;
 use crate::{Cache, StretchLayout};
 
-fn scores(how: &Attending) -> Scores {
+pub(crate) fn scores(how: &Attending) -> Scores {
     Scores {
         scale: how.scale,
         softcap: how.softcap,
@@ -17,7 +17,7 @@ fn scores(how: &Attending) -> Scores {
 
 /// The rotary embedding, if it is over the halves of whole heads, as an engine rotates a token that joins the
 /// cache.
-fn joining(how: &Attending) -> Option<&Rope> {
+pub(crate) fn joining(how: &Attending) -> Option<&Rope> {
     let rope = how.rope.as_ref();
     rope.filter(|rope| rope.dim == how.head_dim && !rope.interleaved)
 }

@@ -68,6 +68,13 @@ impl<B: Engine> Cache<B> {
         attended
     }
 
+    /// Takes in one more token, whose key and value are to be written after the others: the keys and values to write to.
+    pub(crate) fn next(&mut self) -> [Tensor<B, 3>; 2] {
+        self.make_room(1);
+        self.len += 1;
+        [self.keys(), self.values()]
+    }
+
     /// Makes space for `n` more tokens.
     fn make_room(&mut self, n: usize) {
         let [heads, capacity, dim] = self.keys.dims();

@@ -4,7 +4,8 @@ use burn::tensor::DType;
 use gptq_kernels::Engine;
 use gptq_spec::{ModelConfig, Rope};
 
-use crate::model::Embedding;
+use crate::model::{Embedding, check_tokens};
+use crate::step::ModelStep;
 use crate::{Block, Cache, Head, Model, ModelError};
 
 /// All blocks resident on a device, each with its cache.
@@ -14,6 +15,8 @@ pub struct Decoder<B: Engine> {
     embedding: Embedding<B>,
     blocks: Vec<(Block<B>, Cache<B>)>,
     head: Head<B>,
+    /// What takes one token through all of it at once, where the engine has that.
+    step: Option<ModelStep<B>>,
     /// Tokens whose keys and values are cached.
     held: Vec<u32>,
 }
@@ -26,12 +29,15 @@ impl<B: Engine> Decoder<B> {
             let cache = Cache::new(config.block(layer), model.dtype(), model.device());
             Ok::<_, ModelError>((model.resident_block(layer)?, cache))
         };
+        let (embedding, head) = (model.embedding()?, model.head()?);
+        let blocks: Vec<_> = (0..config.layers).map(block).collect::<Result<_, _>>()?;
         Ok(Decoder {
             config: config.clone(),
             dtype: model.dtype(),
-            embedding: model.embedding()?,
-            blocks: (0..config.layers).map(block).collect::<Result<_, _>>()?,
-            head: model.head()?,
+            step: ModelStep::of(&embedding, blocks.iter().map(|it| &it.0), &head),
+            embedding,
+            blocks,
+            head,
             held: Vec::new(),
         })
     }
@@ -59,6 +65,17 @@ impl<B: Engine> Decoder<B> {
         let start = self.reusable(context);
         let new = context[start..].to_vec();
         let n = new.len();
+        if let (&[token], Some(step)) = (new.as_slice(), &mut self.step) {
+            check_tokens([token].iter(), self.config.vocabulary)?;
+            let caches = self.blocks.iter_mut().map(|(_, cache)| {
+                cache.truncate(start);
+                cache.next()
+            });
+            let logits = step.run(token, start, caches.collect());
+            self.held.truncate(start);
+            self.held.push(token);
+            return Ok(logits);
+        }
         let mut flow = self.embedding.flow(&[new], self.dtype)?;
         for (block, cache) in &mut self.blocks {
             cache.truncate(start);

@@ -22,6 +22,7 @@ mod host_block;
 mod linear;
 mod model;
 mod rope;
+mod step;
 mod stretches;
 
 pub use block::{Block, Seen};

@@ -23,9 +23,9 @@ pub struct Model<B: Engine> {
 
 /// The input embedding.
 pub(crate) struct Embedding<B: Engine> {
-    table: Tensor<B, 2>,
+    pub(crate) table: Tensor<B, 2>,
     /// Factor of its rows.
-    scale: f64,
+    pub(crate) scale: f64,
 }
 
 impl<B: Engine> Model<B> {
@@ -246,7 +246,7 @@ impl<B: Engine> Embedding<B> {
 }
 
 /// Errors on a token outside the vocabulary.
-fn check_tokens<'a>(
+pub(crate) fn check_tokens<'a>(
     mut ids: impl Iterator<Item = &'a u32>,
     vocabulary: usize,
 ) -> Result<(), ModelError> {

@@ -63,23 +63,30 @@ impl<B: Engine> Tables<B> {
 }
 
 /// `(cos, sin)`, f32 `[seq, dim / 2]`, for the positions from `start`.
-///
-/// Frequencies and angles are rounded to f32 one after the other, as Transformers does: at position
-/// 4096 an unrounded angle would differ from the trained model's by more than an f32 ulp.
 fn tables<B: Engine>(
     rope: &Rope,
     (start, seq): (usize, usize),
     device: &B::Device,
 ) -> (Tensor<B, 2>, Tensor<B, 2>) {
-    let half = rope.dim / 2;
+    let [cos, sin] = values(rope, (start, seq)).map(|values| {
+        let values = TensorData::new(values, [seq, rope.dim / 2]);
+        Tensor::from_data(values, (device, DType::F32))
+    });
+    (cos, sin)
+}
+
+/// Cosines and sines, `dim / 2` for each of the positions from `start`.
+///
+/// Frequencies and angles are rounded to f32 one after the other, as Transformers does: at position
+/// 4096 an unrounded angle would differ from the trained model's by more than an f32 ulp.
+pub(crate) fn values(rope: &Rope, (start, seq): (usize, usize)) -> [Vec<f32>; 2] {
     let frequencies = rope.scaling.frequencies(rope.theta, rope.dim, start + seq);
     let factor = rope.scaling.attention_factor() as f32;
     let table = |f: fn(f64) -> f64| {
-        let values: Vec<f32> = (start..start + seq)
+        (start..start + seq)
             .flat_map(|p| frequencies.iter().map(move |w| f64::from(p as f32 * w)))
             .map(|angle| f(angle) as f32 * factor)
-            .collect();
-        Tensor::from_data(TensorData::new(values, [seq, half]), (device, DType::F32))
+            .collect()
     };
-    (table(f64::cos), table(f64::sin))
+    [table(f64::cos), table(f64::sin)]
 }

@@ -86,8 +86,10 @@ struct Sizes {
     experts: Vec<[u128; 3]>,
     /// Bytes of each element of a square matrix and of a linear's rows in the solve of an expert.
     solved: [u128; 2],
-    /// Bytes of the Gram matrices of one expert, in one lane, and those of all of a block's.
+    /// Bytes of the Gram matrices of one expert, in one lane, and those of all of a block's, at the tap with the most.
     expert: [u128; 2],
+    /// The same of all experts at the other taps of a block with several, together.
+    other_experts: u128,
     /// Bytes for comparing outputs with the dense model's, for 2- and 4-byte products: the states
     /// of the compared tokens, a window's inputs and outputs, and the rounded weights of one tap.
     compared: [u128; 2],
@@ -141,6 +143,17 @@ impl Sizes {
             [own, own * how.experts as u128]
         });
         let expert = expert.max_by_key(|own| own[1]).unwrap_or_default();
+        let other_experts = blocks.clone().map(|block| {
+            let all = block.taps().filter_map(|tap| {
+                let experts = block.experts_at(tap)?.how.experts as u128;
+                Some(plan.expert_gram_bytes(block, tap) * experts)
+            });
+            let (sum, most) = all.fold((0, 0), |(sum, most): (u128, u128), one| {
+                (sum + one, most.max(one))
+            });
+            sum - most
+        });
+        let other_experts = other_experts.max().unwrap_or_default();
         let experts = expert_taps().map(|(block, tap, how)| {
             let linears = &block.linears()[block.linears_of(tap)];
             let rows: usize = linears.iter().map(|linear| linear.shape().1).sum();
@@ -200,6 +213,7 @@ impl Sizes {
                 5 + 8 * corrects + 4 * refines,
             ],
             expert,
+            other_experts,
             squares: 4 + 4 * corrects + refines,
             lane_squares: 1 + 3 * corrects,
         }
@@ -236,6 +250,14 @@ impl Sizes {
     fn expert_grams(&self, chunking: Chunking, limit: u64) -> u128 {
         let [one, all] = self.expert.map(|bytes| chunking.expert_sums(bytes));
         all.min(u128::from(limit)).max(one)
+    }
+
+    /// Returns the bytes of a device's pools for Gram matrices of experts at other taps than the one with the most: they
+    /// have other sizes, and pools keep what they have had unless there is a budget.
+    fn pooled_grams(&self, chunking: Chunking) -> u128 {
+        chunking
+            .expert_sums(self.other_experts)
+            .min(u128::from(GRAM_BYTES))
     }
 
     /// Returns the bytes for solving the linears of a batch of experts.
@@ -332,7 +354,9 @@ impl Memory {
         let sizes = Sizes::of(plan, ranks);
         Memory {
             device: with_slack(
-                sizes.all_states(Chunking::CUDA) + sizes.fixed(Chunking::CUDA, GRAM_BYTES),
+                sizes.all_states(Chunking::CUDA)
+                    + sizes.fixed(Chunking::CUDA, GRAM_BYTES)
+                    + sizes.pooled_grams(Chunking::CUDA),
             ),
             host: with_slack(sizes.beside(PROGRAM_WITH_CUDA)),
             cpu: with_slack(sizes.all_states(Chunking::CPU) + sizes.fixed_cpu(GRAM_BYTES)),

@@ -14,8 +14,8 @@ use super::{
 use crate::engine::attend_next;
 use crate::{
     Codes, DeviceLink, Engine, HessianOptions, HostBuffer, Incoming, LinkError, NormOptions,
-    PackedWeight, Problem, Routed, RoutingOptions, Scores, Subset, Tunable, TuningStep, attention,
-    dtype, half_of,
+    PackedWeight, Problem, Routed, RoutingOptions, Scores, Step, StepProgram, Subset, Tunable,
+    TuningStep, attention, dtype, half_of,
 };
 
 impl Engine for Cuda {
@@ -270,6 +270,10 @@ impl Engine for Cuda {
 
     fn packed_matmul_nt(x: Tensor<Self, 2>, w: &PackedWeight<Self>) -> Tensor<Self, 2> {
         super::packed_linear(x, w).unwrap_or_else(|error| fail(error))
+    }
+
+    fn step(program: StepProgram<Self>) -> Option<Box<dyn Step<Self>>> {
+        super::step::step(program).unwrap_or_else(|error| fail(error))
     }
 
     fn host_buffer(len: usize, half: Half, device: &Device) -> HostBuffer {

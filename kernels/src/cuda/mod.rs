@@ -54,6 +54,9 @@ mod norm;
 mod packed_linear;
 mod packed_rows;
 mod rotary;
+mod step;
+mod step_launch;
+mod step_plan;
 mod swiglu;
 
 mod attention_backward;

@@ -16,6 +16,7 @@ mod packed;
 mod products;
 mod shares;
 mod solving;
+mod steps;
 mod transfers;
 mod tuning;
 mod variants;

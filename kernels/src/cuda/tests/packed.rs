@@ -12,7 +12,7 @@ use crate::{Codes, Engine};
 
 /// Makes a layer of random codes, zero points and scales; with `act_order` a group's columns are
 /// scattered.
-fn layer(
+pub(super) fn layer(
     [columns, rows]: [usize; 2],
     bits: Bits,
     group: usize,
