@@ -283,7 +283,8 @@ impl Planner {
                         }
                         Some(_) => return Ok(false),
                     };
-                    if !matches!(dim, 64 | 128 | 256) || scores.window == Some(0) {
+                    // Heads of 256 features were not tried on a card.
+                    if !matches!(dim, 64 | 128) || scores.window == Some(0) {
                         return Ok(false);
                     }
                     self.plan.launches.push(StepLaunch::Attend {
@@ -477,6 +478,10 @@ impl Planner {
                 };
                 let ints = |name, x: Tensor<Cuda, 2, Int>| buffer::int("step", name, x, DType::I32);
                 let ([rows, columns], bits) = (packed.dims(), packed.bits.get());
+                // Codes of 2 bits were not tried on a card.
+                if !matches!(bits, 4 | 8) {
+                    return Ok(None);
+                }
                 let groups = grid.dims()[1];
                 let order = buffer::int("step", "order", order.clone(), DType::I32)?;
                 Weighed {

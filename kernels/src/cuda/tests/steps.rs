@@ -450,7 +450,7 @@ fn steps_of_llama<E: Element>() {
             Stored::Packed(Bits::Eight, 128, true),
             4096,
             [4, 2],
-            256,
+            128,
             768,
         ),
         (
@@ -460,8 +460,13 @@ fn steps_of_llama<E: Element>() {
             64,
             384,
         ),
-        (Stored::Packed(Bits::Two, 64, true), 256, [4, 2], 64, 1088),
-        (Stored::Packed(Bits::Two, 128, true), 4096, [2, 2], 64, 4096),
+        (
+            Stored::Packed(Bits::Four, 128, true),
+            4096,
+            [2, 2],
+            64,
+            4096,
+        ),
     ] {
         let mut model = Model::<E>::new(hidden, 1.0, &device);
         model.program.tables.push(dim / 2);
@@ -580,7 +585,10 @@ fn what_no_kernel_does_gives_no_step() {
         Cuda::step(model.program).is_some()
     };
     assert!(make(Stored::Dense, 64));
-    // Heads of 32 features, and codes that cross words.
-    assert!(!make(Stored::Dense, 32));
-    assert!(!make(Stored::Packed(Bits::Three, 128, false), 64));
+    for dim in [32, 256] {
+        assert!(!make(Stored::Dense, dim));
+    }
+    for bits in [Bits::Two, Bits::Three] {
+        assert!(!make(Stored::Packed(bits, 128, false), 64));
+    }
 }
