@@ -355,13 +355,14 @@ fn within(config: &ModelConfig, wanted: GroupSize) -> FittingGroup {
         return (GroupSize::Columns(wanted), None);
     };
     let smaller = DEFAULT_GROUPS.into_iter().filter(|size| *size < wanted);
-    let found = smaller.clone().find(|size| odd(*size).is_none());
+    let smaller: Vec<usize> = smaller.collect();
+    let found = smaller.iter().find(|size| odd(**size).is_none());
     let why = format!(
         "{wanted} does not divide the {} inputs of {}",
         linear.in_features,
         linear.module(layer)
     );
-    let size = found.or(smaller.last()).unwrap_or(wanted);
+    let size = found.or(smaller.last()).copied().unwrap_or(wanted);
     (GroupSize::Columns(size), Some(why))
 }
 
