@@ -1,7 +1,7 @@
 //! `gptq init`, and `gptq quantize` and `plan` of a model without a recipe: one way of making a recipe from flags.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 
 use crate::checkpoints::families;
 use crate::families::model;
@@ -19,7 +19,7 @@ fn directories() -> Vec<String> {
     dirs
 }
 
-fn text(path: &PathBuf) -> String {
+fn text(path: &Path) -> String {
     path.display().to_string()
 }
 

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::{
     Codes, DeviceLink, HessianOptions, HostBuffer, Incoming, LinkError, NormOptions, NotFinite,
-    PackedWeight, Problem, Routed, RoutingOptions, Scores, Step, StepProgram, Subset, Tunable,
+    PackedWeight, Problem, Routed, RoutingOptions, Scores, StepProgram, Subset, TokenStep, Tunable,
     TuningStep, attention, backward, divergence, experts, finite, host_solve,
 };
 
@@ -488,7 +488,7 @@ pub trait Engine: Backend {
 
     /// Makes a program that takes one token through a model; `None` if the engine has nothing faster than its operations
     /// one by one, or not for all of these.
-    fn step(_program: StepProgram<Self>) -> Option<Box<dyn Step<Self>>> {
+    fn step(_program: StepProgram<Self>) -> Option<Box<dyn TokenStep<Self>>> {
         None
     }
 

@@ -47,6 +47,6 @@ pub use solve_types::{
     StripSums, Subset,
 };
 pub use step::{
-    Step, StepLinear, StepNorm, StepOp, StepProgram, StepRegister, StepToken, StepWeight,
+    StepLinear, StepNorm, StepOp, StepProgram, StepRegister, StepToken, StepWeight, TokenStep,
 };
 pub use tunable::{Tunable, TuningStep};

@@ -146,7 +146,7 @@ pub struct StepToken {
 }
 
 /// A program that an engine can run.
-pub trait Step<B: Backend>: Send {
+pub trait TokenStep<B: Backend>: Send {
     /// Runs one token and returns its logits. `caches` has keys and values `[kv_heads, capacity, dim]` of each attention,
     /// with the rows before the token's position filled; its own row is written in place.
     fn run(&mut self, token: &StepToken, caches: Vec<[Tensor<B, 3>; 2]>) -> Vec<f32>;

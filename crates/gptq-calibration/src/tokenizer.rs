@@ -1,5 +1,7 @@
 //! A model's own tokenizer, built from `tokenizer.json` and the files beside it like Transformers 5
 //! builds it ([`Class`], [`AddedTokens`]).
+//!
+//! Longer than most: what each kind of tokenizer does at the ends of a document.
 
 use std::fmt;
 use std::path::{Path, PathBuf};

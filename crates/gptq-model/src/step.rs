@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use gptq_kernels::{
-    Engine, Step, StepLinear, StepNorm, StepOp, StepProgram, StepRegister, StepToken, StepWeight,
+    Engine, StepLinear, StepNorm, StepOp, StepProgram, StepRegister, StepToken, StepWeight,
+    TokenStep,
 };
 use gptq_spec::{Activation, Norm, NormKind, Op, Register, Rope};
 
@@ -13,7 +14,7 @@ use crate::{Block, Head, Linear, Weight, rope};
 
 /// A step of one token through a model.
 pub(crate) struct ModelStep<B: Engine> {
-    step: Box<dyn Step<B>>,
+    step: Box<dyn TokenStep<B>>,
     /// Of each rotary table.
     ropes: Vec<Rope>,
 }

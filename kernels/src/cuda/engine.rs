@@ -14,7 +14,7 @@ use super::{
 use crate::engine::attend_next;
 use crate::{
     Codes, DeviceLink, Engine, HessianOptions, HostBuffer, Incoming, LinkError, NormOptions,
-    PackedWeight, Problem, Routed, RoutingOptions, Scores, Step, StepProgram, Subset, Tunable,
+    PackedWeight, Problem, Routed, RoutingOptions, Scores, StepProgram, Subset, TokenStep, Tunable,
     TuningStep, attention, dtype, half_of,
 };
 
@@ -272,7 +272,7 @@ impl Engine for Cuda {
         super::packed_linear(x, w).unwrap_or_else(|error| fail(error))
     }
 
-    fn step(program: StepProgram<Self>) -> Option<Box<dyn Step<Self>>> {
+    fn step(program: StepProgram<Self>) -> Option<Box<dyn TokenStep<Self>>> {
         super::step::step(program).unwrap_or_else(|error| fail(error))
     }
 

@@ -16,12 +16,12 @@ use super::{
     buffer::{self, Buffer},
     context::refused,
     error::{Error, fail},
-    step_launch::{CacheAt, INPUTS, Launcher},
+    step_launch::{CacheAt, INPUTS, StepLauncher},
     step_plan::{StepPlan, plan},
     stream::{Libraries, on_stream, on_stream_later},
     transfer,
 };
-use crate::{Step, StepProgram, StepToken};
+use crate::{StepProgram, StepToken, TokenStep};
 
 /// A program's graph, if one is recorded. It is used on the device thread alone.
 struct Recording {
@@ -52,7 +52,7 @@ struct CudaStep {
 ///
 /// # Errors
 /// A failure of the device.
-pub(super) fn step(program: StepProgram<Cuda>) -> Result<Option<Box<dyn Step<Cuda>>>, Error> {
+pub(super) fn step(program: StepProgram<Cuda>) -> Result<Option<Box<dyn TokenStep<Cuda>>>, Error> {
     let Some(plan) = plan(program)? else {
         return Ok(None);
     };
@@ -65,7 +65,7 @@ pub(super) fn step(program: StepProgram<Cuda>) -> Result<Option<Box<dyn Step<Cud
     })))
 }
 
-impl Step<Cuda> for CudaStep {
+impl TokenStep<Cuda> for CudaStep {
     fn run(&mut self, token: &StepToken, caches: Vec<[Tensor<Cuda, 3>; 2]>) -> Vec<f32> {
         self.try_run(token, caches)
             .unwrap_or_else(|error| fail(error))
@@ -134,7 +134,7 @@ fn record(
 ) -> Result<Graph, Error> {
     let stream = driver::stream::create(driver::stream::StreamKind::NonBlocking)
         .map_err(refused("cuStreamCreate"))?;
-    let launcher = Launcher {
+    let launcher = StepLauncher {
         device: libraries.device,
         dtype: plan.dtype,
         stream,

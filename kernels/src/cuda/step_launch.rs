@@ -1,4 +1,6 @@
 //! Launches of a step: what each reads and writes, as the kernels of `step_*.cu` take it.
+//!
+//! Longer than most: the parameters of every kernel.
 
 use std::{cell::RefCell, collections::HashMap, ffi::c_void, mem::zeroed};
 
@@ -48,15 +50,23 @@ const STATIC_SHARED: usize = 1024;
 
 /// A place in one of a program's buffers, in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct At {
+pub(super) struct StepAt {
     pub(super) buffer: usize,
     pub(super) offset: u64,
 }
 
-impl At {
+impl StepAt {
     /// The start of a buffer.
-    pub(super) fn start(buffer: usize) -> At {
-        At { buffer, offset: 0 }
+    pub(super) fn start(buffer: usize) -> StepAt {
+        StepAt { buffer, offset: 0 }
+    }
+
+    /// A place so many bytes later.
+    pub(super) fn later(self, bytes: usize) -> StepAt {
+        StepAt {
+            offset: self.offset + bytes as u64,
+            ..self
+        }
     }
 
     fn pointer(self, pointers: &[u64]) -> u64 {
@@ -67,7 +77,7 @@ impl At {
 /// A norm, with its kind as the kernels number them.
 #[derive(Clone, Copy)]
 pub(super) struct NormAt {
-    pub(super) weight: At,
+    pub(super) weight: StepAt,
     pub(super) kind: i32,
     pub(super) eps: f32,
     pub(super) offset: f32,
@@ -119,25 +129,25 @@ impl ProductKind {
 /// One of a product's linears.
 #[derive(Clone, Copy)]
 pub(super) struct PartAt {
-    pub(super) codes: At,
-    pub(super) grid: Option<At>,
-    pub(super) bias: Option<At>,
-    pub(super) out: At,
+    pub(super) codes: StepAt,
+    pub(super) grid: Option<StepAt>,
+    pub(super) bias: Option<StepAt>,
+    pub(super) out: StepAt,
     pub(super) rows: usize,
 }
 
 /// A launch.
 pub(super) enum StepLaunch {
     Embed {
-        table: At,
-        to: At,
+        table: StepAt,
+        to: StepAt,
         hidden: usize,
         scale: f32,
     },
     /// `runs` norms of `n` features; with `add` to the residual stream.
     Normalize {
-        from: At,
-        to: At,
+        from: StepAt,
+        to: StepAt,
         runs: usize,
         n: usize,
         norm: NormAt,
@@ -146,18 +156,18 @@ pub(super) enum StepLaunch {
     Product {
         kind: ProductKind,
         parts: Vec<PartAt>,
-        order: Option<At>,
-        from: At,
-        residual: Option<At>,
+        order: Option<StepAt>,
+        from: StepAt,
+        residual: Option<StepAt>,
         norm: Option<NormAt>,
         scale: f32,
         cap: f32,
         logits: bool,
     },
     Attend {
-        qkv: [At; 3],
-        table: Option<At>,
-        to: At,
+        qkv: [StepAt; 3],
+        table: Option<StepAt>,
+        to: StepAt,
         heads: [usize; 2],
         dim: usize,
         /// Number of the cache.
@@ -167,15 +177,15 @@ pub(super) enum StepLaunch {
         cap: f32,
     },
     Gate {
-        gate: At,
-        up: At,
-        to: At,
+        gate: StepAt,
+        up: StepAt,
+        to: StepAt,
         n: usize,
         gelu: bool,
     },
     Add {
-        from: At,
-        residual: At,
+        from: StepAt,
+        residual: StepAt,
         n: usize,
         scale: f32,
     },
@@ -184,7 +194,7 @@ pub(super) enum StepLaunch {
 /// `Part` of `step_product.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Part {
+struct PartParams {
     codes: u64,
     grid: u64,
     bias: u64,
@@ -195,7 +205,7 @@ struct Part {
 /// `Norm` of `step_common.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Norm {
+struct NormParams {
     weight: u64,
     kind: i32,
     eps: f32,
@@ -205,12 +215,12 @@ struct Norm {
 /// `Product` of `step_product.cu`.
 #[repr(C)]
 #[derive(Default)]
-struct Product {
-    parts: [Part; 3],
+struct ProductParams {
+    parts: [PartParams; 3],
     order: u64,
     x: u64,
     residual: u64,
-    norm: Norm,
+    norm: NormParams,
     scale: f32,
     cap: f32,
     tiles: i32,
@@ -219,7 +229,7 @@ struct Product {
 
 /// `Attend` of `step_attend.cu`.
 #[repr(C)]
-struct Attend {
+struct AttendParams {
     q: u64,
     k: u64,
     v: u64,
@@ -256,7 +266,7 @@ pub(super) const SCRATCH: usize = 1;
 pub(super) const ENDED: usize = 2;
 
 /// Kernels of one dtype on one device, launched on a stream.
-pub(super) struct Launcher<'a> {
+pub(super) struct StepLauncher<'a> {
     pub(super) device: usize,
     pub(super) dtype: DType,
     pub(super) stream: CUstream,
@@ -298,7 +308,7 @@ pub(super) fn depth(kind: ProductKind, device: usize) -> Result<Option<usize>, E
         .find(|&depth| kind.shared(1, depth) <= most))
 }
 
-impl Launcher<'_> {
+impl StepLauncher<'_> {
     /// Compiles the kernel of a launch, or finds it. Runs on the device thread.
     pub(super) fn prepare(&self, launch: &StepLaunch) -> Result<(), Error> {
         match launch {
@@ -364,12 +374,12 @@ impl Launcher<'_> {
         self.kernel(&OTHER, name, "other".to_owned(), &[("WARPS", WARPS)])
     }
 
-    fn pointer(&self, at: At) -> u64 {
+    fn pointer(&self, at: StepAt) -> u64 {
         at.pointer(self.pointers)
     }
 
-    fn norm(&self, norm: NormAt) -> Norm {
-        Norm {
+    fn norm(&self, norm: NormAt) -> NormParams {
+        NormParams {
             weight: self.pointer(norm.weight),
             kind: norm.kind,
             eps: norm.eps,
@@ -447,19 +457,19 @@ impl Launcher<'_> {
                     0 => parts.iter().map(|part| part.rows.div_ceil(rows)).sum(),
                     _ => parts[0].rows / rows,
                 };
-                let mut product = Product {
+                let mut product = ProductParams {
                     order: order.map_or(0, |at| self.pointer(at)),
                     x: self.pointer(*from),
                     residual: residual.map_or(0, |at| self.pointer(at)),
-                    norm: norm.map_or(Norm::default(), |norm| self.norm(norm)),
+                    norm: norm.map_or(NormParams::default(), |norm| self.norm(norm)),
                     scale: *scale,
                     cap: *cap,
                     tiles: tiles as i32,
                     logits: i32::from(*logits),
-                    ..Product::default()
+                    ..ProductParams::default()
                 };
                 for (to, part) in product.parts.iter_mut().zip(parts) {
-                    *to = Part {
+                    *to = PartParams {
                         codes: self.pointer(part.codes),
                         grid: part.grid.map_or(0, |at| self.pointer(at)),
                         bias: part.bias.map_or(0, |at| self.pointer(at)),
@@ -492,7 +502,7 @@ impl Launcher<'_> {
             } => {
                 let [q, k, v] = qkv.map(|at| self.pointer(at));
                 let cache = self.caches[*cache];
-                let mut attend = Attend {
+                let mut attend = AttendParams {
                     q,
                     k,
                     v,

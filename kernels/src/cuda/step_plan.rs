@@ -1,5 +1,7 @@
 //! From the operations of a step to launches: neighbours are folded into products where nobody else reads what comes
 //! between.
+//!
+//! Longer than most: a case for each operation.
 
 use burn::tensor::{DType, Int, Tensor};
 
@@ -9,7 +11,7 @@ use super::{
     error::Error,
     kernel_cache::compute_capability,
     step_launch::{
-        At, ENDED, INPUTS, NormAt, PartAt, ProductKind, SCRATCH, SPLITS, StepLaunch, depth,
+        ENDED, INPUTS, NormAt, PartAt, ProductKind, SCRATCH, SPLITS, StepAt, StepLaunch, depth,
     },
 };
 use crate::{PackedLayout, StepLinear, StepNorm, StepOp, StepProgram, StepRegister, StepWeight};
@@ -35,9 +37,9 @@ struct Planner {
     plan: StepPlan,
     widths: Vec<usize>,
     /// Where each register is now.
-    places: Vec<At>,
+    places: Vec<StepAt>,
     /// Where each rotary table is, and its frequencies.
-    tables: Vec<(At, usize)>,
+    tables: Vec<(StepAt, usize)>,
     caches: usize,
 }
 
@@ -75,7 +77,7 @@ pub(super) fn plan(program: StepProgram<Cuda>) -> Result<Option<StepPlan>, Error
     let tables = program.tables.iter().map(|&frequencies| {
         let at = words;
         words += (2 * frequencies).next_multiple_of(4);
-        let at = At {
+        let at = StepAt {
             buffer: INPUTS,
             offset: 4 * at as u64,
         };
@@ -123,15 +125,6 @@ pub(super) fn plan(program: StepProgram<Cuda>) -> Result<Option<StepPlan>, Error
     Ok(done.then_some(planner.plan))
 }
 
-impl At {
-    fn later(self, bytes: usize) -> At {
-        At {
-            offset: self.offset + bytes as u64,
-            ..self
-        }
-    }
-}
-
 /// The next reader of a register after the operation `at`, if it is the only one.
 fn only_reader(ops: &[StepOp<Cuda>], at: usize, register: StepRegister) -> Option<usize> {
     let mut found = None;
@@ -147,9 +140,9 @@ fn only_reader(ops: &[StepOp<Cuda>], at: usize, register: StepRegister) -> Optio
 }
 
 impl Planner {
-    fn held(&mut self, buffer: Buffer) -> At {
+    fn held(&mut self, buffer: Buffer) -> StepAt {
         self.plan.buffers.push(buffer);
-        At::start(self.plan.buffers.len() - 1)
+        StepAt::start(self.plan.buffers.len() - 1)
     }
 
     /// Keeps a tensor of the program's dtype.
@@ -157,7 +150,7 @@ impl Planner {
         &mut self,
         name: &'static str,
         x: Tensor<Cuda, D>,
-    ) -> Result<At, Error> {
+    ) -> Result<StepAt, Error> {
         let buffer = buffer::float("step", name, x, self.plan.dtype)?;
         Ok(self.held(buffer))
     }

@@ -1,4 +1,6 @@
 //! A step of one token through small models of every operation, compared with the same operations in f64, token by token.
+//!
+//! Longer than most: every operation is here twice, for the device and in f64.
 
 use burn::tensor::{Element, Tensor};
 use gptq_format::Bits;
