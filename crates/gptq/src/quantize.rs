@@ -438,7 +438,7 @@ mod tests {
         ];
         assert_eq!(
             command(args.into_iter().map(OsString::from)),
-            r"gptq quantize 'my recipe.toml' --output=out --calibration 'it'\''s.json'"
+            r#"gptq quantize 'my recipe.toml' '--output=out' --calibration "it's.json""#
         );
     }
 }
