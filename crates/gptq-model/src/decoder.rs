@@ -15,7 +15,7 @@ pub struct Decoder<B: Engine> {
     embedding: Embedding<B>,
     blocks: Vec<(Block<B>, Cache<B>)>,
     head: Head<B>,
-    /// What takes one token through all of it at once, where the engine has that.
+    /// Takes one token through all of it at once, where the engine has that.
     step: Option<ModelStep<B>>,
     /// Tokens whose keys and values are cached.
     held: Vec<u32>,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use burn::tensor::Tensor;
 use gptq_kernels::{
     Engine, StepLinear, StepNorm, StepOp, StepProgram, StepRegister, StepToken, StepWeight,
     TokenStep,
@@ -15,7 +16,7 @@ use crate::{Block, Head, Linear, Weight, rope};
 /// A step of one token through a model.
 pub(crate) struct ModelStep<B: Engine> {
     step: Box<dyn TokenStep<B>>,
-    /// Of each rotary table.
+    /// The embedding of each rotary table.
     ropes: Vec<Rope>,
 }
 
@@ -66,7 +67,7 @@ impl<B: Engine> ModelStep<B> {
         &mut self,
         id: u32,
         position: usize,
-        caches: Vec<[burn::tensor::Tensor<B, 3>; 2]>,
+        caches: Vec<[Tensor<B, 3>; 2]>,
     ) -> Vec<f32> {
         let tables = self.ropes.iter();
         let token = StepToken {

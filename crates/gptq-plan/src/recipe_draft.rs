@@ -76,7 +76,7 @@ pub enum DraftedBranches {
     Each {
         /// Code widths; 4 bits if empty.
         bits: Vec<Bits>,
-        /// FittingGroup sizes; if empty, the largest usual one that fits.
+        /// Group sizes; if empty, the largest usual one that fits.
         group_sizes: Vec<GroupSize>,
         /// Act order with scattered groups, or stored order.
         desc_act: Option<bool>,

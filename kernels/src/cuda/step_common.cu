@@ -1,4 +1,4 @@
-// What the kernels of a step of one token share (step_kernels.rs). A launch is one operation with its neighbours folded in;
+// What the kernels of a step of one token share (step_launch.rs). A launch is one operation with its neighbours folded in;
 // what it reads that no earlier launch of the step writes is asked for before it waits for the one before it. Macros: BF16, and
 // WARPS of a block.
 

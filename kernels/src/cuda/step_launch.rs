@@ -300,6 +300,18 @@ fn multiprocessors(device: usize) -> Result<usize, Error> {
     Ok(attribute(device, count)? as usize)
 }
 
+/// Version of the driver from which graphs record launches that begin before the one before them has ended: CUDA 12.3.
+const RECORDS_EARLY: i32 = 12_030;
+
+fn driver_version() -> Result<i32, Error> {
+    let mut version = 0;
+    // SAFETY: the driver writes an integer.
+    unsafe { sys::cuDriverGetVersion(&raw mut version) }
+        .result()
+        .map_err(refused("cuDriverGetVersion"))?;
+    Ok(version)
+}
+
 /// Steps that a warp of a product has asked for at once; `None` if a block has too little shared memory.
 pub(super) fn depth(kind: ProductKind, device: usize) -> Result<Option<usize>, Error> {
     let most = most_shared(device)?;
@@ -575,7 +587,7 @@ impl StepLauncher<'_> {
         attribute.id =
             sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         attribute.value.programmaticStreamSerializationAllowed = 1;
-        let early = compute_capability(self.device)?.0 >= 9;
+        let early = compute_capability(self.device)?.0 >= 9 && driver_version()? >= RECORDS_EARLY;
         let config = sys::CUlaunchConfig {
             gridDimX: x as u32,
             gridDimY: y as u32,

@@ -36,14 +36,14 @@ pub(super) struct StepPlan {
 struct Planner {
     plan: StepPlan,
     widths: Vec<usize>,
-    /// Where each register is now.
+    /// The place of each register by now.
     places: Vec<StepAt>,
-    /// Where each rotary table is, and its frequencies.
+    /// The place of each rotary table, and its frequencies.
     tables: Vec<(StepAt, usize)>,
     caches: usize,
 }
 
-/// What comes before a product and is folded into it.
+/// A norm that comes before a product and is folded into it.
 #[derive(Clone, Copy)]
 struct Folded {
     to: StepRegister,

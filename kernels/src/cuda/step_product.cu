@@ -1,8 +1,8 @@
 // The products of a step.
 //
 // y = W x of one to three linears of one input. Macros: BITS of a code, COLUMNS of the input, PER_GROUP loads of 16 bytes that
-// share a scale (a whole row: 0), DEPTH of a warp's queue,
-// PAIRED if a gate and what it is for are multiplied together: 1 for SiLU, 2 for GELU by a hyperbolic tangent.
+// share a scale (a whole row: 0), DEPTH of a warp's queue, PAIRED if a gate and what it is for are multiplied together: 1 for
+// SiLU, 2 for GELU by a hyperbolic tangent.
 //
 // A code becomes the f16 1024 + code 2^k without a conversion; the tensor cores multiply codes by inputs exactly and add in f32.
 // Column 2 t of a product has the inputs of load t alone, so that each load's sum meets its own scale and zero point.
@@ -362,17 +362,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) product(const __grid_const
 #else
     const Part& part = *part_of(p, at);
     const int r = min(at * 16, part.rows - 16) + row;
-    {
-      float y = biased(part, r, sum(row));
-      if (p.logits) {
-        y *= p.scale;
-        ((float*)part.out)[r] = p.cap > 0 ? tanhf(y / p.cap) * p.cap : y;
-      } else if (p.residual) {
-        if (p.scale != 1) y = wide(narrow(y * p.scale));
-        p.residual[r] = narrow(wide(p.residual[r]) + y);
-      } else {
-        ((Half*)part.out)[r] = narrow(y);
-      }
+    float y = biased(part, r, sum(row));
+    if (p.logits) {
+      y *= p.scale;
+      ((float*)part.out)[r] = p.cap > 0 ? tanhf(y / p.cap) * p.cap : y;
+    } else if (p.residual) {
+      if (p.scale != 1) y = wide(narrow(y * p.scale));
+      p.residual[r] = narrow(wide(p.residual[r]) + y);
+    } else {
+      ((Half*)part.out)[r] = narrow(y);
     }
 #endif
   }

@@ -37,7 +37,7 @@ enum Reference {
     Other,
 }
 
-/// How a linear is stored.
+/// The form of a linear's weight.
 #[derive(Clone, Copy)]
 enum Stored {
     Dense,
